@@ -1,0 +1,22 @@
+"""Errors that end in one line for the user. Exit codes are part of the command line's contract.
+
+0 pass, 1 the gate failed, 2 usage or recipe, 3 environment or tool, 4 the gate is inconclusive.
+"""
+
+
+class CrqatError(Exception):
+    """Something a user can act on: the message names the cause and the fix, and no traceback is shown."""
+
+    exit_code = 2
+
+
+class UsageError(CrqatError):
+    """The recipe, an argument or an input file is wrong."""
+
+    exit_code = 2
+
+
+class ToolError(CrqatError):
+    """The environment is wrong: a tool is missing, a directory cannot be written, a runtime died."""
+
+    exit_code = 3

@@ -1,0 +1,179 @@
+"""Run directories: a stage's files are written completely, described by a manifest, and made current in one step.
+
+``runs/NAME/STAGE`` is a symbolic link to a hidden directory beside it. Replacing a link is atomic, so whoever reads, at
+any instant and after any kill, finds the old version or the new one. A reader verifies hashes before it uses a file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from artifacts.errors import ToolError, UsageError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass
+class Manifest:
+    """What a stage says of its own files.
+
+    Attributes:
+        stage: "train", "export" or "benchmark".
+        key: Hash of everything the stage's result depends on; the same key means that it need not run again.
+        parent: SHA-256 of the manifest of the stage before, None for the first.
+        config: The resolved recipe.
+        environment: Versions, git revision, seed, device.
+        payload: What the stage tells the next one.
+        files: Relative file name to SHA-256, filled in when the stage is complete.
+        schema_version: Of this file's layout.
+    """
+
+    stage: str
+    key: str
+    parent: str | None
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    payload: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def git_revision(directory: Path) -> str:
+    """The git revision that a directory is at, "-dirty" behind it if files are changed, "unknown" outside git."""
+    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+@contextmanager
+def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
+    """Give an empty directory to fill; on a clean exit hash it, describe it and make it current.
+
+    If the body raises, the directory is removed and the version before stays current.
+
+    Args:
+        run: The run's directory, made if need be.
+        manifest: Its `files` are filled in at the end; the body may still change `payload`.
+
+    Raises:
+        ToolError: The directory cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        version = Path(tempfile.mkdtemp(prefix=f".{manifest.stage}-", dir=run))
+    except OSError as error:
+        msg = f"cannot write to {run}: {error.strerror}; choose another place with --runs"
+        raise ToolError(msg) from error
+    try:
+        yield version
+        manifest.files = {
+            str(path.relative_to(version)): sha256_file(path) for path in sorted(version.rglob("*")) if path.is_file()
+        }
+        (version / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True))
+        version.chmod(0o755)
+        for path in version.rglob("*"):
+            _sync(path)
+        _sync(version)
+    except BaseException as error:
+        shutil.rmtree(version, ignore_errors=True)
+        if isinstance(error, OSError):
+            msg = f"cannot write the stage {manifest.stage} to {run}: {error.strerror or error}"
+            raise ToolError(msg) from error
+        raise
+    _make_current(run, manifest.stage, version)
+
+
+def _make_current(run: Path, stage: str, version: Path) -> None:
+    link, temporary = run / stage, run / f"{version.name}.link"
+    previous = link.resolve() if link.is_symlink() else None
+    temporary.symlink_to(version.name)
+    temporary.replace(link)
+    _sync(run)
+    # Left-overs of killed processes are swept here too; the two newest would be kept if anything but a link pointed in.
+    if previous is not None and previous.parent == run.resolve() and previous != version.resolve():
+        shutil.rmtree(previous, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a stage's directory, its layout checked, its files not yet.
+
+    Raises:
+        UsageError: There is none, or it is not one of this version's.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        msg = f"{directory}: no {MANIFEST} here; run the stage `{directory.name}` first (crqat {directory.name} RECIPE)"
+        raise UsageError(msg)
+    try:
+        data = json.loads(path.read_text())
+        if data["schema_version"] != SCHEMA_VERSION:
+            msg = f"{path}: schema version {data['schema_version']}, this crqat reads {SCHEMA_VERSION}; run the stage again"
+            raise UsageError(msg)
+        manifest = Manifest(**data)
+    except (ValueError, TypeError, KeyError) as error:
+        msg = f"{path}: damaged ({error}); run the stage again with --force"
+        raise UsageError(msg) from error
+    for name in manifest.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            msg = f"{path}: names a file outside its directory ({name}); the manifest is not crqat's"
+            raise UsageError(msg)
+    return manifest
+
+
+def verify_stage(directory: Path) -> Manifest:
+    """Read a stage's manifest and compare the hash of each of its files.
+
+    Raises:
+        UsageError: A file is missing or is not the one that was written; the message names it.
+    """
+    manifest = read_manifest(directory)
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            msg = f"{path}: missing; run the stage again with --force"
+            raise UsageError(msg)
+        if sha256_file(path) != expected:
+            msg = f"{path}: altered or damaged (its SHA-256 is not the manifest's); run the stage again with --force"
+            raise UsageError(msg)
+    return manifest
+
+
+def manifest_hash(directory: Path) -> str:
+    """SHA-256 of a stage's manifest file, which the next stage records as its parent."""
+    return sha256_file(directory / MANIFEST)

@@ -1,0 +1,1 @@
+"""Images in, trained and quantized checkpoint out. Needs torch."""

@@ -1,0 +1,139 @@
+"""The `train` stage's part of a recipe. Imports nothing heavy, so that a recipe is checked in an instant."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
+
+from artifacts.config import STRICT, Range
+
+Bits = Annotated[int, Range(ge=2, le=8)]
+Target = Literal["onnxruntime", "tensorrt"]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the images come from and how they are augmented.
+
+    Attributes:
+        source: "digits", "cifar10", or "package.module:function" that returns a `crqat_train.data.Dataset`.
+        root: Folder of an on-disk source.
+        download: Fetch the data set into `root` if it is not there.
+        unlabeled: A further source of the same kinds whose training images feed the consistency term only.
+        validation: Share of the training images held out for selection, drawn with the recipe's seed.
+        crop_padding: Random crop after padding each side by this many pixels; 0 switches it off.
+        flip: Random horizontal flip.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    source: str
+    root: str | None = None
+    download: bool = False
+    unlabeled: str | None = None
+    validation: Annotated[float, Range(gt=0, lt=1)] = 0.1
+    crop_padding: Annotated[int, Range(ge=0)] = 4
+    flip: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The float network.
+
+    Attributes:
+        name: "cifar/resnet20", "torchvision/NAME", or "package.module:function" called with `classes` and `channels`.
+        weights: A .safetensors file or a .pth state dict; None trains the float network by the `float` section.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    name: str
+    weights: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """One training: SGD with Nesterov momentum 0.9 under a one-cycle cosine learning rate.
+
+    Attributes:
+        epochs: Passes over the training images. For `qat`, 0 is post-training quantization.
+        batch_size: Images a step.
+        lr: Peak learning rate.
+        weight_decay: On convolution and linear weights; never on biases, BN or quantizer scales.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    epochs: Annotated[int, Range(ge=0)] = 10
+    batch_size: Annotated[int, Range(ge=1)] = 128
+    lr: Annotated[float, Range(gt=0)] = 0.1
+    weight_decay: Annotated[float, Range(ge=0)] = 5e-4
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """Widths and the way a quantizer learns its Grid.
+
+    Attributes:
+        method: "lsq" (arXiv 1902.08153).
+        weights: Bits of the weights.
+        activations: Bits of the activations.
+        first_layer: Bits of the network's input and of the first layer's weights.
+        last_layer: Bits of the last layer's input and weights.
+        calibration_images: Training images from which the ranges start.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    method: Literal["lsq"] = "lsq"
+    weights: Bits = 8
+    activations: Bits = 8
+    first_layer: Bits = 8
+    last_layer: Bits = 8
+    calibration_images: Annotated[int, Range(ge=1)] = 512
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """The consistency term (arXiv 2402.13497): L = CE + lambda(t) KL(teacher || student).
+
+    Attributes:
+        teacher: "ema" of the quantized student, the frozen "float" network, or "none" for plain QAT.
+        weight: lambda_max.
+        ramp_up: Share of the steps over which lambda rises to `weight` as exp(-5 (1 - t/T)^2).
+        temperature: Of both softmaxes; the term is multiplied by its square.
+        ema_decay: Largest alpha of theta' = alpha theta' + (1 - alpha) theta; step t uses min(1 - 1/(t+1), alpha).
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    teacher: Literal["ema", "float", "none"] = "ema"
+    weight: Annotated[float, Range(ge=0)] = 1.0
+    ramp_up: Annotated[float, Range(ge=0, le=1)] = 0.3
+    temperature: Annotated[float, Range(gt=0)] = 1.0
+    ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.99
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything the `train` stage depends on; `pipeline.recipe` puts it together from a recipe's sections.
+
+    Attributes:
+        seed: Of the split, the initial weights, the order of images and the augmentation.
+        targets: The runtimes that the network must run on; they constrain where quantizers sit and their widths.
+        data: The images.
+        model: The float network.
+        float_training: How the float network is trained if it has no weights; the recipe's `float` section.
+        quantization: Widths and method.
+        qat: How the quantized network is trained.
+        consistency: The consistency term.
+        device: "auto" takes CUDA where there is one.
+        compile: "auto" fuses the training step by torch.compile where a C++ compiler is at hand.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    seed: int
+    targets: tuple[Target, ...]
+    data: DataConfig
+    model: ModelConfig
+    float_training: OptimizerConfig
+    quantization: QuantizationConfig
+    qat: OptimizerConfig
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "never"] = "auto"

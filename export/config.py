@@ -1,0 +1,27 @@
+"""The `export` stage's part of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+from artifacts.config import STRICT, Range
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What is written.
+
+    Attributes:
+        targets: Runtimes to write a file for; None takes those that the network was trained for.
+        tensorrt_precision: Type of everything that is not INT8 in tensorrt.onnx. Strongly typed TensorRT runs the
+            float parts in the file's own type, so float16 is what a board wants.
+        verify_images: Images of the training set on which the three links of the proof are checked.
+        allow_lossy: Write a file even if an edge cannot keep its trained Grid.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    targets: tuple[Literal["onnxruntime", "tensorrt"], ...] | None = None
+    tensorrt_precision: Literal["float16", "float32"] = "float16"
+    verify_images: Annotated[int, Range(ge=1)] = 32
+    allow_lossy: bool = False

@@ -1,0 +1,1 @@
+"""The user side: command line, recipes, stages, gate."""
