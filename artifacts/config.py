@@ -1,4 +1,4 @@
-"""What the stages' configuration classes share: strictness and bounds, which pydantic reads without being imported here."""
+"""What the stages' configuration classes share: strictness and bounds. pydantic reads both and is not imported here."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The Grid: what every quantizer ends as, and what every stage after training agrees on.
 
-A real value v stands for the integer code ``q = clip(rint(v / scale) + zero_point, qmin, qmax)`` and a code for the value
-``(q - zero_point) * scale``; rint rounds half to even, as ONNX QuantizeLinear does.
+A real value v stands for the integer code ``q = clip(rint(v / scale) + zero_point, qmin, qmax)`` and a code for the
+value ``(q - zero_point) * scale``; rint rounds half to even, as ONNX QuantizeLinear does.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ class Grid:
         if not self.qmin <= self.zero_point <= self.qmax or self.qmin == self.qmax:
             msg = f"a Grid's codes must contain its zero point: [{self.qmin}, {self.qmax}] with {self.zero_point}"
             raise ValueError(msg)
+        if self.qmin < -(2**31) or self.qmax >= 2**31:
+            msg = f"a Grid's codes are 32-bit integers, not [{self.qmin}, {self.qmax}]"
+            raise ValueError(msg)
 
     def _scale_for(self, ndim: int) -> npt.NDArray[np.float32]:
         if self.axis is None:
@@ -60,7 +63,8 @@ class Grid:
     def quantize(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
         """Codes of float32 values, of the same shape. NaN has no code and is an error of the caller."""
         codes = np.rint(values.astype(np.float32) / self._scale_for(values.ndim)) + np.float32(self.zero_point)
-        return np.clip(codes, self.qmin, self.qmax).astype(np.int32)
+        clipped: npt.NDArray[np.int32] = np.clip(codes, self.qmin, self.qmax).astype(np.int32)
+        return clipped
 
     def dequantize(self, codes: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
         """Float32 values of integer codes, of the same shape."""
@@ -84,13 +88,12 @@ class Grid:
             ValueError: The object is not a Grid.
         """
         try:
-            return cls(
-                np.array(data["scale"], dtype=np.float32),
-                int(data["zero_point"]),
-                int(data["qmin"]),
-                int(data["qmax"]),
-                None if data["axis"] is None else int(data["axis"]),
-            )
+            scale, axis = np.array(data["scale"], dtype=np.float32), data["axis"]
+            integers = (data["zero_point"], data["qmin"], data["qmax"])
+            if not all(type(value) is int for value in (*integers, 0 if axis is None else axis)):
+                msg = "zero_point, qmin, qmax and axis are integers"
+                raise ValueError(msg)
+            return cls(scale, *integers, axis)
         except (KeyError, TypeError) as error:
             msg = f"not a Grid: {error!r}"
             raise ValueError(msg) from error
@@ -109,7 +112,7 @@ def load_grids(path: Path) -> dict[str, Grid]:
     """
     try:
         return {str(edge): Grid.from_json(data) for edge, data in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         msg = f"{path}: not a file of Grids ({error}); train the run again"
         raise UsageError(msg) from error
 

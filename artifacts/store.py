@@ -6,14 +6,17 @@ any instant and after any kill, finds the old version or the new one. A reader v
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,9 @@ from artifacts.errors import ToolError, UsageError
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+# What the operating system says when a place cannot take the files; any other OSError of a stage's body is its own.
+_PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+_LEFTOVER_SECONDS = 60
 
 
 @dataclass
@@ -89,9 +95,20 @@ def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         version = Path(tempfile.mkdtemp(prefix=f".{manifest.stage}-", dir=run))
+        # Held until the version is current, so that nobody takes it for the left-over of a killed process.
+        lock = os.open(version, os.O_RDONLY)
     except OSError as error:
         msg = f"cannot write to {run}: {error.strerror}; choose another place with --runs"
         raise ToolError(msg) from error
+    try:
+        _try_lock(lock)
+        yield from _fill(run, manifest, version)
+        _make_current(run, manifest.stage, version)
+    finally:
+        os.close(lock)
+
+
+def _fill(run: Path, manifest: Manifest, version: Path) -> Iterator[Path]:
     try:
         yield version
         manifest.files = {
@@ -104,22 +121,47 @@ def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
         _sync(version)
     except BaseException as error:
         shutil.rmtree(version, ignore_errors=True)
-        if isinstance(error, OSError):
-            msg = f"cannot write the stage {manifest.stage} to {run}: {error.strerror or error}"
+        if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
+            msg = f"cannot write the stage {manifest.stage} to {run}: {error.strerror}"
             raise ToolError(msg) from error
         raise
-    _make_current(run, manifest.stage, version)
 
 
 def _make_current(run: Path, stage: str, version: Path) -> None:
     link, temporary = run / stage, run / f"{version.name}.link"
-    previous = link.resolve() if link.is_symlink() else None
+    previous = link.resolve()
+    if link.is_dir() and not link.is_symlink():
+        # A run that was copied without its links; a directory cannot be replaced in one step, so it steps aside.
+        previous = link.rename(run / f"{version.name}.copied").resolve()
     temporary.symlink_to(version.name)
     temporary.replace(link)
     _sync(run)
-    # Left-overs of killed processes are swept here too; the two newest would be kept if anything but a link pointed in.
-    if previous is not None and previous.parent == run.resolve() and previous != version.resolve():
-        shutil.rmtree(previous, ignore_errors=True)
+    _sweep(run, stage, version, previous)
+
+
+def _sweep(run: Path, stage: str, version: Path, previous: Path) -> None:
+    """Remove the version before and what killed processes left; a live writer holds the lock of its directory."""
+    for path in run.glob(f".{stage}-*"):
+        # Whoever else sweeps here may be faster.
+        with suppress(FileNotFoundError):
+            old = time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS
+            if path.is_symlink():
+                if old:
+                    path.unlink()
+            elif path.name != version.name and (old or path.resolve() == previous):
+                descriptor = os.open(path, os.O_RDONLY)
+                if _try_lock(descriptor):
+                    shutil.rmtree(path, ignore_errors=True)
+                os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a directory for as long as its descriptor is open, if nobody else holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def _sync(path: Path) -> None:
@@ -137,18 +179,26 @@ def read_manifest(directory: Path) -> Manifest:
         UsageError: There is none, or it is not one of this version's.
     """
     path = directory / MANIFEST
+    if not directory.exists():
+        msg = f"{directory}: no such stage yet; run it first (crqat {directory.name} RECIPE)"
+        raise UsageError(msg)
     if not path.is_file():
-        msg = f"{directory}: no {MANIFEST} here; run the stage `{directory.name}` first (crqat {directory.name} RECIPE)"
+        msg = f"{path}: missing; run the stage again with --force"
         raise UsageError(msg)
     try:
         data = json.loads(path.read_text())
         if data["schema_version"] != SCHEMA_VERSION:
-            msg = f"{path}: schema version {data['schema_version']}, this crqat reads {SCHEMA_VERSION}; run the stage again"
+            found = data["schema_version"]
+            msg = f"{path}: schema version {found}, not {SCHEMA_VERSION}; run the stage again with --force"
             raise UsageError(msg)
         manifest = Manifest(**data)
-    except (ValueError, TypeError, KeyError) as error:
-        msg = f"{path}: damaged ({error}); run the stage again with --force"
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        msg = f"{path}: damaged ({type(error).__name__}: {error}); run the stage again with --force"
         raise UsageError(msg) from error
+    objects = (manifest.config, manifest.environment, manifest.payload, manifest.files)
+    if not all(isinstance(value, dict) for value in objects):
+        msg = f"{path}: damaged (an object is missing); run the stage again with --force"
+        raise UsageError(msg)
     for name in manifest.files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             msg = f"{path}: names a file outside its directory ({name}); the manifest is not crqat's"

@@ -1,1 +1,1 @@
-"""What runs on the board: accuracy and latency of a file on its runtime. Needs numpy and a runtime, no torch, no onnx."""
+"""What runs on the board: accuracy and latency of a file on its runtime. Needs numpy and a runtime only."""

@@ -1,0 +1,52 @@
+# make train export benchmark gate   runs a recipe from its images to its verdict
+# make test                          runs the tests
+# RECIPE=... takes another recipe, VENV=... an environment of yours that has crqat's dependencies.
+
+RECIPE ?= recipes/digits.yaml
+VENV ?= .venv
+PYTHON ?= python3
+
+# A VENV that was given and has crqat is used as it is; otherwise it is made, and made anew when pyproject.toml changes.
+INSTALLED := $(VENV)/.crqat-installed
+ifneq ($(origin VENV),file)
+ifneq ($(wildcard $(VENV)/bin/crqat),)
+INSTALLED := $(VENV)/bin/crqat
+endif
+endif
+
+# With -m this directory's packages come first, wherever the environment's own crqat may point.
+CRQAT := $(VENV)/bin/python -m pipeline.cli
+
+# The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
+.NOTPARALLEL:
+.PHONY: help install train export benchmark gate test lint
+
+help: ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+
+install: $(INSTALLED) ## make the virtual environment
+
+train: $(INSTALLED) ## train and quantize what RECIPE says
+	$(CRQAT) train $(RECIPE)
+
+export: $(INSTALLED) ## write one proven ONNX file per target
+	$(CRQAT) export $(RECIPE)
+
+benchmark: $(INSTALLED) ## measure the files on this machine
+	$(CRQAT) benchmark $(RECIPE)
+
+gate: $(INSTALLED) ## judge the results; the exit code is the verdict
+	$(CRQAT) gate $(RECIPE)
+
+test: $(INSTALLED) ## run the tests
+	$(VENV)/bin/python -m pytest
+
+lint: $(INSTALLED) ## ruff and mypy --strict
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m mypy
+
+$(VENV)/.crqat-installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check -e '.[dev]'
+	touch $@

@@ -1,0 +1,159 @@
+"""What the passes ask of a torch.fx graph: tracing, and what an operation does to the values that quantizers see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from artifacts.errors import UsageError
+
+_MATMULS = {functional.conv2d, functional.conv1d, functional.linear, torch.conv2d, torch.conv1d}
+# Values pass through these unchanged, so a quantizer before them still holds behind them.
+_MOVEMENT_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.ZeroPad2d, nn.ChannelShuffle)
+_MOVEMENT_FUNCTIONS: set[Any] = {
+    functional.max_pool2d, torch.max_pool2d, torch.flatten, functional.pad, functional.dropout, torch.reshape,
+    "flatten", "reshape", "view", "contiguous", "permute", "transpose", "__getitem__",
+}  # fmt: skip
+_NONNEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
+_NONNEGATIVE_FUNCTIONS = {functional.relu, functional.relu6, torch.relu, torch.sigmoid, functional.hardsigmoid, "relu"}
+_SIGN_KEEPING_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_SIGN_KEEPING_FUNCTIONS: set[Any] = {
+    functional.adaptive_avg_pool2d, functional.avg_pool2d, torch.cat, torch.add, torch.mul, torch.mean, "mean",
+}  # fmt: skip
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The model as a GraphModule in which weights are edges of their own; keys of the state dict stay the same.
+
+    Args:
+        model: The float network in eval mode.
+
+    Raises:
+        UsageError: torch.fx cannot trace the model; the message says where.
+    """
+    try:
+        graph = _Tracer().trace(model)
+    except (fx.proxy.TraceError, TypeError, RuntimeError, NotImplementedError) as error:
+        msg = f"model.name: torch.fx cannot trace {type(model).__name__}{_where(error)}: {_one_line(error)}"
+        raise UsageError(msg) from error
+    return fx.GraphModule(model, graph)
+
+
+class _Tracer(fx.Tracer):
+    """Traces into convolutions and linear layers, so that their weights become edges that a quantizer can sit on."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm)):
+            return False
+        # timm derives from BatchNorm; traced into, its `self.training` would be fixed at the value of today.
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) or type(m).__name__ in {"StochasticDepth", "DropPath"}:
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+
+def _where(error: BaseException) -> str:
+    """File and line of the model's own code that a trace failed in."""
+    frames = []
+    traceback = error.__traceback__
+    while traceback is not None:
+        filename = traceback.tb_frame.f_code.co_filename
+        if "/torch/" not in filename and not filename.endswith("graph.py") and not filename.startswith("<"):
+            frames.append(f" at {filename}:{traceback.tb_lineno}")
+        traceback = traceback.tb_next
+    return frames[-1] if frames else ""
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{text[:200]}; replace data-dependent Python code by tensor operations"
+
+
+def _is(graph_module: fx.GraphModule, node: fx.Node, modules: tuple[type, ...], functions: set[Any]) -> bool:
+    if node.op == "call_module":
+        return isinstance(graph_module.get_submodule(str(node.target)), modules)
+    if node.op == "call_method":
+        return str(node.target).rstrip("_") in functions
+    return node.op == "call_function" and (node.target in functions or f"__{_name(node)}__" in functions)
+
+
+def moves_values(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's values are those of its first input, in other places, apart from zeros."""
+    if _name(node) == "pad":
+        value: Any = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
+        mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
+        return bool(not value and mode == "constant")
+    return _is(graph_module, node, _MOVEMENT_MODULES, _MOVEMENT_FUNCTIONS)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """Whether the node is a convolution or a linear layer."""
+    return node.op == "call_function" and (node.target in _MATMULS or _name(node) in {"conv2d", "conv1d", "linear"})
+
+
+def is_batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is a BatchNorm module."""
+    return _is(graph_module, node, (nn.modules.batchnorm._BatchNorm,), set())
+
+
+def is_add(node: fx.Node) -> bool:
+    """Whether the node adds two tensors."""
+    return node.op in ("call_function", "call_method") and _name(node).strip("_") in {"add", "iadd"}
+
+
+def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether no value of the node can be negative, for any input of the network."""
+    if _is(graph_module, node, _NONNEGATIVE_MODULES, _NONNEGATIVE_FUNCTIONS):
+        return True
+    keeping = (
+        _is(graph_module, node, _SIGN_KEEPING_MODULES, _SIGN_KEEPING_FUNCTIONS)
+        or moves_values(graph_module, node)
+        or is_add(node)
+    )
+    sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
+    return keeping and bool(sources) and all(is_nonnegative(graph_module, source) for source in sources)
+
+
+def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
+    """The node and those behind it as long as values only move."""
+    yield node
+    while moves_values(graph_module, node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        yield node
+
+
+def batch_norm_after(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
+    """Name of the BatchNorm that alone reads the node, None if there is none."""
+    users = list(node.users)
+    if len(users) == 1 and is_batch_norm(graph_module, users[0]):
+        return str(users[0].target)
+    return None
+
+
+def convolution_groups(node: fx.Node) -> int:
+    """The `groups` argument of a convolution."""
+    if "groups" in node.kwargs:
+        return int(node.kwargs["groups"])  # type: ignore[arg-type]
+    return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
+
+
+def parameter(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The stored tensor that a get_attr node stands for.
+
+    Raises:
+        UsageError: It is not one.
+    """
+    value: Any = graph_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor):
+        msg = f"model.name: the weight {node.target} is computed in the forward pass; only stored weights are quantized"
+        raise UsageError(msg)
+    return value

@@ -1,0 +1,401 @@
+"""Which edges carry quantizers: asked from NNCF, mapped one to one to torch.fx, constrained by the targets.
+
+NNCF decides placement without data and without running a quantizer; its hook names, such as
+"post_hooks.layer1/0/relu/relu__0.0", are our edge names, so a checkpoint can go both ways. The quantizers themselves
+live in a torch.fx GraphModule, because that is what torch.compile can fuse.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from artifacts.errors import UsageError
+from crqat_train.config import QuantizationConfig
+from crqat_train.graph import (
+    batch_norm_after,
+    convolution_groups,
+    is_add,
+    is_batch_norm,
+    is_matmul,
+    is_nonnegative,
+    parameter,
+    through_movement,
+    trace,
+)
+
+# The u8*s8 kernels of x86 without VNNI add two products in 16 bits: max(code) * (|w1| + |w2|) has to stay within this.
+INT16_MAX = 32767
+
+
+@dataclass(frozen=True)
+class QuantizerSpec:
+    """One quantizer of the layout.
+
+    Attributes:
+        edge: Its name: the first of its NNCF hook names.
+        hooks: All hook names that share it, sorted.
+        kind: "weight" or "activation".
+        bits: Width asked for, after the targets' constraints.
+        qmin: Smallest code.
+        qmax: Largest code.
+        channels: Length of a per-channel scale, None for per tensor.
+        ndim: Dimensions of the quantized tensor.
+        input_edge: For a weight, the edge of the activation that it meets.
+        bn: For a weight, the name of the BatchNorm that the convolution folds, None if there is none.
+        reason: Why the width differs from the recipe's, empty if it does not.
+    """
+
+    edge: str
+    hooks: tuple[str, ...]
+    kind: str
+    bits: int
+    qmin: int
+    qmax: int
+    channels: int | None
+    ndim: int
+    input_edge: str | None = None
+    bn: str | None = None
+    reason: str = ""
+
+    @property
+    def module_name(self) -> str:
+        """A Python identifier for the quantizer inside the GraphModule."""
+        return re.sub(r"\W", "_", self.edge)
+
+    @property
+    def operation(self) -> str:
+        """The module path or operation that the edge belongs to, for people: "layer1.0.conv1"."""
+        name = self.edge.split(".", 1)[1].rsplit("__", 1)[0]
+        return ".".join(name.split("/")[:-2]) or name
+
+
+@dataclass(frozen=True)
+class _Hooks:
+    """NNCF's answer: groups of hook names that share a quantizer, and the names of all operations in order."""
+
+    groups: list[tuple[tuple[str, ...], int | None, bool]]  # (hook names, channels, is weight)
+    operations: list[str]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a hook sits in the FX graph: behind `source`, on all of its uses or on the use by `consumer`."""
+
+    source: fx.Node
+    consumer: fx.Node | None
+
+
+def quantize_model(
+    model: nn.Module,
+    example: Tensor,
+    config: QuantizationConfig,
+    targets: Sequence[str],
+    make_quantizer: Callable[[QuantizerSpec], nn.Module],
+) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
+    """Insert quantizers into a copy of the model, where NNCF would put them and as the targets need them.
+
+    Args:
+        model: Float network; it is not changed.
+        example: Input of shape [N, C, H, W], float32.
+        config: Widths.
+        targets: "onnxruntime", "tensorrt" or both.
+        make_quantizer: Called once for each spec.
+
+    Returns:
+        A GraphModule that keeps the model's state dict keys and has the quantizers under `quantizers.NAME`, and their
+        specs in the order of NNCF's layout.
+
+    Raises:
+        UsageError: The model cannot be traced or NNCF's layout cannot be mapped one to one.
+    """
+    model = copy.deepcopy(model).eval()
+    hooks = _nncf_hooks(model, example)
+    graph_module = trace(model)
+    places = _map_hooks(graph_module, model, example, hooks)
+    groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
+    if "onnxruntime" not in targets:
+        # TensorRT fuses Conv + Add, where a quantizer only adds work; ONNX Runtime fuses an Add only with both.
+        dropped = _conv_branches(graph_module, groups)
+        groups = [group for group in groups if group[0][0] not in dropped]
+    specs = _constrain(graph_module, example, groups, config, targets)
+    holder = nn.ModuleDict({spec.module_name: make_quantizer(spec) for spec in specs})
+    if len(holder) != len(specs):
+        msg = f"model.name: {type(model).__name__} has operations whose names differ only in punctuation; rename one"
+        raise UsageError(msg)
+    graph_module.add_module("quantizers", holder)
+    for spec, (_, _, _, group_places) in zip(specs, groups, strict=True):
+        _insert(graph_module.graph, f"quantizers.{spec.module_name}", group_places)
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return graph_module, specs
+
+
+def _nncf_hooks(model: nn.Module, example: Tensor) -> _Hooks:
+    """Ask NNCF's own placement algorithm, with all activations per tensor; one eval forward, nothing is calibrated."""
+    os.environ.setdefault("NNCF_CI", "1")  # otherwise importing NNCF sets up telemetry
+    # Importing NNCF looks for CUDA to build extensions with, and warns on machines without; nothing is built here.
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+    import nncf
+    from nncf.common.graph.transformations.commands import TargetType
+    from nncf.common.quantization.structs import QuantizationPreset
+    from nncf.quantization.advanced_parameters import OverflowFix, QuantizationParameters
+    from nncf.quantization.algorithms.min_max.algorithm import MinMaxQuantization
+    from nncf.torch.function_hook.hook_storage import HookStorage
+    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
+    from nncf.torch.function_hook.wrapper import wrap_model
+
+    nncf.set_log_level("ERROR")
+    wrapper = GraphModelWrapper(wrap_model(copy.deepcopy(model)), example)
+    try:
+        graph = wrapper.build_graph()
+    except Exception as error:  # whatever the user's forward raises
+        msg = f"model.name: {type(model).__name__} cannot run on an input of shape {tuple(example.shape)}: {error}"
+        raise UsageError(" ".join(msg.split())) from error
+    algorithm = MinMaxQuantization(
+        preset=QuantizationPreset.PERFORMANCE,
+        target_device=nncf.TargetDevice.ANY,
+        overflow_fix=OverflowFix.DISABLE,
+        activations_quantization_params=QuantizationParameters(per_channel=False),
+    )
+    algorithm._set_backend_entity(wrapper)
+    algorithm._reset_cache()
+    points, unified = algorithm._get_quantization_target_points(wrapper, graph)
+    backend = algorithm._backend_entity
+    before = (TargetType.OPERATOR_PRE_HOOK, TargetType.PRE_LAYER_OPERATION, TargetType.OPERATION_WITH_WEIGHTS)
+    slots: dict[str, int] = {}
+
+    def hook_name(point: Any) -> str:
+        key = HookStorage._generate_key(point.target_node_name, point.input_port_id or 0)
+        base = f"{'pre_hooks' if point.type in before else 'post_hooks'}.{key}"
+        slot = slots.get(base, 0)
+        slots[base] = slot + 1
+        return f"{base}.{slot}"
+
+    shared = {point for group in unified for point in group}
+    groups = []
+    for points_of_group in [list(group) for group in unified] + [[point] for point in points if point not in shared]:
+        config, first = points[points_of_group[0]], points_of_group[0]
+        shape = backend._get_input_scale_shape(graph, first, config.per_channel)
+        channels = max(shape) if config.per_channel and len(shape) > 1 else None
+        names = tuple(sorted(hook_name(point) for point in points_of_group))
+        groups.append((names, channels, bool(first.is_weight_target_point())))
+    constants = ("nncf_model_input", "nncf_model_output", "nncf_model_const")
+    nodes = sorted(graph.get_all_nodes(), key=lambda node: node.node_id)
+    return _Hooks(sorted(groups, key=lambda g: g[0]), [n.node_name for n in nodes if n.node_type not in constants])
+
+
+def _map_hooks(graph_module: fx.GraphModule, model: nn.Module, example: Tensor, hooks: _Hooks) -> dict[str, _Place]:
+    """Each hook name's place in the FX graph; certain, because NNCF's own code names the FX graph's operations too.
+
+    The FX graph is run once node by node under NNCF's naming. The two lists of operations must agree in number, order
+    and name; then a hook is the edge whose value is the very tensor that the operation read or wrote.
+    """
+    operations, values = _name_operations(graph_module, model, example)
+    # A Proxy turns `a += b` into `add`, so a trailing underscore is no difference.
+    if [_plain(name) for name in operations] != [_plain(name) for name in hooks.operations]:
+        odd = set(map(_plain, hooks.operations)) ^ set(map(_plain, operations))
+        some = ", ".join(sorted(odd)[:3]) or "their order"
+        msg = f"model.name: torch.fx and NNCF see different operations in {type(model).__name__} ({some})"
+        raise UsageError(msg)
+    by_name = dict(zip(hooks.operations, operations.values(), strict=True))
+    inputs = {node.target: node for node in graph_module.graph.nodes if node.op == "placeholder"}
+    places: dict[str, _Place] = {}
+    for name in (name for names, _, _ in hooks.groups for name in names):
+        side, rest = name.split(".", 1)
+        operation, port = rest.rsplit(".", 1)[0].replace(":", ".").rsplit("__", 1)
+        if side == "post_hooks" and operation in inputs:
+            places[name] = _Place(inputs[operation], None)
+            continue
+        if operation not in by_name:
+            msg = f"model.name: NNCF quantizes {operation}, which torch.fx does not show; it is inside a leaf module"
+            raise UsageError(msg)
+        node, arguments, output = by_name[operation]
+        if side == "post_hooks":
+            written = output[int(port)] if isinstance(output, (tuple, list)) else output
+            found = [node] if values[node] is written else []
+        else:
+            read = arguments[int(port)]
+            found = [source for source in node.all_input_nodes if values[source] is read]
+        if len(found) != 1:
+            msg = f"model.name: {name} cannot be mapped to one edge of the FX graph (node {node.name})"
+            raise UsageError(msg)
+        places[name] = _Place(found[0], None if side == "post_hooks" else node)
+    return places
+
+
+def _plain(operation: str) -> str:
+    module, function, index = operation.rsplit("/", 2)
+    return f"{module}/{function if function.endswith('__') else function.rstrip('_')}/{index}"
+
+
+def _name_operations(
+    graph_module: fx.GraphModule, model: nn.Module, example: Tensor
+) -> tuple[dict[str, tuple[fx.Node, list[Any], Any]], dict[fx.Node, Any]]:
+    """Operation name -> (FX node, flattened arguments, output), and the value of each node, from one forward."""
+    from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode
+    from nncf.torch.function_hook.hook_storage import HookStorage
+
+    operations: dict[str, tuple[fx.Node, list[Any], Any]] = {}
+
+    class Recorder(FunctionHookMode):  # type: ignore[misc]
+        node: fx.Node
+
+        def execute_pre_hooks(self, args: Any, kwargs: Any, op_meta: Any) -> tuple[Any, Any]:
+            flat: list[Any] = []
+            for value in [*args, *kwargs.values()]:
+                is_list = isinstance(value, (list, tuple)) and all(isinstance(v, Tensor) for v in value)
+                flat.extend(value if is_list else [value])
+            op_meta.extra_info["flat"] = flat
+            return args, kwargs
+
+        def execute_post_hooks(self, output: Any, op_meta: Any) -> Any:
+            if op_meta.func.__name__ != "__get__" or isinstance(output, Tensor):  # not x.shape and the like
+                operations[op_meta.op_name] = (self.node, op_meta.extra_info["flat"], output)
+            return output
+
+    class Interpreter(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            stack = [path for path, _ in (n.meta.get("nn_module_stack") or {}).values() if path]
+            if n.op == "call_module" and stack and stack[-1] == n.target:
+                stack = stack[:-1]  # running the leaf pushes it itself
+            recorder.module_call_stack = [model, *(model.get_submodule(path) for path in stack)]
+            recorder.node = n
+            return super().run_node(n)
+
+    recorder = Recorder(model, HookStorage())
+    interpreter = Interpreter(graph_module, garbage_collect_values=False)
+    graph_module.eval()
+    with torch.no_grad(), recorder:
+        interpreter.run(example)
+    return operations, dict(interpreter.env)
+
+
+_Groups = list[tuple[tuple[str, ...], "int | None", bool, list[_Place]]]
+
+
+def _conv_branches(graph_module: fx.GraphModule, groups: _Groups) -> set[str]:
+    """Edges on the convolution side of a residual Add; of two such sides the deeper, the other is the downsample."""
+    quantized = {place.source: names[0] for names, _, weight, places in groups if not weight for place in places}
+    depth: dict[fx.Node, int] = {}
+    for node in graph_module.graph.nodes:
+        depth[node] = 1 + max((depth[source] for source in node.all_input_nodes), default=0)
+    dropped = set()
+    for add in filter(is_add, graph_module.graph.nodes):
+        candidates = []
+        for source in add.all_input_nodes:
+            producer = source.all_input_nodes[0] if is_batch_norm(graph_module, source) else source
+            if is_matmul(producer) and len(source.users) == 1 and source in quantized:
+                candidates.append(source)
+        if candidates and len(add.all_input_nodes) == 2:
+            dropped.add(quantized[max(candidates, key=depth.__getitem__)])
+    return dropped
+
+
+def _constrain(
+    graph_module: fx.GraphModule,
+    example: Tensor,
+    groups: _Groups,
+    config: QuantizationConfig,
+    targets: Sequence[str],
+) -> list[QuantizerSpec]:
+    """The codes of each quantizer: signedness from the graph, widths from the recipe, within the targets' limits."""
+    activation_at = {place.source: names[0] for names, _, weight, places in groups if not weight for place in places}
+    matmuls = [node for node in graph_module.graph.nodes if is_matmul(node)]
+
+    def edge_into(node: fx.Node) -> str | None:
+        for source in through_movement(graph_module, node.all_input_nodes[0]):
+            if source in activation_at:
+                return activation_at[source]
+        return None
+
+    last_input = edge_into(matmuls[-1]) if matmuls else None
+    specs: dict[str, QuantizerSpec] = {}
+    for names, _, weight, places in groups:
+        if weight:
+            continue
+        bits = config.activations
+        if any(place.source.op == "placeholder" for place in places):
+            bits = config.first_layer
+        elif names[0] == last_input:
+            bits = config.last_layer
+        if all(is_nonnegative(graph_module, place.source) for place in places):
+            # TensorRT has no unsigned INT8: 8 bits are the upper half of the signed range.
+            qmin, qmax = 0, min(2**bits - 1, 127)
+        else:
+            qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        specs[names[0]] = QuantizerSpec(names[0], names, "activation", bits, qmin, qmax, None, example.ndim)
+    ordered = []
+    for names, channels, weight, places in groups:
+        if not weight:
+            ordered.append(specs[names[0]])
+            continue
+        node = places[0].consumer or next(iter(places[0].source.users))
+        weights = parameter(graph_module, places[0].source)
+        bits = config.weights
+        if node is matmuls[0]:
+            bits = config.first_layer
+        elif node is matmuls[-1]:
+            bits = config.last_layer
+        asked, input_edge = bits, edge_into(node)
+        fed = specs.get(input_edge or "")
+        depthwise = bool(
+            node.target != functional.linear
+            and weights.ndim == 4
+            and weights.shape[1] == 1
+            and (weights.shape[0] == convolution_groups(node))
+        )
+        if "onnxruntime" in targets and fed is not None and not depthwise:
+            while 2 * (fed.qmax - fed.qmin) * _weight_range(bits)[1] > INT16_MAX:
+                bits -= 1
+        qmin, qmax = _weight_range(bits)
+        reason = (
+            "" if bits == asked else f"{asked} bits could saturate ONNX Runtime's 16-bit sums behind a signed input"
+        )
+        ordered.append(
+            QuantizerSpec(
+                names[0],
+                names,
+                "weight",
+                bits,
+                qmin,
+                qmax,
+                channels,
+                weights.ndim,
+                input_edge,
+                batch_norm_after(graph_module, node),
+                reason,
+            )
+        )
+    return ordered
+
+
+def _weight_range(bits: int) -> tuple[int, int]:
+    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def _insert(graph: fx.Graph, target: str, places: list[_Place]) -> None:
+    for place in places:
+        with graph.inserting_after(place.source):
+            quantized = graph.call_module(target, (place.source,))
+        if place.consumer is None:
+            others = [user for user in place.source.users if user is not quantized]
+            place.source.replace_all_uses_with(quantized, delete_user_cb=others.__contains__)
+        else:
+            place.consumer.replace_input_with(place.source, quantized)
+
+
+def weight_node(model: fx.GraphModule, spec: QuantizerSpec) -> fx.Node:
+    """The get_attr node of the float tensor that a weight's quantizer sits on."""
+    node = next(node for node in model.graph.nodes if node.target == f"quantizers.{spec.module_name}")
+    source: fx.Node = node.all_input_nodes[0]
+    return source

@@ -1,0 +1,205 @@
+"""The float network by its name in the recipe, and its weights from a file. No file's code is ever run."""
+
+from __future__ import annotations
+
+import difflib
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from artifacts.errors import UsageError
+from crqat_train.data import call_function, import_function
+
+# Residual blocks in each of the three stages of a CIFAR ResNet of 6 n + 2 layers.
+CIFAR_BLOCKS = {"cifar/resnet20": 3, "cifar/resnet56": 9}
+SHOWN_KEYS = 3
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut without parameters ("option A" of arXiv 1512.03385).
+
+    Where the resolution halves, the shortcut takes every second pixel and pads the new channels with zeros.
+
+    Args:
+        channels: Of the input.
+        width: Channels of the output.
+        stride: 1, or 2 where the resolution halves.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.stride = stride
+        self.new_channels = width - channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride == 2:
+            before = self.new_channels // 2
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new_channels - before))
+        return self.relu2(out + x)  # type: ignore[no-any-return]
+
+
+class CifarResNet(nn.Module):
+    """The ResNet for small images of arXiv 1512.03385, section 4.2.
+
+    Attribute names are those of the published CIFAR-10 weights.
+
+    Args:
+        blocks: Residual blocks in each of the three stages.
+        classes: Number of logits.
+        channels: Of the images.
+    """
+
+    def __init__(self, blocks: int, classes: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.layer1 = _stage(blocks, 16, 16, stride=1)
+        self.layer2 = _stage(blocks, 16, 32, stride=2)
+        self.layer3 = _stage(blocks, 32, 64, stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, float32 [B, classes], of normalized float32 images [B, channels, H, W]."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        return self.linear(torch.flatten(self.pool(out), 1))  # type: ignore[no-any-return]
+
+
+def _stage(blocks: int, channels: int, width: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(channels, width, stride)
+    return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
+
+
+def build(name: str, classes: int, channels: int) -> nn.Module:
+    """A network with freshly drawn weights (torch's global generator), on the CPU, in training mode.
+
+    Args:
+        name: "cifar/resnet20", "cifar/resnet56", "torchvision/NAME" or "package.module:function".
+        classes: Number of logits.
+        channels: Of the images.
+
+    Raises:
+        UsageError: The name is unknown, or the network does not take these arguments.
+    """
+    if name in CIFAR_BLOCKS:
+        return CifarResNet(CIFAR_BLOCKS[name], classes, channels)
+    if ":" in name:
+        arguments = {"classes": classes, "channels": channels}
+        model = call_function(import_function(name, "model.name"), name, "model.name", arguments)
+        if not isinstance(model, nn.Module):
+            msg = f"model.name: {name} must return a torch.nn.Module, got {type(model).__name__}"
+            raise UsageError(msg)
+        return model
+    return _torchvision(name, classes, channels)
+
+
+def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+    # Imported here because other networks do without torchvision, which takes a second.
+    import torchvision  # type: ignore[import-untyped]
+
+    # Only classifiers, not its detectors and the like; and not the two that return a second output in training.
+    known = set(torchvision.models.list_models(module=torchvision.models)) - {"googlenet", "inception_v3"}
+    names = [*CIFAR_BLOCKS, *(f"torchvision/{model}" for model in sorted(known))]
+    if name not in names:
+        # The part before the slash must not make "torchvision/x" resemble every torchvision name.
+        short = {candidate.rpartition("/")[2]: candidate for candidate in names}
+        near = difflib.get_close_matches(name.rpartition("/")[2], short, n=1)
+        hint = f'; did you mean "{short[near[0]]}"?' if near else ""
+        msg = f'model.name: "{name}" is no "cifar/...", "torchvision/..." or "package.module:function" known here{hint}'
+        raise UsageError(msg)
+    if channels != 3:
+        msg = f'model.name: "{name}" takes images of 3 channels, data.source has {channels}; use "cifar/resnet20"'
+        raise UsageError(msg)
+    model: nn.Module = torchvision.models.get_model(
+        name.removeprefix("torchvision/"), weights=None, num_classes=classes
+    )
+    return model
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Fill a network with the weights in a file; all of them must fit, and nothing is changed if one does not.
+
+    Args:
+        model: Changed in place.
+        path: A .safetensors file, or a .pth, .pt or .th file with a state dict, alone or under the key "state_dict" or
+            "model". A leading "module." of a name, left by DataParallel, is ignored.
+
+    Raises:
+        UsageError: The file is missing, damaged, needs code to load, or does not fit the network.
+    """
+    expected = model.state_dict()
+    state = {
+        name if name in expected else name.removeprefix("module."): value for name, value in _read_state(path).items()
+    }
+    # BN's count of batches is used by no one who does not train with momentum=None; old files lack it.
+    problems = {
+        "missing": [key for key in expected if key not in state and not key.endswith("num_batches_tracked")],
+        "unexpected": [key for key in state if key not in expected],
+        "wrong shape": [
+            f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
+            for key, value in expected.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    if any(problems.values()):
+        text = "; ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in problems.items() if keys)
+        msg = f"model.weights: {path} does not fit the network in model.name: {text}"
+        raise UsageError(msg)
+    model.load_state_dict(state, strict=False)
+
+
+def _first(keys: list[str]) -> str:
+    return ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        msg = f"model.weights: no file {path}; correct the path, or leave model.weights out to train the float network"
+        raise UsageError(msg)
+    if path.suffix not in (".safetensors", ".pth", ".pt", ".th"):
+        msg = f"model.weights: {path} is none of .safetensors, .pth, .pt, .th; save model.state_dict() as one of them"
+        raise UsageError(msg)
+    content: Any
+    try:
+        if path.suffix == ".safetensors":
+            content = safetensors.torch.load_file(path)
+        else:
+            content = torch.load(path, weights_only=True, map_location="cpu")
+    except pickle.UnpicklingError as error:
+        # torch names the class or function that the file wants to have called.
+        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
+        problem = f"needs code to load ({wanted[1]})" if wanted else "is not a file of tensors, or needs code to load"
+        msg = f"model.weights: {path} {problem} and is refused; save model.state_dict() alone, best as .safetensors"
+        raise UsageError(msg) from error
+    except Exception as error:  # a damaged file fails in whatever way its bytes lead the reader to
+        reason = " ".join(str(error).partition("\n")[0].partition(". ")[0].split()) or type(error).__name__
+        msg = f"model.weights: {path} is damaged or not a file of tensors ({reason}); fetch or save it again"
+        raise UsageError(msg) from error
+    for key in ("state_dict", "model"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not (isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())):
+        msg = f"model.weights: {path} holds no state dict (names to tensors); save model.state_dict()"
+        raise UsageError(msg)
+    return {str(name): value for name, value in content.items()}

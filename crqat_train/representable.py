@@ -1,0 +1,103 @@
+"""Moves trained scales onto values that every target can store, before the delivered model is evaluated.
+
+After this the lowering to each target is exact: what torch evaluated is what the files contain. Two limits matter.
+TensorRT's float16 files hold scales in float16, and what a file holds of a weight is the scale after BN folding,
+s |gamma / sigma|. ONNX Runtime holds a bias as int32 in units of s_x s_w; a smaller product overflows silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, fx
+
+from crqat_train.graph import parameter
+from crqat_train.layout import QuantizerSpec, weight_node
+from crqat_train.methods import quantizer_of
+
+# |bias| / (s_x s_w) stays below this, half of int32's range.
+BIAS_LIMIT = 2.0**30
+# float16 holds no smaller normal number; below it the spacing of scales gets coarse, but the codes follow.
+_FLOAT16_TINY = 2.0**-24
+
+
+def fold_multiplier(bn: torch.nn.BatchNorm2d) -> Tensor:
+    """What BN multiplies each channel of a convolution by: gamma / sqrt(running_var + eps), float32 of shape [C]."""
+    gamma = bn.weight if bn.weight is not None else torch.ones_like(_running(bn.running_var))
+    return gamma.detach() / torch.sqrt(_running(bn.running_var) + bn.eps)
+
+
+def _running(statistics: Tensor | None) -> Tensor:
+    if statistics is None:
+        msg = "a BatchNorm without running statistics cannot be folded"
+        raise ValueError(msg)
+    return statistics
+
+
+@torch.no_grad()
+def make_representable(model: fx.GraphModule, specs: Sequence[QuantizerSpec], targets: Sequence[str]) -> list[str]:
+    """Round the scales of a quantized model in place; call it before the final evaluation.
+
+    Scales are rounded up, so that nothing that fitted is clipped. The change is below one part in a thousand for scales
+    that float16 holds as normal numbers.
+
+    Args:
+        model: The quantized GraphModule in its final state.
+        specs: Its quantizers.
+        targets: "onnxruntime", "tensorrt" or both.
+
+    Returns:
+        One line for each weight some of whose channels had to be raised to a larger scale.
+    """
+    scales = {spec.edge: quantizer_of(model, spec).scale for spec in specs}
+    for spec in specs:
+        if spec.kind == "activation" and "tensorrt" in targets:
+            scales[spec.edge].copy_(_up_to_float16(scales[spec.edge]))
+    notes = []
+    for spec in specs:
+        if spec.kind != "weight":
+            continue
+        scale = scales[spec.edge]
+        multiplier, bias = _folded(model, spec, scale)
+        folded = scale.reshape(-1) * multiplier.abs()
+        smallest = torch.full_like(folded, _FLOAT16_TINY if "tensorrt" in targets else 0.0)
+        if "onnxruntime" in targets and spec.input_edge is not None:
+            smallest = torch.maximum(smallest, bias.abs() / BIAS_LIMIT / scales[spec.input_edge])
+        # A channel that BN multiplies by 0 has codes 0 whatever its scale; it keeps the one it has.
+        raised = (folded < smallest) & (multiplier != 0)
+        folded = torch.where(raised, smallest, folded)
+        if "tensorrt" in targets:
+            folded = _up_to_float16(folded)
+        final = torch.where(multiplier != 0, folded / multiplier.abs(), scale.reshape(-1))
+        scale.copy_(final.reshape(scale.shape))
+        if bool(raised.any()):
+            notes.append(
+                f"{spec.operation}: scale of {int(raised.sum())} channels raised to what the targets can store"
+            )
+    return notes
+
+
+def _folded(model: fx.GraphModule, spec: QuantizerSpec, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """BN's multiplier and the folded bias of the operation that a weight belongs to, both of shape [channels]."""
+    quantized = next(iter(weight_node(model, spec).users))
+    arguments = next(iter(quantized.users)).args
+    bias = torch.zeros(scale.numel(), device=scale.device)
+    if len(arguments) > 2 and isinstance(arguments[2], fx.Node):
+        bias = parameter(model, arguments[2]).detach()
+    if spec.bn is None:
+        return torch.ones_like(bias), bias
+    bn = model.get_submodule(spec.bn)
+    if not isinstance(bn, torch.nn.BatchNorm2d):
+        msg = f"{spec.bn}: {type(bn).__name__} cannot be folded"
+        raise TypeError(msg)
+    multiplier = fold_multiplier(bn)
+    shift = bn.bias.detach() if bn.bias is not None else torch.zeros_like(multiplier)
+    return multiplier, shift + (bias - _running(bn.running_mean)) * multiplier
+
+
+def _up_to_float16(scale: Tensor) -> Tensor:
+    """The smallest float16 that is not below `scale`, as float32; at least float16's smallest number."""
+    rounded = scale.half()
+    below = rounded.float() < scale
+    return torch.where(below, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded).float()

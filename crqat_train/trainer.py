@@ -1,0 +1,388 @@
+"""The `train` stage: a float network, loaded or trained; its quantized copy, calibrated and trained; the better one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from artifacts.errors import ToolError, UsageError
+from artifacts.grid import save_grids
+from artifacts.images import Preprocessing
+from artifacts.progress import Progress
+from crqat_train import data, models
+from crqat_train.config import OptimizerConfig, TrainConfig
+from crqat_train.consistency import EMATeacher, consistency_loss, consistency_weight, ema_alpha
+from crqat_train.graph import parameter
+from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
+from crqat_train.methods import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
+from crqat_train.representable import make_representable
+
+Forward = Callable[[Tensor], Tensor]
+_EVALUATION_BATCH = 500
+_WARM_UP = 0.05
+
+
+def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
+    """Run the stage and fill `out` with checkpoints, Grids, the layout and the history.
+
+    Args:
+        config: Resolved recipe.
+        out: Empty directory.
+        progress: Told of epochs.
+
+    Returns:
+        The manifest's payload: accuracies on the validation split, which candidate is delivered, and what ran where.
+
+    Raises:
+        UsageError: The recipe does not fit its data or weights, or training diverged.
+        ToolError: The device asked for is not there.
+    """
+    started = time.monotonic()
+    device = _device(config.device)
+    with _deterministic(config.seed):
+        dataset = data.load(config.data.source, config.data.root, config.data.download)
+        split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
+        run = _Run(config, dataset, split, device, progress)
+        float_model = run.float_model()
+        save_file(_state(float_model), out / "float.safetensors")
+        float_accuracy = run.validate(float_model)
+        progress("float network", 1, 1, f"validation {float_accuracy:.2%}")
+        student, specs = run.quantize(float_model)
+        teacher, history = run.train_quantized(student, float_model)
+        candidates: dict[str, fx.GraphModule] = {"student": student}
+        if teacher is not None:
+            candidates["teacher"] = teacher
+        notes: list[str] = []
+        accuracies = {}
+        for name, candidate in candidates.items():
+            notes += [f"{name}: {note}" for note in make_representable(candidate, specs, config.targets)]
+            accuracies[name] = run.validate(candidate)
+            save_file(_state(candidate), out / f"{name}.safetensors")
+            progress(f"quantized {name}", 1, 1, f"validation {accuracies[name]:.2%}")
+    delivered = max(accuracies, key=lambda name: accuracies[name])
+    save_grids(out / "grids.json", {spec.edge: quantizer_of(candidates[delivered], spec).grid() for spec in specs})
+    (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in specs], indent=1))
+    (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history + history))
+    return {
+        "device": str(device),
+        "compiled": run.compiled,
+        "float": {"validation_accuracy": float_accuracy},
+        "candidates": {name: {"validation_accuracy": accuracy} for name, accuracy in accuracies.items()},
+        "delivered": delivered,
+        "validation_images": len(split.validation),
+        "preprocessing": asdict(dataset.preprocessing),
+        "class_names": list(dataset.class_names),
+        "input_shape": list(dataset.train_images.shape[1:]),
+        "quantizers": len(specs),
+        "notes": notes + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+class _Run:
+    """What the parts of one training share: data on the device, the split, the generator and the progress."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: data.Dataset,
+        split: data.Split,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.config, self.dataset, self.split, self.device, self.progress = config, dataset, split, device, progress
+        self.generator = torch.Generator(device).manual_seed(config.seed)
+        self.history: list[dict[str, Any]] = []
+        self.compiler = "" if config.compile == "never" else _compiler(device)
+        self.compiled = self.compiler or (
+            "no: the recipe says never" if config.compile == "never" else "no: no compiler"
+        )
+        self.validation_images = dataset.train_images[split.validation].to(device)
+        self.validation_labels = dataset.train_labels[split.validation].to(device)
+
+    def float_model(self) -> nn.Module:
+        """The float network, loaded from `model.weights` or trained by the recipe's `float` section; in eval mode."""
+        config = self.config
+        channels = self.dataset.train_images.shape[1]
+        model = models.build(config.model.name, len(self.dataset.class_names), channels).to(self.device)
+        if config.model.weights is not None:
+            models.load_weights(model, Path(config.model.weights))
+            return model.eval()
+        batches = self._batches(config.float_training)
+        forward, fit = self._compile(model), _Fit(model, config.float_training, len(batches), "float", self)
+        for epoch in fit.epochs():
+            model.train()
+            for views, labels in ((batch[0], batch[1]) for batch in batches.epoch(self.generator)):
+                fit.step(functional.cross_entropy(forward(views), labels))
+            self.history.append(fit.end_of_epoch(epoch, validation=self.validate(model)))
+        return model.eval()
+
+    def quantize(self, float_model: nn.Module) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
+        """Insert quantizers and start their ranges from training images."""
+        config = self.config
+        images = self.dataset.train_images[self.split.train[: config.quantization.calibration_images]].to(self.device)
+        batches = list(data.evaluation_batches(images, self.dataset.preprocessing, _EVALUATION_BATCH))
+        student, specs = quantize_model(
+            float_model, batches[0][:2], config.quantization, config.targets, METHODS[config.quantization.method]
+        )
+        student = student.to(self.device)
+        calibrate(student, specs, batches)
+        self.progress("calibration", 1, 1, f"{len(specs)} quantizers from {len(images)} training images")
+        return student, specs
+
+    def train_quantized(
+        self, student: fx.GraphModule, float_model: nn.Module
+    ) -> tuple[fx.GraphModule | None, list[dict[str, Any]]]:
+        """CR-QAT: returns the EMA teacher, None where there is none, and one row of history per epoch."""
+        config, consistency, history = self.config, self.config.consistency, []
+        if config.qat.epochs == 0:
+            return None, []
+        batches = self._batches(config.qat)
+        unlabeled = self._unlabeled()
+        fit = _Fit(student, config.qat, len(batches), "qat", self)
+        scales = [parameter for name, parameter in student.named_parameters() if name.endswith(".scale")]
+        forward = self._compile(student)
+        ema, average, teach = None, None, None
+        if consistency.teacher == "ema":
+            ema = copy.deepcopy(student).eval().requires_grad_(False)
+            average, teach = EMATeacher(ema, student), self._compile(ema)
+        elif consistency.teacher == "float":
+            teach = self._compile(copy.deepcopy(float_model).eval().requires_grad_(False))
+        views = 1 if teach is None else 2
+        for epoch in fit.epochs():
+            student.train()
+            for batch in batches.epoch(self.generator, views):
+                *images, labels = batch
+                if unlabeled is not None and teach is not None:
+                    images = [torch.cat(pair) for pair in zip(images, next(unlabeled), strict=True)]
+                logits = forward(images[0])
+                loss = functional.cross_entropy(logits[: len(labels)], labels)
+                if teach is not None:
+                    with torch.no_grad():
+                        target = teach(images[1])
+                    weight = consistency_weight(fit.steps_done, fit.steps, consistency)
+                    loss = loss + weight * consistency_loss(logits, target, consistency.temperature)
+                fit.step(loss)
+                torch._foreach_clamp_min_([scale.detach() for scale in scales], MIN_SCALE)
+                if average is not None:
+                    average.update(ema_alpha(fit.steps_done - 1, consistency.ema_decay))
+            row = {"lambda": consistency_weight(fit.steps_done, fit.steps, consistency) if teach is not None else 0.0}
+            row["validation"] = self.validate(student)
+            if ema is not None:
+                row["validation_teacher"] = self.validate(ema)
+            history.append(fit.end_of_epoch(epoch, **row))
+        student.eval()
+        return ema, history
+
+    def validate(self, model: nn.Module) -> float:
+        """Accuracy on the validation split, in 0..1."""
+        return accuracy(model, self.validation_images, self.validation_labels, self.dataset.preprocessing)
+
+    def _batches(self, section: OptimizerConfig) -> data.Batches:
+        images, labels = self.dataset.train_images[self.split.train], self.dataset.train_labels[self.split.train]
+        config = self.config.data
+        return data.Batches(
+            images,
+            labels,
+            self.dataset.preprocessing,
+            section.batch_size,
+            config.crop_padding,
+            config.flip,
+            self.device,
+        )
+
+    def _unlabeled(self) -> Iterator[tuple[Tensor, ...]] | None:
+        config = self.config.data
+        if config.unlabeled is None:
+            return None
+        source = data.load_unlabeled(config.unlabeled, config.root, config.download, self.dataset)
+        # Of the labeled source itself only the training part: the validation images stay unseen.
+        own = self.split.train if config.unlabeled == config.source else torch.arange(len(source.train_labels))
+        batches = data.Batches(
+            source.train_images[own], source.train_labels[own], self.dataset.preprocessing, self.config.qat.batch_size,
+            config.crop_padding, config.flip, self.device,
+        )  # fmt: skip
+        return batches.stream(self.generator, views=2)
+
+    def _compile(self, model: nn.Module) -> Forward:
+        return torch.compile(model) if self.compiler else model
+
+
+class _Fit:
+    """One training's optimizer and learning rate: linear warm-up over 5 % of the steps, then cosine to zero."""
+
+    def __init__(self, model: nn.Module, section: OptimizerConfig, steps_per_epoch: int, name: str, run: _Run) -> None:
+        self.section, self.name, self.run = section, name, run
+        self.steps, self.steps_done = section.epochs * steps_per_epoch, 0
+        decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(".scale")]
+        others = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(".scale")]
+        groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=0.9, nesterov=True)
+        self.loss_sum = torch.zeros((), device=run.device)
+        self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
+
+    def epochs(self) -> Iterator[int]:
+        """Epoch numbers from 1."""
+        for epoch in range(1, self.section.epochs + 1):
+            self.loss_sum.zero_()
+            self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
+            yield epoch
+
+    def step(self, loss: Tensor) -> None:
+        """One optimizer step on a scalar loss; nothing in here waits for the device."""
+        warm_up = max(1.0, _WARM_UP * self.steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.section.lr * min(1.0, (self.steps_done + 1) / warm_up) * cosine
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.loss_sum += loss.detach()
+        self.steps_done += 1
+        self.steps_in_epoch += 1
+
+    def end_of_epoch(self, epoch: int, **row: float) -> dict[str, Any]:
+        """One row of history. The loss is looked at here, once an epoch, not in every step.
+
+        Raises:
+            UsageError: It is not finite.
+        """
+        loss = float(self.loss_sum) / self.steps_in_epoch
+        if not math.isfinite(loss):
+            msg = f"{self.name}.lr: the loss is {loss} in epoch {epoch}; lower {self.name}.lr (now {self.section.lr:g})"
+            raise UsageError(msg)
+        seconds = time.monotonic() - self.epoch_started
+        shown = " ".join(f"{key} {value:.4f}" for key, value in {"loss": loss, **row}.items())
+        self.run.progress(f"{self.name} epochs", epoch, self.section.epochs, f"{shown} ({seconds:.1f} s)")
+        return {"phase": self.name, "epoch": epoch, "loss": loss, **row, "seconds": round(seconds, 3)}
+
+
+@torch.no_grad()
+def calibrate(student: fx.GraphModule, specs: list[QuantizerSpec], batches: list[Tensor]) -> None:
+    """Start every range where its mean squared rounding error is smallest.
+
+    Activations are observed in the float network: while calibrating, quantizers pass their input through.
+
+    Args:
+        student: Quantized GraphModule in eval mode.
+        specs: Its quantizers.
+        batches: Normalized training images, float32 of shape [N, C, H, W] each.
+    """
+    observers: dict[str, ActivationObserver] = {}
+    handles = []
+    for spec in specs:
+        observer = observers.setdefault(spec.edge, ActivationObserver()) if spec.kind == "activation" else None
+
+        def pass_through(_: nn.Module, inputs: tuple[Tensor], __: Tensor, own: Any = observer) -> Tensor:
+            if own is not None:
+                own.update(inputs[0])
+            return inputs[0]
+
+        handles.append(quantizer_of(student, spec).register_forward_hook(pass_through))
+    for batch in batches:
+        student(batch)
+    for handle in handles:
+        handle.remove()
+    for spec in specs:
+        if spec.kind == "activation":
+            observers[spec.edge].calibrate(quantizer_of(student, spec))
+        else:
+            calibrate_weight(quantizer_of(student, spec), weight_of(student, spec))
+
+
+def weight_of(student: fx.GraphModule, spec: QuantizerSpec) -> Tensor:
+    """The float tensor that a weight's quantizer sits on."""
+    return parameter(student, weight_node(student, spec))
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Tensor, labels: Tensor, preprocessing: Preprocessing) -> float:
+    """Share of images whose largest logit is the label's, in 0..1; the model is in eval mode meanwhile.
+
+    Args:
+        model: Maps normalized float32 [N, C, H, W] to logits [N, classes].
+        images: uint8 of shape [N, C, H, W].
+        labels: int64 of shape [N].
+        preprocessing: Of the network's input.
+    """
+    was_training = model.training
+    model.eval()
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    batches = data.evaluation_batches(images, preprocessing, _EVALUATION_BATCH)
+    for batch, expected in zip(batches, torch.split(labels, _EVALUATION_BATCH), strict=True):
+        correct += (model(batch).argmax(dim=1) == expected).sum()
+    model.train(was_training)
+    return int(correct) / len(labels)
+
+
+def rebuild(
+    train_dir: Path, config: TrainConfig, payload: dict[str, Any]
+) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
+    """The delivered quantized network of a finished train stage, on the CPU in eval mode.
+
+    Args:
+        train_dir: A verified train directory.
+        config: The recipe that it was trained by.
+        payload: Of its manifest.
+
+    Raises:
+        UsageError: The checkpoint does not fit the recipe's network.
+    """
+    from safetensors.torch import load_file
+
+    model = models.build(config.model.name, len(payload["class_names"]), payload["input_shape"][0]).eval()
+    example = torch.zeros(2, *payload["input_shape"])
+    student, specs = quantize_model(
+        model, example, config.quantization, config.targets, METHODS[config.quantization.method]
+    )
+    try:
+        student.load_state_dict(load_file(train_dir / f"{payload['delivered']}.safetensors"))
+    except RuntimeError as error:
+        msg = f"{train_dir}: the checkpoint is not of {config.model.name} as it is now; train again with --force"
+        raise UsageError(msg) from error
+    return student.eval(), specs
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+
+
+def _device(name: str) -> torch.device:
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        msg = "device: cuda is asked for and torch sees no CUDA device; set `device: auto`, or see crqat doctor"
+        raise ToolError(msg)
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def _compiler(device: torch.device) -> str:
+    """What torch.compile would use on this device, empty if there is nothing."""
+    if device.type == "cuda":
+        return "torch.compile (triton)"
+    name = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), "")
+    return f"torch.compile ({name})" if name else ""
+
+
+@contextmanager
+def _deterministic(seed: int) -> Iterator[None]:
+    """Same seed, same bits on a CPU; the settings before are restored."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)

@@ -1,0 +1,148 @@
+"""A trained Grid in a target's encoding, with the claim that it makes.
+
+exact: the same representable values. lossy: other values, which needs `export.allow_lossy`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from artifacts.grid import Grid
+
+Claim = Literal["exact", "lossy"]
+
+# x86 kernels without VNNI add two u8*s8 products in 16 bits: max(code) * 2 max|w| has to stay within this.
+INT16_MAX = 32767
+# Largest magnitude that low-bit weight codes are spread to. The int32 bias rounds to units of s_x s_w: the larger the
+# codes, the smaller the unit. 64 keeps 255 * (64 + 64) within 16 bits.
+SPREAD_LIMIT = 64
+# A scale of a channel without any weight; any positive number would do.
+_UNUSED_SCALE = np.float32(2.0**-10)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation's Grid as a target stores it.
+
+    Attributes:
+        grid: Codes of the stored type, zero point included.
+        dtype: np.int8 or np.uint8.
+        clip: Bounds of the integer Clip behind QuantizeLinear, None where the type's own saturation is the bound.
+        claim: See the module.
+    """
+
+    grid: Grid
+    dtype: type[np.signedinteger[Any]] | type[np.unsignedinteger[Any]]
+    clip: tuple[int, int] | None
+    claim: Claim = "exact"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight's codes and Grid as a target stores them, BN folded in.
+
+    Attributes:
+        codes: int8, of the weight's shape.
+        scale: float32 of shape [C], positive.
+        bias: float32 of shape [C]: the folded bias rounded to a multiple of the unit s_x s_w, the same for all targets.
+        bias_codes: The multiples, int32 of shape [C].
+        bias_error: Largest change of the bias by that rounding, in units of the real bias.
+        claim: See the module.
+        note: What a user should know, empty if nothing.
+    """
+
+    codes: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32]
+    bias_codes: npt.NDArray[np.int32]
+    bias_error: float
+    claim: Claim = "exact"
+    note: str = ""
+
+
+def lower_activation(grid: Grid, target: str) -> Activation:
+    """Encode an activation's trained Grid (zero point 0) for a target.
+
+    TensorRT has no unsigned INT8, so its codes are those of training. ONNX Runtime's x86 kernels want unsigned codes: a
+    Grid without negative codes keeps them, a signed one is shifted by its smallest code.
+    """
+    if target == "tensorrt":
+        full = grid.qmin in (-128, 0) and grid.qmax == 127  # with qmin 0 the tensor itself has no negative value
+        return Activation(grid, np.int8, None if full else (grid.qmin, grid.qmax))
+    shifted = Grid(grid.scale, -grid.qmin, 0, grid.qmax - grid.qmin)
+    return Activation(shifted, np.uint8, None if shifted.qmax == 255 else (0, shifted.qmax))
+
+
+def lower_weight(
+    grid: Grid,
+    weight: npt.NDArray[np.float32],
+    multiplier: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32],
+    input_activation: Activation | None,
+    depthwise: bool,
+    target: str,
+) -> Weight:
+    """Encode a weight for a target, with BN folded into the scale: codes are not rounded again.
+
+    Folding multiplies a channel's scale by |m| and flips the sign of its codes where m < 0; where m = 0 codes are 0.
+
+    Args:
+        grid: Trained per-channel Grid of the unfolded weight.
+        weight: The unfolded latent weight, float32 of shape [C, ...].
+        multiplier: m = gamma / sigma of each channel, float32 of shape [C]; ones without BN.
+        bias: Folded bias, float32 of shape [C].
+        input_activation: The lowered activation that the weight meets, None if that is not quantized.
+        depthwise: One filter per channel: those kernels have no 16-bit sums.
+        target: "onnxruntime" or "tensorrt".
+    """
+    column = (-1,) + (1,) * (weight.ndim - 1)
+    sign = np.sign(multiplier).astype(np.int32).reshape(column)
+    codes = grid.quantize(weight) * sign
+    scale = np.broadcast_to(grid.scale, multiplier.shape).astype(np.float32) * np.abs(multiplier)
+    # The trained scale was chosen so that the folded one is a float16; take the product's last rounding back.
+    half = scale.astype(np.float16).astype(np.float32)
+    scale = np.where(np.abs(half - scale) <= scale * 2.0**-21, half, scale).astype(np.float32)
+    scale = np.where(multiplier == 0, _UNUSED_SCALE, scale).astype(np.float32)
+    claim, note = "exact", ""
+    if target == "onnxruntime" and input_activation is not None:
+        largest = max(abs(grid.qmin), grid.qmax)
+        fitting = INT16_MAX // (2 * input_activation.grid.qmax)
+        if largest > fitting and not depthwise:
+            ratio = largest / fitting
+            codes = np.rint(codes / ratio).astype(np.int32)
+            scale = (scale * np.float32(ratio)).astype(np.float32)
+            claim, note = (
+                "lossy",
+                f"codes reduced to +-{fitting}: larger ones saturate 16-bit sums behind a signed input",
+            )
+    spread = _spread(grid)
+    unit_bias_scale = scale / np.float32(spread)
+    if target == "onnxruntime":
+        codes, scale = codes * spread, unit_bias_scale
+    input_scale = np.float32(1) if input_activation is None else input_activation.grid.scale[0]
+    unit = (input_scale * unit_bias_scale).astype(np.float32)
+    wanted, limit = np.rint(bias.astype(np.float64) / unit), 2.0**31 - 1
+    if (np.abs(wanted) > limit).any():
+        claim, note = (
+            "lossy",
+            "the bias does not fit int32 in units of s_x s_w; train for onnxruntime to raise the scale",
+        )
+    bias_codes = np.clip(wanted, -limit, limit).astype(np.int32)
+    rounded = (bias_codes * unit.astype(np.float64)).astype(np.float32)
+    error = float(np.abs(rounded.astype(np.float64) - bias).max())
+    return Weight(codes.astype(np.int8), scale, rounded, bias_codes, error, claim, note)  # type: ignore[arg-type]
+
+
+def _spread(grid: Grid) -> int:
+    """The largest power of two that keeps low-bit codes within SPREAD_LIMIT; 1 for 7 and 8 bits."""
+    largest = max(abs(grid.qmin), grid.qmax)
+    return 1 if largest >= SPREAD_LIMIT else 1 << int(np.log2(SPREAD_LIMIT / largest))
+
+
+def clip_bound(high: float, grid: Grid) -> int:
+    """The largest code of ``rint(min(x, high) / scale)``: what an integer Clip needs to replace a float one (ReLU6)."""
+    return min(grid.qmax, int(np.rint(np.float32(high) / grid.scale[0])) + grid.zero_point)

@@ -1,0 +1,368 @@
+"""An integer simulator of a QDQ file: the codes that an exact integer runtime computes, from the file alone.
+
+The arithmetic between codes is that of ONNX Runtime's CPU kernels, in float32 where they use float32: requantization
+multiplies an int32 sum by (s_x s_w) / s_y and rounds half to even. Where a file asks for something else, a residual Add
+of a float convolution for instance, values are computed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import numpy_helper
+
+Array = npt.NDArray[Any]
+
+# Relative rounding error of one float32 operation.
+UNIT_ROUNDOFF = 2.0**-24
+
+
+class NotSimulated(Exception):
+    """The file contains an operation that the simulator does not know; the message names node and operation."""
+
+
+@dataclass
+class Codes:
+    """Quantized values: integers with the zero point taken off, so that 0 is 0.0."""
+
+    integers: Array
+    scale: np.float32
+    zero_point: int
+
+
+@dataclass
+class Sum:
+    """What a Conv or Gemm computes before it is rounded: (sums + bias) * unit, per channel on axis 1.
+
+    Attributes:
+        sums: int32 sums as float64, exact.
+        bias: In units of `unit`; an integer for ONNX Runtime's files.
+        unit: s_x s_w, float32 of shape [C].
+        magnitude: Sum of |code_x code_w| of each element, for the bound of a float computation of the same.
+        terms: Products in each sum.
+        relu: Whether a ReLU follows.
+    """
+
+    sums: Array
+    bias: Array
+    unit: Array
+    magnitude: Array
+    terms: int
+    relu: bool = False
+
+
+@dataclass
+class Added:
+    """a + b of two quantized tensors."""
+
+    first: Codes
+    second: Codes
+    relu: bool = False
+
+
+@dataclass
+class Pooled:
+    """The mean over the pixels of a quantized tensor; `sums` over `count` codes each."""
+
+    sums: Array
+    count: int
+    scale: np.float32
+
+
+Value = Codes | Sum | Added | Pooled | Array
+
+
+@dataclass
+class Simulation:
+    """What came out.
+
+    Attributes:
+        codes: Tensor of codes (zero point taken off, int32) by its name in the file.
+        logits: float32 of shape [N, classes].
+        tie_bound: Name of a tensor of codes -> how far from a rounding tie, in codes, two correct float32
+            computations of the same value can lie apart (probabilistic bound of Higham and Mary 2019 with lambda = 8
+            for the sum, plus a handful of single roundings). Codes may differ by one only within this distance.
+        before_rounding: Name of a tensor of codes -> values / scale before rounding, float64.
+        forced: Name of a tensor of codes -> integers that the operations behind it see instead of the computed ones.
+    """
+
+    codes: dict[str, Array] = field(default_factory=dict)
+    logits: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    tie_bound: dict[str, float] = field(default_factory=dict)
+    before_rounding: dict[str, Array] = field(default_factory=dict)
+    forced: Mapping[str, Array] = field(default_factory=dict)
+
+    def record(self, name: str, codes: Codes, before: Array, bound: float) -> Codes:
+        """Keep a quantizer's result and give what goes on from there."""
+        self.codes[name], self.before_rounding[name], self.tie_bound[name] = codes.integers, before, bound
+        return replace(codes, integers=self.forced.get(name, codes.integers))
+
+
+def simulate(
+    model: onnx.ModelProto, images: npt.NDArray[np.float32], forced: Mapping[str, Array] | None = None
+) -> Simulation:
+    """Run a QDQ file in integers.
+
+    Args:
+        model: An ONNX file written by `export.qdq`.
+        images: Normalized input, float32 of shape [N, C, H, W].
+        forced: See `Simulation`; with it, a difference shows where it arises and does not spread (teacher forcing).
+
+    Raises:
+        NotSimulated: The file contains an operation that is not known here.
+    """
+    result = Simulation(forced=forced or {})
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    values: dict[str, Value] = {"input": images.astype(np.float32)}
+    for node in model.graph.node:
+        operation = _OPERATIONS.get(node.op_type)
+        if operation is None:
+            msg = f"{node.name or node.output[0]}: the simulator does not know {node.op_type}"
+            raise NotSimulated(msg)
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            continue  # a weight or a bias: read where it is used
+        values[node.output[0]] = operation(node, values, constants, model, result)
+    logits = values["logits"]
+    if isinstance(logits, Sum):
+        # QGemm: one multiplication of the int32 sum.
+        total = (logits.sums + _column(logits.bias, logits.sums)).astype(np.float32)
+        logits = total * _column(logits.unit, total)
+    result.logits = np.asarray(logits, dtype=np.float32)
+    return result
+
+
+def _attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def _column(values: Array, like: Array) -> Array:
+    return values.reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+def _real(value: Value) -> Array:
+    """The real value of anything, float64."""
+    if isinstance(value, Codes):
+        return value.integers.astype(np.float64) * float(value.scale)
+    if isinstance(value, Sum):
+        real: Array = (value.sums + _column(value.bias, value.sums)) * _column(value.unit, value.sums).astype(
+            np.float64
+        )
+        return np.maximum(real, 0.0) if value.relu else real
+    if isinstance(value, Added):
+        real = _real(value.first) + _real(value.second)
+        return np.maximum(real, 0.0) if value.relu else real
+    if isinstance(value, Pooled):
+        return value.sums * (float(value.scale) / value.count)
+    return value.astype(np.float64)
+
+
+def _quantize(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Codes:
+    scale = np.float32(constants[node.input[1]])
+    zero = constants[node.input[2]]
+    zero_point, info = int(zero), np.iinfo(zero.dtype)
+    value = values[node.input[0]]
+    fallback = _real(value) / float(scale)
+    bound = 4 * UNIT_ROUNDOFF * float(np.abs(fallback).max(initial=0.0))
+    if isinstance(value, Sum):
+        total = (value.sums + _column(value.bias, value.sums)).astype(np.float32)
+        rounded = np.rint(total * _column((value.unit / scale).astype(np.float32), total))
+        spread = (value.magnitude + np.abs(_column(value.bias, value.sums))) * _column(value.unit, value.sums) / scale
+        bound += (8 * np.sqrt(value.terms + 1) + 8) * UNIT_ROUNDOFF * float(spread.max(initial=0.0))
+    elif isinstance(value, Added):
+        rounded = _qlinear_add(value, scale, zero_point)
+        both = np.abs(_real(value.first)) + np.abs(_real(value.second))
+        bound += 8 * UNIT_ROUNDOFF * float(both.max(initial=0.0)) / float(scale)
+    elif isinstance(value, Pooled):
+        rounded = np.rint(
+            value.sums.astype(np.float32) * np.float32(value.scale / np.float32(scale * np.float32(value.count)))
+        )
+        bound += 8 * np.sqrt(value.count) * UNIT_ROUNDOFF * float(np.abs(fallback).max(initial=0.0))
+    elif isinstance(value, np.ndarray) and value.dtype == np.float32:
+        rounded = np.rint(value / scale)
+    else:
+        rounded = np.rint(fallback)
+    lowest = 0 if isinstance(value, (Sum, Added)) and value.relu else info.min - zero_point
+    integers = np.clip(rounded, lowest, info.max - zero_point).astype(np.int32)
+    return out.record(node.output[0], Codes(integers, scale, zero_point), fallback, bound)
+
+
+def _qlinear_add(value: Added, scale: np.float32, zero_point: int) -> Array:
+    """rint(fma(rA, A, fma(rB, B, c))) on raw codes, as ONNX Runtime's AVX2 kernel orders it; zero point taken off."""
+    a, b = value.first, value.second
+    ratio_a, ratio_b = np.float32(a.scale / scale), np.float32(b.scale / scale)
+    offset = np.float32(ratio_a * np.float32(a.zero_point)) + np.float32(ratio_b * np.float32(b.zero_point))
+    constant = np.float32(np.float32(zero_point) - np.float32(offset))
+    raw_a, raw_b = (v.integers.astype(np.float64) + v.zero_point for v in (a, b))
+    # A float64 holds the product of a float32 and an 8-bit code exactly, so rounding once to float32 is an fma.
+    inner = (float(ratio_b) * raw_b + float(constant)).astype(np.float32)
+    return np.rint((float(ratio_a) * raw_a + inner).astype(np.float32)) - zero_point
+
+
+def _dequantize(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, __: Simulation
+) -> Value:
+    value = values[node.input[0]]
+    if not isinstance(value, Codes):
+        msg = f"{node.name}: the simulator wants codes in front of a DequantizeLinear"
+        raise NotSimulated(msg)
+    # The same Grid behind as before, in float16 maybe: the exporter writes nothing else.
+    return Codes(value.integers, np.float32(constants[node.input[1]]), value.zero_point)
+
+
+def _clip(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
+    value = values[node.input[0]]
+    low, high = (constants[name] if name else None for name in [*node.input, "", ""][1:3])
+    if isinstance(value, Codes) and low is not None and low.dtype in (np.uint8, np.int8):
+        clipped = np.clip(value.integers, int(low) - value.zero_point, int(high) - value.zero_point)  # type: ignore[arg-type]
+        before, bound = out.before_rounding[node.input[0]], out.tie_bound[node.input[0]]
+        return out.record(node.output[0], Codes(clipped, value.scale, value.zero_point), before, bound)
+    minimum = -np.inf if low is None else float(low)
+    return np.clip(_real(value), minimum, np.inf if high is None else float(high))
+
+
+def _relu(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
+    """Rounding is monotone, so a ReLU before it is a bound of the codes behind it."""
+    value = values[node.input[0]]
+    if isinstance(value, (Sum, Added)):
+        return replace(value, relu=True)
+    return np.maximum(_real(value), 0.0)
+
+
+def _weight(name: str, constants: dict[str, Array], model: onnx.ModelProto) -> tuple[Array, Array]:
+    """Codes (float64) and scale (float32) behind the DequantizeLinear that a Conv or Gemm reads."""
+    for node in model.graph.node:
+        if name in node.output and node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            return constants[node.input[0]].astype(np.float64), constants[node.input[1]].astype(np.float32)
+    msg = f"{name}: the simulator wants weights as integers behind a DequantizeLinear"
+    raise NotSimulated(msg)
+
+
+def _matmul(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, _: Simulation
+) -> Value:
+    x = values[node.input[0]]
+    if not isinstance(x, Codes):
+        msg = f"{node.name}: the simulator wants a quantized input of {node.op_type}"
+        raise NotSimulated(msg)
+    weight, weight_scale = _weight(node.input[1], constants, model)
+    unit = (x.scale * weight_scale).astype(np.float32)
+    attributes = _attributes(node)
+    if node.op_type == "Gemm" and not attributes.get("transB"):
+        msg = f"{node.name}: the simulator wants a Gemm with transB"
+        raise NotSimulated(msg)
+    integers = x.integers.astype(np.float64)
+    sums = _sums(integers, weight, attributes, node.op_type)
+    magnitude = _sums(np.abs(integers), np.abs(weight), attributes, node.op_type)
+    return Sum(sums, _bias(node, constants, model, unit), unit, magnitude, int(weight[0].size))
+
+
+def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> Array:
+    """Exact integer sums: float64 holds them all."""
+    if op_type == "Gemm":
+        return x @ weight.T
+    pads = attributes.get("pads", [0, 0, 0, 0])
+    padded = np.pad(x, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
+    convolved = torch.nn.functional.conv2d(
+        torch.from_numpy(padded),
+        torch.from_numpy(weight),
+        stride=attributes.get("strides", [1, 1]),
+        dilation=attributes.get("dilations", [1, 1]),
+        groups=attributes.get("group", 1),
+    )
+    return convolved.numpy()
+
+
+def _bias(node: onnx.NodeProto, constants: dict[str, Array], model: onnx.ModelProto, unit: Array) -> Array:
+    """The bias in units of s_x s_w, float64: the int32 codes themselves, or a float bias divided by the unit.
+
+    The exporter rounds biases to whole units, or to a 64th where low-bit codes are not spread. A float32 bias that is
+    one within its own rounding is taken for it; a float16 one is what it is.
+    """
+    if len(node.input) < 3 or not node.input[2]:
+        return np.zeros(unit.shape)
+    if node.input[2] in constants:
+        units = constants[node.input[2]].astype(np.float64) / unit.astype(np.float64)
+        whole = np.rint(units * 64) / 64
+        return np.where(np.abs(whole - units) <= 2 * UNIT_ROUNDOFF * np.abs(units), whole, units)
+    return _weight(node.input[2], constants, model)[0]
+
+
+def _add(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
+    first, second = (values[name] for name in node.input)
+    if isinstance(first, Codes) and isinstance(second, Codes):
+        return Added(first, second)
+    return _real(first) + _real(second)
+
+
+def _pool(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
+    value = values[node.input[0]]
+    if not isinstance(value, Codes):
+        return np.asarray(_real(value).mean(axis=(2, 3), keepdims=True))
+    sums = value.integers.astype(np.float64).sum(axis=(2, 3), keepdims=True)
+    return Pooled(sums, int(np.prod(value.integers.shape[2:])), value.scale)
+
+
+def _move(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+    value = values[node.input[0]]
+    if not isinstance(value, Codes):
+        return _moved(node, _real(value), constants)
+    return Codes(_moved(node, value.integers, constants), value.scale, value.zero_point)
+
+
+def _moved(node: onnx.NodeProto, array: Array, constants: dict[str, Array]) -> Array:
+    attributes = _attributes(node)
+    if node.op_type == "Slice":
+        starts, ends, axes, steps = (constants[name] for name in node.input[1:5])
+        index: list[slice] = [slice(None)] * array.ndim
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            index[int(axis)] = slice(int(start), min(int(end), array.shape[int(axis)]), int(step))
+        return array[tuple(index)]
+    if node.op_type == "Pad":
+        pads = constants[node.input[1]].reshape(2, -1).T
+        return np.pad(array, [(int(before), int(after)) for before, after in pads])
+    if node.op_type == "Flatten":
+        return array.reshape(array.shape[0], -1)
+    if node.op_type == "Reshape":
+        shape = [array.shape[0] if i == 0 and s in (0, 2) else int(s) for i, s in enumerate(constants[node.input[1]])]
+        return array.reshape(shape)
+    if node.op_type == "Transpose":
+        return array.transpose(attributes["perm"])
+    if node.op_type == "MaxPool":
+        tensor = torch.from_numpy(array.astype(np.float64))
+        kernel, pads = attributes["kernel_shape"], attributes.get("pads", [0, 0, 0, 0])
+        tensor = torch.nn.functional.pad(tensor, (pads[1], pads[3], pads[0], pads[2]), value=-np.inf)
+        pooled = torch.nn.functional.max_pool2d(
+            tensor, kernel, attributes.get("strides", [1, 1]), dilation=attributes.get("dilations", [1, 1]),
+            ceil_mode=bool(attributes.get("ceil_mode", 0)),
+        )  # fmt: skip
+        return pooled.numpy().astype(array.dtype)
+    msg = f"{node.name}: the simulator does not know {node.op_type}"
+    raise NotSimulated(msg)
+
+
+def _cast(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
+    return values[node.input[0]]
+
+
+_OPERATIONS: dict[str, Any] = {
+    "QuantizeLinear": _quantize,
+    "DequantizeLinear": _dequantize,
+    "Clip": _clip,
+    "Relu": _relu,
+    "Conv": _matmul,
+    "Gemm": _matmul,
+    "Add": _add,
+    "GlobalAveragePool": _pool,
+    "Cast": _cast,
+    **dict.fromkeys(("Slice", "Pad", "Flatten", "Reshape", "Transpose", "MaxPool"), _move),
+}

@@ -1,0 +1,128 @@
+"""The `export` stage: a finished training becomes ONNX files, the proof of them, and the images to measure them on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from safetensors.torch import load_file
+
+from artifacts.errors import UsageError
+from artifacts.grid import grids_hash, load_grids
+from artifacts.images import Preprocessing
+from artifacts.progress import Progress
+from artifacts.store import verify_stage
+from crqat_train import data
+from crqat_train.config import TrainConfig
+from crqat_train.trainer import rebuild, weight_of
+from export.config import ExportConfig
+from export.lint import lint
+from export.qdq import QDQModel, float_model, qdq_model
+from export.trace import macs, marked_graph
+from export.verify import fusion, verify
+
+METADATA_SCHEMA = "1"
+
+
+def export(
+    train_dir: Path,
+    train: TrainConfig,
+    config: ExportConfig,
+    out: Path,
+    progress: Progress,
+    run: str,
+    git_revision: str,
+) -> dict[str, Any]:
+    """Run the stage and fill `out`.
+
+    Args:
+        train_dir: A finished train stage; its hashes are verified first.
+        train: The recipe it was trained by.
+        config: What to write.
+        out: Empty directory.
+        progress: Told of files and checks.
+        run: The run's name.
+        git_revision: For the files' metadata.
+
+    Returns:
+        The manifest's payload: one entry for each file with its claims, fusion and verification.
+
+    Raises:
+        UsageError: An edge cannot keep its Grid on a target without `export.allow_lossy`, or a file breaks a rule.
+    """
+    trained = verify_stage(train_dir).payload
+    targets = config.targets or train.targets
+    model, specs = rebuild(train_dir, train, trained)
+    grids = load_grids(train_dir / "grids.json")
+    latent = {spec.edge: weight_of(model, spec).detach().numpy() for spec in specs if spec.kind == "weight"}
+    preprocessing = Preprocessing(**{key: tuple(value) for key, value in trained["preprocessing"].items()})
+    metadata = {
+        "crqat.schema_version": METADATA_SCHEMA,
+        "crqat.run": run,
+        "crqat.preprocessing": json.dumps(trained["preprocessing"]),
+        "crqat.class_names": json.dumps(trained["class_names"]),
+        "crqat.grids_sha256": grids_hash(grids),
+        "crqat.git_revision": git_revision,
+    }
+    shape, classes = trained["input_shape"], len(trained["class_names"])
+    graph = marked_graph(model, specs, shape, classes)
+    node_macs = macs(graph)
+    steps = 2 + len(targets)
+    exported: dict[str, QDQModel] = {}
+    for target in targets:
+        precision = config.tensorrt_precision if target == "tensorrt" else "float32"
+        exported[target] = qdq_model(
+            graph, specs, grids, latent, target, precision, {**metadata, "crqat.target": target}
+        )
+        _refuse(exported[target], target, config.allow_lossy)
+        progress("export", len(exported), steps, f"{target}.onnx")
+    dataset = data.load(train.data.source, train.data.root, train.data.download)
+    # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
+    model_float, _ = rebuild(train_dir, train, trained)
+    model_float.load_state_dict(load_file(train_dir / "float.safetensors"), strict=False)
+    baseline = float_model(marked_graph(model_float, specs, shape, classes), {**metadata, "crqat.target": "float"})
+    onnx.save(baseline, out / "float.onnx")
+    chosen = data.split(len(dataset.train_labels), train.data.validation, train.seed).validation[: config.verify_images]
+    proof = verify(model, specs, grids, exported, preprocessing(dataset.train_images[chosen].numpy()))
+    progress("export", steps - 1, steps, "; ".join(f"{name}: {entry['status']}" for name, entry in proof.items()))
+    entries: list[dict[str, Any]] = [{"file": "float.onnx", "target": "float"}]
+    for name, file in exported.items():
+        onnx.save(file.model, out / f"{name}.onnx")
+        entries.append(
+            {
+                "file": f"{name}.onnx",
+                "target": name,
+                "precision": config.tensorrt_precision if name == "tensorrt" else "float32",
+                "claims": file.claims(),
+                "macs": node_macs,
+                "verification": proof[name],
+                "fusion": fusion(file.model) if name == "onnxruntime" else None,
+            }
+        )
+    np.save(out / "images.npy", dataset.test_images.numpy())
+    np.save(out / "labels.npy", dataset.test_labels.numpy())
+    progress("export", steps, steps, f"{len(dataset.test_labels)} test images")
+    return {
+        "run": run,
+        "images": "images.npy",
+        "labels": "labels.npy",
+        "class_names": trained["class_names"],
+        "grids_sha256": metadata["crqat.grids_sha256"],
+        "training": trained,
+        "models": entries,
+    }
+
+
+def _refuse(file: QDQModel, target: str, allow_lossy: bool) -> None:
+    findings = lint(file.model, target)
+    if findings:
+        msg = f"{target}.onnx breaks {len(findings)} rules, first: {findings[0]}"
+        raise UsageError(msg)
+    lossy = {edge: claim for edge, claim in file.claims().items() if claim["claim"] == "lossy"}
+    if lossy and not allow_lossy:
+        edge, claim = next(iter(lossy.items()))
+        msg = f"export.targets: {target} cannot hold {len(lossy)} trained Grids, first {edge} ({claim['note']}); "
+        raise UsageError(msg + f"add {target} to `targets` and train again, or set export.allow_lossy: true")

@@ -1,0 +1,240 @@
+"""The float network as ONNX, with a marker on every quantized edge, BN folded, and operations named by their layers.
+
+torch's exporters refuse narrow and low-bit fake quantization, so the float graph is exported and the markers say, by
+construction and not by matching names, where Q/DQ nodes belong.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
+from torch import Tensor, fx, nn
+
+from crqat_train.layout import QuantizerSpec
+
+OPSET = 17
+DOMAIN = "crqat"
+
+
+class _Mark(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, edge: str) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def symbolic(g: Any, x: Any, edge: str) -> Any:
+        return g.op(f"{DOMAIN}::Edge", x, edge_s=edge).setType(x.type())
+
+
+class _Marker(nn.Module):
+    def __init__(self, edge: str) -> None:
+        super().__init__()
+        self.edge = edge
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _Mark.apply(x, self.edge)  # type: ignore[no-any-return]
+
+
+@dataclass
+class Graph:
+    """An ONNX graph taken apart, so that passes edit plain lists and dictionaries.
+
+    Attributes:
+        nodes: In topological order.
+        constants: Name to array: initializers and folded Constant nodes.
+        fold: For each weight edge, what BN folding multiplied each output channel by, float32 of shape [C].
+        input_shape: [C, H, W].
+        classes: Width of the logits.
+    """
+
+    nodes: list[onnx.NodeProto]
+    constants: dict[str, npt.NDArray[Any]]
+    fold: dict[str, npt.NDArray[np.float32]]
+    input_shape: list[int]
+    classes: int
+
+    def producers(self) -> dict[str, onnx.NodeProto]:
+        """Tensor name -> the node that writes it."""
+        return {output: node for node in self.nodes for output in node.output}
+
+    def consumers(self) -> dict[str, list[onnx.NodeProto]]:
+        """Tensor name -> the nodes that read it, in order."""
+        result: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                result.setdefault(name, []).append(node)
+        return result
+
+
+def marked_graph(
+    model: fx.GraphModule, specs: Sequence[QuantizerSpec], input_shape: Sequence[int], classes: int
+) -> Graph:
+    """Export the network with its quantizers turned into markers, and fold BN into the convolutions.
+
+    Args:
+        model: Quantized GraphModule on the CPU in eval mode; it is not changed.
+        specs: Its quantizers.
+        input_shape: [C, H, W].
+        classes: Width of the logits.
+
+    Returns:
+        The float graph with a `crqat.Edge` node, attribute `edge`, on every quantized edge.
+    """
+    model = copy.deepcopy(model).eval()
+    for spec in specs:
+        model.get_submodule("quantizers").add_module(spec.module_name, _Marker(spec.edge))
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        # The TorchScript exporter is deprecated and works; the other one has no hook for unknown operations without
+        # further packages. Its tracer warnings speak of shapes that are constant here.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model,
+            (torch.zeros(2, *input_shape),),
+            buffer,  # type: ignore[arg-type]
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=["logits"],
+            dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
+            do_constant_folding=True,
+            custom_opsets={DOMAIN: 1},
+        )
+    graph = _take_apart(onnx.load_from_string(buffer.getvalue()), list(input_shape), classes)
+    _fold_bn(graph)
+    _name_operations(graph)
+    return graph
+
+
+def _take_apart(model: onnx.ModelProto, input_shape: list[int], classes: int) -> Graph:
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    alias: dict[str, str] = {}
+    nodes = []
+    for node in model.graph.node:
+        for index, name in enumerate(node.input):
+            node.input[index] = alias.get(name, name)
+        if node.op_type == "Constant":
+            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
+        elif node.op_type in {"Identity", "Dropout"}:
+            alias[node.output[0]] = node.input[0]
+        elif node.input and node.domain == "" and all(name in constants for name in node.input if name):
+            # The exporter computes what a Pad needs by a chain of operations on constants.
+            feeds = {name: constants[name] for name in node.input if name}
+            constants.update(zip(node.output, cast(list[Any], ReferenceEvaluator(node).run(None, feeds)), strict=True))
+        else:
+            nodes.append(node)
+    return Graph(nodes, constants, {}, input_shape, classes)
+
+
+def _weight_edge(graph: Graph, node: onnx.NodeProto) -> str | None:
+    """The edge name of a Conv or Gemm's quantized weight."""
+    marker = graph.producers().get(node.input[1])
+    return None if marker is None or marker.op_type != "Edge" else marker.attribute[0].s.decode()
+
+
+def _fold_bn(graph: Graph) -> None:
+    """Conv -> BatchNormalization becomes Conv with scaled weights and a bias; the factor is kept for the Grids.
+
+    y = gamma (conv(x, w) + b - mean) / sigma + beta = conv(x, m w) + beta + (b - mean) m, with m = gamma / sigma.
+    """
+    producers, consumers = graph.producers(), graph.consumers()
+    kept = []
+    for node in graph.nodes:
+        conv = producers.get(node.input[0]) if node.op_type == "BatchNormalization" else None
+        if conv is None or conv.op_type != "Conv" or len(consumers[conv.output[0]]) != 1:
+            kept.append(node)
+            continue
+        gamma, beta, mean, variance = (graph.constants[name].astype(np.float32) for name in node.input[1:5])
+        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+        multiplier = (gamma / np.sqrt(variance + np.float32(epsilon))).astype(np.float32)
+        bias = graph.constants[conv.input[2]] if len(conv.input) > 2 else np.zeros_like(mean)
+        marker = producers.get(conv.input[1])
+        weight_name = conv.input[1] if marker is None else marker.input[0]
+        weight = graph.constants[weight_name]
+        folded_weight, folded_bias = f"{weight_name}.folded", f"{weight_name}.folded_bias"
+        graph.constants[folded_weight] = weight * multiplier.reshape(-1, *[1] * (weight.ndim - 1))
+        graph.constants[folded_bias] = (beta + (bias - mean) * multiplier).astype(np.float32)
+        if marker is None:
+            conv.input[1] = folded_weight
+        else:
+            marker.input[0] = folded_weight
+            graph.fold[marker.attribute[0].s.decode()] = multiplier
+        del conv.input[2:]
+        conv.input.append(folded_bias)
+        conv.output[0] = node.output[0]
+    graph.nodes[:] = kept
+
+
+def _name_operations(graph: Graph) -> None:
+    """Give each Conv and Gemm the name of its layer; everything else keeps a unique name of its own."""
+    for index, node in enumerate(graph.nodes):
+        edge = _weight_edge(graph, node) if node.op_type in {"Conv", "Gemm", "MatMul"} else None
+        node.name = edge.split(".", 1)[1].rsplit("/", 2)[0] if edge else f"{node.op_type}_{index}"
+        if edge and any(other.name == node.name for other in graph.nodes[:index]):
+            node.name = f"{node.name}_{index}"
+
+
+def macs(graph: Graph) -> dict[str, int]:
+    """Multiply-accumulates of each Conv and Gemm for one image, by node name, from ONNX shape inference."""
+    shapes = _shapes(graph)
+    result = {}
+    for node in graph.nodes:
+        if node.op_type not in {"Conv", "Gemm"}:
+            continue
+        producer = graph.producers().get(node.input[1])
+        weight = graph.constants[node.input[1] if producer is None else producer.input[0]]
+        # Each element of the output takes one multiplication per weight of its channel.
+        result[node.name] = int(np.prod(shapes[node.output[0]][1:])) * int(weight.size // weight.shape[0])
+    return result
+
+
+def _shapes(graph: Graph) -> dict[str, list[int]]:
+    bare = [
+        helper.make_node("Identity", node.input, node.output) if node.op_type == "Edge" else node
+        for node in graph.nodes
+    ]
+    model = build_model(bare, graph.constants, graph, {}, OPSET, batch=1)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    values = [*inferred.graph.value_info, *inferred.graph.output]
+    return {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}
+
+
+def build_model(
+    nodes: Sequence[onnx.NodeProto],
+    constants: dict[str, npt.NDArray[Any]],
+    graph: Graph,
+    metadata: dict[str, str],
+    opset: int,
+    batch: int | str = "batch",
+) -> onnx.ModelProto:
+    """A checked ONNX model with input "input" float32 [batch, C, H, W] and output "logits" float32 [batch, classes].
+
+    Constants that no node reads are left out.
+    """
+    used = {name for node in nodes for name in node.input}
+    model = helper.make_model(
+        helper.make_graph(
+            list(nodes),
+            "crqat",
+            [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, [batch, *graph.input_shape])],
+            [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [batch, graph.classes])],
+            [numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items() if name in used],
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8 if opset < 19 else 10,
+        producer_name="crqat-edge",
+    )
+    helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model, full_check=True)
+    return model

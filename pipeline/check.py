@@ -1,0 +1,157 @@
+"""The `check` command: what a run directory or a file is, and whether it is intact."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from artifacts import store
+from artifacts.errors import UsageError
+from artifacts.grid import grids_hash, load_grids
+from pipeline.console import printable
+
+if TYPE_CHECKING:
+    import onnx
+
+
+def check(path: Path) -> list[str]:
+    """Verify what is there and describe it in lines.
+
+    Raises:
+        UsageError: It is damaged, or it is nothing that crqat knows.
+    """
+    if path.is_dir():
+        lines = _check_directory(path)
+    elif not path.exists():
+        msg = f"{path}: no such file or directory"
+        raise UsageError(msg)
+    elif path.suffix in (".yaml", ".yml"):
+        lines = _check_recipe(path)
+    elif path.suffix == ".onnx":
+        lines = [*_check_onnx(path), *_check_hash(path)]
+    elif path.name == "grids.json":
+        grids = load_grids(path)
+        lines = [f"{path}: {len(grids)} Grids, hash {grids_hash(grids)}", *_check_hash(path)]
+    elif path.name == "results.json":
+        lines = [*_check_results(path), *_check_hash(path)]
+    else:
+        msg = f"{path}: not a run directory, a recipe (.yaml), an .onnx file, grids.json or results.json"
+        raise UsageError(msg)
+    return [printable(line) for line in lines]
+
+
+def _check_directory(path: Path) -> list[str]:
+    from pipeline import stages
+
+    if (path / store.MANIFEST).is_file():
+        manifest = store.verify_stage(path)
+        return [_describe(path, manifest)]
+    found = [stage for stage in stages.STAGES if (path / stage).exists()]
+    if not found:
+        msg = f"{path}: no run here: none of {', '.join(stages.STAGES)}"
+        raise UsageError(msg)
+    lines = []
+    for stage in found:
+        manifest = store.verify_stage(path / stage)
+        if manifest.stage != stage:
+            msg = f"{path / stage}: holds the stage {manifest.stage}; was it copied from elsewhere?"
+            raise UsageError(msg)
+        stages.check_parent(path, manifest)
+        lines.append(_describe(path / stage, manifest))
+    return lines
+
+
+def _describe(directory: Path, manifest: store.Manifest) -> str:
+    """One line of a stage whose files were verified."""
+    environment = manifest.environment
+    version = environment.get("versions", {}).get("crqat-edge", "unknown")
+    return (
+        f"{directory}: stage {manifest.stage}, {len(manifest.files)} files intact, "
+        f"made by crqat {version} at revision {environment.get('git_revision', 'unknown')}"
+    )
+
+
+def _check_hash(path: Path) -> list[str]:
+    """Compare a file with the manifest beside it, if there is one that names it."""
+    if not (path.parent / store.MANIFEST).is_file():
+        return []
+    manifest = store.read_manifest(path.parent)
+    if path.name not in manifest.files:
+        return []
+    if store.sha256_file(path) != manifest.files[path.name]:
+        msg = f"{path}: altered or damaged (its SHA-256 is not the manifest's); run the stage again with --force"
+        raise UsageError(msg)
+    return [f"{path}: as the manifest beside it says"]
+
+
+def _check_recipe(path: Path) -> list[str]:
+    from pipeline import recipe
+
+    config = recipe.load(path)
+    return [f"{path}: recipe {config.name} is valid, for {', '.join(config.targets)}"]
+
+
+def _check_results(path: Path) -> list[str]:
+    from pipeline.gate import read_results
+
+    results = read_results(path)
+    models = [f"{path}: {file}: {model['target']}, {model['status']}" for file, model in results["models"].items()]
+    return [f"{path}: results of run {results['run']}, {len(models)} models", *models]
+
+
+def _check_onnx(path: Path) -> list[str]:
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        msg = f"{path}: not an ONNX file, or a truncated one"
+        raise UsageError(msg) from error
+    for tensor in _tensors(model):
+        # A tensor in another file is not covered by this one's hash, and its path may lead anywhere.
+        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
+            msg = f"{path}: the tensor {tensor.name} lies in another file; external data is refused"
+            raise UsageError(msg)
+    try:
+        onnx.checker.check_model(model)
+    except onnx.checker.ValidationError as error:
+        msg = f"{path}: breaks ONNX's rules: {str(error).strip().splitlines()[0]}"
+        raise UsageError(msg) from error
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), "unknown")
+    operators = [node.op_type for node in model.graph.node]
+    lines = [
+        f"{path}: ONNX opset {opset}, {len(operators)} nodes, "
+        f"{operators.count('QuantizeLinear')} QuantizeLinear, {operators.count('DequantizeLinear')} DequantizeLinear"
+    ]
+    return lines + [f"{path}: {entry.key}: {_short(entry.value)}" for entry in model.metadata_props]
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:197]}..."
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model, in subgraphs and functions too."""
+    yield from _tensors_of_graph(model.graph)
+    for function in model.functions:
+        for node in function.node:
+            yield from _tensors_of_node(node)
+
+
+def _tensors_of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _tensors_of_node(node)
+
+
+def _tensors_of_node(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _tensors_of_graph(graph)

@@ -1,0 +1,192 @@
+"""The command line. Nothing heavy is imported before a stage needs it: help and a recipe's errors are instant."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from artifacts.errors import CrqatError, ToolError, UsageError
+
+if TYPE_CHECKING:
+    from pipeline.gate import Verdict
+    from pipeline.recipe import Recipe
+
+INTERRUPTED = 130
+TEMPLATE = Path(__file__).parent / "templates" / "recipe.yaml"
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _recipe_arguments(command: _Command) -> _Command:
+    command = click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Default: runs.")(
+        command
+    )
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value: --set qat.epochs=3"
+    )(command)
+    return click.argument("recipe", type=click.Path(path_type=Path))(command)
+
+
+def _force_option(command: _Command) -> _Command:
+    return click.option("--force", is_flag=True, help="Run it even if it is up to date or damaged.")(command)
+
+
+def _load(path: Path, overrides: tuple[str, ...]) -> Recipe:
+    from pipeline import recipe
+
+    return recipe.load(path, overrides)
+
+
+@click.group()
+@click.version_option(package_name="crqat-edge", prog_name="crqat")
+def crqat() -> None:
+    """A float image classifier goes in, an INT8 model that is proven on its runtime comes out.
+
+    \b
+    Exit codes: 0 pass, 1 the gate failed, 2 usage or recipe,
+    3 environment or tool, 4 the gate is inconclusive, 130 interrupted.
+    """  # noqa: D301 - click's mark for lines that stay as they are
+
+
+@crqat.command()
+@_recipe_arguments
+@_force_option
+def run(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> int:
+    """Train, export, benchmark and judge; exit with the verdict."""
+    config = _load(recipe, overrides)
+    for stage in ("train", "export", "benchmark"):
+        _run_stage(stage, config, runs, force)
+    _show_results(config, runs)
+    return _judge(config, runs)
+
+
+@crqat.command()
+@_recipe_arguments
+@_force_option
+def train(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> None:
+    """Train the float network if need be, and quantize it."""
+    config = _load(recipe, overrides)
+    payload = _run_stage("train", config, runs, force)
+    click.echo(f"delivered: {payload['delivered']}; accuracy on the validation split:")
+    for name, entry in {"float": payload["float"], **payload["candidates"]}.items():
+        click.echo(f"  {name}: {100 * entry['validation_accuracy']:.2f} %")
+
+
+@crqat.command()
+@_recipe_arguments
+@_force_option
+def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> None:
+    """Write one ONNX file per target and prove it."""
+    config = _load(recipe, overrides)
+    payload = _run_stage("export", config, runs, force)
+    for model in payload["models"]:
+        proof = (model.get("verification") or {}).get("status", "the reference")
+        click.echo(f"{runs / config.name / 'export' / model['file']}: {proof}")
+
+
+@crqat.command()
+@_recipe_arguments
+@_force_option
+def benchmark(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> None:
+    """Measure every file on this machine; the verdict is the gate's."""
+    config = _load(recipe, overrides)
+    _run_stage("benchmark", config, runs, force)
+    _show_results(config, runs)
+
+
+@crqat.command()
+@_recipe_arguments
+def gate(recipe: Path, overrides: tuple[str, ...], runs: Path) -> int:
+    """Judge the benchmark's results; exit with the verdict."""
+    return _judge(_load(recipe, overrides), runs)
+
+
+@crqat.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def check(path: Path) -> None:
+    """Verify a run directory, a recipe, an ONNX file, grids.json or results.json."""
+    from pipeline import check as checks
+
+    for line in checks.check(path):
+        click.echo(line)
+
+
+@crqat.command()
+def doctor() -> int:
+    """Say what this machine can do and what is missing for what."""
+    from pipeline import doctor as examination
+
+    return examination.show()
+
+
+@crqat.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("recipe.yaml"))
+def init(path: Path) -> None:
+    """Write a commented recipe."""
+    try:
+        with path.open("x") as file:
+            file.write(TEMPLATE.read_text())
+    except FileExistsError as error:
+        msg = f"{path}: exists already; name another file"
+        raise UsageError(msg) from error
+    except OSError as error:
+        msg = f"{path}: cannot be written: {error.strerror}"
+        raise ToolError(msg) from error
+    click.echo(f"wrote {path}; next: crqat run {path}")
+
+
+def _run_stage(stage: str, config: Recipe, runs: Path, force: bool) -> dict[str, Any]:
+    from artifacts.store import read_manifest
+    from pipeline import console, stages
+
+    with console.show_progress() as progress:
+        directory = getattr(stages, stage)(config, runs, force, progress)
+    return read_manifest(directory).payload
+
+
+def _show_results(config: Recipe, runs: Path) -> None:
+    from pipeline import gate as rules
+    from pipeline import results, stages
+
+    directory = runs / config.name / "benchmark"
+    results.show(rules.read_results(directory / stages.RESULTS), directory)
+
+
+def _judge(config: Recipe, runs: Path) -> int:
+    from pipeline import gate as rules
+    from pipeline import results, stages
+
+    verdicts: list[Verdict] = stages.gate(config, runs)
+    results.show_verdicts(verdicts)
+    return rules.exit_code(verdicts)
+
+
+def main() -> None:
+    """The `crqat` command."""
+    # A recipe may name the user's own package.module:function; an installed command does not look here by itself.
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        code = crqat.main(prog_name="crqat", standalone_mode=False)
+    except CrqatError as error:
+        _say_error(str(error))
+        code = error.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        _say_error("interrupted; what was current before still is")
+        code = INTERRUPTED
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _say_error(message: str) -> None:
+    click.echo(f"crqat: error: {' '.join(message.split())}", err=True)
+
+
+if __name__ == "__main__":
+    main()

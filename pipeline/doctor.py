@@ -1,0 +1,148 @@
+"""The `doctor` command: what this machine can do, and what is missing for what."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import click
+
+from pipeline import console
+
+MISSING = 3
+# What torch.compile's CPU code needs: a compiler, and Python's own headers.
+_PROBE = '#include <Python.h>\n#include <cstdio>\nint main() { std::puts("hello"); return 0; }\n'
+# One multiply-accumulate instruction for INT8, on x86 and on ARM.
+_DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table.
+
+    Attributes:
+        what: The part.
+        found: What was found; None if it is missing.
+        purpose: What it is for.
+        remedy: What to do if it is missing.
+        needed: The path from recipe to verdict does not work without it.
+    """
+
+    what: str
+    found: str | None
+    purpose: str
+    remedy: str
+    needed: bool = False
+
+
+def show() -> int:
+    """Print the table and the conclusion; return the exit code."""
+    findings = examine()
+    columns = ("what", "found", "what it is for", "what to do")
+    rows = [(item.what, item.found or "MISSING", item.purpose, "" if item.found else item.remedy) for item in findings]
+    console.show_table("crqat doctor", columns, rows)
+    missing = [item.what for item in findings if item.needed and item.found is None]
+    if missing:
+        click.echo(f"crqat run does not work here; missing: {', '.join(missing)}")
+        return MISSING
+    click.echo("crqat run works here")
+    return 0
+
+
+def examine() -> list[Finding]:
+    """Look at everything. Heavy libraries are really imported, since an installed one may be broken."""
+    reinstall = "pip install crqat-edge in this environment again"
+    torch, nncf, onnx, runtime, sklearn = (
+        _import(name) for name in ("torch", "nncf", "onnx", "onnxruntime", "sklearn.datasets")
+    )
+    return [
+        Finding("PyTorch", _version(torch), "training", reinstall, needed=True),
+        Finding("NNCF", _version(nncf), "where quantizers sit", reinstall, needed=True),
+        Finding("ONNX", _version(onnx), "export", reinstall, needed=True),
+        Finding("ONNX Runtime", _providers(runtime), "proof and benchmark", reinstall, needed=True),
+        Finding("scikit-learn", "importable" if sklearn else None, "the embedded data set `digits`", reinstall),
+        Finding("C++ compiler", _compiler(), "torch.compile; eager otherwise", "install g++ and Python's headers"),
+        Finding("INT8 dot product", _dot_product(), "speed of INT8 on this CPU", "measure on the target instead"),
+        Finding("CUDA device", _cuda(torch), "faster training; TensorRT", "train on the CPU; measure on the target"),
+        Finding(
+            "TensorRT",
+            _first("tensorrt", "tensorrt_rtx"),
+            "engines of tensorrt.onnx",
+            "pip install tensorrt (or tensorrt-rtx)",
+        ),
+        Finding("PyCUDA", _first("pycuda.driver"), "running TensorRT engines", "pip install pycuda, beside CUDA"),
+    ]
+
+
+def _import(name: str) -> ModuleType | None:
+    """A module, without its greetings; None if it cannot be imported for whatever reason."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except Exception:  # a broken installation raises what it likes; it is missing all the same
+        return None
+    finally:
+        logging.disable(previous)
+
+
+def _version(module: ModuleType | None) -> str | None:
+    return None if module is None else str(getattr(module, "__version__", "importable"))
+
+
+def _first(*names: str) -> str | None:
+    for name in names:
+        module = _import(name)
+        if module is not None:
+            return f"{name} {_version(module)}"
+    return None
+
+
+def _providers(runtime: ModuleType | None) -> str | None:
+    return None if runtime is None else f"{_version(runtime)}: {', '.join(runtime.get_available_providers())}"
+
+
+def _compiler() -> str | None:
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and shutil.which(name) and _compiles(name):
+            return name
+    return None
+
+
+def _compiles(compiler: str) -> bool:
+    with tempfile.TemporaryDirectory() as directory:
+        source, program = Path(directory) / "hello.cpp", Path(directory) / "hello.o"
+        source.write_text(_PROBE)
+        command = [compiler, f"-I{sysconfig.get_path('include')}", "-c", str(source), "-o", str(program)]
+        try:
+            result = subprocess.run(command, capture_output=True, timeout=60, check=False)
+        except (OSError, subprocess.TimeoutExpired):
+            return False
+        return result.returncode == 0 and program.is_file()
+
+
+def _dot_product() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    words = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
+    return ", ".join(flag for flag in _DOT_PRODUCT if flag in words) or None
+
+
+def _cuda(torch: ModuleType | None) -> str | None:
+    return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_available() else None

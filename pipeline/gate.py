@@ -1,0 +1,295 @@
+"""The `gate` stage: judges a benchmark's results against limits. It measures nothing.
+
+A bound that is uncertain is judged by its interval: it passes if the whole interval is within the limit, fails if the
+whole interval is beyond it, and is inconclusive otherwise. What was not run neither passes nor fails.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+from xml.etree import ElementTree
+
+from artifacts.config import STRICT, Range
+from artifacts.errors import ToolError, UsageError
+
+SCHEMA_VERSION = 1
+Status = Literal["pass", "fail", "inconclusive", "not run", "error"]
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    """What every quantized model must keep to.
+
+    Attributes:
+        max_accuracy_drop: Percentage points of top-1 accuracy that it may lose against the float model.
+        min_agreement: Share of the test images on which it must answer as the float model does.
+        max_latency_ratio: Its latency divided by the float model's.
+        max_size_ratio: Its file size divided by the float model's.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    max_accuracy_drop: Annotated[float, Range(ge=0, le=100)] = 1.0
+    min_agreement: Annotated[float, Range(ge=0, le=1)] | None = None
+    max_latency_ratio: Annotated[float, Range(gt=0)] | None = None
+    max_size_ratio: Annotated[float, Range(gt=0)] | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One rule on one file.
+
+    Attributes:
+        rule: "measurement", "verification", "accuracy_drop", "agreement", "latency_ratio" or "size_ratio".
+        file: The model's file.
+        status: "error" means that the environment kept the rule from being judged.
+        measured: In the rule's own unit; None if there is no number.
+        interval: What the rule was judged by; None for what is exact.
+        allowed: The limit.
+        n: Images, inference rounds or codes behind `measured`.
+        message: One line.
+    """
+
+    rule: str
+    file: str
+    status: Status
+    measured: float | None
+    interval: tuple[float, float] | None
+    allowed: float | None
+    n: int | None
+    message: str
+
+
+def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
+    """Apply every rule that has a limit to every quantized model, in the order of the results.
+
+    Args:
+        results: What `runtime_eval.benchmark` returned or `read_results` read.
+        config: The limits.
+    """
+    verdicts = []
+    models: dict[str, Any] = results["models"]
+    float_latency = next((model["latency"] for model in models.values() if model["target"] == "float"), None) or {}
+    for file, model in models.items():
+        if model["status"] != "measured":
+            verdicts.append(_plain("measurement", file, "error", model["status"]))
+        elif model["target"] != "float" and model["versus_float"] is None:
+            verdicts.append(
+                _plain("measurement", file, "error", "the float model that it is compared with has no result")
+            )
+        if model["target"] == "float":
+            continue
+        verdicts.append(_verification(file, model["verification"]))
+        if model["status"] == "measured" and model["versus_float"] is not None:
+            verdicts += _limits(file, model, float_latency.get("unstable", False), config)
+    return verdicts
+
+
+def _plain(rule: str, file: str, status: Status, message: str) -> Verdict:
+    return Verdict(rule, file, status, None, None, None, None, message)
+
+
+def _verification(file: str, verification: dict[str, Any] | None) -> Verdict:
+    """The export's proof in integer codes: it must be there, have compared something, and have passed."""
+    if verification is None:
+        return _plain("verification", file, "fail", "the export did not verify this file; export it again")
+    codes, differing, images = verification["codes"], verification["differing_codes"], verification["images"]
+    figures = f"{differing} of {codes} codes differ on {images} images"
+    status: Status = "pass" if verification["status"] == "passed" and codes > 0 else "fail"
+    message = figures if verification["status"] == "passed" else f"{verification['status']}; {figures}"
+    return Verdict("verification", file, status, differing, None, None, codes, message)
+
+
+def _limits(file: str, model: dict[str, Any], float_unstable: str | bool, config: GateConfig) -> list[Verdict]:
+    versus, n = model["versus_float"], model["accuracy"]["n"]
+    verdicts = [
+        _at_most(
+            ("accuracy_drop", file, n, "test images"),
+            versus["drop_points"],
+            versus["drop_interval_points"],
+            config.max_accuracy_drop,
+            " points",
+        )
+    ]
+    if config.min_agreement is not None:
+        low, high = versus["agreement_interval"]
+        allowed = config.min_agreement
+        status: Status = "pass" if low >= allowed else "fail" if high < allowed else "inconclusive"
+        message = f"{versus['agreement']:.4f} [{low:.4f}, {high:.4f}] of {n} test images, required {allowed:g}"
+        verdicts.append(Verdict("agreement", file, status, versus["agreement"], (low, high), allowed, n, message))
+    if config.max_latency_ratio is not None:
+        verdicts.append(_latency(file, model, float_unstable, config.max_latency_ratio))
+    if config.max_size_ratio is not None:
+        ratio, allowed = versus["size_ratio"], config.max_size_ratio
+        message = f"{ratio:.4f} of the float file, allowed {allowed:g}"
+        status = "pass" if ratio <= allowed else "fail"
+        verdicts.append(Verdict("size_ratio", file, status, ratio, None, allowed, None, message))
+    return verdicts
+
+
+def _at_most(
+    what: tuple[str, str, int, str], measured: float, interval: Sequence[float], allowed: float, unit: str
+) -> Verdict:
+    """The verdict on an upper limit; `what` is rule, file, n and what n counts."""
+    rule, file, n, counted = what
+    low, high = interval
+    status: Status = "pass" if high <= allowed else "fail" if low > allowed else "inconclusive"
+    message = f"{measured:.3f} [{low:.3f}, {high:.3f}]{unit} over {n} {counted}, allowed {allowed:g}"
+    return Verdict(rule, file, status, measured, (low, high), allowed, n, message)
+
+
+def _latency(file: str, model: dict[str, Any], float_unstable: str | bool, allowed: float) -> Verdict:
+    latency, versus = model["latency"], model["versus_float"]
+    if latency["status"] != "measured":
+        return Verdict("latency_ratio", file, "not run", None, None, allowed, None, latency["status"])
+    what = ("latency_ratio", file, latency["rounds"], "rounds")
+    verdict = _at_most(what, versus["latency_ratio"], versus["latency_ratio_interval"], allowed, " of float")
+    for name, unstable in (("the float model", float_unstable), (file, latency["unstable"])):
+        if unstable:
+            message = f"{verdict.message}; {name} is unstable: {unstable}"
+            return Verdict(*what[:2], "inconclusive", verdict.measured, verdict.interval, allowed, what[2], message)
+    return verdict
+
+
+def exit_code(verdicts: Sequence[Verdict]) -> int:
+    """1 if a rule failed; else 3 for an error; else 4 if one is inconclusive or nothing passed; else 0.
+
+    A failure comes first because it is proven whatever else could not be measured.
+    """
+    statuses = {verdict.status for verdict in verdicts}
+    if "fail" in statuses:
+        return 1
+    if "error" in statuses:
+        return 3
+    return 0 if "pass" in statuses and "inconclusive" not in statuses else 4
+
+
+def junit(verdicts: Sequence[Verdict], run: str) -> str:
+    """JUnit XML, one testcase for each rule and file.
+
+    JUnit knows four outcomes: "fail" becomes `failure`, "not run" `skipped`, and both "inconclusive" and "error" become
+    `error` with that word as the type.
+    """
+    count = [verdict.status for verdict in verdicts].count
+    suite = ElementTree.Element(
+        "testsuite",
+        name=_xml_text(f"crqat gate {run}"),
+        tests=str(len(verdicts)),
+        failures=str(count("fail")),
+        errors=str(count("inconclusive") + count("error")),
+        skipped=str(count("not run")),
+    )
+    tags = {"fail": "failure", "inconclusive": "error", "error": "error", "not run": "skipped"}
+    for verdict in verdicts:
+        message = _xml_text(verdict.message)
+        case = ElementTree.SubElement(suite, "testcase", classname=_xml_text(verdict.file), name=verdict.rule)
+        if verdict.status == "pass":
+            ElementTree.SubElement(case, "system-out").text = message
+        else:
+            ElementTree.SubElement(case, tags[verdict.status], type=verdict.status, message=message)
+    ElementTree.indent(suite)
+    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=False) + "\n"
+
+
+def _xml_text(text: str) -> str:
+    """The text with each character that XML 1.0 cannot hold (a runtime's last words may have any) as U+FFFD."""
+    return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
+
+
+def read_results(path: Path) -> dict[str, Any]:
+    """Read a benchmark's results.json and check everything that `judge` relies on.
+
+    Raises:
+        UsageError: The file is not there or is damaged; the message names the file and the key.
+        ToolError: It cannot be read.
+    """
+    try:
+        data = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        msg = f"{path}: missing; run the benchmark first (crqat benchmark RECIPE)"
+        raise UsageError(msg) from error
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise ToolError(msg) from error
+    except (ValueError, RecursionError) as error:
+        msg = f"{path}: not JSON ({error}); run the benchmark again with --force"
+        raise UsageError(msg) from error
+    checked = _Checked(path, "", data)
+    if checked.get("schema_version", int) != SCHEMA_VERSION:
+        msg = f"{path}: schema_version {data['schema_version']}, this crqat reads {SCHEMA_VERSION}; benchmark again"
+        raise UsageError(msg)
+    checked.get("run", str)
+    models = checked.child("models")
+    for file in models.data:
+        _check_model(models.child(file))
+    results: dict[str, Any] = data
+    return results
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A JSON object and where it stands; whoever takes a value states its type."""
+
+    path: Path
+    key: str
+    data: Any
+
+    def _fail(self, key: str, expected: str) -> UsageError:
+        return UsageError(
+            f"{self.path}: damaged: {key or 'the file'} is not {expected}; run the benchmark again with --force"
+        )
+
+    def get(self, name: str, kind: type) -> Any:
+        """The value, of type `kind`; a float is finite and may be written as an integer, a bool is no number."""
+        if not isinstance(self.data, dict):
+            raise self._fail(self.key, "an object")
+        key = f"{self.key}.{name}".lstrip(".")
+        value: Any = self.data.get(name)
+        if kind is float and (type(value) not in (int, float) or not math.isfinite(value)):
+            raise self._fail(key, "a finite number")
+        if kind is not float and type(value) is not kind:
+            raise self._fail(key, f"of type {kind.__name__}")
+        return value
+
+    def child(self, name: str) -> _Checked:
+        """An object inside this one."""
+        return _Checked(self.path, f"{self.key}.{name}".lstrip("."), self.get(name, dict))
+
+    def interval(self, name: str) -> None:
+        """Check for two finite numbers in order."""
+        value = self.get(name, list)
+        if [type(v) in (int, float) and math.isfinite(v) for v in value] != [True, True] or value[0] > value[1]:
+            key = f"{self.key}.{name}"
+            raise self._fail(key, "an interval [low, high]")
+
+
+def _check_model(model: _Checked) -> None:
+    model.get("target", str)
+    if model.data.get("verification") is not None:
+        verification = model.child("verification")
+        verification.get("status", str)
+        for count in ("codes", "differing_codes", "images"):
+            verification.get(count, int)
+    if model.get("status", str) != "measured":
+        return
+    model.child("accuracy").get("n", int)
+    latency = model.child("latency")
+    timed = latency.get("status", str) == "measured"
+    if timed:
+        latency.get("rounds", int)
+        if latency.data.get("unstable") is not False:
+            latency.get("unstable", str)
+    if model.data.get("versus_float") is not None:
+        versus = model.child("versus_float")
+        for number in ("drop_points", "agreement", "size_ratio"):
+            versus.get(number, float)
+        versus.interval("drop_interval_points")
+        versus.interval("agreement_interval")
+        if timed:
+            versus.get("latency_ratio", float)
+            versus.interval("latency_ratio_interval")

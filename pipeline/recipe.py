@@ -1,0 +1,198 @@
+"""A recipe: one YAML file that holds every stage's configuration, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+
+from artifacts.config import STRICT, Range
+from artifacts.errors import UsageError
+from crqat_train.config import (
+    ConsistencyConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    QuantizationConfig,
+    Target,
+    TrainConfig,
+)
+from export.config import ExportConfig
+from pipeline.gate import GateConfig
+from pipeline.yaml_reader import parse_yaml, read_yaml
+from runtime_eval.config import BenchmarkConfig
+
+SECTIONS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "float": OptimizerConfig,
+    "quantization": QuantizationConfig,
+    "qat": OptimizerConfig,
+    "consistency": ConsistencyConfig,
+    "export": ExportConfig,
+    "benchmark": BenchmarkConfig,
+    "gate": GateConfig,
+}
+_SHOWN_ERRORS = 3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe file says; paths in it are relative to the current directory.
+
+    Attributes:
+        name: Of the run's directory: letters, digits, "_", "-" and "."; not starting with a dot.
+        data: The images.
+        model: The float network.
+        seed: Of everything random.
+        targets: The runtimes that the network must run on.
+        device: Where training runs; "auto" takes CUDA where there is one.
+        compile: "auto" fuses the training step by torch.compile where a C++ compiler is at hand.
+        float_training: The `float` section: how the float network is trained if `model.weights` names none.
+        quantization: Widths and method.
+        qat: How the quantized network is trained.
+        consistency: The consistency term.
+        export: What is written.
+        benchmark: How it is measured.
+        gate: What must hold.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    name: str
+    data: DataConfig
+    model: ModelConfig
+    seed: Annotated[int, Range(ge=0, lt=2**32)] = 0
+    targets: tuple[Target, ...] = ("onnxruntime", "tensorrt")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "never"] = "auto"
+    float_training: Annotated[OptimizerConfig | None, pydantic.Field(alias="float")] = None
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    qat: OptimizerConfig = field(default_factory=OptimizerConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+
+
+def top_level_keys() -> list[str]:
+    """The keys of a recipe, as YAML spells them."""
+    return ["float" if item.name == "float_training" else item.name for item in fields(Recipe)]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: "key.path=value" texts that replace what the file says; the values are YAML.
+
+    Raises:
+        UsageError: In one line: where it is wrong, what is wrong, what would be right.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        msg = f"{path}: a recipe is a mapping of {', '.join(top_level_keys())}; `crqat init` writes one"
+        raise UsageError(msg)
+    overridden = [_override(data, text) for text in overrides]
+    try:
+        recipe = pydantic.TypeAdapter(Recipe).validate_json(json.dumps(data), strict=True)
+    except pydantic.ValidationError as error:
+        problems = [_explain(detail, path, overridden) for detail in error.errors()]
+        more = f"; and {len(problems) - _SHOWN_ERRORS} more" if len(problems) > _SHOWN_ERRORS else ""
+        raise UsageError("; ".join(problems[:_SHOWN_ERRORS]) + more) from error
+    problem = _contradiction(recipe)
+    if problem is not None:
+        msg = f"{path}: {problem}"
+        raise UsageError(msg)
+    return recipe
+
+
+def _override(data: dict[str, Any], text: str) -> str:
+    """Apply one `--set` to the file's data and return the key's path."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        msg = f"--set {text}: write it as key.path=value, for example qat.epochs=3"
+        raise UsageError(msg)
+    section = data
+    for key in keys[:-1]:
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            msg = f"--set {text}: `{key}` is a value, not a section"
+            raise UsageError(msg)
+    section[keys[-1]] = parse_yaml(value, f"--set {text}")
+    return ".".join(keys)
+
+
+def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
+    """One validation error of pydantic's as a user reads it."""
+    place = ".".join(str(part) for part in detail["loc"])
+    from_option = any(f"{place}.".startswith(f"{key}.") for key in overridden)
+    where = f"--set {place}" if from_option else f"{path}: {place}"
+    if detail["type"] == "unexpected_keyword_argument":
+        *section, key = detail["loc"]
+        valid = [item.name for item in fields(SECTIONS[str(section[0])])] if section else top_level_keys()
+        near = difflib.get_close_matches(str(key), valid, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(valid)}"
+        return f"{where}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{path}: {place}: missing"
+    message = detail["msg"].replace("Input should be an object", "should be a section of key: value lines")
+    given = json.dumps(detail["input"])
+    shown = given if len(given) <= 60 else f"{given[:57]}..."
+    return f"{where}: {message.replace('Input should', 'should')}, not {shown}"
+
+
+def _contradiction(recipe: Recipe) -> str | None:
+    """What no single key shows to be wrong."""
+    allowed = all(letter.isascii() and (letter.isalnum() or letter in "_.-") for letter in recipe.name)
+    if not allowed or not recipe.name or recipe.name.startswith(".") or len(recipe.name) > 100:
+        return (
+            f"name: {json.dumps(recipe.name)} cannot name a directory; "
+            "use up to 100 letters, digits, `_`, `-` and `.`, no dot in front"
+        )
+    for key, targets in (("targets", recipe.targets), ("export.targets", recipe.export.targets)):
+        if targets is not None and (not targets or len(set(targets)) != len(targets)):
+            return f"{key}: list each runtime once, at least one"
+    for target in recipe.export.targets or ():
+        if target not in recipe.targets:
+            return f"export.targets: the network is not trained for {target}; add it to targets"
+    if recipe.model.weights is None and recipe.float_training is None:
+        return "float: missing; say how to train the float network, or give its weights as model.weights"
+    return None
+
+
+def train_config(recipe: Recipe) -> TrainConfig:
+    """The part of a recipe that the `train` stage depends on."""
+    return TrainConfig(
+        seed=recipe.seed,
+        targets=recipe.targets,
+        data=recipe.data,
+        model=recipe.model,
+        # Not used beside given weights: a fixed value there keeps a change in it from training anew.
+        float_training=recipe.float_training
+        if recipe.float_training and recipe.model.weights is None
+        else OptimizerConfig(epochs=0),
+        quantization=recipe.quantization,
+        qat=recipe.qat,
+        consistency=recipe.consistency,
+        device=recipe.device,
+        compile=recipe.compile,
+    )
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON, complete with its defaults, in the keys of the YAML file."""
+    values = asdict(recipe)
+    values["float"] = values.pop("float_training")
+    if recipe.model.weights is not None:
+        values["float"] = None
+    data: dict[str, Any] = json.loads(json.dumps(values))
+    return data

@@ -1,0 +1,226 @@
+"""The stages of a run: what each depends on, whether it is up to date, and how its directory comes to be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from importlib import machinery, metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from artifacts import store
+from artifacts.errors import UsageError
+from artifacts.progress import Progress
+from pipeline import console, recipe
+
+if TYPE_CHECKING:
+    from pipeline.gate import Verdict
+
+STAGES = ("train", "export", "benchmark")
+PARENTS = {"train": None, "export": "train", "benchmark": "export"}
+# The keys of a recipe that a stage's result depends on; the stage before it brings in its own.
+KEYS = {
+    "train": (
+        "seed",
+        "targets",
+        "device",
+        "compile",
+        "data",
+        "model",
+        "float",
+        "quantization",
+        "qat",
+        "consistency",
+    ),
+    "export": ("name", "export"),
+    "benchmark": ("benchmark",),
+}
+RESULTS, JUNIT = "results.json", "junit.xml"
+_DISTRIBUTIONS = (
+    "crqat-edge",
+    "torch",
+    "torchvision",
+    "nncf",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "numpy",
+    "tensorrt",
+    "tensorrt-rtx",
+)
+
+
+def train(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
+    """Run the `train` stage unless it is up to date, and return its directory."""
+
+    def fill(out: Path) -> dict[str, Any]:
+        from crqat_train.trainer import train as run_training
+
+        return run_training(recipe.train_config(config), out, progress)
+
+    return _run_stage("train", config, runs, force, input_files(config), fill)
+
+
+def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
+    """Run the `export` stage unless it is up to date, and return its directory."""
+    current(config, runs, "train")
+
+    def fill(out: Path) -> dict[str, Any]:
+        from export.stage import export as write_models
+
+        training, revision = recipe.train_config(config), store.git_revision(Path.cwd())
+        directory = runs / config.name / "train"
+        return write_models(directory, training, config.export, out, progress, config.name, revision)
+
+    return _run_stage("export", config, runs, force, {}, fill)
+
+
+def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
+    """Run the `benchmark` stage unless it is up to date, and return its directory. The verdict does not matter here."""
+    current(config, runs, "export")
+
+    def fill(out: Path) -> dict[str, Any]:
+        from pipeline import gate as rules
+        from runtime_eval.benchmark import benchmark as measure
+
+        results = measure(runs / config.name / "export", config.benchmark, progress)
+        (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
+        (out / JUNIT).write_text(rules.junit(rules.judge(results, config.gate), config.name))
+        return {"device": results["device"], "files": sorted(results["models"])}
+
+    # Another machine's numbers say nothing of this one.
+    return _run_stage("benchmark", config, runs, force, {"machine": platform.node()}, fill)
+
+
+def gate(config: recipe.Recipe, runs: Path) -> list[Verdict]:
+    """Judge the benchmark's results, which must be intact and follow from the current recipe and stages."""
+    from pipeline import gate as rules
+
+    manifest = current(config, runs, "benchmark")
+    directory = runs / config.name / "benchmark"
+    verdicts = rules.judge(rules.read_results(directory / RESULTS), config.gate)
+    junit = rules.junit(verdicts, config.name)
+    if junit != (directory / JUNIT).read_text():
+        # The limits were changed since: the same measurements, judged anew.
+        with store.write_stage(runs / config.name, manifest) as out:
+            shutil.copytree(directory, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(store.MANIFEST))
+            (out / JUNIT).write_text(junit)
+    return verdicts
+
+
+def current(config: recipe.Recipe, runs: Path, stage: str) -> store.Manifest:
+    """The manifest of a stage that is intact and follows from this recipe and from the current stages before it.
+
+    Raises:
+        UsageError: It is not; the message names the stage to run.
+    """
+    run = runs / config.name
+    manifest, values = store.verify_stage(run / stage), recipe.resolved(config)
+    changed = [key for key in KEYS[stage] if manifest.config.get(key) != values[key]]
+    if changed:
+        msg = (
+            f"{run / stage}: made with another `{changed[0]}` than this recipe's; "
+            f"run `crqat {stage}` first, with the same recipe and --set"
+        )
+        raise UsageError(msg)
+    check_parent(run, manifest)
+    parent = PARENTS[stage]
+    if parent is not None:
+        current(config, runs, parent)
+    return manifest
+
+
+def check_parent(run: Path, manifest: store.Manifest) -> None:
+    """Check that a stage was made from the current version of the stage before it.
+
+    Raises:
+        UsageError: It was made from an older one.
+    """
+    parent = PARENTS[manifest.stage]
+    if parent is None:
+        return
+    store.read_manifest(run / parent)
+    if manifest.parent != store.manifest_hash(run / parent):
+        msg = f"{run / manifest.stage}: stale, made from an older {parent}; run `crqat {manifest.stage}` again"
+        raise UsageError(msg)
+
+
+def input_files(config: recipe.Recipe) -> dict[str, str]:
+    """SHA-256 of the files that a recipe names: weights and the user's own modules, found without importing them.
+
+    Data sets on disk are not among them: they are large, and those with a name are checked where they are read.
+
+    Raises:
+        UsageError: The weights are not there.
+    """
+    hashes = {}
+    if config.model.weights is not None:
+        path = Path(config.model.weights)
+        if not path.is_file():
+            msg = f"{path}: no such weights file (model.weights, relative to {Path.cwd()})"
+            raise UsageError(msg)
+        hashes[config.model.weights] = store.sha256_file(path)
+    for name in (config.data.source, config.data.unlabeled, config.model.name):
+        module, colon, _ = (name or "").partition(":")
+        path_found = _module_file(module) if colon else None
+        if path_found is not None:
+            hashes[module] = store.sha256_file(path_found)
+    return hashes
+
+
+def _module_file(module: str) -> Path | None:
+    search, spec = None, None
+    for depth in range(module.count(".") + 1):
+        spec = machinery.PathFinder.find_spec(".".join(module.split(".")[: depth + 1]), search)
+        if spec is None:
+            return None
+        search = spec.submodule_search_locations
+    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
+
+
+def environment(config: recipe.Recipe) -> dict[str, Any]:
+    """What a result may depend on beside the recipe."""
+    versions = {}
+    for name in _DISTRIBUTIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return {
+        "versions": {**versions, "python": platform.python_version()},
+        "git_revision": store.git_revision(Path.cwd()),
+        "platform": platform.platform(),
+        "machine": platform.node(),
+        "seed": config.seed,
+    }
+
+
+def _run_stage(
+    stage: str,
+    config: recipe.Recipe,
+    runs: Path,
+    force: bool,
+    inputs: dict[str, str],
+    fill: Callable[[Path], dict[str, Any]],
+) -> Path:
+    run, values, parent = runs / config.name, recipe.resolved(config), PARENTS[stage]
+    parent_hash = None if parent is None else store.manifest_hash(run / parent)
+    key = store.hash_json(
+        {
+            "config": {name: values[name] for name in KEYS[stage]},
+            "parent": parent_hash,
+            "version": metadata.version("crqat-edge"),
+            "inputs": inputs,
+        }
+    )
+    directory = run / stage
+    if not force and directory.exists() and store.read_manifest(directory).key == key:
+        store.verify_stage(directory)
+        console.say(f"{stage} is up to date")
+        return directory
+    manifest = store.Manifest(stage, key, parent_hash, values, environment(config))
+    with store.write_stage(run, manifest) as out:
+        manifest.payload = fill(out)
+        manifest.environment["device"] = manifest.payload.get("device", "cpu")
+    return directory

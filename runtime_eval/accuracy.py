@@ -1,0 +1,109 @@
+"""Accuracy of a model and, image by image, against its float original. Every bound holds one-sided at 95 %."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+# The normal distribution's 95 % point. Both bounds together are a two-sided 90 % interval.
+Z = 1.6448536269514722
+
+
+def top_classes(logits: npt.NDArray[np.float32], count: int = 5) -> npt.NDArray[np.int64]:
+    """The `count` largest classes of each row (all, if there are fewer), best first: [N, classes] to int64 [N, count].
+
+    Equal logits, which INT8 models do have, are ordered by class number, as argmax orders them.
+    """
+    return np.argsort(-logits, axis=1, kind="stable")[:, :count].astype(np.int64)
+
+
+def wilson(successes: int, n: int) -> tuple[float, float]:
+    """Wilson's score bounds of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22, 209), each one-sided 95 %."""
+    center = (successes + Z**2 / 2) / (n + Z**2)
+    half = Z / (n + Z**2) * math.sqrt(successes * (n - successes) / n + Z**2 / 4)
+    # With none or all of n the bound is 0 or 1, which rounding must not spoil.
+    return 0.0 if successes == 0 else center - half, 1.0 if successes == n else center + half
+
+
+def _tango_score(b: int, c: int, n: int, difference: float) -> float:
+    """Tango's statistic for the hypothesis that the difference is `difference`; it falls as `difference` grows."""
+    numerator = b - c - n * difference
+    # q is P(only the second) at the likelihood's maximum under the hypothesis: 2n q^2 + linear q + constant = 0.
+    linear = (2 * n - b + c) * difference - b - c
+    constant = -c * difference * (1 - difference)
+    root = math.sqrt(max(linear * linear - 8 * n * constant, 0.0))
+    # Of the two ways to write the larger root, the one that does not subtract nearly equal numbers.
+    q = -2 * constant / (root + linear) if linear > 0 else (root - linear) / (4 * n)
+    variance = n * (2 * q + difference * (1 - difference))
+    if variance <= 0:  # at the ends of the range, where the hypothesis leaves nothing to chance
+        return math.copysign(math.inf, numerator) if numerator else 0.0
+    return numerator / math.sqrt(variance)
+
+
+def _crossing(score: Callable[[float], float], low: float, high: float, level: float) -> float:
+    """Where a falling function passes `level`, to the last bit."""
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if score(middle) > level else (low, middle)
+    return middle
+
+
+def tango(b: int, c: int, n: int) -> tuple[float, float]:
+    """Score bounds of the difference of two paired proportions, (b - c) / n, each one-sided 95 %.
+
+    T. Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
+    design", Statistics in Medicine 17 (1998) 891, equations 24 to 26. Unlike Wald's it holds for b = c = 0.
+
+    Args:
+        b: Pairs in which only the first succeeds.
+        c: Pairs in which only the second succeeds.
+        n: All pairs, at least one.
+    """
+    observed = (b - c) / n
+
+    def score(difference: float) -> float:
+        return _tango_score(b, c, n, difference)
+
+    return _crossing(score, -1.0, observed, Z), _crossing(score, observed, 1.0, -Z)
+
+
+def summarize(top: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> dict[str, Any]:
+    """A model's accuracy on all images.
+
+    Args:
+        top: Best classes of each image from `top_classes`, int64 [N, at most 5].
+        labels: int64 [N].
+    """
+    hits = top == labels[:, None]
+    right = int(hits[:, 0].sum())
+    return {
+        "n": len(labels),
+        "top1": right / len(labels),
+        "top5": int(hits.any(axis=1).sum()) / len(labels),
+        "top1_interval": list(wilson(right, len(labels))),
+    }
+
+
+def compare(
+    float_top: npt.NDArray[np.int64], top: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
+) -> dict[str, Any]:
+    """A model against its float original on the same images; arguments as in `summarize`.
+
+    `drop_points` is the float model's top-1 accuracy less this model's, in percentage points.
+    """
+    float_right, right = float_top[:, 0] == labels, top[:, 0] == labels
+    n, same = len(labels), int((float_top[:, 0] == top[:, 0]).sum())
+    only_float, only_this = int((float_right & ~right).sum()), int((~float_right & right).sum())
+    return {
+        "both_right": int((float_right & right).sum()),
+        "only_float_right": only_float,
+        "only_this_right": only_this,
+        "both_wrong": int((~float_right & ~right).sum()),
+        "drop_points": 100 * (only_float - only_this) / n,
+        "drop_interval_points": [100 * bound for bound in tango(only_float, only_this, n)],
+        "agreement": same / n,
+        "agreement_interval": list(wilson(same, n)),
+    }

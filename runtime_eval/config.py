@@ -1,0 +1,33 @@
+"""The `benchmark` stage's part of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+from artifacts.config import STRICT, Range
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """How a model is measured.
+
+    Attributes:
+        threads: Threads that one inference may use.
+        provider: ONNX Runtime's execution provider; another one taking its place is an error.
+        warm_up_seconds: Inferences before each model's slice of a round that are not counted. Every round needs them,
+            because the other models had the caches in between.
+        latency_rounds: Rounds in which the models take turns. From 6 on the interval of the median ratio reaches 95 %.
+        latency_seconds: Counted time of one model over all rounds.
+        accuracy_batch: Images of one inference where accuracy is measured.
+        time_limit_seconds: A model's process that is silent for longer than this is taken for hung.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    threads: Annotated[int, Range(ge=1)] = 1
+    provider: str = "CPUExecutionProvider"
+    warm_up_seconds: Annotated[float, Range(ge=0)] = 0.2
+    latency_rounds: Annotated[int, Range(ge=6)] = 10
+    latency_seconds: Annotated[float, Range(gt=0)] = 5.0
+    accuracy_batch: Annotated[int, Range(ge=1)] = 64
+    time_limit_seconds: Annotated[float, Range(gt=0)] = 300.0

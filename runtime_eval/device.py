@@ -1,0 +1,67 @@
+"""What this machine is: everything that a reader of a latency must know, nothing that names it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+# What INT8 kernels are written for. Without VNNI or asimddp an INT8 product takes several instructions.
+FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "asimddp")
+# Made by NVIDIA's drivers, on discrete cards and on Tegra.
+CUDA_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")
+
+
+def _read(path: str) -> str | None:
+    try:
+        return Path(path).read_text(errors="replace").strip("\0\n ")
+    except OSError:
+        return None
+
+
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entries of /proc/cpuinfo."""
+    lines = (_read("/proc/cpuinfo") or "").split("\n\n")[0].splitlines()
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+
+
+def cuda_device() -> bool:
+    """Whether a CUDA device is visible here."""
+    return any(Path(path).exists() for path in CUDA_DEVICES)
+
+
+def load_average() -> float | None:
+    """Processes that wanted to run over the last minute; None where the system does not tell."""
+    try:
+        return os.getloadavg()[0]
+    except (AttributeError, OSError):
+        return None
+
+
+def describe() -> dict[str, Any]:
+    """This machine as a JSON object; None is what the system does not tell."""
+    cpu = _cpuinfo()
+    flags = (cpu.get("flags") or cpu.get("Features") or "").split()  # x86 and ARM
+    frequency = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+    megahertz = float(frequency) / 1e3 if frequency else float(cpu["cpu MHz"]) if "cpu MHz" in cpu else None
+    memory = _read("/proc/meminfo")
+    return {
+        # ARM's cpuinfo has no model name; there the board's is what tells machines apart.
+        "cpu": cpu.get("model name") or _read("/proc/device-tree/model") or platform.processor() or platform.machine(),
+        "architecture": platform.machine(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "flags": {flag: flag in flags for flag in FLAGS},
+        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        "frequency_mhz": megahertz,
+        "memory_bytes": int(memory.split()[1]) * 1024 if memory else None,
+        "cuda_device": cuda_device(),
+        "os": platform.platform(),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "onnxruntime": ort.__version__,
+    }

@@ -1,0 +1,71 @@
+"""ONNX Runtime: a model file with every optimization, on the execution provider that was asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from artifacts.errors import ToolError
+
+
+class OnnxRuntimeRunner:
+    """A `Runner`; the file takes "input" and gives "logits", both float32 with the batch first.
+
+    Args:
+        path: The ONNX file.
+        provider: Execution provider by its ONNX Runtime name.
+        threads: Threads within one operator; operators run one after the other.
+
+    Raises:
+        ToolError: ONNX Runtime refuses the file, or would run it on another provider.
+    """
+
+    def __init__(self, path: Path, provider: str, threads: int) -> None:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors only: a warning would pass for the last words of a process that died
+        if provider not in ort.get_available_providers():
+            msg = (
+                f"this onnxruntime has no {provider}, only {', '.join(ort.get_available_providers())}; "
+                "install the onnxruntime package that has it or choose another provider"
+            )
+            raise ToolError(msg)
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=[provider])
+        except Exception as error:  # ONNX Runtime's own exception classes share no public base
+            msg = f"ONNX Runtime does not load {path.name}: {error}"
+            raise ToolError(msg) from error
+        # A provider that is installed can still fail to start (a driver is missing); ONNX Runtime then takes the CPU.
+        self._provider = self._session.get_providers()[0]
+        if self._provider != provider:
+            msg = f"ONNX Runtime runs {path.name} on {self._provider}, not on {provider}; check the device's driver"
+            raise ToolError(msg)
+
+    def __enter__(self) -> OnnxRuntimeRunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._session
+
+    def infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits float32 [N, classes] of normalized float32 images [N, C, H, W]."""
+        logits: npt.NDArray[np.float32] = self._session.run(["logits"], {"input": images})[0]
+        return logits
+
+    def describe(self) -> dict[str, Any]:
+        """See `Runner.describe`."""
+        return {
+            "runtime": "onnxruntime",
+            "version": ort.__version__,
+            "provider": self._provider,
+            "metadata": dict(self._session.get_modelmeta().custom_metadata_map),
+        }

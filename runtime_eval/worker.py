@@ -1,0 +1,141 @@
+"""The process that holds one model: `python -m runtime_eval.worker MODEL IMAGES PROVIDER THREADS`.
+
+Each model has its own process, so that a runtime that aborts takes nothing else along, peak memory is the model's own
+and no library is shared. One JSON command per line comes in on standard input; each is answered on standard output by
+any number of ``{"progress": [done, total]}`` and one ``{"result": ...}`` or ``{"error": "text"}``. The first answer,
+to no command, says that the model is loaded. The process ends with its input.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from artifacts.errors import ToolError
+from artifacts.images import Preprocessing
+from runtime_eval.accuracy import top_classes
+
+if TYPE_CHECKING:
+    from runtime_eval.runners import Runner
+
+Images = npt.NDArray[np.uint8]
+Answer = Callable[[dict[str, Any]], None]
+
+
+def preprocessing(metadata: dict[str, str]) -> Preprocessing:
+    """The normalization that a model file asks for.
+
+    Raises:
+        ToolError: The file does not say.
+    """
+    try:
+        data = json.loads(metadata["crqat.preprocessing"])
+        return Preprocessing(tuple(map(float, data["mean"])), tuple(map(float, data["std"])))
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"its metadata has no usable crqat.preprocessing ({error!r}); export it again"
+        raise ToolError(msg) from error
+
+
+def latency(runner: Runner, image: npt.NDArray[np.float32], warm_up_seconds: float, seconds: float) -> list[float]:
+    """Seconds of each inference of `image`, float32 [1, C, H, W], for about `seconds` and at least once."""
+    end = time.perf_counter() + warm_up_seconds
+    while time.perf_counter() < end:
+        runner.infer(image)
+    samples: list[float] = []
+    end = time.perf_counter() + seconds
+    while not samples or time.perf_counter() < end:
+        start = time.perf_counter()
+        runner.infer(image)
+        samples.append(time.perf_counter() - start)
+    return samples
+
+
+def predictions(
+    runner: Runner, prepare: Preprocessing, images: Images, batch: int, progress: Callable[[int], None]
+) -> npt.NDArray[np.int64]:
+    """Each image's most probable classes, int64 [N, min(5, classes)], best first.
+
+    Raises:
+        ToolError: A logit is not finite; the message names the image.
+    """
+    parts = []
+    for start in range(0, len(images), batch):
+        logits = runner.infer(prepare(images[start : start + batch]))
+        finite = np.isfinite(logits).all(axis=1)
+        if not finite.all():
+            msg = f"the logits of test image {start + int(np.argmin(finite))} are not finite"
+            raise ToolError(msg)
+        parts.append(top_classes(logits))
+        progress(min(start + batch, len(images)))
+    return np.concatenate(parts)
+
+
+def peak_memory() -> int | None:
+    """Largest resident size of this process in bytes: interpreter, runtime and model; None where there is no /proc.
+
+    getrusage's ru_maxrss will not do: it survives exec, so that a small process shows the size of its parent.
+    """
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def serve(runner: Runner, images: Images, answer: Answer) -> None:
+    """Answer the commands on standard input until it ends.
+
+    Raises:
+        ToolError: The model is of no use; see `preprocessing` and `predictions`.
+    """
+    description = runner.describe()
+    prepare = preprocessing(description["metadata"])
+    first = prepare(images[:1])
+    answer({"result": {"provider": description["provider"], "classes": int(runner.infer(first).shape[1])}})
+    for line in sys.stdin:
+        command = json.loads(line)
+        if command["command"] == "latency":
+            answer({"result": latency(runner, first, command["warm_up_seconds"], command["seconds"])})
+        elif command["command"] == "memory":
+            answer({"result": peak_memory()})
+        elif command["command"] == "accuracy":
+            top = predictions(
+                runner, prepare, images, command["batch"], lambda done: answer({"progress": [done, len(images)]})
+            )
+            np.save(command["out"], top)
+            answer({"result": None})
+
+
+def main() -> int:
+    """Load the model that the arguments name and serve it; 0, or 1 if the model failed."""
+    # Libraries print to descriptor 1 when they like. What they print goes to standard error; answers keep the pipe.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(message: dict[str, Any]) -> None:
+        answers.write(json.dumps(message) + "\n")
+        answers.flush()
+
+    model, images, provider, threads = sys.argv[1:]
+    try:
+        from runtime_eval.runners.onnxruntime import OnnxRuntimeRunner  # not before the pipe is safe from its prints
+
+        with OnnxRuntimeRunner(Path(model), provider, int(threads)) as runner:
+            serve(runner, np.load(images, mmap_mode="r", allow_pickle=False), answer)
+    except Exception as error:  # the parent tells the user; a runtime may raise anything
+        text = str(error) if isinstance(error, ToolError) else f"{type(error).__name__}: {error}"
+        answer({"error": text})
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,204 @@
+"""Run directories: complete or not there, whatever happens to the process that writes."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from artifacts import store
+from artifacts.errors import ToolError, UsageError
+
+
+def manifest(key: str = "k") -> store.Manifest:
+    return store.Manifest("train", key, None, {"seed": 0}, {})
+
+
+def write(run: Path, content: str) -> None:
+    with store.write_stage(run, manifest()) as out:
+        (out / "deep").mkdir()
+        (out / "deep" / "file.txt").write_text(content)
+
+
+def content(run: Path) -> str:
+    return (run / "train" / "deep" / "file.txt").read_text()
+
+
+def leftovers(run: Path) -> list[str]:
+    """Everything beside the stage's link and the one directory it points at."""
+    linked = (run / "train").resolve()
+    return [path.name for path in run.iterdir() if path.name != "train" and path != linked]
+
+
+def age(path: Path) -> None:
+    old = time.time() - 3600
+    os.utime(path, (old, old), follow_symlinks=False)
+
+
+def test_stage_is_complete_and_verifies(tmp_path: Path) -> None:
+    run = tmp_path / "new" / "run"
+    written = manifest()
+    with store.write_stage(run, written) as out:
+        (out / "a.txt").write_text("a")
+        written.payload["note"] = "from the body"
+        assert not (run / "train").exists()
+    read = store.verify_stage(run / "train")
+    assert read == written
+    assert read.files == {"a.txt": "ca978112ca1bbdcafac231b39a23dc4da786eff8147c4e72b9807785afee48bb"}
+    assert store.manifest_hash(run / "train") == store.sha256_file(run / "train" / "manifest.json")
+    assert leftovers(run) == []
+
+
+def test_second_version_replaces_the_first(tmp_path: Path) -> None:
+    write(tmp_path, "one")
+    write(tmp_path, "two")
+    assert content(tmp_path) == "two"
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), KeyboardInterrupt(), UsageError("x"), FileNotFoundError(2, "x")])
+def test_failing_body_leaves_the_old_version_and_its_own_error(tmp_path: Path, error: BaseException) -> None:
+    write(tmp_path, "one")
+    with pytest.raises(type(error)) as caught, store.write_stage(tmp_path, manifest()) as out:
+        (out / "half.txt").write_text("half")
+        raise error
+    assert caught.value is error
+    assert content(tmp_path) == "one"
+    assert leftovers(tmp_path) == []
+
+
+def test_full_disk_is_a_tool_error(tmp_path: Path) -> None:
+    with pytest.raises(ToolError, match="cannot write the stage train"), store.write_stage(tmp_path, manifest()):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_place_that_is_no_directory_is_a_tool_error(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ToolError, match=r"cannot write to .*choose another place with --runs"):
+        write(tmp_path / "file" / "run", "one")
+
+
+KILLED_WRITER = """
+import sys, time
+from pathlib import Path
+from artifacts import store
+with store.write_stage(Path(sys.argv[1]), store.Manifest("train", "k", None, {}, {})) as out:
+    (out / "half.txt").write_text("half")
+    print(out.name, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_killed_writer_leaves_the_old_version_and_is_swept_only_when_dead(tmp_path: Path) -> None:
+    write(tmp_path, "one")
+    command = [sys.executable, "-c", KILLED_WRITER, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        name = process.stdout.readline().strip()
+        age(tmp_path / name)
+        write(tmp_path, "two")
+        assert leftovers(tmp_path) == [name], "a live writer's directory must stay"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert content(tmp_path) == "two"
+    assert (tmp_path / name / "half.txt").exists()
+    (tmp_path / ".train-x.link").symlink_to(name)
+    age(tmp_path / name)
+    age(tmp_path / ".train-x.link")
+    (tmp_path / ".export-other").mkdir()
+    age(tmp_path / ".export-other")
+    write(tmp_path, "three")
+    assert content(tmp_path) == "three"
+    assert leftovers(tmp_path) == [".export-other"]
+
+
+def test_fresh_directory_of_nobody_is_left_alone(tmp_path: Path) -> None:
+    """Its writer may not have come to lock it yet."""
+    (tmp_path / ".train-fresh").mkdir()
+    write(tmp_path, "one")
+    assert leftovers(tmp_path) == [".train-fresh"]
+
+
+def test_run_that_was_copied_without_links_can_be_written_again(tmp_path: Path) -> None:
+    (tmp_path / "train" / "deep").mkdir(parents=True)
+    (tmp_path / "train" / "deep" / "file.txt").write_text("copied")
+    write(tmp_path, "one")
+    assert (tmp_path / "train").is_symlink()
+    assert content(tmp_path) == "one"
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "file.txt: missing"),
+        (lambda path: path.write_text("onf"), "file.txt: altered or damaged"),
+        (lambda path: path.write_text("on"), "file.txt: altered or damaged"),
+    ],
+)
+def test_damage_names_the_file(tmp_path: Path, damage: object, message: str) -> None:
+    write(tmp_path, "one")
+    damage(tmp_path / "train" / "deep" / "file.txt")  # type: ignore[operator]
+    with pytest.raises(UsageError, match=message):
+        store.verify_stage(tmp_path / "train")
+
+
+def test_missing_stage_and_missing_manifest_differ(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such stage yet"):
+        store.read_manifest(tmp_path / "train")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UsageError, match=r"manifest\.json: missing; .*--force"):
+        store.read_manifest(tmp_path / "train")
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", "{}", '{"schema_version": 1}', "[" * 100_000, '{"schema_version": 1, "other": 1}', "\x00"],
+)
+def test_damaged_manifest_is_a_usage_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UsageError, match=r"manifest\.json: damaged"):
+        store.read_manifest(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema_version": 2}, "schema version 2"),
+        ({"files": ["a"]}, "damaged"),
+        ({"payload": None}, "damaged"),
+        ({"files": {"../../etc/passwd": "0"}}, "outside its directory"),
+        ({"files": {"/etc/passwd": "0"}}, "outside its directory"),
+    ],
+)
+def test_manifest_of_another_kind_is_refused(tmp_path: Path, change: dict[str, object], message: str) -> None:
+    write(tmp_path, "one")
+    path = tmp_path / "train" / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(UsageError, match=message):
+        store.verify_stage(tmp_path / "train")
+
+
+def test_hash_json_knows_no_order() -> None:
+    assert store.hash_json({"a": 1, "b": [1, 2]}) == store.hash_json({"b": [1, 2], "a": 1})
+    assert store.hash_json({"b": [1, 2]}) != store.hash_json({"b": [2, 1]})
+
+
+def test_git_revision(tmp_path: Path) -> None:
+    assert store.git_revision(tmp_path) == "unknown"
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "f").write_text("1")
+    for command in (["init", "-q"], ["add", "f"], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *command], check=True)
+    clean = store.git_revision(tmp_path)
+    assert len(clean) == 40
+    (tmp_path / "f").write_text("2")
+    assert store.git_revision(tmp_path) == f"{clean}-dirty"

@@ -1,0 +1,225 @@
+"""The command line: exit codes, one line for an error, and nothing heavy before it is needed."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from artifacts.errors import ToolError, UsageError
+from pipeline import cli, console
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Fakes
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "onnx", "nncf", "onnxruntime", "tensorrt", "tensorrt_rtx", "sklearn")
+
+
+def crqat(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["crqat", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["--version"], 0),
+        (["init", "new.yaml"], 0),
+        (["check", str(ROOT / "recipes" / "digits.yaml")], 0),
+        (["train", str(ROOT / "recipes" / "digits.yaml"), "--set", "qat.epoch=1"], 2),
+        (["gate", str(ROOT / "recipes" / "digits.yaml")], 2),
+    ],
+)
+def test_nothing_heavy_is_imported_without_need(tmp_path: Path, arguments: list[str], code: int) -> None:
+    program = (
+        "import sys\n"
+        "from pipeline import cli\n"
+        f"sys.argv = {['crqat', *arguments]!r}\n"
+        "try:\n    cli.main()\n"
+        f"finally:\n    print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == code, result.stderr
+    assert result.stdout.splitlines()[-1] == "heavy: []"
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["nonsense"], ["train", "r.yaml", "--nonsense"], ["run", "--set"]])
+def test_wrong_usage_exits_2(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    assert crqat(monkeypatch, *arguments) == 2
+
+
+def test_run_ends_with_table_and_verdict(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert crqat(monkeypatch, "run", "recipe.yaml") == 0
+    assert fakes.calls == ["train", "export", "benchmark"]
+    out = capsys.readouterr().out
+    assert "A [fast] CPU" in out
+    assert re.search(r"onnxruntime\.onnx.*95\.00.*0\.20 \[0\.10, 0\.30\].*99\.00.*0\.500 \[0\.480, 0\.520\]", out)
+    assert "\ntensorrt.onnx: latency not run: no CUDA device\n" in out
+    assert re.search(r"\npass +onnxruntime\.onnx  accuracy_drop: .*600.*allowed 1", out)
+    assert out.endswith("\ngate: PASS\n")
+
+
+def test_steps_say_what_came_out(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert crqat(monkeypatch, "train", "recipe.yaml", "--runs", "elsewhere") == 0
+    captured = capsys.readouterr()
+    assert "delivered: teacher" in captured.out
+    assert "  student: 89.00 %" in captured.out
+    assert "train: 1/1  loss 0.1" in captured.err
+    assert crqat(monkeypatch, "export", "recipe.yaml", "--runs", "elsewhere") == 0
+    assert "elsewhere/run1/export/onnxruntime.onnx: passed" in capsys.readouterr().out
+    assert crqat(monkeypatch, "benchmark", "recipe.yaml", "--runs", "elsewhere") == 0
+    assert "written: elsewhere/run1/benchmark/results.json" in capsys.readouterr().out
+    assert crqat(monkeypatch, "gate", "recipe.yaml", "--runs", "elsewhere") == 0
+    assert not Path("runs").exists()
+
+
+@pytest.mark.parametrize(("limit", "code", "verdict"), [(0.01, 1, "FAIL"), (0.2, 4, "INCONCLUSIVE"), (0.31, 0, "PASS")])
+def test_verdict_is_the_exit_code_of_gate_and_run_but_not_of_benchmark(
+    fakes: Fakes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    limit: float,
+    code: int,
+    verdict: str,
+) -> None:
+    arguments = ["recipe.yaml", "--set", f"gate.max_accuracy_drop={limit}"]
+    assert crqat(monkeypatch, "run", *arguments) == code
+    assert crqat(monkeypatch, "benchmark", *arguments) == 0
+    capsys.readouterr()
+    assert crqat(monkeypatch, "gate", *arguments) == code
+    assert capsys.readouterr().out.endswith(f"gate: {verdict}\n")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "line"),
+    [
+        (UsageError("loss is NaN;\nlower qat.lr"), 2, "crqat: error: loss is NaN; lower qat.lr\n"),
+        (ToolError("no compiler"), 3, "crqat: error: no compiler\n"),
+        (KeyboardInterrupt(), 130, "crqat: error: interrupted; what was current before still is\n"),
+    ],
+)
+def test_errors_are_one_line(
+    fakes: Fakes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trouble: BaseException,
+    code: int,
+    line: str,
+) -> None:
+    fakes.trouble["train"] = trouble
+    assert crqat(monkeypatch, "run", "recipe.yaml") == code
+    assert capsys.readouterr().err.lstrip("\n") == line
+    assert list(Path("runs/run1").iterdir()) == []
+
+
+def test_bug_keeps_its_traceback(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes.trouble["train"] = ZeroDivisionError("a bug")
+    monkeypatch.setattr(sys, "argv", ["crqat", "train", "recipe.yaml"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_init_writes_a_valid_recipe_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert crqat(monkeypatch, "init") == 0
+    assert crqat(monkeypatch, "check", "recipe.yaml") == 0
+    Path("recipe.yaml").write_text("mine")
+    assert crqat(monkeypatch, "init") == 2
+    assert "recipe.yaml: exists already" in capsys.readouterr().err
+    assert Path("recipe.yaml").read_text() == "mine"
+    assert crqat(monkeypatch, "init", "none/recipe.yaml") == 3
+
+
+def test_plain_progress_is_a_line_at_start_every_ten_seconds_and_at_the_end(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: clock)
+    progress = console.PlainProgress()
+    for step in range(31):
+        clock = float(step)
+        progress("train", step, 30, f"loss {step}")
+    progress("train", 30, 30, "again")
+    progress("export", 1, 1)
+    assert capsys.readouterr().err.splitlines() == [
+        "train: 0/30  loss 0  (0 s)",
+        "train: 10/30  loss 10  (10 s)",
+        "train: 20/30  loss 20  (20 s)",
+        "train: 30/30  loss 30  (30 s)",
+        "export: 1/1  (0 s)",
+    ]
+
+
+def test_table_in_a_log_keeps_every_digit_on_its_line(capsys: pytest.CaptureFixture[str]) -> None:
+    cells = ["[bold]0.123456789[/bold]"] * 12
+    console.show_table("title", [f"column {number}" for number in range(12)], [cells])
+    line = next(line for line in capsys.readouterr().out.splitlines() if "0.1" in line)
+    assert line.count("[bold]0.123456789[/bold]") == 12
+
+
+def test_ci_gets_plain_lines_even_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal:
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.delenv("CI", raising=False)
+    assert console.drawn(Terminal())  # type: ignore[arg-type]
+    monkeypatch.setenv("CI", "true")
+    assert not console.drawn(Terminal())  # type: ignore[arg-type]
+
+
+def test_text_of_a_file_cannot_steer_the_terminal() -> None:
+    assert console.printable("a\x1b[2Jb\nc\u202ed é") == "a?[2Jb?c?d é"
+
+
+def make(*arguments: str) -> list[str]:
+    command = ["make", "--no-print-directory", "-s", "-C", str(ROOT), *arguments]
+    # The tests may themselves be run by make, which hands its own options down.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    return subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout.splitlines()
+
+
+def test_make_runs_the_stages_one_after_the_other_even_in_parallel(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "crqat").touch()
+    python = tmp_path / "bin" / "python"
+    python.write_text('#!/bin/sh\necho "begin $*"\nsleep 0.1\necho "end $3"\n')
+    python.chmod(0o755)
+    stages = ("train", "export", "benchmark", "gate")
+    lines = make("-j8", *stages, f"VENV={tmp_path}", "RECIPE=r.yaml")
+    assert lines == [line for stage in stages for line in (f"begin -m pipeline.cli {stage} r.yaml", f"end {stage}")], (
+        "an environment that is given and has crqat is used as it is"
+    )
+
+
+def test_make_installs_into_a_new_environment_once(tmp_path: Path) -> None:
+    arguments = ("-n", "train", "gate", f"VENV={tmp_path}", "PYTHON=python3", "RECIPE=r.yaml")
+    plan = make(*arguments)
+    assert plan[0] == f"python3 -m venv {tmp_path}"
+    assert plan[1].endswith(" -m pip install --disable-pip-version-check -e '.[dev]'")
+    assert [line.split(" -m pipeline.cli ")[-1] for line in plan[3:]] == [
+        "train r.yaml",
+        "gate r.yaml",
+    ]
+    (tmp_path / ".crqat-installed").touch()
+    assert make(*arguments) == plan[3:]

@@ -1,0 +1,95 @@
+"""`crqat doctor`: what it finds here, and what it says where something is missing."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline import doctor
+from pipeline.doctor import Finding
+
+
+def test_examination_names_what_is_installed_here() -> None:
+    findings = {item.what: item for item in doctor.examine()}
+    import onnxruntime
+    import torch
+
+    assert findings["PyTorch"].found == torch.__version__
+    assert findings["ONNX Runtime"].found
+    assert onnxruntime.__version__ in findings["ONNX Runtime"].found
+    assert "CPUExecutionProvider" in findings["ONNX Runtime"].found
+    assert (findings["CUDA device"].found is not None) == torch.cuda.is_available()
+    assert {what for what, item in findings.items() if item.needed} == {"PyTorch", "NNCF", "ONNX", "ONNX Runtime"}
+    assert all(item.purpose and item.remedy for item in findings.values())
+
+
+@pytest.mark.parametrize(
+    ("needed", "found", "code", "conclusion"),
+    [
+        (True, "1.0", 0, "crqat run works here"),
+        (False, None, 0, "crqat run works here"),
+        (True, None, 3, "crqat run does not work here; missing: part"),
+    ],
+)
+def test_conclusion(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    needed: bool,
+    found: str | None,
+    code: int,
+    conclusion: str,
+) -> None:
+    finding = Finding("part", found, "its purpose", "its remedy", needed)
+    monkeypatch.setattr(doctor, "examine", lambda: [finding])
+    assert doctor.show() == code
+    out = capsys.readouterr().out
+    assert out.endswith(f"{conclusion}\n")
+    assert ("its remedy" in out) == ("MISSING" in out) == (found is None)
+
+
+def test_broken_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_package.py").write_text("raise OSError('libcuda.so.1: cannot open shared object file')")
+    (tmp_path / "loud_package.py").write_text(
+        "import sys\nprint('hi')\nprint('hi', file=sys.stderr)\n__version__ = '2'"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor._first("broken_package") is None
+    assert doctor._first("broken_package", "loud_package") == "loud_package 2"
+
+
+def test_greetings_of_packages_are_swallowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "greeting_package.py").write_text("import logging\nlogging.getLogger('x').warning('hi')\nprint('hi')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor._import("greeting_package") is not None
+    assert capfd.readouterr() == ("", "")
+
+
+def make_compiler(path: Path, script: str) -> None:
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+
+
+def test_compiler_counts_only_if_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/nowhere")
+    assert doctor._compiler() is None
+    make_compiler(tmp_path / "g++", "exit 1")
+    assert doctor._compiler() is None
+    # Stands for a compiler: makes the file behind -o, which is the last argument.
+    make_compiler(tmp_path / "clang++", 'for last; do :; done; echo object > "$last"')
+    assert doctor._compiler() == "clang++"
+    make_compiler(tmp_path / "mine", 'for last; do :; done; echo object > "$last"')
+    monkeypatch.setenv("CXX", "mine")
+    assert doctor._compiler() == "mine"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo is Linux's")
+def test_dot_product_is_what_the_kernel_lists() -> None:
+    listed = Path("/proc/cpuinfo").read_text().split()
+    expected = [flag for flag in ("avx512_vnni", "avx_vnni", "asimddp", "i8mm") if flag in listed]
+    assert doctor._dot_product() == (", ".join(expected) or None)

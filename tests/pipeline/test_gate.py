@@ -1,0 +1,306 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from pydantic import TypeAdapter, ValidationError
+
+from artifacts.errors import ToolError, UsageError
+from pipeline.gate import GateConfig, Status, Verdict, exit_code, judge, junit, read_results
+
+ALL_RULES = GateConfig(max_accuracy_drop=1.0, min_agreement=0.95, max_latency_ratio=0.8, max_size_ratio=0.5)
+FILE = "onnxruntime.onnx"
+
+
+def model(**versus: Any) -> dict[str, Any]:
+    """A quantized model that keeps to `ALL_RULES`."""
+    return {
+        "target": "onnxruntime",
+        "status": "measured",
+        "accuracy": {"n": 797, "top1": 0.95},
+        "latency": {"status": "measured", "rounds": 10, "unstable": False},
+        "versus_float": {
+            "drop_points": 0.25,
+            "drop_interval_points": [-0.3, 0.8],
+            "agreement": 0.98,
+            "agreement_interval": [0.97, 0.99],
+            "latency_ratio": 0.5,
+            "latency_ratio_interval": [0.45, 0.55],
+            "size_ratio": 0.3,
+            **versus,
+        },
+        "verification": {"status": "passed", "codes": 1280, "differing_codes": 0, "images": 32},
+    }
+
+
+def results(quantized: dict[str, Any], **base: Any) -> dict[str, Any]:
+    base_model = {
+        "target": "float",
+        "status": "measured",
+        "accuracy": {"n": 797, "top1": 0.96},
+        "latency": {"status": "measured", "rounds": 10, "unstable": False},
+        "versus_float": None,
+        "verification": None,
+        **base,
+    }
+    return {"schema_version": 1, "run": "digits", "models": {"float.onnx": base_model, FILE: quantized}}
+
+
+def verdict_on(rule: str, quantized: dict[str, Any], **base: Any) -> Verdict:
+    (verdict,) = (v for v in judge(results(quantized, **base), ALL_RULES) if v.rule == rule)
+    assert verdict.file == FILE
+    assert "\n" not in verdict.message
+    return verdict
+
+
+def test_a_good_model_passes_every_rule() -> None:
+    verdicts = judge(results(model()), ALL_RULES)
+    rules = ["verification", "accuracy_drop", "agreement", "latency_ratio", "size_ratio"]
+    assert [(v.rule, v.status) for v in verdicts] == [(rule, "pass") for rule in rules]
+    assert exit_code(verdicts) == 0
+
+
+def test_only_rules_with_a_limit_are_applied() -> None:
+    assert [v.rule for v in judge(results(model()), GateConfig())] == ["verification", "accuracy_drop"]
+
+
+@pytest.mark.parametrize(
+    ("rule", "key", "interval", "status"),
+    [
+        ("accuracy_drop", "drop_interval_points", [-0.5, 1.0], "pass"),
+        ("accuracy_drop", "drop_interval_points", [0.9, 1.01], "inconclusive"),
+        ("accuracy_drop", "drop_interval_points", [1.0, 2.0], "inconclusive"),
+        ("accuracy_drop", "drop_interval_points", [1.01, 2.0], "fail"),
+        ("agreement", "agreement_interval", [0.95, 0.99], "pass"),
+        ("agreement", "agreement_interval", [0.949, 0.99], "inconclusive"),
+        ("agreement", "agreement_interval", [0.90, 0.95], "inconclusive"),
+        ("agreement", "agreement_interval", [0.90, 0.949], "fail"),
+        ("latency_ratio", "latency_ratio_interval", [0.7, 0.8], "pass"),
+        ("latency_ratio", "latency_ratio_interval", [0.8, 0.81], "inconclusive"),
+        ("latency_ratio", "latency_ratio_interval", [0.81, 0.9], "fail"),
+    ],
+)
+def test_an_interval_decides(rule: str, key: str, interval: list[float], status: Status) -> None:
+    verdict = verdict_on(rule, model(**{key: interval}))
+    assert (verdict.status, verdict.interval) == (status, tuple(interval))
+
+
+@pytest.mark.parametrize(("ratio", "status"), [(0.5, "pass"), (0.5001, "fail")])
+def test_the_size_is_exact(ratio: float, status: Status) -> None:
+    verdict = verdict_on("size_ratio", model(size_ratio=ratio))
+    assert (verdict.status, verdict.measured, verdict.interval) == (status, ratio, None)
+
+
+def test_a_verdict_carries_its_evidence() -> None:
+    drop = verdict_on("accuracy_drop", model())
+    assert (drop.measured, drop.interval, drop.allowed, drop.n) == (0.25, (-0.3, 0.8), 1.0, 797)
+    assert drop.message == "0.250 [-0.300, 0.800] points over 797 test images, allowed 1"
+    assert verdict_on("latency_ratio", model()).n == 10
+
+
+@pytest.mark.parametrize("interval", [[0.1, 0.2], [2.0, 3.0]])
+@pytest.mark.parametrize("who", [FILE, "the float model"])
+def test_an_unstable_latency_is_inconclusive_whatever_it_says(who: str, interval: list[float]) -> None:
+    latency = {"status": "measured", "rounds": 10, "unstable": "the medians vary by 9 %"}
+    quantized = model(latency_ratio_interval=interval)
+    if who == FILE:
+        verdict = verdict_on("latency_ratio", {**quantized, "latency": latency})
+    else:
+        verdict = verdict_on("latency_ratio", quantized, latency=latency)
+    assert verdict.status == "inconclusive"
+    assert f"{who} is unstable: the medians vary by 9 %" in verdict.message
+
+
+def test_a_latency_that_was_not_run_is_shown_and_decides_nothing() -> None:
+    quantized = model(latency_ratio=None, latency_ratio_interval=None)
+    verdicts = judge(results({**quantized, "latency": {"status": "not run: no CUDA device"}}), ALL_RULES)
+    (verdict,) = (v for v in verdicts if v.rule == "latency_ratio")
+    assert (verdict.status, verdict.message, verdict.measured) == ("not run", "not run: no CUDA device", None)
+    assert exit_code(verdicts) == 0
+
+
+@pytest.mark.parametrize(
+    ("verification", "status", "words"),
+    [
+        (
+            {"status": "passed", "codes": 9, "differing_codes": 0, "images": 1},
+            "pass",
+            "0 of 9 codes differ on 1 images",
+        ),
+        ({"status": "failed: conv1", "codes": 9, "differing_codes": 4, "images": 1}, "fail", "failed: conv1; 4 of 9"),
+        ({"status": "passed", "codes": 0, "differing_codes": 0, "images": 1}, "fail", "0 of 0 codes"),
+        ({"status": "skipped", "codes": 9, "differing_codes": 0, "images": 1}, "fail", "skipped"),
+        (None, "fail", "did not verify"),
+    ],
+)
+def test_verification_is_always_judged(verification: dict[str, Any] | None, status: Status, words: str) -> None:
+    quantized = {**model(), "verification": verification}
+    (verdict,) = (v for v in judge(results(quantized), GateConfig()) if v.rule == "verification")
+    assert verdict.status == status
+    assert words in verdict.message
+
+
+def test_a_model_that_could_not_be_measured_is_an_error_of_the_environment() -> None:
+    failed = {**model(), "status": "failed: its process was ended by SIGKILL", "accuracy": None, "latency": None}
+    verdicts = judge(results({**failed, "versus_float": None}), ALL_RULES)
+    assert [(v.rule, v.status) for v in verdicts] == [("measurement", "error"), ("verification", "pass")]
+    assert "SIGKILL" in verdicts[0].message
+    assert exit_code(verdicts) == 3
+
+
+def test_without_the_float_model_nothing_can_be_compared() -> None:
+    verdicts = judge(
+        results({**model(), "versus_float": None}, status="failed: killed", accuracy=None, latency=None), ALL_RULES
+    )
+    assert [(v.file, v.rule, v.status) for v in verdicts] == [
+        ("float.onnx", "measurement", "error"),
+        (FILE, "measurement", "error"),
+        (FILE, "verification", "pass"),
+    ]
+    assert exit_code(verdicts) == 3
+
+
+def verdicts_with(*statuses: Status) -> list[Verdict]:
+    return [Verdict("accuracy_drop", f"{i}.onnx", s, None, None, None, None, "why") for i, s in enumerate(statuses)]
+
+
+@pytest.mark.parametrize(
+    ("statuses", "code"),
+    [
+        (("pass",), 0),
+        (("pass", "not run"), 0),
+        (("not run",), 4),
+        ((), 4),
+        (("pass", "inconclusive"), 4),
+        (("pass", "inconclusive", "error"), 3),
+        (("error",), 3),
+        (("pass", "inconclusive", "error", "fail"), 1),
+        (("fail", "not run"), 1),
+    ],
+)
+def test_exit_code(statuses: tuple[Status, ...], code: int) -> None:
+    assert exit_code(verdicts_with(*statuses)) == code
+
+
+def test_junit_reads_back_and_tells_the_outcomes_apart() -> None:
+    statuses: tuple[Status, ...] = ("pass", "fail", "inconclusive", "error", "not run")
+    suite = ElementTree.fromstring(junit(verdicts_with(*statuses), "digits"))  # noqa: S314 (it is our own)
+    assert suite.tag == "testsuite"
+    assert suite.get("name") == "crqat gate digits"
+    assert [suite.get(key) for key in ("tests", "failures", "errors", "skipped")] == ["5", "1", "2", "1"]
+    cases = suite.findall("testcase")
+    assert [case.get("classname") for case in cases] == [f"{i}.onnx" for i in range(5)]
+    assert {case.get("name") for case in cases} == {"accuracy_drop"}
+    outcomes = [(case[0].tag, case[0].get("type")) for case in cases]
+    assert outcomes == [
+        ("system-out", None),
+        ("failure", "fail"),
+        ("error", "inconclusive"),
+        ("error", "error"),
+        ("skipped", "not run"),
+    ]
+    assert [case[0].get("message") for case in cases[1:]] == ["why"] * 4
+
+
+def test_junit_holds_any_text_a_runtime_may_leave() -> None:
+    message = 'a\x00b\x1b[31m<&">\ud800\uffff\U0001f600'
+    verdict = Verdict("measurement", "\x07.onnx", "error", None, None, None, None, message)
+    text = junit([verdict], "run\x01")
+    suite = ElementTree.fromstring(text.encode())  # noqa: S314 (it is our own)
+    assert suite[0][0].get("message") == 'a\ufffdb\ufffd[31m<&">\ufffd\ufffd\U0001f600'
+    assert suite[0].get("classname") == "\ufffd.onnx"
+    assert suite.get("name") == "crqat gate run\ufffd"
+
+
+def write(path: Path, data: Any) -> Path:
+    path.write_text(data if isinstance(data, str) else json.dumps(data))
+    return path
+
+
+def test_results_read_back_as_they_were_written(tmp_path: Path) -> None:
+    not_run = {"latency": {"status": "not run: no CUDA device"}}
+    failed = {**model(), "status": "failed: x", "accuracy": None, "latency": None, "versus_float": None}
+    for quantized in (
+        model(),
+        model(drop_points=0),
+        {**model(latency_ratio=None, latency_ratio_interval=None), **not_run},
+        failed,
+        {**model(), "verification": None},
+    ):
+        data = results(quantized)
+        assert read_results(write(tmp_path / "results.json", data)) == data
+
+
+def at(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    """A change that sets the value at these keys, or removes it if the value is Ellipsis."""
+
+    def change(data: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            data = data[key]
+        if value is ...:
+            del data[keys[-1]]
+        else:
+            data[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (at("schema_version", value=2), "schema_version 2, this crqat reads 1"),
+        (at("schema_version", value=...), "schema_version is not of type int"),
+        (at("run", value=...), "run is not of type str"),
+        (at("models", value=[]), "models is not of type dict"),
+        (at("models", FILE, value=3), f"models.{FILE} is not"),
+        (at("models", FILE, "target", value=...), f"models.{FILE}.target is not"),
+        (at("models", FILE, "status", value=None), f"models.{FILE}.status is not"),
+        (at("models", FILE, "accuracy", value=None), f"models.{FILE}.accuracy is not"),
+        (at("models", FILE, "accuracy", "n", value=1.5), f"models.{FILE}.accuracy.n is not of type int"),
+        (at("models", FILE, "latency", "rounds", value=...), f"models.{FILE}.latency.rounds is not"),
+        (at("models", FILE, "latency", "unstable", value=True), f"models.{FILE}.latency.unstable is not"),
+        (at("models", FILE, "versus_float", "drop_points", value="0"), "versus_float.drop_points is not a finite"),
+        (at("models", FILE, "versus_float", "drop_points", value=True), "versus_float.drop_points is not a finite"),
+        (at("models", FILE, "versus_float", "agreement", value=float("nan")), "agreement is not a finite number"),
+        (at("models", FILE, "versus_float", "size_ratio", value=...), "size_ratio is not a finite number"),
+        (at("models", FILE, "versus_float", "drop_interval_points", value=[1]), "drop_interval_points is not an inter"),
+        (at("models", FILE, "versus_float", "drop_interval_points", value=[2, 1]), "drop_interval_points is not an in"),
+        (at("models", FILE, "versus_float", "agreement_interval", value=[0, "1"]), "agreement_interval is not an int"),
+        (at("models", FILE, "versus_float", "latency_ratio_interval", value=None), "latency_ratio_interval is not of"),
+        (at("models", FILE, "verification", "codes", value=...), "verification.codes is not of type int"),
+    ],
+)
+def test_damaged_results_are_refused_by_file_and_key(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    data = results(model())
+    change(data)
+    with pytest.raises(UsageError) as caught:
+        read_results(write(tmp_path / "results.json", data))
+    assert str(tmp_path / "results.json") in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", "\ufeff{}"])
+def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UsageError, match=r"results\.json"):
+        read_results(write(tmp_path / "results.json", text))
+
+
+def test_results_that_are_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="missing; run the benchmark first"):
+        read_results(tmp_path / "results.json")
+    with pytest.raises(ToolError, match="cannot be read"):
+        read_results(tmp_path)
+
+
+def test_a_recipe_is_held_to_the_limits_ranges() -> None:
+    adapter = TypeAdapter(GateConfig)
+    assert adapter.validate_python({"max_accuracy_drop": 2}) == GateConfig(max_accuracy_drop=2)
+    for wrong in ({"max_accuracy_drop": -1}, {"min_agreement": 1.1}, {"max_latency_ratio": 0}, {"max_drop": 1}):
+        with pytest.raises(ValidationError):
+            adapter.validate_python(wrong)

@@ -1,0 +1,220 @@
+"""Recipes: what is accepted, and in which words everything else is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from artifacts.errors import UsageError
+from crqat_train.config import ConsistencyConfig, OptimizerConfig, QuantizationConfig
+from export.config import ExportConfig
+from pipeline import recipe
+from pipeline.gate import GateConfig
+from runtime_eval.config import BenchmarkConfig
+
+ROOT = Path(__file__).parents[2]
+TEMPLATE = ROOT / "pipeline" / "templates" / "recipe.yaml"
+MINIMAL = "name: a\ndata: {source: digits}\nmodel: {name: cifar/resnet20}\nfloat: {epochs: 1}\n"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def refusal(tmp_path: Path, text: str, *overrides: str) -> str:
+    """The one line, without the path of the file."""
+    path = write(tmp_path, text)
+    with pytest.raises(UsageError) as caught:
+        recipe.load(path, overrides)
+    assert "\n" not in str(caught.value)
+    return str(caught.value).replace(str(path), "FILE")
+
+
+def test_minimal_recipe_gets_the_defaults(tmp_path: Path) -> None:
+    loaded = recipe.load(write(tmp_path, MINIMAL))
+    assert loaded.seed == 0
+    assert loaded.targets == ("onnxruntime", "tensorrt")
+    assert loaded.float_training == OptimizerConfig(epochs=1)
+    assert loaded.qat == OptimizerConfig()
+    assert loaded.gate == GateConfig()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_named_as_their_file(path: Path) -> None:
+    assert recipe.load(path).name == path.stem
+
+
+def test_template_states_every_key_with_its_default() -> None:
+    """Where the template departs from a default, its comment says so."""
+    loaded = recipe.load(TEMPLATE)
+    assert loaded.quantization == QuantizationConfig()
+    assert loaded.float_training == loaded.qat == OptimizerConfig()
+    assert loaded.consistency == ConsistencyConfig()
+    assert (loaded.export, loaded.benchmark, loaded.gate) == (ExportConfig(), BenchmarkConfig(), GateConfig())
+    for section in (loaded, loaded.data, loaded.model):
+        for item in fields(section):
+            if item.default is MISSING or item.name in ("crop_padding", "flip", "float_training"):
+                continue
+            assert getattr(section, item.name) == item.default, item.name
+    text = TEMPLATE.read_text()
+    assert re.search(r"crop_padding: 1 .*Default: 4", text)
+    assert re.search(r"flip: false .*Default: true", text)
+
+
+def test_template_mentions_every_key() -> None:
+    lines = TEMPLATE.read_text().splitlines()
+    written: dict[str, set[str]] = {"": set()}
+    section = ""
+    for line in lines:
+        if match := re.match(r"(  )?([a-z_]+):", line):
+            if not match[1]:
+                section = match[2]
+            written.setdefault(section if match[1] else "", set()).add(match[2])
+    assert written.pop("") == set(recipe.top_level_keys())
+    assert written == {name: {item.name for item in fields(kind)} for name, kind in recipe.SECTIONS.items()}
+
+
+def test_sections_are_the_recipes_dataclass_fields(tmp_path: Path) -> None:
+    values = recipe.resolved(recipe.load(write(tmp_path, MINIMAL)))
+    assert {key for key, value in values.items() if isinstance(value, dict)} == set(recipe.SECTIONS)
+    assert set(values) == set(recipe.top_level_keys())
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("quantisation: {}", "FILE: quantisation: unknown key; did you mean `quantization`?"),
+        ("qat: {epoch: 3}", "FILE: qat.epoch: unknown key; did you mean `epochs`?"),
+        ("float_training: {}", "FILE: float_training: unknown key; valid here: name, data, model, seed"),
+        ("quantization: {weights: 9}", "FILE: quantization.weights: should be less than or equal to 8, not 9"),
+        ("quantization: {weights: 8.0}", "FILE: quantization.weights: should be a valid integer, not 8.0"),
+        ("qat: {lr: fast}", 'FILE: qat.lr: should be a valid number, not "fast"'),
+        ("qat: {lr: -1}", "FILE: qat.lr: should be greater than 0, not -1"),
+        ("qat: 3", "FILE: qat: should be a section of key: value lines, not 3"),
+        ("seed: -1", "FILE: seed: should be greater than or equal to 0, not -1"),
+        ("seed: yes", "FILE: seed: should be a valid integer, not true"),
+        ("targets: [tensorrt, cpu]", "FILE: targets.1: should be 'onnxruntime' or 'tensorrt', not \"cpu\""),
+        ("targets: []", "FILE: targets: list each runtime once, at least one"),
+        ("targets: [tensorrt, tensorrt]", "FILE: targets: list each runtime once, at least one"),
+        (
+            "targets: [tensorrt]\nexport: {targets: [onnxruntime]}",
+            "FILE: export.targets: the network is not trained for onnxruntime; add it to targets",
+        ),
+    ],
+)
+def test_wrong_values_are_refused_with_path_and_remedy(tmp_path: Path, extra: str, message: str) -> None:
+    assert refusal(tmp_path, MINIMAL + extra).startswith(message)
+
+
+def test_several_errors_share_the_line(tmp_path: Path) -> None:
+    text = refusal(tmp_path, "model: {}\nqat: {epochs: x, lr: x, batch_size: x}")
+    assert text == (
+        "FILE: name: missing; FILE: data: missing; FILE: model.name: missing; and 3 more"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["../up", ".hidden", "a/b", "", "a b", "é", "a" * 101, "a\\nb"])
+def test_names_that_are_no_directory_are_refused(tmp_path: Path, name: str) -> None:
+    assert refusal(tmp_path, MINIMAL.replace("name: a\n", f'name: "{name}"\n')).startswith("FILE: name: ")
+
+
+def test_float_section_or_weights_are_needed(tmp_path: Path) -> None:
+    text = MINIMAL.replace("float: {epochs: 1}\n", "")
+    assert refusal(tmp_path, text).startswith("FILE: float: missing")
+    loaded = recipe.load(write(tmp_path, text), ["model.weights=w.pth"])
+    assert recipe.resolved(loaded)["float"] is None
+
+
+def test_unused_float_section_does_not_change_what_train_depends_on(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL)
+    one, other = (recipe.load(path, ["model.weights=w.pth", f"float.epochs={epochs}"]) for epochs in (1, 2))
+    assert recipe.train_config(one) == recipe.train_config(other)
+    one, other = (recipe.load(path, [f"float.epochs={epochs}"]) for epochs in (1, 2))
+    assert recipe.train_config(one).float_training == OptimizerConfig(epochs=1)
+    assert recipe.train_config(other).float_training == OptimizerConfig(epochs=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", "FILE:2: the key `name` stands here a second time"),
+        ("name: a\ndata: &x {source: digits}\nmodel: *x\n", "FILE:3: aliases are not allowed"),
+        ("name: a\ndata: !!python/object:os.system {}\n", "FILE:2: the tag tag:yaml.org,2002:python/object:os.system"),
+        ("name: !!binary aGk=\n", "FILE:1: the tag tag:yaml.org,2002:binary is not allowed"),
+        ("name: a\nseed: [\n", "FILE:3: "),
+        ("name: a\nqat: {lr: .inf}\n", "FILE:2: not a finite number"),
+        ("name: a\nqat: {lr: 1e999}\n", "FILE:2: not a finite number"),
+        ("name: a\nqat: {lr: .nan}\n", "FILE:2: not a finite number"),
+        (f"seed: {'9' * 5000}\n", "FILE:1: not a finite number"),
+        ("? [a]\n: b\n", "FILE:1: a key must be a word"),
+        ("a: 1\n---\nb: 1\n", "FILE:2: "),
+        ("[" * 5000, "FILE: nested too deeply"),
+        ("name: a\x00b", "FILE: unacceptable character"),
+        ("", "FILE: a recipe is a mapping of name, data"),
+        ("- a\n", "FILE: a recipe is a mapping of name, data"),
+    ],
+)
+def test_yaml_that_is_no_recipe_is_refused_with_its_line(tmp_path: Path, text: str, message: str) -> None:
+    assert refusal(tmp_path, text).startswith(message)
+
+
+def test_dates_and_exponents_mean_what_they_look_like(tmp_path: Path) -> None:
+    loaded = recipe.load(write(tmp_path, MINIMAL.replace("name: a", "name: 2024-01-02") + "qat: {lr: 1e-4}\n"))
+    assert loaded.name == "2024-01-02"
+    assert loaded.qat.lr == 1e-4
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    for path, message in (
+        (tmp_path / "none.yaml", "No such file"),
+        (tmp_path, "Is a directory"),
+        (Path("/dev/zero"), "larger than 1 MB"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            recipe.load(path)
+    latin = tmp_path / "latin.yaml"
+    latin.write_bytes(b"name: \xe9")
+    with pytest.raises(UsageError, match="not UTF-8"):
+        recipe.load(latin)
+
+
+def test_set_replaces_values_of_the_file(tmp_path: Path) -> None:
+    overrides = ["qat.epochs=3", "targets=[tensorrt]", "float.lr=1", "data.root=a=b", "gate={min_agreement: 0.5}"]
+    loaded = recipe.load(write(tmp_path, MINIMAL), overrides)
+    assert loaded.qat == OptimizerConfig(epochs=3)
+    assert loaded.targets == ("tensorrt",)
+    assert loaded.float_training == OptimizerConfig(epochs=1, lr=1.0)
+    assert loaded.data.root == "a=b"
+    assert loaded.gate.min_agreement == 0.5
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("qat.epochs", "--set qat.epochs: write it as key.path=value"),
+        ("qat..epochs=3", "--set qat..epochs=3: write it as key.path=value"),
+        ("=3", "--set =3: write it as key.path=value"),
+        ("qat.epoch=3", "--set qat.epoch: unknown key; did you mean `epochs`?"),
+        ("qat.epochs=three", '--set qat.epochs: should be a valid integer, not "three"'),
+        ("qat={epochs: three}", '--set qat.epochs: should be a valid integer, not "three"'),
+        ("name.first=x", "--set name.first=x: `name` is a value, not a section"),
+        ("qat.lr=[1", "--set qat.lr=[1:1: "),
+    ],
+)
+def test_wrong_set_is_refused_by_its_own_name(tmp_path: Path, override: str, message: str) -> None:
+    assert refusal(tmp_path, MINIMAL, override).startswith(message)
+
+
+def test_resolved_is_json_and_complete(tmp_path: Path) -> None:
+    loaded = recipe.load(write(tmp_path, MINIMAL))
+    values = recipe.resolved(loaded)
+    assert json.loads(json.dumps(values)) == values
+    assert values["float"] == {"epochs": 1, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4}
+    again = write(tmp_path, json.dumps(values))
+    assert recipe.load(again) == loaded

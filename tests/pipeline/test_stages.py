@@ -1,0 +1,214 @@
+"""When a stage runs, when it does not, and what it refuses to build on."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from artifacts.errors import CrqatError, UsageError
+from artifacts.progress import quiet
+from artifacts.store import manifest_hash, read_manifest, verify_stage
+from pipeline import recipe, stages
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Fakes
+
+RUNS = Path("runs")
+RUN = RUNS / "run1"
+
+
+def go(fakes: Fakes, *overrides: str, only: Sequence[str] = stages.STAGES, force: bool = False) -> list[str]:
+    """Run stages and return the names of those that were not up to date."""
+    fakes.calls.clear()
+    config = recipe.load(fakes.recipe, overrides)
+    for stage in only:
+        assert getattr(stages, stage)(config, RUNS, force, quiet) == RUN / stage
+    return list(fakes.calls)
+
+
+def gate(fakes: Fakes, *overrides: str) -> list[str]:
+    return [verdict.status for verdict in stages.gate(recipe.load(fakes.recipe, overrides), RUNS)]
+
+
+def test_stages_follow_each_other_and_run_once(fakes: Fakes, capsys: pytest.CaptureFixture[str]) -> None:
+    assert go(fakes) == ["train", "export", "benchmark"]
+    assert capsys.readouterr().err == ""
+    hashes = [manifest_hash(RUN / stage) for stage in stages.STAGES]
+    assert go(fakes) == []
+    assert capsys.readouterr().err == "train is up to date\nexport is up to date\nbenchmark is up to date\n"
+    assert hashes == [manifest_hash(RUN / stage) for stage in stages.STAGES]
+    assert [read_manifest(RUN / stage).parent for stage in stages.STAGES] == [None, *hashes[:2]]
+
+
+def test_manifest_says_what_the_result_depends_on(fakes: Fakes) -> None:
+    go(fakes, "seed=7")
+    for stage in stages.STAGES:
+        manifest = verify_stage(RUN / stage)
+        assert manifest.config == recipe.resolved(recipe.load(fakes.recipe, ["seed=7"]))
+        assert manifest.environment["seed"] == 7
+        assert {"crqat-edge", "torch", "onnx", "nncf", "numpy", "python"} <= manifest.environment["versions"].keys()
+        assert manifest.environment["git_revision"] == "unknown"
+        assert "device" in manifest.environment
+    assert (RUN / "benchmark" / "junit.xml").read_text().startswith("<testsuite")
+    assert json.loads((RUN / "benchmark" / "results.json").read_text()) == fakes.results
+
+
+@pytest.mark.parametrize(
+    ("override", "rebuilt"),
+    [
+        ("seed=1", ["train", "export", "benchmark"]),
+        ("qat.epochs=1", ["train", "export", "benchmark"]),
+        ("float.epochs=2", ["train", "export", "benchmark"]),
+        ("export.verify_images=2", ["export", "benchmark"]),
+        ("benchmark.threads=2", ["benchmark"]),
+        ("gate.max_accuracy_drop=2", []),
+    ],
+)
+def test_change_rebuilds_what_depends_on_it(fakes: Fakes, override: str, rebuilt: list[str]) -> None:
+    go(fakes)
+    assert go(fakes, override) == rebuilt
+    assert go(fakes, override) == []
+
+
+def test_every_key_of_a_recipe_belongs_to_a_stage_or_to_the_gate(fakes: Fakes) -> None:
+    owned = {key for keys in stages.KEYS.values() for key in keys}
+    assert owned | {"gate"} == set(recipe.top_level_keys())
+
+
+def test_force_rebuilds(fakes: Fakes) -> None:
+    go(fakes)
+    assert go(fakes, only=["train"], force=True) == ["train"]
+
+
+def test_benchmark_of_another_machine_is_not_up_to_date(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(fakes)
+    monkeypatch.setattr("platform.node", lambda: "another")
+    assert go(fakes) == ["benchmark"]
+
+
+def test_changed_input_files_rebuild(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("w.pth").write_text("1")
+    Path("mine").mkdir()
+    Path("mine/nets.py").write_text("raise SystemExit('must not be imported to be hashed')\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    overrides = ["model.weights=w.pth", "model.name=mine.nets:build"]
+    assert go(fakes, *overrides, only=["train"]) == ["train"]
+    assert go(fakes, *overrides, only=["train"]) == []
+    Path("w.pth").write_text("2")
+    assert go(fakes, *overrides, only=["train"]) == ["train"]
+    Path("mine/nets.py").write_text("# another\n")
+    assert go(fakes, *overrides, only=["train"]) == ["train"]
+
+
+def test_missing_weights_are_named(fakes: Fakes) -> None:
+    with pytest.raises(UsageError, match=r"none\.pth: no such weights file \(model\.weights"):
+        go(fakes, "model.weights=none.pth", only=["train"])
+    assert not RUNS.exists()
+
+
+@pytest.mark.parametrize("trouble", [CrqatError("loss is NaN"), KeyboardInterrupt(), RuntimeError("a bug")])
+def test_trouble_leaves_what_was_current(fakes: Fakes, trouble: BaseException) -> None:
+    go(fakes)
+    before = {path.name for path in RUN.iterdir()}
+    fakes.trouble["train"] = trouble
+    with pytest.raises(type(trouble)):
+        go(fakes, "seed=1")
+    assert fakes.calls == ["train"]
+    assert {path.name for path in RUN.iterdir()} == before
+    assert read_manifest(RUN / "train").environment["seed"] == 0
+
+
+def test_stages_need_the_one_before(fakes: Fakes) -> None:
+    for stage, parent in (("export", "train"), ("benchmark", "export")):
+        with pytest.raises(UsageError, match=rf"run1/{parent}: no such stage yet; run it first \(crqat {parent}"):
+            go(fakes, only=[stage])
+    with pytest.raises(UsageError, match="run1/benchmark: no such stage yet"):
+        gate(fakes)
+
+
+def test_stage_of_another_recipe_is_not_built_on(fakes: Fakes) -> None:
+    go(fakes)
+    message = "run1/train: made with another `qat` than this recipe's; run `crqat train` first"
+    with pytest.raises(UsageError, match=message):
+        go(fakes, "qat.epochs=1", only=["export"])
+    with pytest.raises(UsageError, match=message):
+        go(fakes, "qat.epochs=1", only=["benchmark"])
+    with pytest.raises(UsageError, match=message):
+        gate(fakes, "qat.epochs=1")
+    with pytest.raises(UsageError, match="run1/benchmark: made with another `benchmark`"):
+        gate(fakes, "benchmark.threads=2")
+
+
+def test_gate_refuses_results_of_an_older_export(fakes: Fakes) -> None:
+    go(fakes)
+    go(fakes, only=["export"], force=True)
+    assert "fail" not in gate(fakes), "the same files again are not another export"
+    fakes.content = "other bits"
+    go(fakes, only=["export"], force=True)
+    with pytest.raises(UsageError, match="run1/benchmark: stale, made from an older export"):
+        gate(fakes)
+    go(fakes)
+    assert "fail" not in gate(fakes)
+    fakes.content = "still other bits"
+    go(fakes, only=["train"], force=True)
+    with pytest.raises(UsageError, match="run1/export: stale, made from an older train"):
+        gate(fakes)
+
+
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [("train", "grids.json"), ("export", "float.onnx"), ("benchmark", "results.json"), ("benchmark", "manifest.json")],
+)
+def test_damage_is_named_and_force_repairs_it(fakes: Fakes, stage: str, file: str) -> None:
+    go(fakes)
+    path = RUN / stage / file
+    path.write_text(path.read_text()[:-1])
+    with pytest.raises(UsageError, match=rf"{file}: (altered or )?damaged.*--force"):
+        go(fakes)
+    with pytest.raises(UsageError, match=rf"{file}: (altered or )?damaged"):
+        gate(fakes)
+    assert go(fakes, only=[stage], force=True) == [stage]
+    go(fakes)
+    assert "fail" not in gate(fakes)
+
+
+def test_gate_judges_anew_after_a_limit_changed(fakes: Fakes) -> None:
+    go(fakes)
+    assert "fail" not in gate(fakes)
+    untouched = manifest_hash(RUN / "benchmark")
+    gate(fakes)
+    assert manifest_hash(RUN / "benchmark") == untouched
+    assert "fail" in gate(fakes, "gate.max_accuracy_drop=0.01")
+    assert "<failure" in (RUN / "benchmark" / "junit.xml").read_text()
+    assert verify_stage(RUN / "benchmark").key
+    assert "fail" not in gate(fakes)
+    assert "<failure" not in (RUN / "benchmark" / "junit.xml").read_text()
+    assert go(fakes) == []
+
+
+def test_run_copied_without_links_still_works(fakes: Fakes, tmp_path: Path) -> None:
+    go(fakes)
+    shutil.copytree(RUN, tmp_path / "copy")
+    for path in (tmp_path / "copy").iterdir():
+        if path.name.startswith("."):
+            shutil.rmtree(path)
+    shutil.rmtree(RUN)
+    shutil.copytree(tmp_path / "copy", RUN)
+    assert go(fakes) == []
+    assert "fail" not in gate(fakes)
+    assert go(fakes, "seed=1") == ["train", "export", "benchmark"]
+
+
+def test_numbers_that_json_does_not_know_are_not_written(fakes: Fakes) -> None:
+    go(fakes)
+    before = manifest_hash(RUN / "benchmark")
+    results: dict[str, Any] = {**fakes.results, "models": {}, "config": {"threads": float("nan")}}
+    fakes.results = results
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        go(fakes, only=["benchmark"], force=True)
+    assert manifest_hash(RUN / "benchmark") == before

@@ -1,0 +1,146 @@
+"""A real export in small: handwritten digits, a network that reads them, and its INT8 version."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from sklearn.datasets import load_digits
+from sklearn.neural_network import MLPClassifier
+
+from artifacts.images import Preprocessing
+from artifacts.store import Manifest, write_stage
+from runtime_eval.config import BenchmarkConfig
+
+TRAINING_IMAGES = 1000
+PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.4,))
+VERIFICATION = {"status": "passed", "codes": 1280, "differing_codes": 0, "images": 32}
+# Short, because no test looks at how fast anything is.
+QUICK = BenchmarkConfig(warm_up_seconds=0.0, latency_rounds=6, latency_seconds=0.06, accuracy_batch=100)
+
+Layers = list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Test images uint8 [797, 1, 8, 8], labels int64 [797], and a network's weights [in, out] and biases [out]."""
+
+    images: npt.NDArray[np.uint8]
+    labels: npt.NDArray[np.int64]
+    layers: Layers
+
+    def logits(self) -> npt.NDArray[np.float32]:
+        """The float network's logits, computed without ONNX."""
+        values = PREPROCESSING(self.images).reshape(len(self.images), -1)
+        for index, (weight, bias) in enumerate(self.layers):
+            values = (values if index == 0 else np.maximum(values, 0)) @ weight + bias
+        return values
+
+
+def metadata(target: str) -> dict[str, str]:
+    return {
+        "crqat.preprocessing": json.dumps({"mean": PREPROCESSING.mean, "std": PREPROCESSING.std}),
+        "crqat.class_names": json.dumps([str(digit) for digit in range(10)]),
+        "crqat.grids_sha256": "0" * 64,
+        "crqat.target": target,
+    }
+
+
+def onnx_bytes(layers: Layers, target: str, weight_bits: int | None, meta: dict[str, str] | None = None) -> bytes:
+    """An ONNX file of the network: float, or with INT8 activations and weights of few enough bits to make mistakes."""
+    nodes = [helper.make_node("Flatten", ["input"], ["x0"])]
+    constants: dict[str, npt.NDArray[Any]] = {}
+
+    def through_int8(name: str, scale: float, codes: npt.NDArray[np.int8] | None = None) -> str:
+        constants[f"{name}_scale"], constants[f"{name}_zero"] = np.float32(scale), np.int8(0)  # type: ignore[assignment]
+        pair = [f"{name}_scale", f"{name}_zero"]
+        if codes is None:
+            nodes.append(helper.make_node("QuantizeLinear", [name, *pair], [f"{name}_codes"]))
+        else:
+            constants[f"{name}_codes"] = codes
+        nodes.append(helper.make_node("DequantizeLinear", [f"{name}_codes", *pair], [f"{name}_values"]))
+        return f"{name}_values"
+
+    value = "x0"
+    for index, (weight, bias) in enumerate(layers):
+        constants[f"b{index}"], constants[f"w{index}"] = bias, weight
+        operand, weights = value, f"w{index}"
+        if weight_bits is not None:
+            scale = float(np.abs(weight).max()) / (2 ** (weight_bits - 1) - 1)
+            weights = through_int8(f"w{index}", scale, np.rint(weight / scale).astype(np.int8))
+            del constants[f"w{index}"]
+            operand = through_int8(value, 0.05)
+        last = index == len(layers) - 1
+        nodes.append(helper.make_node("Gemm", [operand, weights, f"b{index}"], ["logits" if last else f"y{index}"]))
+        if not last:
+            value = f"x{index + 1}"
+            nodes.append(helper.make_node("Relu", [f"y{index}"], [value]))
+    graph = helper.make_graph(
+        nodes,
+        "digits",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", layers[-1][1].size])],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    helper.set_model_props(model, metadata(target) if meta is None else meta)
+    onnx.checker.check_model(model)
+    content: bytes = model.SerializeToString()
+    return content
+
+
+@pytest.fixture(scope="session")
+def digits() -> Digits:
+    data = load_digits()
+    images = (data.images * 15).astype(np.uint8)[:, None]
+    train, labels = images[:TRAINING_IMAGES], data.target[:TRAINING_IMAGES]
+    network = MLPClassifier((32,), max_iter=400, random_state=0, early_stopping=True)
+    network.fit(PREPROCESSING(train).reshape(len(train), -1), labels)
+    layers = [
+        (np.asarray(weight, np.float32), np.asarray(bias, np.float32))
+        for weight, bias in zip(network.coefs_, network.intercepts_, strict=True)
+    ]
+    return Digits(images[TRAINING_IMAGES:], data.target[TRAINING_IMAGES:].astype(np.int64), layers)
+
+
+WriteExport = Callable[..., Path]
+
+
+@pytest.fixture
+def write_export(digits: Digits, tmp_path: Path) -> WriteExport:
+    """A function that writes an export of the digits; keyword arguments replace files' contents or payload entries."""
+
+    def write(files: dict[str, Any] | None = None, payload: dict[str, Any] | None = None) -> Path:
+        contents: dict[str, Any] = {
+            "images.npy": digits.images,
+            "labels.npy": digits.labels,
+            "float.onnx": onnx_bytes(digits.layers, "float", None),
+            "onnxruntime.onnx": onnx_bytes(digits.layers, "onnxruntime", 3),
+            "tensorrt.onnx": onnx_bytes(digits.layers, "tensorrt", 4),
+        } | (files or {})
+        models = [
+            {"file": "float.onnx", "target": "float"},
+            {"file": "onnxruntime.onnx", "target": "onnxruntime", "verification": VERIFICATION, "fusion": {"Conv": 0}},
+            {"file": "tensorrt.onnx", "target": "tensorrt", "verification": VERIFICATION},
+        ]
+        manifest = Manifest("export", "key", None, {}, {})
+        manifest.payload = {"run": "digits", "images": "images.npy", "labels": "labels.npy", "models": models}
+        manifest.payload |= payload or {}
+        run = tmp_path / "digits"
+        with write_stage(run, manifest) as directory:
+            for name, content in contents.items():
+                if isinstance(content, bytes):
+                    (directory / name).write_bytes(content)
+                else:
+                    np.save(directory / name, content)
+        return run / "export"
+
+    return write

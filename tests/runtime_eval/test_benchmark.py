@@ -1,0 +1,227 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+
+from artifacts.errors import UsageError
+from artifacts.progress import Progress, quiet
+from artifacts.store import manifest_hash
+from runtime_eval import device
+from runtime_eval.benchmark import benchmark
+from tests.runtime_eval.conftest import PREPROCESSING, QUICK, VERIFICATION, Digits, WriteExport, metadata, onnx_bytes
+
+
+def in_process(path: Path, digits: Digits) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The logits of a file, all images at once, in this process."""
+    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    logits: np.ndarray[Any, np.dtype[np.float32]] = session.run(["logits"], {"input": PREPROCESSING(digits.images)})[0]
+    return logits
+
+
+def worker_of(file: str) -> int | None:
+    """The process id of this process's worker for a model file."""
+    for status in Path("/proc").glob("[0-9]*/status"):
+        try:
+            arguments = (status.parent / "cmdline").read_text().split("\0")
+            parent = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("PPid:"))
+        except OSError:  # it has just ended
+            continue
+        if "runtime_eval.worker" in arguments and int(parent) == os.getpid() and Path(arguments[3]).name == file:
+            return int(status.parent.name)
+    return None
+
+
+def send_once(number: signal.Signals, file: str, when: str) -> Progress:
+    """A progress that sends a signal to the worker of a file at the first step of the task `when`."""
+    sent: list[int] = []
+
+    def progress(task: str, done: int, total: int, note: str = "") -> None:
+        if task == when and not sent:
+            pid = worker_of(file)
+            assert pid is not None
+            os.kill(pid, number)
+            sent.append(pid)
+
+    return progress
+
+
+def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in keys}
+
+
+def test_results(write_export: WriteExport, digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "CUDA_DEVICES", ())
+    export = write_export()
+    steps: list[tuple[str, int, int]] = []
+    results = benchmark(export, QUICK, lambda task, done, total, note="": steps.append((task, done, total)))
+
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert (results["run"], results["parent"], results["schema_version"]) == ("digits", manifest_hash(export), 1)
+    assert results["dataset"] == {"n": 797, "classes": 10}
+    assert results["config"]["latency_rounds"] == 6
+    assert set(results["device"]["load_average"]) == {"start", "end"}
+    assert list(results["models"]) == ["float.onnx", "onnxruntime.onnx", "tensorrt.onnx"]
+    assert ("latency", 6, 6) in steps
+    assert [step[1:] for step in steps if step[0] == "accuracy of float.onnx"][-2:] == [(700, 797), (797, 797)]
+
+    float_right = in_process(export / "float.onnx", digits).argmax(axis=1) == digits.labels
+    # The float network without ONNX: the file, the preprocessing and the order of the images are right.
+    assert (float_right == (digits.logits().argmax(axis=1) == digits.labels)).all()
+    for file, model in results["models"].items():
+        logits = in_process(export / file, digits)
+        right = logits.argmax(axis=1) == digits.labels
+        rank = (logits > logits[np.arange(797), digits.labels][:, None]).sum(axis=1)
+        assert model["status"] == "measured"
+        assert (model["runtime"], model["provider"]) == ("onnxruntime", "CPUExecutionProvider")
+        assert model["size_bytes"] == (export / file).stat().st_size
+        assert model["accuracy"]["n"] == 797
+        assert model["accuracy"]["top1"] == right.sum() / 797
+        assert model["accuracy"]["top5"] == (rank < 5).sum() / 797
+        assert right.sum() > 600
+        if file != "float.onnx":
+            table = [int((float_right & right).sum()), int((float_right & ~right).sum())]
+            assert [model["versus_float"][key] for key in ("both_right", "only_float_right")] == table
+            assert table[1] > 0
+
+    base, fast, tensorrt = (results["models"][file] for file in ("float.onnx", "onnxruntime.onnx", "tensorrt.onnx"))
+    assert base["versus_float"] is None
+    assert base["latency"]["status"] == "measured"
+    assert (fast["latency"]["rounds"], fast["latency"]["batch"], fast["latency"]["threads"]) == (6, 1, 1)
+    low, high = fast["versus_float"]["latency_ratio_interval"]
+    assert 0 < low <= fast["versus_float"]["latency_ratio"] <= high
+    assert fast["versus_float"]["latency_ratio_coverage"] == 0.96875
+    assert fast["versus_float"]["size_ratio"] == fast["size_bytes"] / base["size_bytes"]
+    assert (fast["verification"], fast["fusion"]) == (VERIFICATION, {"Conv": 0})
+    # The worker imports numpy and ONNX Runtime; this process has torch, sklearn and more.
+    assert 10e6 < fast["peak_memory_bytes"] < 500e6
+    assert tensorrt["latency"] == {"status": "not run: no CUDA device"}
+    assert tensorrt["versus_float"]["latency_ratio"] is None
+    assert tensorrt["peak_memory_bytes"] is None
+    assert tensorrt["fusion"] is None
+
+
+def test_tensorrt_latency_is_never_taken_from_another_runtime(
+    write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "CUDA_DEVICES", ("/dev/null",))
+    latency = benchmark(write_export(), QUICK, quiet)["models"]["tensorrt.onnx"]["latency"]
+    assert latency == {"status": "not run: this version has no TensorRT runner"}
+
+
+def check_one_failure(results: dict[str, Any], file: str, *words: str) -> None:
+    """`file` failed for the reason that the words tell, the other models are measured, and no worker is left."""
+    failed = results["models"][file]
+    assert failed["status"].startswith(f"failed: {file} in onnxruntime: ")
+    for word in words:
+        assert word in failed["status"]
+    assert "\n" not in failed["status"]
+    assert (failed["accuracy"], failed["latency"], failed["versus_float"]) == (None, None, None)
+    for other in set(results["models"]) - {file}:
+        assert results["models"][other]["status"] == "measured"
+        assert results["models"][other]["accuracy"]["top1"] > 0.7
+        assert worker_of(other) is None
+    assert worker_of(file) is None
+    with pytest.raises(ChildProcessError):  # not even a zombie
+        os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.mark.parametrize("task", ["latency", "accuracy of float.onnx"])
+def test_an_aborted_worker_is_that_models_result(write_export: WriteExport, task: str) -> None:
+    results = benchmark(write_export(), QUICK, send_once(signal.SIGABRT, "onnxruntime.onnx", task))
+    check_one_failure(results, "onnxruntime.onnx", "ended by SIGABRT")
+
+
+def test_without_the_float_model_the_others_have_nothing_to_be_compared_with(write_export: WriteExport) -> None:
+    results = benchmark(write_export(), QUICK, send_once(signal.SIGKILL, "float.onnx", "latency"))
+    check_one_failure(results, "float.onnx", "ended by SIGKILL")
+    assert results["models"]["onnxruntime.onnx"]["latency"]["status"] == "measured"
+    assert results["models"]["onnxruntime.onnx"]["versus_float"] is None
+
+
+def test_a_hung_worker_is_killed_at_the_time_limit(write_export: WriteExport) -> None:
+    export = write_export()
+    start = time.monotonic()
+    config = replace(QUICK, time_limit_seconds=2)
+    results = benchmark(export, config, send_once(signal.SIGSTOP, "onnxruntime.onnx", "latency"))
+    check_one_failure(results, "onnxruntime.onnx", "no answer for 2.01 s", "hung")
+    assert time.monotonic() - start >= 2
+
+
+def test_a_file_that_does_not_load(write_export: WriteExport, digits: Digits) -> None:
+    broken = onnx_bytes(digits.layers, "onnxruntime", 3)[:-100]
+    results = benchmark(write_export({"onnxruntime.onnx": broken}), QUICK, quiet)
+    check_one_failure(results, "onnxruntime.onnx", "ONNX Runtime does not load")
+
+
+def test_a_file_without_preprocessing(write_export: WriteExport, digits: Digits) -> None:
+    bare = onnx_bytes(digits.layers, "onnxruntime", 3, without(metadata("onnxruntime"), "crqat.preprocessing"))
+    results = benchmark(write_export({"onnxruntime.onnx": bare}), QUICK, quiet)
+    check_one_failure(results, "onnxruntime.onnx", "crqat.preprocessing", "export it again")
+
+
+def test_logits_that_are_not_finite_are_told_with_their_image(write_export: WriteExport, digits: Digits) -> None:
+    # Only the corner pixel of one image in the third batch overflows the first layer.
+    images = digits.images.copy()
+    images[:, :, 0, 0] = 0
+    images[223, :, 0, 0] = 255
+    (first, bias), last = digits.layers
+    first = first.copy()
+    first[0, :] = np.float32(3e38)
+    results = benchmark(
+        write_export({"images.npy": images, "tensorrt.onnx": onnx_bytes([(first, bias), last], "tensorrt", None)}),
+        QUICK,
+        quiet,
+    )
+    check_one_failure(results, "tensorrt.onnx", "logits of test image 223 are not finite")
+
+
+def test_a_provider_that_is_not_there_is_not_replaced(write_export: WriteExport) -> None:
+    results = benchmark(write_export(), replace(QUICK, provider="CUDAExecutionProvider"), quiet)
+    for model in results["models"].values():
+        assert "this onnxruntime has no CUDAExecutionProvider" in model["status"]
+    assert results["dataset"]["classes"] is None
+
+
+@pytest.mark.parametrize("file", ["images.npy", "onnxruntime.onnx"])
+def test_an_altered_file_is_refused_by_name(write_export: WriteExport, file: str) -> None:
+    export = write_export()
+    content = bytearray((export / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (export / file).write_bytes(content)
+    with pytest.raises(UsageError, match=f"{file}: altered or damaged"):
+        benchmark(export, QUICK, quiet)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: {"payload": {"models": None}}, "not an export"),
+        (lambda d: {"payload": {"models": [{"file": "float.onnx"}]}}, "not an export .*target"),
+        (
+            lambda d: {"payload": {"labels": "../labels.npy"}},
+            "names ../labels.npy as a model or data but not as a file",
+        ),
+        (lambda d: {"payload": {"models": [{"file": "float.onnx", "target": "tensorrt"}]}}, "0 float models"),
+        (lambda d: {"files": {"images.npy": d.images.astype(np.float32)}}, "images.npy: float32 .* expected uint8"),
+        (lambda d: {"files": {"images.npy": d.images[:0]}}, r"images.npy: uint8 \[0, 1, 8, 8\]"),
+        (lambda d: {"files": {"labels.npy": d.labels[:-1]}}, r"labels.npy: int64 \[796\], expected int64 \[797\]"),
+        (lambda d: {"files": {"labels.npy": b"nonsense"}}, "labels.npy: not a .npy array"),
+        (lambda d: {"files": {"labels.npy": d.labels + 1}}, "has 10 classes, but the test labels go from 1 to 10"),
+    ],
+)
+def test_an_export_that_makes_no_sense_is_refused(
+    write_export: WriteExport, digits: Digits, change: Callable[[Digits], dict[str, Any]], message: str
+) -> None:
+    export = write_export(**change(digits))
+    with pytest.raises(UsageError, match=message):
+        benchmark(export, QUICK, quiet)

@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime_eval.__main__ import main
+from tests.runtime_eval.conftest import Digits, WriteExport
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = ("torch", "onnx", "nncf", "pydantic", "click")
+MODULES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for package in ("artifacts", "runtime_eval")
+    for path in (ROOT / package).rglob("*.py")
+    if path.stem not in ("__init__", "__main__")
+)
+
+
+def test_no_module_pulls_in_what_a_board_does_not_have() -> None:
+    code = f"import sys\nfor name in {MODULES}: __import__(name)\nprint(*(m for m in {HEAVY} if m in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "runtime_eval.runners.onnxruntime" in MODULES
+    assert result.stdout.strip() == ""
+
+
+def python310() -> str | None:
+    found = shutil.which("python3.10")
+    # A version manager puts stand-ins on PATH that only work if the version is switched on.
+    if found is not None and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
+        return found
+    return next((str(path) for path in Path.home().glob(".pyenv/versions/3.10*/bin/python3.10")), None)
+
+
+@pytest.fixture(scope="session")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a Python 3.10 environment with numpy and ONNX Runtime only, as a JetPack 6 board has it."""
+    python = python310()
+    if python is None:
+        pytest.skip("no python3.10 on this machine")
+    environment = tmp_path_factory.mktemp("board") / "venv"
+    subprocess.run([python, "-m", "venv", environment], check=True)
+    interpreter = environment / "bin" / "python"
+    install = [
+        str(interpreter),
+        "-m",
+        "pip",
+        "install",
+        "--quiet",
+        "--disable-pip-version-check",
+        "numpy",
+        "onnxruntime",
+    ]
+    result = subprocess.run(install, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        pytest.skip(f"pip cannot install numpy and onnxruntime: {result.stderr.strip().splitlines()[-1]}")
+    return interpreter
+
+
+def test_it_runs_on_a_board(board: Path, write_export: WriteExport, digits: Digits, tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    for name in HEAVY:
+        command = [str(board), "-c", f"import {name}"]
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert "ModuleNotFoundError" in result.stderr
+    out = tmp_path / "results.json"
+    result = subprocess.run(
+        [board, "-m", "runtime_eval", write_export(), "--out", out],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    results = json.loads(out.read_text())
+    assert results["device"]["python"].startswith("3.10.")
+    right = int((digits.logits().argmax(axis=1) == digits.labels).sum())
+    assert results["models"]["float.onnx"]["accuracy"]["top1"] == right / 797
+    assert f"{100 * right / 797:.2f}" in result.stdout
+
+
+def test_an_error_is_one_line_and_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"runtime_eval: {tmp_path}")
+    assert error.count("\n") == 1
+
+
+def test_results_that_cannot_be_written_and_models_that_failed(
+    tmp_path: Path, write_export: WriteExport, digits: Digits, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # No model loads, so nothing is timed: the command line has no shorter measurement to ask for.
+    broken = dict.fromkeys(("float.onnx", "onnxruntime.onnx", "tensorrt.onnx"), b"not a model")
+    export = write_export({**broken, "images.npy": digits.images[:3], "labels.npy": np.zeros(3, np.int64)})
+    assert main([str(export), "--out", str(tmp_path / "nowhere" / "results.json")]) == 3
+    captured = capsys.readouterr()
+    assert captured.out.count("failed: ") == 3
+    assert captured.err.startswith("runtime_eval: cannot write ")
+    assert captured.err.count("\n") == 1
+
+
+def test_the_number_of_threads_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", "--threads", "0"])
+    assert stopped.value.code == 2
+    assert "--threads must be at least 1" in capsys.readouterr().err

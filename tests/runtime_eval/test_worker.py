@@ -1,0 +1,84 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from artifacts.errors import ToolError
+from runtime_eval.client import Worker
+from runtime_eval.runners.onnxruntime import OnnxRuntimeRunner
+from runtime_eval.worker import latency, preprocessing
+from tests.runtime_eval.conftest import PREPROCESSING, QUICK, Digits, WriteExport, metadata
+
+
+def test_the_protocol_survives_what_libraries_print(write_export: WriteExport) -> None:
+    export = write_export()
+    code = (
+        "import os, sys\n"
+        "import runtime_eval.worker as worker\n"
+        "serve = worker.serve\n"
+        "def noisy(*arguments):\n"
+        "    os.write(1, b'from a library\\n'); print('from python', flush=True)\n"
+        "    serve(*arguments)\n"
+        "worker.serve = noisy\n"
+        "sys.exit(worker.main())\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, export / "float.onnx", export / "images.npy", "CPUExecutionProvider", "1"],
+        input='{"command": "memory"}\n',
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert [line[:10] for line in result.stdout.splitlines()] == ['{"result":', '{"result":']
+    assert "from a library" in result.stderr
+    assert "from python" in result.stderr
+
+
+def test_latency_measures_at_least_once_and_not_the_warm_up(write_export: WriteExport, digits: Digits) -> None:
+    image = PREPROCESSING(digits.images[:1])
+    with OnnxRuntimeRunner(write_export() / "float.onnx", "CPUExecutionProvider", 1) as runner:
+        samples = latency(runner, image, warm_up_seconds=0.05, seconds=0.0)
+    assert len(samples) == 1
+    assert 0 < samples[0] < 0.05
+
+
+def test_the_runner_says_what_it_is_and_computes_the_networks_logits(write_export: WriteExport, digits: Digits) -> None:
+    with OnnxRuntimeRunner(write_export() / "float.onnx", "CPUExecutionProvider", 1) as runner:
+        assert runner.describe()["metadata"] == metadata("float")
+        logits = runner.infer(PREPROCESSING(digits.images[:7]))
+    assert logits.dtype == np.float32
+    np.testing.assert_allclose(logits, digits.logits()[:7], rtol=1e-4, atol=1e-4)
+
+
+def test_a_provider_that_silently_becomes_another_is_an_error(
+    write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a build with CUDA does on a machine whose driver does not start: the provider is listed, the CPU runs.
+    monkeypatch.setattr(
+        "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    with pytest.raises(ToolError, match=r"float.onnx.* on CPUExecutionProvider, not on CUDAExecutionProvider"):
+        OnnxRuntimeRunner(write_export() / "float.onnx", "CUDAExecutionProvider", 1)
+
+
+def test_an_unexpected_exit_is_told_with_its_code_and_last_words(
+    write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = write_export()
+    # The interpreter refuses to start: nothing of the worker's own code gets to run.
+    monkeypatch.setenv("PYTHONHASHSEED", "nonsense")
+    worker = Worker(export / "float.onnx", export / "images.npy", QUICK)
+    try:
+        with pytest.raises(ToolError, match=r"float.onnx in onnxruntime: its process exited with 1, last words: \S"):
+            worker.open()
+    finally:
+        worker.close()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"mean": [0.5]}', '{"mean": 0.5, "std": 0.5}'])
+def test_preprocessing_that_cannot_be_read(text: str) -> None:
+    with pytest.raises(ToolError, match=r"crqat\.preprocessing"):
+        preprocessing({"crqat.preprocessing": text})
