@@ -48,22 +48,24 @@ class EMATeacher:
 
     Weights, BN affine parameters and quantizer scales are averaged. BN running statistics are averages already and are
     copied; left alone they would ruin a mean teacher. Integer buffers are copied.
+
+    Raises:
+        ValueError: The networks' tensors differ in name or shape.
     """
 
     def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
         self._average: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._copy: tuple[list[Tensor], list[Tensor]] = ([], [])
-        parameters = dict(student.named_parameters())
-        buffers = dict(student.named_buffers())
-        for name, own in teacher.named_parameters():
-            self._average[0].append(own.detach())
-            self._average[1].append(parameters.pop(name).detach())
-        for name, buffer in teacher.named_buffers():
-            self._copy[0].append(buffer)
-            self._copy[1].append(buffers.pop(name))
-        if parameters or buffers:
-            msg = f"teacher and student differ: {sorted({**parameters, **buffers})[:3]}"
-            raise ValueError(msg)
+        parameters = dict(teacher.named_parameters()), dict(student.named_parameters())
+        buffers = dict(teacher.named_buffers()), dict(student.named_buffers())
+        for (own, others), pairs in ((parameters, self._average), (buffers, self._copy)):
+            shapes = [{(name, tensor.shape) for name, tensor in side.items()} for side in (own, others)]
+            if shapes[0] != shapes[1]:
+                msg = f"teacher and student differ: {sorted({name for name, _ in shapes[0] ^ shapes[1]})[:3]}"
+                raise ValueError(msg)
+            for name, tensor in own.items():
+                pairs[0].append(tensor.detach())
+                pairs[1].append(others[name].detach())
 
     @torch.no_grad()
     def update(self, alpha: float) -> None:

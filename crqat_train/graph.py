@@ -22,7 +22,7 @@ _NONNEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softma
 _NONNEGATIVE_FUNCTIONS = {functional.relu, functional.relu6, torch.relu, torch.sigmoid, functional.hardsigmoid, "relu"}
 _SIGN_KEEPING_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 _SIGN_KEEPING_FUNCTIONS: set[Any] = {
-    functional.adaptive_avg_pool2d, functional.avg_pool2d, torch.cat, torch.add, torch.mul, torch.mean, "mean",
+    functional.adaptive_avg_pool2d, functional.avg_pool2d, torch.cat, torch.mean, "mean",
 }  # fmt: skip
 
 
@@ -37,8 +37,11 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """
     try:
         graph = _Tracer().trace(model)
-    except (fx.proxy.TraceError, TypeError, RuntimeError, NotImplementedError) as error:
-        msg = f"model.name: torch.fx cannot trace {type(model).__name__}{_where(error)}: {_one_line(error)}"
+    except Exception as error:  # the forward is the user's: it may raise anything when it gets a Proxy
+        msg = (
+            f"model.name: torch.fx cannot trace {type(model).__name__}{where(error)}: {one_line(error)}; "
+            "replace data-dependent Python code by tensor operations"
+        )
         raise UsageError(msg) from error
     return fx.GraphModule(model, graph)
 
@@ -55,21 +58,22 @@ class _Tracer(fx.Tracer):
         return super().is_leaf_module(m, module_qualified_name)
 
 
-def _where(error: BaseException) -> str:
-    """File and line of the model's own code that a trace failed in."""
+def where(error: BaseException) -> str:
+    """File and line of the model's own code that raised the error, as " at file:line"; empty if there is none."""
     frames = []
     traceback = error.__traceback__
     while traceback is not None:
-        filename = traceback.tb_frame.f_code.co_filename
-        if "/torch/" not in filename and not filename.endswith("graph.py") and not filename.startswith("<"):
+        filename, module = traceback.tb_frame.f_code.co_filename, traceback.tb_frame.f_globals.get("__name__", "")
+        ours = module in {"crqat_train.graph", "crqat_train.layout"}
+        if not ours and module.partition(".")[0] not in {"torch", "nncf"} and not filename.startswith("<"):
             frames.append(f" at {filename}:{traceback.tb_lineno}")
         traceback = traceback.tb_next
     return frames[-1] if frames else ""
 
 
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{text[:200]}; replace data-dependent Python code by tensor operations"
+def one_line(error: BaseException) -> str:
+    """The error's text without line breaks, shortened; its type if it has no text."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _is(graph_module: fx.GraphModule, node: fx.Node, modules: tuple[type, ...], functions: set[Any]) -> bool:
@@ -82,7 +86,7 @@ def _is(graph_module: fx.GraphModule, node: fx.Node, modules: tuple[type, ...], 
 
 def moves_values(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node's values are those of its first input, in other places, apart from zeros."""
-    if _name(node) == "pad":
+    if node.op != "call_module" and _name(node) == "pad":
         value: Any = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
         mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
         return bool(not value and mode == "constant")
@@ -112,13 +116,19 @@ def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether no value of the node can be negative, for any input of the network."""
     if _is(graph_module, node, _NONNEGATIVE_MODULES, _NONNEGATIVE_FUNCTIONS):
         return True
-    keeping = (
-        _is(graph_module, node, _SIGN_KEEPING_MODULES, _SIGN_KEEPING_FUNCTIONS)
-        or moves_values(graph_module, node)
-        or is_add(node)
+    sources: list[Any] = []
+    if moves_values(graph_module, node):
+        sources = node.all_input_nodes[:1]
+    elif is_add(node) or node.target is torch.mul:
+        sources = [*node.args, *node.kwargs.values()]  # numbers as well: x + y * alpha, x * -1
+    elif _is(graph_module, node, _SIGN_KEEPING_MODULES, _SIGN_KEEPING_FUNCTIONS):
+        sources = node.all_input_nodes
+    return bool(sources) and all(
+        is_nonnegative(graph_module, source)
+        if isinstance(source, fx.Node)
+        else isinstance(source, (int, float)) and source >= 0
+        for source in sources
     )
-    sources = [source for source in node.all_input_nodes if source.op != "get_attr"]
-    return keeping and bool(sources) and all(is_nonnegative(graph_module, source) for source in sources)
 
 
 def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
@@ -130,11 +140,21 @@ def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx
 
 
 def batch_norm_after(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
-    """Name of the BatchNorm that alone reads the node, None if there is none."""
+    """Name of the BatchNorm that alone reads a convolution, None if there is none.
+
+    A BatchNorm behind a linear layer is not folded: no exporter does it, so it stays an operation of its own.
+
+    Raises:
+        UsageError: It cannot be folded, because it has no running statistics.
+    """
     users = list(node.users)
-    if len(users) == 1 and is_batch_norm(graph_module, users[0]):
-        return str(users[0].target)
-    return None
+    if _name(node) == "linear" or len(users) != 1 or not is_batch_norm(graph_module, users[0]):
+        return None
+    name = str(users[0].target)
+    if graph_module.get_submodule(name).running_var is None:
+        msg = f"model.name: {name} is a BatchNorm without running statistics; use track_running_stats=True"
+        raise UsageError(msg)
+    return name
 
 
 def convolution_groups(node: fx.Node) -> int:
@@ -150,9 +170,9 @@ def parameter(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
     Raises:
         UsageError: It is not one.
     """
-    value: Any = graph_module
+    value: Any = graph_module if node.op == "get_attr" else None
     for part in str(node.target).split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)
     if not isinstance(value, Tensor):
         msg = f"model.name: the weight {node.target} is computed in the forward pass; only stored weights are quantized"
         raise UsageError(msg)

@@ -28,9 +28,11 @@ from crqat_train.graph import (
     is_batch_norm,
     is_matmul,
     is_nonnegative,
+    one_line,
     parameter,
     through_movement,
     trace,
+    where,
 )
 
 # The u8*s8 kernels of x86 without VNNI add two products in 16 bits: max(code) * (|w1| + |w2|) has to stay within this.
@@ -116,8 +118,12 @@ def quantize_model(
         specs in the order of NNCF's layout.
 
     Raises:
-        UsageError: The model cannot be traced or NNCF's layout cannot be mapped one to one.
+        UsageError: The model cannot be run or traced, has layers that cannot be quantized, or NNCF's layout cannot be
+            mapped one to one.
     """
+    if hasattr(model, "quantizers"):
+        msg = f"model.name: {type(model).__name__}.quantizers is where quantizers are put; rename that attribute"
+        raise UsageError(msg)
     model = copy.deepcopy(model).eval()
     hooks = _nncf_hooks(model, example)
     graph_module = trace(model)
@@ -159,8 +165,12 @@ def _nncf_hooks(model: nn.Module, example: Tensor) -> _Hooks:
     try:
         graph = wrapper.build_graph()
     except Exception as error:  # whatever the user's forward raises
-        msg = f"model.name: {type(model).__name__} cannot run on an input of shape {tuple(example.shape)}: {error}"
-        raise UsageError(" ".join(msg.split())) from error
+        shape = tuple(example.shape)
+        msg = (
+            f"model.name: {type(model).__name__} cannot run on an input of shape {shape}{where(error)}: "
+            f"{one_line(error)}"
+        )
+        raise UsageError(msg) from error
     algorithm = MinMaxQuantization(
         preset=QuantizationPreset.PERFORMANCE,
         target_device=nncf.TargetDevice.ANY,
@@ -285,7 +295,8 @@ _Groups = list[tuple[tuple[str, ...], "int | None", bool, list[_Place]]]
 
 def _conv_branches(graph_module: fx.GraphModule, groups: _Groups) -> set[str]:
     """Edges on the convolution side of a residual Add; of two such sides the deeper, the other is the downsample."""
-    quantized = {place.source: names[0] for names, _, weight, places in groups if not weight for place in places}
+    # A quantizer that edges share stays: the others need it.
+    quantized = {places[0].source: names[0] for names, _, weight, places in groups if not weight and len(places) == 1}
     depth: dict[fx.Node, int] = {}
     for node in graph_module.graph.nodes:
         depth[node] = 1 + max((depth[source] for source in node.all_input_nodes), default=0)
@@ -309,13 +320,16 @@ def _constrain(
     targets: Sequence[str],
 ) -> list[QuantizerSpec]:
     """The codes of each quantizer: signedness from the graph, widths from the recipe, within the targets' limits."""
-    activation_at = {place.source: names[0] for names, _, weight, places in groups if not weight for place in places}
+    activation_at = {place: names[0] for names, _, weight, places in groups if not weight for place in places}
     matmuls = [node for node in graph_module.graph.nodes if is_matmul(node)]
 
     def edge_into(node: fx.Node) -> str | None:
+        reader = node
         for source in through_movement(graph_module, node.all_input_nodes[0]):
-            if source in activation_at:
-                return activation_at[source]
+            for place in (_Place(source, reader), _Place(source, None)):
+                if place in activation_at:
+                    return activation_at[place]
+            reader = source
         return None
 
     last_input = edge_into(matmuls[-1]) if matmuls else None
@@ -340,6 +354,9 @@ def _constrain(
             ordered.append(specs[names[0]])
             continue
         node = places[0].consumer or next(iter(places[0].source.users))
+        if not is_matmul(node):
+            msg = f"model.name: the weight of {names[0]} is of no Conv1d, Conv2d or Linear, the ones that are quantized"
+            raise UsageError(msg)
         weights = parameter(graph_module, places[0].source)
         bits = config.weights
         if node is matmuls[0]:
@@ -394,8 +411,12 @@ def _insert(graph: fx.Graph, target: str, places: list[_Place]) -> None:
             place.consumer.replace_input_with(place.source, quantized)
 
 
+def quantizer_node(model: fx.GraphModule, spec: QuantizerSpec) -> fx.Node:
+    """The first call of a quantizer in the GraphModule."""
+    found: fx.Node = next(node for node in model.graph.nodes if node.target == f"quantizers.{spec.module_name}")
+    return found
+
+
 def weight_node(model: fx.GraphModule, spec: QuantizerSpec) -> fx.Node:
     """The get_attr node of the float tensor that a weight's quantizer sits on."""
-    node = next(node for node in model.graph.nodes if node.target == f"quantizers.{spec.module_name}")
-    source: fx.Node = node.all_input_nodes[0]
-    return source
+    return quantizer_node(model, spec).all_input_nodes[0]

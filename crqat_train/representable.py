@@ -12,17 +12,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, fx
 
+from artifacts.errors import UsageError
 from crqat_train.graph import parameter
-from crqat_train.layout import QuantizerSpec, weight_node
+from crqat_train.layout import QuantizerSpec, quantizer_node
 from crqat_train.methods import quantizer_of
 
 # |bias| / (s_x s_w) stays below this, half of int32's range.
 BIAS_LIMIT = 2.0**30
-# float16 holds no smaller normal number; below it the spacing of scales gets coarse, but the codes follow.
+# float16's smallest positive number, and the spacing of its numbers below 2^-14, where scales so get coarse; the codes
+# follow.
 _FLOAT16_TINY = 2.0**-24
+_FLOAT16_MAX = 65504.0
 
 
-def fold_multiplier(bn: torch.nn.BatchNorm2d) -> Tensor:
+def fold_multiplier(bn: torch.nn.modules.batchnorm._BatchNorm) -> Tensor:
     """What BN multiplies each channel of a convolution by: gamma / sqrt(running_var + eps), float32 of shape [C]."""
     gamma = bn.weight if bn.weight is not None else torch.ones_like(_running(bn.running_var))
     return gamma.detach() / torch.sqrt(_running(bn.running_var) + bn.eps)
@@ -49,11 +52,14 @@ def make_representable(model: fx.GraphModule, specs: Sequence[QuantizerSpec], ta
 
     Returns:
         One line for each weight some of whose channels had to be raised to a larger scale.
+
+    Raises:
+        UsageError: A scale is larger than float16's largest number, with TensorRT in the targets.
     """
     scales = {spec.edge: quantizer_of(model, spec).scale for spec in specs}
     for spec in specs:
         if spec.kind == "activation" and "tensorrt" in targets:
-            scales[spec.edge].copy_(_up_to_float16(scales[spec.edge]))
+            scales[spec.edge].copy_(_up_to_float16(scales[spec.edge], spec))
     notes = []
     for spec in specs:
         if spec.kind != "weight":
@@ -68,9 +74,11 @@ def make_representable(model: fx.GraphModule, specs: Sequence[QuantizerSpec], ta
         raised = (folded < smallest) & (multiplier != 0)
         folded = torch.where(raised, smallest, folded)
         if "tensorrt" in targets:
-            folded = _up_to_float16(folded)
-        final = torch.where(multiplier != 0, folded / multiplier.abs(), scale.reshape(-1))
-        scale.copy_(final.reshape(scale.shape))
+            folded = _up_to_float16(folded, spec)
+        changed = (multiplier != 0) if "tensorrt" in targets else raised
+        # The division's rounding alone must not make a scale smaller.
+        final = torch.maximum(folded / multiplier.abs(), scale.reshape(-1))
+        scale.copy_(torch.where(changed, final, scale.reshape(-1)).reshape(scale.shape))
         if bool(raised.any()):
             notes.append(
                 f"{spec.operation}: scale of {int(raised.sum())} channels raised to what the targets can store"
@@ -80,15 +88,15 @@ def make_representable(model: fx.GraphModule, specs: Sequence[QuantizerSpec], ta
 
 def _folded(model: fx.GraphModule, spec: QuantizerSpec, scale: Tensor) -> tuple[Tensor, Tensor]:
     """BN's multiplier and the folded bias of the operation that a weight belongs to, both of shape [channels]."""
-    quantized = next(iter(weight_node(model, spec).users))
-    arguments = next(iter(quantized.users)).args
+    operation = next(iter(quantizer_node(model, spec).users))
+    argument = operation.args[2] if len(operation.args) > 2 else operation.kwargs.get("bias")
     bias = torch.zeros(scale.numel(), device=scale.device)
-    if len(arguments) > 2 and isinstance(arguments[2], fx.Node):
-        bias = parameter(model, arguments[2]).detach()
+    if isinstance(argument, fx.Node):
+        bias = parameter(model, argument).detach()
     if spec.bn is None:
         return torch.ones_like(bias), bias
     bn = model.get_submodule(spec.bn)
-    if not isinstance(bn, torch.nn.BatchNorm2d):
+    if not isinstance(bn, torch.nn.modules.batchnorm._BatchNorm):
         msg = f"{spec.bn}: {type(bn).__name__} cannot be folded"
         raise TypeError(msg)
     multiplier = fold_multiplier(bn)
@@ -96,8 +104,15 @@ def _folded(model: fx.GraphModule, spec: QuantizerSpec, scale: Tensor) -> tuple[
     return multiplier, shift + (bias - _running(bn.running_mean)) * multiplier
 
 
-def _up_to_float16(scale: Tensor) -> Tensor:
+def _up_to_float16(scale: Tensor, spec: QuantizerSpec) -> Tensor:
     """The smallest float16 that is not below `scale`, as float32; at least float16's smallest number."""
+    largest = float(scale.amax())
+    if not largest <= _FLOAT16_MAX:
+        msg = (
+            f"{spec.operation}: a scale of {largest:g} is more than TensorRT's float16 holds, so training diverged; "
+            "lower qat.lr, or take tensorrt out of `targets`"
+        )
+        raise UsageError(msg)
     rounded = scale.half()
     below = rounded.float() < scale
     return torch.where(below, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded).float()

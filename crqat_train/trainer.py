@@ -120,6 +120,9 @@ class _Run:
         model = models.build(config.model.name, len(self.dataset.class_names), channels).to(self.device)
         if config.model.weights is not None:
             models.load_weights(model, Path(config.model.weights))
+            if not _finite(model):
+                msg = f"model.weights: {config.model.weights} holds values that are infinite or no number"
+                raise UsageError(msg)
             return model.eval()
         batches = self._batches(config.float_training)
         forward, fit = self._compile(model), _Fit(model, config.float_training, len(batches), "float", self)
@@ -153,7 +156,7 @@ class _Run:
         batches = self._batches(config.qat)
         unlabeled = self._unlabeled()
         fit = _Fit(student, config.qat, len(batches), "qat", self)
-        scales = [parameter for name, parameter in student.named_parameters() if name.endswith(".scale")]
+        scales = [parameter for name, parameter in student.named_parameters() if _is_step(name)]
         forward = self._compile(student)
         ema, average, teach = None, None, None
         if consistency.teacher == "ema":
@@ -225,10 +228,10 @@ class _Fit:
     """One training's optimizer and learning rate: linear warm-up over 5 % of the steps, then cosine to zero."""
 
     def __init__(self, model: nn.Module, section: OptimizerConfig, steps_per_epoch: int, name: str, run: _Run) -> None:
-        self.section, self.name, self.run = section, name, run
+        self.model, self.section, self.name, self.run = model, section, name, run
         self.steps, self.steps_done = section.epochs * steps_per_epoch, 0
-        decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not n.endswith(".scale")]
-        others = [p for n, p in model.named_parameters() if p.ndim <= 1 or n.endswith(".scale")]
+        decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not _is_step(n)]
+        others = [p for n, p in model.named_parameters() if p.ndim <= 1 or _is_step(n)]
         groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=0.9, nesterov=True)
         self.loss_sum = torch.zeros((), device=run.device)
@@ -255,14 +258,15 @@ class _Fit:
         self.steps_in_epoch += 1
 
     def end_of_epoch(self, epoch: int, **row: float) -> dict[str, Any]:
-        """One row of history. The loss is looked at here, once an epoch, not in every step.
+        """One row of history. Loss and weights are looked at here, once an epoch, not in every step.
 
         Raises:
-            UsageError: It is not finite.
+            UsageError: They are not finite.
         """
         loss = float(self.loss_sum) / self.steps_in_epoch
-        if not math.isfinite(loss):
-            msg = f"{self.name}.lr: the loss is {loss} in epoch {epoch}; lower {self.name}.lr (now {self.section.lr:g})"
+        if not (math.isfinite(loss) and _finite(self.model)):
+            what = "weights are not finite" if math.isfinite(loss) else f"the loss is {loss}"
+            msg = f"{self.name}.lr: {what} in epoch {epoch}; lower {self.name}.lr (now {self.section.lr:g})"
             raise UsageError(msg)
         seconds = time.monotonic() - self.epoch_started
         shown = " ".join(f"{key} {value:.4f}" for key, value in {"loss": loss, **row}.items())
@@ -356,6 +360,15 @@ def rebuild(
     return student.eval(), specs
 
 
+def _is_step(name: str) -> bool:
+    """Whether a parameter's name is that of a quantizer's step; a network may have a `scale` of its own."""
+    return name.startswith("quantizers.")
+
+
+def _finite(model: nn.Module) -> bool:
+    return bool(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all())
+
+
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
 
@@ -379,10 +392,10 @@ def _compiler(device: torch.device) -> str:
 @contextmanager
 def _deterministic(seed: int) -> Iterator[None]:
     """Same seed, same bits on a CPU; the settings before are restored."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -57,7 +57,7 @@ def verify(
         try:
             simulations[target] = simulate(file.model, images)
         except NotSimulated as reason:
-            result[target] = {"status": f"not run: {reason}", "images": len(images)}
+            result[target] = {"status": f"not run: {reason}", "images": len(images), "codes": 0, "differing_codes": 0}
             continue
         links: dict[str, Any] = {"torch": _torch_link(model, specs, grids, file, simulations[target], images)}
         links["runtime"] = _runtime_link(file, simulations[target], images) if target == "onnxruntime" else NOT_RUN

@@ -116,6 +116,17 @@ def check(path: Path) -> None:
 
 
 @crqat.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), help="Default: report.html.")
+def report(run: Path, out: Path) -> None:
+    """Write the report of a run directory again, as one HTML file."""
+    from pipeline import stages
+
+    stages.report(run, out)
+    click.echo(f"wrote {out}")
+
+
+@crqat.command()
 def doctor() -> int:
     """Say what this machine can do and what is missing for what."""
     from pipeline import doctor as examination

@@ -100,6 +100,9 @@ def _verification(file: str, verification: dict[str, Any] | None) -> Verdict:
         return _plain("verification", file, "fail", "the export did not verify this file; export it again")
     codes, differing, images = verification["codes"], verification["differing_codes"], verification["images"]
     figures = f"{differing} of {codes} codes differ on {images} images"
+    if verification["status"].startswith("not run"):
+        # Not disproven, but not proven either: it must not pass.
+        return _plain("verification", file, "inconclusive", verification["status"])
     status: Status = "pass" if verification["status"] == "passed" and codes > 0 else "fail"
     message = figures if verification["status"] == "passed" else f"{verification['status']}; {figures}"
     return Verdict("verification", file, status, differing, None, None, codes, message)

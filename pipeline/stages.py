@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts import store
-from artifacts.errors import UsageError
+from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
 from pipeline import console, recipe
 
@@ -38,7 +38,7 @@ KEYS = {
     "export": ("name", "export"),
     "benchmark": ("benchmark",),
 }
-RESULTS, JUNIT = "results.json", "junit.xml"
+RESULTS, JUNIT, REPORT = "results.json", "junit.xml", "report.html"
 _DISTRIBUTIONS = (
     "crqat-edge",
     "torch",
@@ -83,12 +83,11 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
     current(config, runs, "export")
 
     def fill(out: Path) -> dict[str, Any]:
-        from pipeline import gate as rules
         from runtime_eval.benchmark import benchmark as measure
 
         results = measure(runs / config.name / "export", config.benchmark, progress)
         (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
-        (out / JUNIT).write_text(rules.junit(rules.judge(results, config.gate), config.name))
+        _write_verdict(out, runs / config.name, results, config)
         return {"device": results["device"], "files": sorted(results["models"])}
 
     # Another machine's numbers say nothing of this one.
@@ -101,14 +100,46 @@ def gate(config: recipe.Recipe, runs: Path) -> list[Verdict]:
 
     manifest = current(config, runs, "benchmark")
     directory = runs / config.name / "benchmark"
-    verdicts = rules.judge(rules.read_results(directory / RESULTS), config.gate)
-    junit = rules.junit(verdicts, config.name)
-    if junit != (directory / JUNIT).read_text():
+    results = rules.read_results(directory / RESULTS)
+    verdicts = rules.judge(results, config.gate)
+    if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text():
         # The limits were changed since: the same measurements, judged anew.
         with store.write_stage(runs / config.name, manifest) as out:
             shutil.copytree(directory, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(store.MANIFEST))
-            (out / JUNIT).write_text(junit)
+            _write_verdict(out, runs / config.name, results, config)
     return verdicts
+
+
+def report(run: Path, out: Path) -> None:
+    """Write the report of a finished run, judged by the limits that it was benchmarked with.
+
+    Raises:
+        UsageError: A stage is missing or damaged.
+        ToolError: The file cannot be written.
+    """
+    from pipeline import gate as rules
+    from pipeline.report import render
+
+    for stage in STAGES:
+        manifest = store.verify_stage(run / stage)
+        check_parent(run, manifest)
+    results = rules.read_results(run / "benchmark" / RESULTS)
+    page = render(run, results, rules.judge(results, rules.GateConfig(**manifest.config["gate"])))
+    try:
+        out.write_text(page)
+    except OSError as error:
+        msg = f"{out}: cannot be written: {error.strerror}"
+        raise ToolError(msg) from error
+
+
+def _write_verdict(out: Path, run: Path, results: dict[str, Any], config: recipe.Recipe) -> None:
+    """Write what follows from results and limits: JUnit XML and the report."""
+    from pipeline import gate as rules
+    from pipeline import report
+
+    verdicts = rules.judge(results, config.gate)
+    (out / JUNIT).write_text(rules.junit(verdicts, config.name))
+    (out / REPORT).write_text(report.render(run, results, verdicts))
 
 
 def current(config: recipe.Recipe, runs: Path, stage: str) -> store.Manifest:

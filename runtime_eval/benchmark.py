@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,16 @@ class _Model:
     entry: dict[str, Any]
     path: Path
     size: int
-    worker: Worker
-    opened: dict[str, Any] = field(default_factory=dict)
+    provider: str | None = None
+    classes: int | None = None
     failure: str | None = None
+    top: npt.NDArray[np.int64] | None = None
     rounds: list[list[float]] = field(default_factory=list)
     memory: int | None = None
-    top: npt.NDArray[np.int64] | None = None
-
-    @property
-    def timed(self) -> bool:
-        return self.failure is None and self.entry["target"] in TIMED
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """A failure of the worker in the body is kept as this model's result."""
+        """A failure of the model's process ends the body and is kept as the model's result."""
         try:
             yield
         except ToolError as error:
@@ -75,21 +72,9 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
     entries, images, labels = _read_payload(export_dir, manifest)
     machine = device.describe()
     load_at_start = device.load_average()
-    models: list[_Model] = []
-    with tempfile.TemporaryDirectory() as scratch:
-        try:
-            for entry in entries:
-                path = export_dir / entry["file"]
-                size, worker = path.stat().st_size, Worker(path, export_dir / manifest.payload["images"], config)
-                models.append(_Model(entry, path, size, worker))
-            for model in models:
-                with model.attempt():
-                    model.opened = model.worker.open()
-            _check_classes(models, labels)
-            _measure(models, config, Path(scratch), progress)
-        finally:
-            for model in models:
-                model.worker.close()
+    paths = [export_dir / entry["file"] for entry in entries]
+    models = [_Model(entry, path, path.stat().st_size) for entry, path in zip(entries, paths, strict=True)]
+    _measure(models, export_dir / manifest.payload["images"], labels, config, progress)
     return {
         "schema_version": SCHEMA_VERSION,
         "run": manifest.payload["run"],
@@ -98,7 +83,7 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
         "config": asdict(config),
         "dataset": {
             "n": len(images),
-            "classes": next((model.opened["classes"] for model in models if model.opened), None),
+            "classes": next((model.classes for model in models if model.classes is not None), None),
         },
         "models": {model.entry["file"]: _result(model, models, labels, config) for model in models},
     }
@@ -144,42 +129,37 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
     return array
 
 
-def _measure(models: list[_Model], config: BenchmarkConfig, scratch: Path, progress: Progress) -> None:
-    """Fill in latency, memory and predictions of the models whose workers are open."""
+def _measure(
+    models: list[_Model], images: Path, labels: npt.NDArray[np.int64], config: BenchmarkConfig, progress: Progress
+) -> None:
+    """Fill in the models' predictions, latency and memory. One process lives at a time and has the machine to itself.
+
+    Raises:
+        UsageError: A label is no class of a model.
+    """
+    for model in models:
+        task = f"accuracy of {model.entry['file']}"
+        with model.attempt(), tempfile.TemporaryDirectory() as scratch, Worker(model.path, images, config) as worker:
+            model.provider, model.classes = worker.provider, worker.classes
+            if not 0 <= labels.min() <= labels.max() < worker.classes:
+                msg = (
+                    f"{model.path}: has {worker.classes} classes, but the test labels go from {labels.min()} to "
+                    f"{labels.max()}; export again"
+                )
+                raise UsageError(msg)
+            top = Path(scratch) / "top.npy"
+            worker.accuracy(config.accuracy_batch, top, partial(progress, task))
+            model.top = np.load(top, allow_pickle=False)
     for turn in range(config.latency_rounds):
-        timed = [model for model in models if model.timed]
+        timed = [model for model in models if model.failure is None and model.entry["target"] in TIMED]
         for position in range(len(timed)):
             model = timed[(position + turn) % len(timed)]  # nobody always follows the same neighbour
-            progress("latency", turn, config.latency_rounds, model.entry["file"])
-            with model.attempt():
+            with model.attempt(), Worker(model.path, images, config) as worker:
+                progress("latency", turn, config.latency_rounds, model.entry["file"])
                 slice_seconds = config.latency_seconds / config.latency_rounds
-                model.rounds.append(model.worker.latency(config.warm_up_seconds, slice_seconds))
+                model.rounds.append(worker.latency(config.warm_up_seconds, slice_seconds))
+                model.memory = worker.memory()
         progress("latency", turn + 1, config.latency_rounds)
-    for model in models:
-        if model.timed:
-            with model.attempt():
-                model.memory = model.worker.memory()  # before accuracy, whose batches are larger
-    for index, model in enumerate(models):
-        if model.failure is None:
-            file, out = model.entry["file"], scratch / f"{index}.npy"
-            with model.attempt():
-                model.worker.accuracy(
-                    config.accuracy_batch,
-                    out,
-                    lambda done, total, file=file: progress(f"accuracy of {file}", done, total),  # type: ignore[misc]
-                )
-                model.top = np.load(out, allow_pickle=False)
-
-
-def _check_classes(models: list[_Model], labels: npt.NDArray[np.int64]) -> None:
-    """Labels that a model cannot answer would be counted as wrong answers of the model."""
-    for model in models:
-        if model.opened and not 0 <= labels.min() <= labels.max() < model.opened["classes"]:
-            msg = (
-                f"{model.path}: has {model.opened['classes']} classes, but the test labels go from {labels.min()} to "
-                f"{labels.max()}; export again"
-            )
-            raise UsageError(msg)
 
 
 def _result(
@@ -190,7 +170,7 @@ def _result(
     result: dict[str, Any] = {
         "target": model.entry["target"],
         "runtime": RUNTIME,
-        "provider": model.opened.get("provider"),
+        "provider": model.provider,
         "status": "measured" if model.failure is None else f"failed: {model.failure}",
         "size_bytes": model.size,
         "peak_memory_bytes": model.memory,

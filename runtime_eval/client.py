@@ -12,6 +12,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 from artifacts.errors import ToolError
@@ -23,16 +24,23 @@ PACKAGES = Path(__file__).resolve().parent.parent
 
 
 class Worker:
-    """One model in its own process; `open` it before anything else, `close` it in any case.
+    """One model in its own process: a context manager, in whose body the model is loaded.
 
-    Every method that talks to the process raises `ToolError`, which names the model, the runtime and the cause, if the
-    process dies, is silent for longer than the time limit or says that the model failed; the process is gone then.
+    Entering it and every method raise `ToolError`, which names the model, the runtime and the cause, if the process
+    dies, is silent for longer than the time limit or says that the model failed; the process is gone then.
 
     Args:
         model: The ONNX file.
         images: The test images' .npy file, uint8 [N, C, H, W].
         config: Provider, threads and time limit.
+
+    Attributes:
+        provider: The execution provider that runs the model.
+        classes: How many the model tells apart.
     """
+
+    provider: str
+    classes: int
 
     def __init__(self, model: Path, images: Path, config: BenchmarkConfig) -> None:
         self._name = model.name
@@ -58,10 +66,19 @@ class Worker:
             self._lines.put(line)
         self._lines.put(None)
 
-    def open(self) -> dict[str, Any]:
-        """Wait until the model is loaded: its `provider` and number of `classes`."""
-        opened: dict[str, Any] = self._wait(self._limit)
-        return opened
+    def __enter__(self) -> Worker:
+        try:
+            opened = self._wait(self._limit)
+        except BaseException:  # an interrupt too must not leave the process behind
+            self._close()
+            raise
+        self.provider, self.classes = opened["provider"], opened["classes"]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
 
     def latency(self, warm_up_seconds: float, seconds: float) -> list[float]:
         """Seconds of each inference at batch 1, measured for `seconds` after `warm_up_seconds`."""
@@ -80,7 +97,7 @@ class Worker:
         """Write each image's best classes to `out`, .npy int64 [N, min(5, classes)]; `progress` gets done and total."""
         self._ask({"command": "accuracy", "batch": batch, "out": str(out.resolve())}, self._limit, progress)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         """End the process, whatever state it is in, and reap it."""
         self._process.kill()
         self._process.wait()
@@ -127,5 +144,5 @@ class Worker:
         return f"{cause}, last words: {last}" if last else cause
 
     def _failure(self, cause: str) -> ToolError:
-        self.close()
+        self._close()
         return ToolError(f"{self._name} in {RUNTIME}: {cause}")

@@ -15,9 +15,9 @@ class BenchmarkConfig:
     Attributes:
         threads: Threads that one inference may use.
         provider: ONNX Runtime's execution provider; another one taking its place is an error.
-        warm_up_seconds: Inferences before each model's slice of a round that are not counted. Every round needs them,
-            because the other models had the caches in between.
-        latency_rounds: Rounds in which the models take turns. From 6 on the interval of the median ratio reaches 95 %.
+        warm_up_seconds: Inferences at the start of each process that are not counted.
+        latency_rounds: Rounds in which the models take turns, each time in a new process. From 6 on the interval of the
+            median ratio reaches 95 %.
         latency_seconds: Counted time of one model over all rounds.
         accuracy_batch: Images of one inference where accuracy is measured.
         time_limit_seconds: A model's process that is silent for longer than this is taken for hung.

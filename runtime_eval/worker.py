@@ -1,9 +1,9 @@
 """The process that holds one model: `python -m runtime_eval.worker MODEL IMAGES PROVIDER THREADS`.
 
-Each model has its own process, so that a runtime that aborts takes nothing else along, peak memory is the model's own
-and no library is shared. One JSON command per line comes in on standard input; each is answered on standard output by
-any number of ``{"progress": [done, total]}`` and one ``{"result": ...}`` or ``{"error": "text"}``. The first answer,
-to no command, says that the model is loaded. The process ends with its input.
+A model runs in a process of its own, so that a runtime that aborts takes nothing else along, peak memory is the model's
+and each round of latency starts anew. One JSON command per line comes in on standard input; each is answered on
+standard output by any number of ``{"progress": [done, total]}`` and one ``{"result": ...}`` or ``{"error": "text"}``.
+The first answer, to no command, says that the model is loaded. The process ends with its input.
 """
 
 from __future__ import annotations

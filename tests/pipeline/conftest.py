@@ -130,4 +130,6 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
         module = ModuleType(name)
         setattr(module, function, fake)
         monkeypatch.setitem(sys.modules, name, module)
+    # The page needs a whole run; tests/pipeline/test_report.py has one.
+    monkeypatch.setattr("pipeline.report.render", lambda run, results, verdicts: f"<p>{len(verdicts)} rules</p>")
     return made

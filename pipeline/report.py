@@ -1,0 +1,147 @@
+"""One self-contained HTML page of a run: the verdict first, then what it rests on. No scripts, no outside resources."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from artifacts.store import Manifest, read_manifest
+from pipeline.gate import Verdict, exit_code
+
+TEMPLATES = Path(__file__).parent / "templates"
+WORDS = {0: "pass", 1: "fail", 3: "not judged", 4: "inconclusive"}
+# Readable on white and on near-black.
+_COLORS = {"float": "#8a8f98", "onnxruntime": "#2f81d6", "tensorrt": "#4f9d3a"}
+_LINES = {"validation": "#2f81d6", "validation_teacher": "#d9822b", "lambda": "#4f9d3a"}
+
+
+def render(run: Path, results: dict[str, Any], verdicts: Sequence[Verdict]) -> str:
+    """The page.
+
+    Args:
+        run: The run's directory; its train and export manifests and the training history are read.
+        results: What the benchmark measured.
+        verdicts: What the gate says of it.
+    """
+    train, export = read_manifest(run / "train"), read_manifest(run / "export")
+    history = [json.loads(line) for line in (run / "train" / "history.jsonl").read_text().splitlines()]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(percent=_percent, number=_number, interval=_interval, kib=_kib)
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        verdicts=verdicts,
+        verdict=WORDS[exit_code(verdicts)],
+        train=train,
+        export=export,
+        edges=_edges(export),
+        tradeoff=_tradeoff(results),
+        curves=_curves(history) if history else "",
+    )
+
+
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(interval: Sequence[float] | None, digits: int = 3, factor: float = 1.0) -> str:
+    return "" if interval is None else f"[{interval[0] * factor:.{digits}f}, {interval[1] * factor:.{digits}f}]"
+
+
+def _kib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1024:.1f}"
+
+
+def _edges(export: Manifest) -> list[dict[str, Any]]:
+    """One row for each quantized edge: its noise and each target's claim; the noisiest first."""
+    noise: dict[str, float | None] = export.payload.get("noise", {})
+    claims: dict[str, dict[str, str]] = {}
+    for model in export.payload["models"]:
+        for edge, claim in model.get("claims", {}).items():
+            claims.setdefault(edge, {})[model["target"]] = claim["claim"]
+    rows = [{"edge": edge, "noise": noise.get(edge), "claims": of_edge} for edge, of_edge in claims.items()]
+    return sorted(rows, key=lambda row: (row["noise"] is None, row["noise"] or 0.0))
+
+
+def _tradeoff(results: dict[str, Any]) -> str:
+    """Accuracy against latency, one point per timed file, with their intervals."""
+    points = [
+        (model["target"], file, model["accuracy"], model["latency"])
+        for file, model in results["models"].items()
+        if model["accuracy"] and model["latency"] and model["latency"]["status"] == "measured"
+    ]
+    if not points:
+        return ""
+    figure, axes = _figure(6.4, 3.2)
+    for target, file, accuracy, latency in points:
+        low, high = accuracy["top1_interval"]
+        top1, p50 = 100 * accuracy["top1"], latency["p50_ms"]
+        spread = [[top1 - 100 * low], [100 * high - top1]]
+        color = _COLORS.get(target, "#8a8f98")
+        axes.errorbar([p50], [top1], yerr=spread, fmt="o", color=color, capsize=3, label=file)
+    axes.set_xlabel("median latency at batch 1, ms")
+    axes.set_ylabel("top-1 accuracy, %")
+    axes.set_xlim(0, 1.1 * max(latency["p50_ms"] for _, _, _, latency in points))
+    axes.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def _curves(history: list[dict[str, Any]]) -> str:
+    """Training: accuracy on the validation split and lambda, float training and QAT side by side."""
+    phases = list(dict.fromkeys(row["phase"] for row in history))
+    figure, all_axes = _figure(6.4, 3.2, columns=len(phases))
+    for axes, phase in zip(all_axes if len(phases) > 1 else [all_axes], phases, strict=True):
+        rows = [row for row in history if row["phase"] == phase]
+        epochs = [row["epoch"] for row in rows]
+        for key, label in (("validation", "student" if phase == "qat" else "float"), ("validation_teacher", "teacher")):
+            if key in rows[0]:
+                axes.plot(epochs, [row[key] for row in rows], ".-", color=_LINES[key], label=f"{label}, accuracy")
+        if "lambda" in rows[0]:
+            axes.plot(
+                epochs, [row["lambda"] for row in rows], "--", color=_LINES["lambda"], label="lambda", linewidth=1
+            )
+        axes.set_title(phase)
+        axes.set_xlabel("epoch")
+        axes.margins(y=0.1)
+        axes.legend(frameon=False, fontsize=8)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    # The page's own font, and ids that do not change from one rendering to the next.
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "crqat", "font.family": "sans-serif", "font.size": 10})
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    for one in axes if columns > 1 else [axes]:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    """The picture as inline SVG: as wide as the page allows, black in the page's text colour, ground transparent."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", text, count=1)
+    text = text.replace("#000000", "currentColor")
+    # Text without a colour of its own is black, whatever the page's colour is.
+    return re.sub(r'<text style="', '<text style="fill: currentColor; ', text)
