@@ -89,6 +89,21 @@ class _Hooks:
     operations: list[str]
 
 
+class _Chain(nn.Module):
+    """A Sequential as a plain module: NNCF adds a child to the root, which a Sequential would take for a layer."""
+
+    def __init__(self, layers: nn.Sequential) -> None:
+        super().__init__()
+        self.names = list(layers._modules)
+        for name, layer in layers._modules.items():
+            self.add_module(name, layer)
+
+    def forward(self, input: Tensor) -> Tensor:  # the argument's name is Sequential's, and part of an edge's name
+        for name in self.names:
+            input = self._modules[name](input)  # type: ignore[misc]
+        return input
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a hook sits in the FX graph: behind `source`, on all of its uses or on the use by `consumer`."""
@@ -161,7 +176,8 @@ def _nncf_hooks(model: nn.Module, example: Tensor) -> _Hooks:
     from nncf.torch.function_hook.wrapper import wrap_model
 
     nncf.set_log_level("ERROR")
-    wrapper = GraphModelWrapper(wrap_model(copy.deepcopy(model)), example)
+    root = _Chain(model) if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward else model
+    wrapper = GraphModelWrapper(wrap_model(copy.deepcopy(root)), example)
     try:
         graph = wrapper.build_graph()
     except Exception as error:  # whatever the user's forward raises

@@ -21,6 +21,8 @@ MIN_SCALE = 1e-8
 # Ratios of a range to the largest magnitude that calibration tries.
 _CANDIDATES = 80
 _HISTOGRAM_BINS = 2048
+# A histogram up to a larger value could not be doubled within float32.
+_LARGEST = torch.finfo(torch.float32).max / 2
 
 
 class _LSQ(torch.autograd.Function):
@@ -128,7 +130,7 @@ class ActivationObserver:
         """Count the values of a batch of shape [N, ...]."""
         self.features = x[0].numel()
         largest = float(x.abs().amax())
-        if not math.isfinite(largest):
+        if not largest < _LARGEST:
             return  # the caller's loss is not finite either, and says so
         if self.limit == 0.0:
             self.limit = max(largest, MIN_SCALE)

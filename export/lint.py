@@ -41,7 +41,14 @@ def lint(model: onnx.ModelProto, target: str) -> list[Finding]:
         target: "float", "onnxruntime" or "tensorrt".
     """
     view = _View(model)
-    findings = list(_common(view))
+    findings = [
+        Finding(tensor.name, "weights are inside the file", "export again; external data is not used")
+        for tensor in model.graph.initializer
+        if tensor.data_location == TensorProto.EXTERNAL
+    ]
+    if findings:
+        return findings  # the other rules look at values, and these are somewhere else
+    findings += _common(view)
     if target == "tensorrt":
         findings += _tensorrt(view)
     if target == "onnxruntime":
@@ -73,9 +80,6 @@ class _View:
 
 
 def _common(view: _View) -> Iterator[Finding]:
-    for tensor in view.model.graph.initializer:
-        if tensor.data_location == TensorProto.EXTERNAL:
-            yield Finding(tensor.name, "weights are inside the file", "export again; external data is not used")
     for node in view.nodes:
         if node.domain not in ("", "ai.onnx"):
             yield Finding(node.name, f"only standard operations ({node.domain}.{node.op_type})", "report this as a bug")
@@ -132,6 +136,9 @@ def _saturation(view: _View, node: onnx.NodeProto) -> Iterator[Finding]:
     x, w = view.producer.get(node.input[0]), view.producer.get(node.input[1])
     if x is None or w is None or x.op_type != "DequantizeLinear" or w.op_type != "DequantizeLinear":
         return
+    if w.input[0] not in view.tensors:
+        yield Finding(node.name, "weights are stored as integers", "export again")
+        return
     weight = view.array(w.input[0]).astype(np.int64)
     group = next((a.i for a in node.attribute if a.name == "group"), 1)
     if group == weight.shape[0] and weight.shape[1] == 1:
@@ -151,7 +158,8 @@ def _largest_code(view: _View, name: str) -> int:
     node = view.producer.get(name)
     while node is not None and node.op_type not in {"Clip", "QuantizeLinear"}:
         node = view.producer.get(node.input[0])
-    return int(view.array(node.input[2])) if node is not None and node.op_type == "Clip" else 255
+    bounded = node is not None and node.op_type == "Clip" and len(node.input) > 2 and node.input[2] in view.tensors
+    return int(view.array(node.input[2])) if node is not None and bounded else 255
 
 
 def _float_clip_before_quantizer(view: _View, node: onnx.NodeProto) -> bool:

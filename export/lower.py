@@ -20,7 +20,7 @@ INT16_MAX = 32767
 # Largest magnitude that low-bit weight codes are spread to. The int32 bias rounds to units of s_x s_w: the larger the
 # codes, the smaller the unit. 64 keeps 255 * (64 + 64) within 16 bits.
 SPREAD_LIMIT = 64
-# A scale of a channel without any weight; any positive number would do.
+# The scale of a channel whose codes are all 0. Any positive one represents it, but its bias is stored in units of it.
 _UNUSED_SCALE = np.float32(2.0**-10)
 
 
@@ -33,12 +33,14 @@ class Activation:
         dtype: np.int8 or np.uint8.
         clip: Bounds of the integer Clip behind QuantizeLinear, None where the type's own saturation is the bound.
         claim: See the module.
+        note: What a user should know, empty if nothing.
     """
 
     grid: Grid
     dtype: type[np.signedinteger[Any]] | type[np.unsignedinteger[Any]]
     clip: tuple[int, int] | None
     claim: Claim = "exact"
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,11 @@ def lower_weight(
     scale = np.broadcast_to(grid.scale, multiplier.shape).astype(np.float32) * np.abs(multiplier)
     # The trained scale was chosen so that the folded one is a float16; take the product's last rounding back.
     half = scale.astype(np.float16).astype(np.float32)
-    scale = np.where(np.abs(half - scale) <= scale * 2.0**-21, half, scale).astype(np.float32)
-    scale = np.where(multiplier == 0, _UNUSED_SCALE, scale).astype(np.float32)
+    rounded_to = (np.abs(multiplier) != 1) & (np.abs(half - scale) <= scale * 2.0**-21)
+    scale = np.where(rounded_to, half, scale).astype(np.float32)
+    codes = np.where(scale.reshape(column) == 0, 0, codes)  # the product may underflow
+    used = codes.reshape(len(scale), -1).any(axis=1)
+    scale = np.where(used, scale, _UNUSED_SCALE).astype(np.float32)
     claim, note = "exact", ""
     if target == "onnxruntime" and input_activation is not None:
         largest = max(abs(grid.qmin), grid.qmax)
@@ -124,7 +129,7 @@ def lower_weight(
     if target == "onnxruntime":
         codes, scale = codes * spread, unit_bias_scale
     input_scale = np.float32(1) if input_activation is None else input_activation.grid.scale[0]
-    unit = (input_scale * unit_bias_scale).astype(np.float32)
+    unit = np.maximum(input_scale * unit_bias_scale, np.finfo(np.float32).smallest_subnormal).astype(np.float32)
     wanted, limit = np.rint(bias.astype(np.float64) / unit), 2.0**31 - 1
     if (np.abs(wanted) > limit).any():
         claim, note = (

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,8 @@ OPSET_FLOAT16 = 19
 # Values pass through these unchanged, so they can run on codes: one DequantizeLinear behind them is enough, and ONNX
 # Runtime finds it right before the Add or Conv that it wants to fuse.
 MOVEMENT = {"Slice", "Pad", "MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
+
+_Lowered = TypeVar("_Lowered", Activation, Weight)
 
 
 @dataclass
@@ -43,12 +45,12 @@ class QDQModel:
 
     def claims(self) -> dict[str, dict[str, Any]]:
         """Edge name to its claim, for the manifest."""
-        result: dict[str, dict[str, Any]] = {edge: {"claim": a.claim} for edge, a in self.activations.items()}
+        result: dict[str, dict[str, Any]] = {}
+        for edge, activation in self.activations.items():
+            result[edge] = {"claim": activation.claim, "note": activation.note}
         for edge, weight in self.weights.items():
-            result[edge] = {"claim": weight.claim, "bias_error": weight.bias_error}
-            if weight.note:
-                result[edge]["note"] = weight.note
-        return result
+            result[edge] = {"claim": weight.claim, "note": weight.note, "bias_error": weight.bias_error}
+        return {edge: {key: value for key, value in claim.items() if value != ""} for edge, claim in result.items()}
 
 
 def float_model(graph: Graph, metadata: Mapping[str, str]) -> onnx.ModelProto:
@@ -122,7 +124,7 @@ class _Writer:
         for node in self.graph.nodes:
             if node.op_type == "Edge":
                 self._edge(node)
-            elif node.op_type in MOVEMENT and node.input[0] in self.coded and self.target == "onnxruntime":
+            elif self._moves(node) and node.input[0] in self.coded and self.target == "onnxruntime":
                 self._move_codes(node)
             elif node.op_type == "Clip" and self.target == "onnxruntime" and self._becomes_integer(node, consumers):
                 self.alias[node.output[0]] = self.alias.get(node.input[0], node.input[0])
@@ -139,6 +141,7 @@ class _Writer:
 
     def _read(self, name: str) -> str:
         """The float tensor for a name of the float graph: dequantized, of a removed node's input, or as it is."""
+        name = self.alias.get(name, name)
         if name in self.coded:
             codes, edge = self.coded[name]
             if codes not in self.dequantized:
@@ -147,7 +150,6 @@ class _Writer:
                 self.nodes.append(helper.make_node("DequantizeLinear", inputs, [output], f"{codes}/DequantizeLinear"))
                 self.dequantized[codes] = output
             return self.dequantized[codes]
-        name = self.alias.get(name, name)
         if name in self.graph.constants and name not in self.constants:
             value = self.graph.constants[name]
             self._constant(name, value, self.float_type if value.dtype == np.float32 else value.dtype)
@@ -171,6 +173,7 @@ class _Writer:
         producer = self.graph.producers().get(node.input[0])
         if producer is not None and producer.op_type == "Clip" and producer.output[0] in self.alias:
             clip = (0, clip_bound(float(self.graph.constants[producer.input[2]]), lowered.grid))
+        lowered = self._stored(lowered, lowered.grid.scale)
         self._constant(f"{edge}.scale", lowered.grid.scale[0], self.float_type)
         zero_point = self._constant(f"{edge}.zero_point", lowered.grid.zero_point, lowered.dtype)
         scale = f"{edge}.scale"
@@ -191,6 +194,25 @@ class _Writer:
         self.coded[node.output[0]] = (codes, edge)
         self.result.activations[edge] = lowered
         tensors.append(codes)
+
+    def _stored(self, lowered: _Lowered, scale: npt.NDArray[np.float32]) -> _Lowered:
+        """The claim after the scale is written in the file's type; training for TensorRT chooses scales that fit."""
+        if (scale.astype(self.float_type).astype(np.float32) == scale).all():
+            return lowered
+        return replace(lowered, claim="lossy", note="float16 does not hold its scale")
+
+    def _moves(self, node: onnx.NodeProto) -> bool:
+        """Whether the node's values are those of its first input, in other places, apart from zeros."""
+        padding = self.graph.constants.get(node.input[2]) if node.op_type == "Pad" and len(node.input) > 2 else None
+        return node.op_type in MOVEMENT and (padding is None or not padding.any())
+
+    def _input_edge(self, name: str) -> str | None:
+        """The edge whose codes stand behind a tensor of the float graph, None if it is not quantized."""
+        producers = self.graph.producers()
+        node = producers.get(name)
+        while node is not None and self._moves(node):
+            node = producers.get(node.input[0])
+        return node.attribute[0].s.decode() if node is not None and node.op_type == "Edge" else None
 
     def _move_codes(self, node: onnx.NodeProto) -> None:
         codes, edge = self.coded[node.input[0]]
@@ -230,16 +252,16 @@ class _Writer:
 
     def _weight(self, node: onnx.NodeProto, edge: str) -> list[str]:
         """Emit a Conv or Gemm's weight and bias; returns the tensor names."""
-        spec, weight = self.specs[edge], self.latent[edge]
+        weight = self.latent[edge]
         channels = weight.shape[0]
         multiplier = self.graph.fold.get(edge, np.ones(channels, np.float32))
         has_bias = len(node.input) > 2
         bias = self.graph.constants[node.input[2]] if has_bias else np.zeros(channels, np.float32)
         group = next((a.i for a in node.attribute if a.name == "group"), 1)
         depthwise = group == channels and weight.shape[1] == 1
-        fed = self.result.activations.get(spec.input_edge or "")
+        fed = self.result.activations.get(self._input_edge(node.input[0]) or "")
         lowered = lower_weight(self.grids[edge], weight, multiplier, bias, fed, depthwise, self.target)
-        self.result.weights[edge] = lowered
+        lowered = self.result.weights[edge] = self._stored(lowered, lowered.scale)
         # A scale per channel needs a zero point per channel.
         names = [
             self._constant(f"{edge}.codes", lowered.codes, np.int8),

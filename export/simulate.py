@@ -127,13 +127,18 @@ def simulate(
             raise NotSimulated(msg)
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             continue  # a weight or a bias: read where it is used
-        values[node.output[0]] = operation(node, values, constants, model, result)
+        try:
+            values[node.output[0]] = operation(node, values, constants, model, result)
+        except KeyError as missing:
+            msg = f"{node.name}: the simulator does not know {node.op_type} with {missing} as it is here"
+            raise NotSimulated(msg) from missing
     logits = values["logits"]
     if isinstance(logits, Sum):
         # QGemm: one multiplication of the int32 sum.
         total = (logits.sums + _column(logits.bias, logits.sums)).astype(np.float32)
-        logits = total * _column(logits.unit, total)
-    result.logits = np.asarray(logits, dtype=np.float32)
+        total = total * _column(logits.unit, total)
+        logits = np.maximum(total, 0) if logits.relu else total
+    result.logits = _real(logits).astype(np.float32)
     return result
 
 
@@ -314,6 +319,11 @@ def _pool(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
 
 def _move(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
     value = values[node.input[0]]
+    if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
+        padding = constants[node.input[2]]
+        if padding != (value.zero_point if isinstance(value, Codes) and padding.dtype.kind in "iu" else 0):
+            msg = f"{node.name}: the simulator pads with 0.0 only, not with {padding}"
+            raise NotSimulated(msg)
     if not isinstance(value, Codes):
         return _moved(node, _real(value), constants)
     return Codes(_moved(node, value.integers, constants), value.scale, value.zero_point)
@@ -328,13 +338,20 @@ def _moved(node: onnx.NodeProto, array: Array, constants: dict[str, Array]) -> A
             index[int(axis)] = slice(int(start), min(int(end), array.shape[int(axis)]), int(step))
         return array[tuple(index)]
     if node.op_type == "Pad":
-        pads = constants[node.input[1]].reshape(2, -1).T
-        return np.pad(array, [(int(before), int(after)) for before, after in pads])
+        pads, mode = constants[node.input[1]].reshape(2, -1).T, attributes.get("mode", b"constant").decode()
+        if pads.min() < 0 or mode not in ("constant", "reflect", "edge"):
+            msg = f"{node.name}: the simulator does not know a Pad of {pads.tolist()} in mode {mode}"
+            raise NotSimulated(msg)
+        return np.pad(array, [(int(before), int(after)) for before, after in pads], mode)
     if node.op_type == "Flatten":
         return array.reshape(array.shape[0], -1)
     if node.op_type == "Reshape":
         shape = [array.shape[0] if i == 0 and s in (0, 2) else int(s) for i, s in enumerate(constants[node.input[1]])]
         return array.reshape(shape)
+    if node.op_type == "Squeeze":
+        return array.squeeze(tuple(int(axis) for axis in constants[node.input[1]]))
+    if node.op_type == "Unsqueeze":
+        return np.expand_dims(array, tuple(int(axis) for axis in constants[node.input[1]]))
     if node.op_type == "Transpose":
         return array.transpose(attributes["perm"])
     if node.op_type == "MaxPool":
@@ -364,5 +381,5 @@ _OPERATIONS: dict[str, Any] = {
     "Add": _add,
     "GlobalAveragePool": _pool,
     "Cast": _cast,
-    **dict.fromkeys(("Slice", "Pad", "Flatten", "Reshape", "Transpose", "MaxPool"), _move),
+    **dict.fromkeys(("Slice", "Pad", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "MaxPool"), _move),
 }

@@ -112,6 +112,7 @@ def marked_graph(
             custom_opsets={DOMAIN: 1},
         )
     graph = _take_apart(onnx.load_from_string(buffer.getvalue()), list(input_shape), classes)
+    _pool_means(graph)
     _fold_bn(graph)
     _name_operations(graph)
     return graph
@@ -135,6 +136,22 @@ def _take_apart(model: onnx.ModelProto, input_shape: list[int], classes: int) ->
         else:
             nodes.append(node)
     return Graph(nodes, constants, {}, input_shape, classes)
+
+
+def _pool_means(graph: Graph) -> None:
+    """A mean over the pixels becomes GlobalAveragePool, which runtimes fuse and which is the same in every opset."""
+    nodes = []
+    for node in graph.nodes:
+        attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+        if node.op_type != "ReduceMean" or sorted(attributes.get("axes", [])) not in ([2, 3], [-2, -1]):
+            nodes.append(node)
+        elif attributes.get("keepdims", 1):
+            nodes.append(helper.make_node("GlobalAveragePool", node.input, node.output))
+        else:
+            pooled = f"{node.output[0]}.pooled"
+            nodes.append(helper.make_node("GlobalAveragePool", node.input, [pooled]))
+            nodes.append(helper.make_node("Flatten", [pooled], node.output))
+    graph.nodes[:] = nodes
 
 
 def _weight_edge(graph: Graph, node: onnx.NodeProto) -> str | None:
@@ -162,7 +179,8 @@ def _fold_bn(graph: Graph) -> None:
         marker = producers.get(conv.input[1])
         weight_name = conv.input[1] if marker is None else marker.input[0]
         weight = graph.constants[weight_name]
-        folded_weight, folded_bias = f"{weight_name}.folded", f"{weight_name}.folded_bias"
+        # Named by the output: the exporter stores equal weights once, and each of their convolutions has its own BN.
+        folded_weight, folded_bias = f"{node.output[0]}.folded_weight", f"{node.output[0]}.folded_bias"
         graph.constants[folded_weight] = weight * multiplier.reshape(-1, *[1] * (weight.ndim - 1))
         graph.constants[folded_bias] = (beta + (bias - mean) * multiplier).astype(np.float32)
         if marker is None:

@@ -159,11 +159,10 @@ def _torch_link(
             continue
         tensors, grid = iter(file.codes[spec.edge]), grids[spec.edge]
 
-        def replace(
-            _: nn.Module, inputs: tuple[Tensor], __: Tensor, tensors: Any = tensors, grid: Grid = grid
-        ) -> Tensor:
+        def replace(_: nn.Module, __: Any, output: Tensor, tensors: Any = tensors, grid: Grid = grid) -> Tensor:
             name = next(tensors)
-            pairs[name] = (simulation.codes[name], grid.quantize(inputs[0].numpy()))
+            # Rounding a value of the Grid gives its code back.
+            pairs[name] = (simulation.codes[name], grid.quantize(output.numpy()))
             return torch.from_numpy(grid.dequantize(simulation.codes[name]))
 
         handles.append(quantizer_of(model, spec).register_forward_hook(replace))
@@ -226,8 +225,10 @@ def _stored_error(file: QDQModel, edge: str) -> float:
     stored = next((t for t in file.model.graph.initializer if t.name == f"{edge}.bias"), None)
     if stored is None:
         return 0.0
-    values = onnx.numpy_helper.to_array(stored).astype(np.float64)
-    return float(np.abs(values - file.weights[edge].bias).max())
+    # Of the bias that was to be written, not of the one in the file: that one is to be proven.
+    bias = file.weights[edge].bias
+    values = bias.astype(helper.tensor_dtype_to_np_dtype(stored.data_type)).astype(np.float64)
+    return float(np.abs(values - bias).max())
 
 
 def _session(model: bytes, optimized: Path | None = None) -> Any:

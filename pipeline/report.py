@@ -142,6 +142,6 @@ def _svg(figure: Any) -> str:
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", text, count=1)
-    text = text.replace("#000000", "currentColor")
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace("#000000", "currentColor")
     # Text without a colour of its own is black, whatever the page's colour is.
     return re.sub(r'<text style="', '<text style="fill: currentColor; ', text)

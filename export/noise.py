@@ -1,0 +1,50 @@
+"""Where the accuracy goes: the signal-to-noise ratio of each quantizer on real images."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+
+from crqat_train.layout import QuantizerSpec
+from crqat_train.methods import quantizer_of
+
+
+def quantizer_noise(
+    model: fx.GraphModule, specs: Sequence[QuantizerSpec], images: npt.NDArray[np.float32]
+) -> dict[str, float | None]:
+    """10 log10(sum x^2 / sum (x - q(x))^2) of each quantizer, in dB, inside the quantized network.
+
+    Args:
+        model: Quantized network on the CPU in eval mode.
+        specs: Its quantizers.
+        images: Normalized, float32 of shape [N, C, H, W].
+
+    Returns:
+        Edge name to dB; None where nothing is lost or nothing is there to lose.
+    """
+    sums: dict[str, list[float]] = {spec.edge: [0.0, 0.0] for spec in specs}
+    handles = []
+    for spec in specs:
+
+        def count(_: nn.Module, inputs: tuple[Tensor], output: Tensor, own: Any = sums[spec.edge]) -> None:
+            x = inputs[0].double()
+            own[0] += float(x.square().sum())
+            own[1] += float((x - output).square().sum())
+
+        handles.append(quantizer_of(model, spec).register_forward_hook(count))
+    try:
+        with torch.no_grad():
+            model(torch.from_numpy(images))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {
+        edge: 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
+        for edge, (signal, noise) in sums.items()
+    }

@@ -1,0 +1,296 @@
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from artifacts.errors import UsageError
+from crqat_train import data, models
+from crqat_train.config import QuantizationConfig
+from crqat_train.graph import parameter
+from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
+from crqat_train.methods import LSQQuantizer, quantizer_of
+from crqat_train.representable import BIAS_LIMIT, fold_multiplier, make_representable
+from crqat_train.trainer import calibrate
+
+BOTH = ("onnxruntime", "tensorrt")
+Quantized = tuple[fx.GraphModule, list[QuantizerSpec]]
+
+
+class Net(nn.Module):
+    """A convolution with BN, one with a bias and BN, a linear layer; small images of one channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.conv2, self.bn2 = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.bn1(self.conv1(x)))
+        x = functional.relu(self.bn2(self.conv2(x)))
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@functools.cache
+def images(n: int = 200) -> Tensor:
+    digits = data.load("digits", None, download=False)
+    (batch,) = data.evaluation_batches(digits.train_images[:n], digits.preprocessing, n)
+    return batch
+
+
+def network(targets: Sequence[str] = BOTH, bits: int = 8, **norm: Sequence[float]) -> Quantized:
+    """Net on digits with statistics of its own, calibrated; `norm` sets the first entries of a tensor of bn1."""
+    torch.manual_seed(0)
+    model, x = Net(), images()
+    for layer in (model.bn1, model.bn2):
+        nn.init.uniform_(layer.weight, 0.3, 2.0)
+        nn.init.normal_(layer.bias)
+        layer.momentum = None
+    with torch.no_grad():
+        model(x)
+        for name, values in norm.items():
+            getattr(model.bn1, name)[: len(values)] = torch.tensor(values)
+    config = QuantizationConfig(weights=bits, activations=bits)
+    student, specs = quantize_model(model.eval(), x[:2], config, targets, LSQQuantizer)
+    calibrate(student, specs, [x])
+    return student, specs
+
+
+def scales(quantized: Quantized) -> dict[str, Tensor]:
+    model, specs = quantized
+    return {spec.edge: quantizer_of(model, spec).scale.detach().clone().flatten() for spec in specs}
+
+
+def folded(quantized: Quantized) -> dict[str, tuple[Tensor, Tensor]]:
+    """Edge of each weight -> BN's multiplier and the folded bias, from the network's own layers."""
+    model, specs = quantized
+    result = {}
+    for spec in specs:
+        if spec.kind != "weight":
+            continue
+        name = spec.operation
+        state = model.state_dict()
+        bias = state.get(f"{name}.bias", torch.zeros(len(state[f"{name}.weight"])))
+        multiplier = torch.ones_like(bias)
+        if spec.bn is not None:
+            bn = {key: state[f"{spec.bn}.{key}"] for key in ("weight", "bias", "running_mean", "running_var")}
+            multiplier = bn["weight"] / torch.sqrt(bn["running_var"] + 1e-5)
+            bias = bn["bias"] + (bias - bn["running_mean"]) * multiplier
+        result[spec.edge] = (multiplier, bias)
+    return result
+
+
+def is_float16(values: Tensor, ulps: int = 0) -> Tensor:
+    """Whether each value is a finite float16, up to some float32 roundings."""
+    nearest = values.half().float()
+    return nearest.isfinite() & ((nearest - values).abs() <= ulps * 2.0**-23 * values)
+
+
+def logits(quantized: Quantized) -> Tensor:
+    with torch.no_grad():
+        result: Tensor = quantized[0](images())
+    return result
+
+
+# Channels as training and old checkpoints leave them: negative, off, dying, dead but for a denormal, and no variance.
+GAMMA = (-1.3, 0.0, 1e-12, -1e-30, 1e-41)
+VARIANCE = (1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1e-12, 3e8)
+
+
+@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("norm", [{}, {"weight": GAMMA, "running_var": VARIANCE}], ids=["plain", "odd"])
+def test_what_tensorrt_stores_is_float16_and_no_scale_got_smaller(bits: int, norm: dict[str, Sequence[float]]) -> None:
+    quantized = network(BOTH, bits, **norm)
+    before = scales(quantized)
+    make_representable(*quantized, BOTH)
+    after, fold = scales(quantized), folded(quantized)
+    for spec in quantized[1]:
+        new, old = after[spec.edge], before[spec.edge]
+        assert new.isfinite().all() and (new >= old).all(), spec.edge
+        if spec.kind == "activation":
+            assert is_float16(new).all(), spec.edge
+            assert (new <= old * (1 + 2.0**-10)).all(), spec.edge
+        else:
+            multiplier = fold[spec.edge][0].abs()
+            used = multiplier != 0
+            # One rounding of the division here and one of the product that the lowering computes.
+            assert is_float16((new * multiplier)[used], ulps=2).all(), spec.edge
+            normal = used & (old * multiplier >= 2.0**-14)
+            assert (new <= old * (1 + 2.0**-10) * (1 + 2.0**-22))[normal].all(), spec.edge
+            assert torch.equal(new[~used], old[~used]), spec.edge
+
+
+@pytest.mark.parametrize("targets", [BOTH, ("onnxruntime",)])
+def test_the_bias_fits_int32_in_units_of_the_scales(targets: Sequence[str]) -> None:
+    quantized = network(targets, weight=GAMMA, running_var=VARIANCE, bias=(3.0, 2.0, -5.0, 40.0, 0.7))
+    before = scales(quantized)
+    notes = make_representable(*quantized, targets)
+    after, fold = scales(quantized), folded(quantized)
+    needed = 0
+    for spec in quantized[1]:
+        if spec.kind != "weight":
+            continue
+        assert spec.input_edge is not None
+        multiplier, bias = fold[spec.edge]
+        used = multiplier != 0
+        unit = after[spec.input_edge].double() * after[spec.edge].double() * multiplier.abs().double()
+        assert (bias.double().abs() <= BIAS_LIMIT * unit * (1 + 1e-6))[used].all(), spec.edge
+        old_unit = before[spec.input_edge] * before[spec.edge] * multiplier.abs()
+        needed += int((bias.abs() > BIAS_LIMIT * old_unit)[used].sum())
+    assert needed == 3  # the test is about something: the three tiny gammas would have overflowed
+    assert notes == ["conv1: scale of 3 channels raised to what the targets can store"]
+
+
+def test_a_bias_outside_of_bn_counts_too() -> None:
+    quantized = network(("onnxruntime",))
+    model, specs = quantized
+    (spec,) = [spec for spec in specs if spec.operation == "fc"]
+    with torch.no_grad():
+        model.get_parameter("fc.weight")[3] *= 1e-6
+        model.get_parameter("fc.bias")[3] = 1e4
+        quantizer_of(model, spec).scale[3] = 1e-8
+    assert spec.input_edge is not None
+    assert make_representable(model, specs, ("onnxruntime",)) == [
+        "fc: scale of 1 channels raised to what the targets can store"
+    ]
+    after = scales(quantized)
+    assert after[spec.edge][3] == pytest.approx(1e4 / BIAS_LIMIT / after[spec.input_edge].item(), rel=1e-5)
+
+
+def test_without_tensorrt_nothing_that_fits_is_touched() -> None:
+    quantized = network(("onnxruntime",))
+    before = scales(quantized)
+    assert make_representable(*quantized, ("onnxruntime",)) == []
+    after = scales(quantized)
+    assert all(torch.equal(after[edge], before[edge]) for edge in before)
+    assert not all(is_float16(scale).all() for scale in after.values())
+
+
+def test_without_onnxruntime_no_bias_raises_a_scale() -> None:
+    quantized = network(("tensorrt",), bias=(1e6,))
+    assert make_representable(*quantized, ("tensorrt",)) == []
+
+
+def test_done_twice_is_done_once() -> None:
+    quantized = network(BOTH, weight=GAMMA, running_var=VARIANCE)
+    make_representable(*quantized, BOTH)
+    first = scales(quantized)
+    make_representable(*quantized, BOTH)
+    for edge, scale in scales(quantized).items():
+        torch.testing.assert_close(scale, first[edge], rtol=2.0**-22, atol=0, msg=edge)
+
+
+def test_channels_that_bn_switches_off_or_nearly_so_keep_their_output() -> None:
+    """Their codes may all become 0; what they add to the network is BN's bias, before and after."""
+    quantized = network(BOTH, weight=GAMMA)
+    model, specs = quantized
+    seen: list[Tensor] = []
+    model.get_submodule("bn1").register_forward_hook(lambda _, __, output: seen.append(output.detach()))
+    logits(quantized)
+    make_representable(model, specs, BOTH)
+    logits(quantized)
+    torch.testing.assert_close(seen[0][:, 1:5], seen[1][:, 1:5], rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        seen[1][:, 1], torch.full_like(seen[1][:, 1], model.get_parameter("bn1.bias")[1].item()), rtol=0, atol=0
+    )
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_each_quantizer_changes_its_values_by_less_than_the_theory_allows(bits: int) -> None:
+    """A scale s grows to at most s (1 + 2^-10).
+
+    A code q then stands for a value that is at most |q| s 2^-10 away, and a value that was within a rounding of a tie
+    takes the next code: |y' - y| <= s (|q| 2^-10 + 1). All but a share of codes of about the largest |q| times 2^-10
+    stay what they were.
+    """
+    quantized = network(BOTH, bits)
+    model, specs = quantized
+    inputs: dict[str, Tensor] = {}
+    for spec in specs:
+        quantizer_of(model, spec).register_forward_hook(
+            lambda _, args, __, edge=spec.edge: inputs.__setitem__(edge, args[0].detach())
+        )
+    logits(quantized)
+    seen = dict(inputs)
+    grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
+    make_representable(model, specs, BOTH)
+    for spec in specs:
+        values, old, new = seen[spec.edge].numpy(), grids[spec.edge], quantizer_of(model, spec).grid()
+        codes, moved = old.quantize(values), new.quantize(values)
+        assert np.abs(codes - moved).max() <= 1, spec.edge
+        largest = max(-spec.qmin, spec.qmax)
+        assert (codes != moved).mean() <= 2 * largest * 2.0**-10, spec.edge
+        change = np.abs(new.dequantize(moved) - old.dequantize(codes))
+        step = old.scale.reshape([-1] + [1] * (values.ndim - 1)) if old.axis == 0 else old.scale
+        assert (change <= step * (np.abs(codes) * 2.0**-10 + 1) * (1 + 1e-5)).all(), spec.edge
+
+
+def test_the_predictions_of_a_real_network_stay(cifar10_root: Path, shared_data: Path) -> None:
+    """Published CIFAR-10 weights at 8 bits: the logits move by far less than quantization moved them."""
+    dataset = data.load("cifar10", str(cifar10_root), download=False)
+    model = models.build("cifar/resnet20", 10, 3)
+    models.load_weights(model, shared_data / "weights" / "resnet20-12fca82f.th")
+    model.eval()
+    batches = list(data.evaluation_batches(dataset.train_images[:300], dataset.preprocessing, 150))
+    student, specs = quantize_model(model, batches[0][:2], QuantizationConfig(), BOTH, LSQQuantizer)
+    calibrate(student, specs, batches[:1])
+    with torch.no_grad():
+        exact, before = model(batches[1]), student(batches[1])
+        notes = make_representable(student, specs, BOTH)
+        after = student(batches[1])
+    # Some channels of these weights are dead behind their BN; only they have scales that no file could hold.
+    assert all(note.endswith("scale of 1 channels raised to what the targets can store") for note in notes)
+    assert not torch.equal(before, after)
+    assert (after - before).square().mean() < (before - exact).square().mean()
+    assert (after - exact).square().mean() < 1.2 * (before - exact).square().mean()
+    assert (after.argmax(1) == before.argmax(1)).float().mean() > 0.98
+
+
+def test_a_weight_with_two_quantizers_gets_each_call_its_own_bias() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(4, 1, 3, 3))
+            self.small, self.large = nn.Parameter(torch.zeros(4)), nn.Parameter(torch.full((4,), 1e6))
+            self.fc = nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            a = functional.relu(functional.conv2d(x, self.weight, self.small))
+            b = functional.relu(functional.conv2d(x * 2, self.weight, bias=self.large))
+            return self.fc((a + b).mean((2, 3)))  # type: ignore[no-any-return]
+
+    model, specs = quantize_model(Twice().eval(), images(2), QuantizationConfig(), ("onnxruntime",), LSQQuantizer)
+    for spec in specs:
+        quantizer_of(model, spec).scale.data.fill_(1e-4)
+    weights = [spec for spec in specs if spec.kind == "weight" and spec.ndim == 4]
+    assert weight_node(model, weights[0]) is weight_node(model, weights[1])
+    assert parameter(model, weight_node(model, weights[0])) is model.get_parameter("weight")
+    make_representable(model, specs, ("onnxruntime",))
+    # 1e6 / 2^30 / 1e-4 = 9.3 in the call with the large bias alone, though both share the weight.
+    assert [round(quantizer_of(model, spec).scale[0].item(), 4) for spec in weights] == [1e-4, 9.3132]
+
+
+def test_a_scale_beyond_float16_is_a_users_error() -> None:
+    for edge in ("post_hooks.x__0.0", "pre_hooks.fc/linear/0__1.0"):
+        model, specs = network(BOTH)
+        (spec,) = [spec for spec in specs if spec.edge == edge]
+        quantizer_of(model, spec).scale.data.fill_(7e4)
+        with pytest.raises(UsageError, match=rf"^{spec.operation}: a scale of 70000 is more than .*; lower qat\.lr"):
+            make_representable(model, specs, BOTH)
+        assert make_representable(model, specs, ("onnxruntime",)) == []
+
+
+def test_bn_without_affine_parameters_folds_by_its_statistics() -> None:
+    bn = nn.BatchNorm2d(3, affine=False)
+    bn.running_var = torch.tensor([1.0, 4.0, 0.0])
+    expected = 1 / np.sqrt(np.array([1.0, 4.0, 0.0]) + bn.eps)
+    np.testing.assert_allclose(fold_multiplier(bn).numpy(), expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="without running statistics"):
+        fold_multiplier(nn.BatchNorm2d(3, track_running_stats=False))

@@ -1,0 +1,241 @@
+"""Quantized networks that the tests of the export share, from a few layers to the real ResNet-20, and their files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, fx, nn
+
+from artifacts.grid import Grid, load_grids
+from artifacts.images import Preprocessing
+from artifacts.progress import quiet
+from artifacts.store import Manifest, read_manifest, write_stage
+from crqat_train import data, models
+from crqat_train.config import (
+    ConsistencyConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    QuantizationConfig,
+    Target,
+    TrainConfig,
+)
+from crqat_train.layout import QuantizerSpec, quantize_model
+from crqat_train.methods import LSQQuantizer, quantizer_of
+from crqat_train.representable import make_representable
+from crqat_train.trainer import calibrate, rebuild, train, weight_of
+from export.qdq import QDQModel, qdq_model
+from export.trace import Graph, marked_graph
+
+BOTH: tuple[Target, ...] = ("onnxruntime", "tensorrt")
+
+
+@dataclass
+class Quantized:
+    """A quantized network with what the export makes its files from.
+
+    Attributes:
+        model: CPU, eval mode.
+        specs: Its quantizers.
+        grids: Edge name to Grid.
+        images: Normalized float32 images of shape [N, C, H, W].
+    """
+
+    model: fx.GraphModule
+    specs: list[QuantizerSpec]
+    grids: dict[str, Grid]
+    images: npt.NDArray[np.float32]
+
+    @property
+    def latent(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Weight edge name to the unfolded weight."""
+        return {s.edge: weight_of(self.model, s).detach().numpy() for s in self.specs if s.kind == "weight"}
+
+    def graph(self, classes: int = 10) -> Graph:
+        """The marked float graph."""
+        return marked_graph(self.model, self.specs, self.images.shape[1:], classes)
+
+    def file(self, target: str, precision: str = "float32", classes: int = 10) -> QDQModel:
+        """A target's file."""
+        graph = self.graph(classes)
+        return qdq_model(graph, self.specs, self.grids, self.latent, target, precision, {"crqat.target": target})
+
+    def files(self, classes: int = 10) -> dict[str, QDQModel]:
+        """Both targets' files as they ship."""
+        return {
+            "onnxruntime": self.file("onnxruntime", classes=classes),
+            "tensorrt": self.file("tensorrt", "float16", classes),
+        }
+
+
+def quantize(
+    network: nn.Module,
+    images: Tensor,
+    bits: int = 8,
+    targets: tuple[Target, ...] = BOTH,
+    config: QuantizationConfig | None = None,
+) -> Quantized:
+    """Quantize a network after training, from the images that it is then checked on."""
+    config = config or QuantizationConfig(weights=bits, activations=bits)
+    model, specs = quantize_model(network.eval(), images[:2], config, targets, LSQQuantizer)
+    calibrate(model, specs, [images])
+    make_representable(model, specs, targets)
+    grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
+    return Quantized(model.eval(), specs, grids, images.numpy())
+
+
+def sane_bn(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
+    """Random gamma and beta, and running statistics of the images, so that values neither vanish nor explode."""
+    generator = torch.Generator().manual_seed(seed)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+        if not norm.affine:
+            continue
+        nn.init.uniform_(norm.weight, 0.75, 1.25, generator=generator)
+        nn.init.normal_(norm.bias, 0.0, 0.2, generator=generator)
+    with torch.no_grad():
+        network.train()(images)
+    return network.eval()
+
+
+def random_images(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal float32."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def session(
+    model: onnx.ModelProto, level: str = "ORT_ENABLE_ALL", outputs: tuple[str, ...] = ()
+) -> onnxruntime.InferenceSession:
+    """ONNX Runtime on the CPU; `outputs` are further tensors of codes, UINT8, to look at."""
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(model)
+    for name in outputs:
+        tapped.graph.output.append(onnx.helper.make_tensor_value_info(name, onnx.TensorProto.UINT8, None))
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = getattr(onnxruntime.GraphOptimizationLevel, level)
+    return onnxruntime.InferenceSession(tapped.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def initializer(model: onnx.ModelProto, name: str) -> npt.NDArray[Any]:
+    """A constant of a file."""
+    return onnx.numpy_helper.to_array(next(tensor for tensor in model.graph.initializer if tensor.name == name))
+
+
+def edited(model: onnx.ModelProto, name: str, value: npt.NDArray[Any] | np.generic) -> onnx.ModelProto:
+    """A copy with another constant under the same name."""
+    copied = onnx.ModelProto()
+    copied.CopyFrom(model)
+    tensor = next(tensor for tensor in copied.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(onnx.numpy_helper.from_array(np.asarray(value), name))
+    return copied
+
+
+def edited_file(file: QDQModel, name: str, value: npt.NDArray[Any] | np.generic) -> QDQModel:
+    """The same for a QDQModel."""
+    return replace(file, model=edited(file.model, name, value))
+
+
+def nodes(model: onnx.ModelProto, op_type: str) -> list[onnx.NodeProto]:
+    """All nodes of a kind."""
+    return [node for node in model.graph.node if node.op_type == op_type]
+
+
+DIGITS = TrainConfig(
+    seed=0,
+    targets=BOTH,
+    data=DataConfig("digits", crop_padding=0, flip=False),
+    model=ModelConfig("cifar/resnet20"),
+    float_training=OptimizerConfig(epochs=3, batch_size=64, lr=0.05),
+    quantization=QuantizationConfig(calibration_images=128),
+    qat=OptimizerConfig(epochs=1, batch_size=64, lr=0.005),
+    consistency=ConsistencyConfig(teacher="none"),
+    device="cpu",
+    compile="never",
+)
+
+
+def write_train_stage(run: Path, config: TrainConfig) -> Path:
+    """A complete train directory, as the pipeline writes it."""
+    manifest = Manifest("train", "a key", None, {}, {})
+    with write_stage(run, manifest) as out:
+        manifest.payload = train(config, out, quiet)
+    return run / "train"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small gain nothing from a second thread, and lose much where the CPU is shared."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Path, TrainConfig]]:
+    """Train ResNet-20 on the digits, once for each set of changes to DIGITS; gives the directory and its recipe."""
+    made: dict[str, tuple[Path, TrainConfig]] = {}
+
+    def of(**changes: Any) -> tuple[Path, TrainConfig]:
+        config = replace(DIGITS, **changes)
+        if made:  # the float network is the same in all of them
+            weights = str(made[repr(DIGITS)][0] / "float.safetensors")
+            config = replace(config, model=replace(config.model, weights=weights))
+        key = repr(replace(config, model=DIGITS.model))
+        if key not in made:
+            made[key] = (write_train_stage(tmp_path_factory.mktemp("run"), config), config)
+        return made[key]
+
+    of()
+    return of
+
+
+@pytest.fixture(scope="session")
+def digits(trained: Callable[..., tuple[Path, TrainConfig]]) -> Callable[[int], Quantized]:
+    """The trained network of a width, with 32 images of the validation split."""
+    made: dict[int, Quantized] = {}
+
+    def of(bits: int) -> Quantized:
+        if bits not in made:
+            quantization = replace(DIGITS.quantization, weights=bits, activations=bits)
+            directory, config = trained(quantization=quantization)
+            payload = read_manifest(directory).payload
+            model, specs = rebuild(directory, config, payload)
+            images = data.load("digits", None, False).train_images
+            chosen = data.split(len(images), config.data.validation, config.seed).validation[:32]
+            preprocessing = Preprocessing(*(tuple(payload["preprocessing"][key]) for key in ("mean", "std")))
+            grids = load_grids(directory / "grids.json")
+            made[bits] = Quantized(model, specs, grids, preprocessing(images[chosen].numpy()))
+        return made[bits]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def published_resnet20(shared_data: Path, cifar10_root: Path) -> Callable[[int], Quantized]:
+    """The published CIFAR-10 ResNet-20, quantized after training from 128 training images; the last 32 to check on."""
+    images = data.load("cifar10", str(cifar10_root), False)
+    batch = torch.from_numpy(images.preprocessing(images.train_images[:128].numpy()))
+
+    made: dict[int, Quantized] = {}
+
+    def of(bits: int) -> Quantized:
+        if bits not in made:
+            network = models.build("cifar/resnet20", 10, 3)
+            models.load_weights(network, shared_data / "weights" / "resnet20-12fca82f.th")
+            quantized = quantize(network, batch, bits)
+            made[bits] = replace(quantized, images=quantized.images[-32:])
+        return made[bits]
+
+    return of

@@ -1,0 +1,152 @@
+"""The report, opened in a real browser: nothing overflows, nothing is loaded, nothing that came from a user runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from artifacts.store import Manifest, write_stage
+from pipeline.gate import GateConfig, judge
+from pipeline.report import render
+from tests.pipeline.conftest import measured
+
+HOSTILE = '<script>document.title="taken"</script><img src=x onerror="document.title=\'taken\'">"&\''
+
+
+def finished_run(run: Path, name: str) -> dict[str, Any]:
+    """A run directory as the report reads it, and its results."""
+    link = {
+        "codes": 552960,
+        "differing": 159,
+        "violations": 0,
+        "farthest_from_tie": 0.0016,
+        "at": "x",
+        "largest_bound": 0.005,
+    }
+    proof = {"status": "passed", "codes": 10, "differing_codes": 0, "images": 4, "links": {"torch": link}}
+    proof["links"]["runtime"] = {"codes": 10, "differing": 0, "differing_logits": 0, "violations": 0}  # type: ignore[index]
+    edge = "post_hooks.layer1/0/a_module_with_a_very_long_name/that_does_not_break/batch_norm/0__0.0"
+    stayed = [{"node": name, "operation": "Add", "reason": "its input is not quantized"}]
+    fusion = {"expected": {"QLinearConv": 19}, "operations": {"QLinearConv": 18}, "float": stayed, "complete": False}
+    models = [
+        {"file": "float.onnx", "target": "float"},
+        {
+            "file": "onnxruntime.onnx",
+            "target": "onnxruntime",
+            "claims": {edge: {"claim": "exact"}},
+            "verification": proof,
+            "fusion": fusion,
+        },
+        {
+            "file": "tensorrt.onnx",
+            "target": "tensorrt",
+            "claims": {edge: {"claim": "exact"}},
+            "verification": {**proof, "links": {"runtime": "not run: no CUDA device"}},
+            "fusion": None,
+        },
+    ]
+    payload = {
+        "delivered": "student",
+        "validation_images": 100,
+        "float": {"validation_accuracy": 0.99},
+        "candidates": {"student": {"validation_accuracy": 0.99}, "teacher": {"validation_accuracy": 0.98}},
+        "seconds": 12.3,
+        "device": "cpu",
+        "compiled": "no: no compiler",
+        "notes": [name],
+    }
+    rows: list[dict[str, Any]] = [{"phase": "float", "epoch": e, "loss": 1 / e, "validation": 0.9} for e in (1, 2, 3)]
+    rows += [
+        {"phase": "qat", "epoch": e, "loss": 0.1, "lambda": 0.5 * e, "validation": 0.9, "validation_teacher": 0.91}
+        for e in (1, 2)
+    ]
+    environment = {"git_revision": "0" * 40 + "-dirty", "versions": {"torch": name}}
+    with write_stage(run, Manifest("train", "k", None, {"name": name}, environment, payload)) as out:
+        (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with write_stage(
+        run, Manifest("export", "k", None, {"name": name}, environment, {"models": models, "noise": {edge: 31.5}})
+    ):
+        pass
+    results = measured(0.2, (0.1, 0.3))
+    results.update(run=name, dataset={"n": 600, "classes": 10})
+    for model in results["models"].values():
+        if model["latency"]["status"] == "measured":
+            model["latency"].update(p90_ms=1.2, p99_ms=None, n=500, cv=0.03)
+        if model["versus_float"] is not None:
+            model["versus_float"].update(only_float_right=3, only_this_right=1)
+    return results
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    profile = tmp_path_factory.mktemp("profile")
+    for argument in (
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+        "--disable-background-networking", "--disable-component-update", f"--user-data-dir={profile}",
+    ):  # fmt: skip
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    opened = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_the_page_fits_and_is_quiet(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
+    results = finished_run(tmp_path / "run", "digits")
+    page = tmp_path / "report.html"
+    page.write_text(render(tmp_path / "run", results, judge(results, GateConfig(max_latency_ratio=1.0))))
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500},
+    )
+    scheme_feature = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", scheme_feature)
+    browser.get(page.as_uri())
+    assert "pass" in browser.find_element("css selector", "h1").text
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= width
+    # A table that is too wide scrolls in its own box; nothing else may reach beyond the page.
+    outside = browser.execute_script(
+        "return [...document.querySelectorAll('h1, h2, p, svg, details, .scroll')]"
+        ".filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert outside == []
+    ground, text = browser.execute_script(
+        "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
+    )
+    brightness = [sum(map(int, color.removeprefix("rgb(").removesuffix(")").split(","))) for color in (ground, text)]
+    assert (brightness[0] < brightness[1]) == (scheme == "dark")
+    assert len(browser.find_elements("css selector", "svg")) == 2
+    assert browser.get_log("browser") == []
+
+
+def test_names_from_a_run_are_shown_and_not_executed(browser: Any, tmp_path: Path) -> None:
+    results = finished_run(tmp_path / "run", HOSTILE)
+    page = tmp_path / "report.html"
+    page.write_text(render(tmp_path / "run", results, judge(results, GateConfig())))
+    browser.get(page.as_uri())
+    assert browser.find_element("css selector", "h1").text.startswith(HOSTILE)
+    assert browser.title != "taken"
+    assert browser.find_elements("css selector", "script, img") == []
+
+
+def test_what_stayed_float_and_what_was_not_run_is_said(tmp_path: Path) -> None:
+    results = finished_run(tmp_path / "run", "digits")
+    page = render(tmp_path / "run", results, judge(results, GateConfig(max_latency_ratio=1.0)))
+    assert "not run: no CUDA device" in page
+    assert "18 of 19 QLinearConv" in page
+    assert "stays float: its input is not quantized" in page
+    assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import', page), "the page loads something from elsewhere"
