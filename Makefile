@@ -19,10 +19,10 @@ CRQAT := $(VENV)/bin/python -m pipeline.cli
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test lint
+.PHONY: help install train export benchmark gate test lint bench-infer
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
 install: $(INSTALLED) ## make the virtual environment
 
@@ -45,6 +45,9 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
+
+bench-infer: $(INSTALLED) ## float, ours and ONNX Runtime's own quantization; ARGS="--cifar10 DIR --weights FILE" for accuracy
+	$(VENV)/bin/python -m bench.infer $(ARGS)
 
 $(VENV)/.crqat-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,9 @@
 """How fast and how right is the file? Float, ours, and ONNX Runtime's own static quantization of the same float file.
 
-Writes bench-out/infer.json: model, float_ms, int8_ms, peer_ms, time_ratio_to_peer, interval, wrong_codes, peer_wrong_codes,
-accuracy, peer_accuracy. A code is wrong if it is not the integer simulator's. U8S8 kernels are exact on CPUs with VNNI and
-saturate without: where qemu-x86_64 is installed, codes are counted on an emulated CPU without it too.
+Writes bench-out/infer.json with the rows: model, float_ms, int8_ms, peer_ms, time_ratio_to_peer, interval,
+wrong_codes, peer_wrong_codes, accuracy, peer_accuracy. A code is wrong if it is not the integer simulator's. U8S8
+kernels are exact on CPUs with VNNI and saturate without: where qemu-x86_64 is installed, codes are counted on an
+emulated CPU without it too.
 
     python -m bench.infer [--rounds 10] [--cifar10 data/cifar10 --weights resnet20-12fca82f.th]
 """
@@ -154,7 +155,7 @@ def wrong_codes(path: Path, images: npt.NDArray[np.float32], folder: Path, cpu: 
         return None
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     arrays: dict[str, Any] = {"input": images}
-    names = []
+    names: list[str] = []
     for node in list(model.graph.node):
         if node.op_type == "QuantizeLinear" and node.output[0] in simulation.codes:
             arrays[f"expected{len(names)}"] = simulation.codes[node.output[0]] + int(constants[node.input[2]])

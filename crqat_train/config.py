@@ -51,10 +51,12 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """One training: SGD with Nesterov momentum 0.9 under a one-cycle cosine learning rate.
+    """One training by SGD with Nesterov momentum 0.9.
+
+    The learning rate is warmed up linearly over 5 % of the steps and then follows a cosine to zero.
 
     Attributes:
-        epochs: Passes over the training images. For `qat`, 0 is post-training quantization.
+        epochs: Passes over the training images.
         batch_size: Images a step.
         lr: Peak learning rate.
         weight_decay: On convolution and linear weights; never on biases, BN or quantizer scales.
@@ -65,6 +67,18 @@ class OptimizerConfig:
     batch_size: Annotated[int, Range(ge=1)] = 128
     lr: Annotated[float, Range(gt=0)] = 0.1
     weight_decay: Annotated[float, Range(ge=0)] = 5e-4
+
+
+@dataclass(frozen=True)
+class QATConfig(OptimizerConfig):
+    """The training of the quantized network, which starts from a trained one: with a smaller learning rate.
+
+    Attributes:
+        epochs: 0 is post-training quantization.
+        lr: Peak learning rate.
+    """
+
+    lr: Annotated[float, Range(gt=0)] = 0.01
 
 
 @dataclass(frozen=True)
@@ -133,7 +147,7 @@ class TrainConfig:
     model: ModelConfig
     float_training: OptimizerConfig
     quantization: QuantizationConfig
-    qat: OptimizerConfig
+    qat: QATConfig
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "never"] = "auto"

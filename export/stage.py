@@ -20,6 +20,7 @@ from crqat_train.config import TrainConfig
 from crqat_train.trainer import rebuild, weight_of
 from export.config import ExportConfig
 from export.lint import lint
+from export.noise import quantizer_noise
 from export.qdq import QDQModel, float_model, qdq_model
 from export.trace import macs, marked_graph
 from export.verify import fusion, verify
@@ -86,7 +87,9 @@ def export(
     baseline = float_model(marked_graph(model_float, specs, shape, classes), {**metadata, "crqat.target": "float"})
     onnx.save(baseline, out / "float.onnx")
     chosen = data.split(len(dataset.train_labels), train.data.validation, train.seed).validation[: config.verify_images]
-    proof = verify(model, specs, grids, exported, preprocessing(dataset.train_images[chosen].numpy()))
+    verified = preprocessing(dataset.train_images[chosen].numpy())
+    proof = verify(model, specs, grids, exported, verified)
+    noise = quantizer_noise(model, specs, verified)
     progress("export", steps - 1, steps, "; ".join(f"{name}: {entry['status']}" for name, entry in proof.items()))
     entries: list[dict[str, Any]] = [{"file": "float.onnx", "target": "float"}]
     for name, file in exported.items():
@@ -112,6 +115,7 @@ def export(
         "class_names": trained["class_names"],
         "grids_sha256": metadata["crqat.grids_sha256"],
         "training": trained,
+        "noise": noise,
         "models": entries,
     }
 

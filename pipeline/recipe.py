@@ -18,6 +18,7 @@ from crqat_train.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    QATConfig,
     QuantizationConfig,
     Target,
     TrainConfig,
@@ -32,7 +33,7 @@ SECTIONS: dict[str, type[Any]] = {
     "model": ModelConfig,
     "float": OptimizerConfig,
     "quantization": QuantizationConfig,
-    "qat": OptimizerConfig,
+    "qat": QATConfig,
     "consistency": ConsistencyConfig,
     "export": ExportConfig,
     "benchmark": BenchmarkConfig,
@@ -72,7 +73,7 @@ class Recipe:
     compile: Literal["auto", "never"] = "auto"
     float_training: Annotated[OptimizerConfig | None, pydantic.Field(alias="float")] = None
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
-    qat: OptimizerConfig = field(default_factory=OptimizerConfig)
+    qat: QATConfig = field(default_factory=QATConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)

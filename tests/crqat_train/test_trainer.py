@@ -27,6 +27,7 @@ from crqat_train.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    QATConfig,
     QuantizationConfig,
     TrainConfig,
 )
@@ -90,11 +91,20 @@ def recipe(**changes: Any) -> TrainConfig:
         model=ModelConfig(f"{__name__}:network"),
         float_training=OptimizerConfig(epochs=4, batch_size=BATCH, lr=0.1),
         quantization=QuantizationConfig(calibration_images=256),
-        qat=OptimizerConfig(epochs=2, batch_size=BATCH, lr=0.002),
+        qat=QATConfig(epochs=2, batch_size=BATCH, lr=0.002),
         device="cpu",
         compile="never",
     )
     return replace(config, **changes)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """These networks are so small that threads cost more than they save, most of all on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 Run = tuple[dict[str, Any], Path]
@@ -182,7 +192,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(finished: Ru
 
 
 def test_no_epochs_of_qat_are_post_training_quantization(tuned: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    payload = train(tuned(qat=OptimizerConfig(epochs=0)), tmp_path, quiet)
+    payload = train(tuned(qat=QATConfig(epochs=0)), tmp_path, quiet)
     assert payload["candidates"].keys() == {"student"} and payload["delivered"] == "student"
     assert not (tmp_path / "teacher.safetensors").exists()
     assert history(tmp_path) == []  # the float network was loaded, nothing was trained
@@ -243,7 +253,7 @@ def test_unlabeled_images_feed_the_consistency_term_only(
     tuned: Callable[..., TrainConfig], tmp_path: Path, observed: dict[str, list[Any]]
 ) -> None:
     source = DataConfig("digits", crop_padding=0, flip=False, unlabeled=f"{__name__}:plain_images")
-    train(tuned(data=source, qat=OptimizerConfig(1, BATCH, 0.002)), tmp_path, quiet)
+    train(tuned(data=source, qat=QATConfig(1, BATCH, 0.002)), tmp_path, quiet)
     assert len(observed["ce"]) == len(observed["kl"]) == STEPS
     students, teachers = observed["inputs"][::2], observed["inputs"][1::2]
     for x, target, (logits, labels), (student, teacher, _) in zip(
@@ -258,7 +268,7 @@ def test_unlabeled_images_feed_the_consistency_term_only(
 
 def test_views_and_teachers(tuned: Callable[..., TrainConfig], tmp_path: Path, observed: dict[str, list[Any]]) -> None:
     """Student and teacher see two views of the same images; the teacher predicts in eval mode, without a gradient."""
-    train(tuned(qat=OptimizerConfig(1, BATCH, 0.002), consistency=ConsistencyConfig(temperature=3.0)), tmp_path, quiet)
+    train(tuned(qat=QATConfig(1, BATCH, 0.002), consistency=ConsistencyConfig(temperature=3.0)), tmp_path, quiet)
     first, second = observed["inputs"][:2]
     assert not torch.equal(first, second)
     # A crop shifts by up to a pixel each way: the inner part of one view lies somewhere in the other.
@@ -274,7 +284,7 @@ def test_views_and_teachers(tuned: Callable[..., TrainConfig], tmp_path: Path, o
 def test_the_float_teacher_is_the_float_network(
     tuned: Callable[..., TrainConfig], tmp_path: Path, observed: dict[str, list[Any]]
 ) -> None:
-    config = tuned(qat=OptimizerConfig(1, BATCH, 0.002), consistency=ConsistencyConfig("float"))
+    config = tuned(qat=QATConfig(1, BATCH, 0.002), consistency=ConsistencyConfig("float"))
     train(config, tmp_path, quiet)
     net = Net(10, 1).eval()
     net.load_state_dict(safetensors.torch.load_file(tmp_path / "float.safetensors"))
@@ -287,7 +297,7 @@ def test_plain_qat_needs_one_view_and_no_unlabeled_images(
     tuned: Callable[..., TrainConfig], tmp_path: Path, observed: dict[str, list[Any]]
 ) -> None:
     source = DataConfig("digits", crop_padding=1, flip=False, unlabeled=f"{__name__}:plain_images")
-    config = tuned(data=source, qat=OptimizerConfig(1, BATCH, 0.002), consistency=ConsistencyConfig("none"))
+    config = tuned(data=source, qat=QATConfig(1, BATCH, 0.002), consistency=ConsistencyConfig("none"))
     train(config, tmp_path, quiet)
     assert not observed["kl"]
     assert [len(x) for x in observed["inputs"]] == [BATCH] * STEPS
@@ -347,7 +357,7 @@ def test_the_better_candidate_on_the_validation_part_is_delivered(
     # Called for the float network, after the epoch for both, and for both candidates in their final state.
     answers = iter([0.9, 0.1, 0.2, student, teacher])
     monkeypatch.setattr(trainer, "accuracy", lambda *_: next(answers))
-    payload = train(tuned(qat=OptimizerConfig(1, BATCH, 0.002)), tmp_path, quiet)
+    payload = train(tuned(qat=QATConfig(1, BATCH, 0.002)), tmp_path, quiet)
     assert payload["delivered"] == delivered
     assert payload["candidates"] == {
         "student": {"validation_accuracy": student},
@@ -412,7 +422,7 @@ def test_without_a_compiler_training_says_so(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shutil.which", lambda _: None)
-    payload = train(tuned(compile="auto", qat=OptimizerConfig(0)), tmp_path, quiet)
+    payload = train(tuned(compile="auto", qat=QATConfig(0)), tmp_path, quiet)
     assert payload["compiled"] == "no: no compiler"
 
 
@@ -465,9 +475,9 @@ def test_deterministic_settings_are_restored(
     try:
         if fails:
             with pytest.raises(KeyboardInterrupt):
-                train(tuned(qat=OptimizerConfig(0)), tmp_path, progress)
+                train(tuned(qat=QATConfig(0)), tmp_path, progress)
         else:
-            train(tuned(qat=OptimizerConfig(0)), tmp_path, progress)
+            train(tuned(qat=QATConfig(0)), tmp_path, progress)
         assert settings() == before
         assert all(enabled for enabled, _ in inside) and inside
     finally:
@@ -549,7 +559,7 @@ def test_a_planted_wait_is_noticed(
     step = trainer._Fit.step
     monkeypatch.setattr(trainer._Fit, "step", lambda self, loss: (PLANTED[kind](loss), step(self, loss))[1])
     with HostWaits(monkeypatch) as waits:
-        train(tuned(qat=OptimizerConfig(1, 300, 0.002)), tmp_path, quiet)
+        train(tuned(qat=QATConfig(1, 300, 0.002)), tmp_path, quiet)
     assert len(waits.found) >= 3  # in each of the three steps
 
 
@@ -595,7 +605,7 @@ def test_steps_stay_positive_and_a_networks_own_scale_does_not_have_to(
                     parameter.fill_(-1.0)
 
     monkeypatch.setattr(trainer._Fit, "step", shrinks)
-    train(tuned(targets=("onnxruntime",), qat=OptimizerConfig(1, 300, 0.002)), tmp_path, quiet)
+    train(tuned(targets=("onnxruntime",), qat=QATConfig(1, 300, 0.002)), tmp_path, quiet)
     state = safetensors.torch.load_file(tmp_path / "student.safetensors")
     assert state["quantizers.post_hooks_x__0_0.scale"].item() == np.float32(MIN_SCALE)
     assert state["gain.scale"].item() < -0.5

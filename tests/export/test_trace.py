@@ -195,8 +195,7 @@ def test_a_batch_norm_without_a_convolution_of_its_own_stays() -> None:
 
     images = random_images(4, 3, 4, 4)
     network = sane_bn(Shared(), images)
-    quantized = quantize(network, images)
-    graph = quantized.graph(12)
+    graph = marked_graph(trace(network), [], [3, 4, 4], 12)
     assert [node.op_type for node in graph.nodes].count("BatchNormalization") == 1
     assert not graph.fold
     assert_same_network(float_model(graph, {}), network, images)

@@ -216,7 +216,7 @@ def test_make_installs_into_a_new_environment_once(tmp_path: Path) -> None:
     arguments = ("-n", "train", "gate", f"VENV={tmp_path}", "PYTHON=python3", "RECIPE=r.yaml")
     plan = make(*arguments)
     assert plan[0] == f"python3 -m venv {tmp_path}"
-    assert plan[1].endswith(" -m pip install --disable-pip-version-check -e '.[dev]'")
+    assert plan[1].endswith(" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'")
     assert [line.split(" -m pipeline.cli ")[-1] for line in plan[3:]] == [
         "train r.yaml",
         "gate r.yaml",

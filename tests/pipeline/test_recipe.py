@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from artifacts.errors import UsageError
-from crqat_train.config import ConsistencyConfig, OptimizerConfig, QuantizationConfig
+from crqat_train.config import ConsistencyConfig, OptimizerConfig, QATConfig, QuantizationConfig
 from export.config import ExportConfig
 from pipeline import recipe
 from pipeline.gate import GateConfig
@@ -41,7 +41,7 @@ def test_minimal_recipe_gets_the_defaults(tmp_path: Path) -> None:
     assert loaded.seed == 0
     assert loaded.targets == ("onnxruntime", "tensorrt")
     assert loaded.float_training == OptimizerConfig(epochs=1)
-    assert loaded.qat == OptimizerConfig()
+    assert loaded.qat == QATConfig()
     assert loaded.gate == GateConfig()
 
 
@@ -54,7 +54,8 @@ def test_template_states_every_key_with_its_default() -> None:
     """Where the template departs from a default, its comment says so."""
     loaded = recipe.load(TEMPLATE)
     assert loaded.quantization == QuantizationConfig()
-    assert loaded.float_training == loaded.qat == OptimizerConfig()
+    assert loaded.float_training == OptimizerConfig()
+    assert loaded.qat == QATConfig()
     assert loaded.consistency == ConsistencyConfig()
     assert (loaded.export, loaded.benchmark, loaded.gate) == (ExportConfig(), BenchmarkConfig(), GateConfig())
     for section in (loaded, loaded.data, loaded.model):
@@ -187,7 +188,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_set_replaces_values_of_the_file(tmp_path: Path) -> None:
     overrides = ["qat.epochs=3", "targets=[tensorrt]", "float.lr=1", "data.root=a=b", "gate={min_agreement: 0.5}"]
     loaded = recipe.load(write(tmp_path, MINIMAL), overrides)
-    assert loaded.qat == OptimizerConfig(epochs=3)
+    assert loaded.qat == QATConfig(epochs=3)
     assert loaded.targets == ("tensorrt",)
     assert loaded.float_training == OptimizerConfig(epochs=1, lr=1.0)
     assert loaded.data.root == "a=b"
