@@ -5,10 +5,12 @@ L = CE(f(A1(x)), y) + lambda(t) mean KL(softmax(f'(A2(x)) / T) || softmax(f(A1(x
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from crqat_train.config import ConsistencyConfig
@@ -72,3 +74,58 @@ class EMATeacher:
         """Move the teacher; two fused calls over all tensors, no host synchronization."""
         torch._foreach_lerp_(self._average[0], self._average[1], 1.0 - alpha)
         torch._foreach_copy_(self._copy[0], self._copy[1])
+
+
+class ConsistencyTraining:
+    """What a step of QAT minimizes, with the teacher that belongs to it; plain QAT is the one without a teacher.
+
+    Args:
+        student: The quantized network.
+        float_model: The network that it was quantized from.
+        config: Which teacher, and how much it counts.
+        compile_model: Makes a network's forward pass faster, or returns it as it is.
+
+    Attributes:
+        teacher: The EMA teacher, None unless the recipe asks for one.
+        views: How many augmentations of each image a step needs.
+    """
+
+    def __init__(
+        self,
+        student: fx.GraphModule,
+        float_model: nn.Module,
+        config: ConsistencyConfig,
+        compile_model: Callable[[nn.Module], Callable[[Tensor], Tensor]],
+    ) -> None:
+        self.config = config
+        self._student = compile_model(student)
+        self.teacher: fx.GraphModule | None = None
+        self._teach: Callable[[Tensor], Tensor] | None = None
+        if config.teacher == "ema":
+            self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
+            self._average = EMATeacher(self.teacher, student)
+            self._teach = compile_model(self.teacher)
+        elif config.teacher == "float":
+            self._teach = compile_model(copy.deepcopy(float_model).eval().requires_grad_(False))
+        self.views = 1 if self._teach is None else 2
+
+    def loss(self, images: Sequence[Tensor], labels: Tensor, weight: float) -> Tensor:
+        """The scalar of one step; see the module.
+
+        Args:
+            images: `views` augmentations, float32 of shape [N, C, H, W] each; the first B images are labeled.
+            labels: int64 of shape [B].
+            weight: lambda(t).
+        """
+        logits = self._student(images[0])
+        loss = functional.cross_entropy(logits[: len(labels)], labels)
+        if self._teach is None:
+            return loss
+        with torch.no_grad():
+            target = self._teach(images[1])
+        return loss + weight * consistency_loss(logits, target, self.config.temperature)
+
+    def after_step(self, step: int) -> None:
+        """Move the teacher after optimizer step `step`, from 0."""
+        if self.teacher is not None:
+            self._average.update(ema_alpha(step, self.config.ema_decay))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
 import shutil
@@ -24,7 +23,7 @@ from artifacts.images import Preprocessing
 from artifacts.progress import Progress
 from crqat_train import data, models
 from crqat_train.config import OptimizerConfig, TrainConfig
-from crqat_train.consistency import EMATeacher, consistency_loss, consistency_weight, ema_alpha
+from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
 from crqat_train.methods import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
@@ -156,39 +155,25 @@ class _Run:
         batches = self._batches(config.qat)
         unlabeled = self._unlabeled()
         fit = _Fit(student, config.qat, len(batches), "qat", self)
-        scales = [parameter for name, parameter in student.named_parameters() if _is_step(name)]
-        forward = self._compile(student)
-        ema, average, teach = None, None, None
-        if consistency.teacher == "ema":
-            ema = copy.deepcopy(student).eval().requires_grad_(False)
-            average, teach = EMATeacher(ema, student), self._compile(ema)
-        elif consistency.teacher == "float":
-            teach = self._compile(copy.deepcopy(float_model).eval().requires_grad_(False))
-        views = 1 if teach is None else 2
+        scales = [parameter.detach() for name, parameter in student.named_parameters() if _is_step(name)]
+        training = ConsistencyTraining(student, float_model, consistency, self._compile)
         for epoch in fit.epochs():
             student.train()
-            for batch in batches.epoch(self.generator, views):
+            for batch in batches.epoch(self.generator, training.views):
                 *images, labels = batch
-                if unlabeled is not None and teach is not None:
+                if unlabeled is not None and training.views == 2:
                     images = [torch.cat(pair) for pair in zip(images, next(unlabeled), strict=True)]
-                logits = forward(images[0])
-                loss = functional.cross_entropy(logits[: len(labels)], labels)
-                if teach is not None:
-                    with torch.no_grad():
-                        target = teach(images[1])
-                    weight = consistency_weight(fit.steps_done, fit.steps, consistency)
-                    loss = loss + weight * consistency_loss(logits, target, consistency.temperature)
-                fit.step(loss)
-                torch._foreach_clamp_min_([scale.detach() for scale in scales], MIN_SCALE)
-                if average is not None:
-                    average.update(ema_alpha(fit.steps_done - 1, consistency.ema_decay))
-            row = {"lambda": consistency_weight(fit.steps_done, fit.steps, consistency) if teach is not None else 0.0}
-            row["validation"] = self.validate(student)
-            if ema is not None:
-                row["validation_teacher"] = self.validate(ema)
+                weight = consistency_weight(fit.steps_done, fit.steps, consistency)
+                fit.step(training.loss(images, labels, weight))
+                torch._foreach_clamp_min_(scales, MIN_SCALE)
+                training.after_step(fit.steps_done - 1)
+            weight = consistency_weight(fit.steps_done, fit.steps, consistency)
+            row = {"lambda": weight if training.views == 2 else 0.0, "validation": self.validate(student)}
+            if training.teacher is not None:
+                row["validation_teacher"] = self.validate(training.teacher)
             history.append(fit.end_of_epoch(epoch, **row))
         student.eval()
-        return ema, history
+        return training.teacher, history
 
     def validate(self, model: nn.Module) -> float:
         """Accuracy on the validation split, in 0..1."""

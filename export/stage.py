@@ -83,7 +83,8 @@ def export(
     dataset = data.load(train.data.source, train.data.root, train.data.download)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
     model_float, _ = rebuild(train_dir, train, trained)
-    model_float.load_state_dict(load_file(train_dir / "float.safetensors"), strict=False)
+    # Strict but for the quantizers, which the float graph leaves out.
+    model_float.load_state_dict({**model_float.state_dict(), **load_file(train_dir / "float.safetensors")})
     baseline = float_model(marked_graph(model_float, specs, shape, classes), {**metadata, "crqat.target": "float"})
     onnx.save(baseline, out / "float.onnx")
     chosen = data.split(len(dataset.train_labels), train.data.validation, train.seed).validation[: config.verify_images]

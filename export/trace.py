@@ -112,6 +112,7 @@ def marked_graph(
             custom_opsets={DOMAIN: 1},
         )
     graph = _take_apart(onnx.load_from_string(buffer.getvalue()), list(input_shape), classes)
+    _flatten_views(graph)
     _pool_means(graph)
     _fold_bn(graph)
     _name_operations(graph)
@@ -138,17 +139,61 @@ def _take_apart(model: onnx.ModelProto, input_shape: list[int], classes: int) ->
     return Graph(nodes, constants, {}, input_shape, classes)
 
 
+def _flatten_views(graph: Graph) -> None:
+    """`x.view(x.size(0), -1)` computes its shape from the batch; Flatten does the same with nothing to compute."""
+    producers = graph.producers()
+
+    def is_batch(name: str) -> bool:
+        """Shape -> Gather of element 0 -> Unsqueeze, of whatever tensor: they all have the same batch."""
+        chain = ("Unsqueeze", "Gather", "Shape")
+        for op_type in chain:
+            node = producers.get(name)
+            if node is None or node.op_type != op_type:
+                return False
+            if op_type == "Gather" and graph.constants.get(node.input[1], np.ones(1)).any():
+                return False
+            name = node.input[0]
+        return True
+
+    flattened = []
+    for node in graph.nodes:
+        shape = producers.get(node.input[1]) if node.op_type == "Reshape" else None
+        if shape is None or shape.op_type != "Concat" or len(shape.input) != 2 or not is_batch(shape.input[0]):
+            continue
+        if (graph.constants.get(shape.input[1], np.zeros(1)) == -1).all():
+            flattened.append((node, helper.make_node("Flatten", node.input[:1], node.output)))
+    for node, flatten in flattened:
+        graph.nodes[graph.nodes.index(node)] = flatten
+    used = {name for node in graph.nodes for name in node.input} | {"logits"}
+    while any(not used.intersection(node.output) for node in graph.nodes):
+        graph.nodes[:] = [node for node in graph.nodes if used.intersection(node.output)]
+        used = {name for node in graph.nodes for name in node.input} | {"logits"}
+
+
 def _pool_means(graph: Graph) -> None:
-    """A mean over the pixels becomes GlobalAveragePool, which runtimes fuse and which is the same in every opset."""
-    nodes = []
+    """A mean over the pixels becomes GlobalAveragePool, which runtimes fuse and which is the same in every opset.
+
+    Its quantizer comes before the Flatten that drops the two dimensions: ONNX Runtime would not fuse it behind that.
+    """
+    consumers, nodes = graph.consumers(), []
+    behind: dict[str, onnx.NodeProto] = {}
     for node in graph.nodes:
         attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type != "ReduceMean" or sorted(attributes.get("axes", [])) not in ([2, 3], [-2, -1]):
             nodes.append(node)
-        elif attributes.get("keepdims", 1):
+            if node.output[0] in behind:
+                nodes.append(behind[node.output[0]])
+            continue
+        readers = consumers.get(node.output[0], [])
+        pooled = f"{node.output[0]}.pooled"
+        if attributes.get("keepdims", 1):
             nodes.append(helper.make_node("GlobalAveragePool", node.input, node.output))
+        elif [reader.op_type for reader in readers] == ["Edge"]:
+            quantized, edge = f"{readers[0].output[0]}.pooled", readers[0]
+            behind[quantized] = helper.make_node("Flatten", [quantized], edge.output)
+            edge.input[0], edge.output[0] = pooled, quantized
+            nodes.append(helper.make_node("GlobalAveragePool", node.input, [pooled]))
         else:
-            pooled = f"{node.output[0]}.pooled"
             nodes.append(helper.make_node("GlobalAveragePool", node.input, [pooled]))
             nodes.append(helper.make_node("Flatten", [pooled], node.output))
     graph.nodes[:] = nodes

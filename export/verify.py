@@ -99,7 +99,7 @@ def _compare(
         if not count:
             continue
         differing += count
-        before = simulation.before_rounding[name][different]
+        before = simulation.before_rounding[name].reshape(own.shape)[different]
         distance = np.abs(np.abs(before - np.floor(before)) - 0.5)
         allowed = simulation.tie_bound[name] + slack.get(name, 0.0)
         bad = (np.abs(own.astype(np.int64) - other)[different] > 1) | (distance > allowed)
@@ -161,9 +161,11 @@ def _torch_link(
 
         def replace(_: nn.Module, __: Any, output: Tensor, tensors: Any = tensors, grid: Grid = grid) -> Tensor:
             name = next(tensors)
+            # A file may quantize a pooled tensor before it is flattened, torch behind.
+            codes = simulation.codes[name].reshape(output.shape)
             # Rounding a value of the Grid gives its code back.
-            pairs[name] = (simulation.codes[name], grid.quantize(output.numpy()))
-            return torch.from_numpy(grid.dequantize(simulation.codes[name]))
+            pairs[name] = (codes, grid.quantize(output.numpy()))
+            return torch.from_numpy(grid.dequantize(codes))
 
         handles.append(quantizer_of(model, spec).register_forward_hook(replace))
     try:

@@ -362,3 +362,37 @@ def test_a_layout_without_a_quantizer_is_written_too() -> None:
     images = random_images(2, 3, 8, 8).numpy()
     run = [session(m, "ORT_DISABLE_ALL").run(None, {"input": images})[0] for m in (file.model, float_model(graph, {}))]
     np.testing.assert_array_equal(*run)
+
+
+class Head(nn.Module):
+    """A small network with one of the ways in which people write the step from pixels to classes."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], features: int) -> None:
+        super().__init__()
+        self.conv, self.relu, self.fc = nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Linear(features, 5)
+        self.step = step
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.step(self.relu(self.conv(x))))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("step", "features"),
+    [
+        (lambda x: x.view(x.size(0), -1), 288),
+        (lambda x: x.view(x.shape[0], -1), 288),
+        (lambda x: x.reshape(-1, 288), 288),
+        (lambda x: torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1), 8),
+        (lambda x: x.mean((2, 3)), 8),
+        (lambda x: x.mean((2, 3), keepdim=True).flatten(1), 8),
+    ],
+    ids=["view-size", "view-shape", "reshape", "pool-flatten", "mean", "mean-keepdim"],
+)
+def test_every_way_to_the_classifier_is_fused_and_exact(step: Callable[[Tensor], Tensor], features: int) -> None:
+    torch.manual_seed(0)
+    quantized = quantize(Head(step, features), random_images(8, 3, 8, 8))
+    file = quantized.file("onnxruntime", classes=5)
+    proof = verify(quantized.model, quantized.specs, quantized.grids, {"onnxruntime": file}, quantized.images)
+    assert proof["onnxruntime"]["status"] == "passed"
+    assert proof["onnxruntime"]["differing_codes"] == 0 < proof["onnxruntime"]["codes"]
+    assert fusion(file.model)["float"] == []

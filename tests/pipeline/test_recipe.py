@@ -103,10 +103,6 @@ def test_sections_are_the_recipes_dataclass_fields(tmp_path: Path) -> None:
         ("targets: [tensorrt, cpu]", "FILE: targets.1: should be 'onnxruntime' or 'tensorrt', not \"cpu\""),
         ("targets: []", "FILE: targets: list each runtime once, at least one"),
         ("targets: [tensorrt, tensorrt]", "FILE: targets: list each runtime once, at least one"),
-        (
-            "targets: [tensorrt]\nexport: {targets: [onnxruntime]}",
-            "FILE: export.targets: the network is not trained for onnxruntime; add it to targets",
-        ),
     ],
 )
 def test_wrong_values_are_refused_with_path_and_remedy(tmp_path: Path, extra: str, message: str) -> None:
