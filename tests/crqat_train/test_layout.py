@@ -302,6 +302,10 @@ def test_a_users_network() -> None:
     # One weight, but each call has a quantizer of its own, as in NNCF.
     assert weight_node(graph_module, shared[0]) is weight_node(graph_module, shared[1])
     assert quantizer_node(graph_module, shared[0]) is not quantizer_node(graph_module, shared[1])
+    for spec in specs:
+        if spec.kind == "weight":
+            owner = "shared" if spec in shared else {"norms.0": "convs.0", "norms.3": "convs.1"}.get(str(spec.bn), "fc")
+            assert weight_node(graph_module, spec).target == f"{owner}.weight"
     assert [spec.input_edge for spec in shared] == ["post_hooks.relu/relu_/0__0.0", "post_hooks./relu/0__0.0"]
     x = torch.randn(2, 3, 32, 32)
     plain, _ = quantized(model)

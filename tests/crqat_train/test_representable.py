@@ -173,6 +173,18 @@ def test_a_bias_outside_of_bn_counts_too() -> None:
     assert after[spec.edge][3] == pytest.approx(1e4 / BIAS_LIMIT / after[spec.input_edge].item(), rel=1e-5)
 
 
+def test_bns_running_mean_is_part_of_the_bias() -> None:
+    quantized = network(("onnxruntime",), running_mean=(1e5,), bias=(0.0,))
+    model, specs = quantized
+    (spec,) = [spec for spec in specs if spec.operation == "conv1" and spec.kind == "weight"]
+    quantizer_of(model, spec).scale.data[0] = 1e-8
+    make_representable(model, specs, ("onnxruntime",))
+    after = scales(quantized)
+    assert spec.input_edge is not None
+    # |bias| / |m| is the mean: the scale before folding does not depend on gamma.
+    assert after[spec.edge][0] == pytest.approx(1e5 / BIAS_LIMIT / after[spec.input_edge].item(), rel=1e-4)
+
+
 def test_without_tensorrt_nothing_that_fits_is_touched() -> None:
     quantized = network(("onnxruntime",))
     before = scales(quantized)
@@ -193,7 +205,22 @@ def test_done_twice_is_done_once() -> None:
     first = scales(quantized)
     make_representable(*quantized, BOTH)
     for edge, scale in scales(quantized).items():
+        assert (scale >= first[edge]).all(), edge
         torch.testing.assert_close(scale, first[edge], rtol=2.0**-22, atol=0, msg=edge)
+
+
+def test_not_even_a_rounding_makes_a_scale_smaller() -> None:
+    """A scale one unit above the representable one: the folded scale can round to the same float16."""
+    quantized = network(BOTH)
+    make_representable(*quantized, BOTH)
+    for spec in quantized[1]:
+        scale = quantizer_of(quantized[0], spec).scale.data
+        scale.copy_(torch.nextafter(scale, torch.full_like(scale, torch.inf)))
+    before = scales(quantized)
+    make_representable(*quantized, BOTH)
+    after = scales(quantized)
+    assert all((after[edge] >= before[edge]).all() for edge in before)
+    assert any((after[edge] == before[edge]).any() for edge in before)  # there were such
 
 
 def test_channels_that_bn_switches_off_or_nearly_so_keep_their_output() -> None:

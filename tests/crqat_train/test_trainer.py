@@ -31,7 +31,7 @@ from crqat_train.config import (
     QuantizationConfig,
     TrainConfig,
 )
-from crqat_train.consistency import consistency_loss
+from crqat_train.consistency import consistency_loss, ema_alpha
 from crqat_train.methods import MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.trainer import accuracy, calibrate, rebuild, train, weight_of
@@ -244,7 +244,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
     monkeypatch.setattr(trainer._Run, "_compile", spy_compile)
     monkeypatch.setattr(functional, "cross_entropy", spy_ce)
-    monkeypatch.setattr("crqat_train.trainer.consistency_loss", spy_kl)
+    monkeypatch.setattr("crqat_train.consistency.consistency_loss", spy_kl)
     monkeypatch.setattr(data.Batches, "__init__", spy_batches)
     return seen
 
@@ -266,9 +266,22 @@ def test_unlabeled_images_feed_the_consistency_term_only(
         assert torch.equal(student[:BATCH], logits)  # the labels' loss sees the labeled half of the same predictions
 
 
-def test_views_and_teachers(tuned: Callable[..., TrainConfig], tmp_path: Path, observed: dict[str, list[Any]]) -> None:
+def test_views_and_teachers(
+    tuned: Callable[..., TrainConfig],
+    tmp_path: Path,
+    observed: dict[str, list[Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Student and teacher see two views of the same images; the teacher predicts in eval mode, without a gradient."""
+    steps: list[int] = []
+
+    def spy(step: int, decay: float) -> float:
+        steps.append(step)
+        return ema_alpha(step, decay)
+
+    monkeypatch.setattr("crqat_train.consistency.ema_alpha", spy)
     train(tuned(qat=QATConfig(1, BATCH, 0.002), consistency=ConsistencyConfig(temperature=3.0)), tmp_path, quiet)
+    assert steps == list(range(STEPS))
     first, second = observed["inputs"][:2]
     assert not torch.equal(first, second)
     # A crop shifts by up to a pixel each way: the inner part of one view lies somewhere in the other.
