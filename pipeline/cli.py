@@ -71,6 +71,7 @@ def train(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> 
     """Train the float network if need be, and quantize it."""
     config = _load(recipe, overrides)
     payload = _run_stage("train", config, runs, force)
+    click.echo(f"trained on {payload['device']}; fused: {payload['compiled']}; {payload['seconds']} s")
     click.echo(f"delivered: {payload['delivered']}; accuracy on the validation split:")
     for name, entry in {"float": payload["float"], **payload["candidates"]}.items():
         click.echo(f"  {name}: {100 * entry['validation_accuracy']:.2f} %")

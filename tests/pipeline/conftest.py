@@ -40,6 +40,8 @@ class Fakes:
         progress("train", 1, 1, "loss 0.1")
         return {
             "device": "cpu",
+            "compiled": "no: no compiler",
+            "seconds": 1.5,
             "float": {"validation_accuracy": 0.9},
             "candidates": {"student": {"validation_accuracy": 0.89}, "teacher": {"validation_accuracy": 0.895}},
             "delivered": "teacher",
