@@ -8,14 +8,10 @@ live in a torch.fx GraphModule, because that is what torch.compile can fuse.
 from __future__ import annotations
 
 import copy
-import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
@@ -28,12 +24,11 @@ from crqat_train.graph import (
     is_batch_norm,
     is_matmul,
     is_nonnegative,
-    one_line,
     parameter,
     through_movement,
     trace,
-    where,
 )
+from crqat_train.nncf_bridge import Hooks, ask_layout, name_operations
 
 # The u8*s8 kernels of x86 without VNNI add two products in 16 bits: max(code) * (|w1| + |w2|) has to stay within this.
 INT16_MAX = 32767
@@ -82,29 +77,6 @@ class QuantizerSpec:
 
 
 @dataclass(frozen=True)
-class _Hooks:
-    """NNCF's answer: groups of hook names that share a quantizer, and the names of all operations in order."""
-
-    groups: list[tuple[tuple[str, ...], int | None, bool]]  # (hook names, channels, is weight)
-    operations: list[str]
-
-
-class _Chain(nn.Module):
-    """A Sequential as a plain module: NNCF adds a child to the root, which a Sequential would take for a layer."""
-
-    def __init__(self, layers: nn.Sequential) -> None:
-        super().__init__()
-        self.names = list(layers._modules)
-        for name, layer in layers._modules.items():
-            self.add_module(name, layer)
-
-    def forward(self, input: Tensor) -> Tensor:  # the argument's name is Sequential's, and part of an edge's name
-        for name in self.names:
-            input = self._modules[name](input)  # type: ignore[misc]
-        return input
-
-
-@dataclass(frozen=True)
 class _Place:
     """Where a hook sits in the FX graph: behind `source`, on all of its uses or on the use by `consumer`."""
 
@@ -140,7 +112,7 @@ def quantize_model(
         msg = f"model.name: {type(model).__name__}.quantizers is where quantizers are put; rename that attribute"
         raise UsageError(msg)
     model = copy.deepcopy(model).eval()
-    hooks = _nncf_hooks(model, example)
+    hooks = ask_layout(model, example)
     graph_module = trace(model)
     places = _map_hooks(graph_module, model, example, hooks)
     groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
@@ -161,72 +133,13 @@ def quantize_model(
     return graph_module, specs
 
 
-def _nncf_hooks(model: nn.Module, example: Tensor) -> _Hooks:
-    """Ask NNCF's own placement algorithm, with all activations per tensor; one eval forward, nothing is calibrated."""
-    os.environ.setdefault("NNCF_CI", "1")  # otherwise importing NNCF sets up telemetry
-    # Importing NNCF looks for CUDA to build extensions with, and warns on machines without; nothing is built here.
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    import nncf
-    from nncf.common.graph.transformations.commands import TargetType
-    from nncf.common.quantization.structs import QuantizationPreset
-    from nncf.quantization.advanced_parameters import OverflowFix, QuantizationParameters
-    from nncf.quantization.algorithms.min_max.algorithm import MinMaxQuantization
-    from nncf.torch.function_hook.hook_storage import HookStorage
-    from nncf.torch.function_hook.nncf_graph.nncf_graph_builder import GraphModelWrapper
-    from nncf.torch.function_hook.wrapper import wrap_model
-
-    nncf.set_log_level("ERROR")
-    root = _Chain(model) if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward else model
-    wrapper = GraphModelWrapper(wrap_model(copy.deepcopy(root)), example)
-    try:
-        graph = wrapper.build_graph()
-    except Exception as error:  # whatever the user's forward raises
-        shape = tuple(example.shape)
-        msg = (
-            f"model.name: {type(model).__name__} cannot run on an input of shape {shape}{where(error)}: "
-            f"{one_line(error)}"
-        )
-        raise UsageError(msg) from error
-    algorithm = MinMaxQuantization(
-        preset=QuantizationPreset.PERFORMANCE,
-        target_device=nncf.TargetDevice.ANY,
-        overflow_fix=OverflowFix.DISABLE,
-        activations_quantization_params=QuantizationParameters(per_channel=False),
-    )
-    algorithm._set_backend_entity(wrapper)
-    algorithm._reset_cache()
-    points, unified = algorithm._get_quantization_target_points(wrapper, graph)
-    backend = algorithm._backend_entity
-    before = (TargetType.OPERATOR_PRE_HOOK, TargetType.PRE_LAYER_OPERATION, TargetType.OPERATION_WITH_WEIGHTS)
-    slots: dict[str, int] = {}
-
-    def hook_name(point: Any) -> str:
-        key = HookStorage._generate_key(point.target_node_name, point.input_port_id or 0)
-        base = f"{'pre_hooks' if point.type in before else 'post_hooks'}.{key}"
-        slot = slots.get(base, 0)
-        slots[base] = slot + 1
-        return f"{base}.{slot}"
-
-    shared = {point for group in unified for point in group}
-    groups = []
-    for points_of_group in [list(group) for group in unified] + [[point] for point in points if point not in shared]:
-        config, first = points[points_of_group[0]], points_of_group[0]
-        shape = backend._get_input_scale_shape(graph, first, config.per_channel)
-        channels = max(shape) if config.per_channel and len(shape) > 1 else None
-        names = tuple(sorted(hook_name(point) for point in points_of_group))
-        groups.append((names, channels, bool(first.is_weight_target_point())))
-    constants = ("nncf_model_input", "nncf_model_output", "nncf_model_const")
-    nodes = sorted(graph.get_all_nodes(), key=lambda node: node.node_id)
-    return _Hooks(sorted(groups, key=lambda g: g[0]), [n.node_name for n in nodes if n.node_type not in constants])
-
-
-def _map_hooks(graph_module: fx.GraphModule, model: nn.Module, example: Tensor, hooks: _Hooks) -> dict[str, _Place]:
+def _map_hooks(graph_module: fx.GraphModule, model: nn.Module, example: Tensor, hooks: Hooks) -> dict[str, _Place]:
     """Each hook name's place in the FX graph; certain, because NNCF's own code names the FX graph's operations too.
 
     The FX graph is run once node by node under NNCF's naming. The two lists of operations must agree in number, order
     and name; then a hook is the edge whose value is the very tensor that the operation read or wrote.
     """
-    operations, values = _name_operations(graph_module, model, example)
+    operations, values = name_operations(graph_module, model, example)
     # A Proxy turns `a += b` into `add`, so a trailing underscore is no difference.
     if [_plain(name) for name in operations] != [_plain(name) for name in hooks.operations]:
         odd = set(map(_plain, hooks.operations)) ^ set(map(_plain, operations))
@@ -262,48 +175,6 @@ def _map_hooks(graph_module: fx.GraphModule, model: nn.Module, example: Tensor, 
 def _plain(operation: str) -> str:
     module, function, index = operation.rsplit("/", 2)
     return f"{module}/{function if function.endswith('__') else function.rstrip('_')}/{index}"
-
-
-def _name_operations(
-    graph_module: fx.GraphModule, model: nn.Module, example: Tensor
-) -> tuple[dict[str, tuple[fx.Node, list[Any], Any]], dict[fx.Node, Any]]:
-    """Operation name -> (FX node, flattened arguments, output), and the value of each node, from one forward."""
-    from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode
-    from nncf.torch.function_hook.hook_storage import HookStorage
-
-    operations: dict[str, tuple[fx.Node, list[Any], Any]] = {}
-
-    class Recorder(FunctionHookMode):  # type: ignore[misc]
-        node: fx.Node
-
-        def execute_pre_hooks(self, args: Any, kwargs: Any, op_meta: Any) -> tuple[Any, Any]:
-            flat: list[Any] = []
-            for value in [*args, *kwargs.values()]:
-                is_list = isinstance(value, (list, tuple)) and all(isinstance(v, Tensor) for v in value)
-                flat.extend(value if is_list else [value])
-            op_meta.extra_info["flat"] = flat
-            return args, kwargs
-
-        def execute_post_hooks(self, output: Any, op_meta: Any) -> Any:
-            if op_meta.func.__name__ != "__get__" or isinstance(output, Tensor):  # not x.shape and the like
-                operations[op_meta.op_name] = (self.node, op_meta.extra_info["flat"], output)
-            return output
-
-    class Interpreter(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            stack = [path for path, _ in (n.meta.get("nn_module_stack") or {}).values() if path]
-            if n.op == "call_module" and stack and stack[-1] == n.target:
-                stack = stack[:-1]  # running the leaf pushes it itself
-            recorder.module_call_stack = [model, *(model.get_submodule(path) for path in stack)]
-            recorder.node = n
-            return super().run_node(n)
-
-    recorder = Recorder(model, HookStorage())
-    interpreter = Interpreter(graph_module, garbage_collect_values=False)
-    graph_module.eval()
-    with torch.no_grad(), recorder:
-        interpreter.run(example)
-    return operations, dict(interpreter.env)
 
 
 _Groups = list[tuple[tuple[str, ...], "int | None", bool, list[_Place]]]

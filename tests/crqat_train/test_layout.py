@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from artifacts.errors import UsageError
-from crqat_train import layout, models
+from crqat_train import layout, models, nncf_bridge
 from crqat_train.config import QuantizationConfig
 from crqat_train.layout import INT16_MAX, QuantizerSpec, quantize_model, quantizer_node, weight_node
 from crqat_train.methods import LSQQuantizer
@@ -35,7 +35,7 @@ def _one_thread() -> Iterator[None]:
 def _placement_once() -> Any:
     """NNCF's answer does not depend on widths and targets: asked once for each network, it saves half a minute."""
     answers: dict[tuple[str, ...], Any] = {}
-    ask = layout._nncf_hooks
+    ask = nncf_bridge.ask_layout
 
     def remember(model: nn.Module, example: Tensor) -> Any:
         key = (str(model), str(tuple(example.shape)))
@@ -44,7 +44,7 @@ def _placement_once() -> Any:
         return answers[key]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(layout, "_nncf_hooks", remember)
+        patch.setattr(layout, "ask_layout", remember)
         yield
 
 
