@@ -40,7 +40,8 @@ class ModelConfig:
     """The float network.
 
     Attributes:
-        name: "cifar/resnet20", "torchvision/NAME", or "package.module:function" called with `classes` and `channels`.
+        name: "cifar/resnet20" and its kin, "torchvision/NAME", or "package.module:function", which is called with
+            `classes` and `channels`.
         weights: A .safetensors file or a .pth state dict; None trains the float network by the `float` section.
     """
 

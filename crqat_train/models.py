@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,43 @@ def _stage(blocks: int, channels: int, width: int, stride: int) -> nn.Sequential
     return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
 
 
+def _small_resnet18(classes: int, channels: int) -> nn.Module:
+    """The ResNet-18 of torchvision with the stem that small images need: 3x3, stride 1, no pooling."""
+    from torchvision.models import resnet18  # type: ignore[import-untyped]
+
+    model: nn.Module = resnet18(weights=None, num_classes=classes)
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def _small_mobilenet_v2(classes: int, channels: int) -> nn.Module:
+    """The MobileNetV2 of torchvision with strides for small images: the stem and the second stage keep the resolution."""
+    from torchvision.models import mobilenet_v2
+
+    # Expansion, channels, repetitions, stride of each stage; 224 px networks have stride 2 in the second one too.
+    stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
+    model: nn.Module = mobilenet_v2(weights=None, num_classes=classes, inverted_residual_setting=stages)
+    stem = nn.Conv2d(channels, 32, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out")
+    model.get_submodule("features.0").add_module("0", stem)
+    return model
+
+
+# Networks of torchvision whose first layers are replaced for images of about 32 pixels.
+CIFAR_STEMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "cifar/resnet18": _small_resnet18,
+    "cifar/mobilenet_v2": _small_mobilenet_v2,
+}
+
+
 def build(name: str, classes: int, channels: int) -> nn.Module:
     """A network with freshly drawn weights (torch's global generator), on the CPU, in training mode.
 
     Args:
-        name: "cifar/resnet20", "cifar/resnet56", "torchvision/NAME" or "package.module:function".
+        name: "cifar/resnet20", "cifar/resnet56", "cifar/resnet18", "cifar/mobilenet_v2", "torchvision/NAME" or
+            "package.module:function".
         classes: Number of logits.
         channels: Of the images.
 
@@ -104,6 +136,8 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
     """
     if name in CIFAR_BLOCKS:
         return CifarResNet(CIFAR_BLOCKS[name], classes, channels)
+    if name in CIFAR_STEMS:
+        return CIFAR_STEMS[name](classes, channels)
     if ":" in name:
         arguments = {"classes": classes, "channels": channels}
         model = call_function(import_function(name, "model.name"), name, "model.name", arguments)
@@ -120,7 +154,7 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
 
     # Only classifiers, not its detectors and the like; and not the two that return a second output in training.
     known = set(torchvision.models.list_models(module=torchvision.models)) - {"googlenet", "inception_v3"}
-    names = [*CIFAR_BLOCKS, *(f"torchvision/{model}" for model in sorted(known))]
+    names = [*CIFAR_BLOCKS, *CIFAR_STEMS, *(f"torchvision/{model}" for model in sorted(known))]
     if name not in names:
         # The part before the slash must not make "torchvision/x" resemble every torchvision name.
         short = {candidate.rpartition("/")[2]: candidate for candidate in names}

@@ -251,3 +251,18 @@ def test_other_files_are_refused_by_what_they_are(net: nn.Module, tmp_path: Path
     }.items():
         with pytest.raises(UsageError, match=rf"^model\.weights: .*{name}.*{message}"):
             models.load_weights(net, tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("cifar/resnet18", 11_173_962), ("cifar/mobilenet_v2", 2_236_682)])
+def test_networks_with_a_small_stem_keep_the_resolution_that_small_images_have(name: str, parameters: int) -> None:
+    model = models.build(name, 10, 3).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    seen: list[torch.Size] = []
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, output: seen.append(output.shape[2:]))
+    with torch.no_grad():
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+    assert seen[0] == (32, 32)
+    assert seen[-1] == (4, 4)
+    assert models.build(name, 7, 1)(torch.zeros(2, 1, 32, 32)).shape == (2, 7)

@@ -180,12 +180,18 @@ def test_a_scale_that_float16_does_not_hold_is_lossy(digits: Digits) -> None:
 
 @pytest.mark.parametrize(
     ("name", "bits", "fused"),
-    [("mobilenet_v2", 8, (52, 10, 1)), ("mobilenet_v2", 4, (52, 10, 1)), ("resnet18", 8, (20, 8, 1))],
+    [
+        ("torchvision/mobilenet_v2", 8, (52, 10, 1)),
+        ("torchvision/mobilenet_v2", 4, (52, 10, 1)),
+        ("torchvision/resnet18", 8, (20, 8, 1)),
+        ("cifar/mobilenet_v2", 8, (52, 10, 1)),
+        ("cifar/resnet18", 8, (20, 8, 1)),
+    ],
 )
-def test_torchvision_networks_fuse_completely(name: str, bits: int, fused: tuple[int, ...]) -> None:
-    images = random_images(4, 3, 64, 64)
+def test_networks_fuse_completely(name: str, bits: int, fused: tuple[int, ...]) -> None:
+    images = random_images(4, 3, *((64, 64) if name.startswith("torchvision/") else (32, 32)))
     torch.manual_seed(0)
-    quantized = quantize(sane_bn(models.build(f"torchvision/{name}", 10, 3), images), images, bits)
+    quantized = quantize(sane_bn(models.build(name, 10, 3), images), images, bits)
     files = quantized.files()
     found = fusion(files["onnxruntime"].model)
     operations = found["operations"]
@@ -196,7 +202,7 @@ def test_torchvision_networks_fuse_completely(name: str, bits: int, fused: tuple
     assert differing(files["onnxruntime"], quantized.images) == 0
     proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
     assert {name: entry["status"] for name, entry in proof.items()} == dict.fromkeys(files, "passed")
-    if name == "mobilenet_v2":
+    if name.endswith("mobilenet_v2"):
         # ReLU6 is the integer Clip's upper bound, and the float one is gone; TensorRT keeps it.
         kinds = {
             t: {initializer(f.model, c.input[1]).dtype.name for c in nodes(f.model, "Clip")} for t, f in files.items()
