@@ -103,7 +103,7 @@ def _small_resnet18(classes: int, channels: int) -> nn.Module:
 
 
 def _small_mobilenet_v2(classes: int, channels: int) -> nn.Module:
-    """The MobileNetV2 of torchvision with strides for small images: the stem and the second stage keep the resolution."""
+    """The MobileNetV2 of torchvision for small images: the stem and the second stage keep the resolution."""
     from torchvision.models import mobilenet_v2
 
     # Expansion, channels, repetitions, stride of each stage; 224 px networks have stride 2 in the second one too.
