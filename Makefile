@@ -45,6 +45,7 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m mypy
+	$(VENV)/bin/python -m mypy --python-version 3.10 -p artifacts -p runtime_eval  # what runs on a board
 
 bench-train: $(INSTALLED) ## seconds of a training step: float, QAT, CR-QAT and the peers that are installed
 	$(VENV)/bin/python -m bench.train $(ARGS)
