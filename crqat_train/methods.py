@@ -62,7 +62,7 @@ class LSQQuantizer(nn.Module):
         shape = [1] if spec.channels is None else [spec.channels] + [1] * (spec.ndim - 1)
         self.scale = nn.Parameter(torch.ones(shape))
         self.qmin, self.qmax = float(spec.qmin), float(spec.qmax)
-        # 1 / sqrt(N qmax); N is known once calibration has seen the tensor.
+        # Known once calibration has seen the tensor.
         self.grad_scale = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,8 +70,14 @@ class LSQQuantizer(nn.Module):
         return _LSQ.apply(x, self.scale, self.qmin, self.qmax, self.grad_scale)  # type: ignore[no-any-return]
 
     def set_grad_scale(self, elements: int) -> None:
-        """Scale the step's gradient for N = `elements`: weights of a scale's group, or features of one sample."""
-        self.grad_scale = 1.0 / math.sqrt(max(elements, 1) * self.qmax)
+        """Scale the step's gradient by 1 / (sqrt(N) qmax), N = `elements`: a scale's weights, or a sample's features.
+
+        The paper's factor is 1 / sqrt(N qmax). It balances steps that start at 2 mean|x| / sqrt(qmax); ours start where
+        the rounding error is smallest, at 8 bits several times lower, and each channel has its own. With the paper's
+        factor one epoch of W8A8 took a CIFAR-10 ResNet-20 from 99.7 to 67.8 % on its training images: steps of single
+        channels grew up to 898-fold.
+        """
+        self.grad_scale = 1.0 / (math.sqrt(max(elements, 1)) * self.qmax)
 
     def grid(self) -> Grid:
         """The Grid that training arrived at."""

@@ -118,7 +118,7 @@ def test_per_channel_steps_get_their_own_gradients() -> None:
     x = torch.from_numpy(values).requires_grad_()
     y = lsq(x)
     y.backward(torch.from_numpy(upstream))
-    grad_scale = 1 / math.sqrt(24 * 7)
+    grad_scale = 1 / (math.sqrt(24) * 7)
     expected, grad_x, _ = lsq_reference(values, scale, -8, 7, upstream, grad_scale)
     _, _, grad_s = lsq_reference(
         values.astype(np.float64), scale.astype(np.float64), -8, 7, upstream.astype(np.float64), grad_scale
@@ -134,14 +134,14 @@ def test_per_channel_steps_get_their_own_gradients() -> None:
 def test_the_gradient_scale_is_one_over_the_root_of_n_times_qmax() -> None:
     lsq = quantizer(-8, 7)
     lsq.set_grad_scale(576)
-    assert lsq.grad_scale == pytest.approx(1 / math.sqrt(576 * 7))
+    assert lsq.grad_scale == pytest.approx(1 / (math.sqrt(576) * 7))
     observer = ActivationObserver()
     observer.update(torch.rand(4, 3, 5, 5))
     observer.calibrate(lsq)
-    assert lsq.grad_scale == pytest.approx(1 / math.sqrt(3 * 5 * 5 * 7))  # features of one sample, whatever the batch
+    assert lsq.grad_scale == pytest.approx(1 / (math.sqrt(3 * 5 * 5) * 7))  # features of one sample, whatever the batch
     weights = quantizer(-127, 127, channels=6)
     calibrate_weight(weights, torch.randn(6, 3, 5, 5))
-    assert weights.grad_scale == pytest.approx(1 / math.sqrt(3 * 5 * 5 * 127))  # weights of one channel
+    assert weights.grad_scale == pytest.approx(1 / (math.sqrt(3 * 5 * 5) * 127))  # weights of one channel
 
 
 def test_nan_stays_nan_and_spoils_the_step_alone() -> None:
