@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from export.lower import INT16_MAX
+from crqat_train.layout import INT16_MAX
 from export.trace import DOMAIN
 
 

@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from artifacts.grid import Grid
+from crqat_train.layout import INT16_MAX
 
 Claim = Literal["exact", "lossy"]
 
-# x86 kernels without VNNI add two u8*s8 products in 16 bits: max(code) * 2 max|w| has to stay within this.
-INT16_MAX = 32767
 # Largest magnitude that low-bit weight codes are spread to. The int32 bias rounds to units of s_x s_w: the larger the
 # codes, the smaller the unit. 64 keeps 255 * (64 + 64) within 16 bits.
 SPREAD_LIMIT = 64

@@ -7,7 +7,8 @@ import numpy.typing as npt
 import pytest
 
 from artifacts.grid import Grid
-from export.lower import INT16_MAX, SPREAD_LIMIT, Activation, Weight, clip_bound, lower_activation, lower_weight
+from crqat_train.layout import INT16_MAX
+from export.lower import SPREAD_LIMIT, Activation, Weight, clip_bound, lower_activation, lower_weight
 
 TARGETS = ("onnxruntime", "tensorrt")
 WIDTHS = range(2, 9)
