@@ -19,7 +19,7 @@ CRQAT := $(VENV)/bin/python -m pipeline.cli
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test lint bench-infer bench-train
+.PHONY: help install train export benchmark gate test lint bench-infer bench-train bench-arms
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -49,6 +49,9 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 
 bench-train: $(INSTALLED) ## seconds of a training step: float, QAT, CR-QAT and the peers that are installed
 	$(VENV)/bin/python -m bench.train $(ARGS)
+
+bench-arms: $(INSTALLED) ## PTQ, QAT, distillation and CR-QAT of RECIPE side by side; ARGS="--seeds 0,1" for several
+	$(VENV)/bin/python -m bench.arms $(RECIPE) $(ARGS)
 
 bench-infer: $(INSTALLED) ## float, ours and ONNX Runtime's own quantization; ARGS="--cifar10 DIR --weights FILE" for accuracy
 	$(VENV)/bin/python -m bench.infer $(ARGS)

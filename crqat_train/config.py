@@ -110,7 +110,7 @@ class ConsistencyConfig:
 
     Attributes:
         teacher: "ema" of the quantized student, the frozen "float" network, or "none" for plain QAT.
-        weight: lambda_max.
+        weight: lambda_max; 0 with the "ema" teacher is plain QAT beside an average of its weights.
         ramp_up: Share of the steps over which lambda rises to `weight` as exp(-5 (1 - t/T)^2).
         temperature: Of both softmaxes; the term is multiplied by its square.
         ema_decay: Largest alpha of theta' = alpha theta' + (1 - alpha) theta; step t uses min(1 - 1/(t+1), alpha).

@@ -73,7 +73,8 @@ class EMATeacher:
     def update(self, alpha: float) -> None:
         """Move the teacher; two fused calls over all tensors, no host synchronization."""
         torch._foreach_lerp_(self._average[0], self._average[1], 1.0 - alpha)
-        torch._foreach_copy_(self._copy[0], self._copy[1])
+        if self._copy[0]:  # a network without BN has no buffers
+            torch._foreach_copy_(self._copy[0], self._copy[1])
 
 
 class ConsistencyTraining:
@@ -104,8 +105,10 @@ class ConsistencyTraining:
         if config.teacher == "ema":
             self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
             self._average = EMATeacher(self.teacher, student)
+        # With weight 0 the teacher is an average of the student's weights and nothing else: it costs no forward pass.
+        if self.teacher is not None and config.weight > 0:
             self._teach = compile_model(self.teacher)
-        elif config.teacher == "float":
+        elif config.teacher == "float" and config.weight > 0:
             self._teach = compile_model(copy.deepcopy(float_model).eval().requires_grad_(False))
         self.views = 1 if self._teach is None else 2
 

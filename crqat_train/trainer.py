@@ -43,7 +43,7 @@ def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
         progress: Told of epochs.
 
     Returns:
-        The manifest's payload: accuracies on the validation split, which candidate is delivered, and what ran where.
+        The manifest's payload: accuracies on the validation split, which candidate is better, and what ran where.
 
     Raises:
         UsageError: The recipe does not fit its data or weights, or training diverged.
@@ -70,9 +70,9 @@ def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
             notes += [f"{name}: {note}" for note in make_representable(candidate, specs, config.targets)]
             accuracies[name] = run.validate(candidate)
             save_file(_state(candidate), out / f"{name}.safetensors")
+            save_grids(out / f"{name}.grids.json", {spec.edge: quantizer_of(candidate, spec).grid() for spec in specs})
             progress(f"quantized {name}", 1, 1, f"validation {accuracies[name]:.2%}")
-    delivered = max(accuracies, key=lambda name: accuracies[name])
-    save_grids(out / "grids.json", {spec.edge: quantizer_of(candidates[delivered], spec).grid() for spec in specs})
+    best = max(accuracies, key=lambda name: accuracies[name])
     (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in specs], indent=1))
     (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history + history))
     return {
@@ -80,7 +80,7 @@ def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
         "compiled": run.compiled,
         "float": {"validation_accuracy": float_accuracy},
         "candidates": {name: {"validation_accuracy": accuracy} for name, accuracy in accuracies.items()},
-        "delivered": delivered,
+        "best": best,
         "validation_images": len(split.validation),
         "preprocessing": asdict(dataset.preprocessing),
         "class_names": list(dataset.class_names),
@@ -318,14 +318,15 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, preprocessing: Pr
 
 
 def rebuild(
-    train_dir: Path, config: TrainConfig, payload: dict[str, Any]
+    train_dir: Path, config: TrainConfig, payload: dict[str, Any], candidate: str
 ) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
-    """The delivered quantized network of a finished train stage, on the CPU in eval mode.
+    """A quantized network of a finished train stage, on the CPU in eval mode.
 
     Args:
         train_dir: A verified train directory.
         config: The recipe that it was trained by.
         payload: Of its manifest.
+        candidate: "student" or "teacher".
 
     Raises:
         UsageError: The checkpoint does not fit the recipe's network.
@@ -338,7 +339,7 @@ def rebuild(
         model, example, config.quantization, config.targets, METHODS[config.quantization.method]
     )
     try:
-        student.load_state_dict(load_file(train_dir / f"{payload['delivered']}.safetensors"))
+        student.load_state_dict(load_file(train_dir / f"{candidate}.safetensors"))
     except RuntimeError as error:
         msg = f"{train_dir}: the checkpoint is not of {config.model.name} as it is now; train again with --force"
         raise UsageError(msg) from error

@@ -14,6 +14,7 @@ class ExportConfig:
 
     Attributes:
         targets: Runtimes to write a file for; None takes those that the network was trained for.
+        candidate: "student" or its EMA "teacher"; "best" is the one with the higher accuracy on the validation split.
         tensorrt_precision: Type of everything that is not INT8 in tensorrt.onnx. Strongly typed TensorRT runs the
             float parts in the file's own type, so float16 is what a board wants.
         verify_images: Images of the training set on which the three links of the proof are checked.
@@ -22,6 +23,7 @@ class ExportConfig:
 
     __pydantic_config__: ClassVar[Any] = STRICT
     targets: tuple[Literal["onnxruntime", "tensorrt"], ...] | None = None
+    candidate: Literal["best", "student", "teacher"] = "best"
     tensorrt_precision: Literal["float16", "float32"] = "float16"
     verify_images: Annotated[int, Range(ge=1)] = 32
     allow_lossy: bool = False

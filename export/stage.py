@@ -56,8 +56,12 @@ def export(
     """
     trained = verify_stage(train_dir).payload
     targets = config.targets or train.targets
-    model, specs = rebuild(train_dir, train, trained)
-    grids = load_grids(train_dir / "grids.json")
+    candidate = trained["best"] if config.candidate == "best" else config.candidate
+    if candidate not in trained["candidates"]:
+        msg = f"export.candidate: the training has no {candidate}; set consistency.teacher: ema, or candidate: student"
+        raise UsageError(msg)
+    model, specs = rebuild(train_dir, train, trained, candidate)
+    grids = load_grids(train_dir / f"{candidate}.grids.json")
     latent = {spec.edge: weight_of(model, spec).detach().numpy() for spec in specs if spec.kind == "weight"}
     preprocessing = Preprocessing(**{key: tuple(value) for key, value in trained["preprocessing"].items()})
     metadata = {
@@ -82,7 +86,7 @@ def export(
         progress("export", len(exported), steps, f"{target}.onnx")
     dataset = data.load(train.data.source, train.data.root, train.data.download)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
-    model_float, _ = rebuild(train_dir, train, trained)
+    model_float, _ = rebuild(train_dir, train, trained, candidate)
     # Strict but for the quantizers, which the float graph leaves out.
     model_float.load_state_dict({**model_float.state_dict(), **load_file(train_dir / "float.safetensors")})
     baseline = float_model(marked_graph(model_float, specs, shape, classes), {**metadata, "crqat.target": "float"})
@@ -115,6 +119,7 @@ def export(
         "labels": "labels.npy",
         "class_names": trained["class_names"],
         "grids_sha256": metadata["crqat.grids_sha256"],
+        "candidate": candidate,
         "training": trained,
         "noise": noise,
         "models": entries,

@@ -30,7 +30,7 @@ def check(path: Path) -> list[str]:
         lines = _check_recipe(path)
     elif path.suffix == ".onnx":
         lines = [*_check_onnx(path), *_check_hash(path)]
-    elif path.name == "grids.json":
+    elif path.name.endswith("grids.json"):
         grids = load_grids(path)
         lines = [f"{path}: {len(grids)} Grids, hash {grids_hash(grids)}", *_check_hash(path)]
     elif path.name == "results.json":

@@ -72,7 +72,7 @@ def train(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> 
     config = _load(recipe, overrides)
     payload = _run_stage("train", config, runs, force)
     click.echo(f"trained on {payload['device']}; fused: {payload['compiled']}; {payload['seconds']} s")
-    click.echo(f"delivered: {payload['delivered']}; accuracy on the validation split:")
+    click.echo(f"best: {payload['best']}; accuracy on the validation split:")
     for name, entry in {"float": payload["float"], **payload["candidates"]}.items():
         click.echo(f"  {name}: {100 * entry['validation_accuracy']:.2f} %")
 
@@ -109,7 +109,7 @@ def gate(recipe: Path, overrides: tuple[str, ...], runs: Path) -> int:
 @crqat.command()
 @click.argument("path", type=click.Path(path_type=Path))
 def check(path: Path) -> None:
-    """Verify a run directory, a recipe, an ONNX file, grids.json or results.json."""
+    """Verify a run directory, a recipe, an ONNX file, Grids (grids.json) or results.json."""
     from pipeline import check as checks
 
     for line in checks.check(path):

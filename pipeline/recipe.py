@@ -159,8 +159,8 @@ def _contradiction(recipe: Recipe) -> str | None:
             f"name: {json.dumps(recipe.name)} cannot name a directory; "
             "use up to 100 letters, digits, `_`, `-` and `.`, no dot in front"
         )
-    if recipe.data.unlabeled is not None and recipe.consistency.teacher == "none":
-        return "data.unlabeled: feeds the consistency term alone, and consistency.teacher is none; set a teacher"
+    if recipe.data.unlabeled is not None and (recipe.consistency.teacher == "none" or recipe.consistency.weight == 0):
+        return "data.unlabeled: feeds the consistency term alone, which is off; set consistency.teacher and .weight"
     for key, targets in (("targets", recipe.targets), ("export.targets", recipe.export.targets)):
         if targets is not None and (not targets or len(set(targets)) != len(targets)):
             return f"{key}: list each runtime once, at least one"

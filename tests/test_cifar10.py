@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from pipeline.cli import crqat
 
 FLOAT_ACCURACY = 0.9173
-RECIPE = Path(__file__).parent.parent / "recipes" / "cifar10_resnet20.yaml"
+RECIPE = Path(__file__).parent.parent / "recipes" / "cifar10_resnet20_w8a8.yaml"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def results(cifar10_root: Path, shared_data: Path, tmp_path_factory: pytest.Temp
     for stage in ("train", "export", "benchmark"):
         outcome = CliRunner().invoke(crqat, [stage, str(RECIPE), "--runs", str(runs), *options], catch_exceptions=False)
         assert outcome.exit_code in (0, None), outcome.output
-    loaded: dict[str, Any] = json.loads((runs / "cifar10_resnet20" / "benchmark" / "results.json").read_text())
+    loaded: dict[str, Any] = json.loads((runs / "cifar10_resnet20_w8a8" / "benchmark" / "results.json").read_text())
     return loaded
 
 

@@ -2,18 +2,19 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 from scipy.special import log_softmax, rel_entr  # type: ignore[import-untyped]
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from crqat_train.config import ConsistencyConfig
-from crqat_train.consistency import EMATeacher, consistency_loss, consistency_weight, ema_alpha
+from crqat_train.consistency import ConsistencyTraining, EMATeacher, consistency_loss, consistency_weight, ema_alpha
 from crqat_train.layout import QuantizerSpec
 from crqat_train.methods import LSQQuantizer
 
@@ -184,3 +185,31 @@ def test_networks_that_differ_are_refused() -> None:
         for pair in ((other[kind], Net()), (Net(), other[kind])):
             with pytest.raises(ValueError, match=rf"^teacher and student differ: \['{name}'\]$"):
                 EMATeacher(*pair)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "float"])
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_a_teacher_without_weight_costs_no_forward_pass(teacher: Literal["ema", "float"], weight: float) -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(4, 3))
+    student, compiled = fx.symbolic_trace(network), []
+
+    def count(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        compiled.append(model)
+        return model
+
+    training = ConsistencyTraining(student, network, ConsistencyConfig(teacher=teacher, weight=weight), count)
+    x, labels = torch.randn(5, 4), torch.arange(5) % 3
+    assert (training.views, len(compiled)) == ((2, 2) if weight else (1, 1))
+    loss = training.loss([x, x + 1][: training.views], labels, weight)
+    plain = functional.cross_entropy(student(x), labels)
+    assert torch.equal(loss, plain) == (weight == 0)
+    # The average is kept all the same.
+    with torch.no_grad():
+        student.get_parameter("0.weight").add_(1.0)
+    training.after_step(0)
+    if teacher == "ema":
+        assert training.teacher is not None
+        assert torch.equal(training.teacher.get_parameter("0.weight"), student.get_parameter("0.weight"))
+    else:
+        assert training.teacher is None

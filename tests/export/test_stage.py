@@ -59,7 +59,7 @@ def test_the_directory_is_complete(exported: tuple[Path, dict[str, Any]], traine
 def test_the_payload_is_what_the_next_stages_read(exported: tuple[Path, dict[str, Any]], trained: Trained) -> None:
     out, payload = exported
     directory, _ = trained()
-    grids = load_grids(directory / "grids.json")
+    grids = load_grids(directory / f"{payload['candidate']}.grids.json")
     assert payload["run"] == "a run"
     assert payload["class_names"] == [str(digit) for digit in range(10)]
     assert payload["grids_sha256"] == grids_hash(grids)
@@ -195,7 +195,7 @@ def test_allow_lossy_writes_the_file_and_says_what_differs(trained: Trained, tmp
     assert (tmp_path / "onnxruntime.onnx").is_file()
 
 
-@pytest.mark.parametrize("name", ["student.safetensors", "float.safetensors", "grids.json"])
+@pytest.mark.parametrize("name", ["student.safetensors", "float.safetensors", "student.grids.json"])
 def test_a_damaged_train_directory_is_named_and_nothing_is_written(trained: Trained, tmp_path: Path, name: str) -> None:
     directory, config = trained()
     with write_stage(tmp_path / "run", replace(read_manifest(directory))) as out:

@@ -36,7 +36,7 @@ class Fakes:
     trouble: dict[str, BaseException] = field(default_factory=dict)
 
     def train(self, config: Any, out: Path, progress: Progress) -> dict[str, Any]:
-        self._enter("train", out, "grids.json")
+        self._enter("train", out, "teacher.grids.json")
         progress("train", 1, 1, "loss 0.1")
         return {
             "device": "cpu",
@@ -44,13 +44,13 @@ class Fakes:
             "seconds": 1.5,
             "float": {"validation_accuracy": 0.9},
             "candidates": {"student": {"validation_accuracy": 0.89}, "teacher": {"validation_accuracy": 0.895}},
-            "delivered": "teacher",
+            "best": "teacher",
         }
 
     def export(
         self, train_dir: Path, train: Any, config: Any, out: Path, progress: Progress, run: str, git_revision: str
     ) -> dict[str, Any]:
-        assert (train_dir / "grids.json").is_file()
+        assert (train_dir / "teacher.grids.json").is_file()
         self._enter("export", out, "float.onnx")
         entries = [
             {"file": "float.onnx", "target": "float"},

@@ -80,7 +80,7 @@ def test_steps_say_what_came_out(
 ) -> None:
     assert crqat(monkeypatch, "train", "recipe.yaml", "--runs", "elsewhere") == 0
     captured = capsys.readouterr()
-    assert "delivered: teacher" in captured.out
+    assert "best: teacher" in captured.out
     assert "  student: 89.00 %" in captured.out
     assert "train: 1/1  loss 0.1" in captured.err
     assert crqat(monkeypatch, "export", "recipe.yaml", "--runs", "elsewhere") == 0

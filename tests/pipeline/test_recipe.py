@@ -112,8 +112,9 @@ def test_wrong_values_are_refused_with_path_and_remedy(tmp_path: Path, extra: st
 def test_unlabeled_images_without_a_teacher_are_refused(tmp_path: Path) -> None:
     text = MINIMAL.replace("{source: digits}", "{source: digits, unlabeled: digits}")
     assert recipe.load(write(tmp_path, text)).data.unlabeled == "digits"
-    message = refusal(tmp_path, text + "consistency: {teacher: none}\n")
-    assert message.startswith("FILE: data.unlabeled: feeds the consistency term alone")
+    for off in ("teacher: none", "weight: 0"):
+        message = refusal(tmp_path, text + f"consistency: {{{off}}}\n")
+        assert message.startswith("FILE: data.unlabeled: feeds the consistency term alone")
 
 
 def test_several_errors_share_the_line(tmp_path: Path) -> None:

@@ -52,7 +52,7 @@ def finished_run(run: Path, name: str) -> dict[str, Any]:
         },
     ]
     payload = {
-        "delivered": "student",
+        "best": "student",
         "validation_images": 100,
         "float": {"validation_accuracy": 0.99},
         "candidates": {"student": {"validation_accuracy": 0.99}, "teacher": {"validation_accuracy": 0.98}},
@@ -70,7 +70,15 @@ def finished_run(run: Path, name: str) -> dict[str, Any]:
     with write_stage(run, Manifest("train", "k", None, {"name": name}, environment, payload)) as out:
         (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with write_stage(
-        run, Manifest("export", "k", None, {"name": name}, environment, {"models": models, "noise": {edge: 31.5}})
+        run,
+        Manifest(
+            "export",
+            "k",
+            None,
+            {"name": name},
+            environment,
+            {"models": models, "candidate": "student", "noise": {edge: 31.5}},
+        ),
     ):
         pass
     results = measured(0.2, (0.1, 0.3))

@@ -162,7 +162,12 @@ def test_gate_refuses_results_of_an_older_export(fakes: Fakes) -> None:
 
 @pytest.mark.parametrize(
     ("stage", "file"),
-    [("train", "grids.json"), ("export", "float.onnx"), ("benchmark", "results.json"), ("benchmark", "manifest.json")],
+    [
+        ("train", "teacher.grids.json"),
+        ("export", "float.onnx"),
+        ("benchmark", "results.json"),
+        ("benchmark", "manifest.json"),
+    ],
 )
 def test_damage_is_named_and_force_repairs_it(fakes: Fakes, stage: str, file: str) -> None:
     go(fakes)
