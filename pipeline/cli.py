@@ -119,11 +119,13 @@ def check(path: Path) -> None:
 @crqat.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), help="Default: report.html.")
-def report(run: Path, out: Path) -> None:
+@click.option("--layers", is_flag=True, help="Measure the accuracy with one layer at a time quantized.")
+def report(run: Path, out: Path, layers: bool) -> None:
     """Write the report of a run directory again, as one HTML file."""
-    from pipeline import stages
+    from pipeline import console, stages
 
-    stages.report(run, out)
+    with console.show_progress() as progress:
+        stages.report(run, out, layers, progress)
     click.echo(f"wrote {out}")
 
 

@@ -169,6 +169,11 @@ def _contradiction(recipe: Recipe) -> str | None:
     return None
 
 
+def from_resolved(values: dict[str, Any]) -> Recipe:
+    """The recipe that `resolved` made, as a manifest holds it."""
+    return pydantic.TypeAdapter(Recipe).validate_json(json.dumps(values), strict=True)
+
+
 def train_config(recipe: Recipe) -> TrainConfig:
     """The part of a recipe that the `train` stage depends on."""
     return TrainConfig(

@@ -21,13 +21,16 @@ _COLORS = {"float": "#8a8f98", "onnxruntime": "#2f81d6", "tensorrt": "#4f9d3a"}
 _LINES = {"validation": "#2f81d6", "validation_teacher": "#d9822b", "lambda": "#4f9d3a"}
 
 
-def render(run: Path, results: dict[str, Any], verdicts: Sequence[Verdict]) -> str:
+def render(
+    run: Path, results: dict[str, Any], verdicts: Sequence[Verdict], layers: Sequence[dict[str, Any]] = ()
+) -> str:
     """The page.
 
     Args:
         run: The run's directory; its train and export manifests and the training history are read.
         results: What the benchmark measured.
         verdicts: What the gate says of it.
+        layers: What `export.sensitivity.accuracy_of_each_layer` measured, if it was asked for.
     """
     train, export = read_manifest(run / "train"), read_manifest(run / "export")
     history = [json.loads(line) for line in (run / "train" / "history.jsonl").read_text().splitlines()]
@@ -42,6 +45,7 @@ def render(run: Path, results: dict[str, Any], verdicts: Sequence[Verdict]) -> s
         train=train,
         export=export,
         edges=_edges(export),
+        layers=layers,
         tradeoff=_tradeoff(results),
         curves=_curves(history) if history else "",
     )

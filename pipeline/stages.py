@@ -110,8 +110,14 @@ def gate(config: recipe.Recipe, runs: Path) -> list[Verdict]:
     return verdicts
 
 
-def report(run: Path, out: Path) -> None:
+def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
     """Write the report of a finished run, judged by the limits that it was benchmarked with.
+
+    Args:
+        run: The run's directory.
+        out: The HTML file.
+        layers: Add the accuracy with one layer at a time quantized, which has to be measured first.
+        progress: Told of layers.
 
     Raises:
         UsageError: A stage is missing or damaged.
@@ -124,7 +130,14 @@ def report(run: Path, out: Path) -> None:
         manifest = store.verify_stage(run / stage)
         check_parent(run, manifest)
     results = rules.read_results(run / "benchmark" / RESULTS)
-    page = render(run, results, rules.judge(results, rules.GateConfig(**manifest.config["gate"])))
+    rows = []
+    if layers:
+        from export.sensitivity import accuracy_of_each_layer
+
+        training = recipe.train_config(recipe.from_resolved(store.read_manifest(run / "train").config))
+        candidate = store.read_manifest(run / "export").payload["candidate"]
+        rows = accuracy_of_each_layer(run / "train", training, candidate, progress)
+    page = render(run, results, rules.judge(results, rules.GateConfig(**manifest.config["gate"])), rows)
     try:
         out.write_text(page)
     except OSError as error:

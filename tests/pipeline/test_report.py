@@ -158,3 +158,19 @@ def test_what_stayed_float_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     assert "18 of 19 QLinearConv" in page
     assert "stays float: its input is not quantized" in page
     assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import', page), "the page loads something from elsewhere"
+
+
+def test_layers_are_shown_on_request_worst_first(browser: Any, tmp_path: Path) -> None:
+    results = finished_run(tmp_path / "run", "digits")
+    rows = [
+        {"layer": name, "accuracy": accuracy, "bits": bits}
+        for name, accuracy, bits in (("none", 0.95, ""), ("all", 0.9, ""), ("layer1.0.<b>conv1</b>", 0.925, "4/8"))
+    ]
+    verdicts = judge(results, GateConfig())
+    assert "One layer at a time" not in render(tmp_path / "run", results, verdicts)
+    page = tmp_path / "report.html"
+    page.write_text(render(tmp_path / "run", results, verdicts, rows))
+    browser.get(page.as_uri())
+    heading = browser.find_element("xpath", "//h2[text()='One layer at a time']")
+    cells = heading.find_elements("xpath", "following::table[1]//tr[4]/td")
+    assert [cell.text for cell in cells] == ["layer1.0.<b>conv1</b>", "4/8", "92.50", "-2.50"]

@@ -1,0 +1,70 @@
+"""Where the accuracy goes, layer by layer: the network with one layer quantized and all others in float."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from artifacts.progress import Progress
+from artifacts.store import verify_stage
+from crqat_train import data
+from crqat_train.config import TrainConfig
+from crqat_train.layout import QuantizerSpec
+from crqat_train.methods import quantizer_of
+from crqat_train.trainer import accuracy, rebuild
+
+
+def accuracy_of_each_layer(
+    train_dir: Path, config: TrainConfig, candidate: str, progress: Progress
+) -> list[dict[str, Any]]:
+    """Accuracy on the validation split with one layer at a time quantized, weights and input; worst first.
+
+    Args:
+        train_dir: A finished train stage; its hashes are verified first.
+        config: The recipe it was trained by.
+        candidate: "student" or "teacher".
+        progress: Told of layers.
+
+    Returns:
+        Rows of `layer`, `accuracy` in 0..1 and `bits` as "weights/input"; the first two are "none", every quantizer
+        off, and "all". After training "none" is not the float network but the latent weights behind the quantizers.
+    """
+    trained = verify_stage(train_dir).payload
+    model, specs = rebuild(train_dir, config, trained, candidate)
+    dataset = data.load(config.data.source, config.data.root, config.data.download)
+    chosen = data.split(len(dataset.train_labels), config.data.validation, config.seed).validation
+    images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
+    by_edge = {spec.edge: spec for spec in specs}
+    rows: list[dict[str, Any]] = []
+    layers: list[tuple[str, list[QuantizerSpec]]] = [("none", []), ("all", list(specs))]
+    for spec in specs:
+        if spec.kind == "weight":
+            source = by_edge.get(spec.input_edge or "")
+            layers.append((spec.operation, [spec] if source is None else [spec, source]))
+    for number, (layer, active) in enumerate(layers, start=1):
+        with only(model, specs, active):
+            share = accuracy(model, images, labels, dataset.preprocessing)
+        bits = "/".join(str(spec.bits) for spec in active) if layer not in ("none", "all") else ""
+        rows.append({"layer": layer, "accuracy": share, "bits": bits})
+        progress("one layer at a time", number, len(layers), f"{layer}: {share:.2%}")
+    return rows[:2] + sorted(rows[2:], key=lambda row: row["accuracy"])
+
+
+@contextmanager
+def only(model: fx.GraphModule, specs: Sequence[QuantizerSpec], active: Sequence[QuantizerSpec]) -> Iterator[None]:
+    """Within the context every quantizer but the active ones passes its input through."""
+
+    def pass_through(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
+        return inputs[0]
+
+    off = [spec for spec in specs if spec not in active]
+    handles = [quantizer_of(model, spec).register_forward_hook(pass_through) for spec in off]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
