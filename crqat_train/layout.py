@@ -230,8 +230,9 @@ def _constrain(
         elif names[0] == last_input:
             bits = config.last_layer
         if all(is_nonnegative(graph_module, place.source) for place in places):
-            # TensorRT has no unsigned INT8: 8 bits are the upper half of the signed range.
-            qmin, qmax = 0, min(2**bits - 1, 127)
+            # TensorRT has no unsigned INT8: for it, 8 bits are the upper half of the signed range. ONNX Runtime alone
+            # takes all of them: then its file needs no Clip behind a ReLU, and the weights that follow get 7 bits.
+            qmin, qmax = 0, min(2**bits - 1, 127 if "tensorrt" in targets else 255)
         else:
             qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
         specs[names[0]] = QuantizerSpec(names[0], names, "activation", bits, qmin, qmax, None, example.ndim)
@@ -262,9 +263,7 @@ def _constrain(
             while 2 * (fed.qmax - fed.qmin) * _weight_range(bits)[1] > INT16_MAX:
                 bits -= 1
         qmin, qmax = _weight_range(bits)
-        reason = (
-            "" if bits == asked else f"{asked} bits could saturate ONNX Runtime's 16-bit sums behind a signed input"
-        )
+        reason = "" if bits == asked else f"{asked} bits could saturate ONNX Runtime's 16-bit sums behind its input"
         ordered.append(
             QuantizerSpec(
                 names[0],

@@ -72,6 +72,9 @@ def lower_activation(grid: Grid, target: str) -> Activation:
     Grid without negative codes keeps them, a signed one is shifted by its smallest code.
     """
     if target == "tensorrt":
+        if grid.qmax > 127:
+            halved = Grid(grid.scale * np.float32(grid.qmax / 127), 0, 0, 127)
+            return Activation(halved, np.int8, None, "lossy", "TensorRT has no unsigned INT8: 128 codes instead of 256")
         full = grid.qmin in (-128, 0) and grid.qmax == 127  # with qmin 0 the tensor itself has no negative value
         return Activation(grid, np.int8, None if full else (grid.qmin, grid.qmax))
     shifted = Grid(grid.scale, -grid.qmin, 0, grid.qmax - grid.qmin)
@@ -121,7 +124,7 @@ def lower_weight(
             scale = (scale * np.float32(ratio)).astype(np.float32)
             claim, note = (
                 "lossy",
-                f"codes reduced to +-{fitting}: larger ones saturate 16-bit sums behind a signed input",
+                f"codes reduced to +-{fitting}: larger ones saturate 16-bit sums behind its input",
             )
     spread = _spread(grid)
     unit_bias_scale = scale / np.float32(spread)

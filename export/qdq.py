@@ -172,7 +172,8 @@ class _Writer:
         clip = lowered.clip
         producer = self.graph.producers().get(node.input[0])
         if producer is not None and producer.op_type == "Clip" and producer.output[0] in self.alias:
-            clip = (0, clip_bound(float(self.graph.constants[producer.input[2]]), lowered.grid))
+            bound = clip_bound(float(self.graph.constants[producer.input[2]]), lowered.grid)
+            clip = (0, bound) if bound < np.iinfo(lowered.dtype).max else None
         lowered = self._stored(lowered, lowered.grid.scale)
         self._constant(f"{edge}.scale", lowered.grid.scale[0], self.float_type)
         zero_point = self._constant(f"{edge}.zero_point", lowered.grid.zero_point, lowered.dtype)
