@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from artifacts.errors import ToolError, UsageError
+
 Float32 = TypeVar("Float32")
+# More than any camera's picture that a classifier is shown; what is larger is a mistake or a bomb, and not decoded.
+MAX_FILE_BYTES = 64 * 2**20
+MAX_PIXELS = 64 * 10**6
 
 
 @dataclass(frozen=True)
@@ -19,10 +25,24 @@ class Preprocessing:
     Attributes:
         mean: One number per channel, in units of 0..1.
         std: One number per channel, in units of 0..1.
+        size: Pixels of an image file's shorter side after resizing; None where images do not come from files.
+        crop: Pixels of the square cut out of its centre.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    size: int | None = None
+    crop: int | None = None
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
+        """What `dataclasses.asdict` made, as manifests and the metadata `crqat.preprocessing` of a model hold it.
+
+        Raises:
+            KeyError, TypeError, ValueError: It is something else.
+        """
+        size, crop = (None if data.get(key) is None else int(data[key]) for key in ("size", "crop"))
+        return cls(tuple(map(float, data["mean"])), tuple(map(float, data["std"])), size, crop)
 
     def constants(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Maximum (255), mean and std as float32 arrays of shape [C, 1, 1].
@@ -48,3 +68,75 @@ def normalize(images: Float32, constants: Sequence[Any]) -> Float32:
     """
     maximum, mean, std = constants
     return (images / maximum - mean) / std  # type: ignore[no-any-return]
+
+
+def load_image(path: Path, size: int, crop: int, convert: bool = False) -> npt.NDArray[np.uint8]:
+    """Decode an image file, turn it upright by its EXIF tag, resize its shorter side, cut out the centre.
+
+    Bilinear with antialiasing, as Pillow does it on uint8; needs Pillow.
+
+    Args:
+        path: JPEG, PNG, WebP, BMP or whatever else Pillow reads.
+        size: Pixels of the shorter side, at least `crop`.
+        crop: Pixels of the square.
+        convert: Turn grey, palette and CMYK images into RGB instead of refusing them. Transparency and more than 8
+            bits have no agreed meaning in RGB and are refused all the same.
+
+    Returns:
+        RGB, uint8 of shape [3, crop, crop].
+
+    Raises:
+        UsageError: It is no image, is damaged, too large or not RGB.
+        ToolError: It cannot be read.
+    """
+    from PIL import Image, ImageOps
+
+    try:
+        length = path.stat().st_size
+        if length > MAX_FILE_BYTES:
+            msg = f"{path}: {length / 2**20:.0f} MiB; image files above {MAX_FILE_BYTES // 2**20} MiB are refused"
+            raise UsageError(msg)
+        with path.open("rb") as file, Image.open(file) as opened:
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                msg = f"{path}: {width} x {height} pixels; images above {MAX_PIXELS // 10**6} megapixels are refused"
+                raise UsageError(msg)
+            opened.load()
+            image = _as_rgb(ImageOps.exif_transpose(opened), path, convert)
+    except OSError as error:
+        if error.errno is not None:
+            msg = f"{path}: cannot be read: {error.strerror}; did the folder change meanwhile?"
+            raise ToolError(msg) from error
+        raise _undecodable(path, error) from error
+    except UsageError:
+        raise
+    except Exception as error:  # a damaged file fails in whatever way its bytes lead the decoder to
+        raise _undecodable(path, error) from error
+    short = min(image.size)
+    if short != size:
+        width, height = (max(size, round(side * size / short)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    left, top = (image.width - crop) // 2, (image.height - crop) // 2
+    cropped = np.asarray(image.crop((left, top, left + crop, top + crop)), dtype=np.uint8)
+    return np.ascontiguousarray(cropped.transpose(2, 0, 1))
+
+
+def _undecodable(path: Path, error: Exception) -> UsageError:
+    reason = " ".join(str(error).replace(str(path), "it").split()) or type(error).__name__
+    return UsageError(f"{path}: cannot be decoded as an image ({reason[:120]}); replace or remove it")
+
+
+def _as_rgb(image: Any, path: Path, convert: bool) -> Any:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        if image.convert("RGBA").getextrema()[3][0] < 255:
+            msg = f"{path}: has transparent pixels; put it on a background and save it as RGB"
+            raise UsageError(msg)
+    elif image.mode not in ("1", "L", "P", "CMYK", "YCbCr", "LAB", "HSV"):
+        msg = f"{path}: {image.mode} pixels of more than 8 bits; save it as 8-bit RGB"
+        raise UsageError(msg)
+    if not convert:
+        msg = f"{path}: {image.mode}, not RGB; save it as RGB, or set data.convert: true to convert such images"
+        raise UsageError(msg)
+    return image.convert("RGB")

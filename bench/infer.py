@@ -87,7 +87,7 @@ def cases(cifar10: Path | None, weights: Path | None) -> Iterator[Case]:
     if cifar10 and weights:
         network = models.build("cifar/resnet20", 10, 3)
         models.load_weights(network, weights)
-        test = dataset.test_images.numpy(), dataset.test_labels.numpy()
+        test = dataset.test_images[:].numpy(), dataset.test_labels.numpy()
         yield Case("cifar/resnet20", network.eval(), dataset.train_images[:512].numpy(), weights.name, test)
     for name in ("resnet18", "resnet50", "mobilenet_v2"):
         torch.manual_seed(0)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crqat_train import data, models
+from crqat_train.batches import Batches, evaluation_batches
 from crqat_train.config import ConsistencyConfig, QuantizationConfig
 from crqat_train.consistency import ConsistencyTraining
 from crqat_train.layout import quantize_model
@@ -49,8 +50,8 @@ class Bench:
             dataset = data.load("cifar10", str(cifar10), False)
             images, labels = dataset.train_images[:5000], dataset.train_labels[:5000]
         cpu = torch.device("cpu")
-        self.batches = data.Batches(images, labels, data.CIFAR10_PREPROCESSING, BATCH, 4, True, cpu)
-        self.calibration = list(data.evaluation_batches(images[:256], data.CIFAR10_PREPROCESSING, 256))
+        self.batches = Batches(images, labels, data.CIFAR10_PREPROCESSING, BATCH, 4, True, cpu)
+        self.calibration = list(evaluation_batches(images[:256], data.CIFAR10_PREPROCESSING, 256))
         self.network = models.build("cifar/resnet20", 10, 3)
 
     def endless(self, views: int) -> Iterator[tuple[Tensor, ...]]:

@@ -9,6 +9,8 @@ from artifacts.config import STRICT, Range
 
 Bits = Annotated[int, Range(ge=2, le=8)]
 Target = Literal["onnxruntime", "tensorrt"]
+# Of images in folders, where the recipe does not say: what ImageNet's networks were evaluated with.
+FOLDER_SIZE, FOLDER_CROP = 256, 224
 
 
 @dataclass(frozen=True)
@@ -16,13 +18,21 @@ class DataConfig:
     """Where the images come from and how they are augmented.
 
     Attributes:
-        source: "digits", "cifar10", or "package.module:function" that returns a `crqat_train.data.Dataset`.
-        root: Folder of an on-disk source.
+        source: "digits", "cifar10", "cifar100", "imagefolder", or "package.module:function" that returns a
+            `crqat_train.data.Dataset`.
+        root: Folder of an on-disk source; of "imagefolder" the one with train/CLASS/* and test/CLASS/* (or val/).
         download: Fetch the data set into `root` if it is not there.
         unlabeled: A further source of the same kinds whose training images feed the consistency term only.
         validation: Share of the training images held out for selection, drawn with the recipe's seed.
         crop_padding: Random crop after padding each side by this many pixels; 0 switches it off.
         flip: Random horizontal flip.
+        strong: "randaugment" shows the student a strongly changed view in QAT (`crqat_train.views.strong_view`), the
+            teacher a weak one; "none" shows both weak ones.
+        size: Of "imagefolder": resize the shorter side to so many pixels; None is 256.
+        crop: Of "imagefolder": cut a square of so many pixels out of the centre; None is 224.
+        convert: Of "imagefolder": turn grey, palette and CMYK images into RGB instead of refusing them.
+        mean: Of each channel, in units of 0..1; None is the source's own.
+        std: Likewise.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -33,6 +43,12 @@ class DataConfig:
     validation: Annotated[float, Range(gt=0, lt=1)] = 0.1
     crop_padding: Annotated[int, Range(ge=0)] = 4
     flip: bool = True
+    strong: Literal["none", "randaugment"] = "none"
+    size: Annotated[int, Range(ge=1)] | None = None
+    crop: Annotated[int, Range(ge=1)] | None = None
+    convert: bool = False
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True)

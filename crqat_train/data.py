@@ -1,4 +1,4 @@
-"""The images: where they come from, how they are split, and how batches of them are made on the training device."""
+"""The images: where they come from and how they are split."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from artifacts.errors import ToolError, UsageError
-from artifacts.images import Preprocessing, normalize
+from artifacts.images import Preprocessing
+from artifacts.progress import Progress, quiet
+from crqat_train.config import FOLDER_CROP, FOLDER_SIZE, DataConfig
+from crqat_train.folder import FolderImages, decode, duplicates, list_folder
 
-CIFAR10_ROOT = "data/cifar10"
+SOURCES = ("digits", "cifar10", "cifar100", "imagefolder")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Not CIFAR-10's own statistics but ImageNet's: the published CIFAR-10 weights were trained with these.
-CIFAR10_PREPROCESSING = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+CIFAR10_PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 DIGITS_TRAINING = 1000
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A labeled data set, complete in memory, on the CPU.
+    """A labeled data set on the CPU, in memory or in files that are decoded when needed.
 
     Attributes:
         train_images: uint8 of shape [N, C, H, W].
@@ -39,53 +42,87 @@ class Dataset:
         test_labels: int64 of shape [M].
         class_names: One name per class.
         preprocessing: How the network wants its input normalized; one mean and one std per channel.
+        notes: What a user should know of the data, one line each.
     """
 
-    train_images: Tensor
+    train_images: Tensor | FolderImages
     train_labels: Tensor
-    test_images: Tensor
+    test_images: Tensor | FolderImages
     test_labels: Tensor
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
 
 
-def load(source: str, root: str | None, download: bool, key: str = "data.source") -> Dataset:
+def of_recipe(config: DataConfig, progress: Progress = quiet) -> Dataset:
+    """The data set of a recipe's `data` section, with the section's own normalization if it has one.
+
+    Raises:
+        UsageError: As `load`, or mean and std do not fit the images.
+        ToolError: As `load`.
+    """
+    dataset = load(config.source, config.root, config.download, config=config, progress=progress)
+    if config.mean is None and config.std is None:
+        return dataset
+    own = replace(
+        dataset.preprocessing,
+        mean=config.mean or dataset.preprocessing.mean,
+        std=config.std or dataset.preprocessing.std,
+    )
+    dataset = replace(dataset, preprocessing=own)
+    validate(dataset, "data.mean and data.std")
+    return dataset
+
+
+def load(
+    source: str,
+    root: str | None,
+    download: bool,
+    key: str = "data.source",
+    config: DataConfig | None = None,
+    progress: Progress = quiet,
+) -> Dataset:
     """The data set that a recipe names.
 
     Args:
-        source: "digits", "cifar10" or "package.module:function". The function is called with `root` if it has a
-            parameter of that name, else without arguments, and returns a `Dataset`.
-        root: Folder of an on-disk source; None is "data/cifar10" for "cifar10".
-        download: Fetch "cifar10" into `root` if it is not there.
+        source: "digits", "cifar10", "cifar100", "imagefolder" or "package.module:function". The function is called
+            with `root` if it has a parameter of that name, else without arguments, and returns a `Dataset`.
+        root: Folder of an on-disk source; None is "data/cifar10" for "cifar10" and likewise for "cifar100".
+        download: Fetch "cifar10" or "cifar100" into `root` if it is not there.
         key: The recipe's key that `source` stands under, for messages.
+        config: How "imagefolder" makes its images.
+        progress: Told of decoded images.
 
     Raises:
         UsageError: The source is unknown, missing, damaged or not a valid `Dataset`.
-        ToolError: The download failed.
+        ToolError: The download failed, or files cannot be read or change meanwhile.
     """
     if source == "digits":
         dataset = _digits()
-    elif source == "cifar10":
-        dataset = _cifar10(Path(root or CIFAR10_ROOT).expanduser(), download)
+    elif source in ("cifar10", "cifar100"):
+        dataset = _cifar(source, Path(root or f"data/{source}").expanduser(), download)
+    elif source == "imagefolder":
+        dataset = _imagefolder(root, config or DataConfig(source), progress)
     elif ":" in source:
         dataset = _from_function(source, root, key)
     else:
-        near = difflib.get_close_matches(source, ("digits", "cifar10"), n=1)
+        near = difflib.get_close_matches(source, SOURCES, n=1)
         hint = f'; did you mean "{near[0]}"?' if near else ""
-        msg = f'{key}: "{source}" is none of "digits", "cifar10", "package.module:function"{hint}'
+        known = ", ".join(f'"{name}"' for name in SOURCES)
+        msg = f'{key}: "{source}" is none of {known}, "package.module:function"{hint}'
         raise UsageError(msg)
     validate(dataset, f"{key}: {source}")
     return dataset
 
 
-def load_unlabeled(source: str, root: str | None, download: bool, labeled: Dataset) -> Dataset:
+def load_unlabeled(source: str, config: DataConfig, labeled: Dataset) -> Dataset:
     """The recipe's `data.unlabeled`: its training images go through the same network as the labeled ones.
 
     Raises:
         UsageError: As `load`, or the images' shape is not that of the labeled images.
         ToolError: As `load`.
     """
-    dataset = load(source, root, download, key="data.unlabeled")
+    dataset = load(source, config.root, config.download, "data.unlabeled", config)
     shape, expected = list(dataset.train_images.shape[1:]), list(labeled.train_images.shape[1:])
     if shape != expected:
         msg = f"data.unlabeled: images of {source} have shape {shape}, those of data.source {expected}; resize them"
@@ -121,6 +158,8 @@ def validate(dataset: Dataset, source: str) -> None:
             (f"{part}_images", images, torch.uint8, 4),
             (f"{part}_labels", labels, torch.int64, 1),
         ):
+            if isinstance(value, FolderImages):
+                continue
             require(isinstance(value, Tensor), f"{field} must be a torch.Tensor, got {type(value).__name__}")
             require(value.dtype == dtype, f"{field} must be {dtype}, got {value.dtype}")
             require(value.ndim == ndim, f"{field} must have {ndim} dimensions, got shape {list(value.shape)}")
@@ -217,33 +256,35 @@ def _digits() -> Dataset:
     )
 
 
-def _cifar10(root: Path, download: bool) -> Dataset:
+def _cifar(name: str, root: Path, download: bool) -> Dataset:
     # Imported here because other sources do without torchvision, which takes a second.
-    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
+    from torchvision.datasets import CIFAR10, CIFAR100  # type: ignore[import-untyped]
 
-    if not download and not (root / CIFAR10.base_folder).is_dir():
+    kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
+    title = name.replace("cifar", "CIFAR-")
+    if not download and not (root / kind.base_folder).is_dir():
         msg = (
-            f"data.root: no folder {CIFAR10.base_folder} in {root}; set data.root to the folder that contains it, "
+            f"data.root: no folder {kind.base_folder} in {root}; set data.root to the folder that contains it, "
             "or `download: true`"
         )
         raise UsageError(msg)
-    # CIFAR-10's files are pickles, which can run code. torchvision compares each file's MD5 with the published one, the
+    # These files are pickles, which can run code. torchvision compares each file's MD5 with the published one, the
     # batches in the constructor, batches.meta in _load_meta, before it unpickles the first byte, and raises
     # RuntimeError; a test puts a hostile pickle in their place. `download: true` does not skip the check.
     try:
         with warnings.catch_warnings():
             # These files were pickled by a numpy of 2009; newer ones warn of how they spell a dtype.
             warnings.simplefilter("ignore", category=np.exceptions.VisibleDeprecationWarning)
-            train, test = (CIFAR10(root, train=part, download=download) for part in (True, False))
+            train, test = (kind(root, train=part, download=download) for part in (True, False))
     except (OSError, RuntimeError, http.client.HTTPException) as error:
         if download:
-            msg = f"data.download: cannot fetch CIFAR-10 into {root} ({error}); check the network and the disk"
+            msg = f"data.download: cannot fetch {title} into {root} ({error}); check the network and the disk"
             raise ToolError(msg) from error
         if isinstance(error, OSError):
-            msg = f"data.root: cannot read {root / CIFAR10.base_folder} ({error})"
+            msg = f"data.root: cannot read {root / kind.base_folder} ({error})"
             raise ToolError(msg) from error
         msg = (
-            f"data.root: a file in {root / CIFAR10.base_folder} is missing or damaged (its MD5 is not the published "
+            f"data.root: a file in {root / kind.base_folder} is missing or damaged (its MD5 is not the published "
             "one); remove the folder and set `download: true`"
         )
         raise UsageError(msg) from error
@@ -255,6 +296,30 @@ def _cifar10(root: Path, download: bool) -> Dataset:
         tuple(train.classes),
         CIFAR10_PREPROCESSING,
     )
+
+
+def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
+    if root is None:
+        msg = "data.root: imagefolder needs it: the folder with train/CLASS/* and test/CLASS/*"
+        raise UsageError(msg)
+    names, train, test = list_folder(Path(root).expanduser())
+    size, crop = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP
+    notes: tuple[str, ...] = ()
+    same = duplicates(train, test)
+    if same:
+        notes = (
+            f"{len(same)} of {len(test)} test images are training images too, byte for byte, first {same[0][1]} and "
+            f"{same[0][0]}: the test accuracy is not that of unseen images",
+        )
+        progress("images", 0, len(train), f"warning: {notes[0]}")
+    parts = (FolderImages(files, size, crop, config.convert) for files in (train, test))
+    train_images, test_images = (
+        decode(images, f"{part} images", progress) for images, part in zip(parts, ("training", "test"), strict=True)
+    )
+    labels = (torch.tensor([file.label for file in files], dtype=torch.int64) for files in (train, test))
+    train_labels, test_labels = labels
+    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, size, crop)
+    return Dataset(train_images, train_labels, test_images, test_labels, names, preprocessing, notes)
 
 
 def _channels_first(images: npt.NDArray[np.uint8]) -> Tensor:
@@ -286,118 +351,3 @@ def split(n: int, fraction: float, seed: int) -> Split:
         raise UsageError(msg)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return Split(train=order[count:], validation=order[:count])
-
-
-def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Shift each image by its own random offset of -padding..padding pixels; what comes in is 0, black.
-
-    Args:
-        images: uint8 of shape [N, C, H, W].
-        padding: Pixels.
-        generator: On the images' device; gives one [N, 2] draw of (row, column) offsets in 0..2 padding.
-
-    Returns:
-        Of the same shape and type.
-    """
-    n, _, height, width = images.shape
-    # All windows of the padded image, as a view: [N, C, 2 padding + 1, 2 padding + 1, H, W].
-    windows = F.pad(images, (padding,) * 4).unfold(2, height, 1).unfold(3, width, 1)
-    offsets = torch.randint(0, 2 * padding + 1, (n, 2), generator=generator, device=images.device)
-    return windows[torch.arange(n, device=images.device), :, offsets[:, 0], offsets[:, 1]]
-
-
-def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2.
-
-    Args:
-        images: uint8 of shape [N, C, H, W].
-        generator: On the images' device; gives one [N] draw in 0..1, below 0.5 is flipped.
-
-    Returns:
-        Of the same shape and type.
-    """
-    flipped = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-    return torch.where(flipped[:, None, None, None], images.flip(3), images)
-
-
-class Batches:
-    """Augmented training batches, made on the device where the images lie, without a wait for the host.
-
-    All batches have the same shape, so that a compiled step is compiled once: of n images, `min(n, batch_size)` go into
-    each, and the incomplete rest of an epoch is dropped, other images each time.
-
-    Args:
-        images: uint8 of shape [N, C, H, W].
-        labels: int64 of shape [N].
-        preprocessing: Of the network's input.
-        batch_size: Images a step.
-        crop_padding: See `random_crop`; 0 switches it off.
-        flip: See `random_flip`.
-        device: Where images and labels are kept and batches are made.
-    """
-
-    def __init__(
-        self,
-        images: Tensor,
-        labels: Tensor,
-        preprocessing: Preprocessing,
-        batch_size: int,
-        crop_padding: int,
-        flip: bool,
-        device: torch.device,
-    ) -> None:
-        self.images = images.to(device)
-        self.labels = labels.to(device)
-        self.constants = [torch.from_numpy(constant).to(device) for constant in preprocessing.constants()]
-        self.batch_size = min(batch_size, len(images))
-        self.crop_padding = crop_padding
-        self.flip = flip
-
-    def __len__(self) -> int:
-        """Steps of an epoch."""
-        return len(self.images) // self.batch_size
-
-    def epoch(self, generator: torch.Generator, views: int = 1) -> Iterator[tuple[Tensor, ...]]:
-        """Each image at most once, in random order.
-
-        Args:
-            generator: On the training device; the same state gives the same batches.
-            views: How many independent augmentations of the same images.
-
-        Yields:
-            The views, normalized float32 of shape [B, C, H, W] each, and the labels, int64 of shape [B].
-        """
-        order = torch.randperm(len(self.images), generator=generator, device=self.images.device)
-        for step in range(len(self)):
-            chosen = order[step * self.batch_size : (step + 1) * self.batch_size]
-            images = self.images[chosen]
-            yield *(self._augment(images, generator) for _ in range(views)), self.labels[chosen]
-
-    def stream(self, generator: torch.Generator, views: int = 1) -> Iterator[tuple[Tensor, ...]]:
-        """Epochs without end and without labels: yields the views alone, as `epoch` does."""
-        while True:
-            for batch in self.epoch(generator, views):
-                yield batch[:-1]
-
-    def _augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        if self.crop_padding:
-            images = random_crop(images, self.crop_padding, generator)
-        if self.flip:
-            images = random_flip(images, generator)
-        return normalize(images.float(), self.constants)
-
-
-def evaluation_batches(images: Tensor, preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:
-    """All images in order, without augmentation, on the device they lie on.
-
-    Args:
-        images: uint8 of shape [N, C, H, W].
-        preprocessing: Of the network's input.
-        batch_size: Images a batch; the last one may be smaller.
-
-    Yields:
-        Normalized float32 of shape [B, C, H, W].
-    """
-    constants = [torch.from_numpy(constant).to(images.device) for constant in preprocessing.constants()]
-    for start in range(0, len(images), batch_size):
-        yield normalize(images[start : start + batch_size].float(), constants)

@@ -22,6 +22,7 @@ from artifacts.grid import save_grids
 from artifacts.images import Preprocessing
 from artifacts.progress import Progress
 from crqat_train import data, models
+from crqat_train.batches import Batches, Images, evaluation_batches, subset
 from crqat_train.config import OptimizerConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.graph import parameter
@@ -52,7 +53,7 @@ def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
     started = time.monotonic()
     device = _device(config.device)
     with _deterministic(config.seed):
-        dataset = data.load(config.data.source, config.data.root, config.data.download)
+        dataset = data.of_recipe(config.data, progress)
         split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
         run = _Run(config, dataset, split, device, progress)
         float_model = run.float_model()
@@ -86,7 +87,8 @@ def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
         "class_names": list(dataset.class_names),
         "input_shape": list(dataset.train_images.shape[1:]),
         "quantizers": len(specs),
-        "notes": notes + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
+        "notes": [*dataset.notes, *notes]
+        + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
         "seconds": round(time.monotonic() - started, 1),
     }
 
@@ -109,7 +111,7 @@ class _Run:
         self.compiled = self.compiler or (
             "no: the recipe says never" if config.compile == "never" else "no: no compiler"
         )
-        self.validation_images = dataset.train_images[split.validation].to(device)
+        self.validation_images = subset(dataset.train_images, split.validation).to(device)
         self.validation_labels = dataset.train_labels[split.validation].to(device)
 
     def float_model(self) -> nn.Module:
@@ -123,7 +125,7 @@ class _Run:
                 msg = f"model.weights: {config.model.weights} holds values that are infinite or no number"
                 raise UsageError(msg)
             return model.eval()
-        batches = self._batches(config.float_training)
+        batches = self._batches(config.float_training, strong=False)
         forward, fit = self._compile(model), _Fit(model, config.float_training, len(batches), "float", self)
         for epoch in fit.epochs():
             model.train()
@@ -136,7 +138,7 @@ class _Run:
         """Insert quantizers and start their ranges from training images."""
         config = self.config
         images = self.dataset.train_images[self.split.train[: config.quantization.calibration_images]].to(self.device)
-        batches = list(data.evaluation_batches(images, self.dataset.preprocessing, _EVALUATION_BATCH))
+        batches = list(evaluation_batches(images, self.dataset.preprocessing, _EVALUATION_BATCH))
         student, specs = quantize_model(
             float_model, batches[0][:2], config.quantization, config.targets, METHODS[config.quantization.method]
         )
@@ -152,7 +154,7 @@ class _Run:
         config, consistency, history = self.config, self.config.consistency, []
         if config.qat.epochs == 0:
             return None, []
-        batches = self._batches(config.qat)
+        batches = self._batches(config.qat, strong=config.data.strong != "none")
         unlabeled = self._unlabeled()
         fit = _Fit(student, config.qat, len(batches), "qat", self)
         scales = [parameter.detach() for name, parameter in student.named_parameters() if _is_step(name)]
@@ -179,10 +181,11 @@ class _Run:
         """Accuracy on the validation split, in 0..1."""
         return accuracy(model, self.validation_images, self.validation_labels, self.dataset.preprocessing)
 
-    def _batches(self, section: OptimizerConfig) -> data.Batches:
-        images, labels = self.dataset.train_images[self.split.train], self.dataset.train_labels[self.split.train]
+    def _batches(self, section: OptimizerConfig, strong: bool) -> Batches:
+        images = subset(self.dataset.train_images, self.split.train)
+        labels = self.dataset.train_labels[self.split.train]
         config = self.config.data
-        return data.Batches(
+        return Batches(
             images,
             labels,
             self.dataset.preprocessing,
@@ -190,16 +193,17 @@ class _Run:
             config.crop_padding,
             config.flip,
             self.device,
+            strong,
         )
 
     def _unlabeled(self) -> Iterator[tuple[Tensor, ...]] | None:
         config = self.config.data
         if config.unlabeled is None:
             return None
-        source = data.load_unlabeled(config.unlabeled, config.root, config.download, self.dataset)
+        source = data.load_unlabeled(config.unlabeled, config, self.dataset)
         # Of the labeled source itself only the training part: the validation images stay unseen.
         own = self.split.train if config.unlabeled == config.source else torch.arange(len(source.train_labels))
-        batches = data.Batches(
+        batches = Batches(
             source.train_images[own], source.train_labels[own], self.dataset.preprocessing, self.config.qat.batch_size,
             config.crop_padding, config.flip, self.device,
         )  # fmt: skip
@@ -298,19 +302,19 @@ def weight_of(student: fx.GraphModule, spec: QuantizerSpec) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, images: Tensor, labels: Tensor, preprocessing: Preprocessing) -> float:
+def accuracy(model: nn.Module, images: Images, labels: Tensor, preprocessing: Preprocessing) -> float:
     """Share of images whose largest logit is the label's, in 0..1; the model is in eval mode meanwhile.
 
     Args:
         model: Maps normalized float32 [N, C, H, W] to logits [N, classes].
-        images: uint8 of shape [N, C, H, W].
+        images: uint8 of shape [N, C, H, W], or files.
         labels: int64 of shape [N].
         preprocessing: Of the network's input.
     """
     was_training = model.training
     model.eval()
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    batches = data.evaluation_batches(images, preprocessing, _EVALUATION_BATCH)
+    batches = evaluation_batches(images, preprocessing, _EVALUATION_BATCH)
     for batch, expected in zip(batches, torch.split(labels, _EVALUATION_BATCH), strict=True):
         correct += (model(batch).argmax(dim=1) == expected).sum()
     model.train(was_training)

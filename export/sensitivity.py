@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from artifacts.progress import Progress
 from artifacts.store import verify_stage
 from crqat_train import data
+from crqat_train.batches import subset
 from crqat_train.config import TrainConfig
 from crqat_train.layout import QuantizerSpec
 from crqat_train.methods import quantizer_of
@@ -35,9 +36,9 @@ def accuracy_of_each_layer(
     """
     trained = verify_stage(train_dir).payload
     model, specs = rebuild(train_dir, config, trained, candidate)
-    dataset = data.load(config.data.source, config.data.root, config.data.download)
+    dataset = data.of_recipe(config.data)
     chosen = data.split(len(dataset.train_labels), config.data.validation, config.seed).validation
-    images, labels = dataset.train_images[chosen], dataset.train_labels[chosen]
+    images, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
     by_edge = {spec.edge: spec for spec in specs}
     rows: list[dict[str, Any]] = []
     layers: list[tuple[str, list[QuantizerSpec]]] = [("none", []), ("all", list(specs))]

@@ -16,6 +16,7 @@ from artifacts.images import Preprocessing
 from artifacts.progress import Progress
 from artifacts.store import verify_stage
 from crqat_train import data
+from crqat_train.batches import Images
 from crqat_train.config import TrainConfig
 from crqat_train.trainer import rebuild, weight_of
 from export.config import ExportConfig
@@ -26,6 +27,7 @@ from export.trace import macs, marked_graph
 from export.verify import fusion, verify
 
 METADATA_SCHEMA = "1"
+_CHUNK = 256
 
 
 def export(
@@ -63,7 +65,7 @@ def export(
     model, specs = rebuild(train_dir, train, trained, candidate)
     grids = load_grids(train_dir / f"{candidate}.grids.json")
     latent = {spec.edge: weight_of(model, spec).detach().numpy() for spec in specs if spec.kind == "weight"}
-    preprocessing = Preprocessing(**{key: tuple(value) for key, value in trained["preprocessing"].items()})
+    preprocessing = Preprocessing.from_json(trained["preprocessing"])
     metadata = {
         "crqat.schema_version": METADATA_SCHEMA,
         "crqat.run": run,
@@ -84,7 +86,7 @@ def export(
         )
         _refuse(exported[target], target, config.allow_lossy)
         progress("export", len(exported), steps, f"{target}.onnx")
-    dataset = data.load(train.data.source, train.data.root, train.data.download)
+    dataset = data.of_recipe(train.data, progress)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
     model_float, _ = rebuild(train_dir, train, trained, candidate)
     # Strict but for the quantizers, which the float graph leaves out.
@@ -110,7 +112,7 @@ def export(
                 "fusion": fusion(file.model) if name == "onnxruntime" else None,
             }
         )
-    np.save(out / "images.npy", dataset.test_images.numpy())
+    _write_images(out / "images.npy", dataset.test_images)
     np.save(out / "labels.npy", dataset.test_labels.numpy())
     progress("export", steps, steps, f"{len(dataset.test_labels)} test images")
     return {
@@ -124,6 +126,14 @@ def export(
         "noise": noise,
         "models": entries,
     }
+
+
+def _write_images(path: Path, images: Images) -> None:
+    """uint8 of shape [N, C, H, W] as .npy, in pieces: test images may not fit into memory."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=tuple(images.shape))
+    for start in range(0, len(images), _CHUNK):
+        array[start : start + _CHUNK] = images[start : start + _CHUNK].numpy()
+    array.flush()
 
 
 def _refuse(file: QDQModel, target: str, allow_lossy: bool) -> None:

@@ -14,6 +14,8 @@ import pydantic
 from artifacts.config import STRICT, Range
 from artifacts.errors import UsageError
 from crqat_train.config import (
+    FOLDER_CROP,
+    FOLDER_SIZE,
     ConsistencyConfig,
     DataConfig,
     ModelConfig,
@@ -161,6 +163,11 @@ def _contradiction(recipe: Recipe) -> str | None:
         )
     if recipe.data.unlabeled is not None and (recipe.consistency.teacher == "none" or recipe.consistency.weight == 0):
         return "data.unlabeled: feeds the consistency term alone, which is off; set consistency.teacher and .weight"
+    resized = [key for key in ("size", "crop", "convert") if getattr(recipe.data, key)]
+    if resized and "imagefolder" not in (recipe.data.source, recipe.data.unlabeled):
+        return f"data.{resized[0]}: only of imagefolder, whose images are files; remove it"
+    if (recipe.data.crop or FOLDER_CROP) > (recipe.data.size or FOLDER_SIZE):
+        return "data.crop: larger than data.size, the shorter side it is cut from; set both"
     for key, targets in (("targets", recipe.targets), ("export.targets", recipe.export.targets)):
         if targets is not None and (not targets or len(set(targets)) != len(targets)):
             return f"{key}: list each runtime once, at least one"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import platform
 import shutil
 from collections.abc import Callable
@@ -195,7 +196,7 @@ def check_parent(run: Path, manifest: store.Manifest) -> None:
 def input_files(config: recipe.Recipe) -> dict[str, str]:
     """SHA-256 of the files that a recipe names: weights and the user's own modules, found without importing them.
 
-    Data sets on disk are not among them: they are large, and those with a name are checked where they are read.
+    Of an imagefolder it is the hash of names, sizes and times; CIFAR's files are checked where they are read.
 
     Raises:
         UsageError: The weights are not there.
@@ -207,12 +208,26 @@ def input_files(config: recipe.Recipe) -> dict[str, str]:
             msg = f"{path}: no such weights file (model.weights, relative to {Path.cwd()})"
             raise UsageError(msg)
         hashes[config.model.weights] = store.sha256_file(path)
+    if "imagefolder" in (config.data.source, config.data.unlabeled) and config.data.root is not None:
+        hashes["data.root"] = folder_state(Path(config.data.root).expanduser())
     for name in (config.data.source, config.data.unlabeled, config.model.name):
         module, colon, _ = (name or "").partition(":")
         path_found = _module_file(module) if colon else None
         if path_found is not None:
             hashes[module] = store.sha256_file(path_found)
     return hashes
+
+
+def folder_state(root: Path) -> str:
+    """SHA-256 of every file's relative path, size and time of change below a folder: cheap, and no content is read."""
+    lines = []
+    for parent, _, names in os.walk(root):
+        for name in names:
+            path = Path(parent, name)
+            with contextlib.suppress(OSError):  # who reads the images says what is wrong with it
+                status = path.stat()
+                lines.append(f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}")
+    return store.hash_json(sorted(lines))
 
 
 def _module_file(module: str) -> Path | None:

@@ -37,8 +37,7 @@ def preprocessing(metadata: dict[str, str]) -> Preprocessing:
         ToolError: The file does not say.
     """
     try:
-        data = json.loads(metadata["crqat.preprocessing"])
-        return Preprocessing(tuple(map(float, data["mean"])), tuple(map(float, data["std"])))
+        return Preprocessing.from_json(json.loads(metadata["crqat.preprocessing"]))
     except (KeyError, TypeError, ValueError) as error:
         msg = f"its metadata has no usable crqat.preprocessing ({error!r}); export it again"
         raise ToolError(msg) from error

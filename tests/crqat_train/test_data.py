@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 import pickle
 import sys
@@ -17,6 +18,9 @@ from torch import Tensor
 from artifacts.errors import ToolError, UsageError
 from artifacts.images import Preprocessing
 from crqat_train import data
+from crqat_train.batches import Batches, evaluation_batches
+from crqat_train.config import DataConfig
+from crqat_train.views import random_crop, random_flip
 
 CPU = torch.device("cpu")
 PLAIN = Preprocessing((0.0,), (1 / 255,))
@@ -43,15 +47,15 @@ def numbered(n: int) -> data.Dataset:
     return data.Dataset(images, labels, images, labels, tuple(map(str, range(n))), PLAIN)
 
 
-def batches(dataset: data.Dataset, size: int, padding: int = 0, flip: bool = False) -> data.Batches:
-    return data.Batches(dataset.train_images, dataset.train_labels, dataset.preprocessing, size, padding, flip, CPU)
+def batches(dataset: data.Dataset, size: int, padding: int = 0, flip: bool = False) -> Batches:
+    return Batches(dataset.train_images, dataset.train_labels, dataset.preprocessing, size, padding, flip, CPU)
 
 
 def test_digits_keep_every_pixel_value(digits: data.Dataset) -> None:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
-    images = torch.cat([digits.train_images, digits.test_images])
+    images = torch.cat([digits.train_images[:], digits.test_images[:]])
     assert images.dtype == torch.uint8
     assert list(images.shape) == [1797, 1, 8, 8]
     assert np.array_equal(np.rint(images.numpy().reshape(1797, 64) * (16 / 255)), pixels)
@@ -62,7 +66,7 @@ def test_digits_keep_every_pixel_value(digits: data.Dataset) -> None:
 
 
 def test_digits_are_normalized_to_mean_0_and_std_1_on_the_training_images(digits: data.Dataset) -> None:
-    normalized = digits.preprocessing(digits.train_images.numpy())
+    normalized = digits.preprocessing(digits.train_images[:].numpy())
     assert normalized.mean() == pytest.approx(0, abs=1e-5)
     assert normalized.std() == pytest.approx(1, abs=1e-5)
 
@@ -73,7 +77,7 @@ def test_cifar10_is_complete_and_in_its_published_order(cifar10: data.Dataset) -
     assert torch.equal(cifar10.train_labels.bincount(), torch.full((10,), 5000))
     assert [cifar10.class_names[i] for i in cifar10.train_labels[:3]] == ["frog", "truck", "truck"]
     # The first row of the first training image, red, then green, as the published array has it.
-    assert cifar10.train_images[0, :2, 0, :4].tolist() == [[59, 43, 50, 68], [62, 46, 48, 54]]
+    assert cifar10.train_images[:1][0, :2, 0, :4].tolist() == [[59, 43, 50, 68], [62, 46, 48, 54]]
     assert cifar10.preprocessing.mean == (0.485, 0.456, 0.406)
 
 
@@ -96,6 +100,44 @@ class Hostile:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, (f"touch '{self.marker}'",)
+
+
+@pytest.fixture
+def cifar100_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Files in the format of CIFAR-100 with noise in them, which torchvision is told to take for the published."""
+    kind, folder = torchvision.datasets.CIFAR100, tmp_path / "cifar-100-python"
+    folder.mkdir()
+    hashes = {}
+    for name, count in (("train", 300), ("test", 200)):
+        pixels = np.random.default_rng(count).integers(0, 256, (count, 3072), dtype=np.uint8)
+        content = {"data": pixels, "fine_labels": [i % 100 for i in range(count)], "coarse_labels": [0] * count}
+        (folder / name).write_bytes(pickle.dumps(content))
+    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": [f"class {i:02}" for i in range(100)]}))
+    for path in folder.iterdir():
+        hashes[path.name] = hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    monkeypatch.setattr(kind, "train_list", [["train", hashes["train"]]])
+    monkeypatch.setattr(kind, "test_list", [["test", hashes["test"]]])
+    monkeypatch.setattr(kind, "meta", {**kind.meta, "md5": hashes["meta"]})
+    return tmp_path
+
+
+def test_cifar100_has_its_fine_classes(cifar100_root: Path) -> None:
+    dataset = data.load("cifar100", str(cifar100_root), download=False)
+    assert list(dataset.train_images.shape) == [300, 3, 32, 32] and list(dataset.test_images.shape) == [200, 3, 32, 32]
+    assert dataset.train_labels[:3].tolist() == [0, 1, 2] and len(dataset.class_names) == 100
+    assert dataset.class_names[7] == "class 07"
+    pixels = np.random.default_rng(300).integers(0, 256, (300, 3072), dtype=np.uint8)
+    np.testing.assert_array_equal(dataset.train_images[:].numpy().reshape(300, 3072), pixels)
+
+
+def test_a_cifar100_file_that_is_not_the_published_one_is_refused_unread(cifar100_root: Path) -> None:
+    marker = cifar100_root / "the pickle ran"
+    (cifar100_root / "cifar-100-python" / "train").write_bytes(pickle.dumps(Hostile(marker)))
+    with pytest.raises(UsageError, match=r"^data\.root: .*cifar-100-python is missing or damaged .*`download: true`$"):
+        data.load("cifar100", str(cifar100_root), download=False)
+    assert not marker.exists()
+    with pytest.raises(UsageError, match="in data/cifar100;"):
+        data.load("cifar100", None, download=False)
 
 
 @pytest.mark.parametrize("name", ["data_batch_3", "test_batch", "batches.meta"])
@@ -215,12 +257,13 @@ def test_an_invalid_data_set_is_named(changes: dict[str, Any], message: str) -> 
 
 @pytest.mark.usefixtures("user_folder")
 def test_unlabeled_images_must_have_the_shape_of_the_labeled_ones(digits: data.Dataset) -> None:
-    unlabeled = data.load_unlabeled("digits", None, download=False, labeled=digits)
-    assert torch.equal(unlabeled.train_images, digits.train_images)
+    config = DataConfig("digits")
+    unlabeled = data.load_unlabeled("digits", config, digits)
+    assert torch.equal(unlabeled.train_images[:], digits.train_images[:])
     with pytest.raises(UsageError, match=r"^data\.unlabeled: .*shape \[1, 3, 3\], those of data\.source \[1, 8, 8\]"):
-        data.load_unlabeled("user_images:no_arguments", None, download=False, labeled=digits)
+        data.load_unlabeled("user_images:no_arguments", config, digits)
     with pytest.raises(UsageError, match=r"^data\.unlabeled: "):
-        data.load_unlabeled("digit", None, download=False, labeled=digits)
+        data.load_unlabeled("digit", config, digits)
 
 
 def test_a_split_is_disjoint_complete_and_repeatable() -> None:
@@ -253,7 +296,7 @@ def test_random_crop_is_the_crop_of_each_padded_image(padding: int, shape: tuple
         padded = np.zeros((channels, height + 2 * padding, width + 2 * padding), np.uint8)
         padded[:, padding : padding + height, padding : padding + width] = images[i]
         expected[i] = padded[:, row : row + height, column : column + width]
-    cropped = data.random_crop(images, padding, generator())
+    cropped = random_crop(images, padding, generator())
     assert cropped.dtype == torch.uint8
     assert np.array_equal(cropped, expected)
 
@@ -265,7 +308,7 @@ def test_random_flip_mirrors_half_of_the_images_left_to_right() -> None:
     expected = np.stack(
         [image[:, :, ::-1] if flip else image for image, flip in zip(images.numpy(), flipped, strict=True)]
     )
-    assert np.array_equal(data.random_flip(images, generator()), expected)
+    assert np.array_equal(random_flip(images, generator()), expected)
 
 
 def test_an_epoch_gives_each_image_once_with_its_label() -> None:
@@ -341,20 +384,18 @@ def test_batches_are_normalized_to_the_bits_of_the_deployed_preprocessing(
             torch.arange((256 // size + 1) * size).to(torch.uint8).reshape(-1, 1, *images.shape[2:])
         )
         expected = dataset.preprocessing(images.numpy())
-        made = torch.cat(list(data.evaluation_batches(images, dataset.preprocessing, 200)))
+        made = torch.cat(list(evaluation_batches(images, dataset.preprocessing, 200)))
         assert made.dtype == torch.float32
         assert np.array_equal(made.numpy().view(np.uint32), expected.view(np.uint32))
         trained, _ = next(
-            data.Batches(images, dataset.test_labels[:500], dataset.preprocessing, 500, 0, False, CPU).epoch(
-                generator()
-            )
+            Batches(images, dataset.test_labels[:500], dataset.preprocessing, 500, 0, False, CPU).epoch(generator())
         )
         order = torch.randperm(500, generator=generator()).numpy()
         assert np.array_equal(trained.numpy().view(np.uint32), expected[order].view(np.uint32))
 
 
 def test_evaluation_batches_keep_the_order_and_the_last_images() -> None:
-    made = list(data.evaluation_batches(numbered(10).test_images, PLAIN, 4))
+    made = list(evaluation_batches(numbered(10).test_images, PLAIN, 4))
     assert [len(batch) for batch in made] == [4, 4, 2]
     assert torch.equal(torch.cat(made)[:, 0, 0, 0].round(), torch.arange(10.0))
 
@@ -368,8 +409,8 @@ def test_no_value_is_read_back_from_the_device() -> None:
         torch.zeros(1, device=meta).item()
     images, labels = torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
     preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3)
-    loader = data.Batches(images, labels, preprocessing, 4, 2, True, meta)
+    loader = Batches(images, labels, preprocessing, 4, 2, True, meta)
     made = [*loader.epoch(generator(), views=2), (*next(loader.stream(generator())), labels.to(meta)[:4])]
     assert [[list(part.shape) for part in batch] for batch in made[:2]] == [[[4, 3, 8, 8], [4, 3, 8, 8], [4]]] * 2
     assert all(part.device == meta for batch in made for part in batch)
-    assert next(data.evaluation_batches(images.to(meta), preprocessing, 4)).device == meta
+    assert next(evaluation_batches(images.to(meta), preprocessing, 4)).device == meta

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from crqat_train import data
+from crqat_train.batches import evaluation_batches
 from crqat_train.layout import QuantizerSpec
 from crqat_train.methods import (
     METHODS,
@@ -202,7 +203,7 @@ def features() -> Iterator[tuple[Tensor, Tensor]]:
     digits = data.load("digits", None, download=False)
     torch.manual_seed(0)
     weight = torch.randn(8, 1, 3, 3) / 3
-    (images,) = data.evaluation_batches(digits.train_images[:400], digits.preprocessing, 400)
+    (images,) = evaluation_batches(digits.train_images[:400], digits.preprocessing, 400)
     out = functional.conv2d(images, weight, padding=1)
     yield out, out.relu()
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from artifacts.errors import UsageError
 from crqat_train import data, models
+from crqat_train.batches import evaluation_batches
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def test_published_resnet20_weights_keep_their_accuracy(shared_data: Path, cifar
     models.load_weights(model, shared_data / "weights" / "resnet20-12fca82f.th")
     model.eval()
     with torch.inference_mode():
-        made = data.evaluation_batches(dataset.test_images[:1000], dataset.preprocessing, 250)
+        made = evaluation_batches(dataset.test_images[:1000], dataset.preprocessing, 250)
         predicted = torch.cat([model(batch).argmax(1) for batch in made])
     # 91.73 % on all 10,000 images, 91.5 % on these; a wrong shortcut or normalization costs several points.
     assert (predicted == dataset.test_labels[:1000]).float().mean() > 0.91

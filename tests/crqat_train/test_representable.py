@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from artifacts.errors import UsageError
 from crqat_train import data, models
+from crqat_train.batches import evaluation_batches
 from crqat_train.config import QuantizationConfig
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
@@ -41,7 +42,7 @@ class Net(nn.Module):
 @functools.cache
 def images(n: int = 200) -> Tensor:
     digits = data.load("digits", None, download=False)
-    (batch,) = data.evaluation_batches(digits.train_images[:n], digits.preprocessing, n)
+    (batch,) = evaluation_batches(digits.train_images[:n], digits.preprocessing, n)
     return batch
 
 
@@ -274,7 +275,7 @@ def test_the_predictions_of_a_real_network_stay(cifar10_root: Path, shared_data:
     model = models.build("cifar/resnet20", 10, 3)
     models.load_weights(model, shared_data / "weights" / "resnet20-12fca82f.th")
     model.eval()
-    batches = list(data.evaluation_batches(dataset.train_images[:300], dataset.preprocessing, 150))
+    batches = list(evaluation_batches(dataset.train_images[:300], dataset.preprocessing, 150))
     student, specs = quantize_model(model, batches[0][:2], QuantizationConfig(), BOTH, LSQQuantizer)
     calibrate(student, specs, batches[:1])
     with torch.no_grad():

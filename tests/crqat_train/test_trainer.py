@@ -22,6 +22,7 @@ from artifacts.errors import ToolError, UsageError
 from artifacts.grid import load_grids
 from artifacts.progress import quiet
 from crqat_train import data, trainer
+from crqat_train.batches import Batches, evaluation_batches
 from crqat_train.config import (
     ConsistencyConfig,
     DataConfig,
@@ -223,7 +224,7 @@ def test_without_ema_there_is_no_second_candidate(
 def observed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What networks, the labels' loss and the consistency loss get during QAT."""
     seen: dict[str, list[Any]] = {"inputs": [], "ce": [], "kl": [], "batches": [], "modes": []}
-    compile_, ce, batches = trainer._Run._compile, functional.cross_entropy, data.Batches.__init__
+    compile_, ce, batches = trainer._Run._compile, functional.cross_entropy, Batches.__init__
 
     def spy_compile(self: Any, model: nn.Module) -> Any:
         forward = compile_(self, model)
@@ -250,7 +251,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     monkeypatch.setattr(trainer._Run, "_compile", spy_compile)
     monkeypatch.setattr(functional, "cross_entropy", spy_ce)
     monkeypatch.setattr("crqat_train.consistency.consistency_loss", spy_kl)
-    monkeypatch.setattr(data.Batches, "__init__", spy_batches)
+    monkeypatch.setattr(Batches, "__init__", spy_batches)
     return seen
 
 
@@ -330,7 +331,7 @@ def test_training_sees_the_training_part_alone(
     """The validation part selects, nothing else; of test images a training does not even hold a reference."""
     digits = data.load("digits", None, False)
     part = data.split(1000, 0.1, seed=0)
-    visible = ("train_images", "train_labels", "class_names", "preprocessing")
+    visible = ("train_images", "train_labels", "class_names", "preprocessing", "notes")
     monkeypatch.setattr(
         data, "load", lambda *_, **__: SimpleNamespace(**{name: getattr(digits, name) for name in visible})
     )
@@ -352,9 +353,7 @@ def test_training_sees_the_training_part_alone(
     train(tuned(data=DataConfig("digits", crop_padding=1, flip=False, unlabeled="digits")), tmp_path, quiet)
     assert len(observed["batches"]) == 2
     assert all(torch.equal(images, digits.train_images[part.train]) for images in observed["batches"])
-    expected = torch.cat(
-        list(data.evaluation_batches(digits.train_images[part.train[:256]], digits.preprocessing, 256))
-    )
+    expected = torch.cat(list(evaluation_batches(digits.train_images[part.train[:256]], digits.preprocessing, 256)))
     assert torch.equal(torch.cat(calibrated), expected)
     # The float network; student and teacher after each epoch; both candidates.
     assert len(evaluated) == 1 + 2 * 2 + 2
@@ -454,7 +453,7 @@ def test_a_rebuilt_network_gives_the_same_bits(
     config = tuned()
     payload = train(config, tmp_path, quiet)
     digits = data.load("digits", None, False)
-    x = torch.cat(list(data.evaluation_batches(digits.test_images, digits.preprocessing, 200)))
+    x = torch.cat(list(evaluation_batches(digits.test_images, digits.preprocessing, 200)))
     torch.manual_seed(1234)  # a rebuilt network is first drawn at random
     for name, model in zip(("student", "teacher"), delivered, strict=True):
         rebuilt, specs = rebuild(tmp_path, config, payload, name)
@@ -509,15 +508,15 @@ class HostWaits(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.found: list[str] = []
         for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__", "__array__"):
             patch.setattr(torch.Tensor, name, self._note(name, getattr(torch.Tensor, name)))
-        epoch, waits = data.Batches.epoch, self
+        epoch, waits = Batches.epoch, self
 
-        def watched(self: data.Batches, *args: Any, **kwargs: Any) -> Iterator[tuple[Tensor, ...]]:
+        def watched(self: Batches, *args: Any, **kwargs: Any) -> Iterator[tuple[Tensor, ...]]:
             for batch in epoch(self, *args, **kwargs):
                 waits.active = True
                 yield batch
             waits.active = False
 
-        patch.setattr(data.Batches, "epoch", watched)
+        patch.setattr(Batches, "epoch", watched)
 
     def _note(self, name: str, original: Callable[..., Any]) -> Callable[..., Any]:
         def noted(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -584,7 +583,7 @@ def test_calibration_observes_the_float_network_and_leaves_the_quantizers_on(
     run = trainer._Run(tuned(), digits, data.split(1000, 0.1, 0), torch.device("cpu"), quiet)
     model = run.float_model()
     student, specs = run.quantize(model)
-    (x,) = data.evaluation_batches(digits.train_images[run.split.train[:256]], digits.preprocessing, 256)
+    (x,) = evaluation_batches(digits.train_images[run.split.train[:256]], digits.preprocessing, 256)
     assert isinstance(model, Net)
     with torch.no_grad():
         first = functional.relu(model.bn1(model.conv1(x)))

@@ -215,7 +215,7 @@ def digits(trained: Callable[..., tuple[Path, TrainConfig]]) -> Callable[[int], 
             model, specs = rebuild(directory, config, payload, payload["best"])
             images = data.load("digits", None, False).train_images
             chosen = data.split(len(images), config.data.validation, config.seed).validation[:32]
-            preprocessing = Preprocessing(*(tuple(payload["preprocessing"][key]) for key in ("mean", "std")))
+            preprocessing = Preprocessing.from_json(payload["preprocessing"])
             grids = load_grids(directory / f"{payload['best']}.grids.json")
             made[bits] = Quantized(model, specs, grids, preprocessing(images[chosen].numpy()))
         return made[bits]

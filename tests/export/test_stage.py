@@ -48,7 +48,7 @@ def test_the_directory_is_complete(exported: tuple[Path, dict[str, Any]], traine
     assert [entry["target"] for entry in payload["models"]] == ["float", "onnxruntime", "tensorrt"]
     test = data.load("digits", None, False)
     images, labels = (np.load(out / payload[key], allow_pickle=False) for key in ("images", "labels"))
-    np.testing.assert_array_equal(images, test.test_images.numpy())
+    np.testing.assert_array_equal(images, test.test_images[:].numpy())
     np.testing.assert_array_equal(labels, test.test_labels.numpy())
     assert (images.dtype, labels.dtype) == (np.uint8, np.int64)
     for name in names:
@@ -113,7 +113,7 @@ def test_the_baseline_is_the_float_network_before_quantization(
     assert (weight != load_file(directory / "student.safetensors")["linear.weight"]).any()
     assert not [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     test = data.load("digits", None, False)
-    logits = session(model).run(["logits"], {"input": test.preprocessing(test.test_images.numpy())})[0]
+    logits = session(model).run(["logits"], {"input": test.preprocessing(test.test_images[:].numpy())})[0]
     assert (logits.argmax(axis=1) == test.test_labels.numpy()).mean() > 0.8
 
 

@@ -109,6 +109,19 @@ def test_wrong_values_are_refused_with_path_and_remedy(tmp_path: Path, extra: st
     assert refusal(tmp_path, MINIMAL + extra).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ("source: digits, size: 40", "FILE: data.size: only of imagefolder, whose images are files; remove it"),
+        ("source: digits, convert: true", "FILE: data.convert: only of imagefolder"),
+        ("source: imagefolder, root: x, crop: 300", "FILE: data.crop: larger than data.size, the shorter side"),
+        ("source: imagefolder, root: x, size: 100", "FILE: data.crop: larger than data.size"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(tmp_path: Path, section: str, message: str) -> None:
+    assert refusal(tmp_path, MINIMAL.replace("source: digits", section)).startswith(message)
+
+
 def test_unlabeled_images_without_a_teacher_are_refused(tmp_path: Path) -> None:
     text = MINIMAL.replace("{source: digits}", "{source: digits, unlabeled: digits}")
     assert recipe.load(write(tmp_path, text)).data.unlabeled == "digits"

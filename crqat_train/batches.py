@@ -1,0 +1,112 @@
+"""Batches of normalized images, made on the training device, from memory or from files that stream."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from artifacts.images import Preprocessing, normalize
+from crqat_train.folder import FolderImages, stream_batches
+from crqat_train.views import random_crop, random_flip, strong_view
+
+Images = Tensor | FolderImages
+
+
+def subset(images: Images, chosen: Tensor) -> Images:
+    """Some of the images, int64 indices of shape [M]; files are not decoded yet."""
+    return images.subset(chosen) if isinstance(images, FolderImages) else images[chosen]
+
+
+class Batches:
+    """Augmented training batches, made on the device where the images lie, without a wait for the host.
+
+    All batches have the same shape, so that a compiled step is compiled once: of n images, `min(n, batch_size)` go into
+    each, and the incomplete rest of an epoch is dropped, other images each time.
+
+    Args:
+        images: uint8 of shape [N, C, H, W], or files.
+        labels: int64 of shape [N].
+        preprocessing: Of the network's input.
+        batch_size: Images a step.
+        crop_padding: See `random_crop`; 0 switches it off.
+        flip: See `random_flip`.
+        device: Where images and labels are kept and batches are made.
+        strong: Whether the first view, the student's, gets `strong_view` on top.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        labels: Tensor,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        crop_padding: int,
+        flip: bool,
+        device: torch.device,
+        strong: bool = False,
+    ) -> None:
+        self.images = images.to(device)
+        self.labels = labels.to(device)
+        self.constants = [torch.from_numpy(constant).to(device) for constant in preprocessing.constants()]
+        self.batch_size = min(batch_size, len(images))
+        self.crop_padding = crop_padding
+        self.flip = flip
+        self.strong = strong
+
+    def __len__(self) -> int:
+        """Steps of an epoch."""
+        return len(self.images) // self.batch_size
+
+    def epoch(self, generator: torch.Generator, views: int = 1) -> Iterator[tuple[Tensor, ...]]:
+        """Each image at most once, in random order.
+
+        Args:
+            generator: On the training device; the same state gives the same batches.
+            views: How many independent augmentations of the same images.
+
+        Yields:
+            The views, normalized float32 of shape [B, C, H, W] each, and the labels, int64 of shape [B].
+        """
+        order = torch.randperm(len(self.images), generator=generator, device=self.images.device)
+        chosen = torch.split(order[: len(self) * self.batch_size], self.batch_size)
+        if isinstance(self.images, FolderImages):
+            batches = stream_batches(self.images, chosen)
+        else:
+            in_memory = self.images
+            batches = (in_memory[indices] for indices in chosen)
+        for indices, images in zip(chosen, batches, strict=True):
+            yield *(self._augment(images, generator, view) for view in range(views)), self.labels[indices]
+
+    def stream(self, generator: torch.Generator, views: int = 1) -> Iterator[tuple[Tensor, ...]]:
+        """Epochs without end and without labels: yields the views alone, as `epoch` does."""
+        while True:
+            for batch in self.epoch(generator, views):
+                yield batch[:-1]
+
+    def _augment(self, images: Tensor, generator: torch.Generator, view: int) -> Tensor:
+        if self.crop_padding:
+            images = random_crop(images, self.crop_padding, generator)
+        if self.flip:
+            images = random_flip(images, generator)
+        pixels = images.float()
+        if self.strong and view == 0:
+            pixels = strong_view(pixels, generator)
+        return normalize(pixels, self.constants)
+
+
+def evaluation_batches(images: Images, preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:
+    """All images in order, without augmentation, on the device they lie on.
+
+    Args:
+        images: uint8 of shape [N, C, H, W], or files.
+        preprocessing: Of the network's input.
+        batch_size: Images a batch; the last one may be smaller.
+
+    Yields:
+        Normalized float32 of shape [B, C, H, W].
+    """
+    constants = [torch.from_numpy(constant).to(images.device) for constant in preprocessing.constants()]
+    for start in range(0, len(images), batch_size):
+        yield normalize(images[start : start + batch_size].float(), constants)

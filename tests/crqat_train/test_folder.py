@@ -1,0 +1,177 @@
+"""Images in class folders, from memory and streamed, and what is wrong with a folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from artifacts.errors import ToolError, UsageError
+from artifacts.images import load_image
+from artifacts.progress import quiet
+from crqat_train import data, folder
+from crqat_train.batches import Batches, evaluation_batches, subset
+from crqat_train.config import DataConfig
+
+CLASSES = ("cat", "dog", "eel")
+CONFIG = DataConfig("imagefolder", crop_padding=2, size=20, crop=16)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three classes, 8 training images each, some of them in folders below, and 4 test images."""
+    draw = np.random.default_rng(0)
+    for part, count in (("train", 8), ("test", 4)):
+        for name in CLASSES:
+            for index in range(count):
+                place = tmp_path / "set" / part / name / ("more" if index % 2 else "")
+                place.mkdir(parents=True, exist_ok=True)
+                pixels = draw.integers(0, 256, (24, 20 + index, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(place / f"{index}.{'png' if index % 3 else 'jpg'}")
+    (tmp_path / "set" / "train" / "cat" / "Thumbs.db").write_bytes(b"no image")
+    (tmp_path / "set" / "train" / ".hidden").mkdir()
+    return tmp_path / "set"
+
+
+def loaded(root: Path, **changes: object) -> data.Dataset:
+    return data.of_recipe(DataConfig(**{**CONFIG.__dict__, "root": str(root), **changes}))
+
+
+def test_classes_are_the_sorted_folders_and_images_the_files_below(root: Path) -> None:
+    dataset = loaded(root)
+    assert dataset.class_names == CLASSES
+    assert isinstance(dataset.train_images, torch.Tensor)
+    assert list(dataset.train_images.shape) == [24, 3, 16, 16] and list(dataset.test_images.shape) == [12, 3, 16, 16]
+    assert dataset.train_labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert dataset.test_labels.bincount().tolist() == [4, 4, 4]
+    first = sorted((root / "train" / "cat").rglob("*.[pj]*g"))[0]
+    np.testing.assert_array_equal(dataset.train_images[0].numpy(), load_image(first, 20, 16))
+    preprocessing = dataset.preprocessing
+    assert (preprocessing.size, preprocessing.crop, preprocessing.mean[0]) == (20, 16, 0.485)
+    assert dataset.notes == ()
+    own = loaded(root, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 0.5)).preprocessing
+    assert own.mean == (0.1, 0.2, 0.3) and own.std == (1.0, 1.0, 0.5) and own.crop == 16
+
+
+def test_val_may_take_the_place_of_test(root: Path) -> None:
+    (root / "test").rename(root / "val")
+    assert len(loaded(root).test_labels) == 12
+
+
+def test_a_streamed_set_gives_the_same_bits(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Worker processes decode, the order and the augmentation are the generator's: as from memory."""
+    memory = loaded(root)
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 100)
+    streamed = loaded(root)
+    assert isinstance(streamed.train_images, folder.FolderImages)
+    chosen = torch.tensor([5, 0, 17, 9, 23, 2, 3])
+    made = []
+    for dataset in (memory, streamed):
+        images = subset(dataset.train_images, chosen)
+        batches = Batches(
+            images, dataset.train_labels[chosen], dataset.preprocessing, 3, 2, True, torch.device("cpu"), strong=True
+        )
+        assert len(batches) == 2
+        made.append(list(batches.epoch(torch.Generator().manual_seed(1), views=2)))
+    for own, other in zip(*made, strict=True):
+        assert len(own) == len(other) == 3
+        assert all(torch.equal(a, b) for a, b in zip(own, other, strict=True))
+    whole = [torch.cat(list(evaluation_batches(d.test_images, d.preprocessing, 5))) for d in (memory, streamed)]
+    assert torch.equal(*whole)
+
+
+def test_a_broken_file_ends_a_stream_in_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 100)
+    (root / "train" / "dog" / "2.png").write_bytes(b"broken")
+    dataset = loaded(root)
+    batches = Batches(
+        dataset.train_images, dataset.train_labels, dataset.preprocessing, 24, 0, False, torch.device("cpu")
+    )
+    with pytest.raises(UsageError, match=r"dog/2\.png: cannot be decoded as an image") as caught:
+        list(batches.epoch(torch.Generator()))
+    assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", ["gone", "longer", "newer"])
+def test_a_folder_that_changes_while_it_is_read_is_noticed(root: Path, change: str) -> None:
+    _, train, _ = folder.list_folder(root)
+    images = folder.FolderImages(train, 20, 16, False)
+    path = train[3].path
+    if change == "gone":
+        path.unlink()
+    elif change == "longer":
+        path.write_bytes(path.read_bytes() + b"\0")
+        os.utime(path, ns=(train[3].modified, train[3].modified))
+    else:
+        os.utime(path, ns=(train[3].modified + 1, train[3].modified + 1))
+    message = "cannot be read any more" if change == "gone" else "changed while the data set was read"
+    with pytest.raises(ToolError, match=f"{path.name}: {message}") as caught:
+        images[:]
+    assert caught.value.exit_code == 3
+    assert len(images[:3]) == 3
+
+
+def test_what_is_wrong_with_a_folder_is_said(root: Path, tmp_path: Path) -> None:
+    def refusal() -> str:
+        with pytest.raises(UsageError) as caught:
+            loaded(root)
+        return str(caught.value)
+
+    (root / "train" / "ape").mkdir()
+    assert refusal().startswith(f"{root}/train/ape: a class without images (.bmp, .jpeg")
+    (root / "train" / "ape").rmdir()
+    (root / "test" / "fox").mkdir()
+    assert refusal() == (f"{root}/test/fox: a class that {root}/train does not have; remove it or add training images")
+    (root / "test" / "fox").rmdir()
+    shutil.rmtree(root / "test" / "eel")  # a class without test images is no mistake
+    assert loaded(root).test_labels.bincount().tolist() == [4, 4]
+    shutil.rmtree(root / "test")
+    assert refusal().startswith(f"data.root: imagefolder wants {root}/train/CLASS/* and {root}/test/CLASS/* (or val/)")
+    (root / "test").mkdir()
+    assert refusal().startswith(f"{root}/test: no class folders")
+    with pytest.raises(UsageError, match=r"^data\.root: imagefolder needs it"):
+        data.load("imagefolder", None, False)
+
+
+def test_an_image_that_is_not_rgb_needs_leave(root: Path) -> None:
+    path = root / "train" / "eel" / "2.png"
+    with Image.open(path) as image:
+        grey = image.convert("L")
+    grey.save(path)
+    with pytest.raises(UsageError, match=r"eel/2\.png: L, not RGB; .*data\.convert: true"):
+        loaded(root)
+    images = loaded(root, convert=True).train_images[:]
+    colourless = [i for i in range(24) if torch.equal(images[i, 0], images[i, 1])]
+    assert len(colourless) == 1
+
+
+def test_duplicates_between_training_and_test_are_found_by_their_bytes(root: Path) -> None:
+    _, train, test = folder.list_folder(root)
+    assert folder.duplicates(train, test) == []
+    shutil.copy(train[5].path, root / "test" / "dog" / "copy.png")
+    # As long as another one and with the same beginning, but not the same.
+    almost = bytearray(train[6].path.read_bytes())
+    almost[-1] ^= 1
+    (root / "test" / "dog" / "almost.png").write_bytes(bytes(almost))
+    _, train, test = folder.list_folder(root)
+    assert folder.duplicates(train, test) == [(train[5].path, root / "test" / "dog" / "copy.png")]
+    said: list[str] = []
+    config = DataConfig(**{**CONFIG.__dict__, "root": str(root)})
+    (root / "test" / "dog" / "almost.png").unlink()
+    notes = data.of_recipe(config, lambda *args: said.append(str(args[-1]))).notes
+    assert len(notes) == 1 and notes[0].startswith("1 of 13 test images are training images too, byte for byte, first")
+    assert any(line.startswith("warning: 1 of 13 test images") for line in said)
+
+
+def test_decoding_is_told_of(root: Path) -> None:
+    _, train, _ = folder.list_folder(root)
+    seen: list[tuple[str, int, int]] = []
+    images = folder.FolderImages(train, 20, 16, False)
+    decoded = folder.decode(images, "training images", lambda task, done, total, *_: seen.append((task, done, total)))
+    assert isinstance(decoded, torch.Tensor) and seen == [("training images", 24, 24)]
+    assert torch.equal(folder.decode(images, "", quiet)[:], images[:])
