@@ -52,7 +52,8 @@ class Bench:
         cpu = torch.device("cpu")
         self.batches = Batches(images, labels, data.CIFAR10_PREPROCESSING, BATCH, 4, True, cpu)
         self.calibration = list(evaluation_batches(images[:256], data.CIFAR10_PREPROCESSING, 256))
-        self.network = models.build("cifar/resnet20", 10, 3)
+        # The trainer's memory layout, for every mode.
+        self.network = models.build("cifar/resnet20", 10, 3).to(memory_format=torch.channels_last)
 
     def endless(self, views: int) -> Iterator[tuple[Tensor, ...]]:
         """Augmented batches without end."""
@@ -114,6 +115,18 @@ class Bench:
         return self.plain(model, model)
 
 
+    def brevitas_step(self) -> Step:
+        """brevitas' programmatic way: INT8 layers take the place of float ones; its tensors cannot be sliced here."""
+        from brevitas.graph.calibrate import calibration_mode
+        from brevitas.graph.quantize import layerwise_quantize
+
+        model = layerwise_quantize(copy.deepcopy(self.network).eval())
+        with torch.no_grad(), calibration_mode(model):
+            for batch in self.calibration:
+                model(batch)
+        return self.plain(model, model)
+
+
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
     """The trainer's optimizer."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -143,6 +156,7 @@ def main() -> None:
         ("CR-QAT", "compiled"): lambda: bench.ours_step("ema", True),
         ("NNCF QAT", "eager"): bench.nncf_step,
         ("Model-Optimizer QAT", "eager"): bench.modelopt_step,
+        ("brevitas QAT", "eager"): bench.brevitas_step,
     }
     steps: dict[tuple[str, str], Step] = {}
     for key, make in wanted.items():

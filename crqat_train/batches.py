@@ -93,7 +93,7 @@ class Batches:
         pixels = images.float()
         if self.strong and view == 0:
             pixels = strong_view(pixels, generator)
-        return normalize(pixels, self.constants)
+        return normalize(pixels, self.constants).contiguous(memory_format=torch.channels_last)
 
 
 def evaluation_batches(images: Images, preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:

@@ -77,6 +77,8 @@ class OptimizerConfig:
         batch_size: Images a step.
         lr: Peak learning rate.
         weight_decay: On convolution and linear weights; never on biases, BN or quantizer scales.
+        precision: Type of convolutions and linear layers in training, by autocast; weights, quantizers and everything
+            that is evaluated or written are float32.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -84,6 +86,7 @@ class OptimizerConfig:
     batch_size: Annotated[int, Range(ge=1)] = 128
     lr: Annotated[float, Range(gt=0)] = 0.1
     weight_decay: Annotated[float, Range(ge=0)] = 5e-4
+    precision: Literal["float32", "bfloat16"] = "float32"
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,12 @@ class QATConfig(OptimizerConfig):
     Attributes:
         epochs: 0 is post-training quantization.
         lr: Peak learning rate.
+        bn_images: Training images from which BN statistics are estimated anew before delivery, with the quantizers on
+            (arXiv 2203.11086 needs it for depthwise layers of few bits); 0 keeps those of the training.
     """
 
     lr: Annotated[float, Range(gt=0)] = 0.01
+    bn_images: Annotated[int, Range(ge=0)] = 0
 
 
 @dataclass(frozen=True)
@@ -103,20 +109,23 @@ class QuantizationConfig:
     """Widths and the way a quantizer learns its Grid.
 
     Attributes:
-        method: "lsq" (arXiv 1902.08153).
+        method: "lsq" learns each step (arXiv 1902.08153); "minmax" keeps the range that calibration found.
         weights: Bits of the weights.
         activations: Bits of the activations.
         first_layer: Bits of the network's input and of the first layer's weights.
         last_layer: Bits of the last layer's input and weights.
+        calibration: Where ranges start: "mse" at the smallest mean squared rounding error, "minmax" at the largest
+            value seen, "percentile" where 99.99 % of an activation's values that are not 0 fit, weights as "minmax".
         calibration_images: Training images from which the ranges start.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
-    method: Literal["lsq"] = "lsq"
+    method: Literal["lsq", "minmax"] = "lsq"
     weights: Bits = 8
     activations: Bits = 8
     first_layer: Bits = 8
     last_layer: Bits = 8
+    calibration: Literal["mse", "minmax", "percentile"] = "mse"
     calibration_images: Annotated[int, Range(ge=1)] = 512
 
 

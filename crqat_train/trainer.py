@@ -68,6 +68,8 @@ def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
         notes: list[str] = []
         accuracies = {}
         for name, candidate in candidates.items():
+            run.estimate_bn(candidate)
+            candidate.to(memory_format=torch.contiguous_format)
             notes += [f"{name}: {note}" for note in make_representable(candidate, specs, config.targets)]
             accuracies[name] = run.validate(candidate)
             save_file(_state(candidate), out / f"{name}.safetensors")
@@ -118,7 +120,9 @@ class _Run:
         """The float network, loaded from `model.weights` or trained by the recipe's `float` section; in eval mode."""
         config = self.config
         channels = self.dataset.train_images.shape[1]
-        model = models.build(config.model.name, len(self.dataset.class_names), channels).to(self.device)
+        model = models.build(config.model.name, len(self.dataset.class_names), channels)
+        # Never slower than the other layout where it was measured, and a third faster for depthwise convolutions.
+        model = model.to(self.device).to(memory_format=torch.channels_last)
         if config.model.weights is not None:
             models.load_weights(model, Path(config.model.weights))
             if not _finite(model):
@@ -130,7 +134,9 @@ class _Run:
         for epoch in fit.epochs():
             model.train()
             for views, labels in ((batch[0], batch[1]) for batch in batches.epoch(self.generator)):
-                fit.step(functional.cross_entropy(forward(views), labels))
+                with fit.autocast():
+                    loss = functional.cross_entropy(forward(views), labels)
+                fit.step(loss)
             self.history.append(fit.end_of_epoch(epoch, validation=self.validate(model)))
         return model.eval()
 
@@ -143,7 +149,7 @@ class _Run:
             float_model, batches[0][:2], config.quantization, config.targets, METHODS[config.quantization.method]
         )
         student = student.to(self.device)
-        calibrate(student, specs, batches)
+        calibrate(student, specs, batches, config.quantization.calibration)
         self.progress("calibration", 1, 1, f"{len(specs)} quantizers from {len(images)} training images")
         return student, specs
 
@@ -166,8 +172,11 @@ class _Run:
                 if unlabeled is not None and training.views == 2:
                     images = [torch.cat(pair) for pair in zip(images, next(unlabeled), strict=True)]
                 weight = consistency_weight(fit.steps_done, fit.steps, consistency)
-                fit.step(training.loss(images, labels, weight))
-                torch._foreach_clamp_min_(scales, MIN_SCALE)
+                with fit.autocast():
+                    loss = training.loss(images, labels, weight)
+                fit.step(loss)
+                if scales:
+                    torch._foreach_clamp_min_(scales, MIN_SCALE)
                 training.after_step(fit.steps_done - 1)
             weight = consistency_weight(fit.steps_done, fit.steps, consistency)
             row = {"lambda": weight if training.views == 2 else 0.0, "validation": self.validate(student)}
@@ -176,6 +185,17 @@ class _Run:
             history.append(fit.end_of_epoch(epoch, **row))
         student.eval()
         return training.teacher, history
+
+    def estimate_bn(self, model: fx.GraphModule) -> None:
+        """Replace BN's running statistics by those of `qat.bn_images` training images; the model ends in eval mode."""
+        count, dataset = self.config.qat.bn_images, self.dataset
+        if count:
+            images = dataset.train_images[self.split.train[:count]].to(self.device)
+            made = evaluation_batches(images, dataset.preprocessing, self.config.qat.batch_size)
+            # Full batches alone: a small one would count as much as they do.
+            full = [batch for batch in made if len(batch) == min(count, self.config.qat.batch_size)]
+            torch.optim.swa_utils.update_bn(full, model)
+        model.eval()
 
     def validate(self, model: nn.Module) -> float:
         """Accuracy on the validation split, in 0..1."""
@@ -233,6 +253,11 @@ class _Fit:
             self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
             yield epoch
 
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass and its loss."""
+        bfloat16 = self.section.precision == "bfloat16"
+        return torch.autocast(self.run.device.type, torch.bfloat16, enabled=bfloat16)
+
     def step(self, loss: Tensor) -> None:
         """One optimizer step on a scalar loss; nothing in here waits for the device."""
         warm_up = max(1.0, _WARM_UP * self.steps)
@@ -264,8 +289,10 @@ class _Fit:
 
 
 @torch.no_grad()
-def calibrate(student: fx.GraphModule, specs: list[QuantizerSpec], batches: list[Tensor]) -> None:
-    """Start every range where its mean squared rounding error is smallest.
+def calibrate(
+    student: fx.GraphModule, specs: list[QuantizerSpec], batches: list[Tensor], calibration: str = "mse"
+) -> None:
+    """Start every range from training images.
 
     Activations are observed in the float network: while calibrating, quantizers pass their input through.
 
@@ -273,6 +300,7 @@ def calibrate(student: fx.GraphModule, specs: list[QuantizerSpec], batches: list
         student: Quantized GraphModule in eval mode.
         specs: Its quantizers.
         batches: Normalized training images, float32 of shape [N, C, H, W] each.
+        calibration: See `crqat_train.config.QuantizationConfig`.
     """
     observers: dict[str, ActivationObserver] = {}
     handles = []
@@ -291,9 +319,9 @@ def calibrate(student: fx.GraphModule, specs: list[QuantizerSpec], batches: list
         handle.remove()
     for spec in specs:
         if spec.kind == "activation":
-            observers[spec.edge].calibrate(quantizer_of(student, spec))
+            observers[spec.edge].calibrate(quantizer_of(student, spec), calibration)
         else:
-            calibrate_weight(quantizer_of(student, spec), weight_of(student, spec))
+            calibrate_weight(quantizer_of(student, spec), weight_of(student, spec), calibration)
 
 
 def weight_of(student: fx.GraphModule, spec: QuantizerSpec) -> Tensor:

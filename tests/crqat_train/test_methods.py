@@ -20,6 +20,7 @@ from crqat_train.methods import (
     MIN_SCALE,
     ActivationObserver,
     LSQQuantizer,
+    MinMaxQuantizer,
     calibrate_weight,
     quantizer_of,
 )
@@ -346,3 +347,78 @@ def test_quantizer_of_names_what_is_no_quantizer() -> None:
 def test_methods_make_a_quantizer_of_a_spec() -> None:
     spec = quantizer(0, 127).spec
     assert isinstance(METHODS["lsq"](spec), LSQQuantizer)
+
+
+@pytest.mark.parametrize(("qmin", "qmax"), RANGES)
+@pytest.mark.parametrize("scale", [1.0, 0.1, 3e-3])
+def test_minmax_has_lsqs_values_and_a_straight_through_gradient(qmin: int, qmax: int, scale: float) -> None:
+    spec = QuantizerSpec("post_hooks.x__0.0", ("post_hooks.x__0.0",), "activation", 8, qmin, qmax, None, 4)
+    minmax = MinMaxQuantizer(spec)
+    minmax.scale.fill_(scale)
+    values = probe_values(scale, qmin, qmax)
+    x = torch.from_numpy(values).requires_grad_()
+    lsq = quantizer(qmin, qmax)
+    set_scale(lsq, scale)
+    out = minmax(x)
+    assert torch.equal(out, lsq(x.detach()))
+    upstream = np.random.default_rng(0).normal(size=values.shape).astype(np.float32)
+    out.backward(torch.from_numpy(upstream))
+    with np.errstate(over="ignore"):
+        v = values / np.float32(scale)
+    assert x.grad is not None
+    np.testing.assert_array_equal(x.grad.numpy(), np.where((v >= qmin) & (v <= qmax), upstream, 0))
+    assert list(minmax.parameters()) == []  # the range stays
+    assert minmax.grid().scale.tolist() == [np.float32(scale)]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_minmax_compiled_and_eager_agree() -> None:
+    minmax = MinMaxQuantizer(quantizer(-128, 127).spec)
+    minmax.scale.fill_(0.013)
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = x.detach().clone().requires_grad_()
+    eager, compiled = minmax(x), torch.compile(minmax)(y)
+    assert torch.equal(eager, compiled)
+    eager.square().sum().backward()
+    compiled.square().sum().backward()
+    assert x.grad is not None and y.grad is not None and torch.equal(x.grad, y.grad)
+
+
+@pytest.mark.parametrize(("qmin", "qmax"), [(-128, 127), (0, 127), (0, 255), (-8, 7), (0, 15)])
+def test_minmax_and_percentile_calibration_are_numpys(features: tuple[Tensor, Tensor], qmin: int, qmax: int) -> None:
+    values = (features[1] if qmin == 0 else features[0]).clone()
+    if qmin == 0:
+        values.clamp_(min=0)
+    values.view(-1)[7] = 9 * values.max()  # one value far out, as in the field
+    made = {}
+    for calibration in ("minmax", "percentile", "mse"):
+        observer = ActivationObserver()
+        for batch in torch.split(values, 100):
+            observer.update(batch)
+        lsq = quantizer(qmin, qmax)
+        observer.calibrate(lsq, calibration)
+        made[calibration] = float(lsq.scale)
+    array = values.numpy().astype(np.float64).ravel()
+    largest = max(array.max() / qmax, array.min() / qmin if qmin else 0)
+    assert made["minmax"] == pytest.approx(largest, rel=1e-6)
+    magnitudes = np.abs(array[array != 0])
+    expected = np.quantile(magnitudes, 0.9999, method="inverted_cdf")
+    # To a bin of the histogram, whose limit is at most twice the largest value.
+    assert expected / qmax <= made["percentile"] * (1 + 1e-6)
+    assert made["percentile"] <= (expected + 2 * magnitudes.max() / 2048) / qmax
+    assert made["percentile"] < made["minmax"] / 2
+
+
+@pytest.mark.parametrize(("qmin", "qmax"), [(-127, 127), (-64, 63), (-8, 7)])
+@pytest.mark.parametrize("calibration", ["minmax", "percentile"])
+def test_minmax_calibration_clips_no_weight(qmin: int, qmax: int, calibration: str) -> None:
+    weight = torch.randn(6, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    weight[0] = -weight[0].abs()
+    lsq = quantizer(qmin, qmax, 6)
+    calibrate_weight(lsq, weight, calibration)
+    array = weight.reshape(6, -1).numpy()
+    expected = np.maximum(array.max(axis=1) / qmax, array.min(axis=1) / qmin)
+    np.testing.assert_allclose(lsq.scale.detach().numpy().ravel(), expected, rtol=1e-6)
+    codes = lsq.grid().quantize(weight.numpy()).reshape(6, -1)
+    assert codes.min() >= qmin and codes.max() <= qmax
+    assert bool(((codes.min(axis=1) == qmin) | (codes.max(axis=1) == qmax)).all())

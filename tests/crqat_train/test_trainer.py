@@ -33,7 +33,7 @@ from crqat_train.config import (
     TrainConfig,
 )
 from crqat_train.consistency import consistency_loss, ema_alpha
-from crqat_train.methods import MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
+from crqat_train.methods import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.trainer import accuracy, calibrate, rebuild, train, weight_of
 
@@ -307,6 +307,7 @@ def test_the_float_teacher_is_the_float_network(
     train(config, tmp_path, quiet)
     net = Net(10, 1).eval()
     net.load_state_dict(safetensors.torch.load_file(tmp_path / "float.safetensors"))
+    net = net.to(memory_format=torch.channels_last)  # the layout decides the order of sums, and so the last bits
     with torch.no_grad():
         for x, (_, target, _) in zip(observed["inputs"][1::2], observed["kl"], strict=True):
             assert torch.equal(net(x), target)
@@ -338,9 +339,9 @@ def test_training_sees_the_training_part_alone(
     calibrated: list[Tensor] = []
     evaluated: list[Tensor] = []
 
-    def spy_calibrate(student: fx.GraphModule, specs: Any, batches: list[Tensor]) -> None:
+    def spy_calibrate(student: fx.GraphModule, specs: Any, batches: list[Tensor], calibration: str) -> None:
         calibrated.extend(batches)
-        calibrate(student, specs, batches)
+        calibrate(student, specs, batches, calibration)
 
     def spy_accuracy(model: nn.Module, images: Tensor, labels: Tensor, preprocessing: Any) -> float:
         assert torch.equal(labels, digits.train_labels[part.validation])
@@ -545,7 +546,7 @@ def test_no_training_step_waits_for_the_device(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: Any
 ) -> None:
     """A `.item()` in a step costs a GPU its queue: losses, schedules and the teacher are handled without one."""
-    source = DataConfig("digits", crop_padding=1, flip=True, unlabeled=f"{__name__}:plain_images")
+    source = DataConfig("digits", crop_padding=1, flip=True, unlabeled=f"{__name__}:plain_images", strong="randaugment")
     config = tuned(data=source, consistency=ConsistencyConfig(teacher))
     if teacher == "none":
         config = recipe(data=source, consistency=ConsistencyConfig(teacher))  # the float training too
@@ -671,3 +672,71 @@ def test_accuracy_counts_every_image_and_restores_the_mode() -> None:
             assert accuracy(model, images, labels, digits.preprocessing) == right / 1000
             assert model.training is mode
     assert accuracy(Knows(3), images[:7], labels[:7], digits.preprocessing) == 3 / 7
+
+
+def test_bn_is_estimated_anew_with_the_quantizers_on(
+    tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mean and variance of what enters BN, over full batches of unaugmented training images; nothing else changes."""
+    before: list[tuple[fx.GraphModule, dict[str, Tensor]]] = []
+    seen: list[Tensor] = []
+    estimate = trainer._Run.estimate_bn
+
+    def spy(run: Any, model: fx.GraphModule) -> None:
+        model.to(memory_format=torch.contiguous_format)
+        before.append((model, {name: value.clone() for name, value in model.state_dict().items()}))
+        handle = model.get_submodule("bn1").register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+        estimate(run, model)
+        handle.remove()
+
+    monkeypatch.setattr(trainer._Run, "estimate_bn", spy)
+    monkeypatch.setattr("crqat_train.trainer.make_representable", lambda *_: [])
+    train(tuned(qat=QATConfig(1, 100, 0.002, bn_images=350), consistency=ConsistencyConfig("none")), tmp_path, quiet)
+    ((model, old),) = before
+    assert [len(x) for x in seen] == [100, 100, 100]
+    assert not model.training
+    batches = [x.double().transpose(0, 1).flatten(1) for x in seen]
+    mean = torch.stack([x.mean(dim=1) for x in batches]).mean(dim=0)
+    variance = torch.stack([x.var(dim=1) for x in batches]).mean(dim=0)
+    bn = model.get_submodule("bn1")
+    torch.testing.assert_close(bn.running_mean.double(), mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(bn.running_var.double(), variance, rtol=1e-4, atol=1e-5)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, old[name])}
+    kinds = ("running_mean", "running_var", "num_batches_tracked")
+    assert changed == {f"{bn}.{kind}" for bn in ("bn1", "bn2") for kind in kinds}
+
+
+@pytest.mark.parametrize("method", ["lsq", "minmax"])
+def test_bfloat16_trains_and_delivers_float32(
+    tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: Any
+) -> None:
+    types: set[tuple[str, torch.dtype, torch.dtype]] = set()
+    forward = METHODS[method].forward
+
+    def spy(self: Any, x: Tensor) -> Tensor:
+        out: Tensor = forward(self, x)
+        if self.spec.kind == "activation" and out.requires_grad:
+            types.add((self.spec.edge, x.dtype, out.dtype))
+            # The codes are those of the same values in float32.
+            assert torch.equal(out, forward(self, x.detach().float()))
+        return out
+
+    monkeypatch.setattr(METHODS[method], "forward", spy)
+    config = recipe(
+        float_training=OptimizerConfig(4, BATCH, 0.05, precision="bfloat16"),
+        qat=QATConfig(1, BATCH, 0.002, precision="bfloat16"),
+        quantization=QuantizationConfig(method=method, calibration_images=256),
+    )
+    payload = train(config, tmp_path, quiet)
+    assert min(entry["validation_accuracy"] for entry in payload["candidates"].values()) > 0.8
+    assert {dtype for _, _, dtype in types} == {torch.float32}
+    assert torch.bfloat16 in {dtype for _, dtype, _ in types}
+    for name in ("float", "student", "teacher"):
+        state = safetensors.torch.load_file(tmp_path / f"{name}.safetensors")
+        assert {value.dtype for value in state.values()} <= {torch.float32, torch.int64}
+    # Of activations: BN folding moves a weight's step to a number that float16 holds.
+    steps = [
+        [grid.scale[0] for edge, grid in load_grids(tmp_path / f"{name}.grids.json").items() if edge[:4] == "post"]
+        for name in ("student", "teacher")
+    ]
+    assert method == "lsq" or steps[0] == steps[1]  # a range that is kept is the teacher's too

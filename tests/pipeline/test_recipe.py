@@ -233,6 +233,6 @@ def test_resolved_is_json_and_complete(tmp_path: Path) -> None:
     loaded = recipe.load(write(tmp_path, MINIMAL))
     values = recipe.resolved(loaded)
     assert json.loads(json.dumps(values)) == values
-    assert values["float"] == {"epochs": 1, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4}
+    assert values["float"] == {"epochs": 1, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "precision": "float32"}
     again = write(tmp_path, json.dumps(values))
     assert recipe.load(again) == loaded
