@@ -114,9 +114,8 @@ class Bench:
         )
         return self.plain(model, model)
 
-
     def brevitas_step(self) -> Step:
-        """brevitas' programmatic way: INT8 layers take the place of float ones; its tensors cannot be sliced here."""
+        """Brevitas' programmatic way: INT8 layers take the place of float ones; its tensors cannot be sliced here."""
         from brevitas.graph.calibrate import calibration_mode
         from brevitas.graph.quantize import layerwise_quantize
 

@@ -56,9 +56,10 @@ class ModelConfig:
     """The float network.
 
     Attributes:
-        name: "cifar/resnet20" and its kin, "torchvision/NAME", or "package.module:function", which is called with
-            `classes` and `channels`.
-        weights: A .safetensors file or a .pth state dict; None trains the float network by the `float` section.
+        name: "cifar/resnet20" and its kin, "torchvision/NAME", "timm/NAME", or "package.module:function", which is
+            called with `classes` and `channels`.
+        weights: A .safetensors file or a .pth state dict; "pretrained" takes what torchvision or timm publish, and
+            trains on by the `float` section if there is one; None trains the float network by the `float` section.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from artifacts.errors import UsageError
+from artifacts.errors import ToolError, UsageError
 from crqat_train.data import call_function, import_function
 
 # Residual blocks in each of the three stages of a CIFAR ResNet of 6 n + 2 layers.
@@ -126,8 +126,8 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
     """A network with freshly drawn weights (torch's global generator), on the CPU, in training mode.
 
     Args:
-        name: "cifar/resnet20", "cifar/resnet56", "cifar/resnet18", "cifar/mobilenet_v2", "torchvision/NAME" or
-            "package.module:function".
+        name: "cifar/resnet20", "cifar/resnet56", "cifar/resnet18", "cifar/mobilenet_v2", "torchvision/NAME",
+            "timm/NAME" or "package.module:function".
         classes: Number of logits.
         channels: Of the images.
 
@@ -145,7 +145,64 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
             msg = f"model.name: {name} must return a torch.nn.Module, got {type(model).__name__}"
             raise UsageError(msg)
         return model
+    if name.startswith("timm/"):
+        return _timm(name, classes, channels, pretrained=False)
     return _torchvision(name, classes, channels)
+
+
+def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]:
+    """A network of torchvision or timm with the weights that its library publishes, downloaded if need be.
+
+    Args:
+        name: "torchvision/NAME" or "timm/NAME".
+        classes: Number of logits.
+        channels: Of the images.
+
+    Returns:
+        The network, and whether its classifier is new: drawn at random, because the weights are for other classes.
+
+    Raises:
+        UsageError: The name is unknown or has no published weights.
+        ToolError: They cannot be fetched.
+    """
+    if not name.startswith(("torchvision/", "timm/")):
+        msg = f'model.weights: "pretrained" is for torchvision/NAME and timm/NAME; "{name}" needs a file, or `float`'
+        raise UsageError(msg)
+    try:
+        if name.startswith("timm/"):
+            model = _timm(name, classes, channels, pretrained=True)
+            configuration: Any = model.pretrained_cfg
+            return model, configuration["num_classes"] != classes
+        model = _torchvision(name, classes, channels)
+        from torchvision.models import get_model_weights
+
+        weights = get_model_weights(name.removeprefix("torchvision/")).DEFAULT
+        state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:  # urllib's and the hubs' errors, and a wrong hash
+        reason = " ".join(str(error).split())[:200]
+        msg = f"model.weights: cannot fetch the weights of {name} ({reason}); check the network, or name a file"
+        raise ToolError(msg) from error
+    own = model.state_dict()
+    fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
+    model.load_state_dict(fitting, strict=False)
+    return model, len(fitting) < len(state)
+
+
+def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    try:
+        import timm
+    except ImportError as error:
+        msg = f'model.name: "{name}" needs timm; pip install crqat-edge[timm]'
+        raise ToolError(msg) from error
+    short = name.removeprefix("timm/")
+    known = timm.list_models(pretrained=pretrained) if pretrained else timm.list_models()
+    if short.partition(".")[0] not in {model.partition(".")[0] for model in known}:
+        near = difflib.get_close_matches(short, known, n=1)
+        hint = f'; did you mean "timm/{near[0]}"?' if near else ""
+        msg = f'model.name: timm has no "{short}"{" with published weights" if pretrained else ""}{hint}'
+        raise UsageError(msg)
+    model: nn.Module = timm.create_model(short, pretrained=pretrained, num_classes=classes, in_chans=channels)
+    return model
 
 
 def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
@@ -160,7 +217,8 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
         short = {candidate.rpartition("/")[2]: candidate for candidate in names}
         near = difflib.get_close_matches(name.rpartition("/")[2], short, n=1)
         hint = f'; did you mean "{short[near[0]]}"?' if near else ""
-        msg = f'model.name: "{name}" is no "cifar/...", "torchvision/..." or "package.module:function" known here{hint}'
+        kinds = '"cifar/...", "torchvision/...", "timm/..." or "package.module:function"'
+        msg = f'model.name: "{name}" is no {kinds} known here{hint}'
         raise UsageError(msg)
     if channels != 3:
         msg = f'model.name: "{name}" takes images of 3 channels, data.source has {channels}; use "cifar/resnet20"'

@@ -120,13 +120,23 @@ class _Run:
         """The float network, loaded from `model.weights` or trained by the recipe's `float` section; in eval mode."""
         config = self.config
         channels = self.dataset.train_images.shape[1]
-        model = models.build(config.model.name, len(self.dataset.class_names), channels)
+        classes, weights = len(self.dataset.class_names), config.model.weights
+        if weights == "pretrained":
+            model, new_classifier = models.pretrained(config.model.name, classes, channels)
+            if new_classifier and config.float_training.epochs == 0:
+                msg = (
+                    f"model.weights: the published weights of {config.model.name} are not for {classes} classes; "
+                    "add a `float` section to train the new classifier"
+                )
+                raise UsageError(msg)
+        else:
+            model = models.build(config.model.name, classes, channels)
         # Never slower than the other layout where it was measured, and a third faster for depthwise convolutions.
         model = model.to(self.device).to(memory_format=torch.channels_last)
-        if config.model.weights is not None:
-            models.load_weights(model, Path(config.model.weights))
+        if weights is not None and weights != "pretrained":
+            models.load_weights(model, Path(weights))
             if not _finite(model):
-                msg = f"model.weights: {config.model.weights} holds values that are infinite or no number"
+                msg = f"model.weights: {weights} holds values that are infinite or no number"
                 raise UsageError(msg)
             return model.eval()
         batches = self._batches(config.float_training, strong=False)

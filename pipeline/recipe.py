@@ -190,7 +190,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
         model=recipe.model,
         # Not used beside given weights: a fixed value there keeps a change in it from training anew.
         float_training=recipe.float_training
-        if recipe.float_training and recipe.model.weights is None
+        if recipe.float_training and recipe.model.weights in (None, "pretrained")
         else OptimizerConfig(epochs=0),
         quantization=recipe.quantization,
         qat=recipe.qat,
@@ -204,7 +204,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON, complete with its defaults, in the keys of the YAML file."""
     values = asdict(recipe)
     values["float"] = values.pop("float_training")
-    if recipe.model.weights is not None:
+    if recipe.model.weights not in (None, "pretrained"):
         values["float"] = None
     data: dict[str, Any] = json.loads(json.dumps(values))
     return data

@@ -202,7 +202,7 @@ def input_files(config: recipe.Recipe) -> dict[str, str]:
         UsageError: The weights are not there.
     """
     hashes = {}
-    if config.model.weights is not None:
+    if config.model.weights not in (None, "pretrained"):
         path = Path(config.model.weights)
         if not path.is_file():
             msg = f"{path}: no such weights file (model.weights, relative to {Path.cwd()})"

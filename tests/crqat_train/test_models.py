@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
+import urllib.error
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +12,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from artifacts.errors import UsageError
+from artifacts.errors import ToolError, UsageError
 from crqat_train import data, models
 from crqat_train.batches import evaluation_batches
+from crqat_train.config import QuantizationConfig
+from crqat_train.layout import quantize_model
+from crqat_train.methods import METHODS
 
 
 @pytest.fixture
@@ -267,3 +272,65 @@ def test_networks_with_a_small_stem_keep_the_resolution_that_small_images_have(n
     assert seen[0] == (32, 32)
     assert seen[-1] == (4, 4)
     assert models.build(name, 7, 1)(torch.zeros(2, 1, 32, 32)).shape == (2, 7)
+
+
+@pytest.mark.parametrize(("name", "quantizers"), [("resnet18", 51), ("mobilenetv2_100", 117)])
+def test_timms_networks_are_mapped(name: str, quantizers: int) -> None:
+    pytest.importorskip("timm")
+    torch.manual_seed(0)
+    model = models.build(f"timm/{name}", 10, 3).eval()
+    x = torch.rand(2, 3, 64, 64)
+    student, specs = quantize_model(model, x, QuantizationConfig(), ("onnxruntime", "tensorrt"), METHODS["lsq"])
+    assert len(specs) == quantizers  # as many as NNCF places (measured with stock NNCF)
+    with torch.inference_mode():
+        assert student(x).shape == model(x).shape == (2, 10)
+
+
+def test_an_unknown_network_of_timm_brings_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("timm")
+    with pytest.raises(UsageError, match=r'^model\.name: timm has no "resnet81"; did you mean "timm/resnet\w+"\?$'):
+        models.build("timm/resnet81", 10, 3)
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(ToolError, match=r"needs timm; pip install crqat-edge\[timm\]$") as caught:
+        models.build("timm/resnet18", 10, 3)
+    assert caught.value.exit_code == 3
+
+
+@pytest.mark.parametrize("classes", [1000, 7])
+def test_published_weights_leave_the_classifier_of_other_classes_new(
+    monkeypatch: pytest.MonkeyPatch, classes: int
+) -> None:
+    torch.manual_seed(3)
+    published = models.build("torchvision/mobilenet_v2", 1000, 3).state_dict()
+    asked: list[tuple[str, dict[str, Any]]] = []
+
+    def fetch(url: str, **options: Any) -> dict[str, Tensor]:
+        asked.append((url, options))
+        return published
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fetch)
+    model, new = models.pretrained("torchvision/mobilenet_v2", classes, 3)
+    assert new == (classes == 7)
+    ((url, options),) = asked
+    # The hash is part of the file's name and is checked; nothing in the file can run.
+    assert re.fullmatch(r"https://.*-[0-9a-f]{8}\.pth", url)
+    assert options["check_hash"] is True and options["weights_only"] is True
+    state = model.state_dict()
+    differing = {key for key, value in published.items() if not torch.equal(state[key], value)} if not new else set()
+    assert not differing
+    assert torch.equal(state["features.18.0.weight"], published["features.18.0.weight"])
+    assert state["classifier.1.weight"].shape == (classes, 1280)
+
+
+def test_weights_that_cannot_be_fetched_are_the_environments_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        msg = "no route to host"
+        raise urllib.error.URLError(msg)
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", fail)
+    with pytest.raises(
+        ToolError, match=r"^model\.weights: cannot fetch the weights of torchvision/resnet18 .*no route"
+    ):
+        models.pretrained("torchvision/resnet18", 10, 3)
+    with pytest.raises(UsageError, match=r'^model\.weights: "pretrained" is for torchvision/NAME and timm/NAME'):
+        models.pretrained("cifar/resnet20", 10, 3)

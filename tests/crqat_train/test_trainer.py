@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from artifacts.errors import ToolError, UsageError
 from artifacts.grid import load_grids
 from artifacts.progress import quiet
-from crqat_train import data, trainer
+from crqat_train import data, models, trainer
 from crqat_train.batches import Batches, evaluation_batches
 from crqat_train.config import (
     ConsistencyConfig,
@@ -740,3 +740,24 @@ def test_bfloat16_trains_and_delivers_float32(
         for name in ("student", "teacher")
     ]
     assert method == "lsq" or steps[0] == steps[1]  # a range that is kept is the teacher's too
+
+
+def test_published_weights_of_other_classes_need_a_float_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Net(10, 1)
+    monkeypatch.setattr(models, "pretrained", lambda *_: (copy.deepcopy(made), True))
+    asked = ModelConfig("timm/anything", "pretrained")
+    with pytest.raises(UsageError, match=r"^model\.weights: .* not for 10 classes; add a `float` section"):
+        train(recipe(model=asked, float_training=OptimizerConfig(0)), tmp_path, quiet)
+    run = _run_of(recipe(model=asked, float_training=OptimizerConfig(1, BATCH, 0.01)))
+    trained = run.float_model()
+    assert not torch.equal(trained.state_dict()["fc.weight"], made.state_dict()["fc.weight"])
+    monkeypatch.setattr(models, "pretrained", lambda *_: (copy.deepcopy(made), False))
+    kept = _run_of(recipe(model=asked, float_training=OptimizerConfig(0))).float_model()
+    assert torch.equal(kept.state_dict()["fc.weight"], made.state_dict()["fc.weight"])
+
+
+def _run_of(config: TrainConfig) -> trainer._Run:
+    digits = data.load("digits", None, False)
+    return trainer._Run(config, digits, data.split(1000, 0.1, 0), torch.device("cpu"), quiet)
