@@ -41,6 +41,9 @@ class Preprocessing:
         Raises:
             KeyError, TypeError, ValueError: It is something else.
         """
+        if not isinstance(data, Mapping):
+            msg = f"a {type(data).__name__}, not an object"
+            raise TypeError(msg)
         size, crop = (None if data.get(key) is None else int(data[key]) for key in ("size", "crop"))
         return cls(tuple(map(float, data["mean"])), tuple(map(float, data["std"])), size, crop)
 

@@ -13,9 +13,11 @@ from artifacts.errors import UsageError
 
 _MATMULS = {functional.conv2d, functional.conv1d, functional.linear, torch.conv2d, torch.conv1d}
 # Values pass through these unchanged, so a quantizer before them still holds behind them.
-_MOVEMENT_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.ZeroPad2d, nn.ChannelShuffle)
+_MOVEMENT_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.ZeroPad2d, nn.ChannelShuffle,
+                     nn.ReflectionPad2d, nn.ReplicationPad2d)  # fmt: skip
 _MOVEMENT_FUNCTIONS: set[Any] = {
     functional.max_pool2d, torch.max_pool2d, torch.flatten, functional.pad, functional.dropout, torch.reshape,
+    torch.chunk, torch.split, torch.transpose, torch.permute, "chunk", "split",
     "flatten", "reshape", "view", "contiguous", "permute", "transpose", "__getitem__",
 }  # fmt: skip
 _NONNEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
@@ -89,7 +91,7 @@ def moves_values(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module" and _name(node) == "pad":
         value: Any = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
         mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
-        return bool(not value and mode == "constant")
+        return bool(mode != "constant" or not value)
     return _is(graph_module, node, _MOVEMENT_MODULES, _MOVEMENT_FUNCTIONS)
 
 
@@ -110,6 +112,11 @@ def is_batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 def is_add(node: fx.Node) -> bool:
     """Whether the node adds two tensors."""
     return node.op in ("call_function", "call_method") and _name(node).strip("_") in {"add", "iadd"}
+
+
+def is_concat(node: fx.Node) -> bool:
+    """Whether the node joins tensors."""
+    return node.op == "call_function" and node.target in {torch.cat, torch.concat, torch.concatenate}
 
 
 def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:

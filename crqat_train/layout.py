@@ -22,6 +22,7 @@ from crqat_train.graph import (
     convolution_groups,
     is_add,
     is_batch_norm,
+    is_concat,
     is_matmul,
     is_nonnegative,
     parameter,
@@ -210,14 +211,19 @@ def _constrain(
     activation_at = {place: names[0] for names, _, weight, places in groups if not weight for place in places}
     matmuls = [node for node in graph_module.graph.nodes if is_matmul(node)]
 
-    def edge_into(node: fx.Node) -> str | None:
-        reader = node
-        for source in through_movement(graph_module, node.all_input_nodes[0]):
-            for place in (_Place(source, reader), _Place(source, None)):
+    def edge_between(source: fx.Node, reader: fx.Node) -> str | None:
+        for moved in through_movement(graph_module, source):
+            for place in (_Place(moved, reader), _Place(moved, None)):
                 if place in activation_at:
                     return activation_at[place]
-            reader = source
+            reader = moved
+        if is_concat(reader):
+            edges = {edge_between(part, reader) for part in reader.all_input_nodes}
+            return edges.pop() if len(edges) == 1 else None
         return None
+
+    def edge_into(node: fx.Node) -> str | None:
+        return edge_between(node.all_input_nodes[0], node)
 
     last_input = edge_into(matmuls[-1]) if matmuls else None
     specs: dict[str, QuantizerSpec] = {}

@@ -126,6 +126,8 @@ class _Writer:
                 self._edge(node)
             elif self._moves(node) and node.input[0] in self.coded and self.target == "onnxruntime":
                 self._move_codes(node)
+            elif node.op_type == "Concat" and self.target == "onnxruntime" and self._same_edge(node.input):
+                self._concat_codes(node)
             elif node.op_type == "Clip" and self.target == "onnxruntime" and self._becomes_integer(node, consumers):
                 self.alias[node.output[0]] = self.alias.get(node.input[0], node.input[0])
             else:
@@ -207,12 +209,26 @@ class _Writer:
         padding = self.graph.constants.get(node.input[2]) if node.op_type == "Pad" and len(node.input) > 2 else None
         return node.op_type in MOVEMENT and (padding is None or not padding.any())
 
+    def _same_edge(self, names: Sequence[str]) -> bool:
+        """Whether all these tensors are codes of one quantizer, as NNCF wants it for what is joined before a layer."""
+        return all(name in self.coded for name in names) and len({self.coded[name][1] for name in names}) == 1
+
+    def _concat_codes(self, node: onnx.NodeProto) -> None:
+        codes = [self.coded[name][0] for name in node.input]
+        joined = _copy(node, codes)
+        joined.output[0] = f"{node.output[0]}.codes"
+        self.nodes.append(joined)
+        self.coded[node.output[0]] = (joined.output[0], self.coded[node.input[0]][1])
+
     def _input_edge(self, name: str) -> str | None:
         """The edge whose codes stand behind a tensor of the float graph, None if it is not quantized."""
         producers = self.graph.producers()
         node = producers.get(name)
         while node is not None and self._moves(node):
             node = producers.get(node.input[0])
+        if node is not None and node.op_type == "Concat":
+            edges = {self._input_edge(part) for part in node.input}
+            return edges.pop() if len(edges) == 1 else None
         return node.attribute[0].s.decode() if node is not None and node.op_type == "Edge" else None
 
     def _move_codes(self, node: onnx.NodeProto) -> None:

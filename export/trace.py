@@ -113,6 +113,8 @@ def marked_graph(
         )
     graph = _take_apart(onnx.load_from_string(buffer.getvalue()), list(input_shape), classes)
     _flatten_views(graph)
+    _fold_shapes(graph)
+    _biased_linears(graph)
     _pool_means(graph)
     _fold_bn(graph)
     _name_operations(graph)
@@ -164,10 +166,73 @@ def _flatten_views(graph: Graph) -> None:
             flattened.append((node, helper.make_node("Flatten", node.input[:1], node.output)))
     for node, flatten in flattened:
         graph.nodes[graph.nodes.index(node)] = flatten
+    _drop_unused(graph)
+
+
+def _drop_unused(graph: Graph) -> None:
     used = {name for node in graph.nodes for name in node.input} | {"logits"}
     while any(not used.intersection(node.output) for node in graph.nodes):
         graph.nodes[:] = [node for node in graph.nodes if used.intersection(node.output)]
         used = {name for node in graph.nodes for name in node.input} | {"logits"}
+
+
+def _fold_shapes(graph: Graph) -> None:
+    """Sizes that a forward pass computes from a tensor's shape become constants, as far as the batch is not in them.
+
+    They are computed for two batch sizes; what is the same in both is constant. A Reshape whose first dimension alone
+    follows the batch gets -1 there.
+    """
+    computed: list[str] = []
+    for node in graph.nodes:
+        known = all(name in computed or name in graph.constants for name in node.input if name)
+        if node.op_type == "Shape" or (known and node.domain == "" and node.op_type != "Edge"):
+            computed += node.output
+    if not computed:
+        return
+    import onnxruntime
+
+    values: list[list[npt.NDArray[Any]]] = []
+    for batch in (2, 3):
+        model = build_model(_without_markers(graph), graph.constants, graph, {}, OPSET, batch)
+        del model.graph.output[:]
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in computed)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        values.append(session.run(None, {"input": np.zeros((batch, *graph.input_shape), np.float32)}))
+    for name, small, large in zip(computed, *values, strict=True):
+        if np.array_equal(small, large):
+            graph.constants[name] = small
+    sizes = {name: (small, large) for name, small, large in zip(computed, *values, strict=True)}
+    for index, node in enumerate(graph.nodes):
+        if node.op_type != "Reshape" or node.input[1] not in sizes or node.input[1] in graph.constants:
+            continue
+        small, large = sizes[node.input[1]]
+        if np.array_equal(small[1:], large[1:]) and (small[1:] > 0).all():
+            shape = f"{node.output[0]}.shape"
+            graph.constants[shape] = np.concatenate([[-1], small[1:]]).astype(np.int64)
+            graph.nodes[index] = helper.make_node("Reshape", [node.input[0], shape], node.output)
+    graph.nodes[:] = [node for node in graph.nodes if not all(name in graph.constants for name in node.output)]
+    _drop_unused(graph)
+
+
+def _biased_linears(graph: Graph) -> None:
+    """A linear layer without a bias is exported as MatMul with a transposed weight; as Gemm it is one that fuses."""
+    producers = graph.producers()
+    shapes: dict[str, list[int]] = {}
+    for index, node in enumerate(graph.nodes):
+        transpose = producers.get(node.input[1]) if node.op_type == "MatMul" else None
+        marker = producers.get(transpose.input[0]) if transpose is not None else None
+        if transpose is None or transpose.op_type != "Transpose" or marker is None or marker.op_type != "Edge":
+            continue
+        shapes = shapes or _shapes(graph)
+        if len(shapes[node.output[0]]) != 2:
+            continue
+        bias = f"{node.output[0]}.bias"
+        graph.constants[bias] = np.zeros(shapes[node.output[0]][1], np.float32)
+        inputs = [node.input[0], transpose.input[0], bias]
+        graph.nodes[index] = helper.make_node("Gemm", inputs, node.output, transB=1)
+    _drop_unused(graph)
 
 
 def _pool_means(graph: Graph) -> None:
@@ -262,12 +327,15 @@ def macs(graph: Graph) -> dict[str, int]:
     return result
 
 
-def _shapes(graph: Graph) -> dict[str, list[int]]:
-    bare = [
+def _without_markers(graph: Graph) -> list[onnx.NodeProto]:
+    return [
         helper.make_node("Identity", node.input, node.output) if node.op_type == "Edge" else node
         for node in graph.nodes
     ]
-    model = build_model(bare, graph.constants, graph, {}, OPSET, batch=1)
+
+
+def _shapes(graph: Graph) -> dict[str, list[int]]:
+    model = build_model(_without_markers(graph), graph.constants, graph, {}, OPSET, batch=1)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     values = [*inferred.graph.value_info, *inferred.graph.output]
     return {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}

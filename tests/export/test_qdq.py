@@ -12,7 +12,6 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
-from artifacts.errors import UsageError
 from crqat_train import models
 from crqat_train.config import QuantizationConfig, Target
 from export.lower import clip_bound
@@ -253,9 +252,8 @@ def test_relu6_clips_at_its_own_code(targets: tuple[Target, ...]) -> None:
 
 @pytest.mark.parametrize("mode", ["constant", "reflect", "replicate"])
 def test_pads_of_zeros_and_of_values_run_on_codes(mode: str) -> None:
-    # The layout does not follow values through the other modes and gives 8 bits behind them: safe behind a ReLU alone.
     def between(x: Tensor) -> Tensor:
-        return nn.functional.pad(x if mode == "constant" else nn.functional.relu(x), (1, 2, 0, 1), mode)
+        return nn.functional.pad(x, (1, 2, 0, 1), mode)
 
     network = Between(between)
     quantized = quantize(network, random_images(4, 3, 8, 8))
@@ -310,12 +308,14 @@ def test_a_squeezed_tensor_is_a_quantized_one() -> None:
     assert fusion(files["onnxruntime"].model)["complete"]
 
 
-def test_a_linear_layer_without_a_bias_is_refused_by_name() -> None:
+def test_a_linear_layer_without_a_bias_is_an_integer_gemm() -> None:
     network = Between(nn.functional.relu)
     network.linear = nn.Linear(5, 5, bias=False)
     quantized = quantize(network, random_images(4, 3, 8, 8))
-    with pytest.raises(UsageError, match=r"linear: its weight feeds Transpose; give the linear layer a bias"):
-        quantized.file("onnxruntime", classes=5)
+    files = quantized.files(5)
+    proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
+    assert fusion(files["onnxruntime"].model)["operations"]["QGemm"] == 1
 
 
 def test_full_width_weights_behind_a_signed_input_are_reduced_not_saturated(digits: Digits) -> None:

@@ -473,13 +473,12 @@ def test_what_is_not_simulated_is_named() -> None:
     coded = [quantize("x", "input"), dequantize("x", "x", "x.real")]
     weight = {"w": np.ones((2, 2, 1, 1), np.int8), "w.scale": np.ones(2, np.float32), "w.zero": np.zeros(2, np.int8)}
     read: Node = ("DequantizeLinear", ["w", "w.scale", "w.zero"], "w.real", {"axis": 0})
-    assert refused([("Sigmoid", ["input"], "logits", {})]) == "logits/Sigmoid: the simulator does not know Sigmoid"
-    message = refused([read, ("Conv", ["input", "w.real"], "logits", {})], weight)
-    assert message == "logits/Conv: the simulator wants a quantized input of Conv"
-    floats = {"w.real": np.ones((2, 2, 1, 1), np.float32)}
-    assert "w.real" in refused([*coded, ("Conv", ["x.real", "w.real"], "logits", {})], floats)
-    message = refused([*coded, ("Add", ["x.real", "c"], "logits", {})], {"c": np.ones(1, np.float32)})
-    assert message.startswith("logits/Add: the simulator does not know Add with 'c'")
+    assert refused([("Softmax", ["input"], "logits", {})]) == "logits/Softmax: the simulator does not know Softmax"
+    message = refused([*coded, ("Add", ["x.real", "none"], "logits", {})])
+    assert message.startswith("logits/Add: the simulator does not know Add with 'none'")
+    for attributes in ({"dilations": [2, 2]}, {"pads": [0, 0, 1, 1]}, {"auto_pad": "SAME_UPPER"}):
+        pool: Node = ("AveragePool", ["x.real"], "logits", {"kernel_shape": [2, 2], **attributes})
+        assert refused([*coded, pool]).startswith("logits/AveragePool: the simulator ")
     flat: list[Node] = [*coded, ("Flatten", ["x.real"], "flat", {}), read]
     gemm = {**weight, "w": np.ones((32, 2), np.int8)}
     assert refused([*flat, ("Gemm", ["flat", "w.real"], "logits", {})], gemm).startswith("logits/Gemm: ")

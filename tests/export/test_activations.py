@@ -1,0 +1,189 @@
+"""Activations, joins and pools other than ResNet's: what they become in ONNX Runtime, and the proof of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crqat_train.config import Target
+from export import simulate
+from export.qdq import QDQModel
+from export.verify import fusion, verify
+from tests.export.conftest import BOTH, Quantized, quantize, random_images
+
+ALONE: tuple[Target, ...] = ("onnxruntime",)
+
+
+class Net(nn.Module):
+    """Two convolutions with something between them."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.between = between
+        self.conv2 = nn.Conv2d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def middle(self, x: Tensor) -> Tensor:
+        """From the first convolution to the second."""
+        return self.between(self.bn1(self.conv1(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
+        return self.fc(F.relu(self.conv2(self.middle(x))).mean([2, 3]))  # type: ignore[no-any-return]
+
+
+class Joined(Net):
+    """Both halves of a tensor are convolved and joined."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU())
+        self.conv3 = nn.Conv2d(8, 4, 1)
+
+    def middle(self, x: Tensor) -> Tensor:
+        """As above."""
+        x = super().middle(x)
+        return torch.cat([F.relu(self.conv3(x)), x[:, :4]], dim=1)
+
+
+class Shuffled(Net):
+    """A channel shuffle whose sizes come from the tensor, and the halves in turn."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        """As above."""
+        x = super().middle(x)
+        n, c, h, w = x.shape
+        x = x.view(n, 2, c // 2, h, w).transpose(1, 2).contiguous().view(n, c, h, w)
+        first, second = x.chunk(2, dim=1)
+        return torch.cat([second, first], dim=1)
+
+
+class SqueezeExcite(Net):
+    """Channels weighted by what a small network makes of their means."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.SiLU())
+        self.down, self.up = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+
+    def middle(self, x: Tensor) -> Tensor:
+        """As above."""
+        x = super().middle(x)
+        return x * torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
+
+
+class EndsInPool(Net):
+    """Like SqueezeNet: the logits are means of a convolution's output."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU())
+        self.last = nn.Conv2d(8, 5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As above."""
+        return torch.flatten(F.adaptive_avg_pool2d(F.relu(self.last(self.middle(x))), 1), 1)
+
+
+def proven(network: nn.Module, targets: tuple[Target, ...]) -> tuple[Quantized, dict[str, Any], dict[str, Any]]:
+    """A quantized network, its proof and what ONNX Runtime fuses."""
+    quantized = quantize(network, random_images(8, 3, 16, 16), targets=targets)
+    files: dict[str, QDQModel] = {target: quantized.file(target, classes=5) for target in targets}
+    proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    return quantized, proof, fusion(files["onnxruntime"].model)
+
+
+FUSED: dict[str, Callable[[], nn.Module]] = {
+    "relu6": lambda: Net(nn.ReLU6()),
+    "average pool": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 2)),
+    "padded average pool": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 3, 2, 1)),
+    "pad": lambda: Net(lambda x: F.pad(F.relu(x), (1, 2, 0, 1))),
+    "reflect": lambda: Net(lambda x: F.pad(x, (1, 1, 2, 2), "reflect")),
+    "concat": Joined,
+    "shuffle": lambda: Shuffled(nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("targets", [ALONE, BOTH])
+@pytest.mark.parametrize("name", FUSED)
+def test_these_run_in_integers(name: str, targets: tuple[Target, ...]) -> None:
+    torch.manual_seed(0)
+    _, proof, fused = proven(FUSED[name](), targets)
+    assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(targets, "passed")
+    assert proof["onnxruntime"]["differing_codes"] == 0
+    assert fused["float"] == [] and fused["complete"]
+    operations = fused["operations"]
+    assert operations["QLinearConv"] == (3 if name == "concat" else 2)
+    assert operations.get("QLinearAveragePool", 0) == ("average" in name)
+    # Sizes that the forward pass computes are constants in the file.
+    assert not {"Shape", "Gather", "Unsqueeze", "Div", "Mul"}.intersection(operations)
+
+
+FLOAT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
+    "hardswish": (lambda: Net(nn.Hardswish()), {"HardSwish": "ONNX Runtime has no integer kernel for HardSwish"}),
+    "silu": (lambda: Net(nn.SiLU()), {"Conv": "Sigmoid stands between it and a quantizer"}),
+    "leaky relu": (lambda: Net(nn.LeakyReLU(0.1)), {"Conv": "LeakyRelu stands between it and a quantizer"}),
+    "hardsigmoid": (lambda: Net(nn.Hardsigmoid()), {"Conv": "HardSigmoid stands between it and a quantizer"}),
+    "hardtanh": (lambda: Net(nn.Hardtanh()), {"Conv": "Clip stands between it and a quantizer"}),
+    "elu": (lambda: Net(nn.ELU(0.5)), {"Elu": "ONNX Runtime has no integer kernel for Elu"}),
+    "gelu": (lambda: Net(nn.GELU()), {"Erf": "ONNX Runtime has no integer kernel for Erf"}),
+    "prelu": (lambda: Net(nn.PReLU(8)), {"PRelu": "ONNX Runtime has no integer kernel for PRelu"}),
+    "tanh": (lambda: Net(nn.Tanh()), {"Tanh": "ONNX Runtime has no integer kernel for Tanh"}),
+    "squeeze and excite": (SqueezeExcite, {"Conv": "Sigmoid stands between it and a quantizer"}),
+    "ends in a pool": (EndsInPool, {"GlobalAveragePool": "Flatten stands between it and a quantizer"}),
+}
+
+
+@pytest.mark.parametrize("targets", [ALONE, BOTH])
+@pytest.mark.parametrize("name", FLOAT)
+def test_these_stay_float_with_a_reason_and_a_bound(name: str, targets: tuple[Target, ...]) -> None:
+    torch.manual_seed(0)
+    make, reasons = FLOAT[name]
+    _, proof, fused = proven(make(), targets)
+    assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(targets, "passed")
+    stayed = {entry["operation"]: entry["reason"] for entry in reversed(fused["float"])}
+    assert reasons.items() <= stayed.items()
+    link = proof["onnxruntime"]["links"]["runtime"]
+    if name != "ends in a pool":
+        assert 0 < link["inexact"] < link["codes"]
+        assert link["inexact_farthest_from_tie"] <= link["inexact_largest_bound"] < 0.02
+
+
+@pytest.mark.parametrize(("name", "operation"), [("silu", "Sigmoid"), ("hardswish", "HardSwish"), ("elu", "Elu")])
+def test_a_simulator_that_is_wrong_by_a_thousandth_fails(
+    monkeypatch: pytest.MonkeyPatch, name: str, operation: str
+) -> None:
+    """The rule of the tie is narrow enough to find what is no rounding."""
+    function, stretch = simulate._UNARY[operation]
+    wrong = (lambda x, attributes: function(x, attributes) * 1.001, stretch)
+    monkeypatch.setitem(simulate._UNARY, operation, wrong)
+    torch.manual_seed(0)
+    _, proof, _ = proven(FLOAT[name][0](), ALONE)
+    assert proof["onnxruntime"]["status"].startswith("failed: ")
+    assert proof["onnxruntime"]["links"]["runtime"]["violations"] > 0
+
+
+def test_logits_behind_a_pool_have_a_bound_that_can_be_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    quantized, proof, _ = proven(EndsInPool(), ALONE)
+    assert proof["onnxruntime"]["links"]["runtime"]["differing_logits"] == 0
+    file = quantized.file("onnxruntime", classes=5)
+    simulation = simulate.simulate(file.model, quantized.images)
+    assert simulation.logits_bound is not None
+    assert float(simulation.logits_bound.max()) < 1e-5 * float(np.abs(simulation.logits).max())
+    original = simulate._pool
+
+    def larger(*arguments: Any) -> Any:
+        pooled = original(*arguments)
+        assert isinstance(pooled, simulate.Pooled)
+        pooled.scale = pooled.scale * np.float32(1 + 1e-5)
+        return pooled
+
+    monkeypatch.setitem(simulate._OPERATIONS, "GlobalAveragePool", larger)
+    broken = verify(quantized.model, quantized.specs, quantized.grids, {"onnxruntime": file}, quantized.images)
+    assert broken["onnxruntime"]["status"].startswith("failed: runtime")
