@@ -22,6 +22,14 @@ _MOVEMENT_FUNCTIONS: set[Any] = {
 }  # fmt: skip
 _NONNEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 _NONNEGATIVE_FUNCTIONS = {functional.relu, functional.relu6, torch.relu, torch.sigmoid, functional.hardsigmoid, "relu"}
+# ONNX Runtime fuses a convolution with what follows it only if that is a quantizer, or a ReLU or ReLU6 before one.
+_UNFUSED_MODULES = (nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.Hardsigmoid, nn.GELU, nn.ELU, nn.Tanh, nn.PReLU,
+                    nn.Hardtanh, nn.Mish)  # fmt: skip
+_UNFUSED_FUNCTIONS: set[Any] = {
+    functional.silu, functional.hardswish, functional.leaky_relu, torch.sigmoid, functional.sigmoid,
+    functional.hardsigmoid, functional.gelu, functional.elu, torch.tanh, functional.tanh, functional.prelu,
+    functional.hardtanh, functional.mish, "sigmoid", "tanh",
+}  # fmt: skip
 _SIGN_KEEPING_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 _SIGN_KEEPING_FUNCTIONS: set[Any] = {
     functional.adaptive_avg_pool2d, functional.avg_pool2d, torch.cat, torch.mean, "mean",
@@ -117,6 +125,14 @@ def is_add(node: fx.Node) -> bool:
 def is_concat(node: fx.Node) -> bool:
     """Whether the node joins tensors."""
     return node.op == "call_function" and node.target in {torch.cat, torch.concat, torch.concatenate}
+
+
+def is_unfused_activation(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is an activation that ONNX Runtime cannot take into the convolution before it."""
+    # torchvision's and timm's ReLU6 is a Hardtanh by class.
+    if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), nn.ReLU6):
+        return False
+    return _is(graph_module, node, _UNFUSED_MODULES, _UNFUSED_FUNCTIONS)
 
 
 def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:

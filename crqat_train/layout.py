@@ -25,6 +25,7 @@ from crqat_train.graph import (
     is_concat,
     is_matmul,
     is_nonnegative,
+    is_unfused_activation,
     parameter,
     through_movement,
     trace,
@@ -115,9 +116,11 @@ def quantize_model(
     model = copy.deepcopy(model).eval()
     hooks = ask_layout(model, example)
     graph_module = trace(model)
-    places = _map_hooks(graph_module, model, example, hooks)
+    names_of_nodes, places = _map_hooks(graph_module, model, example, hooks)
     groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
-    if "onnxruntime" not in targets:
+    if "onnxruntime" in targets:
+        groups += _before_activations(graph_module, names_of_nodes, places)
+    else:
         # TensorRT fuses Conv + Add, where a quantizer only adds work; ONNX Runtime fuses an Add only with both.
         dropped = _conv_branches(graph_module, groups)
         groups = [group for group in groups if group[0][0] not in dropped]
@@ -134,8 +137,10 @@ def quantize_model(
     return graph_module, specs
 
 
-def _map_hooks(graph_module: fx.GraphModule, model: nn.Module, example: Tensor, hooks: Hooks) -> dict[str, _Place]:
-    """Each hook name's place in the FX graph; certain, because NNCF's own code names the FX graph's operations too.
+def _map_hooks(
+    graph_module: fx.GraphModule, model: nn.Module, example: Tensor, hooks: Hooks
+) -> tuple[dict[fx.Node, str], dict[str, _Place]]:
+    """NNCF's name of each node and each hook name's place; certain, because NNCF's own code names the nodes too.
 
     The FX graph is run once node by node under NNCF's naming. The two lists of operations must agree in number, order
     and name; then a hook is the edge whose value is the very tensor that the operation read or wrote.
@@ -170,7 +175,7 @@ def _map_hooks(graph_module: fx.GraphModule, model: nn.Module, example: Tensor, 
             msg = f"model.name: {name} cannot be mapped to one edge of the FX graph (node {node.name})"
             raise UsageError(msg)
         places[name] = _Place(found[0], None if side == "post_hooks" else node)
-    return places
+    return {node: name for name, (node, _, _) in by_name.items()}, places
 
 
 def _plain(operation: str) -> str:
@@ -179,6 +184,27 @@ def _plain(operation: str) -> str:
 
 
 _Groups = list[tuple[tuple[str, ...], "int | None", bool, list[_Place]]]
+
+
+def _before_activations(
+    graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], places: dict[str, _Place]
+) -> _Groups:
+    """Quantizers that NNCF does not ask for: between a convolution and an activation that ONNX Runtime does not fuse.
+
+    Without them the convolution itself would run in float.
+    """
+    quantized = {place.source for place in places.values()}
+    groups: _Groups = []
+    for activation in graph_module.graph.nodes:
+        if not is_unfused_activation(graph_module, activation):
+            continue
+        source = activation.all_input_nodes[0]
+        producer = source.all_input_nodes[0] if is_batch_norm(graph_module, source) else source
+        if is_matmul(producer) and source not in quantized:
+            quantized.add(source)
+            name = f"post_hooks.{names_of_nodes[source].replace('.', ':')}__0.0"
+            groups.append(((name,), None, False, [_Place(source, None)]))
+    return groups
 
 
 def _conv_branches(graph_module: fx.GraphModule, groups: _Groups) -> set[str]:
@@ -235,6 +261,8 @@ def _constrain(
             bits = config.first_layer
         elif names[0] == last_input:
             bits = config.last_layer
+        elif any(is_unfused_activation(graph_module, user) for place in places for user in place.source.users):
+            bits = 8  # what it feeds is computed in float: fewer bits would only cost accuracy
         if all(is_nonnegative(graph_module, place.source) for place in places):
             # TensorRT has no unsigned INT8: for it, 8 bits are the upper half of the signed range. ONNX Runtime alone
             # takes all of them: then its file needs no Clip behind a ReLU, and the weights that follow get 7 bits.

@@ -284,10 +284,12 @@ def fusion(model: onnx.ModelProto) -> dict[str, Any]:
     """
     operations = optimized_operations(model)
     counts = Counter(node.op_type for node in model.graph.node)
+    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
     stayed = [
         {"node": node.name, "operation": node.op_type, "reason": _why_float(model, node)}
         for node in model.graph.node
         if node.op_type in ALWAYS_FLOAT
+        or (node.op_type == "Clip" and node.input[0] in dequantized)
         or (node.op_type in FUSED and node.name not in operations.get(FUSED[node.op_type], []))
     ]
     return {
@@ -302,6 +304,8 @@ def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     producer = {output: n for n in model.graph.node for output in n.output}
     if node.op_type in ALWAYS_FLOAT:
         return f"ONNX Runtime has no integer kernel for {node.op_type}"
+    if node.op_type == "Clip":
+        return "ONNX Runtime has no integer kernel for a Clip of both signs"
     data_inputs = node.input if node.op_type in ("Add", "Mul") else node.input[:1]
     for name in data_inputs:
         source = producer.get(name)

@@ -139,6 +139,7 @@ def test_modules_that_keep_the_sign() -> None:
 MOVEMENT: dict[str, Callable[..., Any]] = {
     "max_pool": lambda m, x: functional.max_pool2d(x, 2),
     "flatten": lambda m, x: torch.flatten(x, 1),
+    "reflect": lambda m, x: functional.pad(x, (1, 1), mode="reflect"),
     "method flatten": lambda m, x: x.flatten(1),
     "view": lambda m, x: x.view(2, -1),
     "permute": lambda m, x: x.permute(0, 2, 3, 1),
@@ -151,7 +152,6 @@ MOVEMENT: dict[str, Callable[..., Any]] = {
 NO_MOVEMENT: dict[str, Callable[..., Any]] = {
     "pad with 1": lambda m, x: functional.pad(x, (1, 1), "constant", 1.0),
     "pad with 1 by keyword": lambda m, x: functional.pad(x, (1, 1), value=1.0),
-    "reflect": lambda m, x: functional.pad(x, (1, 1), mode="reflect"),
     "relu": lambda m, x: functional.relu(x),
     "add": lambda m, x: x + 1,
     "average": lambda m, x: functional.avg_pool2d(x, 2),

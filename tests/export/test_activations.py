@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from crqat_train.config import Target
+from crqat_train.config import QuantizationConfig, Target
 from export import simulate
 from export.qdq import QDQModel
 from export.verify import fusion, verify
@@ -104,6 +104,7 @@ FUSED: dict[str, Callable[[], nn.Module]] = {
     "padded average pool": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 3, 2, 1)),
     "pad": lambda: Net(lambda x: F.pad(F.relu(x), (1, 2, 0, 1))),
     "reflect": lambda: Net(lambda x: F.pad(x, (1, 1, 2, 2), "reflect")),
+    "leaky relu": lambda: Net(nn.LeakyReLU(0.1)),
     "concat": Joined,
     "shuffle": lambda: Shuffled(nn.ReLU()),
 }
@@ -120,21 +121,24 @@ def test_these_run_in_integers(name: str, targets: tuple[Target, ...]) -> None:
     operations = fused["operations"]
     assert operations["QLinearConv"] == (3 if name == "concat" else 2)
     assert operations.get("QLinearAveragePool", 0) == ("average" in name)
+    assert operations.get("QLinearLeakyRelu", 0) == (name == "leaky relu")
     # Sizes that the forward pass computes are constants in the file.
     assert not {"Shape", "Gather", "Unsqueeze", "Div", "Mul"}.intersection(operations)
 
 
 FLOAT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "hardswish": (lambda: Net(nn.Hardswish()), {"HardSwish": "ONNX Runtime has no integer kernel for HardSwish"}),
-    "silu": (lambda: Net(nn.SiLU()), {"Conv": "Sigmoid stands between it and a quantizer"}),
-    "leaky relu": (lambda: Net(nn.LeakyReLU(0.1)), {"Conv": "LeakyRelu stands between it and a quantizer"}),
-    "hardsigmoid": (lambda: Net(nn.Hardsigmoid()), {"Conv": "HardSigmoid stands between it and a quantizer"}),
-    "hardtanh": (lambda: Net(nn.Hardtanh()), {"Conv": "Clip stands between it and a quantizer"}),
+    "silu": (lambda: Net(nn.SiLU()), {"Sigmoid": "Mul stands between it and a quantizer"}),
+    "hardsigmoid": (
+        lambda: Net(nn.Hardsigmoid()),
+        {"HardSigmoid": "ONNX Runtime has no integer kernel for HardSigmoid"},
+    ),
+    "hardtanh": (lambda: Net(nn.Hardtanh()), {"Clip": "ONNX Runtime has no integer kernel for a Clip of both signs"}),
     "elu": (lambda: Net(nn.ELU(0.5)), {"Elu": "ONNX Runtime has no integer kernel for Elu"}),
     "gelu": (lambda: Net(nn.GELU()), {"Erf": "ONNX Runtime has no integer kernel for Erf"}),
     "prelu": (lambda: Net(nn.PReLU(8)), {"PRelu": "ONNX Runtime has no integer kernel for PRelu"}),
     "tanh": (lambda: Net(nn.Tanh()), {"Tanh": "ONNX Runtime has no integer kernel for Tanh"}),
-    "squeeze and excite": (SqueezeExcite, {"Conv": "Sigmoid stands between it and a quantizer"}),
+    "squeeze and excite": (SqueezeExcite, {"Sigmoid": "Mul stands between it and a quantizer"}),
     "ends in a pool": (EndsInPool, {"GlobalAveragePool": "Flatten stands between it and a quantizer"}),
 }
 
@@ -148,10 +152,25 @@ def test_these_stay_float_with_a_reason_and_a_bound(name: str, targets: tuple[Ta
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(targets, "passed")
     stayed = {entry["operation"]: entry["reason"] for entry in reversed(fused["float"])}
     assert reasons.items() <= stayed.items()
+    # The convolutions around the activation are integer all the same.
+    assert fused["operations"]["QLinearConv"] == 2
     link = proof["onnxruntime"]["links"]["runtime"]
     if name != "ends in a pool":
         assert 0 < link["inexact"] < link["codes"]
         assert link["inexact_farthest_from_tie"] <= link["inexact_largest_bound"] < 0.02
+
+
+def test_what_only_helps_fusion_has_eight_bits_and_is_not_there_for_tensorrt_alone() -> None:
+    config = QuantizationConfig(weights=4, activations=4)
+    images = random_images(8, 3, 16, 16)
+    extra, without = (
+        {spec.edge: spec.bits for spec in quantize(Net(nn.SiLU()), images, config=config, targets=targets).specs}
+        for targets in (ALONE, ("tensorrt",))
+    )
+    assert {edge: bits for edge, bits in extra.items() if edge not in without} == {
+        "post_hooks.bn1/batch_norm/0__0.0": 8
+    }
+    assert extra["post_hooks.between/silu/0__0.0"] == 4
 
 
 @pytest.mark.parametrize(("name", "operation"), [("silu", "Sigmoid"), ("hardswish", "HardSwish"), ("elu", "Elu")])
