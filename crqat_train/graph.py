@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """The model as a GraphModule in which weights are edges of their own; keys of the state dict stay the same.
 
     Args:
-        model: The float network in eval mode.
+        model: The float network in eval mode. Its modules become the graph's; see `_Tracer.call_module`.
 
     Raises:
         UsageError: torch.fx cannot trace the model; the message says where.
@@ -66,6 +66,23 @@ class _Tracer(fx.Tracer):
         if isinstance(m, nn.modules.batchnorm._BatchNorm) or type(m).__name__ in {"StochasticDepth", "DropPath"}:
             return True
         return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A BatchNormAct2d of timm becomes a BatchNorm2d and, as a node of its own, the activation that it holds.
+
+        Inside of one node the activation would be hidden from what asks for signs and for places of quantizers.
+        """
+        result = super().call_module(m, forward, args, kwargs)
+        if isinstance(m, nn.BatchNorm2d) and type(m) is not nn.BatchNorm2d and hasattr(m, "act"):
+            m.__class__ = nn.BatchNorm2d  # the same tensors under the same names
+            path = self.path_of_module(m)
+            self.module_stack[path] = (path, nn.BatchNorm2d)
+            for module in (m.get_submodule("drop"), m.get_submodule("act")):
+                result = self.call_module(module, module.forward, (result,), {})
+            del self.module_stack[path]
+        return result
 
 
 def where(error: BaseException) -> str:

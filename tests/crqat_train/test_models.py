@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from artifacts.errors import ToolError, UsageError
 from crqat_train import data, models
 from crqat_train.batches import evaluation_batches
 from crqat_train.config import QuantizationConfig
+from crqat_train.graph import trace
 from crqat_train.layout import quantize_model
 from crqat_train.methods import METHODS
 
@@ -282,6 +284,8 @@ def test_timms_networks_are_mapped(name: str, quantizers: int) -> None:
     x = torch.rand(2, 3, 64, 64)
     student, specs = quantize_model(model, x, QuantizationConfig(), ("onnxruntime", "tensorrt"), METHODS["lsq"])
     assert len(specs) == quantizers  # as many as NNCF places (measured with stock NNCF)
+    with torch.inference_mode():
+        assert torch.equal(trace(copy.deepcopy(model))(x), model(x))
     with torch.inference_mode():
         assert student(x).shape == model(x).shape == (2, 10)
 

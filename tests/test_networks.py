@@ -1,0 +1,72 @@
+"""Each kind of network from a recipe to its verdict, on a few real images: both files proven in integer codes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors.torch import save_file
+
+from crqat_train import data, models
+from pipeline.cli import crqat
+from tests.export.conftest import sane_bn
+
+# Networks that were hardly trained: what counts is that every stage takes them and that the codes are right.
+RECIPE = """
+name: {name}
+compile: never
+data: {{source: "tests.test_networks:few_images", root: {root}, validation: 0.2}}
+model: {{name: {model}, weights: {weights}}}
+quantization: {{calibration_images: 40}}
+qat: {{epochs: 1, batch_size: 40, lr: 0.0001}}
+export: {{verify_images: 2}}
+benchmark: {{latency_rounds: 6, latency_seconds: 0.6, warm_up_seconds: 0.0, accuracy_batch: 25}}
+gate: {{max_accuracy_drop: 60.0}}
+"""
+# Name of the network -> integer convolutions of its file for ONNX Runtime.
+NETWORKS = {
+    "cifar/resnet18": 20,
+    "cifar/mobilenet_v2": 52,
+    "torchvision/mobilenet_v3_small": 52,
+    "timm/mobilenetv2_100": 52,
+}
+
+
+def few_images(root: str) -> data.Dataset:
+    """200 training and 50 test images of CIFAR-10, every second pixel."""
+    whole = data.load("cifar10", root, False)
+    images = (part[:, :, ::2, ::2].contiguous() for part in (whole.train_images[:200], whole.test_images[:50]))
+    train, test = images
+    return data.Dataset(
+        train, whole.train_labels[:200], test, whole.test_labels[:50], whole.class_names, whole.preprocessing
+    )
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_from_recipe_to_verdict(cifar10_root: Path, tmp_path: Path, model: str) -> None:
+    if model.startswith("timm/"):
+        pytest.importorskip("timm")
+    name = model.replace("/", "_")
+    images = few_images(str(cifar10_root))
+    torch.manual_seed(0)
+    network = sane_bn(
+        models.build(model, 10, 3), torch.from_numpy(images.preprocessing(images.train_images[:100].numpy()))
+    )
+    weights = tmp_path / "weights.safetensors"
+    save_file(network.state_dict(), weights)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE.format(name=name, model=model, root=cifar10_root, weights=weights))
+    outcome = CliRunner().invoke(crqat, ["run", str(recipe), "--runs", str(tmp_path)], standalone_mode=False)
+    assert outcome.return_value == 0, (outcome.output, outcome.exception)
+    results: dict[str, Any] = json.loads((tmp_path / name / "benchmark" / "results.json").read_text())
+    assert results["dataset"]["n"] == 50
+    for file in ("onnxruntime.onnx", "tensorrt.onnx"):
+        assert results["models"][file]["verification"]["status"] == "passed"
+        assert results["models"][file]["verification"]["codes"] > 10_000
+    fusion = results["models"]["onnxruntime.onnx"]["fusion"]
+    assert fusion["operations"]["QLinearConv"] == NETWORKS[model]
+    assert "Conv" not in fusion["operations"] and "FusedConv" not in fusion["operations"]
