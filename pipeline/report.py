@@ -103,6 +103,8 @@ def _tradeoff(results: dict[str, Any]) -> str:
 
 def _curves(history: list[dict[str, Any]]) -> str:
     """Training: accuracy on the validation split and lambda, float training and QAT side by side."""
+    from matplotlib.ticker import MaxNLocator
+
     phases = list(dict.fromkeys(row["phase"] for row in history))
     figure, all_axes = _figure(6.4, 3.2, columns=len(phases))
     for axes, phase in zip(all_axes if len(phases) > 1 else [all_axes], phases, strict=True):
@@ -110,15 +112,19 @@ def _curves(history: list[dict[str, Any]]) -> str:
         epochs = [row["epoch"] for row in rows]
         for key, label in (("validation", "student" if phase == "qat" else "float"), ("validation_teacher", "teacher")):
             if key in rows[0]:
-                axes.plot(epochs, [row[key] for row in rows], ".-", color=_LINES[key], label=f"{label}, accuracy")
-        if "lambda" in rows[0]:
-            axes.plot(
-                epochs, [row["lambda"] for row in rows], "--", color=_LINES["lambda"], label="lambda", linewidth=1
-            )
+                axes.plot(epochs, [100 * row[key] for row in rows], ".-", color=_LINES[key], label=label)
+        axes.set_ylabel("validation accuracy, %")
+        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        if any(row.get("lambda") for row in rows):
+            weight = axes.twinx()  # on the accuracies' axis it would press them flat
+            weight.plot(epochs, [row["lambda"] for row in rows], "--", color=_LINES["lambda"], linewidth=1)
+            weight.set_ylabel("lambda (dashed)", color=_LINES["lambda"])
+            weight.set_ylim(bottom=0)
+            weight.spines["top"].set_visible(False)
         axes.set_title(phase)
         axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(y=0.1)
-        axes.legend(frameon=False, fontsize=8)
     return _svg(figure)
 
 
