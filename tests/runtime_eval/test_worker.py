@@ -28,7 +28,7 @@ def test_the_protocol_survives_what_libraries_print(write_export: WriteExport) -
         "sys.exit(worker.main())\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, export / "float.onnx", export / "images.npy", "CPUExecutionProvider", "1"],
+        [sys.executable, "-c", code, export / "float.onnx", export / "images.npy", "CPUExecutionProvider", "1", "0"],
         input='{"command": "memory"}\n',
         capture_output=True,
         text=True,
@@ -51,9 +51,10 @@ def test_latency_measures_at_least_once_and_not_the_warm_up(write_export: WriteE
     image = PREPROCESSING(digits.images[:1])
     runner = CountingRunner(write_export() / "float.onnx", "CPUExecutionProvider", 1)
     with runner:
-        samples = latency(runner, image, warm_up_seconds=0.05, seconds=0.0)
+        samples, computed = latency(runner, image, warm_up_seconds=0.05, seconds=0.0)
         assert runner.calls > len(samples) == 1
         assert 0 < samples[0] < 0.05
+        assert computed == []
 
 
 def test_the_runner_says_what_it_is_and_computes_the_networks_logits(write_export: WriteExport, digits: Digits) -> None:
