@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def show(results: dict[str, Any], directory: Path) -> None:
     images, threads = ", ".join(map(str, numbers)), results["config"]["threads"]
     title = (
         f"{results['run']}: test images: {images}; threads: {threads}; "
-        f"{device['cpu']}, onnxruntime {device['onnxruntime']}"
+        f"{device['cpu']}, onnxruntime {device['onnxruntime'] or 'not installed'}"
     )
     console.show_table(console.printable(title), _COLUMNS, [_row(file, model) for file, model in models.items()])
     for line in _remarks(models):
@@ -93,8 +94,15 @@ def _remarks(models: dict[str, Any]) -> Iterable[str]:
         latency = model["latency"] or {"status": "not run"}
         if latency["status"] != "measured":
             yield f"{file}: latency {latency['status']}"
-        elif latency.get("unstable"):
+            continue
+        if latency.get("unstable"):
             yield f"{file}: latency unstable: {latency['unstable']}"
+        if latency.get("compute_p50_ms") is not None:
+            yield f"{file}: {latency['compute_p50_ms']:.3f} ms of the latency is the device's computation"
+        if model.get("builds"):
+            medians = [statistics.median(build["round_p50_ms"]) for build in model["builds"]]
+            yield f"{file}: {len(medians)} builds, p50 from {min(medians):.3f} to {max(medians):.3f} ms"
+            yield f"{file}: top-1 at batch 1: {100 * model['accuracy_batch_1']['top1']:.2f} %"
 
 
 def compare(several: Sequence[tuple[Path, dict[str, Any]]]) -> None:

@@ -154,6 +154,22 @@ def test_gate_of_a_required_runtime_that_did_not_run_exits_3(
     assert "error         tensorrt.onnx  required: not run: no CUDA device, and benchmark.require names tensorrt" in out
 
 
+def test_what_an_engine_adds_is_shown(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = fakes.results["models"]["tensorrt.onnx"]
+    model["latency"] = {"status": "measured", "p50_ms": 0.6, "rounds": 10, "unstable": False, "compute_p50_ms": 0.4}
+    model |= {
+        "accuracy_batch_1": {"top1": 0.94},
+        "builds": [{"round_p50_ms": [0.5, 9.0, 0.5]}, {"round_p50_ms": [0.7]}],
+    }
+    assert crqat(monkeypatch, "run", "recipe.yaml") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "tensorrt.onnx: 0.400 ms of the latency is the device's computation" in lines
+    assert "tensorrt.onnx: 2 builds, p50 from 0.500 to 0.700 ms" in lines
+    assert "tensorrt.onnx: top-1 at batch 1: 94.00 %" in lines
+
+
 def test_devices_stand_side_by_side(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
