@@ -68,6 +68,7 @@ class TensorRTRunner:
         self._check(context is not None, "makes no execution context")
         self._context = context
         shape = _shape(engine.get_tensor_shape(INPUT))
+        self._check(min(shape[1:]) > 0, f"takes images of any size {list(shape)}, which no model of ours does")
         self._dynamic = shape[0] < 0
         self._smallest = self._largest = shape[0]
         if self._dynamic:

@@ -99,6 +99,7 @@ class FakeEngine:
     largest = 4
     names = ("logits", "input")
     dtype = "float32"
+    image = (3, 2, 2)
     trouble: str | None = None
     num_io_tensors = 2
 
@@ -121,7 +122,7 @@ class FakeEngine:
         return self.dtype if name == "input" else "float32"
 
     def get_tensor_shape(self, name: str) -> list[int]:
-        return [self.largest if self.smallest is None else -1, *((3, 2, 2) if name == "input" else (3,))]
+        return [self.largest if self.smallest is None else -1, *(self.image if name == "input" else (3,))]
 
     def get_tensor_profile_shape(self, name: str, profile_index: int) -> list[list[int]]:
         assert (name, profile_index) == ("input", 0)  # of an output it would crash

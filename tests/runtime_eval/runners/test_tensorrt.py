@@ -177,6 +177,7 @@ def test_every_return_value_is_checked_and_the_log_tells_the_cause(
     ("attribute", "value", "words"),
     [
         ("names", ("input", "output"), r"has the tensors \['input', 'output'\]"),
+        ("image", (3, -1, -1), r"takes images of any size \[-1, 3, -1, -1\]"),
         ("dtype", "int8", "has int8 in input, not a float type"),
     ],
 )
