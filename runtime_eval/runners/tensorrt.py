@@ -197,6 +197,22 @@ def tensorrt_version() -> str:
         raise ToolError(msg) from error
 
 
+def device_capability() -> tuple[int, int]:
+    """Compute capability, major and minor, of the device that a plan built here is for.
+
+    Raises:
+        ToolError: There is no CUDA device, or CUDA does not start.
+    """
+    if not cuda_device():
+        msg = "no CUDA device"
+        raise ToolError(msg)
+    cuda = _Cuda()
+    try:
+        return cuda.capability
+    finally:
+        cuda.close()
+
+
 def _shape(dims: trt.Dims) -> tuple[int, ...]:
     return tuple(dims[index] for index in range(len(dims)))
 

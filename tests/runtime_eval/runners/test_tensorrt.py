@@ -17,11 +17,13 @@ import pytest
 from artifacts.errors import ToolError, UsageError
 from runtime_eval import device, sidecar
 from runtime_eval.runners import tensorrt as runner_module
-from runtime_eval.runners.tensorrt import TensorRTRunner, _Cuda, tensorrt_version
+from runtime_eval.runners.tensorrt import TensorRTRunner, _Cuda, device_capability, tensorrt_version
 from tests.runtime_eval.fake_cuda import PLAN, FakeCuda, FakeEngine, FakeTensorRT
 
 ROOT = Path(__file__).parents[3]
-SOURCES = [ROOT / "runtime_eval" / name for name in ("runners/tensorrt.py", "timing_cache.py", "engine.py")]
+RUNNER = ROOT / "runtime_eval" / "runners" / "tensorrt.py"
+# Every module that speaks to TensorRT calls it so.
+SOURCES = [path for path in sorted((ROOT / "runtime_eval").rglob("*.py")) if "trt." in path.read_text()]
 # What TensorRT for RTX does not have, and why the code names it all the same.
 RTX_LACKS: dict[str, str] = {}
 
@@ -116,6 +118,14 @@ def test_without_a_cuda_device_that_is_the_reason(plan: Path, monkeypatch: pytes
     monkeypatch.setattr(device, "CUDA_DEVICES", ())
     with pytest.raises(ToolError, match=r"^no CUDA device$"):
         TensorRTRunner(plan)
+    with pytest.raises(ToolError, match=r"^no CUDA device$"):
+        device_capability()
+
+
+@pytest.mark.usefixtures("cuda")
+def test_the_devices_capability_is_asked_and_the_device_given_back() -> None:
+    assert device_capability() == (8, 7)
+    assert FakeCuda.here.calls == ["close"]
 
 
 @pytest.mark.usefixtures("cuda")
@@ -247,7 +257,7 @@ def test_every_name_of_cuda_python_exists() -> None:
     runtime: Any = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
     names = {
         text
-        for node in ast.walk(ast.parse(SOURCES[0].read_text()))
+        for node in ast.walk(ast.parse(RUNNER.read_text()))
         for text in [getattr(node, "value", None) if isinstance(node, ast.Constant) else getattr(node, "attr", None)]
         if isinstance(text, str) and text.startswith("cuda") and text.isalnum() and text != "cuda"
     }
@@ -308,7 +318,8 @@ def lacking(sources: list[Path], trt: Any, members: dict[str, set[str]]) -> tupl
 
 
 def test_every_name_of_tensorrt_exists_in_tensorrt_for_rtx() -> None:
-    used, absent = lacking([source for source in SOURCES if source.exists()], rtx(), stub_members())
+    used, absent = lacking(SOURCES, rtx(), stub_members())
+    assert {"tensorrt.py", "timing_cache.py"} <= {source.name for source in SOURCES}
     expected = {"Runtime", "TensorIOMode", "deserialize_cuda_engine", "execute_async_v3", "create_timing_cache"}
     assert expected | {"set_input_shape", "get_tensor_profile_shape", "set_tensor_address", "combine"} <= used
     assert absent - set(RTX_LACKS) == set()
