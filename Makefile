@@ -44,6 +44,7 @@ test: $(INSTALLED) ## run the tests
 lint: $(INSTALLED) ## ruff and mypy --strict
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m tests.typing_stubs  # TensorRT's, for mypy
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m mypy --python-version 3.10 -p artifacts -p runtime_eval  # what runs on a board
 
@@ -59,4 +60,5 @@ bench-infer: $(INSTALLED) ## float, ours and ONNX Runtime's own quantization; AR
 $(VENV)/.crqat-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	-$(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps tensorrt-stubs==10.13.0.35.1  # not TensorRT
 	touch $@

@@ -182,7 +182,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             order = list(paths)[turn % 3 :] + list(paths)[: turn % 3]
             for name in order:
                 with Worker(paths[name], images, config) as worker:
-                    times[name].append(worker.latency(0.3, 1.0))
+                    times[name].append(worker.latency(0.3, 1.0)[0])
         ratio = compare(times["peer"], times["ours"])
         few = IMAGENET(case.images[:2])
         row: dict[str, Any] = {

@@ -101,9 +101,22 @@ def benchmark(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool)
 
 @crqat.command()
 @_recipe_arguments
-def gate(recipe: Path, overrides: tuple[str, ...], runs: Path) -> int:
+@click.option(
+    "--baseline", type=click.Path(path_type=Path), help="Earlier results.json, for gate.max_latency_regression."
+)
+def gate(recipe: Path, overrides: tuple[str, ...], runs: Path, baseline: Path | None) -> int:
     """Judge the benchmark's results; exit with the verdict."""
-    return _judge(_load(recipe, overrides), runs)
+    return _judge(_load(recipe, overrides), runs, baseline)
+
+
+@crqat.command()
+@click.argument("files", metavar="RESULTS...", type=click.Path(path_type=Path), nargs=-1, required=True)
+def compare(files: tuple[Path, ...]) -> None:
+    """Show the results.json of several devices side by side."""
+    from pipeline import gate as rules
+    from pipeline import results
+
+    results.compare([(path, rules.read_results(path)) for path in files])
 
 
 @crqat.command()
@@ -170,11 +183,11 @@ def _show_results(config: Recipe, runs: Path) -> None:
     results.show(rules.read_results(directory / stages.RESULTS), directory)
 
 
-def _judge(config: Recipe, runs: Path) -> int:
+def _judge(config: Recipe, runs: Path, baseline: Path | None = None) -> int:
     from pipeline import gate as rules
     from pipeline import results, stages
 
-    verdicts: list[Verdict] = stages.gate(config, runs)
+    verdicts: list[Verdict] = stages.gate(config, runs, baseline)
     results.show_verdicts(verdicts)
     return rules.exit_code(verdicts)
 

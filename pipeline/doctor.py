@@ -19,6 +19,7 @@ from types import ModuleType
 import click
 
 from pipeline import console
+from runtime_eval import device
 
 MISSING = 3
 # What torch.compile's CPU code needs: a compiler, and Python's own headers.
@@ -77,11 +78,28 @@ def examine() -> list[Finding]:
         Finding("CUDA device", _cuda(torch), "faster training; TensorRT", "train on the CPU; measure on the target"),
         Finding(
             "TensorRT",
-            _first("tensorrt", "tensorrt_rtx"),
-            "engines of tensorrt.onnx",
-            "pip install tensorrt (or tensorrt-rtx)",
+            _released("tensorrt"),
+            "engines for the CUDA device here",
+            "pip install tensorrt, beside a CUDA device; on a Jetson it is JetPack's",
         ),
-        Finding("PyCUDA", _first("pycuda.driver"), "running TensorRT engines", "pip install pycuda, beside CUDA"),
+        Finding(
+            "TensorRT for RTX",
+            _released("tensorrt_rtx"),
+            "proof that TensorRT builds INT8, without a CUDA device",
+            "pip install tensorrt-rtx-cu13",
+        ),
+        Finding(
+            "PyCUDA",
+            "importable" if _import("pycuda.driver") else None,
+            "running TensorRT engines",
+            "pip install pycuda, with CUDA's nvcc on PATH",
+        ),
+        Finding(
+            "CUDA Python",
+            _version(_import("cuda.bindings")),
+            "TensorRT engines as CUDA graphs",
+            "pip install cuda-python",
+        ),
     ]
 
 
@@ -104,12 +122,10 @@ def _version(module: ModuleType | None) -> str | None:
     return None if module is None else str(getattr(module, "__version__", "importable"))
 
 
-def _first(*names: str) -> str | None:
-    for name in names:
-        module = _import(name)
-        if module is not None:
-            return f"{name} {_version(module)}"
-    return None
+def _released(name: str) -> str | None:
+    """A package's version. One without a version is an empty directory that stubs for a type checker have left."""
+    version = getattr(_import(name), "__version__", None)
+    return None if version is None else str(version)
 
 
 def _providers(runtime: ModuleType | None) -> str | None:
@@ -145,4 +161,7 @@ def _dot_product() -> str | None:
 
 
 def _cuda(torch: ModuleType | None) -> str | None:
-    return str(torch.cuda.get_device_name()) if torch is not None and torch.cuda.is_available() else None
+    """The device's name, or that there is one which PyTorch does not use: training and TensorRT are two things."""
+    if torch is not None and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return "a device file, but PyTorch does not use it" if device.cuda_device() else None

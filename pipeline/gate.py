@@ -30,6 +30,7 @@ class GateConfig:
         max_accuracy_drop: Percentage points of top-1 accuracy that it may lose against the float model.
         min_agreement: Share of the test images on which it must answer as the float model does.
         max_latency_ratio: Its latency divided by the float model's.
+        max_latency_regression: Its latency divided by that of the same file in the baseline that the gate is given.
         max_size_ratio: Its file size divided by the float model's.
     """
 
@@ -37,6 +38,7 @@ class GateConfig:
     max_accuracy_drop: Annotated[float, Range(ge=0, le=100)] = 1.0
     min_agreement: Annotated[float, Range(ge=0, le=1)] | None = None
     max_latency_ratio: Annotated[float, Range(gt=0)] | None = None
+    max_latency_regression: Annotated[float, Range(gt=0)] | None = None
     max_size_ratio: Annotated[float, Range(gt=0)] | None = None
 
 
@@ -45,7 +47,8 @@ class Verdict:
     """One rule on one file.
 
     Attributes:
-        rule: "measurement", "verification", "accuracy_drop", "agreement", "latency_ratio" or "size_ratio".
+        rule: "measurement", "required", "verification", "accuracy_drop", "agreement", "latency_ratio",
+            "latency_regression" or "size_ratio".
         file: The model's file.
         status: "error" means that the environment kept the rule from being judged.
         measured: In the rule's own unit; None if there is no number.
@@ -87,6 +90,22 @@ def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
         verdicts.append(_verification(file, model["verification"]))
         if model["status"] == "measured" and model["versus_float"] is not None:
             verdicts += _limits(file, model, float_latency.get("unstable", False), config)
+    return verdicts + _required(models, results.get("config", {}).get("require", []))
+
+
+def _required(models: dict[str, Any], runtimes: Sequence[str]) -> list[Verdict]:
+    """An error for each runtime that must be measured and was not."""
+    verdicts = []
+    for runtime in runtimes:
+        found = {file: model for file, model in models.items() if model["target"] == runtime}
+        if not found:
+            message = f"no file for {runtime}, which benchmark.require names; add it to export.targets"
+            verdicts.append(_plain("required", runtime, "error", message))
+        for file, model in found.items():
+            latency = model["latency"] or {"status": model["status"]}
+            if latency["status"] != "measured":
+                message = f"{latency['status']}, and benchmark.require names {runtime}"
+                verdicts.append(_plain("required", file, "error", message))
     return verdicts
 
 
@@ -111,7 +130,7 @@ def _verification(file: str, verification: dict[str, Any] | None) -> Verdict:
 def _limits(file: str, model: dict[str, Any], float_unstable: str | bool, config: GateConfig) -> list[Verdict]:
     versus, n = model["versus_float"], model["accuracy"]["n"]
     verdicts = [
-        _at_most(
+        at_most(
             ("accuracy_drop", file, n, "test images"),
             versus["drop_points"],
             versus["drop_interval_points"],
@@ -135,7 +154,7 @@ def _limits(file: str, model: dict[str, Any], float_unstable: str | bool, config
     return verdicts
 
 
-def _at_most(
+def at_most(
     what: tuple[str, str, int, str], measured: float, interval: Sequence[float], allowed: float, unit: str
 ) -> Verdict:
     """The verdict on an upper limit; `what` is rule, file, n and what n counts."""
@@ -150,8 +169,11 @@ def _latency(file: str, model: dict[str, Any], float_unstable: str | bool, allow
     latency, versus = model["latency"], model["versus_float"]
     if latency["status"] != "measured":
         return Verdict("latency_ratio", file, "not run", None, None, allowed, None, latency["status"])
+    if versus["latency_ratio"] is None:
+        message = "not run: the float model was timed in another runtime"
+        return Verdict("latency_ratio", file, "not run", None, None, allowed, None, message)
     what = ("latency_ratio", file, latency["rounds"], "rounds")
-    verdict = _at_most(what, versus["latency_ratio"], versus["latency_ratio_interval"], allowed, " of float")
+    verdict = at_most(what, versus["latency_ratio"], versus["latency_ratio_interval"], allowed, " of float")
     for name, unstable in (("the float model", float_unstable), (file, latency["unstable"])):
         if unstable:
             message = f"{verdict.message}; {name} is unstable: {unstable}"
@@ -227,6 +249,8 @@ def read_results(path: Path) -> dict[str, Any]:
         msg = f"{path}: schema_version {data['schema_version']}, this crqat reads {SCHEMA_VERSION}; benchmark again"
         raise UsageError(msg)
     checked.get("run", str)
+    if "require" in data.get("config", {}):
+        checked.child("config").get("require", list)
     models = checked.child("models")
     for file in models.data:
         _check_model(models.child(file))
@@ -293,6 +317,6 @@ def _check_model(model: _Checked) -> None:
             versus.get(number, float)
         versus.interval("drop_interval_points")
         versus.interval("agreement_interval")
-        if timed:
+        if timed and versus.data.get("latency_ratio", ...) is not None:  # None: float was timed in another runtime
             versus.get("latency_ratio", float)
             versus.interval("latency_ratio_interval")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -142,7 +143,7 @@ def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
     if detail["type"] == "unexpected_keyword_argument":
         *section, key = detail["loc"]
         valid = [item.name for item in fields(SECTIONS[str(section[0])])] if section else top_level_keys()
-        near = difflib.get_close_matches(str(key), valid, n=1)
+        near = _near(str(key), valid)
         hint = f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(valid)}"
         return f"{where}: unknown key; {hint}"
     if detail["type"] == "missing":
@@ -150,7 +151,17 @@ def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
     message = detail["msg"].replace("Input should be an object", "should be a section of key: value lines")
     given = json.dumps(detail["input"])
     shown = given if len(given) <= 60 else f"{given[:57]}..."
-    return f"{where}: {message.replace('Input should', 'should')}, not {shown}"
+    hint = ""
+    if detail["type"] == "literal_error":
+        valid = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        hint = "".join(f"; did you mean `{name}`?" for name in _near(str(detail["input"]), valid))
+    return f"{where}: {message.replace('Input should', 'should')}, not {shown}{hint}"
+
+
+def _near(word: str, valid: Sequence[str]) -> list[str]:
+    """The valid name that a wrong one is most like, if there is one; upper and lower case are the same."""
+    names = {name.lower(): name for name in valid}
+    return [names[name] for name in difflib.get_close_matches(word.lower(), names, n=1)]
 
 
 def _contradiction(recipe: Recipe) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,18 @@ _COLUMNS = (
     "peak MiB",
     "verification",
 )
+_COMPARED = (
+    "file",
+    "device",
+    "power mode",
+    "runtime",
+    "n",
+    "top-1 %",
+    "drop, points",
+    "p50 ms",
+    "x float",
+    "latency is",
+)
 _VERDICTS = {0: "PASS", 1: "FAIL", 3: "NOT JUDGED: something the gate needs did not work", 4: "INCONCLUSIVE"}
 
 
@@ -35,7 +48,7 @@ def show(results: dict[str, Any], directory: Path) -> None:
     images, threads = ", ".join(map(str, numbers)), results["config"]["threads"]
     title = (
         f"{results['run']}: test images: {images}; threads: {threads}; "
-        f"{device['cpu']}, onnxruntime {device['onnxruntime']}"
+        f"{device['cpu']}, onnxruntime {device['onnxruntime'] or 'not installed'}"
     )
     console.show_table(console.printable(title), _COLUMNS, [_row(file, model) for file, model in models.items()])
     for line in _remarks(models):
@@ -81,8 +94,62 @@ def _remarks(models: dict[str, Any]) -> Iterable[str]:
         latency = model["latency"] or {"status": "not run"}
         if latency["status"] != "measured":
             yield f"{file}: latency {latency['status']}"
-        elif latency.get("unstable"):
+            continue
+        if latency.get("unstable"):
             yield f"{file}: latency unstable: {latency['unstable']}"
+        if latency.get("compute_p50_ms") is not None:
+            yield f"{file}: {latency['compute_p50_ms']:.3f} ms of the latency is the device's computation"
+        if model.get("builds"):
+            medians = [statistics.median(build["round_p50_ms"]) for build in model["builds"]]
+            yield f"{file}: {len(medians)} builds, p50 from {min(medians):.3f} to {max(medians):.3f} ms"
+            yield f"{file}: top-1 at batch 1: {100 * model['accuracy_batch_1']['top1']:.2f} %"
+
+
+def compare(several: Sequence[tuple[Path, dict[str, Any]]]) -> None:
+    """One table of the results of several devices: a file's rows stand together, in the order of the devices.
+
+    Args:
+        several: Each results.json with what `gate.read_results` read from it.
+    """
+    files = dict.fromkeys(file for _, results in several for file in results["models"])
+    rows = [
+        [console.printable(cell) for cell in _compared(file, results)]
+        for file in files
+        for _, results in several
+        if file in results["models"]
+    ]
+    console.show_table("latency at batch 1; drop and ratio with their intervals", _COMPARED, rows)
+    for number, (path, results) in enumerate(several, 1):
+        click.echo(console.printable(f"{number}: {path}: {results['run']}, {_device(results)}"))
+
+
+def _device(results: dict[str, Any]) -> str:
+    device = results.get("device", {})
+    return str((device.get("jetson") or {}).get("model") or device.get("cpu") or "-")
+
+
+def _compared(file: str, results: dict[str, Any]) -> list[str]:
+    """A file's row on one device."""
+    from pipeline.baseline import key
+
+    model = results["models"][file]
+    accuracy, latency, versus = model["accuracy"] or {}, model["latency"] or {}, model["versus_float"] or {}
+    shared = key(results, model)
+    status = model["status"] if model["status"] != "measured" else latency.get("status", "not run")
+    if status == "measured":
+        status = f"unstable: {latency['unstable']}" if latency["unstable"] else "stable"
+    return [
+        file,
+        _device(results),
+        str(shared["power mode"] or "-"),
+        " ".join(str(shared[name]) for name in ("runtime", "runtime version") if shared[name]) or "-",
+        str(accuracy.get("n", "-")),
+        _number(accuracy.get("top1"), 2, 100),
+        _with_interval(versus.get("drop_points"), versus.get("drop_interval_points"), 2),
+        _number(latency.get("p50_ms"), 3),
+        _with_interval(versus.get("latency_ratio"), versus.get("latency_ratio_interval"), 3),
+        status,
+    ]
 
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> None:

@@ -18,7 +18,7 @@ from artifacts.progress import Progress
 from pipeline import console, recipe
 
 if TYPE_CHECKING:
-    from pipeline.gate import Verdict
+    from pipeline.gate import GateConfig, Verdict
 
 STAGES = ("train", "export", "benchmark")
 PARENTS = {"train": None, "export": "train", "benchmark": "export"}
@@ -88,26 +88,47 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
 
         results = measure(runs / config.name / "export", config.benchmark, progress)
         (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
-        _write_verdict(out, runs / config.name, results, config)
+        _write_verdict(out, runs / config.name, results, judge(results, config.gate))
         return {"device": results["device"], "files": sorted(results["models"])}
 
     # Another machine's numbers say nothing of this one.
     return _run_stage("benchmark", config, runs, force, {"machine": platform.node()}, fill)
 
 
-def gate(config: recipe.Recipe, runs: Path) -> list[Verdict]:
-    """Judge the benchmark's results, which must be intact and follow from the current recipe and stages."""
+def judge(results: dict[str, Any], limits: GateConfig, baseline: dict[str, Any] | None = None) -> list[Verdict]:
+    """Every rule that has a limit; `baseline` is the results that the latency must not have grown over."""
+    from pipeline import baseline as baselines
     from pipeline import gate as rules
+
+    verdicts = rules.judge(results, limits)
+    if limits.max_latency_regression is not None:
+        verdicts += baselines.judge(results, baseline, limits.max_latency_regression)
+    return verdicts
+
+
+def gate(config: recipe.Recipe, runs: Path, baseline: Path | None = None) -> list[Verdict]:
+    """Judge the benchmark's results, which must be intact and follow from the current recipe and stages.
+
+    Args:
+        config: The recipe.
+        runs: The directory of all runs.
+        baseline: Earlier results.json whose latency the recipe's `gate.max_latency_regression` refers to.
+    """
+    from pipeline import gate as rules
+
+    if baseline is not None and config.gate.max_latency_regression is None:
+        msg = f"--baseline {baseline}: the recipe allows any latency; set gate.max_latency_regression, such as 1.1"
+        raise UsageError(msg)
 
     manifest = current(config, runs, "benchmark")
     directory = runs / config.name / "benchmark"
     results = rules.read_results(directory / RESULTS)
-    verdicts = rules.judge(results, config.gate)
+    verdicts = judge(results, config.gate, None if baseline is None else rules.read_results(baseline))
     if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text():
         # The limits were changed since: the same measurements, judged anew.
         with store.write_stage(runs / config.name, manifest) as out:
             shutil.copytree(directory, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(store.MANIFEST))
-            _write_verdict(out, runs / config.name, results, config)
+            _write_verdict(out, runs / config.name, results, verdicts)
     return verdicts
 
 
@@ -138,7 +159,7 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         training = recipe.train_config(recipe.from_resolved(store.read_manifest(run / "train").config))
         candidate = store.read_manifest(run / "export").payload["candidate"]
         rows = accuracy_of_each_layer(run / "train", training, candidate, progress)
-    page = render(run, results, rules.judge(results, rules.GateConfig(**manifest.config["gate"])), rows)
+    page = render(run, results, judge(results, rules.GateConfig(**manifest.config["gate"])), rows)
     try:
         out.write_text(page)
     except OSError as error:
@@ -146,13 +167,12 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         raise ToolError(msg) from error
 
 
-def _write_verdict(out: Path, run: Path, results: dict[str, Any], config: recipe.Recipe) -> None:
-    """Write what follows from results and limits: JUnit XML and the report."""
+def _write_verdict(out: Path, run: Path, results: dict[str, Any], verdicts: list[Verdict]) -> None:
+    """Write what follows from the verdicts: JUnit XML and the report."""
     from pipeline import gate as rules
     from pipeline import report
 
-    verdicts = rules.judge(results, config.gate)
-    (out / JUNIT).write_text(rules.junit(verdicts, config.name))
+    (out / JUNIT).write_text(rules.junit(verdicts, run.name))
     (out / REPORT).write_text(report.render(run, results, verdicts))
 
 

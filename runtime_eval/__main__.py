@@ -19,7 +19,7 @@ def table(results: dict[str, Any]) -> str:
     device, config = results["device"], results["config"]
     lines = [
         f"{results['run']}: {results['dataset']['n']} test images, {device['cpu']}, {config['threads']} thread(s), "
-        f"{config['provider']}, onnxruntime {device['onnxruntime']}",
+        f"{config['provider']}, onnxruntime {device['onnxruntime'] or 'not installed'}",
         f"{'file':<20} {'top-1 %':>8} {'drop, points [95 % bounds]':>27} {'p50 ms':>9} "
         f"{'of float [95 % interval]':>25} {'kB':>8}",
     ]
@@ -40,8 +40,11 @@ def table(results: dict[str, Any]) -> str:
         lines.append(f"{file:<20} {top1:>8.2f} {drop:>27} {p50:>9} {ratio:>25} {model['size_bytes'] / 1e3:>8.1f}")
         if latency["status"] != "measured":
             lines.append(f"{'':<20} latency {latency['status']}")
-        elif latency["unstable"]:
+            continue
+        if latency["unstable"]:
             lines.append(f"{'':<20} latency unstable: {latency['unstable']}")
+        if latency["compute_p50_ms"] is not None:
+            lines.append(f"{'':<20} {latency['compute_p50_ms']:.4f} ms of it is the device's computation")
     return "\n".join(lines)
 
 

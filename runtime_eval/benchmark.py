@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,15 +16,15 @@ import numpy.typing as npt
 
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
-from artifacts.store import Manifest, manifest_hash, verify_stage
+from artifacts.store import Manifest, manifest_hash, sha256_file, verify_stage
 from runtime_eval import accuracy, device, latency
 from runtime_eval.client import RUNTIME, Worker
-from runtime_eval.config import BenchmarkConfig
+from runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
+from runtime_eval.jetson import Watch
 
 SCHEMA_VERSION = 1
 FLOAT = "float"
-# The targets whose latency ONNX Runtime stands for. tensorrt.onnx runs here too, but only to count its right answers.
-TIMED = (FLOAT, RUNTIME)
+TENSORRT = "tensorrt"
 
 
 @dataclass
@@ -33,12 +34,25 @@ class _Model:
     entry: dict[str, Any]
     path: Path
     size: int
+    plans: Sequence[Path] = ()
+    version: str | None = None
     provider: str | None = None
     classes: int | None = None
     failure: str | None = None
     top: npt.NDArray[np.int64] | None = None
+    top_single: npt.NDArray[np.int64] | None = None
     rounds: list[list[float]] = field(default_factory=list)
+    computed: list[float] = field(default_factory=list)
     memory: int | None = None
+
+    @property
+    def runtime(self) -> str:
+        """What runs it."""
+        return TENSORRT if self.plans else RUNTIME
+
+    def file(self, turn: int) -> Path:
+        """What is loaded in a round: the ONNX file, or one of the engines that were built from it, in turns."""
+        return self.plans[turn % len(self.plans)] if self.plans else self.path
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -49,7 +63,12 @@ class _Model:
             self.failure = str(error)
 
 
-def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
+def benchmark(
+    export_dir: Path,
+    config: BenchmarkConfig,
+    progress: Progress,
+    engines: Mapping[str, Sequence[Path]] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Measure every model of an export on this machine.
 
     A model whose process dies, hangs or answers nonsense has the status "failed: ..."; the others are measured.
@@ -58,6 +77,8 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
         export_dir: A directory written by the `export` stage; its hashes are checked.
         config: How to measure.
         progress: Told of rounds and images.
+        engines: TensorRT plans (see `runtime_eval.sidecar`) by the name of the ONNX file that they were built from;
+            such a file is measured in TensorRT, the builds in turns. The plans' suffix is .plan.
 
     Returns:
         The results, a JSON object. Accuracies and agreements are shares of 1, `drop_points` percentage points,
@@ -72,20 +93,26 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
     entries, images, labels = _read_payload(export_dir, manifest)
     machine = device.describe()
     load_at_start = device.load_average()
+    watch = Watch()
     paths = [export_dir / entry["file"] for entry in entries]
-    models = [_Model(entry, path, path.stat().st_size) for entry, path in zip(entries, paths, strict=True)]
-    _measure(models, export_dir / manifest.payload["images"], labels, config, progress)
+    models = [
+        _Model(entry, path, path.stat().st_size, engines.get(entry["file"], ()))
+        for entry, path in zip(entries, paths, strict=True)
+    ]
+    _measure(models, export_dir / manifest.payload["images"], labels, config, progress, watch)
+    watch.look()
+    load = {"start": load_at_start, "end": device.load_average()}
     return {
         "schema_version": SCHEMA_VERSION,
         "run": manifest.payload["run"],
         "parent": parent,
-        "device": {**machine, "load_average": {"start": load_at_start, "end": device.load_average()}},
-        "config": asdict(config),
+        "device": {**machine, "jetson": watch.result(), "load_average": load},
+        "config": {**asdict(config), "require": list(config.require)},  # as JSON reads it back
         "dataset": {
             "n": len(images),
             "classes": next((model.classes for model in models if model.classes is not None), None),
         },
-        "models": {model.entry["file"]: _result(model, models, labels, config) for model in models},
+        "models": {model.entry["file"]: _result(model, models, labels, config, watch) for model in models},
     }
 
 
@@ -130,7 +157,12 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
 
 
 def _measure(
-    models: list[_Model], images: Path, labels: npt.NDArray[np.int64], config: BenchmarkConfig, progress: Progress
+    models: list[_Model],
+    images: Path,
+    labels: npt.NDArray[np.int64],
+    config: BenchmarkConfig,
+    progress: Progress,
+    watch: Watch,
 ) -> None:
     """Fill in the models' predictions, latency and memory. One process lives at a time and has the machine to itself.
 
@@ -139,8 +171,8 @@ def _measure(
     """
     for model in models:
         task = f"accuracy of {model.entry['file']}"
-        with model.attempt(), tempfile.TemporaryDirectory() as scratch, Worker(model.path, images, config) as worker:
-            model.provider, model.classes = worker.provider, worker.classes
+        with model.attempt(), tempfile.TemporaryDirectory() as scratch, Worker(model.file(0), images, config) as worker:
+            model.version, model.provider, model.classes = worker.version, worker.provider, worker.classes
             if not 0 <= labels.min() <= labels.max() < worker.classes:
                 msg = (
                     f"{model.path}: has {worker.classes} classes, but the test labels go from {labels.min()} to "
@@ -150,32 +182,47 @@ def _measure(
             top = Path(scratch) / "top.npy"
             worker.accuracy(config.accuracy_batch, top, partial(progress, task))
             model.top = np.load(top, allow_pickle=False)
+            if model.plans:  # an engine has other kernels at another batch
+                worker.accuracy(1, top, partial(progress, f"{task} at batch 1"))
+                model.top_single = np.load(top, allow_pickle=False)
     for turn in range(config.latency_rounds):
-        timed = [model for model in models if model.failure is None and model.entry["target"] in TIMED]
+        timed = [model for model in models if model.failure is None and _is_timed(model, config)]
         for position in range(len(timed)):
             model = timed[(position + turn) % len(timed)]  # nobody always follows the same neighbour
-            with model.attempt(), Worker(model.path, images, config) as worker:
+            with model.attempt(), Worker(model.file(turn), images, config) as worker:
                 progress("latency", turn, config.latency_rounds, model.entry["file"])
                 slice_seconds = config.latency_seconds / config.latency_rounds
-                model.rounds.append(worker.latency(config.warm_up_seconds, slice_seconds))
+                samples, computed = worker.latency(config.warm_up_seconds, slice_seconds)
+                model.rounds.append(samples)
+                model.computed += computed
                 model.memory = worker.memory()
+        watch.look()
         progress("latency", turn + 1, config.latency_rounds)
 
 
+def _is_timed(model: _Model, config: BenchmarkConfig) -> bool:
+    """Whether what runs a model here is what it was written for; otherwise it runs to count its right answers only."""
+    runtime = TENSORRT if model.plans or config.provider in TENSORRT_PROVIDERS else RUNTIME
+    return model.entry["target"] in (FLOAT, runtime)
+
+
 def _result(
-    model: _Model, models: list[_Model], labels: npt.NDArray[np.int64], config: BenchmarkConfig
+    model: _Model, models: list[_Model], labels: npt.NDArray[np.int64], config: BenchmarkConfig, watch: Watch
 ) -> dict[str, Any]:
     """One model's entry in the results."""
     baseline = next(other for other in models if other.entry["target"] == FLOAT)
     result: dict[str, Any] = {
         "target": model.entry["target"],
-        "runtime": RUNTIME,
+        "runtime": model.runtime,
+        "runtime_version": model.version,
         "provider": model.provider,
         "status": "measured" if model.failure is None else f"failed: {model.failure}",
         "size_bytes": model.size,
         "peak_memory_bytes": model.memory,
         "accuracy": None,
+        "accuracy_batch_1": None,
         "latency": None,
+        "builds": None,
         "versus_float": None,
         "verification": model.entry.get("verification"),
         "fusion": model.entry.get("fusion"),
@@ -183,9 +230,17 @@ def _result(
     if model.failure is not None or model.top is None:
         return result
     result["accuracy"] = accuracy.summarize(model.top, labels)
-    result["latency"] = latency.summarize(model.rounds, config.threads) if model.rounds else {"status": _not_run()}
+    if model.rounds:
+        result["latency"] = latency.summarize(model.rounds, config.threads, model.computed, watch.unstable())
+    else:
+        result["latency"] = {"status": _not_run(model)}
+    if model.top_single is not None:
+        result["accuracy_batch_1"] = accuracy.summarize(model.top_single, labels)
+        result["builds"] = [_build(model, index) for index in range(len(model.plans))]
     if baseline.failure is None and baseline.top is not None and model is not baseline:
-        ratio = latency.compare(baseline.rounds, model.rounds) if model.rounds else {}
+        # A ratio across two runtimes says nothing of quantization.
+        comparable = bool(model.rounds) and model.runtime == baseline.runtime
+        ratio = latency.compare(baseline.rounds, model.rounds) if comparable else {}
         result["versus_float"] = {
             **accuracy.compare(baseline.top, model.top, labels),
             "latency_ratio": None,
@@ -197,8 +252,19 @@ def _result(
     return result
 
 
-def _not_run() -> str:
-    """Why the latency of a file for TensorRT is not measured."""
+def _build(model: _Model, index: int) -> dict[str, Any]:
+    """One of a model's engines: builds differ, since their kernels are chosen by times that were measured once."""
+    rounds = model.rounds[index :: len(model.plans)]
+    return {
+        "plan_sha256": sha256_file(model.plans[index]),
+        "round_p50_ms": [1e3 * float(np.median(samples)) for samples in rounds],
+    }
+
+
+def _not_run(model: _Model) -> str:
+    """Why the latency of a file that was not made for ONNX Runtime's provider is not measured."""
+    if model.entry["target"] != TENSORRT:
+        return "not run: the file is for another execution provider"
     if not device.cuda_device():
         return "not run: no CUDA device"
-    return "not run: this version has no TensorRT runner"
+    return "not run: no engine was built from this file"

@@ -19,6 +19,8 @@ from artifacts.errors import ToolError
 from runtime_eval.config import BenchmarkConfig
 
 RUNTIME = "onnxruntime"
+# The suffix of a TensorRT engine's file.
+PLAN = ".plan"
 # The worker's working directory: `python -m` searches it first, so it finds these packages and nothing of the user's.
 PACKAGES = Path(__file__).resolve().parent.parent
 
@@ -30,23 +32,29 @@ class Worker:
     dies, is silent for longer than the time limit or says that the model failed; the process is gone then.
 
     Args:
-        model: The ONNX file.
+        model: The ONNX file, or a TensorRT plan.
         images: The test images' .npy file, uint8 [N, C, H, W].
         config: Provider, threads and time limit.
 
     Attributes:
-        provider: The execution provider that runs the model.
+        runtime: "onnxruntime" or "tensorrt".
+        version: Of the runtime.
+        provider: The execution provider or device that runs the model.
         classes: How many the model tells apart.
     """
 
+    runtime: str
+    version: str
     provider: str
     classes: int
 
     def __init__(self, model: Path, images: Path, config: BenchmarkConfig) -> None:
         self._name = model.name
+        self.runtime = "tensorrt" if model.suffix == PLAN else RUNTIME
         self._limit = config.time_limit_seconds
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
-        arguments = [str(model.resolve()), str(images.resolve()), config.provider, str(config.threads)]
+        arguments = [str(model.resolve()), str(images.resolve()), config.provider]
+        arguments += [str(config.threads), str(int(config.cuda_graph))]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "runtime_eval.worker", *arguments],
             stdin=subprocess.PIPE,
@@ -72,7 +80,7 @@ class Worker:
         except BaseException:  # an interrupt too must not leave the process behind
             self._close()
             raise
-        self.provider, self.classes = opened["provider"], opened["classes"]
+        self.version, self.provider, self.classes = opened["version"], opened["provider"], opened["classes"]
         return self
 
     def __exit__(
@@ -80,13 +88,16 @@ class Worker:
     ) -> None:
         self._close()
 
-    def latency(self, warm_up_seconds: float, seconds: float) -> list[float]:
-        """Seconds of each inference at batch 1, measured for `seconds` after `warm_up_seconds`."""
+    def latency(self, warm_up_seconds: float, seconds: float) -> tuple[list[float], list[float]]:
+        """Seconds of each inference at batch 1, measured for `seconds` after `warm_up_seconds`.
+
+        Returns:
+            From end to end, and of the device's computation alone, which is empty where the runtime does not tell.
+        """
         limit = self._limit + warm_up_seconds + seconds
-        samples: list[float] = self._ask(
-            {"command": "latency", "warm_up_seconds": warm_up_seconds, "seconds": seconds}, limit
-        )
-        return samples
+        command = {"command": "latency", "warm_up_seconds": warm_up_seconds, "seconds": seconds}
+        samples, computed = self._ask(command, limit)
+        return samples, computed
 
     def memory(self) -> int | None:
         """Peak resident bytes of the process so far; None where the system does not tell."""
@@ -145,4 +156,4 @@ class Worker:
 
     def _failure(self, cause: str) -> ToolError:
         self._close()
-        return ToolError(f"{self._name} in {RUNTIME}: {cause}")
+        return ToolError(f"{self._name} in {self.runtime}: {cause}")

@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 from artifacts.config import STRICT, Range
+
+# What a session is asserted to run on. Names of ONNX Runtime's own.
+Provider = Literal[
+    "CPUExecutionProvider",
+    "CUDAExecutionProvider",
+    "TensorrtExecutionProvider",
+    "NvTensorRTRTXExecutionProvider",
+]
+# On these the file for TensorRT is the one that is timed.
+TENSORRT_PROVIDERS = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
 
 @dataclass(frozen=True)
@@ -20,14 +30,18 @@ class BenchmarkConfig:
             median ratio reaches 95 %.
         latency_seconds: Counted time of one model over all rounds.
         accuracy_batch: Images of one inference where accuracy is measured.
+        cuda_graph: Run a TensorRT engine as a CUDA graph, which takes the host's launches out of the latency.
+        require: Runtimes without whose latency the gate does not judge but ends with an error.
         time_limit_seconds: A model's process that is silent for longer than this is taken for hung.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
     threads: Annotated[int, Range(ge=1)] = 1
-    provider: str = "CPUExecutionProvider"
+    provider: Provider = "CPUExecutionProvider"
     warm_up_seconds: Annotated[float, Range(ge=0)] = 0.2
     latency_rounds: Annotated[int, Range(ge=6)] = 10
     latency_seconds: Annotated[float, Range(gt=0)] = 5.0
     accuracy_batch: Annotated[int, Range(ge=1)] = 64
+    cuda_graph: bool = False
+    require: tuple[Literal["onnxruntime", "tensorrt"], ...] = ()
     time_limit_seconds: Annotated[float, Range(gt=0)] = 300.0

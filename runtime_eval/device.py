@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 
 # What INT8 kernels are written for. Without VNNI or asimddp an INT8 product takes several instructions.
 FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "asimddp")
@@ -32,6 +31,15 @@ def _cpuinfo() -> dict[str, str]:
 def cuda_device() -> bool:
     """Whether a CUDA device is visible here."""
     return any(Path(path).exists() for path in CUDA_DEVICES)
+
+
+def _onnxruntime() -> str | None:
+    """The version of ONNX Runtime; None if it cannot be imported: a board may have TensorRT alone."""
+    try:
+        import onnxruntime
+    except ImportError:
+        return None
+    return str(onnxruntime.__version__)
 
 
 def load_average() -> float | None:
@@ -63,5 +71,5 @@ def describe() -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "onnxruntime": ort.__version__,
+        "onnxruntime": _onnxruntime(),
     }

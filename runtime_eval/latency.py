@@ -26,23 +26,29 @@ def _cv(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1) / np.mean(values)) if len(values) > 1 else 0.0
 
 
-def summarize(rounds: Sequence[Sequence[float]], threads: int) -> dict[str, Any]:
+def summarize(
+    rounds: Sequence[Sequence[float]], threads: int, computed: Sequence[float] = (), disturbance: str | None = None
+) -> dict[str, Any]:
     """Statistics of one model's inferences at batch 1.
 
     Args:
         rounds: Seconds of each inference, by round; no round is empty.
         threads: What one inference may use; recorded.
+        computed: Seconds of the device's computation in each inference, if the runtime tells.
+        disturbance: What the machine itself says against the measurement.
 
     Returns:
         Milliseconds; a percentile is None if there are too few samples for it. `cv` is the coefficient of variation
         of all samples, `cv_rounds` that of the rounds' medians, `round_spread` the interquartile range of the rounds'
-        medians divided by their median; it decides whether the model is `unstable`, which is False or the reason.
+        medians divided by their median; it and a disturbance decide whether the model is `unstable`, which is False or
+        the reason. `compute_p50_ms` is of the device's computation alone.
     """
     samples = np.concatenate([np.asarray(samples) for samples in rounds]) * 1e3
     medians = [float(np.median(samples)) * 1e3 for samples in rounds]
     low, middle, high = (float(value) for value in np.percentile(medians, [25, 50, 75]))
     spread = (high - low) / middle
-    reason = f"the middle half of {len(rounds)} rounds spreads by {spread:.1%} (more than {UNSTABLE_SPREAD:.0%})"
+    moved = f"the middle half of {len(rounds)} rounds spreads by {spread:.1%} (more than {UNSTABLE_SPREAD:.0%})"
+    reasons = [reason for reason in (disturbance, moved if spread > UNSTABLE_SPREAD else None) if reason]
     p50, p90, p99 = (float(value) for value in np.percentile(samples, [50, 90, 99]))
     return {
         "status": "measured",
@@ -52,13 +58,14 @@ def summarize(rounds: Sequence[Sequence[float]], threads: int) -> dict[str, Any]
         "p50_ms": p50,
         "p90_ms": p90 if len(samples) >= P90_SAMPLES else None,
         "p99_ms": p99 if len(samples) >= P99_SAMPLES else None,
+        "compute_p50_ms": float(np.median(computed)) * 1e3 if len(computed) else None,
         "min_ms": float(samples.min()),
         "cv": _cv(samples.tolist()),
         "cv_rounds": _cv(medians),
         "round_spread": spread,
         "rounds": len(rounds),
         "round_p50_ms": medians,
-        "unstable": reason if spread > UNSTABLE_SPREAD else False,
+        "unstable": "; ".join(reasons) or False,
     }
 
 

@@ -1,4 +1,6 @@
-"""The process that holds one model: `python -m runtime_eval.worker MODEL IMAGES PROVIDER THREADS`.
+"""The process that holds one model: `python -m runtime_eval.worker MODEL IMAGES PROVIDER THREADS CUDA_GRAPH`.
+
+MODEL is an ONNX file or a TensorRT plan (.plan), to which CUDA_GRAPH (0 or 1) applies, as PROVIDER and THREADS to ONNX.
 
 A model runs in a process of its own, so that a runtime that aborts takes nothing else along, peak memory is the model's
 and each round of latency starts anew. One JSON command per line comes in on standard input; each is answered on
@@ -19,9 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.errors import ToolError
+from artifacts.errors import CrqatError, ToolError
 from artifacts.images import Preprocessing
 from runtime_eval.accuracy import top_classes
+from runtime_eval.client import PLAN
 
 if TYPE_CHECKING:
     from runtime_eval.runners import Runner
@@ -43,18 +46,27 @@ def preprocessing(metadata: dict[str, str]) -> Preprocessing:
         raise ToolError(msg) from error
 
 
-def latency(runner: Runner, image: npt.NDArray[np.float32], warm_up_seconds: float, seconds: float) -> list[float]:
-    """Seconds of each inference of `image`, float32 [1, C, H, W], for about `seconds` and at least once."""
+def latency(
+    runner: Runner, image: npt.NDArray[np.float32], warm_up_seconds: float, seconds: float
+) -> tuple[list[float], list[float]]:
+    """Seconds of each inference of `image`, float32 [1, C, H, W], for about `seconds` and at least once.
+
+    Returns:
+        From end to end, and of the device's computation alone, which is empty where the runtime does not tell.
+    """
     end = time.perf_counter() + warm_up_seconds
     while time.perf_counter() < end:
         runner.infer(image)
     samples: list[float] = []
+    computed: list[float] = []
     end = time.perf_counter() + seconds
     while not samples or time.perf_counter() < end:
         start = time.perf_counter()
         runner.infer(image)
         samples.append(time.perf_counter() - start)
-    return samples
+        if (compute := runner.compute_seconds()) is not None:
+            computed.append(compute)
+    return samples, computed
 
 
 def predictions(
@@ -98,7 +110,8 @@ def serve(runner: Runner, images: Images, answer: Answer) -> None:
     description = runner.describe()
     prepare = preprocessing(description["metadata"])
     first = prepare(images[:1])
-    answer({"result": {"provider": description["provider"], "classes": int(runner.infer(first).shape[1])}})
+    opened = {key: description[key] for key in ("runtime", "version", "provider")}
+    answer({"result": {**opened, "classes": int(runner.infer(first).shape[1])}})
     for line in sys.stdin:
         command = json.loads(line)
         if command["command"] == "latency":
@@ -113,6 +126,17 @@ def serve(runner: Runner, images: Images, answer: Answer) -> None:
             answer({"result": None})
 
 
+def _open(model: Path, provider: str, threads: int, graph: bool) -> Runner:
+    """The runner of a model file. No runtime is imported before: the pipe must be safe from its prints."""
+    if model.suffix == PLAN:
+        from runtime_eval.runners.tensorrt import TensorRTRunner
+
+        return TensorRTRunner(model, graph)
+    from runtime_eval.runners.onnxruntime import OnnxRuntimeRunner
+
+    return OnnxRuntimeRunner(model, provider, threads)
+
+
 def main() -> int:
     """Load the model that the arguments name and serve it; 0, or 1 if the model failed."""
     # Libraries print to descriptor 1 when they like. What they print goes to standard error; answers keep the pipe.
@@ -123,14 +147,12 @@ def main() -> int:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
-    model, images, provider, threads = sys.argv[1:]
+    model, images, provider, threads, graph = sys.argv[1:]
     try:
-        from runtime_eval.runners.onnxruntime import OnnxRuntimeRunner  # not before the pipe is safe from its prints
-
-        with OnnxRuntimeRunner(Path(model), provider, int(threads)) as runner:
+        with _open(Path(model), provider, int(threads), graph == "1") as runner:
             serve(runner, np.load(images, mmap_mode="r", allow_pickle=False), answer)
     except Exception as error:  # the parent tells the user; a runtime may raise anything
-        text = str(error) if isinstance(error, ToolError) else f"{type(error).__name__}: {error}"
+        text = str(error) if isinstance(error, CrqatError) else f"{type(error).__name__}: {error}"
         answer({"error": text})
         return 1
     return 0

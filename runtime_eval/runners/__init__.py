@@ -22,6 +22,10 @@ class Runner(Protocol):
         """Logits [N, classes] of normalized images [N, C, H, W]."""
         ...
 
+    def compute_seconds(self) -> float | None:
+        """Seconds that the device computed in the last inference, without the copies; None if it does not tell."""
+        ...
+
     def describe(self) -> dict[str, Any]:
         """`runtime`, `version`, `provider`, and the file's own `metadata` (strings by name)."""
         ...

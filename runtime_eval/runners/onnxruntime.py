@@ -71,6 +71,10 @@ class OnnxRuntimeRunner:
         logits: npt.NDArray[np.float32] = self._session.run(["logits"], {"input": images})[0]
         return logits
 
+    def compute_seconds(self) -> None:
+        """See `Runner.compute_seconds`: one time is all there is."""
+        return
+
     def describe(self) -> dict[str, Any]:
         """See `Runner.describe`."""
         return {

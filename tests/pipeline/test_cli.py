@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -106,6 +108,91 @@ def test_verdict_is_the_exit_code_of_gate_and_run_but_not_of_benchmark(
     capsys.readouterr()
     assert crqat(monkeypatch, "gate", *arguments) == code
     assert capsys.readouterr().out.endswith(f"gate: {verdict}\n")
+
+
+def measured_on(fakes: Fakes, path: str, p50: float, **changes: Any) -> None:
+    """Results as those of the fake benchmark, of another time or device."""
+    data = copy.deepcopy(fakes.results)
+    data["device"] |= changes
+    for model in data["models"].values():
+        if model["latency"]["status"] == "measured":
+            model["latency"] |= {"p50_ms": p50, "round_p50_ms": [p50] * 10}
+    Path(path).write_text(json.dumps(data))
+
+
+def test_gate_with_a_baseline(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured_on(fakes, "same.json", 1.0)
+    measured_on(fakes, "faster.json", 0.5)
+    measured_on(fakes, "elsewhere.json", 0.5, cpu="Another CPU")
+    fakes.results = json.loads(Path("same.json").read_text())
+    arguments = ["recipe.yaml", "--set", "gate.max_latency_regression=1.1"]
+    assert crqat(monkeypatch, "run", *arguments) == 0
+    assert "latency_regression: not run: no --baseline was given" in capsys.readouterr().out
+    assert crqat(monkeypatch, "gate", *arguments, "--baseline", "same.json") == 0
+    junit = Path("runs/run1/benchmark/junit.xml")
+    assert 'name="latency_regression"' in junit.read_text()
+    assert crqat(monkeypatch, "gate", *arguments, "--baseline", "faster.json") == 1
+    assert "latency_regression: 2.000 [2.000, 2.000] of the baseline over 10 rounds" in capsys.readouterr().out
+    assert '<failure type="fail" message="2.000' in junit.read_text()
+    assert crqat(monkeypatch, "gate", *arguments, "--baseline", "elsewhere.json") == 0
+    assert "not run: baseline is of another device (Another CPU, here A [fast] CPU)" in capsys.readouterr().out
+    assert crqat(monkeypatch, "gate", *arguments, "--baseline", "none.json") == 2
+    capsys.readouterr()
+    assert crqat(monkeypatch, "benchmark", "recipe.yaml") == 0
+    assert crqat(monkeypatch, "gate", "recipe.yaml", "--baseline", "same.json") == 2
+    assert "set gate.max_latency_regression" in capsys.readouterr().err
+
+
+def test_gate_of_a_required_runtime_that_did_not_run_exits_3(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fakes.results["config"]["require"] = ["tensorrt"]
+    assert crqat(monkeypatch, "run", "recipe.yaml") == 3
+    out = capsys.readouterr().out
+    assert "error         tensorrt.onnx  required: not run: no CUDA device, and benchmark.require names tensorrt" in out
+
+
+def test_what_an_engine_adds_is_shown(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = fakes.results["models"]["tensorrt.onnx"]
+    model["latency"] = {"status": "measured", "p50_ms": 0.6, "rounds": 10, "unstable": False, "compute_p50_ms": 0.4}
+    model |= {
+        "accuracy_batch_1": {"top1": 0.94},
+        "builds": [{"round_p50_ms": [0.5, 9.0, 0.5]}, {"round_p50_ms": [0.7]}],
+    }
+    assert crqat(monkeypatch, "run", "recipe.yaml") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "tensorrt.onnx: 0.400 ms of the latency is the device's computation" in lines
+    assert "tensorrt.onnx: 2 builds, p50 from 0.500 to 0.700 ms" in lines
+    assert "tensorrt.onnx: top-1 at batch 1: 94.00 %" in lines
+
+
+def test_devices_stand_side_by_side(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measured_on(fakes, "pc.json", 1.0, governor="performance")
+    measured_on(fakes, "board.json", 2.0, jetson={"model": "Jetson Orin NX", "power_mode": "25W"})
+    data = json.loads(Path("board.json").read_text())
+    data["models"]["onnxruntime.onnx"]["latency"]["unstable"] = "clocks not locked (GPU 306 to 625 MHz)"
+    data["models"]["other.onnx"] = {**data["models"]["float.onnx"], "target": "x", "status": "failed: killed"}
+    Path("board.json").write_text(json.dumps(data))
+    assert crqat(monkeypatch, "compare", "pc.json", "board.json") == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = [line for line in lines if re.search(r"\w\.onnx", line)]
+    assert [re.findall(r"(\w+\.onnx)", line)[0] for line in found] == [
+        *["float.onnx"] * 2,
+        *["onnxruntime.onnx"] * 2,
+        *["tensorrt.onnx"] * 2,
+        "other.onnx",
+    ]
+    assert re.search(r"A \[fast\] CPU.*performance.*600.*95\.00.*0\.20 \[0\.10, 0\.30\].*1\.000.*stable", found[2])
+    assert re.search(r"Jetson Orin NX.*25W.*2\.000.*unstable: clocks not locked \(GPU 306 to 625 MHz\)", found[3])
+    assert "not run: no CUDA device" in found[4]
+    assert "failed: killed" in found[6]
+    assert lines[-1] == "2: board.json: run1, Jetson Orin NX"
 
 
 @pytest.mark.parametrize(
@@ -217,9 +304,11 @@ def test_make_installs_into_a_new_environment_once(tmp_path: Path) -> None:
     plan = make(*arguments)
     assert plan[0] == f"python3 -m venv {tmp_path}"
     assert plan[1].endswith(" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'")
-    assert [line.split(" -m pipeline.cli ")[-1] for line in plan[3:]] == [
+    # For mypy, and without its dependencies, which are TensorRT itself.
+    assert "--no-deps tensorrt-stubs==" in plan[2]
+    assert [line.split(" -m pipeline.cli ")[-1] for line in plan[4:]] == [
         "train r.yaml",
         "gate r.yaml",
     ]
     (tmp_path / ".crqat-installed").touch()
-    assert make(*arguments) == plan[3:]
+    assert make(*arguments) == plan[4:]

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import doctor
 from pipeline.doctor import Finding
+from runtime_eval import device
 
 
 def test_examination_names_what_is_installed_here() -> None:
@@ -21,7 +22,9 @@ def test_examination_names_what_is_installed_here() -> None:
     assert findings["ONNX Runtime"].found
     assert onnxruntime.__version__ in findings["ONNX Runtime"].found
     assert "CPUExecutionProvider" in findings["ONNX Runtime"].found
-    assert (findings["CUDA device"].found is not None) == torch.cuda.is_available()
+    assert (findings["CUDA device"].found is not None) == (torch.cuda.is_available() or device.cuda_device())
+    for what, package in (("TensorRT", "tensorrt"), ("TensorRT for RTX", "tensorrt_rtx")):
+        assert findings[what].found == getattr(doctor._import(package), "__version__", None)
     assert {what for what, item in findings.items() if item.needed} == {"PyTorch", "NNCF", "ONNX", "ONNX Runtime"}
     assert all(item.purpose and item.remedy for item in findings.values())
 
@@ -56,8 +59,23 @@ def test_broken_package_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         "import sys\nprint('hi')\nprint('hi', file=sys.stderr)\n__version__ = '2'"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert doctor._first("broken_package") is None
-    assert doctor._first("broken_package", "loud_package") == "loud_package 2"
+    assert doctor._released("broken_package") is None
+    assert doctor._released("loud_package") == "2"
+
+
+def test_what_stubs_leave_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "only_stubs").mkdir()
+    (tmp_path / "only_stubs" / "__init__.pyi").write_text("__version__: str")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert doctor._import("only_stubs") is not None
+    assert doctor._released("only_stubs") is None
+
+
+def test_a_device_that_pytorch_does_not_use_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "CUDA_DEVICES", (str(tmp_path / "nvidiactl"),))
+    assert doctor._cuda(None) is None
+    (tmp_path / "nvidiactl").touch()
+    assert doctor._cuda(None) == "a device file, but PyTorch does not use it"
 
 
 def test_greetings_of_packages_are_swallowed(

@@ -115,6 +115,43 @@ def test_an_unstable_latency_is_inconclusive_whatever_it_says(who: str, interval
     assert f"{who} is unstable: the medians vary by 9 %" in verdict.message
 
 
+@pytest.mark.parametrize(
+    ("target", "latency", "words"),
+    [
+        ("tensorrt", {"status": "not run: no CUDA device"}, "not run: no CUDA device, and benchmark.require names"),
+        ("tensorrt", {"status": "measured", "rounds": 10, "unstable": False}, None),
+        ("onnxruntime", {"status": "measured", "rounds": 10, "unstable": False}, "no file for tensorrt"),
+    ],
+)
+def test_a_required_runtime_that_was_not_measured_is_an_error(
+    target: str, latency: dict[str, Any], words: str | None
+) -> None:
+    quantized = {**model(), "target": target, "latency": latency}
+    data = {**results(quantized), "config": {"require": ["tensorrt"]}}
+    verdicts = judge(data, GateConfig())
+    required = [verdict for verdict in verdicts if verdict.rule == "required"]
+    assert [verdict.status for verdict in required] == (["error"] if words else [])
+    assert all(words in verdict.message for verdict in required if words)
+    assert exit_code(verdicts) == (3 if words else 0)
+    data["config"] = {"require": []}
+    assert exit_code(judge(data, GateConfig())) == 0
+
+
+def test_a_required_runtime_whose_file_failed_is_an_error() -> None:
+    failed = {**model(), "target": "tensorrt", "status": "failed: killed", "latency": None, "versus_float": None}
+    data = {**results(failed), "config": {"require": ["tensorrt"]}}
+    assert [v.message for v in judge(data, ALL_RULES) if v.rule == "required"] == [
+        "failed: killed, and benchmark.require names tensorrt"
+    ]
+
+
+def test_a_ratio_across_two_runtimes_is_not_made(tmp_path: Path) -> None:
+    quantized = model(latency_ratio=None, latency_ratio_interval=None)
+    verdict = verdict_on("latency_ratio", quantized)
+    assert (verdict.status, verdict.message) == ("not run", "not run: the float model was timed in another runtime")
+    assert read_results(write(tmp_path / "results.json", results(quantized))) == results(quantized)
+
+
 def test_a_latency_that_was_not_run_is_shown_and_decides_nothing() -> None:
     quantized = model(latency_ratio=None, latency_ratio_interval=None)
     verdicts = judge(results({**quantized, "latency": {"status": "not run: no CUDA device"}}), ALL_RULES)
@@ -255,6 +292,7 @@ def at(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (at("schema_version", value=2), "schema_version 2, this crqat reads 1"),
         (at("schema_version", value=...), "schema_version is not of type int"),
         (at("run", value=...), "run is not of type str"),
+        (at("config", value={"require": "tensorrt"}), "config.require is not of type list"),
         (at("models", value=[]), "models is not of type dict"),
         (at("models", FILE, value=3), f"models.{FILE} is not"),
         (at("models", FILE, "target", value=...), f"models.{FILE}.target is not"),

@@ -101,6 +101,18 @@ def test_sections_are_the_recipes_dataclass_fields(tmp_path: Path) -> None:
         ("seed: -1", "FILE: seed: should be greater than or equal to 0, not -1"),
         ("seed: yes", "FILE: seed: should be a valid integer, not true"),
         ("targets: [tensorrt, cpu]", "FILE: targets.1: should be 'onnxruntime' or 'tensorrt', not \"cpu\""),
+        (
+            "benchmark: {provider: TensorRTExecutionProvider}",
+            "FILE: benchmark.provider: should be 'CPUExecutionProvider', 'CUDAExecutionProvider', "
+            "'TensorrtExecutionProvider' or 'NvTensorRTRTXExecutionProvider', not \"TensorRTExecutionProvider\"; "
+            "did you mean `TensorrtExecutionProvider`?",
+        ),
+        ("benchmark: {provider: cuda}", "FILE: benchmark.provider: should be 'CPUExecutionProvider'"),
+        (
+            "benchmark: {require: [tensorrtt]}",
+            "FILE: benchmark.require.0: should be 'onnxruntime' or 'tensorrt', not \"tensorrtt\"; "
+            "did you mean `tensorrt`?",
+        ),
         ("targets: []", "FILE: targets: list each runtime once, at least one"),
         ("targets: [tensorrt, tensorrt]", "FILE: targets: list each runtime once, at least one"),
     ],

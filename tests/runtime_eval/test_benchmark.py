@@ -16,9 +16,11 @@ import pytest
 from artifacts.errors import UsageError
 from artifacts.progress import Progress, quiet
 from artifacts.store import manifest_hash
-from runtime_eval import device
-from runtime_eval.benchmark import benchmark
+from runtime_eval import device, jetson, sidecar
+from runtime_eval.benchmark import _is_timed, _Model, _not_run, benchmark
+from runtime_eval.client import Worker
 from tests.runtime_eval.conftest import PREPROCESSING, QUICK, VERIFICATION, Digits, WriteExport, metadata, onnx_bytes
+from tests.runtime_eval.fake_cuda import PLAN, FakeTensorRT
 
 
 def in_process(path: Path, digits: Digits) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -123,7 +125,126 @@ def test_tensorrt_latency_is_never_taken_from_another_runtime(
 ) -> None:
     monkeypatch.setattr(device, "CUDA_DEVICES", ("/dev/null",))
     latency = benchmark(write_export(), QUICK, quiet)["models"]["tensorrt.onnx"]["latency"]
-    assert latency == {"status": "not run: this version has no TensorRT runner"}
+    assert latency == {"status": "not run: no engine was built from this file"}
+
+
+# Puts the fake device into the model's process, which starts with it.
+SITE = """
+import sys
+from tests.runtime_eval.fake_cuda import FakeCuda, FakeTensorRT
+from runtime_eval import device
+from runtime_eval.runners import tensorrt
+sys.modules["tensorrt"] = FakeTensorRT("tensorrt")
+device.CUDA_DEVICES = ("/dev/null",)
+tensorrt._Cuda = FakeCuda
+"""
+
+
+def write_plan(path: Path, precision: str, target: str) -> Path:
+    preprocess = {"crqat.preprocessing": json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3})}
+    sidecar.save(
+        path,
+        PLAN,
+        builder="tensorrt",
+        version=FakeTensorRT.__version__,
+        compute_capability="8.7",
+        precision=precision,
+        metadata={**preprocess, "crqat.target": target},
+    )
+    return path
+
+
+def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
+    write_export: WriteExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2])]))
+    images = np.random.default_rng(0).integers(0, 256, (50, 3, 2, 2)).astype(np.uint8)
+    labels = images.sum(axis=(2, 3), dtype=np.int64).argmax(axis=1)
+    labels[:5] = (labels[:5] + 1) % 3  # which the fake engine gets wrong
+    no_onnx = dict.fromkeys(("float.onnx", "onnxruntime.onnx", "tensorrt.onnx"), b"not a model")
+    export = write_export({**no_onnx, "images.npy": images, "labels.npy": labels})
+    engines = {
+        "float.onnx": [write_plan(tmp_path / "float.plan", "float16", "float")],
+        "tensorrt.onnx": [write_plan(tmp_path / f"{build}.plan", "int8", "tensorrt") for build in range(2)],
+    }
+    turns: list[Path] = []
+    latency = Worker.latency
+
+    def spy(worker: Worker, warm_up_seconds: float, seconds: float) -> tuple[list[float], list[float]]:
+        arguments: Any = worker._process.args
+        turns.append(Path(arguments[3]))
+        return latency(worker, warm_up_seconds, seconds)
+
+    monkeypatch.setattr(Worker, "latency", spy)
+    results = benchmark(export, QUICK, quiet, engines)
+
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert [path.name for path in turns if path.name != "float.plan"] == ["0.plan", "1.plan"] * 3
+    model = results["models"]["tensorrt.onnx"]
+    assert [model[key] for key in ("status", "runtime", "runtime_version", "provider")] == [
+        "measured",
+        "tensorrt",
+        "10.3.0",
+        "compute capability 8.7",
+    ]
+    assert model["accuracy"]["top1"] == model["accuracy_batch_1"]["top1"] == 0.9
+    assert model["latency"]["compute_p50_ms"] == pytest.approx(3.0)
+    assert model["latency"]["p50_ms"] < 3.0  # of the fake's real time
+    assert [len(build["round_p50_ms"]) for build in model["builds"]] == [3, 3]
+    assert model["versus_float"]["latency_ratio"] > 0
+    assert results["models"]["onnxruntime.onnx"]["status"].startswith("failed: onnxruntime.onnx in onnxruntime: ")
+
+
+def test_a_plan_where_there_is_no_cuda_device_is_a_failure_with_that_reason(
+    write_export: WriteExport, tmp_path: Path
+) -> None:
+    if device.cuda_device():
+        pytest.skip("there is a CUDA device")
+    plan = write_plan(tmp_path / "int8.plan", "int8", "tensorrt")
+    results = benchmark(write_export(), QUICK, quiet, {"tensorrt.onnx": [plan]})
+    assert results["models"]["tensorrt.onnx"]["status"] == "failed: int8.plan in tensorrt: no CUDA device"
+    assert results["models"]["float.onnx"]["status"] == "measured"
+
+
+def test_a_jetson_that_throttles_makes_every_latency_unstable(
+    write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events = iter(range(1000))
+    board = {"model": "NVIDIA Jetson Orin NX", "power_mode": "MAXN_SUPER"}
+    quiet_state: dict[str, Any] = {
+        "free_clocks": [],
+        "temperatures_c": {},
+        "over_trip": [],
+        "cooling": {},
+        "power_mw": {},
+    }
+    monkeypatch.setattr(jetson, "describe", lambda root: board)
+    monkeypatch.setattr(
+        jetson,
+        "state",
+        lambda root: {
+            **quiet_state,
+            "clocks_locked": True,
+            "total_power_mw": 5000.0,
+            "throttle_events": {"oc3": next(events)},
+        },
+    )
+    results = benchmark(write_export(), QUICK, quiet)
+    # Looked at before, after each of the six rounds, and at the end.
+    assert results["device"]["jetson"]["run"]["throttle_events"] == {"oc3": 7}
+    assert results["device"]["jetson"]["power_mode"] == "MAXN_SUPER"
+    for file in ("float.onnx", "onnxruntime.onnx"):
+        assert "throttled: oc3 rose by 7" in results["models"][file]["latency"]["unstable"]
+
+
+def test_on_a_provider_of_tensorrts_the_other_file_is_timed() -> None:
+    config = replace(QUICK, provider="TensorrtExecutionProvider")
+    models = [_Model({"file": f"{t}.onnx", "target": t}, Path(), 1) for t in ("float", "onnxruntime", "tensorrt")]
+    assert [_is_timed(model, config) for model in models] == [True, False, True]
+    assert [_is_timed(model, QUICK) for model in models] == [True, True, False]
+    assert _not_run(models[1]) == "not run: the file is for another execution provider"
 
 
 def check_one_failure(results: dict[str, Any], file: str, *words: str) -> None:

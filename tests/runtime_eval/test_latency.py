@@ -27,6 +27,19 @@ def test_a_percentile_needs_enough_samples(n: int, p90: bool, p99: bool) -> None
     assert (result["p90_ms"] is not None, result["p99_ms"] is not None) == (p90, p99)
 
 
+def test_what_the_machine_says_makes_a_steady_latency_unstable() -> None:
+    steady, drifting = [[0.001] * 9] * 10, [[0.001 * (1 + 0.05 * turn)] * 9 for turn in range(10)]
+    assert summarize(steady, 1, disturbance="clocks not locked")["unstable"] == "clocks not locked"
+    assert summarize(drifting, 1, disturbance="clocks not locked")["unstable"].startswith(
+        "clocks not locked; the middle"
+    )
+
+
+def test_the_devices_computation_is_told_apart() -> None:
+    assert summarize([[0.002] * 3], 1)["compute_p50_ms"] is None
+    assert summarize([[0.002] * 3], 1, [0.001, 0.0015, 0.009])["compute_p50_ms"] == pytest.approx(1.5)
+
+
 def test_a_drifting_clock_is_unstable_and_a_single_slow_inference_or_round_is_not() -> None:
     drifting = [[0.001 * (1 + 0.05 * turn)] * 9 for turn in range(10)]
     # The quartiles of 1, 1.05 .. 1.45 are 1.1125 and 1.3375, their median is 1.225.

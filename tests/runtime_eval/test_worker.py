@@ -3,13 +3,16 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 import pytest
 
 from artifacts.errors import ToolError
 from runtime_eval.client import Worker
+from runtime_eval.config import Provider
 from runtime_eval.runners.onnxruntime import OnnxRuntimeRunner
 from runtime_eval.worker import latency, preprocessing
 from tests.runtime_eval.conftest import PREPROCESSING, QUICK, Digits, WriteExport, metadata
@@ -28,7 +31,7 @@ def test_the_protocol_survives_what_libraries_print(write_export: WriteExport) -
         "sys.exit(worker.main())\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, export / "float.onnx", export / "images.npy", "CPUExecutionProvider", "1"],
+        [sys.executable, "-c", code, export / "float.onnx", export / "images.npy", "CPUExecutionProvider", "1", "0"],
         input='{"command": "memory"}\n',
         capture_output=True,
         text=True,
@@ -51,9 +54,10 @@ def test_latency_measures_at_least_once_and_not_the_warm_up(write_export: WriteE
     image = PREPROCESSING(digits.images[:1])
     runner = CountingRunner(write_export() / "float.onnx", "CPUExecutionProvider", 1)
     with runner:
-        samples = latency(runner, image, warm_up_seconds=0.05, seconds=0.0)
+        samples, computed = latency(runner, image, warm_up_seconds=0.05, seconds=0.0)
         assert runner.calls > len(samples) == 1
         assert 0 < samples[0] < 0.05
+        assert computed == []
 
 
 def test_the_runner_says_what_it_is_and_computes_the_networks_logits(write_export: WriteExport, digits: Digits) -> None:
@@ -64,15 +68,15 @@ def test_the_runner_says_what_it_is_and_computes_the_networks_logits(write_expor
     np.testing.assert_allclose(logits, digits.logits()[:7], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("provider", [name for name in get_args(Provider) if name not in ort.get_available_providers()])
 def test_a_provider_that_silently_becomes_another_is_an_error(
-    write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
+    write_export: WriteExport, monkeypatch: pytest.MonkeyPatch, provider: str
 ) -> None:
     # What a build with CUDA does on a machine whose driver does not start: the provider is listed, the CPU runs.
-    monkeypatch.setattr(
-        "onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
-    with pytest.raises(ToolError, match=r"float.onnx.* on CPUExecutionProvider, not on CUDAExecutionProvider"):
-        OnnxRuntimeRunner(write_export() / "float.onnx", "CUDAExecutionProvider", 1)
+    export = write_export()
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: [provider, "CPUExecutionProvider"])
+    with pytest.raises(ToolError, match=rf"float.onnx.* on CPUExecutionProvider, not on {provider}"):
+        OnnxRuntimeRunner(export / "float.onnx", provider, 1)
 
 
 def test_an_unexpected_exit_is_told_with_its_code_and_last_words(

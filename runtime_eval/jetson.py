@@ -1,0 +1,312 @@
+"""What a Jetson says of itself. It only reads: files, `nvpmodel -q`, a line of tegrastats; none of it needs root.
+
+Every path is looked up below `root`, which is another directory in tests only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path("/")
+_TOOL_SECONDS = 10.0
+_TEGRASTATS_SECONDS = 1.5
+# JetPack by L4T release, the longest prefix first. The rest of a release is named by its L4T alone.
+JETPACK = {
+    "32.7": "4.6",
+    "35.1": "5.0.2",
+    "35.2.1": "5.1",
+    "35.3.1": "5.1.1",
+    "35.4.1": "5.1.2",
+    "35.5.0": "5.1.3",
+    "35.6.0": "5.1.4",
+    "35.6.1": "5.1.5",
+    "35.6.2": "5.1.5",
+    "35.6.3": "5.1.5",
+    "35.6.4": "5.1.6",
+    "36.3": "6.0",
+    "36.4.0": "6.1",
+    "36.4.3": "6.2",
+    "36.4.4": "6.2.1",
+    "36.4.7": "6.2.1",
+    "36.5": "6.2.2",
+    "38.2": "7.0",
+    "38.4": "7.1",
+    "39.0": "7.2",
+    "39.2.0": "7.2",
+    "39.2.1": "7.2.1",
+}
+# A sensor whose block is powered off reads -256 degrees.
+_POWERED_OFF = -200.0
+# Module input; where a board has none (AGX Orin), the sum of the three rails that do not feed each other.
+_INPUT_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
+_SUMMED_RAILS = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")
+# Trips at which the kernel slows the machine or stops it; "active" ones switch a fan.
+_THROTTLING_TRIPS = ("passive", "hot", "critical")
+_GPU_CLOCKS = ("*.gpu", "*.gv11b", "*.ga10b", "gpu-gpc-0")
+
+
+def parse_release(text: str) -> str | None:
+    """The L4T release in /etc/nv_tegra_release, such as "36.4.4"."""
+    match = re.search(r"R(\d+).*REVISION:\s*(\d+(?:\.\d+)*)", text)
+    return f"{match[1]}.{match[2]}" if match else None
+
+
+def jetpack(release: str) -> str | None:
+    """The JetPack that an L4T release belongs to; None if it is not in the table."""
+    parts = release.split(".")
+    prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((JETPACK[prefix] for prefix in prefixes if prefix in JETPACK), None)
+
+
+def parse_power_mode(text: str) -> str | None:
+    """The power mode's name in the output of `nvpmodel -q`. Its number means something else on each board."""
+    match = re.search(r"^NV Power Mode:\s*(\S+)", text, re.MULTILINE)
+    return match[1] if match else None
+
+
+def parse_tegrastats(line: str) -> dict[str, Any]:
+    """Temperatures, power and clocks in a line of tegrastats, of any JetPack from 4 on.
+
+    Returns:
+        `temperatures_c` and `power_mw` (present values) by name, `cpu_mhz` of the cores that are on, `cpus_off`,
+        `gpu_mhz` of each GPC; empty or 0 where the line does not tell.
+    """
+    temperatures = {name: float(value) for name, value in re.findall(r"(\w+)@(-?\d+(?:\.\d+)?)C\b", line)}
+    # Present/average, on JetPack 7 /maximum too; JetPack 4 has no unit, which tells power from "RAM 2850/7486MB".
+    power = re.findall(r"\b([A-Z]\w*) (\d+)(?:mW)?/\d+(?:mW)?(?:/\d+(?:mW)?)?(?=\s|$)", line)
+    cores = re.search(r"\bCPU \[([^\]]*)\]", line)
+    gpu = re.search(r"\bGR3D_FREQ (?:\d+%)?@?\[?(\d+(?:,\d+)*)?\]?(?=\s|$)", line)
+    return {
+        "temperatures_c": {name: value for name, value in temperatures.items() if value > _POWERED_OFF},
+        "power_mw": {name: float(value) for name, value in power if name != "NC"},
+        "cpu_mhz": [int(value) for value in re.findall(r"\d+%@(\d+)", cores[1])] if cores else [],
+        "cpus_off": cores[1].split(",").count("off") if cores else 0,
+        "gpu_mhz": [int(value) for value in gpu[1].split(",")] if gpu and gpu[1] else [],
+    }
+
+
+def total_power(power_mw: dict[str, float]) -> float | None:
+    """The module's input power in mW (not the wall's); None if its rails are not known."""
+    for rail in _INPUT_RAILS:
+        if rail in power_mw:
+            return power_mw[rail]
+    if all(rail in power_mw for rail in _SUMMED_RAILS):
+        return sum(power_mw[rail] for rail in _SUMMED_RAILS)
+    return None
+
+
+def describe(root: Path = ROOT) -> dict[str, Any] | None:
+    """Board, release and power mode as a JSON object, None for what is not told; None as a whole if it is no Jetson."""
+    text = _read(root / "etc/nv_tegra_release")
+    compatible = (_read(root / "proc/device-tree/compatible") or "").split("\0")
+    soc = next((name.removeprefix("nvidia,") for name in compatible if name.startswith("nvidia,tegra")), None)
+    if text is None and soc is None:
+        return None
+    release = parse_release(text or "")
+    return {
+        "model": _read(root / "proc/device-tree/model"),
+        "soc": soc,
+        "l4t": release,
+        "jetpack": jetpack(release) if release else None,
+        "power_mode": parse_power_mode(_output(root, "nvpmodel", ["-q"], _TOOL_SECONDS)),
+    }
+
+
+def state(root: Path = ROOT) -> dict[str, Any]:
+    """Clocks, temperatures, throttling and power at this moment, as a JSON object.
+
+    Returns:
+        `clocks_locked` (None if no clock can be read) and the `free_clocks` with their range; `temperatures_c` by zone;
+        `over_trip`, each zone at or over a trip that slows the machine; `throttle_events` since boot, a counter by
+        name; `cooling`, the state of each cooling device but fans; `power_mw` by rail and `total_power_mw`.
+    """
+    free, locked = _free_clocks(root)
+    temperatures, over = _temperatures(root)
+    power = _power(root)
+    if not power or not temperatures:  # other places on some boards: the tool knows them
+        line = parse_tegrastats(_output(root, "tegrastats", ["--interval", "100"], _TEGRASTATS_SECONDS))
+        power, temperatures = power or line["power_mw"], temperatures or line["temperatures_c"]
+    return {
+        "clocks_locked": None if locked is None else not free,
+        "free_clocks": free,
+        "temperatures_c": temperatures,
+        "over_trip": over,
+        "throttle_events": _counters(root),
+        "cooling": _cooling(root),
+        "power_mw": power,
+        "total_power_mw": total_power(power),
+    }
+
+
+class Watch:
+    """Follows a Jetson through a measurement; on any other machine it sees nothing and has no objection.
+
+    Args:
+        root: Where the board's files are.
+    """
+
+    def __init__(self, root: Path = ROOT) -> None:
+        self._root = root
+        self.board = describe(root)
+        self._states: list[dict[str, Any]] = []
+        self.look()
+
+    def look(self) -> None:
+        """Read the state; called before, between and after what is timed."""
+        if self.board is not None:
+            self._states.append(state(self._root))
+
+    def result(self) -> dict[str, Any] | None:
+        """The board and its `run` as a JSON object; None if it is no Jetson.
+
+        `throttle_events` are those of the run, temperatures and power the largest seen.
+        """
+        if self.board is None:
+            return None
+        run = {
+            "clocks_locked": self._states[-1]["clocks_locked"],
+            "throttle_events": self._rise("throttle_events"),
+            "max_temperatures_c": self._largest("temperatures_c"),
+            "max_power_mw": self._largest("power_mw"),
+            "max_total_power_mw": max((s["total_power_mw"] for s in self._states if s["total_power_mw"]), default=None),
+            "looks": len(self._states),
+            "unstable": self.unstable() or False,
+        }
+        return {**self.board, "run": run}
+
+    def unstable(self) -> str | None:
+        """Why a latency measured meanwhile is not to be trusted, in one line; None if nothing speaks against it."""
+        if self.board is None:
+            return None
+        reasons = []
+        for seen in self._states:
+            if seen["clocks_locked"] is None:
+                reasons.append("the clocks cannot be read")
+            elif not seen["clocks_locked"]:
+                reasons.append(f"clocks not locked ({seen['free_clocks'][0]})")
+            reasons += [f"hot: {zone}" for zone in seen["over_trip"]]
+        reasons += [f"throttled: {name} rose by {by}" for name, by in self._rise("throttle_events").items() if by]
+        reasons += [f"throttled: {name} in state {value}" for name, value in self._largest("cooling").items() if value]
+        return "; ".join(dict.fromkeys(reasons)) or None
+
+    def _rise(self, key: str) -> dict[str, int]:
+        """How far each counter rose. They count since boot; one that was not there before has nothing to say."""
+        first, last = self._states[0][key], self._states[-1][key]
+        return {name: last[name] - first[name] for name in first if name in last}
+
+    def _largest(self, key: str) -> dict[str, float]:
+        largest: dict[str, float] = {}
+        for seen in self._states:
+            for name, value in seen[key].items():
+                largest[name] = max(value, largest.get(name, value))
+        return largest
+
+
+def _read(path: Path) -> str | None:
+    """A file's text without the NUL and the newline at its end. A sensor that is switched off refuses to be read."""
+    try:
+        return path.read_text(errors="replace").strip("\0\n ")
+    except OSError:
+        return None
+
+
+def _number(path: Path) -> int | None:
+    text = _read(path)
+    try:
+        return None if text is None else int(text)
+    except ValueError:
+        return None
+
+
+def _output(root: Path, tool: str, arguments: list[str], seconds: float) -> str:
+    """What a tool of the board prints until it ends or its time is over; empty if it is not there or does not start.
+
+    Standard input is closed: nvpmodel asks questions if it can.
+    """
+    found = shutil.which(tool, path=os.pathsep.join(str(root / place) for place in ("usr/sbin", "usr/bin")))
+    if found is None:
+        return ""
+    try:
+        result = subprocess.run(
+            [found, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as expired:  # tegrastats never ends by itself
+        return (expired.output or b"").decode(errors="replace")
+    except OSError:
+        return ""
+    return result.stdout.decode(errors="replace")
+
+
+def _free_clocks(root: Path) -> tuple[list[str], bool | None]:
+    """The clocks that may move, with their range in MHz, and whether there is any clock to read (None: no)."""
+    pairs: list[tuple[str, Path, str]] = []
+    for pattern in _GPU_CLOCKS:
+        pairs += [("GPU", path, "") for path in sorted((root / "sys/class/devfreq").glob(pattern))]
+    for cpu in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*")):
+        if _read(cpu / "online") != "0":  # the first one has no such file, since it cannot be switched off
+            pairs.append((cpu.name, cpu / "cpufreq", "scaling_"))
+    free, readable = [], None
+    for name, path, prefix in pairs:
+        low, high = _number(path / f"{prefix}min_freq"), _number(path / f"{prefix}max_freq")
+        if low is None or high is None:
+            continue
+        readable = True
+        if low != high:
+            unit = 1_000 if prefix else 1_000_000  # cpufreq counts kHz, devfreq Hz
+            free.append(f"{name} {low / unit:.0f} to {high / unit:.0f} MHz")
+    return free, readable
+
+
+def _temperatures(root: Path) -> tuple[dict[str, float], list[str]]:
+    """Degrees Celsius by zone, and the zones at or over a trip that slows the machine."""
+    temperatures, over = {}, []
+    for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
+        name, value = _read(zone / "type"), _number(zone / "temp")
+        if name is None or value is None or value / 1000 <= _POWERED_OFF:
+            continue
+        temperatures[name] = value / 1000
+        for trip in sorted(zone.glob("trip_point_*_temp")):
+            kind, limit = _read(trip.with_name(trip.name.replace("_temp", "_type"))), _number(trip)
+            if kind in _THROTTLING_TRIPS and limit is not None and 0 < limit <= value:
+                over.append(f"{name} over its {kind} trip at {limit / 1000:.1f} C")
+    return temperatures, over
+
+
+def _counters(root: Path) -> dict[str, int]:
+    """Over-current and under-voltage events since boot."""
+    base = root / "sys/devices/platform/soctherm-oc-event/hwmon"
+    counts = ((path.name.removesuffix("_event_cnt"), _number(path)) for path in base.glob("hwmon*/oc*_event_cnt"))
+    return {name: count for name, count in sorted(counts) if count is not None}
+
+
+def _cooling(root: Path) -> dict[str, int]:
+    """The state of each cooling device that slows something down, 0 for at rest."""
+    states: dict[str, int] = {}
+    for device in sorted((root / "sys/class/thermal").glob("cooling_device*")):
+        name, value = _read(device / "type"), _number(device / "cur_state")
+        if name is not None and value is not None and "fan" not in name:
+            states[name] = max(value, states.get(name, 0))
+    return states
+
+
+def _power(root: Path) -> dict[str, float]:
+    """Power in mW by rail, from the INA3221 monitors' voltage and current."""
+    rails = {}
+    for label in sorted((root / "sys/bus/i2c/drivers/ina3221").glob("*/hwmon/hwmon*/in*_label")):
+        number = label.name.removeprefix("in").removesuffix("_label")
+        name = _read(label)
+        volts, amperes = _number(label.with_name(f"in{number}_input")), _number(label.with_name(f"curr{number}_input"))
+        # NC is not connected; the seventh input is the sum of the shunts' voltages and has no current.
+        if name and name != "NC" and volts is not None and amperes is not None:
+            rails[name] = volts * amperes / 1000
+    return rails
