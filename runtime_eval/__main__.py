@@ -38,6 +38,10 @@ def table(results: dict[str, Any]) -> str:
         p50 = f"{latency['p50_ms']:.4f}" if latency["status"] == "measured" else "-"
         top1 = 100 * model["accuracy"]["top1"]
         lines.append(f"{file:<20} {top1:>8.2f} {drop:>27} {p50:>9} {ratio:>25} {model['size_bytes'] / 1e3:>8.1f}")
+        counted = model["codes_on_this_cpu"]
+        if counted is not None:
+            left_out = f"; {counted['left_out']} tensors left out" if counted["left_out"] else ""
+            lines.append(f"{'':<20} codes on this CPU: {counted['differing']} of {counted['codes']} differ{left_out}")
         if latency["status"] != "measured":
             lines.append(f"{'':<20} latency {latency['status']}")
         elif latency["unstable"]:

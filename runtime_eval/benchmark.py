@@ -39,6 +39,7 @@ class _Model:
     top: npt.NDArray[np.int64] | None = None
     rounds: list[list[float]] = field(default_factory=list)
     memory: int | None = None
+    codes: dict[str, Any] | None = None
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -97,6 +98,7 @@ def _read_payload(
     try:
         entries = [dict(entry) for entry in payload["models"]]
         names = [payload["images"], payload["labels"], *(entry["file"] for entry in entries)]
+        names += [entry["expected_codes"] for entry in entries if "expected_codes" in entry]
         targets = [entry["target"] for entry in entries]
         payload["run"]
     except (KeyError, TypeError, ValueError) as error:
@@ -150,6 +152,8 @@ def _measure(
             top = Path(scratch) / "top.npy"
             worker.accuracy(config.accuracy_batch, top, partial(progress, task))
             model.top = np.load(top, allow_pickle=False)
+            if "expected_codes" in model.entry:
+                model.codes = worker.codes(model.path.parent / model.entry["expected_codes"])
     for turn in range(config.latency_rounds):
         timed = [model for model in models if model.failure is None and model.entry["target"] in TIMED]
         for position in range(len(timed)):
@@ -179,6 +183,7 @@ def _result(
         "versus_float": None,
         "verification": model.entry.get("verification"),
         "fusion": model.entry.get("fusion"),
+        "codes_on_this_cpu": model.codes,
     }
     if model.failure is not None or model.top is None:
         return result

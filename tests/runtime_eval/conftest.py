@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -111,6 +112,25 @@ def digits() -> Digits:
     return Digits(images[TRAINING_IMAGES:], data.target[TRAINING_IMAGES:].astype(np.int64), layers)
 
 
+def expected_codes(images: npt.NDArray[np.uint8], wrong: int = 0) -> bytes:
+    """The codes of the network's input as an .npz file, computed without ONNX Runtime; `wrong` of them are wrong."""
+    normalized = PREPROCESSING(images)
+    codes = np.clip(np.rint(normalized.reshape(-1) / np.float32(0.05)), -128, 127).astype(np.int8)
+    codes[:wrong] ^= 1
+    shown = onnx.ModelProto()
+    shown.graph.output.append(helper.make_tensor_value_info("x0_codes", TensorProto.INT8, None))
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        images=normalized,
+        names=np.array(["x0_codes"]),
+        codes=codes.view(np.uint8),
+        left_out=np.array(0),
+        outputs=np.frombuffer(shown.SerializeToString(), np.uint8),
+    )
+    return buffer.getvalue()
+
+
 WriteExport = Callable[..., Path]
 
 
@@ -125,10 +145,17 @@ def write_export(digits: Digits, tmp_path: Path) -> WriteExport:
             "float.onnx": onnx_bytes(digits.layers, "float", None),
             "onnxruntime.onnx": onnx_bytes(digits.layers, "onnxruntime", 3),
             "tensorrt.onnx": onnx_bytes(digits.layers, "tensorrt", 4),
+            "onnxruntime.codes.npz": expected_codes(digits.images[:2]),
         } | (files or {})
         models = [
             {"file": "float.onnx", "target": "float"},
-            {"file": "onnxruntime.onnx", "target": "onnxruntime", "verification": VERIFICATION, "fusion": {"Conv": 0}},
+            {
+                "file": "onnxruntime.onnx",
+                "target": "onnxruntime",
+                "verification": VERIFICATION,
+                "fusion": {"Conv": 0},
+                "expected_codes": "onnxruntime.codes.npz",
+            },
             {"file": "tensorrt.onnx", "target": "tensorrt", "verification": VERIFICATION},
         ]
         manifest = Manifest("export", "key", None, {}, {})
