@@ -198,8 +198,8 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
     environment = tmp_path_factory.mktemp("board") / "venv"
     subprocess.run([python, "-m", "venv", environment], check=True)
     interpreter = environment / "bin" / "python"
-    packages = ["numpy", "onnxruntime"]
-    install = [str(interpreter), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *packages]
+    options = ["--quiet", "--disable-pip-version-check", "--no-compile"]
+    install = [str(interpreter), "-m", "pip", "install", *options, "numpy", "onnxruntime"]
     result = subprocess.run(install, capture_output=True, text=True, check=False)
     if result.returncode != 0:
         pytest.skip(f"pip cannot install numpy and onnxruntime: {result.stderr.strip().splitlines()[-1]}")
