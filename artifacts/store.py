@@ -142,8 +142,8 @@ def _make_current(run: Path, stage: str, version: Path) -> None:
 
 def _sweep(run: Path, stage: str, version: Path, previous: Path) -> None:
     """Remove the version before and what killed processes left; a live writer holds the lock of its directory."""
-    # Exactly what mkdtemp and `_make_current` name: another stage's name may begin with this one's.
-    own = re.compile(rf"\.{re.escape(stage)}-[a-z0-9_]{{8}}(\.link|\.copied)?")
+    # What mkdtemp and `_make_current` add has no hyphen; the name of another device's stage may begin with this one's.
+    own = re.compile(rf"\.{re.escape(stage)}-[a-z0-9_]+(\.link|\.copied)?")
     for path in run.iterdir():
         if not own.fullmatch(path.name):
             continue
