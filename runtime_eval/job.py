@@ -28,7 +28,7 @@ JOBS = Path(".cache") / "crqat" / "jobs"  # in the home directory
 FOLDER = "crqat-bundle"
 NEEDED = ("numpy", "onnxruntime")
 _HEARTBEAT_SECONDS = 5.0
-_POLL_SECONDS = 0.25
+_POLL_SECONDS = 1.0  # seldom, because a latency is being measured
 _CHUNK = 1 << 20
 # The exit code appears in one step and after everything else: whoever sees it sees a finished job.
 _SCRIPT = 'code=$1; shift; "$@"; echo $? >"$code.part" && mv "$code.part" "$code"'
@@ -81,14 +81,18 @@ def state(job: Path) -> dict[str, Any]:
 
     Returns:
         {"state": "absent" | "running" | "finished" | "dead", "code": exit code if finished, "reason": text if dead,
-        "unpacked": whether its bundle is there, "missing": packages that this Python lacks}. Whether it is finished is
-        asked again behind whether it runs: it may just have ended.
+        "unpacked": whether its bundle is there, "missing": packages that this Python lacks}.
     """
     found = {
         "unpacked": (job / FOLDER).is_dir(),
         "missing": [name for name in NEEDED if importlib.util.find_spec(name) is None],
     }
-    return {**found, **(_finished(job) or _running(job) or _finished(job) or _dead(job) or {"state": "absent"})}
+    return {**found, **_progress(job)}
+
+
+def _progress(job: Path) -> dict[str, Any]:
+    # Asked twice whether it is finished: it may have ended between the first two questions.
+    return _finished(job) or _running(job) or _finished(job) or _dead(job) or {"state": "absent"}
 
 
 def _finished(job: Path) -> dict[str, Any] | None:
@@ -100,8 +104,9 @@ def _finished(job: Path) -> dict[str, Any] | None:
 
 def _running(job: Path) -> dict[str, Any] | None:
     process = _process(job)
-    alive = process and process["boot"] == _boot() and _started(process["pid"]) == process["started"]
-    return {"state": "running"} if alive else None
+    if process is None or process["started"] is None or process["boot"] != _boot():
+        return None
+    return {"state": "running"} if _started(process["pid"]) == process["started"] else None
 
 
 def _dead(job: Path) -> dict[str, Any] | None:
@@ -196,10 +201,10 @@ def _launch(job: Path) -> None:
 
 
 def follow(job: Path, offset: str) -> dict[str, Any]:
-    """Tell of the log from a byte offset on until the job is over, and give its state."""
+    """Tell of the log from a byte offset on until the job is over, and give its state without what it has."""
     position = int(offset)
     while True:
-        found = state(job)
+        found = _progress(job)
         with suppress(FileNotFoundError), (job / "log").open("rb") as log:
             log.seek(position)
             while chunk := log.read(_CHUNK):

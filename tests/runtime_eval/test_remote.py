@@ -210,8 +210,9 @@ def test_the_board_has_no_torch(server: Server, orin: Board) -> None:
 
 
 def test_work_goes_on_through_cut_connections_and_gives_the_local_accuracy(
-    server: Server, orin: Board, export: Path, contents: Contents, monkeypatch: pytest.MonkeyPatch
+    server: Server, orin: Board, export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    contents = describe(export, asdict(replace(QUICK, latency_seconds=3.0)), "1")  # long enough to be looked at
     monkeypatch.setattr(remote, "RETRIES", (0.1, 0.1))
     first = Call(orin, contents)
     first.heard.wait_for("orin: latency")
@@ -232,15 +233,13 @@ def test_work_goes_on_through_cut_connections_and_gives_the_local_accuracy(
     first.wait()
     assert re.fullmatch(r"ssh://orin: .*(Connection refused|closed).*; what was started there goes on: .*", first.error)
     assert "\n" not in first.error
-    running = job.state(folder)
-    assert running["state"] in ("running", "finished")
+    assert job.state(folder)["state"] == "running"
     server.start()
     second = Call(orin, contents)
     second.wait()
     assert second.error == ""
     assert json.loads((folder / "process.json").read_text()) == process
-    if running["state"] == "running":
-        assert ("orin: job", 1, 1, "new") not in second.heard.told
+    assert ("orin: job", 1, 1, "runs already and is picked up") in second.heard.told
     local = benchmark(export, QUICK, quiet)
     assert second.results["bundle"] == contents[0].sha256
     assert second.results["device"]["python"].startswith("3.10.")
@@ -394,6 +393,25 @@ def test_silence_is_a_lost_connection(
     with pytest.raises(Disconnected, match="no sign of life"):
         measure(Board.parse("ssh://orin"), *contents, False, quiet)
     assert time.monotonic() - start < 10
+
+
+def test_what_became_of_a_job(tmp_path: Path) -> None:
+    assert job.state(tmp_path / "none")["state"] == "absent"
+    with subprocess.Popen(["sleep", "60"]) as process:
+        mine = {"pid": process.pid, "started": job._started(process.pid), "boot": job._boot()}
+        (tmp_path / "process.json").write_text(json.dumps(mine))
+        assert job.state(tmp_path)["state"] == "running"
+        # Another process got the number since.
+        (tmp_path / "process.json").write_text(json.dumps({**mine, "started": "1"}))
+        assert job.state(tmp_path)["reason"] == "its process is gone"
+        (tmp_path / "process.json").write_text(json.dumps({**mine, "boot": "another"}))
+        assert job.state(tmp_path)["reason"] == "the board was restarted"
+        process.kill()
+    for started in (mine["started"], None):
+        (tmp_path / "process.json").write_text(json.dumps({**mine, "started": started}))
+        assert job.state(tmp_path)["state"] == "dead"
+    (tmp_path / "code").write_text("0\n")
+    assert (job.state(tmp_path)["state"], job.state(tmp_path)["code"]) == ("finished", 0)
 
 
 @pytest.mark.parametrize(
