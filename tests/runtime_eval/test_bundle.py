@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 
 from artifacts.errors import CrqatError, ToolError, UsageError
-from artifacts.progress import quiet
+from artifacts.progress import Progress, quiet
 from artifacts.store import verify_stage
+from runtime_eval.__main__ import measure
 from runtime_eval.benchmark import benchmark
 from runtime_eval.bundle import EXPORT, FOLDER, MANIFEST, Bundle, describe, unpack, verify, write
+from runtime_eval.config import BenchmarkConfig
 from tests.runtime_eval.conftest import QUICK, WriteExport
 
 # Something for a link to lead to and for a name to lead out to.
@@ -72,22 +74,40 @@ def test_an_unpacked_bundle_measures_itself(write_export: WriteExport, tmp_path:
     subprocess.run(["tar", "-xzf", archive], cwd=tmp_path, check=True)  # as a user of a board does it
     folder = tmp_path / FOLDER
     command = [sys.executable, "-m", "runtime_eval"]
-    for path, at in ((".", folder), (str(archive), folder)):
-        result = subprocess.run([*command, path], cwd=at, capture_output=True, text=True, check=True)
-        results = json.loads((at / "results.json").read_text())
-        assert results["bundle"] == bundle.sha256
-        assert results["config"] == asdict(QUICK)
-        for name, model in results["models"].items():
-            assert model["accuracy"] == local["models"][name]["accuracy"]
-            assert model["codes_on_this_cpu"] == local["models"][name]["codes_on_this_cpu"]
-        assert "codes on this CPU: 0 of 128 differ" in result.stdout
-        assert "accuracy of float.onnx: 797/797" in result.stderr.splitlines()
-        (at / "results.json").unlink()
+    result = subprocess.run([*command, "."], cwd=folder, capture_output=True, text=True, check=True)
+    results = json.loads((folder / "results.json").read_text())
+    assert results["bundle"] == bundle.sha256
+    assert results["config"] == asdict(QUICK)
+    for name, model in results["models"].items():
+        assert model["accuracy"] == local["models"][name]["accuracy"]
+        assert model["codes_on_this_cpu"] == local["models"][name]["codes_on_this_cpu"]
+    assert "codes on this CPU: 0 of 128 differ" in result.stdout
+    assert "accuracy of float.onnx: 797/797" in result.stderr.splitlines()
     (folder / "export" / "float.onnx").write_bytes(b"another")
     failed = subprocess.run([*command, "."], cwd=folder, capture_output=True, text=True, check=False)
     assert failed.returncode == 2
     assert failed.stderr.count("\n") == 1
     assert "export/float.onnx: damaged or altered" in failed.stderr
+
+
+def test_an_archive_is_measured_as_it_is(
+    write_export: WriteExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export, archive = write_export(), tmp_path / "b.tar.gz"
+    bundle = bundled(export, archive)
+
+    def fake(folder: Path, config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
+        assert verify_stage(folder) == verify_stage(export)
+        return {"threads": config.threads, "rounds": config.latency_rounds}
+
+    monkeypatch.setattr("runtime_eval.__main__.benchmark", fake)
+    assert measure(archive, None) == {"threads": 1, "rounds": QUICK.latency_rounds, "bundle": bundle.sha256}
+    assert measure(archive, 3)["threads"] == 3
+    assert measure(export, 3) == {"threads": 3, "rounds": BenchmarkConfig.latency_rounds}
+    unknown, paths = describe(export, {"nonsense": 1}, "1.2.3")
+    write(unknown, paths, archive)
+    with pytest.raises(UsageError, match=r"nonsense.*make the bundle anew"):
+        measure(archive, None)
 
 
 def tar(members: list[tuple[tarfile.TarInfo, bytes]], path: Path) -> Path:
