@@ -78,7 +78,8 @@ def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
     float_latency = next((model["latency"] for model in models.values() if model["target"] == "float"), None) or {}
     for file, model in models.items():
         if model["status"] != "measured":
-            status: Status = "not run" if model["status"].startswith("not run") else "error"
+            # Not run: its accuracy, which always has a limit, is neither kept nor broken, and that must not pass.
+            status: Status = "inconclusive" if model["status"].startswith("not run") else "error"
             verdicts.append(_plain("measurement", file, status, model["status"]))
         elif model["target"] != "float" and model["versus_float"] is None:
             verdicts.append(

@@ -77,8 +77,9 @@ def test_codes_of_the_cpu_that_was_measured_are_judged() -> None:
 def test_a_file_that_was_not_run_neither_passes_nor_fails() -> None:
     absent: dict[str, Any] = dict.fromkeys(("accuracy", "latency", "versus_float"))
     verdicts = judge(results({**model(), **absent, "status": "not run: no CUDA device"}), ALL_RULES)
-    assert [(v.rule, v.status) for v in verdicts] == [("measurement", "not run"), ("verification", "pass")]
+    assert [(v.rule, v.status) for v in verdicts] == [("measurement", "inconclusive"), ("verification", "pass")]
     assert verdicts[0].message == "not run: no CUDA device"
+    assert exit_code(verdicts) == 4
 
 
 def test_only_rules_with_a_limit_are_applied() -> None:
