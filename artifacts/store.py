@@ -11,6 +11,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -35,7 +36,7 @@ class Manifest:
     """What a stage says of its own files.
 
     Attributes:
-        stage: "train", "export" or "benchmark".
+        stage: "train", "export", "benchmark", or "benchmark@DEVICE" of another machine.
         key: Hash of everything the stage's result depends on; the same key means that it need not run again.
         parent: SHA-256 of the manifest of the stage before, None for the first.
         config: The resolved recipe.
@@ -141,7 +142,11 @@ def _make_current(run: Path, stage: str, version: Path) -> None:
 
 def _sweep(run: Path, stage: str, version: Path, previous: Path) -> None:
     """Remove the version before and what killed processes left; a live writer holds the lock of its directory."""
-    for path in run.glob(f".{stage}-*"):
+    # What mkdtemp and `_make_current` add has no hyphen; the name of another device's stage may begin with this one's.
+    own = re.compile(rf"\.{re.escape(stage)}-[a-z0-9_]+(\.link|\.copied)?")
+    for path in run.iterdir():
+        if not own.fullmatch(path.name):
+            continue
         # Whoever else sweeps here may be faster.
         with suppress(FileNotFoundError):
             old = time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS
@@ -172,6 +177,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def command(stage: str) -> str:
+    """The command line, without its name, that runs a stage."""
+    kind, at, _ = stage.partition("@")
+    return f"{kind} RECIPE --on ssh://HOST" if at else f"{kind} RECIPE"
+
+
 def read_manifest(directory: Path) -> Manifest:
     """The manifest of a stage's directory, its layout checked, its files not yet.
 
@@ -180,7 +191,7 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / MANIFEST
     if not directory.exists():
-        msg = f"{directory}: no such stage yet; run it first (crqat {directory.name} RECIPE)"
+        msg = f"{directory}: no such stage yet; run it first (crqat {command(directory.name)})"
         raise UsageError(msg)
     if not path.is_file():
         msg = f"{path}: missing; run the stage again with --force"

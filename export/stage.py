@@ -19,6 +19,7 @@ from crqat_train import data
 from crqat_train.batches import Images
 from crqat_train.config import TrainConfig
 from crqat_train.trainer import rebuild, weight_of
+from export.codes import expected_codes
 from export.config import ExportConfig
 from export.lint import lint
 from export.noise import quantizer_noise
@@ -112,6 +113,9 @@ def export(
                 "fusion": fusion(file.model) if name == "onnxruntime" else None,
             }
         )
+        codes = f"{name}.codes.npz"
+        if name == "onnxruntime" and expected_codes(file, verified, out / codes):
+            entries[-1]["expected_codes"] = codes
     _write_images(out / "images.npy", dataset.test_images)
     np.save(out / "labels.npy", dataset.test_labels.numpy())
     progress("export", steps, steps, f"{len(dataset.test_labels)} test images")

@@ -48,6 +48,7 @@ def _check_directory(path: Path) -> list[str]:
         manifest = store.verify_stage(path)
         return [_describe(path, manifest)]
     found = [stage for stage in stages.STAGES if (path / stage).exists()]
+    found += sorted(device.name for device in path.glob("benchmark@*"))
     if not found:
         msg = f"{path}: no run here: none of {', '.join(stages.STAGES)}"
         raise UsageError(msg)

@@ -14,6 +14,7 @@ from artifacts.errors import CrqatError, ToolError, UsageError
 if TYPE_CHECKING:
     from pipeline.gate import Verdict
     from pipeline.recipe import Recipe
+    from runtime_eval.remote import Board
 
 INTERRUPTED = 130
 TEMPLATE = Path(__file__).parent / "templates" / "recipe.yaml"
@@ -33,6 +34,17 @@ def _recipe_arguments(command: _Command) -> _Command:
 
 def _force_option(command: _Command) -> _Command:
     return click.option("--force", is_flag=True, help="Run it even if it is up to date or damaged.")(command)
+
+
+def _on_option(command: _Command) -> _Command:
+    help_text = "A board, ssh://[USER@]HOST[:PORT]; your ssh configuration applies."
+    return click.option("--on", "address", metavar="ADDRESS", help=help_text)(command)
+
+
+def _board(address: str, python: str = "python3", ssh_config: Path | None = None) -> Board:
+    from runtime_eval.remote import Board
+
+    return Board.parse(address, python, ssh_config)
 
 
 def _load(path: Path, overrides: tuple[str, ...]) -> Recipe:
@@ -92,21 +104,49 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) ->
 @crqat.command()
 @_recipe_arguments
 @_force_option
-def benchmark(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> None:
-    """Measure every file on this machine; the verdict is the gate's."""
+@_on_option
+@click.option("--python", default="python3", help="The Python there, e.g. ~/venv/bin/python. Default: python3.")
+@click.option("--ssh-config", type=click.Path(path_type=Path), help="Instead of ~/.ssh/config.")
+@click.option("--clean", is_flag=True, help="Remove what was copied there once the results are here.")
+def benchmark(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    runs: Path,
+    force: bool,
+    address: str | None,
+    python: str,
+    ssh_config: Path | None,
+    clean: bool,
+) -> None:
+    """Measure every file, on this machine or on a board; the verdict is the gate's."""
     config = _load(recipe, overrides)
-    _run_stage("benchmark", config, runs, force)
-    _show_results(config, runs)
+    if address is None:
+        if clean or ssh_config is not None or python != "python3":
+            msg = "--python, --ssh-config and --clean are of a board; name it with --on ssh://HOST"
+            raise UsageError(msg)
+        _run_stage("benchmark", config, runs, force)
+        _show_results(config, runs)
+        return
+    from pipeline import console, stages
+
+    board = _board(address, python, ssh_config)
+    with console.show_progress() as progress:
+        stages.benchmark_on(board, config, runs, force, progress, clean)
+    _show_results(config, runs, stages.device_stage(board))
 
 
 @crqat.command()
 @_recipe_arguments
+@_on_option
 @click.option(
     "--baseline", type=click.Path(path_type=Path), help="Earlier results.json, for gate.max_latency_regression."
 )
-def gate(recipe: Path, overrides: tuple[str, ...], runs: Path, baseline: Path | None) -> int:
-    """Judge the benchmark's results; exit with the verdict."""
-    return _judge(_load(recipe, overrides), runs, baseline)
+def gate(recipe: Path, overrides: tuple[str, ...], runs: Path, address: str | None, baseline: Path | None) -> int:
+    """Judge the benchmark's results, this machine's or a board's; exit with the verdict."""
+    from pipeline import stages
+
+    config = _load(recipe, overrides)
+    return _judge(config, runs, stages.device_stage(_board(address) if address else None), baseline)
 
 
 @crqat.command()
@@ -117,6 +157,18 @@ def compare(files: tuple[Path, ...]) -> None:
     from pipeline import results
 
     results.compare([(path, rules.read_results(path)) for path in files])
+
+
+@crqat.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-bundle.tar.gz.")
+def bundle(run: Path, out: Path | None) -> None:
+    """Write an export as one archive for a board, to be measured there without crqat."""
+    from pipeline import stages
+
+    archive, digest = stages.bundle(run, out)
+    click.echo(f"wrote {archive}, bundle {digest}; on the board:")
+    click.echo(f"  tar xzf {archive.name} && cd crqat-bundle && python3 -m runtime_eval .")
 
 
 @crqat.command()
@@ -175,19 +227,19 @@ def _run_stage(stage: str, config: Recipe, runs: Path, force: bool) -> dict[str,
     return read_manifest(directory).payload
 
 
-def _show_results(config: Recipe, runs: Path) -> None:
+def _show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
     from pipeline import gate as rules
     from pipeline import results, stages
 
-    directory = runs / config.name / "benchmark"
+    directory = runs / config.name / stage
     results.show(rules.read_results(directory / stages.RESULTS), directory)
 
 
-def _judge(config: Recipe, runs: Path, baseline: Path | None = None) -> int:
+def _judge(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:
     from pipeline import gate as rules
     from pipeline import results, stages
 
-    verdicts: list[Verdict] = stages.gate(config, runs, baseline)
+    verdicts: list[Verdict] = stages.gate(config, runs, stage, baseline)
     results.show_verdicts(verdicts)
     return rules.exit_code(verdicts)
 

@@ -47,8 +47,8 @@ class Verdict:
     """One rule on one file.
 
     Attributes:
-        rule: "measurement", "required", "verification", "accuracy_drop", "agreement", "latency_ratio",
-            "latency_regression" or "size_ratio".
+        rule: "measurement", "required", "verification", "codes_on_this_cpu", "accuracy_drop", "agreement",
+            "latency_ratio", "latency_regression" or "size_ratio".
         file: The model's file.
         status: "error" means that the environment kept the rule from being judged.
         measured: In the rule's own unit; None if there is no number.
@@ -80,7 +80,9 @@ def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
     float_latency = next((model["latency"] for model in models.values() if model["target"] == "float"), None) or {}
     for file, model in models.items():
         if model["status"] != "measured":
-            verdicts.append(_plain("measurement", file, "error", model["status"]))
+            # Not run: its accuracy, which always has a limit, is neither kept nor broken, and that must not pass.
+            status: Status = "inconclusive" if model["status"].startswith("not run") else "error"
+            verdicts.append(_plain("measurement", file, status, model["status"]))
         elif model["target"] != "float" and model["versus_float"] is None:
             verdicts.append(
                 _plain("measurement", file, "error", "the float model that it is compared with has no result")
@@ -88,6 +90,8 @@ def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
         if model["target"] == "float":
             continue
         verdicts.append(_verification(file, model["verification"]))
+        if model.get("codes_on_this_cpu") is not None:
+            verdicts.append(_codes(file, model["codes_on_this_cpu"]))
         if model["status"] == "measured" and model["versus_float"] is not None:
             verdicts += _limits(file, model, float_latency.get("unstable", False), config)
     return verdicts + _required(models, results.get("config", {}).get("require", []))
@@ -125,6 +129,14 @@ def _verification(file: str, verification: dict[str, Any] | None) -> Verdict:
     status: Status = "pass" if verification["status"] == "passed" and codes > 0 else "fail"
     message = figures if verification["status"] == "passed" else f"{verification['status']}; {figures}"
     return Verdict("verification", file, status, differing, None, None, codes, message)
+
+
+def _codes(file: str, counted: dict[str, Any]) -> Verdict:
+    """The same proof on the CPU that was measured: an export is verified on one machine and runs on another."""
+    status: Status = "pass" if counted["status"] == "passed" and counted["codes"] > 0 else "fail"
+    figures = f"{counted['differing']} of {counted['codes']} codes differ on {counted['images']} images"
+    message = figures if counted["status"] == "passed" else f"{counted['status']}; {figures}"
+    return Verdict("codes_on_this_cpu", file, status, counted["differing"], None, None, counted["codes"], message)
 
 
 def _limits(file: str, model: dict[str, Any], float_unstable: str | bool, config: GateConfig) -> list[Verdict]:
@@ -302,6 +314,11 @@ def _check_model(model: _Checked) -> None:
         verification.get("status", str)
         for count in ("codes", "differing_codes", "images"):
             verification.get(count, int)
+    if model.data.get("codes_on_this_cpu") is not None:
+        counted = model.child("codes_on_this_cpu")
+        counted.get("status", str)
+        for count in ("codes", "differing", "images"):
+            counted.get(count, int)
     if model.get("status", str) != "measured":
         return
     model.child("accuracy").get("n", int)

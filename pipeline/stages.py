@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import machinery, metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from pipeline import console, recipe
 
 if TYPE_CHECKING:
     from pipeline.gate import GateConfig, Verdict
+    from runtime_eval.remote import Board
 
 STAGES = ("train", "export", "benchmark")
 PARENTS = {"train": None, "export": "train", "benchmark": "export"}
@@ -87,9 +89,7 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
         from runtime_eval.benchmark import benchmark as measure
 
         results = measure(runs / config.name / "export", config.benchmark, progress)
-        (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
-        _write_verdict(out, runs / config.name, results, judge(results, config.gate))
-        return {"device": results["device"], "files": sorted(results["models"])}
+        return _write_results(out, runs / config.name, results, config)
 
     # Another machine's numbers say nothing of this one.
     return _run_stage("benchmark", config, runs, force, {"machine": platform.node()}, fill)
@@ -106,12 +106,76 @@ def judge(results: dict[str, Any], limits: GateConfig, baseline: dict[str, Any] 
     return verdicts
 
 
-def gate(config: recipe.Recipe, runs: Path, baseline: Path | None = None) -> list[Verdict]:
-    """Judge the benchmark's results, which must be intact and follow from the current recipe and stages.
+def benchmark_on(
+    board: Board, config: recipe.Recipe, runs: Path, force: bool, progress: Progress, clean: bool = False
+) -> Path:
+    """Run the `benchmark` stage on a board unless it is up to date, and return its directory.
+
+    Args:
+        board: Where to measure.
+        config: The recipe.
+        runs: The directory of all runs.
+        force: Measure anew whatever is here or on the board.
+        progress: Told of what the board tells.
+        clean: Remove the board's job directory once the results are here.
+    """
+    from runtime_eval import bundle as bundles
+    from runtime_eval import remote
+
+    current(config, runs, "export")
+    # The recipe's own way to measure, which may have changed since the export.
+    contents = bundles.describe(runs / config.name / "export", asdict(config.benchmark), metadata.version("crqat-edge"))
+
+    def fill(out: Path) -> dict[str, Any]:
+        from pipeline import gate as rules
+
+        results = remote.measure(board, *contents, force, progress)
+        payload = {"on": board.address, "bundle": contents[0].sha256}
+        (out / RESULTS).write_text(json.dumps(results))
+        rules.read_results(out / RESULTS)  # not made by this process: checked before anything relies on it
+        return {**_write_results(out, runs / config.name, results, config), **payload}
+
+    inputs = {"machine": board.address, "python": board.python}
+    directory = _run_stage(device_stage(board), config, runs, force, inputs, fill)
+    if clean:
+        remote.clean(board, contents[0], progress)
+    return directory
+
+
+def device_stage(board: Board | None) -> str:
+    """The benchmark's stage for a board, or for this machine."""
+    return "benchmark" if board is None else f"benchmark@{board.name}"
+
+
+def bundle(run: Path, out: Path | None) -> tuple[Path, str]:
+    """Write a finished export as one archive for a board; give the archive and the bundle's hash.
+
+    Args:
+        run: The run's directory.
+        out: The archive; None takes NAME-bundle.tar.gz here.
+
+    Raises:
+        UsageError: The export is missing, damaged or stale.
+        ToolError: The archive cannot be written.
+    """
+    from runtime_eval import bundle as bundles
+
+    manifest = store.read_manifest(run / "export")
+    check_parent(run, manifest)
+    how = manifest.config.get("benchmark", {})
+    made, paths = bundles.describe(run / "export", how, metadata.version("crqat-edge"))
+    archive = out or Path(f"{made.run}-bundle.tar.gz")
+    bundles.write(made, paths, archive)
+    return archive, made.sha256
+
+
+def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> list[Verdict]:
+    """Judge a benchmark's results, which must be intact and follow from the current recipe and stages.
 
     Args:
         config: The recipe.
         runs: The directory of all runs.
+        stage: This machine's or a board's; see `device_stage`.
         baseline: Earlier results.json whose latency the recipe's `gate.max_latency_regression` refers to.
     """
     from pipeline import gate as rules
@@ -119,9 +183,8 @@ def gate(config: recipe.Recipe, runs: Path, baseline: Path | None = None) -> lis
     if baseline is not None and config.gate.max_latency_regression is None:
         msg = f"--baseline {baseline}: the recipe allows any latency; set gate.max_latency_regression, such as 1.1"
         raise UsageError(msg)
-
-    manifest = current(config, runs, "benchmark")
-    directory = runs / config.name / "benchmark"
+    manifest = current(config, runs, stage)
+    directory = runs / config.name / stage
     results = rules.read_results(directory / RESULTS)
     verdicts = judge(results, config.gate, None if baseline is None else rules.read_results(baseline))
     if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text():
@@ -167,6 +230,13 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         raise ToolError(msg) from error
 
 
+def _write_results(out: Path, run: Path, results: dict[str, Any], config: recipe.Recipe) -> dict[str, Any]:
+    """Write everything of a benchmark and give its manifest's payload."""
+    (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
+    _write_verdict(out, run, results, judge(results, config.gate))
+    return {"device": results["device"], "files": sorted(results["models"])}
+
+
 def _write_verdict(out: Path, run: Path, results: dict[str, Any], verdicts: list[Verdict]) -> None:
     """Write what follows from the verdicts: JUnit XML and the report."""
     from pipeline import gate as rules
@@ -174,6 +244,10 @@ def _write_verdict(out: Path, run: Path, results: dict[str, Any], verdicts: list
 
     (out / JUNIT).write_text(rules.junit(verdicts, run.name))
     (out / REPORT).write_text(report.render(run, results, verdicts))
+
+
+def _kind(stage: str) -> str:
+    return stage.partition("@")[0]
 
 
 def current(config: recipe.Recipe, runs: Path, stage: str) -> store.Manifest:
@@ -184,15 +258,15 @@ def current(config: recipe.Recipe, runs: Path, stage: str) -> store.Manifest:
     """
     run = runs / config.name
     manifest, values = store.verify_stage(run / stage), recipe.resolved(config)
-    changed = [key for key in KEYS[stage] if manifest.config.get(key) != values[key]]
+    changed = [key for key in KEYS[_kind(stage)] if manifest.config.get(key) != values[key]]
     if changed:
         msg = (
             f"{run / stage}: made with another `{changed[0]}` than this recipe's; "
-            f"run `crqat {stage}` first, with the same recipe and --set"
+            f"run `crqat {store.command(stage)}` first, with the same recipe and --set"
         )
         raise UsageError(msg)
     check_parent(run, manifest)
-    parent = PARENTS[stage]
+    parent = PARENTS[_kind(stage)]
     if parent is not None:
         current(config, runs, parent)
     return manifest
@@ -204,12 +278,13 @@ def check_parent(run: Path, manifest: store.Manifest) -> None:
     Raises:
         UsageError: It was made from an older one.
     """
-    parent = PARENTS[manifest.stage]
+    parent = PARENTS[_kind(manifest.stage)]
     if parent is None:
         return
     store.read_manifest(run / parent)
     if manifest.parent != store.manifest_hash(run / parent):
-        msg = f"{run / manifest.stage}: stale, made from an older {parent}; run `crqat {manifest.stage}` again"
+        again = store.command(manifest.stage)
+        msg = f"{run / manifest.stage}: stale, made from an older {parent}; run `crqat {again}` again"
         raise UsageError(msg)
 
 
@@ -283,11 +358,11 @@ def _run_stage(
     inputs: dict[str, str],
     fill: Callable[[Path], dict[str, Any]],
 ) -> Path:
-    run, values, parent = runs / config.name, recipe.resolved(config), PARENTS[stage]
+    run, values, parent = runs / config.name, recipe.resolved(config), PARENTS[_kind(stage)]
     parent_hash = None if parent is None else store.manifest_hash(run / parent)
     key = store.hash_json(
         {
-            "config": {name: values[name] for name in KEYS[stage]},
+            "config": {name: values[name] for name in KEYS[_kind(stage)]},
             "parent": parent_hash,
             "version": metadata.version("crqat-edge"),
             "inputs": inputs,

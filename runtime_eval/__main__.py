@@ -1,15 +1,19 @@
-"""`python -m runtime_eval EXPORT_DIR`: the benchmark alone, for a board that has numpy and a runtime only."""
+"""`python -m runtime_eval PATH`: a bundle or an export measured, on a board that has numpy and a runtime only."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from artifacts.errors import CrqatError, ToolError
-from artifacts.progress import quiet
+from artifacts.errors import CrqatError, ToolError, UsageError
+from artifacts.progress import Progress, quiet
+from runtime_eval import bundle as bundles
 from runtime_eval.benchmark import benchmark
 from runtime_eval.config import BenchmarkConfig
 
@@ -38,6 +42,10 @@ def table(results: dict[str, Any]) -> str:
         p50 = f"{latency['p50_ms']:.4f}" if latency["status"] == "measured" else "-"
         top1 = 100 * model["accuracy"]["top1"]
         lines.append(f"{file:<20} {top1:>8.2f} {drop:>27} {p50:>9} {ratio:>25} {model['size_bytes'] / 1e3:>8.1f}")
+        counted = model["codes_on_this_cpu"]
+        if counted is not None:
+            left_out = f"; {counted['left_out']} tensors left out" if counted["left_out"] else ""
+            lines.append(f"{'':<20} codes on this CPU: {counted['differing']} of {counted['codes']} differ{left_out}")
         if latency["status"] != "measured":
             lines.append(f"{'':<20} latency {latency['status']}")
             continue
@@ -48,6 +56,45 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def say_progress() -> Progress:
+    """A `Progress` in lines on standard error, "TASK: DONE/TOTAL  NOTE": the first and last of a task, one a second."""
+    said: dict[str, float] = {}
+
+    def say(task: str, done: int, total: int, note: str = "") -> None:
+        now = time.monotonic()
+        if done >= total or now - said.get(task, -math.inf) >= 1.0:
+            said[task] = now
+            print(f"{task}: {done}/{total}{f'  {note}' if note else ''}", file=sys.stderr, flush=True)
+
+    return say
+
+
+def measure(path: Path, threads: int | None) -> dict[str, Any]:
+    """Results of an export directory, or of a bundle by the configuration that it brings; they name the bundle then.
+
+    Args:
+        path: An export directory, a bundle's archive, or a bundle unpacked.
+        threads: Of one inference; None takes the bundle's, or the default.
+
+    Raises:
+        CrqatError: It is none of these, or is damaged.
+    """
+    changes: dict[str, Any] = {} if threads is None else {"threads": threads}
+    if path.is_dir() and not (path / bundles.MANIFEST).exists():
+        return benchmark(path, BenchmarkConfig(**changes), quiet)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, bundle = path, None
+        if not path.is_dir():
+            folder, bundle = Path(scratch), bundles.unpack(path, Path(scratch))
+        bundle = bundle or bundles.verify(path)
+        try:
+            config = BenchmarkConfig(**{**bundle.benchmark, **changes})
+        except TypeError as error:
+            msg = f"{path}: a benchmark configuration of another crqat ({error}); make the bundle anew"
+            raise UsageError(msg) from error
+        return {**benchmark(folder / bundles.EXPORT, config, say_progress()), "bundle": bundle.sha256}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; the exit code is 0, or the error's.
 
@@ -55,20 +102,21 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Without the program's name; None takes the process's own.
     """
     parser = argparse.ArgumentParser(prog="python -m runtime_eval", description="Measure an export on this machine.")
-    parser.add_argument("export_dir", type=Path, help="a run's `export` directory")
-    parser.add_argument("--out", type=Path, help="write the results here, as JSON")
-    parser.add_argument("--threads", type=int, default=BenchmarkConfig.threads, help="threads of one inference")
+    parser.add_argument("path", type=Path, help="a run's `export` directory, or a bundle: the archive, or unpacked")
+    parser.add_argument("--out", type=Path, help="write the results here, as JSON; a bundle's go to results.json")
+    parser.add_argument("--threads", type=int, help="threads of one inference")
     options = parser.parse_args(arguments)
-    if options.threads < 1:
+    if options.threads is not None and options.threads < 1:
         parser.error("--threads must be at least 1")
     try:
-        results = benchmark(options.export_dir, BenchmarkConfig(threads=options.threads), quiet)
+        results = measure(options.path, options.threads)
         print(table(results))
-        if options.out is not None:
+        out = options.out or (Path("results.json") if "bundle" in results else None)
+        if out is not None:
             try:
-                options.out.write_text(json.dumps(results, indent=1))
+                out.write_text(json.dumps(results, indent=1))
             except OSError as error:
-                msg = f"cannot write {options.out}: {error.strerror}; choose another place with --out"
+                msg = f"cannot write {out}: {error.strerror}; choose another place with --out"
                 raise ToolError(msg) from error
     except CrqatError as error:
         print(f"runtime_eval: {error}", file=sys.stderr)

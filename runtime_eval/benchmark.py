@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import onnxruntime as ort
 
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
@@ -21,6 +22,7 @@ from runtime_eval import accuracy, device, latency
 from runtime_eval.client import RUNTIME, Worker
 from runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
 from runtime_eval.jetson import Watch
+from runtime_eval.runners.onnxruntime import float16_is_rounded
 
 SCHEMA_VERSION = 1
 FLOAT = "float"
@@ -39,11 +41,13 @@ class _Model:
     provider: str | None = None
     classes: int | None = None
     failure: str | None = None
+    not_run: str | None = None
     top: npt.NDArray[np.int64] | None = None
     top_single: npt.NDArray[np.int64] | None = None
     rounds: list[list[float]] = field(default_factory=list)
     computed: list[float] = field(default_factory=list)
     memory: int | None = None
+    codes: dict[str, Any] | None = None
 
     @property
     def runtime(self) -> str:
@@ -124,6 +128,7 @@ def _read_payload(
     try:
         entries = [dict(entry) for entry in payload["models"]]
         names = [payload["images"], payload["labels"], *(entry["file"] for entry in entries)]
+        names += [entry["expected_codes"] for entry in entries if "expected_codes" in entry]
         targets = [entry["target"] for entry in entries]
         payload["run"]
     except (KeyError, TypeError, ValueError) as error:
@@ -170,6 +175,9 @@ def _measure(
         UsageError: A label is no class of a model.
     """
     for model in models:
+        model.not_run = None if model.plans else _obstacle(model.entry)
+    runnable = [model for model in models if model.not_run is None]
+    for model in runnable:
         task = f"accuracy of {model.entry['file']}"
         with model.attempt(), tempfile.TemporaryDirectory() as scratch, Worker(model.file(0), images, config) as worker:
             model.version, model.provider, model.classes = worker.version, worker.provider, worker.classes
@@ -185,8 +193,10 @@ def _measure(
             if model.plans:  # an engine has other kernels at another batch
                 worker.accuracy(1, top, partial(progress, f"{task} at batch 1"))
                 model.top_single = np.load(top, allow_pickle=False)
+            elif "expected_codes" in model.entry:
+                model.codes = worker.codes(model.path.parent / model.entry["expected_codes"])
     for turn in range(config.latency_rounds):
-        timed = [model for model in models if model.failure is None and _is_timed(model, config)]
+        timed = [model for model in runnable if model.failure is None and _is_timed(model, config)]
         for position in range(len(timed)):
             model = timed[(position + turn) % len(timed)]  # nobody always follows the same neighbour
             with model.attempt(), Worker(model.file(turn), images, config) as worker:
@@ -216,7 +226,7 @@ def _result(
         "runtime": model.runtime,
         "runtime_version": model.version,
         "provider": model.provider,
-        "status": "measured" if model.failure is None else f"failed: {model.failure}",
+        "status": model.not_run or ("measured" if model.failure is None else f"failed: {model.failure}"),
         "size_bytes": model.size,
         "peak_memory_bytes": model.memory,
         "accuracy": None,
@@ -226,6 +236,7 @@ def _result(
         "versus_float": None,
         "verification": model.entry.get("verification"),
         "fusion": model.entry.get("fusion"),
+        "codes_on_this_cpu": model.codes,
     }
     if model.failure is not None or model.top is None:
         return result
@@ -259,6 +270,13 @@ def _build(model: _Model, index: int) -> dict[str, Any]:
         "plan_sha256": sha256_file(model.plans[index]),
         "round_p50_ms": [1e3 * float(np.median(samples)) for samples in rounds],
     }
+
+
+def _obstacle(entry: dict[str, Any]) -> str | None:
+    """Why a file cannot be measured here: ONNX Runtime would run it, and get something else than TensorRT."""
+    if entry.get("precision") != "float16" or float16_is_rounded():
+        return None
+    return f"not run: onnxruntime {ort.__version__} truncates where it quantizes float16, and TensorRT rounds"
 
 
 def _not_run(model: _Model) -> str:

@@ -108,6 +108,11 @@ class Worker:
         """Write each image's best classes to `out`, .npy int64 [N, min(5, classes)]; `progress` gets done and total."""
         self._ask({"command": "accuracy", "batch": batch, "out": str(out.resolve())}, self._limit, progress)
 
+    def codes(self, expected: Path) -> dict[str, Any]:
+        """What `runtime_eval.codes.check_codes` counts on this CPU."""
+        counted: dict[str, Any] = self._ask({"command": "codes", "expected": str(expected.resolve())}, self._limit)
+        return counted
+
     def _close(self) -> None:
         """End the process, whatever state it is in, and reap it."""
         self._process.kill()

@@ -101,8 +101,8 @@ def peak_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def serve(runner: Runner, images: Images, answer: Answer) -> None:
-    """Answer the commands on standard input until it ends.
+def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: int) -> None:
+    """Answer the commands on standard input until it ends; `model` is the file that `runner` holds.
 
     Raises:
         ToolError: The model is of no use; see `preprocessing` and `predictions`.
@@ -124,6 +124,10 @@ def serve(runner: Runner, images: Images, answer: Answer) -> None:
             )
             np.save(command["out"], top)
             answer({"result": None})
+        elif command["command"] == "codes":
+            from runtime_eval.codes import check_codes
+
+            answer({"result": check_codes(model, Path(command["expected"]), threads)})
 
 
 def _open(model: Path, provider: str, threads: int, graph: bool) -> Runner:
@@ -150,7 +154,7 @@ def main() -> int:
     model, images, provider, threads, graph = sys.argv[1:]
     try:
         with _open(Path(model), provider, int(threads), graph == "1") as runner:
-            serve(runner, np.load(images, mmap_mode="r", allow_pickle=False), answer)
+            serve(runner, np.load(images, mmap_mode="r", allow_pickle=False), answer, Path(model), int(threads))
     except Exception as error:  # the parent tells the user; a runtime may raise anything
         text = str(error) if isinstance(error, CrqatError) else f"{type(error).__name__}: {error}"
         answer({"error": text})

@@ -120,6 +120,21 @@ def test_killed_writer_leaves_the_old_version_and_is_swept_only_when_dead(tmp_pa
     assert leftovers(tmp_path) == [".export-other"]
 
 
+def test_stages_whose_names_begin_alike_leave_each_other_alone(tmp_path: Path) -> None:
+    stages = ("benchmark", "benchmark@orin", "benchmark@orin-2", "benchmark@orin_2222")
+    for turn in ("one", "two"):
+        for stage in stages:
+            with store.write_stage(tmp_path, store.Manifest(stage, "k", None, {}, {})) as out:
+                (out / "file.txt").write_text(f"{turn} {stage}")
+            age((tmp_path / stage).resolve())
+    for stage in stages:
+        assert (tmp_path / stage / "file.txt").read_text() == f"two {stage}"
+        assert store.verify_stage(tmp_path / stage).stage == stage
+    assert len(list(tmp_path.iterdir())) == 2 * len(stages)
+    with pytest.raises(UsageError, match=r"crqat benchmark RECIPE --on ssh://HOST\)"):
+        store.read_manifest(tmp_path / "benchmark@none")
+
+
 def test_fresh_directory_of_nobody_is_left_alone(tmp_path: Path) -> None:
     """Its writer may not have come to lock it yet."""
     (tmp_path / ".train-fresh").mkdir()

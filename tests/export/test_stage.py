@@ -43,7 +43,8 @@ def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tupl
 def test_the_directory_is_complete(exported: tuple[Path, dict[str, Any]], trained: Trained) -> None:
     out, payload = exported
     names = {"float.onnx", "onnxruntime.onnx", "tensorrt.onnx"}
-    assert {path.name for path in out.iterdir()} == {*names, "images.npy", "labels.npy"}
+    data_files = {"images.npy", "labels.npy", "onnxruntime.codes.npz"}
+    assert {path.name for path in out.iterdir()} == names | data_files
     assert [entry["file"] for entry in payload["models"]] == ["float.onnx", "onnxruntime.onnx", "tensorrt.onnx"]
     assert [entry["target"] for entry in payload["models"]] == ["float", "onnxruntime", "tensorrt"]
     test = data.load("digits", None, False)
@@ -77,6 +78,7 @@ def test_the_payload_is_what_the_next_stages_read(exported: tuple[Path, dict[str
         operations = {node.name for node in model.graph.node if node.op_type in ("Conv", "Gemm")}
         assert entry["macs"].keys() == operations
         assert sum(entry["macs"].values()) == 2_516_608
+    assert runtime["expected_codes"] == "onnxruntime.codes.npz"
     assert runtime["fusion"]["complete"]
     assert engine["fusion"] is None
 

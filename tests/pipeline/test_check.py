@@ -11,6 +11,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from artifacts import store
 from artifacts.errors import UsageError
 from artifacts.grid import Grid, grids_hash, save_grids
 from artifacts.progress import quiet
@@ -43,6 +44,13 @@ def test_run_directory(fakes: Fakes) -> None:
     lines = check(RUN)
     assert [line.split(",")[0] for line in lines] == [f"{RUN / stage}: stage {stage}" for stage in stages.STAGES]
     assert check(RUN / "export") == [lines[1]]
+
+
+def test_boards_are_part_of_a_run(fakes: Fakes) -> None:
+    make_run(fakes)
+    with store.write_stage(RUN, store.Manifest("benchmark@orin", "k", store.manifest_hash(RUN / "export"), {}, {})):
+        pass
+    assert check(RUN)[-1].startswith(f"{RUN / 'benchmark@orin'}: stage benchmark@orin, ")
 
 
 def test_altered_run_directory(fakes: Fakes) -> None:

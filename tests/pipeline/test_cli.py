@@ -217,6 +217,43 @@ def test_errors_are_one_line(
     assert list(Path("runs/run1").iterdir()) == []
 
 
+def test_bundle_and_a_board_that_cannot_be_reached(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for stage in ("train", "export"):
+        assert crqat(monkeypatch, stage, "recipe.yaml") == 0
+    capsys.readouterr()
+    assert crqat(monkeypatch, "bundle", "runs/run1", "--out", "b.tar.gz") == 0
+    assert re.match(r"wrote b\.tar\.gz, bundle [0-9a-f]{64}; on the board:\n  tar xzf b", capsys.readouterr().out)
+    assert crqat(monkeypatch, "bundle", "runs/none") == 2
+    capsys.readouterr()
+    # Port 1 of this machine: nobody listens there.
+    assert crqat(monkeypatch, "benchmark", "recipe.yaml", "--on", "ssh://127.0.0.1:1") == 3
+    assert re.fullmatch(r"crqat: error: ssh://127\.0\.0\.1:1: .*ssh.*\n", capsys.readouterr().err)
+    assert fakes.calls == ["train", "export"]
+    assert {path.name for path in Path("runs/run1").iterdir() if path.name[0] != "."} == {"train", "export"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["benchmark", "recipe.yaml", "--on", "orin"], "--on orin: write it as ssh://"),
+        (["benchmark", "recipe.yaml", "--clean"], "are of a board; name it with --on"),
+        (["benchmark", "recipe.yaml", "--python", "python3.12"], "are of a board; name it with --on"),
+        (["gate", "recipe.yaml", "--on", "ssh://orin"], "benchmark@orin: no such stage yet"),
+    ],
+)
+def test_wrong_use_of_boards(
+    fakes: Fakes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert crqat(monkeypatch, *arguments) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_bug_keeps_its_traceback(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     fakes.trouble["train"] = ZeroDivisionError("a bug")
     monkeypatch.setattr(sys, "argv", ["crqat", "train", "recipe.yaml"])

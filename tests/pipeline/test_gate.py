@@ -64,6 +64,24 @@ def test_a_good_model_passes_every_rule() -> None:
     assert exit_code(verdicts) == 0
 
 
+def test_codes_of_the_cpu_that_was_measured_are_judged() -> None:
+    counted = {"status": "passed", "images": 2, "tensors": 3, "left_out": 0, "codes": 100, "differing": 0}
+    verdict = verdict_on("codes_on_this_cpu", {**model(), "codes_on_this_cpu": counted})
+    assert (verdict.status, verdict.n, verdict.message) == ("pass", 100, "0 of 100 codes differ on 2 images")
+    counted |= {"status": "failed: 3 of 100 codes differ, first in x", "differing": 3}
+    verdicts = judge(results({**model(), "codes_on_this_cpu": counted}), ALL_RULES)
+    assert [v.rule for v in verdicts if v.status == "fail"] == ["codes_on_this_cpu"]
+    assert exit_code(verdicts) == 1
+
+
+def test_a_file_that_was_not_run_neither_passes_nor_fails() -> None:
+    absent: dict[str, Any] = dict.fromkeys(("accuracy", "latency", "versus_float"))
+    verdicts = judge(results({**model(), **absent, "status": "not run: no CUDA device"}), ALL_RULES)
+    assert [(v.rule, v.status) for v in verdicts] == [("measurement", "inconclusive"), ("verification", "pass")]
+    assert verdicts[0].message == "not run: no CUDA device"
+    assert exit_code(verdicts) == 4
+
+
 def test_only_rules_with_a_limit_are_applied() -> None:
     assert [v.rule for v in judge(results(model()), GateConfig())] == ["verification", "accuracy_drop"]
 

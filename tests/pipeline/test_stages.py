@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from artifacts.errors import CrqatError, UsageError
 from artifacts.progress import quiet
 from artifacts.store import manifest_hash, read_manifest, verify_stage
 from pipeline import recipe, stages
+from runtime_eval import bundle, remote
+from runtime_eval.remote import Board
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Fakes
@@ -133,7 +136,7 @@ def test_stages_need_the_one_before(fakes: Fakes) -> None:
 
 def test_stage_of_another_recipe_is_not_built_on(fakes: Fakes) -> None:
     go(fakes)
-    message = "run1/train: made with another `qat` than this recipe's; run `crqat train` first"
+    message = "run1/train: made with another `qat` than this recipe's; run `crqat train RECIPE` first"
     with pytest.raises(UsageError, match=message):
         go(fakes, "qat.epochs=1", only=["export"])
     with pytest.raises(UsageError, match=message):
@@ -217,3 +220,82 @@ def test_numbers_that_json_does_not_know_are_not_written(fakes: Fakes) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         go(fakes, only=["benchmark"], force=True)
     assert manifest_hash(RUN / "benchmark") == before
+
+
+@dataclass
+class FakeBoard:
+    """What `runtime_eval.remote` was asked for, and the results that it has."""
+
+    results: dict[str, Any]
+    calls: list[Any] = field(default_factory=list)
+
+    def measure(self, board: Any, bundle: Any, paths: Any, anew: bool, progress: Any) -> dict[str, Any]:
+        self.calls.append(("measure", bundle.benchmark["threads"], anew))
+        return {**self.results, "bundle": bundle.sha256}
+
+    def clean(self, board: Any, bundle: Any, progress: Any) -> None:
+        self.calls.append(("clean", bundle.benchmark["threads"]))
+
+
+def test_boards_have_stages_of_their_own(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(fakes)
+    untouched = manifest_hash(RUN / "benchmark")
+    fake = FakeBoard(fakes.results)
+    monkeypatch.setattr(remote, "measure", fake.measure)
+    monkeypatch.setattr(remote, "clean", fake.clean)
+    orin, other = Board.parse("ssh://me@orin"), Board.parse("ssh://orin:2222")
+
+    def measured(board: Board, *overrides: str, force: bool = False, clean: bool = False) -> list[Any]:
+        fake.calls.clear()
+        config = recipe.load(fakes.recipe, overrides)
+        directory = stages.benchmark_on(board, config, RUNS, force, quiet, clean)
+        assert directory == RUN / stages.device_stage(board)
+        return list(fake.calls)
+
+    assert measured(orin) == [("measure", 1, False)]
+    assert measured(orin) == []
+    assert measured(other) == [("measure", 1, False)]
+    assert measured(orin, "benchmark.threads=2") == [("measure", 2, False)]
+    assert measured(orin, force=True, clean=True) == [("measure", 1, True), ("clean", 1)]
+    assert measured(orin, clean=True) == [("clean", 1)]
+    assert measured(Board.parse("ssh://orin", python="venv/bin/python")) == [("measure", 1, False)]
+    assert [stages.device_stage(board) for board in (None, orin, other)] == [
+        "benchmark",
+        "benchmark@orin",
+        "benchmark@orin_2222",
+    ]
+    manifest = verify_stage(RUN / "benchmark@orin")
+    assert (manifest.payload["on"], manifest.parent) == ("ssh://orin", manifest_hash(RUN / "export"))
+    assert (RUN / "benchmark@orin" / "junit.xml").read_text().startswith("<testsuite")
+    assert manifest_hash(RUN / "benchmark") == untouched
+
+    config = recipe.load(fakes.recipe, ["gate.max_accuracy_drop=0.01"])
+    assert "fail" in {verdict.status for verdict in stages.gate(config, RUNS, "benchmark@orin")}
+    assert "<failure" in (RUN / "benchmark@orin" / "junit.xml").read_text()
+    assert "<failure" not in (RUN / "benchmark" / "junit.xml").read_text()
+    go(fakes, "export.verify_images=2", only=["export"])
+    changed = recipe.load(fakes.recipe, ["export.verify_images=2"])
+    with pytest.raises(UsageError, match=r"benchmark@orin: stale, .*`crqat benchmark RECIPE --on ssh://HOST` again"):
+        stages.gate(changed, RUNS, "benchmark@orin")
+
+
+def test_results_of_a_board_are_checked_before_they_count(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(fakes, only=["train", "export"])
+    monkeypatch.setattr(remote, "measure", FakeBoard({"schema_version": 1, "run": "run1"}).measure)
+    with pytest.raises(UsageError, match="damaged: models is not"):
+        stages.benchmark_on(Board.parse("ssh://orin"), recipe.load(fakes.recipe), RUNS, False, quiet)
+    assert not (RUN / "benchmark@orin").exists()
+
+
+def test_a_bundle_is_of_the_export_as_it_was_made(fakes: Fakes) -> None:
+    go(fakes, "benchmark.threads=3", only=["train", "export"])
+    archive, digest = stages.bundle(RUN, None)
+    assert archive == Path("run1-bundle.tar.gz")
+    Path("out").mkdir()
+    made = bundle.unpack(archive, Path("out"))
+    assert (made.sha256, made.run, made.benchmark["threads"]) == (digest, "run1", 3)
+    assert verify_stage(Path("out/export")) == verify_stage(RUN / "export")
+    fakes.content = "other bits"
+    go(fakes, only=["train"], force=True)
+    with pytest.raises(UsageError, match="run1/export: stale"):
+        stages.bundle(RUN, None)

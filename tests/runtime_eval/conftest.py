@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import shutil
+import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,11 +114,29 @@ def digits() -> Digits:
     return Digits(images[TRAINING_IMAGES:], data.target[TRAINING_IMAGES:].astype(np.int64), layers)
 
 
+def expected_codes(images: npt.NDArray[np.uint8], wrong: int = 0) -> bytes:
+    """The codes of the network's input as an .npz file, computed without ONNX Runtime; `wrong` of them are wrong."""
+    normalized = PREPROCESSING(images)
+    codes = np.clip(np.rint(normalized.reshape(-1) / np.float32(0.05)), -128, 127).astype(np.int8)
+    codes[:wrong] ^= 1
+    shown = onnx.ModelProto()
+    shown.graph.output.append(helper.make_tensor_value_info("x0_codes", TensorProto.INT8, None))
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        images=normalized,
+        names=np.array(["x0_codes"]),
+        codes=codes.view(np.uint8),
+        left_out=np.array(0),
+        outputs=np.frombuffer(shown.SerializeToString(), np.uint8),
+    )
+    return buffer.getvalue()
+
+
 WriteExport = Callable[..., Path]
 
 
-@pytest.fixture
-def write_export(digits: Digits, tmp_path: Path) -> WriteExport:
+def export_writer(digits: Digits, folder: Path) -> WriteExport:
     """A function that writes an export of the digits; keyword arguments replace files' contents or payload entries."""
 
     def write(files: dict[str, Any] | None = None, payload: dict[str, Any] | None = None) -> Path:
@@ -125,16 +146,23 @@ def write_export(digits: Digits, tmp_path: Path) -> WriteExport:
             "float.onnx": onnx_bytes(digits.layers, "float", None),
             "onnxruntime.onnx": onnx_bytes(digits.layers, "onnxruntime", 3),
             "tensorrt.onnx": onnx_bytes(digits.layers, "tensorrt", 4),
+            "onnxruntime.codes.npz": expected_codes(digits.images[:2]),
         } | (files or {})
         models = [
             {"file": "float.onnx", "target": "float"},
-            {"file": "onnxruntime.onnx", "target": "onnxruntime", "verification": VERIFICATION, "fusion": {"Conv": 0}},
+            {
+                "file": "onnxruntime.onnx",
+                "target": "onnxruntime",
+                "verification": VERIFICATION,
+                "fusion": {"Conv": 0},
+                "expected_codes": "onnxruntime.codes.npz",
+            },
             {"file": "tensorrt.onnx", "target": "tensorrt", "verification": VERIFICATION},
         ]
         manifest = Manifest("export", "key", None, {}, {})
         manifest.payload = {"run": "digits", "images": "images.npy", "labels": "labels.npy", "models": models}
         manifest.payload |= payload or {}
-        run = tmp_path / "digits"
+        run = folder / "digits"
         with write_stage(run, manifest) as directory:
             for name, content in contents.items():
                 if isinstance(content, bytes):
@@ -144,3 +172,35 @@ def write_export(digits: Digits, tmp_path: Path) -> WriteExport:
         return run / "export"
 
     return write
+
+
+@pytest.fixture
+def write_export(digits: Digits, tmp_path: Path) -> WriteExport:
+    """See `export_writer`."""
+    return export_writer(digits, tmp_path)
+
+
+def pythons(version: str) -> str | None:
+    """An interpreter of a version, if this machine has one."""
+    found = shutil.which(f"python{version}")
+    # A version manager puts stand-ins on PATH that only work if the version is switched on.
+    if found is not None and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
+        return found
+    return next((str(path) for path in Path.home().glob(f".pyenv/versions/{version}.*/bin/python{version}")), None)
+
+
+@pytest.fixture(scope="session")
+def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The interpreter of a Python 3.10 environment with numpy and ONNX Runtime only, as a JetPack 6 board has it."""
+    python = pythons("3.10")
+    if python is None:
+        pytest.skip("no python3.10 on this machine")
+    environment = tmp_path_factory.mktemp("board") / "venv"
+    subprocess.run([python, "-m", "venv", environment], check=True)
+    interpreter = environment / "bin" / "python"
+    options = ["--quiet", "--disable-pip-version-check", "--no-compile"]
+    install = [str(interpreter), "-m", "pip", "install", *options, "numpy", "onnxruntime"]
+    result = subprocess.run(install, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        pytest.skip(f"pip cannot install numpy and onnxruntime: {result.stderr.strip().splitlines()[-1]}")
+    return interpreter

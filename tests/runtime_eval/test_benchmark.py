@@ -19,6 +19,7 @@ from artifacts.store import manifest_hash
 from runtime_eval import device, jetson, sidecar
 from runtime_eval.benchmark import _is_timed, _Model, _not_run, benchmark
 from runtime_eval.client import Worker
+from runtime_eval.runners.onnxruntime import float16_is_rounded
 from tests.runtime_eval.conftest import PREPROCESSING, QUICK, VERIFICATION, Digits, WriteExport, metadata, onnx_bytes
 from tests.runtime_eval.fake_cuda import PLAN, FakeTensorRT
 
@@ -357,3 +358,23 @@ def test_an_export_that_makes_no_sense_is_refused(
     export = write_export(**change(digits))
     with pytest.raises(UsageError, match=message):
         benchmark(export, QUICK, quiet)
+
+
+def test_float16_is_not_measured_where_it_is_truncated(
+    write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [
+        {"file": "float.onnx", "target": "float"},
+        {"file": "tensorrt.onnx", "target": "tensorrt", "precision": "float16", "verification": VERIFICATION},
+    ]
+    export = write_export(payload={"models": models})
+    monkeypatch.setattr("runtime_eval.benchmark.float16_is_rounded", lambda: False)
+    measured = benchmark(export, QUICK, quiet)["models"]
+    assert measured["float.onnx"]["status"] == "measured"
+    model = measured["tensorrt.onnx"]
+    assert model["status"].startswith("not run: onnxruntime 1.")
+    assert (model["accuracy"], model["latency"], model["versus_float"]) == (None, None, None)
+    assert model["verification"] == VERIFICATION
+    monkeypatch.undo()
+    assert float16_is_rounded()  # the one that the tests run with
+    assert benchmark(export, QUICK, quiet)["models"]["tensorrt.onnx"]["status"] == "measured"

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,39 +29,6 @@ def test_no_module_pulls_in_what_a_board_does_not_have() -> None:
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert "runtime_eval.runners.onnxruntime" in MODULES
     assert result.stdout.strip() == ""
-
-
-def python310() -> str | None:
-    found = shutil.which("python3.10")
-    # A version manager puts stand-ins on PATH that only work if the version is switched on.
-    if found is not None and subprocess.run([found, "-c", ""], capture_output=True, check=False).returncode == 0:
-        return found
-    return next((str(path) for path in Path.home().glob(".pyenv/versions/3.10*/bin/python3.10")), None)
-
-
-@pytest.fixture(scope="session")
-def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The interpreter of a Python 3.10 environment with numpy and ONNX Runtime only, as a JetPack 6 board has it."""
-    python = python310()
-    if python is None:
-        pytest.skip("no python3.10 on this machine")
-    environment = tmp_path_factory.mktemp("board") / "venv"
-    subprocess.run([python, "-m", "venv", environment], check=True)
-    interpreter = environment / "bin" / "python"
-    install = [
-        str(interpreter),
-        "-m",
-        "pip",
-        "install",
-        "--quiet",
-        "--disable-pip-version-check",
-        "numpy",
-        "onnxruntime",
-    ]
-    result = subprocess.run(install, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        pytest.skip(f"pip cannot install numpy and onnxruntime: {result.stderr.strip().splitlines()[-1]}")
-    return interpreter
 
 
 def test_it_runs_on_a_board(board: Path, write_export: WriteExport, digits: Digits, tmp_path: Path) -> None:
