@@ -39,7 +39,7 @@ KEYS = {
     "export": ("name", "export"),
     "benchmark": ("benchmark",),
 }
-RESULTS, JUNIT, REPORT = "results.json", "junit.xml", "report.html"
+RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
 _DISTRIBUTIONS = (
     "crqat-edge",
     "torch",
@@ -65,8 +65,11 @@ def train(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) ->
     return _run_stage("train", config, runs, force, input_files(config), fill)
 
 
-def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
-    """Run the `export` stage unless it is up to date, and return its directory."""
+def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, unsafe: bool = False) -> Path:
+    """Run the `export` stage unless it is up to date, and return its directory.
+
+    With `unsafe`, files that break their runtime's rules are written all the same, and the gate fails on them.
+    """
     current(config, runs, "train")
 
     def fill(out: Path) -> dict[str, Any]:
@@ -74,9 +77,10 @@ def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -
 
         training, revision = recipe.train_config(config), store.git_revision(Path.cwd())
         directory = runs / config.name / "train"
-        return write_models(directory, training, config.export, out, progress, config.name, revision)
+        further = {"unsafe": True} if unsafe else {}
+        return write_models(directory, training, config.export, out, progress, config.name, revision, **further)
 
-    return _run_stage("export", config, runs, force, {}, fill)
+    return _run_stage("export", config, runs, force, {"unsafe": "yes"} if unsafe else {}, fill)
 
 
 def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
@@ -87,12 +91,23 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
         from runtime_eval.benchmark import benchmark as measure
 
         results = measure(runs / config.name / "export", config.benchmark, progress)
+        engines = results.pop("engines", None)
+        if engines:
+            (out / ENGINES).write_text(json.dumps({"schema_version": 1, "engines": engines}, indent=1, sort_keys=True))
         (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
         _write_verdict(out, runs / config.name, results, config)
         return {"device": results["device"], "files": sorted(results["models"])}
 
-    # Another machine's numbers say nothing of this one.
-    return _run_stage("benchmark", config, runs, force, {"machine": platform.node()}, fill)
+    # Another machine's numbers say nothing of this one; and an engine is built once there is a builder.
+    inputs = {"machine": platform.node(), **_engine_builder()}
+    return _run_stage("benchmark", config, runs, force, inputs, fill)
+
+
+def _engine_builder() -> dict[str, str]:
+    from runtime_eval import tensorrt_api
+
+    name = tensorrt_api.choose()
+    return {} if name is None else {name: tensorrt_api.installed(name) or ""}
 
 
 def gate(config: recipe.Recipe, runs: Path) -> list[Verdict]:

@@ -16,12 +16,12 @@ import numpy.typing as npt
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
 from artifacts.store import Manifest, manifest_hash, verify_stage
-from runtime_eval import accuracy, device, latency
+from runtime_eval import accuracy, device, engine, engine_report, latency, tensorrt_api
 from runtime_eval.client import RUNTIME, Worker
 from runtime_eval.config import BenchmarkConfig
 
 SCHEMA_VERSION = 1
-FLOAT = "float"
+FLOAT, TENSORRT = "float", "tensorrt"
 # The targets whose latency ONNX Runtime stands for. tensorrt.onnx runs here too, but only to count its right answers.
 TIMED = (FLOAT, RUNTIME)
 
@@ -39,6 +39,8 @@ class _Model:
     top: npt.NDArray[np.int64] | None = None
     rounds: list[list[float]] = field(default_factory=list)
     memory: int | None = None
+    engine: dict[str, Any] | None = None
+    engine_failure: str = f"not run: tensorrt_rtx is not installed; {tensorrt_api.INSTALL_HINTS[tensorrt_api.RTX]}"
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
@@ -62,7 +64,8 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
     Returns:
         The results, a JSON object. Accuracies and agreements are shares of 1, `drop_points` percentage points,
         `latency_ratio` and `size_ratio` this model's divided by the float model's. Every bound of an accuracy interval
-        holds one-sided at 95 %; the latency interval states its two-sided coverage.
+        holds one-sided at 95 %; the latency interval states its two-sided coverage. "engines" has the engine reports
+        with every layer; a model's "engine" is the summary of its own.
 
     Raises:
         UsageError: The directory is no export, or a file in it is missing or damaged.
@@ -74,6 +77,7 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
     load_at_start = device.load_average()
     paths = [export_dir / entry["file"] for entry in entries]
     models = [_Model(entry, path, path.stat().st_size) for entry, path in zip(entries, paths, strict=True)]
+    _build_engines(models, config, progress)
     _measure(models, export_dir / manifest.payload["images"], labels, config, progress)
     return {
         "schema_version": SCHEMA_VERSION,
@@ -86,6 +90,7 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
             "classes": next((model.classes for model in models if model.classes is not None), None),
         },
         "models": {model.entry["file"]: _result(model, models, labels, config) for model in models},
+        "engines": {model.entry["file"]: model.engine for model in models if model.engine is not None},
     }
 
 
@@ -127,6 +132,30 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
         msg = f"{path}: not a .npy array ({error}); export again"
         raise UsageError(msg) from error
     return array
+
+
+def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Progress) -> None:
+    """Build the engine of each file for TensorRT where a builder is installed; a failed one is a result, too."""
+    for model in models:
+        if model.entry["target"] != TENSORRT or tensorrt_api.choose() is None:
+            continue
+        task = f"engine of {model.entry['file']}"
+        progress(task, 0, 1)
+        options = engine.EngineOptions(
+            batch=(1, 1, max(2, config.accuracy_batch)), time_limit_seconds=config.time_limit_seconds
+        )
+        try:
+            model.engine = engine.build(model.path, options, model.entry.get("macs"))
+        except ToolError as error:
+            model.engine_failure = f"not run: {error}"
+        progress(task, 1, 1, model.engine_failure if model.engine is None else model.engine["status"])
+
+
+def _engine_summary(model: _Model) -> dict[str, Any] | None:
+    """A model's entry `engine` in the results; None of what is not for TensorRT."""
+    if model.entry["target"] != TENSORRT:
+        return None
+    return {"status": model.engine_failure} if model.engine is None else engine_report.headline(model.engine)
 
 
 def _measure(
@@ -179,6 +208,8 @@ def _result(
         "versus_float": None,
         "verification": model.entry.get("verification"),
         "fusion": model.entry.get("fusion"),
+        "findings": model.entry.get("findings", []),
+        "engine": _engine_summary(model),
     }
     if model.failure is not None or model.top is None:
         return result

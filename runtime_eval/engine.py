@@ -98,7 +98,7 @@ def build(
             return data
         node, operator = _last_parsed(log)
     failure = {"stage": "process", "node": node, "operator": operator, "rule": cause}
-    return _report(model, options, builder, failure=failure, seconds=round(time.monotonic() - start, 3))
+    return report_of(model, options, builder, failure=failure, seconds=round(time.monotonic() - start, 3))
 
 
 def _run(command: list[str], limit: float) -> str | None:
@@ -129,7 +129,7 @@ def _last_parsed(log: Path) -> tuple[str | None, str | None]:
     return found[-1]["node"], found[-1]["operator"]
 
 
-def _report(model: Path, options: EngineOptions, builder: str, **known: Any) -> dict[str, Any]:
+def report_of(model: Path, options: EngineOptions, builder: str, **known: Any) -> dict[str, Any]:
     """A report with every key, and what is known filled in."""
     failure, status, notices = known.get("failure"), "built", []
     if failure is not None:
@@ -200,7 +200,7 @@ def build_here(
         known |= {"flags": going.flags, "precisions": going.precisions}
         remarks = engine_report.remarks(going.messages)
         if "failure" in known:
-            return _report(model, options, name, **known, remarks=remarks)
+            return report_of(model, options, name, **known, remarks=remarks)
         layers, unread = plan.from_log([text for _, text in going.messages])
         source = "verbose log"
         if not layers:
@@ -213,7 +213,7 @@ def build_here(
     if engine is not None:
         write(engine, serialized)
     known |= {"size_bytes": len(serialized), "engine_sha256": hashlib.sha256(serialized).hexdigest(), "source": source}
-    return _report(model, options, name, **known, **engine_report.summarize(layers, macs), remarks=remarks)
+    return report_of(model, options, name, **known, **engine_report.summarize(layers, macs), remarks=remarks)
 
 
 def main(arguments: list[str] | None = None) -> int:
