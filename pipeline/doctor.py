@@ -79,7 +79,7 @@ def examine() -> list[Finding]:
             "TensorRT",
             _first("tensorrt", "tensorrt_rtx"),
             "engines of tensorrt.onnx",
-            "pip install tensorrt (or tensorrt-rtx)",
+            "pip install crqat-edge[tensorrt-cpu]",
         ),
         Finding("PyCUDA", _first("pycuda.driver"), "running TensorRT engines", "pip install pycuda, beside CUDA"),
     ]
@@ -107,7 +107,8 @@ def _version(module: ModuleType | None) -> str | None:
 def _first(*names: str) -> str | None:
     for name in names:
         module = _import(name)
-        if module is not None:
+        # Type stubs alone make an empty package of the same name.
+        if module is not None and (hasattr(module, "__version__") or getattr(module, "__file__", None)):
             return f"{name} {_version(module)}"
     return None
 

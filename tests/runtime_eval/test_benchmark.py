@@ -13,12 +13,18 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from artifacts.errors import UsageError
+from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress, quiet
 from artifacts.store import manifest_hash
-from runtime_eval import device
+from runtime_eval import device, engine, tensorrt_api
 from runtime_eval.benchmark import benchmark
 from tests.runtime_eval.conftest import PREPROCESSING, QUICK, VERIFICATION, Digits, WriteExport, metadata, onnx_bytes
+
+
+@pytest.fixture(autouse=True)
+def no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TensorRT, as on most machines; the test that wants a builder asks for it."""
+    monkeypatch.setattr(tensorrt_api, "choose", lambda: None)
 
 
 def in_process(path: Path, digits: Digits) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -116,6 +122,47 @@ def test_results(write_export: WriteExport, digits: Digits, monkeypatch: pytest.
     assert tensorrt["versus_float"]["latency_ratio"] is None
     assert tensorrt["peak_memory_bytes"] is None
     assert tensorrt["fusion"] is None
+    assert tensorrt["engine"] == {
+        "status": "not run: tensorrt_rtx is not installed; pip install crqat-edge[tensorrt-cpu]"
+    }
+    assert (base["engine"], fast["engine"], results["engines"]) == (None, None, {})
+
+
+@pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")
+def test_the_engine_of_the_file_for_tensorrt(write_export: WriteExport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt_rtx")
+    models = [
+        {"file": "float.onnx", "target": "float"},
+        {"file": "tensorrt.onnx", "target": "tensorrt", "macs": {"node_of_y0": 2048, "node_of_logits": 320}},
+    ]
+    steps: list[tuple[str, int, str]] = []
+    results = benchmark(
+        write_export(payload={"models": models}),
+        QUICK,
+        lambda task, done, total, note="": steps.append((task, done, note)),
+    )
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    summary, report = results["models"]["tensorrt.onnx"]["engine"], results["engines"]["tensorrt.onnx"]
+    assert summary["status"] == "built"
+    # The weights are per tensor and the network is two Gemms.
+    assert (summary["coverage"]["by_macs"], summary["coverage"]["macs"], summary["batch"]) == (1.0, 2368, [1, 1, 100])
+    assert [layer["type"] for layer in report["layers"] if layer["kind"] == "matmul"] == ["gemm", "gemm"]
+    assert results["models"]["float.onnx"]["engine"] is None
+    assert steps[:2] == [("engine of tensorrt.onnx", 0, ""), ("engine of tensorrt.onnx", 1, "built")]
+
+
+def test_a_builder_that_does_not_start_costs_the_engine_alone(
+    write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def does_not_start(*arguments: Any) -> None:
+        msg = "tensorrt does not start"
+        raise ToolError(msg)
+
+    monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt")
+    monkeypatch.setattr(engine, "build", does_not_start)
+    model = benchmark(write_export(), QUICK, quiet)["models"]["tensorrt.onnx"]
+    assert model["engine"] == {"status": "not run: tensorrt does not start"}
+    assert model["status"] == "measured"
 
 
 def test_tensorrt_latency_is_never_taken_from_another_runtime(
