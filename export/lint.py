@@ -14,6 +14,9 @@ from onnx import TensorProto, numpy_helper
 from crqat_train.layout import INT16_MAX
 from export.trace import DOMAIN
 
+# TensorRT moves a DequantizeLinear behind these.
+COMMUTING = {"MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Pad", "Concat"}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -38,7 +41,7 @@ def lint(model: onnx.ModelProto, target: str) -> list[Finding]:
 
     Args:
         model: With its initializers inside.
-        target: "float", "onnxruntime" or "tensorrt".
+        target: "float", "float16", "onnxruntime" or "tensorrt".
     """
     view = _View(model)
     findings = [
@@ -106,6 +109,21 @@ def _tensorrt(view: _View) -> Iterator[Finding]:
             )
         elif view.array(zero_point.name).any():
             yield Finding(node.name, "TensorRT refuses a zero point other than 0", "export with `targets: [tensorrt]`")
+    for node in view.nodes:
+        if node.op_type in {"Conv", "Gemm"}:
+            yield from _left_in_float(view, node)
+
+
+def _left_in_float(view: _View, node: onnx.NodeProto) -> Iterator[Finding]:
+    """TensorRT multiplies in INT8 where both operands come right out of a DequantizeLinear."""
+    for what, name in zip(("input", "weight"), node.input, strict=False):
+        source = view.producer.get(name)
+        while source is not None and source.op_type in COMMUTING:
+            source = view.producer.get(source.input[0])
+        if source is None or source.op_type != "DequantizeLinear":
+            yield Finding(
+                node.name, f"its {what} is not quantized, so TensorRT runs it in float", "train with its quantizers"
+            )
 
 
 def _onnxruntime(view: _View) -> Iterator[Finding]:

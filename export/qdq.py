@@ -53,8 +53,14 @@ class QDQModel:
         return {edge: {key: value for key, value in claim.items() if value != ""} for edge, claim in result.items()}
 
 
-def float_model(graph: Graph, metadata: Mapping[str, str]) -> onnx.ModelProto:
-    """The float32 network without markers, BN folded: the baseline that every runtime is compared with."""
+def float_model(graph: Graph, metadata: Mapping[str, str], precision: str = "float32") -> onnx.ModelProto:
+    """The float network without markers, BN folded: the baseline that every runtime is compared with.
+
+    Args:
+        graph: The marked float graph.
+        metadata: For the file's metadata_props.
+        precision: "float32" or "float16", of weights and values; input and output stay float32.
+    """
     alias: dict[str, str] = {}
     nodes = []
     for node in graph.nodes:
@@ -63,7 +69,27 @@ def float_model(graph: Graph, metadata: Mapping[str, str]) -> onnx.ModelProto:
             alias[node.output[0]] = copied.input[0]
         else:
             nodes.append(copied)
-    return build_model(nodes, graph.constants, graph, dict(metadata), OPSET)
+    if precision == "float32":
+        return build_model(nodes, graph.constants, graph, dict(metadata), OPSET)
+    for node in nodes:
+        _rename(node.input, "input", "input.float16")
+        _rename(node.output, "logits", "logits.float16")
+    nodes = [
+        helper.make_node("Cast", ["input"], ["input.float16"], "input/Cast", to=TensorProto.FLOAT16),
+        *nodes,
+        helper.make_node("Cast", ["logits.float16"], ["logits"], "logits/Cast", to=TensorProto.FLOAT),
+    ]
+    constants = {
+        name: value.astype(np.float16) if value.dtype == np.float32 else value
+        for name, value in graph.constants.items()
+    }
+    return build_model(nodes, constants, graph, dict(metadata), OPSET_FLOAT16)
+
+
+def _rename(names: Any, old: str, new: str) -> None:
+    for index, name in enumerate(names):
+        if name == old:
+            names[index] = new
 
 
 def qdq_model(
@@ -74,6 +100,7 @@ def qdq_model(
     target: str,
     precision: str,
     metadata: Mapping[str, str],
+    weights: str = "int8",
 ) -> QDQModel:
     """Write a target's file.
 
@@ -85,8 +112,9 @@ def qdq_model(
         target: "onnxruntime" or "tensorrt".
         precision: "float32" or "float16": the type of everything that is not INT8. Input and output stay float32.
         metadata: For the file's metadata_props.
+        weights: "int8" or "float": see `ExportConfig`.
     """
-    return _Writer(graph, specs, grids, latent, target, precision).write(metadata)
+    return _Writer(graph, specs, grids, latent, target, precision, weights).write(metadata)
 
 
 def _copy(node: onnx.NodeProto, inputs: Sequence[str]) -> onnx.NodeProto:
@@ -106,8 +134,9 @@ class _Writer:
         latent: Mapping[str, npt.NDArray[np.float32]],
         target: str,
         precision: str,
+        weights: str,
     ) -> None:
-        self.graph, self.target, self.grids, self.latent = graph, target, grids, latent
+        self.graph, self.target, self.grids, self.latent, self.weights = graph, target, grids, latent, weights
         self.specs = {spec.edge: spec for spec in specs}
         self.float_type = np.float16 if precision == "float16" else np.float32
         self.onnx_type = TensorProto.FLOAT16 if precision == "float16" else TensorProto.FLOAT
@@ -280,11 +309,21 @@ class _Writer:
         lowered = lower_weight(self.grids[edge], weight, multiplier, bias, fed, depthwise, self.target)
         lowered = self.result.weights[edge] = self._stored(lowered, lowered.scale)
         # A scale per channel needs a zero point per channel.
-        names = [
-            self._constant(f"{edge}.codes", lowered.codes, np.int8),
+        grid = [
             self._constant(f"{edge}.scale", lowered.scale, self.float_type),
             self._constant(f"{edge}.zero_point", np.zeros(channels), np.int8),
         ]
+        codes = f"{edge}.codes"
+        if self.weights == "float":
+            # code * scale rounds by less than half a step, in float16 too, so the codes come back.
+            scale = lowered.scale.reshape(-1, *[1] * (weight.ndim - 1))
+            values = self._constant(f"{edge}.values", lowered.codes * scale, self.float_type)
+            self.nodes.append(
+                helper.make_node("QuantizeLinear", [values, *grid], [codes], f"{edge}/QuantizeLinear", axis=0)
+            )
+        else:
+            self._constant(codes, lowered.codes, np.int8)
+        names = [codes, *grid]
         output = f"{edge}.dequantized"
         self.nodes.append(helper.make_node("DequantizeLinear", names, [output], f"{edge}/DequantizeLinear", axis=0))
         if not has_bias:

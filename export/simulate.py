@@ -145,6 +145,9 @@ def simulate(
         if operation is None:
             msg = f"{node.name or node.output[0]}: the simulator does not know {node.op_type}"
             raise NotSimulated(msg)
+        if node.op_type == "QuantizeLinear" and node.input[0] in constants:
+            constants[node.output[0]] = _quantized_constant(*(constants[name] for name in node.input))
+            continue
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             continue  # a weight or a bias: read where it is used
         try:
@@ -164,6 +167,14 @@ def simulate(
         logits = approximate.values
     result.logits = logits.astype(np.float32)
     return result
+
+
+def _quantized_constant(values: Array, scale: Array, zero_point: Array) -> Array:
+    """The codes of a weight that is stored as float values, with a scale per channel of its first axis."""
+    info = np.iinfo(zero_point.dtype)
+    column = scale.astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
+    codes: Array = np.clip(np.rint(values.astype(np.float32) / column), info.min, info.max).astype(zero_point.dtype)
+    return codes
 
 
 def _attributes(node: onnx.NodeProto) -> dict[str, Any]:

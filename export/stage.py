@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ def export(
     progress: Progress,
     run: str,
     git_revision: str,
+    unsafe: bool = False,
 ) -> dict[str, Any]:
     """Run the stage and fill `out`.
 
@@ -50,12 +52,14 @@ def export(
         progress: Told of files and checks.
         run: The run's name.
         git_revision: For the files' metadata.
+        unsafe: Write files that break a rule, too, and record what they break as "findings" of their entries.
 
     Returns:
         The manifest's payload: one entry for each file with its claims, fusion and verification.
 
     Raises:
-        UsageError: An edge cannot keep its Grid on a target without `export.allow_lossy`, or a file breaks a rule.
+        UsageError: An edge cannot keep its Grid on a target without `export.allow_lossy`, or a file breaks a rule and
+            `unsafe` is not set.
     """
     trained = verify_stage(train_dir).payload
     targets = config.targets or train.targets
@@ -80,26 +84,40 @@ def export(
     node_macs = macs(graph)
     steps = 2 + len(targets)
     exported: dict[str, QDQModel] = {}
+    findings: dict[str, list[str]] = {}
     for target in targets:
         precision = config.tensorrt_precision if target == "tensorrt" else "float32"
         exported[target] = qdq_model(
-            graph, specs, grids, latent, target, precision, {**metadata, "crqat.target": target}
+            graph,
+            specs,
+            grids,
+            latent,
+            target,
+            precision,
+            {**metadata, "crqat.target": target},
+            config.weights if target == "tensorrt" else "int8",
         )
-        _refuse(exported[target], target, config.allow_lossy)
+        findings[target] = [str(finding) for finding in lint(exported[target].model, target)]
+        _refuse(exported[target], target, config.allow_lossy, [] if unsafe else findings[target])
         progress("export", len(exported), steps, f"{target}.onnx")
     dataset = data.of_recipe(train.data, progress)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
     model_float, _ = rebuild(train_dir, train, trained, candidate)
     # Strict but for the quantizers, which the float graph leaves out.
     model_float.load_state_dict({**model_float.state_dict(), **load_file(train_dir / "float.safetensors")})
-    baseline = float_model(marked_graph(model_float, specs, shape, classes), {**metadata, "crqat.target": "float"})
-    onnx.save(baseline, out / "float.onnx")
+    float_graph = marked_graph(model_float, specs, shape, classes)
+    baselines = {"float": "float32"}
+    if "tensorrt" in targets and config.tensorrt_precision == "float16":
+        baselines["float16"] = "float16"
+    for name, kind in baselines.items():
+        baseline = float_model(float_graph, {**metadata, "crqat.target": name}, kind)
+        onnx.save(baseline, out / f"{name}.onnx")
     chosen = data.split(len(dataset.train_labels), train.data.validation, train.seed).validation[: config.verify_images]
     verified = preprocessing(dataset.train_images[chosen].numpy())
     proof = verify(model, specs, grids, exported, verified)
     noise = quantizer_noise(model, specs, verified)
     progress("export", steps - 1, steps, "; ".join(f"{name}: {entry['status']}" for name, entry in proof.items()))
-    entries: list[dict[str, Any]] = [{"file": "float.onnx", "target": "float"}]
+    entries: list[dict[str, Any]] = [{"file": f"{name}.onnx", "target": name} for name in baselines]
     for name, file in exported.items():
         onnx.save(file.model, out / f"{name}.onnx")
         entries.append(
@@ -111,6 +129,7 @@ def export(
                 "macs": node_macs,
                 "verification": proof[name],
                 "fusion": fusion(file.model) if name == "onnxruntime" else None,
+                "findings": findings[name],
             }
         )
         codes = f"{name}.codes.npz"
@@ -140,10 +159,12 @@ def _write_images(path: Path, images: Images) -> None:
     array.flush()
 
 
-def _refuse(file: QDQModel, target: str, allow_lossy: bool) -> None:
-    findings = lint(file.model, target)
+def _refuse(file: QDQModel, target: str, allow_lossy: bool, findings: Sequence[str]) -> None:
     if findings:
-        msg = f"{target}.onnx breaks {len(findings)} rules, first: {findings[0]}"
+        msg = (
+            f"{target}.onnx breaks {len(findings)} rules, first: {findings[0]}; "
+            "crqat export --unsafe writes it all the same"
+        )
         raise UsageError(msg)
     lossy = {edge: claim for edge, claim in file.claims().items() if claim["claim"] == "lossy"}
     if lossy and not allow_lossy:

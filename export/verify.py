@@ -138,7 +138,7 @@ def _slack(file: QDQModel, bias_error: Mapping[str, float]) -> dict[str, float]:
 
     result = {}
     for node in file.model.graph.node:
-        if node.op_type == "QuantizeLinear":
+        if node.op_type == "QuantizeLinear" and node.input[0] not in scales:  # not a weight that is stored as float
             slack = error(node.input[0]) / float(onnx.numpy_helper.to_array(scales[node.input[1]]))
             for output in [node.output[0], *(n.output[0] for n in file.model.graph.node if node.output[0] in n.input)]:
                 result[output] = slack

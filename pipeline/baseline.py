@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from artifacts.errors import UsageError
-from pipeline.gate import Verdict, at_most
+from pipeline.gate import BASELINES, Verdict, at_most
 
 RULE = "latency_regression"
 
@@ -38,7 +38,7 @@ def judge(results: dict[str, Any], baseline: dict[str, Any] | None, allowed: flo
     """
     verdicts = []
     for file, model in results["models"].items():
-        if model["target"] == "float" or model["status"] != "measured":
+        if model["target"] in BASELINES or model["status"] != "measured":
             continue
         try:
             verdicts.append(_judge(file, results, baseline, allowed))

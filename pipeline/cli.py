@@ -92,13 +92,19 @@ def train(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> 
 @crqat.command()
 @_recipe_arguments
 @_force_option
-def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> None:
+@click.option(
+    "--unsafe", is_flag=True, help="Write files that break their runtime's rules, too; the gate fails on them."
+)
+def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, unsafe: bool) -> None:
     """Write one ONNX file per target and prove it."""
     config = _load(recipe, overrides)
-    payload = _run_stage("export", config, runs, force)
+    payload = _run_stage("export", config, runs, force, **({"unsafe": True} if unsafe else {}))
     for model in payload["models"]:
+        path = runs / config.name / "export" / model["file"]
         proof = (model.get("verification") or {}).get("status", "the reference")
-        click.echo(f"{runs / config.name / 'export' / model['file']}: {proof}")
+        click.echo(f"{path}: {proof}")
+        for finding in model.get("findings", []):
+            click.echo(f"{path}: breaks a rule: {finding}")
 
 
 @crqat.command()
@@ -195,6 +201,21 @@ def report(run: Path, out: Path, layers: bool) -> None:
 
 
 @crqat.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--batch", type=click.IntRange(min=1), help="Build for this batch alone. Default: from 1 to 64.")
+@click.option("--compute-capability", "targets", multiple=True, metavar="SM89", help="Build for this GPU; repeatable.")
+@click.option("--bisect", is_flag=True, help="If it cannot be built, write the smallest part that cannot either.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
+def inspect(path: Path, batch: int | None, targets: tuple[str, ...], bisect: bool, out: Path | None) -> None:
+    """Show what TensorRT makes of an .onnx file, layer by layer, or show an engine.json."""
+    from pipeline import inspection
+    from runtime_eval.engine import EngineOptions
+
+    batches = EngineOptions.batch if batch is None else (batch, batch, batch)
+    inspection.inspect(path, EngineOptions(batch=batches, compute_capabilities=targets), bisect, out)
+
+
+@crqat.command()
 def doctor() -> int:
     """Say what this machine can do and what is missing for what."""
     from pipeline import doctor as examination
@@ -218,12 +239,12 @@ def init(path: Path) -> None:
     click.echo(f"wrote {path}; next: crqat run {path}")
 
 
-def _run_stage(stage: str, config: Recipe, runs: Path, force: bool) -> dict[str, Any]:
+def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: bool) -> dict[str, Any]:
     from artifacts.store import read_manifest
     from pipeline import console, stages
 
     with console.show_progress() as progress:
-        directory = getattr(stages, stage)(config, runs, force, progress)
+        directory = getattr(stages, stage)(config, runs, force, progress, **further)
     return read_manifest(directory).payload
 
 

@@ -86,7 +86,7 @@ def examine() -> list[Finding]:
             "TensorRT for RTX",
             _released("tensorrt_rtx"),
             "proof that TensorRT builds INT8, without a CUDA device",
-            "pip install tensorrt-rtx-cu13",
+            "pip install crqat-edge[tensorrt-cpu]",
         ),
         Finding(
             "PyCUDA",

@@ -19,6 +19,9 @@ from artifacts.config import STRICT, Range
 from artifacts.errors import ToolError, UsageError
 
 SCHEMA_VERSION = 1
+# What is compared with, and has nothing to prove.
+BASELINES = ("float", "float16")
+NO_ENGINE = "not run: the benchmark is of a version that built no engine; run it again"
 Status = Literal["pass", "fail", "inconclusive", "not run", "error"]
 
 
@@ -32,6 +35,8 @@ class GateConfig:
         max_latency_ratio: Its latency divided by the float model's.
         max_latency_regression: Its latency divided by that of the same file in the baseline that the gate is given.
         max_size_ratio: Its file size divided by the float model's.
+        min_int8_coverage: Share of the multiply-accumulates of Conv and Gemm that its TensorRT engine computes in INT8.
+        max_reformat_layers: Layers of its TensorRT engine that only change type or layout.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -40,6 +45,8 @@ class GateConfig:
     max_latency_ratio: Annotated[float, Range(gt=0)] | None = None
     max_latency_regression: Annotated[float, Range(gt=0)] | None = None
     max_size_ratio: Annotated[float, Range(gt=0)] | None = None
+    min_int8_coverage: Annotated[float, Range(ge=0, le=1)] | None = 1.0
+    max_reformat_layers: Annotated[int, Range(ge=0)] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,8 +54,8 @@ class Verdict:
     """One rule on one file.
 
     Attributes:
-        rule: "measurement", "required", "verification", "codes_on_this_cpu", "accuracy_drop", "agreement",
-            "latency_ratio", "latency_regression" or "size_ratio".
+        rule: "measurement", "required", "findings", "verification", "codes_on_this_cpu", "engine", "int8_coverage",
+            "reformat_layers", "accuracy_drop", "agreement", "latency_ratio", "latency_regression" or "size_ratio".
         file: The model's file.
         status: "error" means that the environment kept the rule from being judged.
         measured: In the rule's own unit; None if there is no number.
@@ -83,15 +90,20 @@ def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
             # Not run: its accuracy, which always has a limit, is neither kept nor broken, and that must not pass.
             status: Status = "inconclusive" if model["status"].startswith("not run") else "error"
             verdicts.append(_plain("measurement", file, status, model["status"]))
-        elif model["target"] != "float" and model["versus_float"] is None:
+        elif model["target"] not in BASELINES and model["versus_float"] is None:
             verdicts.append(
                 _plain("measurement", file, "error", "the float model that it is compared with has no result")
             )
-        if model["target"] == "float":
+        if model["target"] in BASELINES:
             continue
+        if model.get("findings"):
+            number, first = len(model["findings"]), model["findings"][0]
+            verdicts.append(_plain("findings", file, "fail", f"exported with --unsafe, breaks {number} rules: {first}"))
         verdicts.append(_verification(file, model["verification"]))
         if model.get("codes_on_this_cpu") is not None:
             verdicts.append(_codes(file, model["codes_on_this_cpu"]))
+        if model["target"] == "tensorrt":
+            verdicts += _engine(file, model.get("engine") or {"status": NO_ENGINE}, config)
         if model["status"] == "measured" and model["versus_float"] is not None:
             verdicts += _limits(file, model, float_latency.get("unstable", False), config)
     return verdicts + _required(models, results.get("config", {}).get("require", []))
@@ -137,6 +149,63 @@ def _codes(file: str, counted: dict[str, Any]) -> Verdict:
     figures = f"{counted['differing']} of {counted['codes']} codes differ on {counted['images']} images"
     message = figures if counted["status"] == "passed" else f"{counted['status']}; {figures}"
     return Verdict("codes_on_this_cpu", file, status, counted["differing"], None, None, counted["codes"], message)
+
+
+def _engine(file: str, engine: dict[str, Any], config: GateConfig) -> list[Verdict]:
+    """The rules on a TensorRT engine: that it was built as the file says, and what its plan is.
+
+    Where none was built because the builder is missing, nothing passes and nothing fails.
+    """
+    verdicts = []
+    if engine["status"].startswith("not run"):
+        first: Status = "not run"
+    elif engine["status"] != "built":
+        first = "fail"
+    else:
+        first = "fail" if any(remark["severity"] == "error" for remark in engine["remarks"]) else "pass"
+    verdicts.append(_plain("engine", file, first, _of_engine(engine)))
+    built, unbuilt = engine["status"] == "built", "not run: there is no engine"
+    if config.min_int8_coverage is not None:
+        share, allowed = engine["coverage"]["by_macs"] if built else None, config.min_int8_coverage
+        if share is None:
+            why = "not run: the file has no Conv or Gemm whose MACs are known" if built else unbuilt
+            verdicts.append(Verdict("int8_coverage", file, "not run", None, None, allowed, None, why))
+        else:
+            status: Status = "pass" if share >= allowed else "fail"
+            message = _of_coverage(engine, allowed)
+            nodes = engine["coverage"]["nodes"]
+            verdicts.append(Verdict("int8_coverage", file, status, share, None, allowed, nodes, message))
+    if config.max_reformat_layers is not None:
+        limit = config.max_reformat_layers
+        if built:
+            found = engine["counts"]["reformat"]
+            message = f"{found} of {engine['counts']['layers']} layers only change type or layout, allowed {limit}"
+            status = "pass" if found <= limit else "fail"
+            verdicts.append(Verdict("reformat_layers", file, status, found, None, limit, None, message))
+        else:
+            verdicts.append(Verdict("reformat_layers", file, "not run", None, None, limit, None, unbuilt))
+    return verdicts
+
+
+def _of_engine(engine: dict[str, Any]) -> str:
+    if engine["status"] != "built":
+        return str(engine["status"])
+    wrong = [remark for remark in engine["remarks"] if remark["severity"] == "error"]
+    by = f"{engine['builder']['name']} {engine['builder']['version']}"
+    if not wrong:
+        return f"built by {by}, which has nothing against it"
+    at = f", first at {wrong[0]['nodes'][0]}" if wrong[0]["nodes"] else ""
+    return f"built by {by}, but {wrong[0]['message']} ({wrong[0]['count']} times{at})"
+
+
+def _of_coverage(engine: dict[str, Any], allowed: float) -> str:
+    covered = engine["coverage"]
+    text = (
+        f"{100 * covered['by_macs']:.2f} % of the MACs, {covered['int8_nodes']} of {covered['nodes']} Conv and Gemm, "
+        f"required {100 * allowed:g} %"
+    )
+    missing = [f"{entry['node']} {entry['reason']}" for entry in engine["uncovered"][:1]]
+    return "; ".join([text, *missing])
 
 
 def _limits(file: str, model: dict[str, Any], float_unstable: str | bool, config: GateConfig) -> list[Verdict]:
@@ -299,6 +368,11 @@ class _Checked:
         """An object inside this one."""
         return _Checked(self.path, f"{self.key}.{name}".lstrip("."), self.get(name, dict))
 
+    def children(self, name: str) -> list[_Checked]:
+        """The objects in a list in this one."""
+        values = enumerate(self.get(name, list))
+        return [_Checked(self.path, f"{self.key}.{name}[{index}]", value) for index, value in values]
+
     def interval(self, name: str) -> None:
         """Check for two finite numbers in order."""
         value = self.get(name, list)
@@ -319,6 +393,10 @@ def _check_model(model: _Checked) -> None:
         counted.get("status", str)
         for count in ("codes", "differing", "images"):
             counted.get(count, int)
+    if model.data.get("findings") is not None:
+        model.get("findings", list)
+    if model.data.get("engine") is not None:
+        _check_engine(model.child("engine"))
     if model.get("status", str) != "measured":
         return
     model.child("accuracy").get("n", int)
@@ -337,3 +415,25 @@ def _check_model(model: _Checked) -> None:
         if timed and versus.data.get("latency_ratio", ...) is not None:  # None: float was timed in another runtime
             versus.get("latency_ratio", float)
             versus.interval("latency_ratio_interval")
+
+
+def _check_engine(engine: _Checked) -> None:
+    if engine.get("status", str) != "built":
+        return
+    for remark in engine.children("remarks"):
+        remark.get("severity", str)
+        remark.get("message", str)
+        remark.get("count", int)
+        remark.get("nodes", list)
+    for name in ("name", "version"):
+        engine.child("builder").get(name, str)
+    covered, numbers = engine.child("coverage"), engine.child("counts")
+    if covered.data.get("by_macs") is not None:
+        covered.get("by_macs", float)
+    for count in ("nodes", "int8_nodes"):
+        covered.get(count, int)
+    for count in ("layers", "reformat"):
+        numbers.get(count, int)
+    for entry in engine.children("uncovered"):
+        entry.get("node", str)
+        entry.get("reason", str)

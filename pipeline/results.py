@@ -91,6 +91,9 @@ def _remarks(models: dict[str, Any]) -> Iterable[str]:
         if model["status"] != "measured":
             yield f"{file}: {model['status']}"
             continue
+        engine = _engine(model.get("engine"))
+        if engine:
+            yield f"{file}: engine {engine}"
         latency = model["latency"] or {"status": "not run"}
         if latency["status"] != "measured":
             yield f"{file}: latency {latency['status']}"
@@ -150,6 +153,18 @@ def _compared(file: str, results: dict[str, Any]) -> list[str]:
         _with_interval(versus.get("latency_ratio"), versus.get("latency_ratio_interval"), 3),
         status,
     ]
+
+
+def _engine(engine: dict[str, Any] | None) -> str:
+    """A TensorRT engine in one line; empty where none is meant to be."""
+    if engine is None or engine["status"] != "built":
+        return "" if engine is None else engine["status"]
+    covered, number, builder = engine["coverage"], engine["counts"], engine["builder"]
+    share = "unknown share" if covered["by_macs"] is None else f"{100 * covered['by_macs']:.2f} %"
+    return (
+        f"built by {builder['name']} {builder['version']}: {share} of the MACs in INT8, {number['layers']} layers, "
+        f"{number['pointwise']} pointwise, {number['reformat']} reformat"
+    )
 
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> None:

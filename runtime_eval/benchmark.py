@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,15 +17,18 @@ import onnxruntime as ort
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
 from artifacts.store import Manifest, manifest_hash, sha256_file, verify_stage
-from runtime_eval import accuracy, device, latency
+from runtime_eval import accuracy, device, engine, engine_report, latency, tensorrt_api
 from runtime_eval.client import RUNTIME, Worker
 from runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
 from runtime_eval.jetson import Watch
 from runtime_eval.runners.onnxruntime import float16_is_rounded
 
 SCHEMA_VERSION = 1
-FLOAT = "float"
-TENSORRT = "tensorrt"
+FLOAT, FLOAT16, TENSORRT = "float", "float16", "tensorrt"
+# What TensorRT is to run, where it can: the file for it, and the two that INT8 has to be faster than.
+FOR_TENSORRT = (TENSORRT, FLOAT16, FLOAT)
+# Kernels are chosen by times that are measured once, so engines of one file differ; they are measured in turns.
+BUILDS = 3
 
 
 @dataclass
@@ -48,6 +50,8 @@ class _Model:
     computed: list[float] = field(default_factory=list)
     memory: int | None = None
     codes: dict[str, Any] | None = None
+    engine: dict[str, Any] | None = None
+    engine_failure: str = f"not run: tensorrt_rtx is not installed; {tensorrt_api.INSTALL_HINTS[tensorrt_api.RTX]}"
 
     @property
     def runtime(self) -> str:
@@ -67,12 +71,7 @@ class _Model:
             self.failure = str(error)
 
 
-def benchmark(
-    export_dir: Path,
-    config: BenchmarkConfig,
-    progress: Progress,
-    engines: Mapping[str, Sequence[Path]] = MappingProxyType({}),
-) -> dict[str, Any]:
+def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
     """Measure every model of an export on this machine.
 
     A model whose process dies, hangs or answers nonsense has the status "failed: ..."; the others are measured.
@@ -81,13 +80,12 @@ def benchmark(
         export_dir: A directory written by the `export` stage; its hashes are checked.
         config: How to measure.
         progress: Told of rounds and images.
-        engines: TensorRT plans (see `runtime_eval.sidecar`) by the name of the ONNX file that they were built from;
-            such a file is measured in TensorRT, the builds in turns. The plans' suffix is .plan.
 
     Returns:
         The results, a JSON object. Accuracies and agreements are shares of 1, `drop_points` percentage points,
         `latency_ratio` and `size_ratio` this model's divided by the float model's. Every bound of an accuracy interval
-        holds one-sided at 95 %; the latency interval states its two-sided coverage.
+        holds one-sided at 95 %; the latency interval states its two-sided coverage. "engines" has the engine reports
+        with every layer; a model's "engine" is the summary of its own.
 
     Raises:
         UsageError: The directory is no export, or a file in it is missing or damaged.
@@ -99,12 +97,12 @@ def benchmark(
     load_at_start = device.load_average()
     watch = Watch()
     paths = [export_dir / entry["file"] for entry in entries]
-    models = [
-        _Model(entry, path, path.stat().st_size, engines.get(entry["file"], ()))
-        for entry, path in zip(entries, paths, strict=True)
-    ]
-    _measure(models, export_dir / manifest.payload["images"], labels, config, progress, watch)
-    watch.look()
+    models = [_Model(entry, path, path.stat().st_size) for entry, path in zip(entries, paths, strict=True)]
+    with tempfile.TemporaryDirectory() as scratch:
+        _build_engines(models, config, progress, Path(scratch))
+        _measure(models, export_dir / manifest.payload["images"], labels, config, progress, watch)
+        watch.look()
+        by_file = {model.entry["file"]: _result(model, models, labels, config, watch) for model in models}
     load = {"start": load_at_start, "end": device.load_average()}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -116,7 +114,8 @@ def benchmark(
             "n": len(images),
             "classes": next((model.classes for model in models if model.classes is not None), None),
         },
-        "models": {model.entry["file"]: _result(model, models, labels, config, watch) for model in models},
+        "models": by_file,
+        "engines": {model.entry["file"]: model.engine for model in models if model.engine is not None},
     }
 
 
@@ -159,6 +158,42 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
         msg = f"{path}: not a .npy array ({error}); export again"
         raise UsageError(msg) from error
     return array
+
+
+def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Progress, folder: Path) -> None:
+    """Build the engines of the files for TensorRT where a builder is installed; a failed one is a result, too.
+
+    Without a GPU the engine of the quantized file is built to be looked at. With one, those of the float files are
+    built too, several of each, and measured.
+    """
+    builder = tensorrt_api.choose()
+    runs = builder == tensorrt_api.TENSORRT
+    batch = (1, 1, max(2, config.accuracy_batch))
+    for model in models:
+        if builder is None or model.entry["target"] not in (FOR_TENSORRT if runs else (TENSORRT,)):
+            continue
+        task, plans = f"engine of {model.entry['file']}", []
+        for number in range(BUILDS if runs else 1):
+            progress(task, number, BUILDS if runs else 1)
+            path = folder / f"{model.path.stem}.{number}.plan" if runs else None
+            options = engine.EngineOptions(batch=batch, time_limit_seconds=config.time_limit_seconds)
+            try:
+                model.engine = engine.build(model.path, options, model.entry.get("macs"), path)
+            except ToolError as error:
+                model.engine_failure = f"not run: {error}"
+                break
+            if model.engine["status"] != "built":
+                break
+            plans += [path] if path is not None else []
+        model.plans = plans if len(plans) == BUILDS else ()
+        progress(task, 1, 1, model.engine_failure if model.engine is None else model.engine["status"])
+
+
+def _engine_summary(model: _Model) -> dict[str, Any] | None:
+    """A model's entry `engine` in the results; None of what is not for TensorRT."""
+    if model.entry["target"] != TENSORRT:
+        return None
+    return {"status": model.engine_failure} if model.engine is None else engine_report.headline(model.engine)
 
 
 def _measure(
@@ -212,8 +247,8 @@ def _measure(
 
 def _is_timed(model: _Model, config: BenchmarkConfig) -> bool:
     """Whether what runs a model here is what it was written for; otherwise it runs to count its right answers only."""
-    runtime = TENSORRT if model.plans or config.provider in TENSORRT_PROVIDERS else RUNTIME
-    return model.entry["target"] in (FLOAT, runtime)
+    by_tensorrt = bool(model.plans) or config.provider in TENSORRT_PROVIDERS
+    return model.entry["target"] in (FOR_TENSORRT if by_tensorrt else (FLOAT, RUNTIME))
 
 
 def _result(
@@ -234,9 +269,12 @@ def _result(
         "latency": None,
         "builds": None,
         "versus_float": None,
+        "versus_float16": None,
         "verification": model.entry.get("verification"),
         "fusion": model.entry.get("fusion"),
         "codes_on_this_cpu": model.codes,
+        "findings": model.entry.get("findings", []),
+        "engine": _engine_summary(model),
     }
     if model.failure is not None or model.top is None:
         return result
@@ -260,6 +298,9 @@ def _result(
             **ratio,
             "size_ratio": model.size / baseline.size,
         }
+    half = next((other for other in models if other.entry["target"] == FLOAT16), None)
+    if half is not None and half is not model and half.plans and model.plans and half.rounds and model.rounds:
+        result["versus_float16"] = latency.compare(half.rounds, model.rounds)
     return result
 
 
@@ -281,7 +322,7 @@ def _obstacle(entry: dict[str, Any]) -> str | None:
 
 def _not_run(model: _Model) -> str:
     """Why the latency of a file that was not made for ONNX Runtime's provider is not measured."""
-    if model.entry["target"] != TENSORRT:
+    if model.entry["target"] not in (TENSORRT, FLOAT16):
         return "not run: the file is for another execution provider"
     if not device.cuda_device():
         return "not run: no CUDA device"

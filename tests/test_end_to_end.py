@@ -70,7 +70,12 @@ def copied(finished: Path, tmp_path: Path) -> Path:
 def test_a_good_model_passes(finished: Path) -> None:
     run = finished / "runs" / "small"
     payload = verify_stage(run / "export").payload
-    assert [entry["file"] for entry in payload["models"]] == ["float.onnx", "onnxruntime.onnx", "tensorrt.onnx"]
+    assert [entry["file"] for entry in payload["models"]] == [
+        "float.onnx",
+        "float16.onnx",
+        "onnxruntime.onnx",
+        "tensorrt.onnx",
+    ]
     measured = results(finished)["models"]
     for file in ("onnxruntime.onnx", "tensorrt.onnx"):
         assert measured[file]["verification"]["status"] == "passed"

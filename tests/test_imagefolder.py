@@ -74,7 +74,7 @@ def folder(cifar10_root: Path, shared_data: Path, tmp_path_factory: pytest.TempP
 def test_a_folder_of_images_runs_to_its_verdict(folder: Path) -> None:
     results: dict[str, Any] = json.loads((folder / "runs/folder/benchmark/results.json").read_text())
     assert results["dataset"] == {"n": 10 * TEST, "classes": 10}
-    for file in ("float.onnx", "onnxruntime.onnx", "tensorrt.onnx"):
+    for file in ("float.onnx", "float16.onnx", "onnxruntime.onnx", "tensorrt.onnx"):
         assert results["models"][file]["accuracy"]["top1"] > 0.8
     assert results["models"]["onnxruntime.onnx"]["verification"]["differing_codes"] == 0
 

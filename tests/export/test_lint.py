@@ -52,6 +52,17 @@ def test_codes_without_a_sign_for_tensorrt(files: dict[str, onnx.ModelProto]) ->
     assert lint(files["onnxruntime"], "tensorrt")  # the other target's file is none of this one's
 
 
+@pytest.mark.parametrize(("index", "what"), [(0, "input"), (1, "weight")])
+def test_a_layer_left_in_float_for_tensorrt(files: dict[str, onnx.ModelProto], index: int, what: str) -> None:
+    broken = onnx.ModelProto()
+    broken.CopyFrom(files["tensorrt"])
+    conv = next(node for node in broken.graph.node if node.name == "layer2/0/conv2")
+    broken.graph.initializer.append(numpy_helper.from_array(np.ones((32, 32, 3, 3), np.float16), "plain"))
+    conv.input[index] = "plain"
+    fix = "train with its quantizers"
+    only(lint(broken, "tensorrt"), "layer2/0/conv2", f"its {what} is not quantized, so TensorRT runs it in float", fix)
+
+
 def test_a_zero_point_for_tensorrt(files: dict[str, onnx.ModelProto]) -> None:
     findings = lint(edited(files["tensorrt"], f"{INPUT}.zero_point", np.int8(3)), "tensorrt")
     assert {finding.node for finding in findings} == {f"{INPUT}/QuantizeLinear", f"{INPUT}.codes/DequantizeLinear"}

@@ -406,3 +406,43 @@ def test_every_way_to_the_classifier_is_fused_and_exact(step: Callable[[Tensor],
     assert proof["onnxruntime"]["status"] == "passed"
     assert proof["onnxruntime"]["differing_codes"] == 0 < proof["onnxruntime"]["codes"]
     assert fusion(file.model)["float"] == []
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("precision", ["float32", "float16"])
+def test_weights_stored_as_float_come_back_as_the_same_codes(digits: Digits, bits: int, precision: str) -> None:
+    q = digits(bits)
+    codes = q.file("tensorrt", precision)
+    values = qdq_model(
+        q.graph(), q.specs, q.grids, q.latent, "tensorrt", precision, {"crqat.target": "tensorrt"}, "float"
+    )
+    weights = [spec.edge for spec in q.specs if spec.kind == "weight"]
+    assert len(nodes(values.model, "QuantizeLinear")) == len(nodes(codes.model, "QuantizeLinear")) + len(weights)
+    taps = [f"{edge}.codes" for edge in weights]
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(values.model)
+    tapped.graph.output.extend(onnx.helper.make_tensor_value_info(name, TensorProto.INT8, None) for name in taps)
+    for edge, own in zip(weights, session(tapped).run(taps, {"input": q.images}), strict=True):
+        np.testing.assert_array_equal(own, initializer(codes.model, f"{edge}.codes"))
+    first, second = simulate(codes.model, q.images), simulate(values.model, q.images)
+    assert first.codes.keys() == second.codes.keys()
+    for name, expected in first.codes.items():
+        np.testing.assert_array_equal(second.codes[name], expected)
+    np.testing.assert_array_equal(second.logits, first.logits)
+
+
+def test_the_float_network_in_float16(digits: Digits) -> None:
+    q = digits(8)
+    half, single = float_model(q.graph(), {}, "float16"), float_model(q.graph(), {})
+    onnx.checker.check_model(half, full_check=True)
+    for value in (half.graph.input[0], half.graph.output[0]):
+        assert value.type.tensor_type.elem_type == TensorProto.FLOAT
+    types = {tensor.data_type for tensor in half.graph.initializer}
+    assert TensorProto.FLOAT16 in types
+    assert TensorProto.FLOAT not in types
+    assert [node.op_type for node in half.graph.node][:: len(half.graph.node) - 1] == ["Cast", "Cast"]
+    assert len(half.graph.node) == len(single.graph.node) + 2
+    expected, found = (session(model).run(["logits"], {"input": q.images})[0] for model in (single, half))
+    assert found.dtype == np.float32
+    error = np.abs(found - expected).max() / np.abs(expected).max()
+    assert 0 < error < 0.02  # it is not the same, and it is the same network

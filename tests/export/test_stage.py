@@ -21,7 +21,7 @@ from crqat_train.config import TrainConfig
 from export import stage
 from export.config import ExportConfig
 from export.lint import lint
-from tests.export.conftest import BOTH, session
+from tests.export.conftest import BOTH, nodes, session
 
 Trained = Callable[..., tuple[Path, TrainConfig]]
 CONFIG = ExportConfig(verify_images=8)
@@ -42,11 +42,12 @@ def exported(trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_the_directory_is_complete(exported: tuple[Path, dict[str, Any]], trained: Trained) -> None:
     out, payload = exported
-    names = {"float.onnx", "onnxruntime.onnx", "tensorrt.onnx"}
+    names = {"float.onnx", "float16.onnx", "onnxruntime.onnx", "tensorrt.onnx"}
     data_files = {"images.npy", "labels.npy", "onnxruntime.codes.npz"}
     assert {path.name for path in out.iterdir()} == names | data_files
-    assert [entry["file"] for entry in payload["models"]] == ["float.onnx", "onnxruntime.onnx", "tensorrt.onnx"]
-    assert [entry["target"] for entry in payload["models"]] == ["float", "onnxruntime", "tensorrt"]
+    targets = ["float", "float16", "onnxruntime", "tensorrt"]
+    assert [entry["file"] for entry in payload["models"]] == [f"{target}.onnx" for target in targets]
+    assert [entry["target"] for entry in payload["models"]] == targets
     test = data.load("digits", None, False)
     images, labels = (np.load(out / payload[key], allow_pickle=False) for key in ("images", "labels"))
     np.testing.assert_array_equal(images, test.test_images[:].numpy())
@@ -66,13 +67,14 @@ def test_the_payload_is_what_the_next_stages_read(exported: tuple[Path, dict[str
     assert payload["grids_sha256"] == grids_hash(grids)
     assert payload["training"] == read_manifest(directory).payload
     assert json.loads(json.dumps(payload, allow_nan=False)) == payload
-    _, runtime, engine = payload["models"]
+    _, _, runtime, engine = payload["models"]
     assert (runtime["precision"], engine["precision"]) == ("float32", "float16")
     for entry in (runtime, engine):
         assert entry["verification"]["status"] == "passed"
         assert entry["verification"]["images"] == 8
         assert entry["verification"]["codes"] > 0
         assert entry["claims"].keys() == grids.keys()
+        assert entry["findings"] == []
         assert {claim["claim"] for claim in entry["claims"].values()} == {"exact"}
         model = onnx.load(out / entry["file"])
         operations = {node.name for node in model.graph.node if node.op_type in ("Conv", "Gemm")}
@@ -85,7 +87,7 @@ def test_the_payload_is_what_the_next_stages_read(exported: tuple[Path, dict[str
 
 def test_metadata_say_how_to_use_a_file(exported: tuple[Path, dict[str, Any]], trained: Trained) -> None:
     out, payload = exported
-    for target in ("float", *BOTH):
+    for target in ("float", "float16", *BOTH):
         model = onnx.load(out / f"{target}.onnx")
         metadata = {entry.key: entry.value for entry in model.metadata_props}
         preprocessing = json.loads(metadata.pop("crqat.preprocessing"))
@@ -188,7 +190,7 @@ def test_float16_scales_are_refused_likewise(trained: Trained, tmp_path: Path) -
 def test_allow_lossy_writes_the_file_and_says_what_differs(trained: Trained, tmp_path: Path) -> None:
     training = trained(targets=("tensorrt",))
     payload = export(training, tmp_path, ExportConfig(targets=("onnxruntime", "tensorrt"), allow_lossy=True))
-    _, runtime, engine = payload["models"]
+    _, _, runtime, engine = payload["models"]
     lossy = [edge for edge, claim in runtime["claims"].items() if claim["claim"] == "lossy"]
     assert lossy == ["pre_hooks.conv1/conv2d/0__1.0"]
     assert "saturate" in runtime["claims"][lossy[0]]["note"]
@@ -248,6 +250,39 @@ def test_a_file_that_breaks_a_rule_is_not_written(trained: Trained, tmp_path: Pa
     from export.lint import Finding
 
     monkeypatch.setattr(stage, "lint", lambda model, target: [Finding("conv1", "a rule", "a fix")] * 2)
-    with pytest.raises(UsageError, match=r"^onnxruntime\.onnx breaks 2 rules, first: conv1: a rule; a fix$"):
+    with pytest.raises(
+        UsageError, match=r"^onnxruntime\.onnx breaks 2 rules, first: conv1: a rule; a fix; crqat export"
+    ):
         export(trained(), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_unsafe_writes_it_all_the_same_and_records_why(trained: Trained, tmp_path: Path, monkeypatch: Any) -> None:
+    from export.lint import Finding
+
+    monkeypatch.setattr(stage, "lint", lambda model, target: [Finding(target, "a rule", "a fix")])
+    directory, config = trained()
+    payload = stage.export(directory, config, CONFIG, tmp_path, quiet, "a run", "a revision", unsafe=True)
+    findings = {entry["file"]: entry.get("findings") for entry in payload["models"]}
+    assert findings == {
+        "float.onnx": None,
+        "float16.onnx": None,
+        "onnxruntime.onnx": ["onnxruntime: a rule; a fix"],
+        "tensorrt.onnx": ["tensorrt: a rule; a fix"],
+    }
+    assert all((tmp_path / file).is_file() for file in findings)
+
+
+def test_weights_as_float_in_the_file_for_tensorrt_alone(
+    trained: Trained, exported: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    payload = export(trained(), tmp_path, replace(CONFIG, weights="float"))
+    for name in ("float.onnx", "float16.onnx", "onnxruntime.onnx"):
+        assert (tmp_path / name).read_bytes() == (exported[0] / name).read_bytes()
+    file = onnx.load(tmp_path / "tensorrt.onnx")
+    constants = {tensor.name: tensor.data_type for tensor in file.graph.initializer}
+    stored = {constants[node.input[0]] for node in nodes(file, "QuantizeLinear") if node.input[0] in constants}
+    assert stored == {onnx.TensorProto.FLOAT16}
+    assert lint(file, "tensorrt") == []
+    assert payload["models"][-1]["verification"]["status"] == "passed"
+    assert payload["models"][-1]["verification"] == exported[1]["models"][-1]["verification"]

@@ -77,6 +77,38 @@ def test_run_ends_with_table_and_verdict(
     assert out.endswith("\ngate: PASS\n")
 
 
+def test_unsafe_says_what_is_broken(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crqat(monkeypatch, "train", "recipe.yaml")
+    crqat(monkeypatch, "export", "recipe.yaml")
+    assert "breaks a rule" not in capsys.readouterr().out
+    assert crqat(monkeypatch, "export", "recipe.yaml", "--unsafe") == 0
+    assert "export/onnxruntime.onnx: breaks a rule: conv1: a rule; a fix\n" in capsys.readouterr().out
+
+
+def test_an_engine_is_a_line_below_the_table(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = {
+        "status": "built",
+        "builder": {"name": "tensorrt_rtx", "version": "1.7"},
+        "remarks": [],
+        "coverage": {"by_macs": 1.0, "nodes": 20, "int8_nodes": 20},
+        "uncovered": [],
+        "counts": {"layers": 42, "pointwise": 21, "reformat": 0},
+    }
+    fakes.results["models"]["tensorrt.onnx"]["engine"] = engine
+    assert crqat(monkeypatch, "run", "recipe.yaml") == 0
+    line = "built by tensorrt_rtx 1.7: 100.00 % of the MACs in INT8, 42 layers, 21 pointwise, 0 reformat"
+    out = capsys.readouterr().out
+    assert f"\ntensorrt.onnx: engine {line}\n" in out
+    assert "pass          tensorrt.onnx  int8_coverage: 100.00 % of the MACs" in out
+    fakes.results["models"]["tensorrt.onnx"]["engine"] = {"status": "not run: no builder"}
+    assert crqat(monkeypatch, "benchmark", "recipe.yaml", "--force") == 0
+    assert "\ntensorrt.onnx: engine not run: no builder\n" in capsys.readouterr().out
+
+
 def test_steps_say_what_came_out(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -219,6 +219,97 @@ def test_without_the_float_model_nothing_can_be_compared() -> None:
     assert exit_code(verdicts) == 3
 
 
+def engine(share: float | None = 1.0, **changes: Any) -> dict[str, Any]:
+    """The summary of a TensorRT engine."""
+    uncovered = [] if share == 1.0 else [{"node": "conv7", "macs": 5, "reason": "multiplies Half by Half"}]
+    return {
+        "status": "built",
+        "builder": {"name": "tensorrt_rtx", "version": "1.7"},
+        "remarks": [],
+        "coverage": {"by_macs": share, "by_count": share, "nodes": 20, "int8_nodes": 20 - len(uncovered)},
+        "uncovered": uncovered,
+        "counts": {"layers": 41, "reformat": 2},
+        **changes,
+    }
+
+
+def on_engine(summary: dict[str, Any] | None, config: GateConfig | None = None, **changes: Any) -> dict[str, Verdict]:
+    """The verdicts on a TensorRT file's engine, by rule."""
+    data = results({**model(), "target": "tensorrt", "engine": summary, **changes})
+    verdicts = judge(data, config or GateConfig(max_reformat_layers=2))
+    return {v.rule: v for v in verdicts if v.rule in ("findings", "engine", "int8_coverage", "reformat_layers")}
+
+
+def test_a_good_engine_passes() -> None:
+    verdicts = on_engine(engine())
+    assert {rule: v.status for rule, v in verdicts.items()} == dict.fromkeys(
+        ("engine", "int8_coverage", "reformat_layers"), "pass"
+    )
+    assert verdicts["engine"].message == "built by tensorrt_rtx 1.7, which has nothing against it"
+    coverage, reformat = verdicts["int8_coverage"], verdicts["reformat_layers"]
+    assert (coverage.measured, coverage.allowed, coverage.n) == (1.0, 1.0, 20)
+    assert coverage.message == "100.00 % of the MACs, 20 of 20 Conv and Gemm, required 100 %"
+    assert (reformat.measured, reformat.allowed) == (2, 2)
+    assert set(on_engine(engine(), GateConfig(min_int8_coverage=None))) == {"engine"}
+
+
+@pytest.mark.parametrize(("required", "status"), [(0.94, "pass"), (0.95, "pass"), (0.951, "fail"), (1.0, "fail")])
+def test_coverage_is_by_macs_and_names_what_is_missing(required: float, status: Status) -> None:
+    verdict = on_engine(engine(0.95), GateConfig(min_int8_coverage=required))["int8_coverage"]
+    assert verdict.status == status
+    assert verdict.message == (
+        f"95.00 % of the MACs, 19 of 20 Conv and Gemm, required {100 * required:g} %; conv7 multiplies Half by Half"
+    )
+
+
+def test_too_many_reformat_layers_fail() -> None:
+    verdict = on_engine(engine(), GateConfig(max_reformat_layers=1))["reformat_layers"]
+    assert (verdict.status, verdict.message) == ("fail", "2 of 41 layers only change type or layout, allowed 1")
+
+
+@pytest.mark.parametrize(("severity", "status"), [("error", "fail"), ("warning", "pass"), ("harmless", "pass")])
+def test_an_engine_that_computes_something_else_fails(severity: str, status: Status) -> None:
+    remark = {"severity": severity, "message": "codes are clipped", "count": 3, "nodes": ["relu/Q"]}
+    verdict = on_engine(engine(remarks=[remark]))["engine"]
+    assert verdict.status == status
+    assert ("codes are clipped (3 times, first at relu/Q)" in verdict.message) == (status == "fail")
+
+
+@pytest.mark.parametrize("summary", [None, {"status": "not run: tensorrt_rtx is not installed"}])
+def test_an_engine_that_was_not_built_passes_nothing(summary: dict[str, Any] | None) -> None:
+    verdicts = on_engine(summary)
+    assert {rule: v.status for rule, v in verdicts.items()} == dict.fromkeys(
+        ("engine", "int8_coverage", "reformat_layers"), "not run"
+    )
+    assert all(v.message.startswith("not run: ") and v.measured is None for v in verdicts.values())
+
+
+def test_a_file_that_no_engine_can_be_made_of_fails() -> None:
+    verdicts = on_engine({"status": "failed: parse at conv1 [Conv]: a rule", "coverage": None, "counts": None})
+    assert {rule: v.status for rule, v in verdicts.items()} == {
+        "engine": "fail",
+        "int8_coverage": "not run",
+        "reformat_layers": "not run",
+    }
+    assert verdicts["engine"].message == "failed: parse at conv1 [Conv]: a rule"
+
+
+def test_coverage_of_a_file_without_known_macs_is_not_run() -> None:
+    assert on_engine(engine(None))["int8_coverage"].status == "not run"
+
+
+def test_findings_of_an_unsafe_export_fail_whatever_else_holds() -> None:
+    verdict = on_engine(engine(), findings=["conv1: a rule; a fix", "conv2: b"])["findings"]
+    assert (verdict.status, verdict.message) == ("fail", "exported with --unsafe, breaks 2 rules: conv1: a rule; a fix")
+    assert "findings" not in on_engine(engine(), findings=[])
+
+
+def test_engines_are_judged_of_files_for_tensorrt_alone_and_baselines_not_at_all() -> None:
+    data = results({**model(), "engine": engine(0.5)}, target="float")
+    data["models"]["float16.onnx"] = {**model(), "target": "float16", "verification": None}
+    assert {(v.file, v.rule) for v in judge(data, GateConfig())} == {(FILE, "verification"), (FILE, "accuracy_drop")}
+
+
 def verdicts_with(*statuses: Status) -> list[Verdict]:
     return [Verdict("accuracy_drop", f"{i}.onnx", s, None, None, None, None, "why") for i, s in enumerate(statuses)]
 
@@ -285,6 +376,9 @@ def test_results_read_back_as_they_were_written(tmp_path: Path) -> None:
         {**model(latency_ratio=None, latency_ratio_interval=None), **not_run},
         failed,
         {**model(), "verification": None},
+        {**model(), "target": "tensorrt", "engine": engine(0.5), "findings": ["a rule"]},
+        {**model(), "target": "tensorrt", "engine": engine(None)},
+        {**model(), "target": "tensorrt", "engine": {"status": "not run: x"}, "findings": []},
     ):
         data = results(quantized)
         assert read_results(write(tmp_path / "results.json", data)) == data
@@ -341,6 +435,32 @@ def test_damaged_results_are_refused_by_file_and_key(
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (at("engine", value=[]), "engine is not of type dict"),
+        (at("engine", "status", value=...), "engine.status is not"),
+        (at("engine", "coverage", value=...), "engine.coverage is not of type dict"),
+        (at("engine", "coverage", "by_macs", value="1"), "engine.coverage.by_macs is not a finite"),
+        (at("engine", "coverage", "nodes", value=1.5), "engine.coverage.nodes is not of type int"),
+        (at("engine", "counts", "reformat", value=...), "engine.counts.reformat is not of type int"),
+        (at("engine", "uncovered", value=[{"node": "a"}]), r"engine.uncovered[0].reason is not of type str"),
+        (at("engine", "remarks", value=[{"severity": 1}]), r"engine.remarks[0].severity is not of type str"),
+        (at("engine", "remarks", value=["error"]), r"engine.remarks[0] is not an object"),
+        (at("engine", "builder", value="x"), "engine.builder is not of type dict"),
+        (at("findings", value="x"), "findings is not of type list"),
+    ],
+)
+def test_a_damaged_engine_is_refused_likewise(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], words: str
+) -> None:
+    damaged = {**model(), "target": "tensorrt", "engine": engine()}
+    change(damaged)
+    with pytest.raises(UsageError) as caught:
+        read_results(write(tmp_path / "results.json", results(damaged)))
+    assert words in str(caught.value)
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "\ufeff{}"])
 def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(UsageError, match=r"results\.json"):
@@ -357,6 +477,13 @@ def test_results_that_are_not_there(tmp_path: Path) -> None:
 def test_a_recipe_is_held_to_the_limits_ranges() -> None:
     adapter = TypeAdapter(GateConfig)
     assert adapter.validate_python({"max_accuracy_drop": 2}) == GateConfig(max_accuracy_drop=2)
-    for wrong in ({"max_accuracy_drop": -1}, {"min_agreement": 1.1}, {"max_latency_ratio": 0}, {"max_drop": 1}):
+    for wrong in (
+        {"max_accuracy_drop": -1},
+        {"min_agreement": 1.1},
+        {"max_latency_ratio": 0},
+        {"max_drop": 1},
+        {"min_int8_coverage": 100},
+        {"max_reformat_layers": -1},
+    ):
         with pytest.raises(ValidationError):
             adapter.validate_python(wrong)

@@ -73,7 +73,7 @@ def test_template_mentions_every_key() -> None:
     written: dict[str, set[str]] = {"": set()}
     section = ""
     for line in lines:
-        if match := re.match(r"(  )?([a-z_]+):", line):
+        if match := re.match(r"(  )?([a-z0-9_]+):", line):
             if not match[1]:
                 section = match[2]
             written.setdefault(section if match[1] else "", set()).add(match[2])

@@ -83,6 +83,18 @@ def finished_run(run: Path, name: str) -> dict[str, Any]:
         pass
     results = measured(0.2, (0.1, 0.3))
     results.update(run=name, dataset={"n": 600, "classes": 10})
+    results["models"]["tensorrt.onnx"]["engine"] = {
+        "status": "built",
+        "builder": {"name": "tensorrt_rtx", "version": "1.7"},
+        "compute_capabilities": ["default"],
+        "seconds": 0.5,
+        "size_bytes": 3388036,
+        "coverage": {"by_macs": 0.9418, "nodes": 20, "int8_nodes": 19},
+        "uncovered": [{"node": edge + name, "macs": 3, "reason": "multiplies Half by Half"}],
+        "counts": {"layers": 42, "pointwise": 21, "reformat": 1, "copy": 0},
+        "remarks": [{"kind": "other", "severity": "warning", "message": name, "count": 2, "nodes": [name]}],
+        "notices": ["says nothing of Jetson"],
+    }
     for model in results["models"].values():
         if model["latency"]["status"] == "measured":
             model["latency"].update(p90_ms=1.2, p99_ms=None, n=500, cv=0.03)
@@ -116,7 +128,9 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def test_the_page_fits_and_is_quiet(browser: Any, tmp_path: Path, width: int, scheme: str) -> None:
     results = finished_run(tmp_path / "run", "digits")
     page = tmp_path / "report.html"
-    page.write_text(render(tmp_path / "run", results, judge(results, GateConfig(max_latency_ratio=1.0))))
+    page.write_text(
+        render(tmp_path / "run", results, judge(results, GateConfig(max_latency_ratio=1.0, min_int8_coverage=0.9)))
+    )
     browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500},
@@ -157,6 +171,11 @@ def test_what_stayed_float_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     assert "not run: no CUDA device" in page
     assert "18 of 19 QLinearConv" in page
     assert "stays float: its input is not quantized" in page
+    assert "94.18 % of the MACs, 19 of 20 Conv and Gemm" in page
+    assert "digits, multiplies Half by Half." in page
+    assert "warning: digits (2 times)" in page
+    results["models"]["tensorrt.onnx"]["engine"] = {"status": "not run: no builder"}
+    assert '<p class="remark">tensorrt.onnx: not run: no builder</p>' in render(tmp_path / "run", results, [])
     assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import', page), "the page loads something from elsewhere"
 
 

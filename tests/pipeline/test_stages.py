@@ -15,7 +15,7 @@ from artifacts.errors import CrqatError, UsageError
 from artifacts.progress import quiet
 from artifacts.store import manifest_hash, read_manifest, verify_stage
 from pipeline import recipe, stages
-from runtime_eval import bundle, remote
+from runtime_eval import bundle, remote, tensorrt_api
 from runtime_eval.remote import Board
 
 if TYPE_CHECKING:
@@ -76,6 +76,44 @@ def test_change_rebuilds_what_depends_on_it(fakes: Fakes, override: str, rebuilt
     go(fakes)
     assert go(fakes, override) == rebuilt
     assert go(fakes, override) == []
+
+
+def test_an_unsafe_export_is_another_one_than_a_safe_one(fakes: Fakes) -> None:
+    config = recipe.load(fakes.recipe, [])
+
+    def unsafe() -> list[str]:
+        fakes.calls.clear()
+        stages.export(config, RUNS, False, quiet, unsafe=True)
+        return list(fakes.calls)
+
+    go(fakes)
+    assert unsafe() == ["export"]
+    assert unsafe() == []
+    assert go(fakes, only=["benchmark"]) == ["benchmark"]
+    assert read_manifest(RUN / "export").payload["models"][1]["findings"] == ["conv1: a rule; a fix"]
+    assert go(fakes) == ["export", "benchmark"]
+
+
+def test_engines_go_into_a_file_of_their_own(fakes: Fakes) -> None:
+    go(fakes)
+    assert not (RUN / "benchmark" / "engine.json").exists()
+    before = dict(fakes.results)
+    fakes.results["engines"] = {"tensorrt.onnx": {"layers": []}}
+    go(fakes, only=["benchmark"], force=True)
+    assert json.loads((RUN / "benchmark" / "results.json").read_text()) == before
+    engines = json.loads((RUN / "benchmark" / "engine.json").read_text())
+    assert engines == {"schema_version": 1, "engines": {"tensorrt.onnx": {"layers": []}}}
+    assert "engine.json" in read_manifest(RUN / "benchmark").files
+
+
+def test_a_builder_that_has_come_makes_a_benchmark_stale(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_api, "choose", lambda: None)
+    go(fakes)
+    assert go(fakes) == []
+    monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt_rtx")
+    monkeypatch.setattr(tensorrt_api, "installed", lambda name: "1.7")
+    assert go(fakes) == ["benchmark"]
+    assert go(fakes) == []
 
 
 def test_every_key_of_a_recipe_belongs_to_a_stage_or_to_the_gate(fakes: Fakes) -> None:

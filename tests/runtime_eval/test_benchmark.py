@@ -13,15 +13,21 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from artifacts.errors import UsageError
+from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress, quiet
 from artifacts.store import manifest_hash
-from runtime_eval import device, jetson, sidecar
+from runtime_eval import device, engine, engine_report, jetson, sidecar, tensorrt_api
 from runtime_eval.benchmark import _is_timed, _Model, _not_run, benchmark
 from runtime_eval.client import Worker
 from runtime_eval.runners.onnxruntime import float16_is_rounded
 from tests.runtime_eval.conftest import PREPROCESSING, QUICK, VERIFICATION, Digits, WriteExport, metadata, onnx_bytes
 from tests.runtime_eval.fake_cuda import PLAN, FakeTensorRT
+
+
+@pytest.fixture(autouse=True)
+def no_builder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No TensorRT, as on most machines; the test that wants a builder asks for it."""
+    monkeypatch.setattr(tensorrt_api, "choose", lambda: None)
 
 
 def in_process(path: Path, digits: Digits) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -119,6 +125,47 @@ def test_results(write_export: WriteExport, digits: Digits, monkeypatch: pytest.
     assert tensorrt["versus_float"]["latency_ratio"] is None
     assert tensorrt["peak_memory_bytes"] is None
     assert tensorrt["fusion"] is None
+    assert tensorrt["engine"] == {
+        "status": "not run: tensorrt_rtx is not installed; pip install crqat-edge[tensorrt-cpu]"
+    }
+    assert (base["engine"], fast["engine"], results["engines"]) == (None, None, {})
+
+
+@pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")
+def test_the_engine_of_the_file_for_tensorrt(write_export: WriteExport, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt_rtx")
+    models = [
+        {"file": "float.onnx", "target": "float"},
+        {"file": "tensorrt.onnx", "target": "tensorrt", "macs": {"node_of_y0": 2048, "node_of_logits": 320}},
+    ]
+    steps: list[tuple[str, int, str]] = []
+    results = benchmark(
+        write_export(payload={"models": models}),
+        QUICK,
+        lambda task, done, total, note="": steps.append((task, done, note)),
+    )
+    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    summary, report = results["models"]["tensorrt.onnx"]["engine"], results["engines"]["tensorrt.onnx"]
+    assert summary["status"] == "built"
+    # The weights are per tensor and the network is two Gemms.
+    assert (summary["coverage"]["by_macs"], summary["coverage"]["macs"], summary["batch"]) == (1.0, 2368, [1, 1, 100])
+    assert [layer["type"] for layer in report["layers"] if layer["kind"] == "matmul"] == ["gemm", "gemm"]
+    assert results["models"]["float.onnx"]["engine"] is None
+    assert steps[:2] == [("engine of tensorrt.onnx", 0, ""), ("engine of tensorrt.onnx", 1, "built")]
+
+
+def test_a_builder_that_does_not_start_costs_the_engine_alone(
+    write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def does_not_start(*arguments: Any) -> None:
+        msg = "tensorrt does not start"
+        raise ToolError(msg)
+
+    monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt")
+    monkeypatch.setattr(engine, "build", does_not_start)
+    model = benchmark(write_export(), QUICK, quiet)["models"]["tensorrt.onnx"]
+    assert model["engine"] == {"status": "not run: tensorrt does not start"}
+    assert model["status"] == "measured"
 
 
 def test_tensorrt_latency_is_never_taken_from_another_runtime(
@@ -155,6 +202,14 @@ def write_plan(path: Path, precision: str, target: str) -> Path:
     return path
 
 
+def build_plan(model: Path, options: Any, macs: Any, path: Path | None) -> dict[str, Any]:
+    """Stands for TensorRT's builder, which needs a GPU."""
+    target = model.stem
+    if path is not None and target != "onnxruntime":
+        write_plan(path, "int8" if target == "tensorrt" else "float32", target)
+    return engine.report_of(model, options, "tensorrt", **engine_report.summarize([], macs))
+
+
 def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
     write_export: WriteExport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,10 +221,8 @@ def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
     labels[:5] = (labels[:5] + 1) % 3  # which the fake engine gets wrong
     no_onnx = dict.fromkeys(("float.onnx", "onnxruntime.onnx", "tensorrt.onnx"), b"not a model")
     export = write_export({**no_onnx, "images.npy": images, "labels.npy": labels})
-    engines = {
-        "float.onnx": [write_plan(tmp_path / "float.plan", "float16", "float")],
-        "tensorrt.onnx": [write_plan(tmp_path / f"{build}.plan", "int8", "tensorrt") for build in range(2)],
-    }
+    monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt")
+    monkeypatch.setattr(engine, "build", build_plan)
     turns: list[Path] = []
     latency = Worker.latency
 
@@ -179,10 +232,11 @@ def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
         return latency(worker, warm_up_seconds, seconds)
 
     monkeypatch.setattr(Worker, "latency", spy)
-    results = benchmark(export, QUICK, quiet, engines)
+    results = benchmark(export, QUICK, quiet)
 
     assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert [path.name for path in turns if path.name != "float.plan"] == ["0.plan", "1.plan"] * 3
+    of_tensorrt = [path.name for path in turns if path.name.startswith("tensorrt")]
+    assert of_tensorrt == ["tensorrt.0.plan", "tensorrt.1.plan", "tensorrt.2.plan"] * 2
     model = results["models"]["tensorrt.onnx"]
     assert [model[key] for key in ("status", "runtime", "runtime_version", "provider")] == [
         "measured",
@@ -193,20 +247,22 @@ def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
     assert model["accuracy"]["top1"] == model["accuracy_batch_1"]["top1"] == 0.9
     assert model["latency"]["compute_p50_ms"] == pytest.approx(3.0)
     assert model["latency"]["p50_ms"] < 3.0  # of the fake's real time
-    assert [len(build["round_p50_ms"]) for build in model["builds"]] == [3, 3]
+    assert [len(build["round_p50_ms"]) for build in model["builds"]] == [2, 2, 2]
+    assert model["engine"]["status"] == "built"
     assert model["versus_float"]["latency_ratio"] > 0
     assert results["models"]["onnxruntime.onnx"]["status"].startswith("failed: onnxruntime.onnx in onnxruntime: ")
 
 
 def test_a_plan_where_there_is_no_cuda_device_is_a_failure_with_that_reason(
-    write_export: WriteExport, tmp_path: Path
+    write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if device.cuda_device():
         pytest.skip("there is a CUDA device")
-    plan = write_plan(tmp_path / "int8.plan", "int8", "tensorrt")
-    results = benchmark(write_export(), QUICK, quiet, {"tensorrt.onnx": [plan]})
-    assert results["models"]["tensorrt.onnx"]["status"] == "failed: int8.plan in tensorrt: no CUDA device"
-    assert results["models"]["float.onnx"]["status"] == "measured"
+    monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt")
+    monkeypatch.setattr(engine, "build", build_plan)
+    results = benchmark(write_export(), QUICK, quiet)
+    assert results["models"]["tensorrt.onnx"]["status"] == "failed: tensorrt.0.plan in tensorrt: no CUDA device"
+    assert results["models"]["onnxruntime.onnx"]["status"] == "measured"
 
 
 def test_a_jetson_that_throttles_makes_every_latency_unstable(

@@ -1,0 +1,130 @@
+"""The smallest part of an ONNX file that a builder refuses, and what its Conv and Gemm compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+# What a builder says of a part that it refuses, None of one that it takes.
+Refusal = Callable[[onnx.ModelProto], str | None]
+
+
+def file_macs(model: onnx.ModelProto) -> dict[str, int] | None:
+    """Multiply-accumulates of each Conv, Gemm and MatMul for one image, by the node's name as TensorRT has it.
+
+    Returns:
+        None if a size is not known: of a file with dynamic dimensions beside the batch, for instance.
+    """
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    values = [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
+    shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}
+    shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    result = {}
+    for node in model.graph.node:
+        if node.op_type not in {"Conv", "Gemm", "MatMul"}:
+            continue
+        output, weight = shapes.get(node.output[0], []), shapes.get(node.input[1], [])
+        if len(output) < 2 or len(weight) < 2 or 0 in output[1:] or 0 in weight[1:]:
+            return None
+        transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
+        terms = weight[-2] if node.op_type != "Conv" and not transposed else int(np.prod(weight[1:]))
+        result[node.name or f"node_of_{node.output[0]}"] = int(np.prod(output[1:])) * terms
+    return result
+
+
+def smallest_cut(model: onnx.ModelProto, refused: Refusal) -> onnx.ModelProto:
+    """The smallest part found that fails as the whole file does.
+
+    The shortest beginning of the file that fails ends with the node at fault; of that, as many nodes in front of it are
+    left out as can be. Both numbers are found by bisection, which supposes that a longer part fails if a shorter does.
+
+    Args:
+        model: A file that is refused.
+        refused: Tries to build a part; it is called some 2 log2(nodes) times.
+    """
+    parts = _Parts(model)
+    rule = refused(model)
+
+    def fails(part: onnx.ModelProto | None) -> bool:
+        return part is not None and refused(part) == rule
+
+    nodes = list(model.graph.node)
+    ends = _smallest(len(nodes), lambda count: fails(parts.cut(nodes[:count])))
+    beginning = parts.cut(nodes[:ends])
+    if beginning is None or not fails(beginning):
+        return model
+    chain = parts.ancestors(nodes[:ends])
+    length = _smallest(len(chain), lambda count: fails(parts.cut(chain[-count:])))
+    smallest = parts.cut(chain[-length:])
+    return smallest if smallest is not None and fails(smallest) else beginning
+
+
+def _smallest(highest: int, holds: Callable[[int], bool]) -> int:
+    """The smallest number from 1 to `highest` for which `holds`, if it holds for all above; it is cheap for small ones.
+
+    `highest` is taken to hold.
+    """
+    low, high = 0, 1
+    while high < highest and not holds(high):
+        low, high = high, 2 * high
+    high = min(high, highest)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+class _Parts:
+    """Cuts subgraphs out of a model."""
+
+    def __init__(self, model: onnx.ModelProto) -> None:
+        self.model = model
+        inferred = onnx.shape_inference.infer_shapes(model).graph
+        self.values = {value.name: value for value in (*inferred.value_info, *inferred.input, *inferred.output)}
+        self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
+        self.producer = {name: node for node in model.graph.node for name in node.output}
+        # Nodes that depend on constants alone, such as a weight's DequantizeLinear, go with whoever reads them.
+        self.fixed: set[str] = set(self.constants)
+        for node in model.graph.node:
+            if all(name in self.fixed for name in node.input if name) and node.input:
+                self.fixed |= set(node.output)
+
+    def ancestors(self, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
+        """Of `nodes` the last one and what it depends on, without what depends on constants alone."""
+        wanted, found = set(nodes[-1].output), []
+        for node in reversed(nodes):
+            if wanted.intersection(node.output) and (node is nodes[-1] or not self.fixed.issuperset(node.output)):
+                found.append(node)
+                wanted |= set(node.input)
+        return found[::-1]
+
+    def cut(self, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto | None:
+        """A model of these nodes, in order; None if the type of what they read is not known."""
+        kept = {id(node) for node in nodes}
+        needed = [name for node in nodes for name in node.input]
+        while needed:
+            node = self.producer.get(needed.pop())
+            if node is not None and id(node) not in kept and self.fixed.issuperset(node.output):
+                kept.add(id(node))
+                needed += node.input
+        chosen = [node for node in self.model.graph.node if id(node) in kept]
+        written = {name for node in chosen for name in node.output}
+        read = list(dict.fromkeys(name for node in chosen for name in node.input if name))
+        inputs = [name for name in read if name not in written and name not in self.constants]
+        if any(name not in self.values for name in inputs) or not chosen:
+            return None
+        ends = [name for node in chosen for name in node.output if name and name not in read]
+        float_type = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+        graph = helper.make_graph(
+            chosen,
+            "cut",
+            [self.values[name] for name in inputs],
+            [self.values.get(name) or helper.make_value_info(name, float_type) for name in ends],
+            [self.constants[name] for name in read if name in self.constants],
+        )
+        return helper.make_model(
+            graph, opset_imports=self.model.opset_import, ir_version=self.model.ir_version, producer_name="crqat-edge"
+        )
