@@ -19,10 +19,10 @@ CRQAT := $(VENV)/bin/python -m pipeline.cli
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test lint bench-infer bench-train bench-arms
+.PHONY: help install train export benchmark gate test lint bench-infer bench-train bench-arms bench-residual
 
 help: ## show this list
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
 
 install: $(INSTALLED) ## make the virtual environment
 
@@ -56,6 +56,9 @@ bench-arms: $(INSTALLED) ## PTQ, QAT, distillation and CR-QAT of RECIPE side by 
 
 bench-infer: $(INSTALLED) ## float, ours and ONNX Runtime's own quantization; ARGS="--cifar10 DIR --weights FILE" for accuracy
 	$(VENV)/bin/python -m bench.infer $(ARGS)
+
+bench-residual: $(INSTALLED) ## TensorRT's plan with both inputs of a residual Add quantized, the skip branch alone, or none
+	$(VENV)/bin/python -m bench.residual $(ARGS)
 
 $(VENV)/.crqat-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

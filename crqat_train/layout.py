@@ -11,6 +11,7 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor, fx, nn
 from torch.nn import functional
@@ -32,6 +33,7 @@ from crqat_train.graph import (
 )
 from crqat_train.nncf_bridge import Hooks, ask_layout, name_operations
 
+Residual = Literal["both", "skip", "none"]
 # The u8*s8 kernels of x86 without VNNI add two products in 16 bits: max(code) * (|w1| + |w2|) has to stay within this.
 INT16_MAX = 32767
 
@@ -92,6 +94,7 @@ def quantize_model(
     config: QuantizationConfig,
     targets: Sequence[str],
     make_quantizer: Callable[[QuantizerSpec], nn.Module],
+    residual: Residual | None = None,
 ) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
     """Insert quantizers into a copy of the model, where NNCF would put them and as the targets need them.
 
@@ -101,6 +104,8 @@ def quantize_model(
         config: Widths.
         targets: "onnxruntime", "tensorrt" or both.
         make_quantizer: Called once for each spec.
+        residual: Which inputs of a residual Add are quantized; None takes what the targets want: ONNX Runtime fuses an
+            Add only with both, TensorRT fuses it with the convolution before it, where a quantizer only adds work.
 
     Returns:
         A GraphModule that keeps the model's state dict keys and has the quantizers under `quantizers.NAME`, and their
@@ -120,10 +125,12 @@ def quantize_model(
     groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
     if "onnxruntime" in targets:
         groups += _before_activations(graph_module, names_of_nodes, places)
-    else:
-        # TensorRT fuses Conv + Add, where a quantizer only adds work; ONNX Runtime fuses an Add only with both.
+    residual = residual or ("both" if "onnxruntime" in targets else "skip")
+    if residual != "both":
         dropped = _conv_branches(graph_module, groups)
         groups = [group for group in groups if group[0][0] not in dropped]
+    if residual == "none":
+        groups = _without_skips(groups)
     specs = _constrain(graph_module, example, groups, config, targets)
     holder = nn.ModuleDict({spec.module_name: make_quantizer(spec) for spec in specs})
     if len(holder) != len(specs):
@@ -224,6 +231,20 @@ def _conv_branches(graph_module: fx.GraphModule, groups: _Groups) -> set[str]:
         if candidates and len(add.all_input_nodes) == 2:
             dropped.add(quantized[max(candidates, key=depth.__getitem__)])
     return dropped
+
+
+def _without_skips(groups: _Groups) -> _Groups:
+    """The groups with each Add reading float values; a quantizer that nothing else reads is left out."""
+    result: _Groups = []
+    for names, channels, weight, places in groups:
+        kept: list[_Place] = []
+        for place in places:
+            readers = [place.consumer] if place.consumer is not None else list(place.source.users)
+            others = [reader for reader in readers if not is_add(reader)]
+            kept += [place] if len(others) == len(readers) else [_Place(place.source, reader) for reader in others]
+        if kept:
+            result.append((names, channels, weight, kept))
+    return result
 
 
 def _constrain(

@@ -93,10 +93,10 @@ class _Parts:
                 self.fixed |= set(node.output)
 
     def ancestors(self, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        """Of `nodes` the last one and what it depends on, without what depends on constants alone."""
+        """Of `nodes` the last one and what it depends on."""
         wanted, found = set(nodes[-1].output), []
         for node in reversed(nodes):
-            if wanted.intersection(node.output) and (node is nodes[-1] or not self.fixed.issuperset(node.output)):
+            if wanted.intersection(node.output):
                 found.append(node)
                 wanted |= set(node.input)
         return found[::-1]

@@ -115,15 +115,21 @@ def _tensorrt(view: _View) -> Iterator[Finding]:
 
 
 def _left_in_float(view: _View, node: onnx.NodeProto) -> Iterator[Finding]:
-    """TensorRT multiplies in INT8 where both operands come right out of a DequantizeLinear."""
-    for what, name in zip(("input", "weight"), node.input, strict=False):
+    """TensorRT multiplies in INT8 where both operands come out of a DequantizeLinear.
+
+    Where neither does, the layout wants the layer in float, as NNCF does in squeeze-and-excitation; the gate's
+    `min_int8_coverage` weighs that.
+    """
+    quantized = []
+    for name in node.input[:2]:
         source = view.producer.get(name)
         while source is not None and source.op_type in COMMUTING:
             source = view.producer.get(source.input[0])
-        if source is None or source.op_type != "DequantizeLinear":
-            yield Finding(
-                node.name, f"its {what} is not quantized, so TensorRT runs it in float", "train with its quantizers"
-            )
+        quantized.append(source is not None and source.op_type == "DequantizeLinear")
+    if quantized in ([True, False], [False, True]):
+        missing, there = ("weight", "input") if quantized[0] else ("input", "weight")
+        rule = f"its {missing} is not quantized though its {there} is, so TensorRT runs it in float"
+        yield Finding(node.name, rule, "quantize it, or leave tensorrt out of `export.targets`")
 
 
 def _onnxruntime(view: _View) -> Iterator[Finding]:

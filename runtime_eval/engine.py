@@ -181,7 +181,7 @@ def build_here(
         As `build`.
 
     Raises:
-        ToolError: The builder cannot be imported, or does not start.
+        ToolError: The builder cannot be imported, does not start, or does not tell what it built.
     """
     name = options.builder or tensorrt_api.choose() or tensorrt_api.RTX
     trt = tensorrt_api.load(name)
@@ -206,8 +206,13 @@ def build_here(
             return report_of(model, options, name, **known, remarks=remarks)
         layers, unread = plan.from_log([text for _, text in going.messages])
         source = "verbose log"
-        if not layers:
-            layers, source = going.inspect(serialized), "engine inspector"
+        if name == tensorrt_api.TENSORRT or not layers:
+            inspected = going.inspect(serialized)
+            if inspected:
+                layers, unread, source = inspected, [], "engine inspector"
+    if not layers:
+        msg = f"{name} {trt.__version__}: neither its log nor its engine inspector tells the engine's layers"
+        raise ToolError(msg)
     if unread:
         text = f"plan lines that could not be read, such as {unread[0][:200]}"
         remarks.append(

@@ -52,15 +52,30 @@ def test_codes_without_a_sign_for_tensorrt(files: dict[str, onnx.ModelProto]) ->
     assert lint(files["onnxruntime"], "tensorrt")  # the other target's file is none of this one's
 
 
-@pytest.mark.parametrize(("index", "what"), [(0, "input"), (1, "weight")])
-def test_a_layer_left_in_float_for_tensorrt(files: dict[str, onnx.ModelProto], index: int, what: str) -> None:
+@pytest.mark.parametrize(
+    ("index", "what", "source"),
+    [(0, "input", "plain"), (1, "weight", "plain"), (0, "input", "/relu1_3/Relu_output_0")],
+)
+def test_a_layer_left_in_float_for_tensorrt(
+    files: dict[str, onnx.ModelProto], index: int, what: str, source: str
+) -> None:
     broken = onnx.ModelProto()
     broken.CopyFrom(files["tensorrt"])
     conv = next(node for node in broken.graph.node if node.name == "layer2/0/conv2")
     broken.graph.initializer.append(numpy_helper.from_array(np.ones((32, 32, 3, 3), np.float16), "plain"))
-    conv.input[index] = "plain"
-    fix = "train with its quantizers"
-    only(lint(broken, "tensorrt"), "layer2/0/conv2", f"its {what} is not quantized, so TensorRT runs it in float", fix)
+    assert source == "plain" or any(source in node.output for node in nodes(broken, "Relu"))
+    conv.input[index] = source
+    fix = "quantize it, or leave tensorrt out of `export.targets`"
+    only(lint(broken, "tensorrt"), "layer2/0/conv2", f"its {what} is not quantized though its", fix)
+
+
+def test_a_layer_that_is_meant_to_be_float_is_none_left_in_float(files: dict[str, onnx.ModelProto]) -> None:
+    meant = onnx.ModelProto()
+    meant.CopyFrom(files["tensorrt"])
+    conv = next(node for node in meant.graph.node if node.name == "layer2/0/conv2")
+    meant.graph.initializer.append(numpy_helper.from_array(np.ones((32, 32, 3, 3), np.float16), "plain"))
+    conv.input[0], conv.input[1] = "/relu1_3/Relu_output_0", "plain"
+    assert lint(meant, "tensorrt") == []
 
 
 def test_a_zero_point_for_tensorrt(files: dict[str, onnx.ModelProto]) -> None:

@@ -30,7 +30,7 @@ from export.config import ExportConfig
 from export.qdq import QDQModel, float_model, qdq_model
 from export.trace import Graph, macs
 from pipeline.gate import GateConfig, exit_code, judge
-from runtime_eval import engine, engine_build, tensorrt_api, timing_cache
+from runtime_eval import device, engine, engine_build, plan, tensorrt_api, timing_cache
 from runtime_eval.benchmark import benchmark
 from runtime_eval.engine import EngineOptions, build
 from tests.export.conftest import DIGITS, Quantized, edited, nodes, random_images, sane_bn, write_train_stage
@@ -68,18 +68,19 @@ class Files:
         return self.directory / name
 
 
-def uncalibrated(network: torch.nn.Module) -> Quantized:
+def uncalibrated(network: torch.nn.Module, bits: int = 8) -> Quantized:
     """A network with Grids that fit its weights; those of the activations are made up: a plan does not depend on it."""
     images = random_images(2, 3, 32, 32)
     targets: tuple[Any, ...] = ("tensorrt",)
-    model, specs = quantize_model(sane_bn(network, images), images, QuantizationConfig(), targets, LSQQuantizer)
+    config = QuantizationConfig(weights=bits, activations=bits)
+    model, specs = quantize_model(sane_bn(network, images), images, config, targets, LSQQuantizer)
     result = Quantized(model.eval(), specs, {}, images.numpy())
     weights = result.latent
     for spec in specs:
         scale = np.full(spec.channels or 1, 0.0625, np.float32)
         if spec.kind == "weight":
             weight = weights[spec.edge]
-            scale = (np.abs(weight).reshape(len(weight), -1).max(axis=1) / 127).astype(np.float32)
+            scale = (np.abs(weight).reshape(len(weight), -1).max(axis=1) / spec.qmax).astype(np.float32)
         result.grids[spec.edge] = Grid(scale, 0, spec.qmin, spec.qmax, 0 if spec.kind == "weight" else None)
     return result
 
@@ -156,6 +157,15 @@ def test_weights_as_float_make_the_same_engine(files: Callable[[str], Files]) ->
     report = build(made.qdq("float16", "float"), EngineOptions(), made.macs)
     assert report["status"] == "built"
     assert (report["coverage"]["by_macs"], problems(report)) == (1.0, [])
+
+
+@rtx
+def test_four_bits_are_int8_in_the_plan(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    made = Files(uncalibrated(models.build("cifar/resnet20", 10, 3), bits=4), tmp_path)
+    assert nodes(onnx.load(made.qdq()), "Clip")
+    report = build(made.qdq(), EngineOptions(), made.macs)
+    assert (report["status"], report["coverage"]["by_macs"], problems(report)) == ("built", 1.0, [])
 
 
 @rtx
@@ -237,7 +247,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainConfig
     [
         (None, {}),
         (with_uint8, {"findings": "clips half of the range", "engine": "all above 127 are clipped"}),
-        (with_a_float_layer, {"findings": "its weight is not quantized", "int8_coverage": "19 of 20 Conv and Gemm"}),
+        (
+            with_a_float_layer,
+            {"findings": "its weight is not quantized though its input is", "int8_coverage": "19 of 20 Conv and Gemm"},
+        ),
     ],
 )
 def test_an_unsafe_export_is_written_and_fails_the_gate(
@@ -351,6 +364,23 @@ def test_the_engine_is_written_beside_its_report(files: Callable[[str], Files], 
     # Without MACs the plan's own layers are counted.
     coverage = report["coverage"]
     assert (coverage["by_macs"], coverage["by_count"], coverage["nodes"], coverage["macs"]) == (None, 1.0, 20, None)
+
+
+@rtx
+def test_the_engine_inspector_is_asked_where_the_log_tells_nothing(
+    files: Callable[[str], Files], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = files("cifar/resnet20")
+    arguments = (made.qdq("float32"), EngineOptions("tensorrt_rtx"), {"conv1": 5}, None, tmp_path / "log")
+    monkeypatch.setattr(plan, "from_log", lambda messages: ([], []))
+    if not device.cuda_device():  # nothing can load the engine
+        with pytest.raises(ToolError, match="neither its log nor its engine inspector tells the engine's layers"):
+            engine.build_here(*arguments)
+    layer = plan.Layer("conv1", "matmul", "CaskConvolution", ("Int8",), ("Int8",), "Int8", ("conv1",))
+    monkeypatch.setattr(engine_build.Build, "inspect", lambda build, serialized: [layer])
+    report = engine.build_here(*arguments)
+    assert (report["source"], report["coverage"]["by_macs"]) == ("engine inspector", 1.0)
+    assert "Parsing node: conv1 [Conv]" in (tmp_path / "log").read_text()
 
 
 def stand_in(directory: Path, body: str) -> None:

@@ -69,6 +69,8 @@ def test_a_convolution_of_a_real_log() -> None:
     [
         # A Gemm's constants may be scalars, with the weights among the inputs.
         ((("x", "1,64", "Int8"), ("w", "64,10", "Int8")), (("alpha", "1", "Float"), ("beta", "1", "Float")), "Int8"),
+        # A scale for each channel is no weight, though it has as many dimensions.
+        ((("x", "1,64,8,8", "Int8"), ("w", "64,64,3,3", "Int8")), (("s", "1,64,1,1", "Float"),), "Int8"),
         # Where a constant can be the weight, a large input is something that is added.
         ((("x", "1,64,8,8", "Int8"), ("skip", "9,64,8,8", "Half")), (("w", "64,64,1,1", "Int8"),), "Int8"),
         # One output channel: the weight has a single dimension other than 1, as a scale has.
