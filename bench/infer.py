@@ -29,16 +29,17 @@ from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 
+from artifacts.grid import Grid
 from artifacts.images import Preprocessing
 from crqat_train import data, models
 from crqat_train.config import QuantizationConfig
-from crqat_train.layout import quantize_model
+from crqat_train.layout import QuantizerSpec, Residual, quantize_model
 from crqat_train.methods import METHODS, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.trainer import calibrate, weight_of
 from export.qdq import float_model, qdq_model
 from export.simulate import NotSimulated, simulate
-from export.trace import marked_graph
+from export.trace import Graph, marked_graph
 from pipeline.console import show_table
 from runtime_eval import device
 from runtime_eval.client import Worker
@@ -46,6 +47,7 @@ from runtime_eval.config import BenchmarkConfig
 from runtime_eval.latency import compare
 
 IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+METADATA = {"crqat.preprocessing": json.dumps({"mean": IMAGENET.mean, "std": IMAGENET.std})}
 TARGETS = ("onnxruntime",)
 OUT = Path("bench-out/infer.json")
 # Prints how many of a file's outputs differ from the expected ones.
@@ -101,27 +103,46 @@ def cases(cifar10: Path | None, weights: Path | None) -> Iterator[Case]:
         yield Case(f"torchvision/{name}", network.eval(), large, "random, BN statistics of 16 images")
 
 
-def export(case: Case, folder: Path) -> dict[str, Path]:
-    """Write float.onnx, ours.onnx and peer.onnx."""
+@dataclass
+class Quantized:
+    """What a target's file is made from; see `export.qdq.qdq_model`."""
+
+    graph: Graph
+    specs: list[QuantizerSpec]
+    grids: dict[str, Grid]
+    latent: dict[str, npt.NDArray[np.float32]]
+
+    def file(self, target: str, precision: str) -> onnx.ModelProto:
+        """A target's file."""
+        metadata = {**METADATA, "crqat.target": target}
+        return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, metadata).model
+
+
+def calibrated(case: Case, targets: tuple[str, ...], residual: Residual | None = None) -> Quantized:
+    """The network of a case, quantized after training on its images."""
     images = IMAGENET(case.images)
     batches = [torch.from_numpy(images[start : start + 64]) for start in range(0, len(images), 64)]
     method = METHODS["lsq"]
-    model, specs = quantize_model(case.network, batches[0][:2], QuantizationConfig(), TARGETS, method)
+    model, specs = quantize_model(case.network, batches[0][:2], QuantizationConfig(), targets, method, residual)
     calibrate(model, specs, batches)
-    make_representable(model, specs, TARGETS)
+    make_representable(model, specs, targets)
     grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
     latent = {spec.edge: weight_of(model, spec).detach().numpy() for spec in specs if spec.kind == "weight"}
     with torch.no_grad():
         classes = model(batches[0][:1]).shape[1]
-    graph = marked_graph(model, specs, list(images.shape[1:]), classes)
-    metadata = {"crqat.preprocessing": json.dumps({"mean": IMAGENET.mean, "std": IMAGENET.std})}
+    return Quantized(marked_graph(model, specs, list(images.shape[1:]), classes), specs, grids, latent)
+
+
+def export(case: Case, folder: Path) -> dict[str, Path]:
+    """Write float.onnx, ours.onnx and peer.onnx."""
+    quantized, images = calibrated(case, TARGETS), IMAGENET(case.images)
     paths = {name: folder / f"{name}.onnx" for name in ("float", "ours", "peer")}
-    onnx.save(float_model(graph, metadata), paths["float"])
-    onnx.save(qdq_model(graph, specs, grids, latent, "onnxruntime", "float32", metadata).model, paths["ours"])
+    onnx.save(float_model(quantized.graph, METADATA), paths["float"])
+    onnx.save(quantized.file("onnxruntime", "float32"), paths["ours"])
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.batches = iter([{"input": batch.numpy()} for batch in batches])
+            self.batches = iter([{"input": images[start : start + 64]} for start in range(0, len(images), 64)])
 
         def get_next(self) -> dict[str, Any] | None:
             return next(self.batches, None)
@@ -131,7 +152,7 @@ def export(case: Case, folder: Path) -> dict[str, Path]:
         activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
     )  # fmt: skip
     peer = onnx.load(paths["peer"])
-    helper.set_model_props(peer, metadata)
+    helper.set_model_props(peer, METADATA)
     onnx.save(peer, paths["peer"])
     return paths
 

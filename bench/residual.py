@@ -18,16 +18,10 @@ from typing import Any, get_args
 
 import numpy as np
 import onnx
-import torch
 
-from bench.infer import IMAGENET, Case, cases
-from crqat_train.config import QuantizationConfig
-from crqat_train.layout import Residual, quantize_model
-from crqat_train.methods import METHODS, quantizer_of
-from crqat_train.representable import make_representable
-from crqat_train.trainer import calibrate, weight_of
-from export.qdq import qdq_model
-from export.trace import macs, marked_graph
+from bench.infer import Case, calibrated, cases
+from crqat_train.layout import Residual
+from export.trace import macs
 from pipeline.console import show_table
 from runtime_eval.client import Worker
 from runtime_eval.config import BenchmarkConfig
@@ -40,27 +34,11 @@ COLUMNS = ("model", "quantized", "layers", "matmul", "int8_by_macs", "pointwise"
 
 def measure(case: Case, residual: Residual) -> dict[str, Any]:
     """One row."""
-    images = torch.from_numpy(IMAGENET(case.images))
-    batches = list(torch.split(images, 64))
-    targets = ("tensorrt",)
-    model, specs = quantize_model(
-        case.network, batches[0][:2], QuantizationConfig(), targets, METHODS["lsq"], residual=residual
-    )
-    calibrate(model, specs, batches)
-    make_representable(model, specs, targets)
-    grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
-    latent = {spec.edge: weight_of(model, spec).detach().numpy() for spec in specs if spec.kind == "weight"}
-    with torch.no_grad():
-        classes = model(batches[0][:1]).shape[1]
-    graph = marked_graph(model, specs, list(images.shape[1:]), classes)
-    metadata = {
-        "crqat.preprocessing": json.dumps({"mean": IMAGENET.mean, "std": IMAGENET.std}),
-        "crqat.target": "tensorrt",
-    }
+    quantized = calibrated(case, ("tensorrt",), residual)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tensorrt.onnx"
-        onnx.save(qdq_model(graph, specs, grids, latent, "tensorrt", "float16", metadata).model, path)
-        report = build(path, EngineOptions(batch=(1, 1, 1)), macs(graph))
+        onnx.save(quantized.file("tensorrt", "float16"), path)
+        report = build(path, EngineOptions(batch=(1, 1, 1)), macs(quantized.graph))
         if report["status"] != "built":
             msg = f"{case.name}, {residual}: {report['status']}"
             raise SystemExit(msg)
