@@ -114,7 +114,7 @@ def _curves(history: list[dict[str, Any]]) -> str:
             if key in rows[0]:
                 axes.plot(epochs, [100 * row[key] for row in rows], ".-", color=_LINES[key], label=label)
         axes.set_ylabel("validation accuracy, %")
-        axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.legend(frameon=False, fontsize=8)
         if any(row.get("lambda") for row in rows):
             weight = axes.twinx()  # on the accuracies' axis it would press them flat
             weight.plot(epochs, [row["lambda"] for row in rows], "--", color=_LINES["lambda"], linewidth=1)

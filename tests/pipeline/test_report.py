@@ -172,6 +172,8 @@ def test_what_stayed_float_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     assert "18 of 19 QLinearConv" in page
     assert "stays float: its input is not quantized" in page
     assert "94.18 % of the MACs, 19 of 20 Conv and Gemm" in page
+    assert "42 layers: 21 pointwise, 1 reformat, 0 copy." in page
+    assert "built-in method" not in page
     assert "digits, multiplies Half by Half." in page
     assert "warning: digits (2 times)" in page
     results["models"]["tensorrt.onnx"]["engine"] = {"status": "not run: no builder"}
