@@ -13,6 +13,7 @@ import jinja2
 
 from artifacts.store import Manifest, read_manifest
 from pipeline.gate import Verdict, exit_code
+from pipeline.results import COMPARED, side_by_side
 
 TEMPLATES = Path(__file__).parent / "templates"
 WORDS = {0: "pass", 1: "fail", 3: "not judged", 4: "inconclusive"}
@@ -22,7 +23,11 @@ _LINES = {"validation": "#2f81d6", "validation_teacher": "#d9822b", "lambda": "#
 
 
 def render(
-    run: Path, results: dict[str, Any], verdicts: Sequence[Verdict], layers: Sequence[dict[str, Any]] = ()
+    run: Path,
+    results: dict[str, Any],
+    verdicts: Sequence[Verdict],
+    layers: Sequence[dict[str, Any]] = (),
+    others: Sequence[dict[str, Any]] = (),
 ) -> str:
     """The page.
 
@@ -31,6 +36,7 @@ def render(
         results: What the benchmark measured.
         verdicts: What the gate says of it.
         layers: What `export.sensitivity.accuracy_of_each_layer` measured, if it was asked for.
+        others: Results of the same files on other devices.
     """
     train, export = read_manifest(run / "train"), read_manifest(run / "export")
     history = [json.loads(line) for line in (run / "train" / "history.jsonl").read_text().splitlines()]
@@ -46,6 +52,8 @@ def render(
         export=export,
         edges=_edges(export),
         layers=layers,
+        columns=COMPARED,
+        devices=side_by_side([results, *others]) if others else [],
         tradeoff=_tradeoff(results),
         curves=_curves(history) if history else "",
     )

@@ -25,7 +25,7 @@ _COLUMNS = (
     "peak MiB",
     "verification",
 )
-_COMPARED = (
+COMPARED = (
     "file",
     "device",
     "power mode",
@@ -114,16 +114,16 @@ def compare(several: Sequence[tuple[Path, dict[str, Any]]]) -> None:
     Args:
         several: Each results.json with what `gate.read_results` read from it.
     """
-    files = dict.fromkeys(file for _, results in several for file in results["models"])
-    rows = [
-        [console.printable(cell) for cell in _compared(file, results)]
-        for file in files
-        for _, results in several
-        if file in results["models"]
-    ]
-    console.show_table("latency at batch 1; drop and ratio with their intervals", _COMPARED, rows)
+    rows = [[console.printable(cell) for cell in row] for row in side_by_side([results for _, results in several])]
+    console.show_table("latency at batch 1; drop and ratio with their intervals", COMPARED, rows)
     for number, (path, results) in enumerate(several, 1):
         click.echo(console.printable(f"{number}: {path}: {results['run']}, {_device(results)}"))
+
+
+def side_by_side(several: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Rows with the columns COMPARED: each file on each device."""
+    files = dict.fromkeys(file for results in several for file in results["models"])
+    return [_compared(file, results) for file in files for results in several if file in results["models"]]
 
 
 def _device(results: dict[str, Any]) -> str:

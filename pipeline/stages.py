@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts import store
-from artifacts.errors import ToolError, UsageError
+from artifacts.errors import CrqatError, ToolError, UsageError
 from artifacts.progress import Progress
 from pipeline import console, recipe
 
@@ -93,7 +93,7 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
         from runtime_eval.benchmark import benchmark as measure
 
         results = measure(runs / config.name / "export", config.benchmark, progress)
-        return _write_results(out, runs / config.name, results, config)
+        return _write_results(out, runs / config.name, "benchmark", results, config)
 
     # Another machine's numbers say nothing of this one; and an engine is built once there is a builder.
     inputs = {"machine": platform.node(), **_engine_builder()}
@@ -145,7 +145,7 @@ def benchmark_on(
         payload = {"on": board.address, "bundle": contents[0].sha256}
         (out / RESULTS).write_text(json.dumps(results))
         rules.read_results(out / RESULTS)  # not made by this process: checked before anything relies on it
-        return {**_write_results(out, runs / config.name, results, config), **payload}
+        return {**_write_results(out, runs / config.name, device_stage(board), results, config), **payload}
 
     inputs = {"machine": board.address, "python": board.python}
     directory = _run_stage(device_stage(board), config, runs, force, inputs, fill)
@@ -203,7 +203,7 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
         # The limits were changed since: the same measurements, judged anew.
         with store.write_stage(runs / config.name, manifest) as out:
             shutil.copytree(directory, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(store.MANIFEST))
-            _write_verdict(out, runs / config.name, results, verdicts)
+            _write_verdict(out, runs / config.name, stage, results, verdicts)
     return verdicts
 
 
@@ -234,7 +234,8 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         training = recipe.train_config(recipe.from_resolved(store.read_manifest(run / "train").config))
         candidate = store.read_manifest(run / "export").payload["candidate"]
         rows = accuracy_of_each_layer(run / "train", training, candidate, progress)
-    page = render(run, results, judge(results, rules.GateConfig(**manifest.config["gate"])), rows)
+    verdicts = judge(results, rules.GateConfig(**manifest.config["gate"]))
+    page = render(run, results, verdicts, rows, _others(run, "benchmark"))
     try:
         out.write_text(page)
     except OSError as error:
@@ -242,23 +243,39 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         raise ToolError(msg) from error
 
 
-def _write_results(out: Path, run: Path, results: dict[str, Any], config: recipe.Recipe) -> dict[str, Any]:
+def _write_results(out: Path, run: Path, stage: str, results: dict[str, Any], config: recipe.Recipe) -> dict[str, Any]:
     """Write everything of a benchmark and give its manifest's payload."""
     engines = results.pop("engines", None)
     if engines:
         (out / ENGINES).write_text(json.dumps({"schema_version": 1, "engines": engines}, indent=1, sort_keys=True))
     (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
-    _write_verdict(out, run, results, judge(results, config.gate))
+    _write_verdict(out, run, stage, results, judge(results, config.gate))
     return {"device": results["device"], "files": sorted(results["models"])}
 
 
-def _write_verdict(out: Path, run: Path, results: dict[str, Any], verdicts: list[Verdict]) -> None:
-    """Write what follows from the verdicts: JUnit XML and the report."""
+def _write_verdict(out: Path, run: Path, stage: str, results: dict[str, Any], verdicts: list[Verdict]) -> None:
+    """Write what follows from the verdicts on a benchmark's stage: JUnit XML and the report."""
     from pipeline import gate as rules
     from pipeline import report
 
     (out / JUNIT).write_text(rules.junit(verdicts, run.name))
-    (out / REPORT).write_text(report.render(run, results, verdicts))
+    (out / REPORT).write_text(report.render(run, results, verdicts, others=_others(run, stage)))
+
+
+def _others(run: Path, own: str) -> list[dict[str, Any]]:
+    """Results of the same export from other devices; what is damaged or of an older export is left out."""
+    from pipeline import gate as rules
+
+    found = []
+    for path in sorted(run.glob("benchmark*")):
+        if path.name == own:
+            continue
+        try:
+            check_parent(run, store.verify_stage(path))
+            found.append(rules.read_results(path / RESULTS))
+        except CrqatError:
+            continue
+    return found
 
 
 def _kind(stage: str) -> str:

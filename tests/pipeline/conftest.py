@@ -143,5 +143,9 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
         setattr(module, function, fake)
         monkeypatch.setitem(sys.modules, name, module)
     # The page needs a whole run; tests/pipeline/test_report.py has one.
-    monkeypatch.setattr("pipeline.report.render", lambda run, results, verdicts: f"<p>{len(verdicts)} rules</p>")
+
+    def page(run: Path, results: dict[str, Any], verdicts: list[Any], others: list[Any]) -> str:
+        return f"<p>{len(verdicts)} rules, {len(others)} other devices</p>"
+
+    monkeypatch.setattr("pipeline.report.render", page)
     return made

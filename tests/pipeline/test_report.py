@@ -181,6 +181,16 @@ def test_what_stayed_float_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import', page), "the page loads something from elsewhere"
 
 
+def test_devices_stand_side_by_side(tmp_path: Path) -> None:
+    results = finished_run(tmp_path / "run", "digits")
+    assert "Devices side by side" not in render(tmp_path / "run", results, [])
+    other = {**results, "device": {**results["device"], "cpu": "Orin's CPU"}}
+    page = render(tmp_path / "run", results, [], others=[other])
+    section = page.split("Devices side by side")[1].split("</table>")[0]
+    assert section.count("<tr>") == 1 + 2 * len(results["models"])
+    assert section.count("Orin&#39;s CPU") == len(results["models"])
+
+
 def test_layers_are_shown_on_request_worst_first(browser: Any, tmp_path: Path) -> None:
     results = finished_run(tmp_path / "run", "digits")
     rows = [

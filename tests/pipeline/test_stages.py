@@ -306,6 +306,8 @@ def test_boards_have_stages_of_their_own(fakes: Fakes, monkeypatch: pytest.Monke
     assert (manifest.payload["on"], manifest.parent) == ("ssh://orin", manifest_hash(RUN / "export"))
     assert (RUN / "benchmark@orin" / "junit.xml").read_text().startswith("<testsuite")
     assert manifest_hash(RUN / "benchmark") == untouched
+    # The report has this machine and the other board beside it.
+    assert "2 other devices" in (RUN / "benchmark@orin" / "report.html").read_text()
 
     config = recipe.load(fakes.recipe, ["gate.max_accuracy_drop=0.01"])
     assert "fail" in {verdict.status for verdict in stages.gate(config, RUNS, "benchmark@orin")}
