@@ -29,7 +29,7 @@ def judge(results: dict[str, Any], baseline: dict[str, Any] | None, allowed: flo
     """A verdict on each quantized file whose latency was measured.
 
     Args:
-        results: What `gate.read_results` read.
+        results: What `results_file.read_results` read.
         baseline: The same of the baseline; None if the gate was given none.
         allowed: `max_latency_regression`.
 

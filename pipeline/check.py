@@ -94,7 +94,7 @@ def _check_recipe(path: Path) -> list[str]:
 
 
 def _check_results(path: Path) -> list[str]:
-    from pipeline.gate import read_results
+    from pipeline.results_file import read_results
 
     results = read_results(path)
     models = [f"{path}: {file}: {model['target']}, {model['status']}" for file, model in results["models"].items()]

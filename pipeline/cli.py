@@ -159,10 +159,10 @@ def gate(recipe: Path, overrides: tuple[str, ...], runs: Path, address: str | No
 @click.argument("files", metavar="RESULTS...", type=click.Path(path_type=Path), nargs=-1, required=True)
 def compare(files: tuple[Path, ...]) -> None:
     """Show the results.json of several devices side by side."""
-    from pipeline import gate as rules
     from pipeline import results
+    from pipeline.results_file import read_results
 
-    results.compare([(path, rules.read_results(path)) for path in files])
+    results.compare([(path, read_results(path)) for path in files])
 
 
 @crqat.command()
@@ -249,11 +249,11 @@ def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: b
 
 
 def _show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
-    from pipeline import gate as rules
     from pipeline import results, stages
+    from pipeline.results_file import read_results
 
     directory = runs / config.name / stage
-    results.show(rules.read_results(directory / stages.RESULTS), directory)
+    results.show(read_results(directory / stages.RESULTS), directory)
 
 
 def _judge(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:

@@ -6,19 +6,14 @@ whole interval is beyond it, and is inconclusive otherwise. What was not run nei
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 from xml.etree import ElementTree
 
 from artifacts.config import STRICT, Range
-from artifacts.errors import ToolError, UsageError
 
-SCHEMA_VERSION = 1
 # What is compared with, and has nothing to prove.
 BASELINES = ("float", "float16")
 NO_ENGINE = "not run: the benchmark is of a version that built no engine; run it again"
@@ -305,135 +300,3 @@ def junit(verdicts: Sequence[Verdict], run: str) -> str:
 def _xml_text(text: str) -> str:
     """The text with each character that XML 1.0 cannot hold (a runtime's last words may have any) as U+FFFD."""
     return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)
-
-
-def read_results(path: Path) -> dict[str, Any]:
-    """Read a benchmark's results.json and check everything that `judge` relies on.
-
-    Raises:
-        UsageError: The file is not there or is damaged; the message names the file and the key.
-        ToolError: It cannot be read.
-    """
-    try:
-        data = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        msg = f"{path}: missing; run the benchmark first (crqat benchmark RECIPE)"
-        raise UsageError(msg) from error
-    except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}"
-        raise ToolError(msg) from error
-    except (ValueError, RecursionError) as error:
-        msg = f"{path}: not JSON ({error}); run the benchmark again with --force"
-        raise UsageError(msg) from error
-    checked = _Checked(path, "", data)
-    if checked.get("schema_version", int) != SCHEMA_VERSION:
-        msg = f"{path}: schema_version {data['schema_version']}, this crqat reads {SCHEMA_VERSION}; benchmark again"
-        raise UsageError(msg)
-    checked.get("run", str)
-    if "require" in data.get("config", {}):
-        checked.child("config").get("require", list)
-    models = checked.child("models")
-    for file in models.data:
-        _check_model(models.child(file))
-    results: dict[str, Any] = data
-    return results
-
-
-@dataclass(frozen=True)
-class _Checked:
-    """A JSON object and where it stands; whoever takes a value states its type."""
-
-    path: Path
-    key: str
-    data: Any
-
-    def _fail(self, key: str, expected: str) -> UsageError:
-        return UsageError(
-            f"{self.path}: damaged: {key or 'the file'} is not {expected}; run the benchmark again with --force"
-        )
-
-    def get(self, name: str, kind: type) -> Any:
-        """The value, of type `kind`; a float is finite and may be written as an integer, a bool is no number."""
-        if not isinstance(self.data, dict):
-            raise self._fail(self.key, "an object")
-        key = f"{self.key}.{name}".lstrip(".")
-        value: Any = self.data.get(name)
-        if kind is float and (type(value) not in (int, float) or not math.isfinite(value)):
-            raise self._fail(key, "a finite number")
-        if kind is not float and type(value) is not kind:
-            raise self._fail(key, f"of type {kind.__name__}")
-        return value
-
-    def child(self, name: str) -> _Checked:
-        """An object inside this one."""
-        return _Checked(self.path, f"{self.key}.{name}".lstrip("."), self.get(name, dict))
-
-    def children(self, name: str) -> list[_Checked]:
-        """The objects in a list in this one."""
-        values = enumerate(self.get(name, list))
-        return [_Checked(self.path, f"{self.key}.{name}[{index}]", value) for index, value in values]
-
-    def interval(self, name: str) -> None:
-        """Check for two finite numbers in order."""
-        value = self.get(name, list)
-        if [type(v) in (int, float) and math.isfinite(v) for v in value] != [True, True] or value[0] > value[1]:
-            key = f"{self.key}.{name}"
-            raise self._fail(key, "an interval [low, high]")
-
-
-def _check_model(model: _Checked) -> None:
-    model.get("target", str)
-    if model.data.get("verification") is not None:
-        verification = model.child("verification")
-        verification.get("status", str)
-        for count in ("codes", "differing_codes", "images"):
-            verification.get(count, int)
-    if model.data.get("codes_on_this_cpu") is not None:
-        counted = model.child("codes_on_this_cpu")
-        counted.get("status", str)
-        for count in ("codes", "differing", "images"):
-            counted.get(count, int)
-    if model.data.get("findings") is not None:
-        model.get("findings", list)
-    if model.data.get("engine") is not None:
-        _check_engine(model.child("engine"))
-    if model.get("status", str) != "measured":
-        return
-    model.child("accuracy").get("n", int)
-    latency = model.child("latency")
-    timed = latency.get("status", str) == "measured"
-    if timed:
-        latency.get("rounds", int)
-        if latency.data.get("unstable") is not False:
-            latency.get("unstable", str)
-    if model.data.get("versus_float") is not None:
-        versus = model.child("versus_float")
-        for number in ("drop_points", "agreement", "size_ratio"):
-            versus.get(number, float)
-        versus.interval("drop_interval_points")
-        versus.interval("agreement_interval")
-        if timed and versus.data.get("latency_ratio", ...) is not None:  # None: float was timed in another runtime
-            versus.get("latency_ratio", float)
-            versus.interval("latency_ratio_interval")
-
-
-def _check_engine(engine: _Checked) -> None:
-    if engine.get("status", str) != "built":
-        return
-    for remark in engine.children("remarks"):
-        remark.get("severity", str)
-        remark.get("message", str)
-        remark.get("count", int)
-        remark.get("nodes", list)
-    for name in ("name", "version"):
-        engine.child("builder").get(name, str)
-    covered, numbers = engine.child("coverage"), engine.child("counts")
-    if covered.data.get("by_macs") is not None:
-        covered.get("by_macs", float)
-    for count in ("nodes", "int8_nodes"):
-        covered.get(count, int)
-    for count in ("layers", "reformat"):
-        numbers.get(count, int)
-    for entry in engine.children("uncovered"):
-        entry.get("node", str)
-        entry.get("reason", str)

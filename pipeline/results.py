@@ -112,7 +112,7 @@ def compare(several: Sequence[tuple[Path, dict[str, Any]]]) -> None:
     """One table of the results of several devices: a file's rows stand together, in the order of the devices.
 
     Args:
-        several: Each results.json with what `gate.read_results` read from it.
+        several: Each results.json with what `results_file.read_results` read from it.
     """
     rows = [[console.printable(cell) for cell in row] for row in side_by_side([results for _, results in several])]
     console.show_table("latency at batch 1; drop and ratio with their intervals", COMPARED, rows)

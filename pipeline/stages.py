@@ -17,6 +17,7 @@ from artifacts import store
 from artifacts.errors import CrqatError, ToolError, UsageError
 from artifacts.progress import Progress
 from pipeline import console, recipe
+from pipeline.results_file import read_results
 
 if TYPE_CHECKING:
     from pipeline.gate import GateConfig, Verdict
@@ -139,12 +140,11 @@ def benchmark_on(
     contents = bundles.describe(runs / config.name / "export", asdict(config.benchmark), metadata.version("crqat-edge"))
 
     def fill(out: Path) -> dict[str, Any]:
-        from pipeline import gate as rules
 
         results = remote.measure(board, *contents, force, progress)
         payload = {"on": board.address, "bundle": contents[0].sha256}
         (out / RESULTS).write_text(json.dumps(results))
-        rules.read_results(out / RESULTS)  # not made by this process: checked before anything relies on it
+        read_results(out / RESULTS)  # not made by this process: checked before anything relies on it
         return {**_write_results(out, runs / config.name, device_stage(board), results, config), **payload}
 
     inputs = {"machine": board.address, "python": board.python}
@@ -197,8 +197,8 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
         raise UsageError(msg)
     manifest = current(config, runs, stage)
     directory = runs / config.name / stage
-    results = rules.read_results(directory / RESULTS)
-    verdicts = judge(results, config.gate, None if baseline is None else rules.read_results(baseline))
+    results = read_results(directory / RESULTS)
+    verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline))
     if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text():
         # The limits were changed since: the same measurements, judged anew.
         with store.write_stage(runs / config.name, manifest) as out:
@@ -226,7 +226,7 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
     for stage in STAGES:
         manifest = store.verify_stage(run / stage)
         check_parent(run, manifest)
-    results = rules.read_results(run / "benchmark" / RESULTS)
+    results = read_results(run / "benchmark" / RESULTS)
     rows = []
     if layers:
         from export.sensitivity import accuracy_of_each_layer
@@ -264,15 +264,13 @@ def _write_verdict(out: Path, run: Path, stage: str, results: dict[str, Any], ve
 
 def _others(run: Path, own: str) -> list[dict[str, Any]]:
     """Results of the same export from other devices; what is damaged or of an older export is left out."""
-    from pipeline import gate as rules
-
     found = []
     for path in sorted(run.glob("benchmark*")):
         if path.name == own:
             continue
         try:
             check_parent(run, store.verify_stage(path))
-            found.append(rules.read_results(path / RESULTS))
+            found.append(read_results(path / RESULTS))
         except CrqatError:
             continue
     return found

@@ -10,7 +10,8 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from artifacts.errors import ToolError, UsageError
-from pipeline.gate import GateConfig, Status, Verdict, exit_code, judge, junit, read_results
+from pipeline.gate import GateConfig, Status, Verdict, exit_code, judge, junit
+from pipeline.results_file import read_results
 
 ALL_RULES = GateConfig(max_accuracy_drop=1.0, min_agreement=0.95, max_latency_ratio=0.8, max_size_ratio=0.5)
 FILE = "onnxruntime.onnx"
