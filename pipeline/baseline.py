@@ -15,6 +15,7 @@ def key(results: dict[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     device, config = results.get("device", {}), results.get("config", {})
     board = device.get("jetson") or {}
     return {
+        "run": results.get("run"),
         "device": board.get("model") or device.get("cpu"),
         "power mode": board.get("power_mode") or device.get("governor"),
         "runtime": model.get("runtime"),

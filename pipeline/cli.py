@@ -111,7 +111,7 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, un
 @_recipe_arguments
 @_force_option
 @_on_option
-@click.option("--python", default="python3", help="The Python there, e.g. ~/venv/bin/python. Default: python3.")
+@click.option("--python", default="python3", help="The Python there, e.g. venv/bin/python. Default: python3.")
 @click.option("--ssh-config", type=click.Path(path_type=Path), help="Instead of ~/.ssh/config.")
 @click.option("--clean", is_flag=True, help="Remove what was copied there once the results are here.")
 def benchmark(

@@ -54,6 +54,7 @@ _DISTRIBUTIONS = (
     "numpy",
     "tensorrt",
     "tensorrt-rtx",
+    "tensorrt-rtx-cu13",
 )
 
 

@@ -280,7 +280,9 @@ def _result(
         return result
     result["accuracy"] = accuracy.summarize(model.top, labels)
     if model.rounds:
-        result["latency"] = latency.summarize(model.rounds, config.threads, model.computed, watch.unstable())
+        result["latency"] = latency.summarize(
+            model.rounds, config.threads, model.computed, watch.unstable(), max(1, len(model.plans))
+        )
     else:
         result["latency"] = {"status": _not_run(model)}
     if model.top_single is not None:

@@ -27,7 +27,11 @@ def _cv(values: Sequence[float]) -> float:
 
 
 def summarize(
-    rounds: Sequence[Sequence[float]], threads: int, computed: Sequence[float] = (), disturbance: str | None = None
+    rounds: Sequence[Sequence[float]],
+    threads: int,
+    computed: Sequence[float] = (),
+    disturbance: str | None = None,
+    builds: int = 1,
 ) -> dict[str, Any]:
     """Statistics of one model's inferences at batch 1.
 
@@ -36,6 +40,8 @@ def summarize(
         threads: What one inference may use; recorded.
         computed: Seconds of the device's computation in each inference, if the runtime tells.
         disturbance: What the machine itself says against the measurement.
+        builds: Engines that took turns in the rounds. They differ, and that is no instability: the spread is that of
+            each round around the median of its own engine's.
 
     Returns:
         Milliseconds; a percentile is None if there are too few samples for it. `cv` is the coefficient of variation
@@ -45,7 +51,9 @@ def summarize(
     """
     samples = np.concatenate([np.asarray(samples) for samples in rounds]) * 1e3
     medians = [float(np.median(samples)) * 1e3 for samples in rounds]
-    low, middle, high = (float(value) for value in np.percentile(medians, [25, 50, 75]))
+    own = [float(np.median(medians[number % builds :: builds])) for number in range(len(medians))]
+    steady = [median / of_build for median, of_build in zip(medians, own, strict=True)]
+    low, middle, high = (float(value) for value in np.percentile(steady, [25, 50, 75]))
     spread = (high - low) / middle
     moved = f"the middle half of {len(rounds)} rounds spreads by {spread:.1%} (more than {UNSTABLE_SPREAD:.0%})"
     reasons = [reason for reason in (disturbance, moved if spread > UNSTABLE_SPREAD else None) if reason]
