@@ -24,7 +24,7 @@ def file_macs(model: onnx.ModelProto) -> dict[str, int] | None:
     shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
     result = {}
     for node in model.graph.node:
-        if node.op_type not in {"Conv", "Gemm", "MatMul"}:
+        if node.op_type not in {"Conv", "Gemm", "MatMul"} or len(node.input) < 2:
             continue
         output, weight = shapes.get(node.output[0], []), shapes.get(node.input[1], [])
         if len(output) < 2 or len(weight) < 2 or 0 in output[1:] or 0 in weight[1:]:

@@ -172,8 +172,10 @@ def bundle(run: Path, out: Path | None) -> None:
     """Write an export as one archive for a board, to be measured there without crqat."""
     from pipeline import stages
 
-    archive, digest = stages.bundle(run, out)
-    click.echo(f"wrote {archive}, bundle {digest}; on the board:")
+    archive, digest, how = stages.bundle(run, out)
+    click.echo(f"wrote {archive}, bundle {digest}")
+    click.echo(f"measures as the export's recipe says: {', '.join(f'{key}={value}' for key, value in how.items())}")
+    click.echo("on the board:")
     click.echo(f"  tar xzf {archive.name} && cd crqat-bundle && python3 -m runtime_eval .")
 
 

@@ -81,11 +81,11 @@ def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
     models: dict[str, Any] = results["models"]
     float_latency = next((model["latency"] for model in models.values() if model["target"] == "float"), None) or {}
     for file, model in models.items():
-        if model["status"] != "measured":
+        if model["status"] != "measured" and model["target"] != "float16":  # no rule needs that one
             # Not run: its accuracy, which always has a limit, is neither kept nor broken, and that must not pass.
             status: Status = "inconclusive" if model["status"].startswith("not run") else "error"
             verdicts.append(_plain("measurement", file, status, model["status"]))
-        elif model["target"] not in BASELINES and model["versus_float"] is None:
+        elif model["status"] == "measured" and model["target"] not in BASELINES and model["versus_float"] is None:
             verdicts.append(
                 _plain("measurement", file, "error", "the float model that it is compared with has no result")
             )
@@ -149,13 +149,14 @@ def _codes(file: str, counted: dict[str, Any]) -> Verdict:
 def _engine(file: str, engine: dict[str, Any], config: GateConfig) -> list[Verdict]:
     """The rules on a TensorRT engine: that it was built as the file says, and what its plan is.
 
-    Where none was built because the builder is missing, nothing passes and nothing fails.
+    Where none was built because the builder is missing, nothing passes and nothing fails. A builder that died or was
+    stopped says nothing of the file.
     """
     verdicts = []
     if engine["status"].startswith("not run"):
         first: Status = "not run"
     elif engine["status"] != "built":
-        first = "fail"
+        first = "error" if (engine.get("failure") or {}).get("stage") == "process" else "fail"
     else:
         first = "fail" if any(remark["severity"] == "error" for remark in engine["remarks"]) else "pass"
     verdicts.append(_plain("engine", file, first, _of_engine(engine)))

@@ -62,7 +62,8 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         for node in cut.graph.node:
             click.echo(printable(f"  {node.op_type} {node.name}"))
     msg = f"{path}: {report['status']}"
-    raise UsageError(msg)
+    # A builder that died or was stopped says nothing of the file.
+    raise ToolError(msg) if report["failure"]["stage"] == "process" else UsageError(msg)
 
 
 def _load(path: Path) -> onnx.ModelProto:

@@ -102,6 +102,10 @@ def _remarks(models: dict[str, Any]) -> Iterable[str]:
             yield f"{file}: latency unstable: {latency['unstable']}"
         if latency.get("compute_p50_ms") is not None:
             yield f"{file}: {latency['compute_p50_ms']:.3f} ms of the latency is the device's computation"
+        half = model.get("versus_float16")
+        if half is not None:
+            ratio = _with_interval(half["latency_ratio"], half["latency_ratio_interval"], 3)
+            yield f"{file}: latency {ratio} of float16.onnx's"
         if model.get("builds"):
             medians = [statistics.median(build["round_p50_ms"]) for build in model["builds"]]
             yield f"{file}: {len(medians)} builds, p50 from {min(medians):.3f} to {max(medians):.3f} ms"

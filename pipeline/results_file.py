@@ -25,6 +25,9 @@ def read_results(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         msg = f"{path}: missing; run the benchmark first (crqat benchmark RECIPE)"
         raise UsageError(msg) from error
+    except IsADirectoryError as error:
+        msg = f"{path}: a directory; name the results.json in it"
+        raise UsageError(msg) from error
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
@@ -36,6 +39,9 @@ def read_results(path: Path) -> dict[str, Any]:
         msg = f"{path}: schema_version {data['schema_version']}, this crqat reads {SCHEMA_VERSION}; benchmark again"
         raise UsageError(msg)
     checked.get("run", str)
+    for optional in ("device", "config"):
+        if optional in data:
+            checked.child(optional)
     if "require" in data.get("config", {}):
         checked.child("config").get("require", list)
     models = checked.child("models")
@@ -70,6 +76,12 @@ class _Checked:
             raise self._fail(key, f"of type {kind.__name__}")
         return value
 
+    def must_have(self, name: str) -> None:
+        """Check that a value is there, which may be null."""
+        if name not in self.data:
+            key = f"{self.key}.{name}"
+            raise self._fail(key, "there")
+
     def child(self, name: str) -> _Checked:
         """An object inside this one."""
         return _Checked(self.path, f"{self.key}.{name}".lstrip("."), self.get(name, dict))
@@ -89,6 +101,8 @@ class _Checked:
 
 def _check_model(model: _Checked) -> None:
     model.get("target", str)
+    for name in ("accuracy", "latency", "versus_float", "verification"):
+        model.must_have(name)
     if model.data.get("verification") is not None:
         verification = model.child("verification")
         verification.get("status", str)
@@ -125,6 +139,8 @@ def _check_model(model: _Checked) -> None:
 
 def _check_engine(engine: _Checked) -> None:
     if engine.get("status", str) != "built":
+        if engine.data.get("failure") is not None:
+            engine.child("failure").get("stage", str)
         return
     for remark in engine.children("remarks"):
         remark.get("severity", str)

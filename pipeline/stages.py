@@ -160,8 +160,8 @@ def device_stage(board: Board | None) -> str:
     return "benchmark" if board is None else f"benchmark@{board.name}"
 
 
-def bundle(run: Path, out: Path | None) -> tuple[Path, str]:
-    """Write a finished export as one archive for a board; give the archive and the bundle's hash.
+def bundle(run: Path, out: Path | None) -> tuple[Path, str, dict[str, Any]]:
+    """Write a finished export as one archive for a board; give the archive, the bundle's hash and how it measures.
 
     Args:
         run: The run's directory.
@@ -179,7 +179,7 @@ def bundle(run: Path, out: Path | None) -> tuple[Path, str]:
     made, paths = bundles.describe(run / "export", how, metadata.version("crqat-edge"))
     archive = out or Path(f"{made.run}-bundle.tar.gz")
     bundles.write(made, paths, archive)
-    return archive, made.sha256
+    return archive, made.sha256, made.benchmark
 
 
 def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> list[Verdict]:

@@ -51,7 +51,7 @@ class _Model:
     memory: int | None = None
     codes: dict[str, Any] | None = None
     engine: dict[str, Any] | None = None
-    engine_failure: str = f"not run: tensorrt_rtx is not installed; {tensorrt_api.INSTALL_HINTS[tensorrt_api.RTX]}"
+    engine_failure: str = "not run: no builder was asked for"
 
     @property
     def runtime(self) -> str:
@@ -168,8 +168,11 @@ def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Prog
     """
     builder = tensorrt_api.choose()
     runs = builder == tensorrt_api.TENSORRT
+    missing = tensorrt_api.TENSORRT if device.cuda_device() else tensorrt_api.RTX
     batch = (1, 1, max(2, config.accuracy_batch))
     for model in models:
+        if builder is None:
+            model.engine_failure = f"not run: {missing} is not installed; {tensorrt_api.INSTALL_HINTS[missing]}"
         if builder is None or model.entry["target"] not in (FOR_TENSORRT if runs else (TENSORRT,)):
             continue
         task, plans = f"engine of {model.entry['file']}", []
@@ -214,6 +217,7 @@ def _measure(
     runnable = [model for model in models if model.not_run is None]
     for model in runnable:
         task = f"accuracy of {model.entry['file']}"
+        progress(task, 0, len(labels))
         with model.attempt(), tempfile.TemporaryDirectory() as scratch, Worker(model.file(0), images, config) as worker:
             model.version, model.provider, model.classes = worker.version, worker.provider, worker.classes
             if not 0 <= labels.min() <= labels.max() < worker.classes:
@@ -301,7 +305,7 @@ def _result(
             "size_ratio": model.size / baseline.size,
         }
     half = next((other for other in models if other.entry["target"] == FLOAT16), None)
-    if half is not None and half is not model and half.plans and model.plans and half.rounds and model.rounds:
+    if half is not None and model.entry["target"] == TENSORRT and half.rounds and model.rounds:
         result["versus_float16"] = latency.compare(half.rounds, model.rounds)
     return result
 

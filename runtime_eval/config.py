@@ -32,7 +32,8 @@ class BenchmarkConfig:
         accuracy_batch: Images of one inference where accuracy is measured.
         cuda_graph: Run a TensorRT engine as a CUDA graph, which takes the host's launches out of the latency.
         require: Runtimes without whose latency the gate does not judge but ends with an error.
-        time_limit_seconds: A model's process that is silent for longer than this is taken for hung.
+        time_limit_seconds: A model's process that is silent for longer than this is taken for hung; so is the build of
+            an engine that takes longer.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT

@@ -182,9 +182,14 @@ def build_here(
 
     Raises:
         ToolError: The builder cannot be imported, does not start, or does not tell what it built.
+        UsageError: As `build`.
     """
     name = options.builder or tensorrt_api.choose() or tensorrt_api.RTX
     trt = tensorrt_api.load(name)
+    if not model.is_file():
+        msg = f"{model}: no such file"
+        raise UsageError(msg)
+    tensorrt_api.check_targets(name, options.compute_capabilities)
     start = time.monotonic()
     with log.open("w", errors="replace", buffering=1) as file:
         going = Build(trt, tensorrt_api.capability(name, trt.__version__), lambda *words: print(*words, file=file))
@@ -266,10 +271,13 @@ def main(arguments: list[str] | None = None) -> int:
         macs = None if given.macs is None else json.loads(given.macs.read_text())
         log = given.log or given.report.with_suffix(".log")
         report = build_here(given.model, options, macs, given.engine, log)
+        sidecar.replace_file(given.report, json.dumps(report, indent=1).encode())
+    except OSError as error:
+        print(f"{_PROGRAM}: {error.filename}: {error.strerror}", file=sys.stderr)
+        return ToolError.exit_code
     except CrqatError as error:
         print(f"{_PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
         return error.exit_code
-    sidecar.replace_file(given.report, json.dumps(report, indent=1).encode())
     return 0
 
 

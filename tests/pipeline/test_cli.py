@@ -256,7 +256,11 @@ def test_bundle_and_a_board_that_cannot_be_reached(
         assert crqat(monkeypatch, stage, "recipe.yaml") == 0
     capsys.readouterr()
     assert crqat(monkeypatch, "bundle", "runs/run1", "--out", "b.tar.gz") == 0
-    assert re.match(r"wrote b\.tar\.gz, bundle [0-9a-f]{64}; on the board:\n  tar xzf b", capsys.readouterr().out)
+    printed = capsys.readouterr().out
+    assert re.match(
+        r"wrote b\.tar\.gz, bundle [0-9a-f]{64}\nmeasures as the export's recipe says: .*threads=1", printed
+    )
+    assert "on the board:\n  tar xzf b" in printed
     assert crqat(monkeypatch, "bundle", "runs/none") == 2
     capsys.readouterr()
     # Port 1 of this machine: nobody listens there.

@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from artifacts.errors import ToolError, UsageError
+from artifacts.errors import UsageError
 from pipeline.gate import GateConfig, Status, Verdict, exit_code, judge, junit
 from pipeline.results_file import read_results
 
@@ -471,7 +471,7 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
 def test_results_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="missing; run the benchmark first"):
         read_results(tmp_path / "results.json")
-    with pytest.raises(ToolError, match="cannot be read"):
+    with pytest.raises(UsageError, match=r"a directory; name the results\.json in it"):
         read_results(tmp_path)
 
 
@@ -488,3 +488,16 @@ def test_a_recipe_is_held_to_the_limits_ranges() -> None:
     ):
         with pytest.raises(ValidationError):
             adapter.validate_python(wrong)
+
+
+def test_a_builder_that_was_stopped_is_an_error_and_says_nothing_of_the_file() -> None:
+    engine = {"status": "failed: process: stopped", "failure": {"stage": "process"}, "coverage": None, "counts": None}
+    verdicts = judge(results({**model(), "target": "tensorrt", "engine": engine}), GateConfig())
+    assert next(v.status for v in verdicts if v.rule == "engine") == "error"
+    assert exit_code(verdicts) == 3
+
+
+def test_a_float16_file_that_fails_decides_nothing() -> None:
+    data = results(model())
+    data["models"]["float16.onnx"] = {**model(), "target": "float16", "status": "failed: x", "versus_float": None}
+    assert exit_code(judge(data, ALL_RULES)) == 0

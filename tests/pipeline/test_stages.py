@@ -329,7 +329,8 @@ def test_results_of_a_board_are_checked_before_they_count(fakes: Fakes, monkeypa
 
 def test_a_bundle_is_of_the_export_as_it_was_made(fakes: Fakes) -> None:
     go(fakes, "benchmark.threads=3", only=["train", "export"])
-    archive, digest = stages.bundle(RUN, None)
+    archive, digest, how = stages.bundle(RUN, None)
+    assert how["threads"] == 3
     assert archive == Path("run1-bundle.tar.gz")
     Path("out").mkdir()
     made = bundle.unpack(archive, Path("out"))

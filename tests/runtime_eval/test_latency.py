@@ -74,3 +74,11 @@ def test_the_ratio_is_paired_by_round() -> None:
     assert result["latency_ratio"] == pytest.approx(0.5)
     assert result["latency_ratio_interval"] == pytest.approx([0.5, 0.5])
     assert result["latency_ratio_coverage"] == pytest.approx(0.96875)
+
+
+def test_engines_that_differ_are_no_unstable_machine() -> None:
+    rounds = [[0.001 * (1 + 0.08 * (number % 3))] * 5 for number in range(10)]
+    assert "spreads by" in str(summarize(rounds, 1)["unstable"])
+    assert summarize(rounds, 1, builds=3)["unstable"] is False
+    restless = [[0.001 * (1 + 0.08 * (number % 3) + 0.1 * (number // 3))] * 5 for number in range(10)]
+    assert "spreads by" in str(summarize(restless, 1, builds=3)["unstable"])
