@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
@@ -21,7 +20,6 @@ from runtime_eval import accuracy, device, engine, engine_report, latency, tenso
 from runtime_eval.client import RUNTIME, Worker
 from runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
 from runtime_eval.jetson import Watch
-from runtime_eval.runners.onnxruntime import float16_is_rounded
 
 SCHEMA_VERSION = 1
 FLOAT, FLOAT16, TENSORRT = "float", "float16", "tensorrt"
@@ -320,10 +318,15 @@ def _build(model: _Model, index: int) -> dict[str, Any]:
 
 
 def _obstacle(entry: dict[str, Any]) -> str | None:
-    """Why a file cannot be measured here: ONNX Runtime would run it, and get something else than TensorRT."""
+    """Why ONNX Runtime cannot measure a file here: it is not there, or gets something else than TensorRT."""
+    version = device.onnxruntime_version()
+    if version is None:  # a board with TensorRT alone
+        return "not run: onnxruntime is not installed"
+    from runtime_eval.runners.onnxruntime import float16_is_rounded
+
     if entry.get("precision") != "float16" or float16_is_rounded():
         return None
-    return f"not run: onnxruntime {ort.__version__} truncates where it quantizes float16, and TensorRT rounds"
+    return f"not run: onnxruntime {version} truncates where it quantizes float16, and TensorRT rounds"
 
 
 def _not_run(model: _Model) -> str:

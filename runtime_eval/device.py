@@ -33,7 +33,7 @@ def cuda_device() -> bool:
     return any(Path(path).exists() for path in CUDA_DEVICES)
 
 
-def _onnxruntime() -> str | None:
+def onnxruntime_version() -> str | None:
     """The version of ONNX Runtime; None if it cannot be imported: a board may have TensorRT alone."""
     try:
         import onnxruntime
@@ -71,5 +71,5 @@ def describe() -> dict[str, Any]:
         "os": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "onnxruntime": _onnxruntime(),
+        "onnxruntime": onnxruntime_version(),
     }

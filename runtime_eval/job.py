@@ -26,7 +26,8 @@ from typing import Any
 
 JOBS = Path(".cache") / "crqat" / "jobs"  # in the home directory
 FOLDER = "crqat-bundle"
-NEEDED = ("numpy", "onnxruntime")
+# numpy, and one of these to run files.
+RUNTIMES = ("onnxruntime", "tensorrt")
 _HEARTBEAT_SECONDS = 5.0
 _POLL_SECONDS = 1.0  # seldom, because a latency is being measured
 _CHUNK = 1 << 20
@@ -85,9 +86,14 @@ def state(job: Path) -> dict[str, Any]:
     """
     found = {
         "unpacked": (job / FOLDER).is_dir(),
-        "missing": [name for name in NEEDED if importlib.util.find_spec(name) is None],
+        "missing": _missing(),
     }
     return {**found, **_progress(job)}
+
+
+def _missing() -> list[str]:
+    there = {name for name in ("numpy", *RUNTIMES) if importlib.util.find_spec(name) is not None}
+    return [*({"numpy"} - there), *([] if there.intersection(RUNTIMES) else RUNTIMES[:1])]
 
 
 def _progress(job: Path) -> dict[str, Any]:

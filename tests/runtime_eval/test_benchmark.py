@@ -424,7 +424,7 @@ def test_float16_is_not_measured_where_it_is_truncated(
         {"file": "tensorrt.onnx", "target": "tensorrt", "precision": "float16", "verification": VERIFICATION},
     ]
     export = write_export(payload={"models": models})
-    monkeypatch.setattr("runtime_eval.benchmark.float16_is_rounded", lambda: False)
+    monkeypatch.setattr("runtime_eval.runners.onnxruntime.float16_is_rounded", lambda: False)
     measured = benchmark(export, QUICK, quiet)["models"]
     assert measured["float.onnx"]["status"] == "measured"
     model = measured["tensorrt.onnx"]

@@ -54,6 +54,18 @@ def test_it_runs_on_a_board(board: Path, write_export: WriteExport, digits: Digi
     assert f"{100 * right / 797:.2f}" in result.stdout
 
 
+def test_without_onnxruntime_nothing_is_run_and_that_is_said(write_export: WriteExport, tmp_path: Path) -> None:
+    """A board may have TensorRT alone."""
+    (tmp_path / "onnxruntime.py").write_text("raise ImportError('not here')")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    command = [sys.executable, "-m", "runtime_eval", write_export(), "--out", tmp_path / "results.json"]
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (result.returncode, "Traceback" in result.stderr) == (0, False)
+    models = json.loads((tmp_path / "results.json").read_text())["models"]
+    assert {model["status"] for model in models.values()} == {"not run: onnxruntime is not installed"}
+    assert "onnxruntime not installed" in result.stdout
+
+
 def test_an_error_is_one_line_and_its_exit_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
