@@ -95,7 +95,10 @@ def train(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> 
 @click.option(
     "--unsafe", is_flag=True, help="Write files that break their runtime's rules, too; the gate fails on them."
 )
-def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, unsafe: bool) -> None:
+@click.option(
+    "--bisect", is_flag=True, help="If no engine can be made of tensorrt.onnx, write the smallest part that fails too."
+)
+def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, unsafe: bool, bisect: bool) -> None:
     """Write one ONNX file per target and prove it."""
     config = _load(recipe, overrides)
     payload = _run_stage("export", config, runs, force, **({"unsafe": True} if unsafe else {}))
@@ -105,6 +108,11 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, un
         click.echo(f"{path}: {proof}")
         for finding in model.get("findings", []):
             click.echo(f"{path}: breaks a rule: {finding}")
+        if bisect and model["target"] == "tensorrt":
+            from pipeline import inspection
+            from runtime_eval.engine import EngineOptions
+
+            inspection.inspect(path, EngineOptions(), bisect=True, out=None)
 
 
 @crqat.command()

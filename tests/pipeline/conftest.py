@@ -63,6 +63,7 @@ class Fakes:
         entries: list[dict[str, Any]] = [
             {"file": "float.onnx", "target": "float"},
             {"file": "onnxruntime.onnx", "target": "onnxruntime", "verification": {"status": "passed"}, "fusion": {}},
+            {"file": "tensorrt.onnx", "target": "tensorrt", "verification": {"status": "passed"}, "fusion": None},
         ]
         if unsafe:
             entries[1]["findings"] = ["conv1: a rule; a fix"]

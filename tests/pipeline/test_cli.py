@@ -87,6 +87,16 @@ def test_unsafe_says_what_is_broken(
     assert "export/onnxruntime.onnx: breaks a rule: conv1: a rule; a fix\n" in capsys.readouterr().out
 
 
+def test_bisect_looks_at_the_file_for_tensorrt(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        "pipeline.inspection.inspect", lambda path, options, bisect, out: seen.append((path.name, bisect))
+    )
+    crqat(monkeypatch, "train", "recipe.yaml")
+    assert crqat(monkeypatch, "export", "recipe.yaml", "--bisect") == 0
+    assert seen == [("tensorrt.onnx", True)]
+
+
 def test_an_engine_is_a_line_below_the_table(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
