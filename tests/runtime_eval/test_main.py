@@ -58,7 +58,7 @@ def test_without_onnxruntime_nothing_is_run_and_that_is_said(write_export: Write
     """A board may have TensorRT alone."""
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('not here')")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-m", "runtime_eval", write_export(), "--out", tmp_path / "results.json"]
+    command = [sys.executable, "-m", "runtime_eval", str(write_export()), "--out", str(tmp_path / "results.json")]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (0, False)
     models = json.loads((tmp_path / "results.json").read_text())["models"]
