@@ -10,7 +10,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from export.qdq import QDQModel
-from export.simulate import NotSimulated, simulate
+from export.simulate import simulate
+from export.simulated import NotSimulated
 
 # Every code of each image is stored: 0.3 million for a CIFAR ResNet-20, 11 million for a ResNet-50.
 IMAGES = 2

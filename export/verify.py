@@ -27,7 +27,8 @@ from artifacts.grid import Grid
 from crqat_train.layout import QuantizerSpec
 from crqat_train.methods import quantizer_of
 from export.qdq import QDQModel
-from export.simulate import NotSimulated, Simulation, simulate
+from export.simulate import simulate
+from export.simulated import NotSimulated, Simulation
 
 NOT_RUN = "not run: no CUDA device"
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crqat_train.config import QuantizationConfig, Target
-from export import simulate
+from export import float_operations, simulate
 from export.qdq import QDQModel
+from export.simulated import Pooled
 from export.verify import fusion, verify
 from tests.export.conftest import BOTH, Quantized, quantize, random_images
 
@@ -178,9 +179,9 @@ def test_a_simulator_that_is_wrong_by_a_thousandth_fails(
     monkeypatch: pytest.MonkeyPatch, name: str, operation: str
 ) -> None:
     """The rule of the tie is narrow enough to find what is no rounding."""
-    function, stretch = simulate._UNARY[operation]
+    function, stretch = float_operations.UNARY[operation]
     wrong = (lambda x, attributes: function(x, attributes) * 1.001, stretch)
-    monkeypatch.setitem(simulate._UNARY, operation, wrong)
+    monkeypatch.setitem(float_operations.UNARY, operation, wrong)
     torch.manual_seed(0)
     _, proof, _ = proven(FLOAT[name][0](), ALONE)
     assert proof["onnxruntime"]["status"].startswith("failed: ")
@@ -199,7 +200,7 @@ def test_logits_behind_a_pool_have_a_bound_that_can_be_broken(monkeypatch: pytes
 
     def larger(*arguments: Any) -> Any:
         pooled = original(*arguments)
-        assert isinstance(pooled, simulate.Pooled)
+        assert isinstance(pooled, Pooled)
         pooled.scale = pooled.scale * np.float32(1 + 1e-5)
         return pooled
 

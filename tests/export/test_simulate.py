@@ -13,7 +13,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from export.simulate import NotSimulated, Simulation, simulate
+from export.simulate import simulate
+from export.simulated import NotSimulated, Simulation
 from tests.export.conftest import session
 
 Array = npt.NDArray[Any]

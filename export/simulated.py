@@ -1,0 +1,154 @@
+"""What the integer simulator computes with: codes, sums of them before they are rounded, real values with a bound."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+
+Array = npt.NDArray[Any]
+
+# Relative rounding error of one float32 operation.
+UNIT_ROUNDOFF = 2.0**-24
+
+
+class NotSimulated(Exception):
+    """The file contains an operation that the simulator does not know; the message names node and operation."""
+
+
+@dataclass
+class Codes:
+    """Quantized values: integers with the zero point taken off, so that 0 is 0.0."""
+
+    integers: Array
+    scale: np.float32
+    zero_point: int
+
+
+@dataclass
+class Sum:
+    """What a Conv or Gemm computes before it is rounded: (sums + bias) * unit, per channel on axis 1.
+
+    Attributes:
+        sums: int32 sums as float64, exact.
+        bias: In units of `unit`; an integer for ONNX Runtime's files.
+        unit: s_x s_w, float32 of shape [C].
+        magnitude: Sum of |code_x code_w| of each element, for the bound of a float computation of the same.
+        terms: Products in each sum.
+        relu: Whether a ReLU follows.
+    """
+
+    sums: Array
+    bias: Array
+    unit: Array
+    magnitude: Array
+    terms: int
+    relu: bool = False
+
+
+@dataclass
+class Added:
+    """a + b of two quantized tensors."""
+
+    first: Codes
+    second: Codes
+    relu: bool = False
+
+
+@dataclass
+class Pooled:
+    """The mean over the pixels of a quantized tensor; `sums` over `count` codes each."""
+
+    sums: Array
+    count: int
+    scale: np.float32
+
+
+@dataclass
+class Float:
+    """Real values, float64.
+
+    Attributes:
+        values: What exact arithmetic gives.
+        error: Bound of the distance of a float32 computation of the same, of the values' shape.
+    """
+
+    values: Array
+    error: Array
+
+
+Value = Codes | Sum | Added | Pooled | Float | Array
+
+
+@dataclass
+class Simulation:
+    """What came out.
+
+    Attributes:
+        codes: Tensor of codes (zero point taken off, int32) by its name in the file.
+        logits: float32 of shape [N, classes].
+        tie_bound: Name of a tensor of codes -> how far from a rounding tie, in codes, two correct float32
+            computations of the same value can lie apart (probabilistic bound of Higham and Mary 2019 with lambda = 8
+            for the sum, plus a handful of single roundings). Codes may differ by one only within this distance.
+        before_rounding: Name of a tensor of codes -> values / scale before rounding, float64.
+        inexact: Names of tensors of codes that a runtime computes from float values in an order of its own; another
+            correct computation may differ from them by one code within `tie_bound` of a tie.
+        logits_bound: Bound of the distance of float32 logits, of their shape; None where a runtime's must be the same.
+        forced: Name of a tensor of codes -> integers that the operations behind it see instead of the computed ones.
+    """
+
+    codes: dict[str, Array] = field(default_factory=dict)
+    logits: Array = field(default_factory=lambda: np.zeros(0, np.float32))
+    tie_bound: dict[str, float] = field(default_factory=dict)
+    before_rounding: dict[str, Array] = field(default_factory=dict)
+    inexact: set[str] = field(default_factory=set)
+    logits_bound: Array | None = None
+    forced: Mapping[str, Array] = field(default_factory=dict)
+
+    def record(self, name: str, codes: Codes, before: Array, bound: float) -> Codes:
+        """Keep a quantizer's result and give what goes on from there."""
+        self.codes[name], self.before_rounding[name], self.tie_bound[name] = codes.integers, before, bound
+        return replace(codes, integers=self.forced.get(name, codes.integers))
+
+
+def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
+    """A node's attributes by name."""
+    return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+
+
+def column(values: Array, like: Array) -> Array:
+    """One value for each channel, in a shape that broadcasts over an array with the channels second."""
+    return values.reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+def real_values(value: Value) -> Array:
+    """The real value of anything, float64."""
+    return as_float(value).values
+
+
+def as_float(value: Value) -> Float:
+    """Anything as real values with the bound of a float32 computation of them."""
+    if isinstance(value, Float):
+        return value
+    if isinstance(value, Codes):
+        real = value.integers.astype(np.float64) * float(value.scale)
+        return Float(real, UNIT_ROUNDOFF * np.abs(real))
+    if isinstance(value, Sum):
+        unit = column(value.unit, value.sums).astype(np.float64)
+        real = (value.sums + column(value.bias, value.sums)) * unit
+        spread = (value.magnitude + np.abs(column(value.bias, value.sums))) * unit
+        error = (8 * np.sqrt(value.terms + 1) + 8) * UNIT_ROUNDOFF * spread
+        return Float(np.maximum(real, 0.0) if value.relu else real, error)
+    if isinstance(value, Added):
+        first, second = real_values(value.first), real_values(value.second)
+        real = first + second
+        error = 2 * UNIT_ROUNDOFF * (np.abs(first) + np.abs(second))
+        return Float(np.maximum(real, 0.0) if value.relu else real, error)
+    if isinstance(value, Pooled):
+        real = value.sums * (float(value.scale) / value.count)
+        return Float(real, (8 * np.sqrt(value.count) + 8) * UNIT_ROUNDOFF * np.abs(real))
+    return Float(value.astype(np.float64), np.zeros(value.shape))
