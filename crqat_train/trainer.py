@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from crqat_train import data, models
 from crqat_train.batches import Batches, Images, evaluation_batches, subset
 from crqat_train.config import OptimizerConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
+from crqat_train.fit import Fit, finite, is_step
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
 from crqat_train.methods import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
@@ -32,7 +32,6 @@ from crqat_train.representable import make_representable
 
 Forward = Callable[[Tensor], Tensor]
 _EVALUATION_BATCH = 500
-_WARM_UP = 0.05
 
 
 def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
@@ -135,12 +134,15 @@ class _Run:
         model = model.to(self.device).to(memory_format=torch.channels_last)
         if weights is not None and weights != "pretrained":
             models.load_weights(model, Path(weights))
-            if not _finite(model):
+            if not finite(model):
                 msg = f"model.weights: {weights} holds values that are infinite or no number"
                 raise UsageError(msg)
             return model.eval()
         batches = self._batches(config.float_training, strong=False)
-        forward, fit = self._compile(model), _Fit(model, config.float_training, len(batches), "float", self)
+        forward, fit = (
+            self._compile(model),
+            Fit(model, config.float_training, len(batches), "float", self.device, self.progress),
+        )
         for epoch in fit.epochs():
             model.train()
             for views, labels in ((batch[0], batch[1]) for batch in batches.epoch(self.generator)):
@@ -172,8 +174,8 @@ class _Run:
             return None, []
         batches = self._batches(config.qat, strong=config.data.strong != "none")
         unlabeled = self._unlabeled()
-        fit = _Fit(student, config.qat, len(batches), "qat", self)
-        scales = [parameter.detach() for name, parameter in student.named_parameters() if _is_step(name)]
+        fit = Fit(student, config.qat, len(batches), "qat", self.device, self.progress)
+        scales = [parameter.detach() for name, parameter in student.named_parameters() if is_step(name)]
         training = ConsistencyTraining(student, float_model, consistency, self._compile)
         for epoch in fit.epochs():
             student.train()
@@ -241,61 +243,6 @@ class _Run:
 
     def _compile(self, model: nn.Module) -> Forward:
         return torch.compile(model) if self.compiler else model
-
-
-class _Fit:
-    """One training's optimizer and learning rate: linear warm-up over 5 % of the steps, then cosine to zero."""
-
-    def __init__(self, model: nn.Module, section: OptimizerConfig, steps_per_epoch: int, name: str, run: _Run) -> None:
-        self.model, self.section, self.name, self.run = model, section, name, run
-        self.steps, self.steps_done = section.epochs * steps_per_epoch, 0
-        decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not _is_step(n)]
-        others = [p for n, p in model.named_parameters() if p.ndim <= 1 or _is_step(n)]
-        groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=0.9, nesterov=True)
-        self.loss_sum = torch.zeros((), device=run.device)
-        self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
-
-    def epochs(self) -> Iterator[int]:
-        """Epoch numbers from 1."""
-        for epoch in range(1, self.section.epochs + 1):
-            self.loss_sum.zero_()
-            self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
-            yield epoch
-
-    def autocast(self) -> torch.autocast:
-        """The context of a forward pass and its loss."""
-        bfloat16 = self.section.precision == "bfloat16"
-        return torch.autocast(self.run.device.type, torch.bfloat16, enabled=bfloat16)
-
-    def step(self, loss: Tensor) -> None:
-        """One optimizer step on a scalar loss; nothing in here waits for the device."""
-        warm_up = max(1.0, _WARM_UP * self.steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.section.lr * min(1.0, (self.steps_done + 1) / warm_up) * cosine
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        self.loss_sum += loss.detach()
-        self.steps_done += 1
-        self.steps_in_epoch += 1
-
-    def end_of_epoch(self, epoch: int, **row: float) -> dict[str, Any]:
-        """One row of history. Loss and weights are looked at here, once an epoch, not in every step.
-
-        Raises:
-            UsageError: They are not finite.
-        """
-        loss = float(self.loss_sum) / self.steps_in_epoch
-        if not (math.isfinite(loss) and _finite(self.model)):
-            what = "weights are not finite" if math.isfinite(loss) else f"the loss is {loss}"
-            msg = f"{self.name}.lr: {what} in epoch {epoch}; lower {self.name}.lr (now {self.section.lr:g})"
-            raise UsageError(msg)
-        seconds = time.monotonic() - self.epoch_started
-        shown = " ".join(f"{key} {value:.4f}" for key, value in {"loss": loss, **row}.items())
-        self.run.progress(f"{self.name} epochs", epoch, self.section.epochs, f"{shown} ({seconds:.1f} s)")
-        return {"phase": self.name, "epoch": epoch, "loss": loss, **row, "seconds": round(seconds, 3)}
 
 
 @torch.no_grad()
@@ -386,15 +333,6 @@ def rebuild(
         msg = f"{train_dir}: the checkpoint is not of {config.model.name} as it is now; train again with --force"
         raise UsageError(msg) from error
     return student.eval(), specs
-
-
-def _is_step(name: str) -> bool:
-    """Whether a parameter's name is that of a quantizer's step; a network may have a `scale` of its own."""
-    return name.startswith("quantizers.")
-
-
-def _finite(model: nn.Module) -> bool:
-    return bool(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all())
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -33,6 +33,7 @@ from crqat_train.config import (
     TrainConfig,
 )
 from crqat_train.consistency import consistency_loss, ema_alpha
+from crqat_train.fit import Fit
 from crqat_train.methods import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.trainer import accuracy, calibrate, rebuild, train, weight_of
@@ -401,14 +402,14 @@ def test_weights_that_are_no_numbers_at_the_end_of_an_epoch_are_divergence_too(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last step of all can break the weights after the last loss was finite."""
-    original = trainer._Fit.step
+    original = Fit.step
 
     def breaks(self: Any, loss: Tensor) -> None:
         original(self, loss)
         if self.steps_done == self.steps:
             self.model.get_parameter("fc.bias").data[3] = math.inf
 
-    monkeypatch.setattr(trainer._Fit, "step", breaks)
+    monkeypatch.setattr(Fit, "step", breaks)
     with pytest.raises(UsageError, match=r"^qat\.lr: weights are not finite in epoch 2; lower qat\.lr \(now 0\.002\)$"):
         train(tuned(), tmp_path, quiet)
 
@@ -570,8 +571,8 @@ PLANTED: dict[str, Callable[[Tensor], Any]] = {
 def test_a_planted_wait_is_noticed(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    step = trainer._Fit.step
-    monkeypatch.setattr(trainer._Fit, "step", lambda self, loss: (PLANTED[kind](loss), step(self, loss))[1])
+    step = Fit.step
+    monkeypatch.setattr(Fit, "step", lambda self, loss: (PLANTED[kind](loss), step(self, loss))[1])
     with HostWaits(monkeypatch) as waits:
         train(tuned(qat=QATConfig(1, 300, 0.002)), tmp_path, quiet)
     assert len(waits.found) >= 3  # in each of the three steps
@@ -609,7 +610,7 @@ def test_calibration_observes_the_float_network_and_leaves_the_quantizers_on(
 def test_steps_stay_positive_and_a_networks_own_scale_does_not_have_to(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = trainer._Fit.step
+    original = Fit.step
 
     def shrinks(self: Any, loss: Tensor) -> None:
         original(self, loss)
@@ -618,7 +619,7 @@ def test_steps_stay_positive_and_a_networks_own_scale_does_not_have_to(
                 if name.startswith("quantizers.post_hooks_x"):
                     parameter.fill_(-1.0)
 
-    monkeypatch.setattr(trainer._Fit, "step", shrinks)
+    monkeypatch.setattr(Fit, "step", shrinks)
     train(tuned(targets=("onnxruntime",), qat=QATConfig(1, 300, 0.002)), tmp_path, quiet)
     state = safetensors.torch.load_file(tmp_path / "student.safetensors")
     assert state["quantizers.post_hooks_x__0_0.scale"].item() == np.float32(MIN_SCALE)
@@ -629,8 +630,8 @@ def test_steps_stay_positive_and_a_networks_own_scale_does_not_have_to(
 def test_learning_rate_and_weight_decay() -> None:
     model = Net(10, 1)
     model.add_module("quantizers", nn.ParameterDict({"a": nn.Parameter(torch.ones(8, 1, 1, 1))}))
-    run: Any = SimpleNamespace(device=torch.device("cpu"), progress=quiet)
-    fit = trainer._Fit(model, OptimizerConfig(epochs=4, batch_size=1, lr=0.5, weight_decay=0.1), 50, "qat", run)
+    section = OptimizerConfig(epochs=4, batch_size=1, lr=0.5, weight_decay=0.1)
+    fit = Fit(model, section, 50, "qat", torch.device("cpu"), quiet)
     groups = {group["weight_decay"]: {id(p) for p in group["params"]} for group in fit.optimizer.param_groups}
     named = dict(model.named_parameters())
     assert groups[0.1] == {id(named[name]) for name in ("conv1.weight", "conv2.weight", "fc.weight")}

@@ -1,0 +1,90 @@
+"""One training's optimizer, learning rate and record; no step of it waits for the device."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from artifacts.errors import UsageError
+from artifacts.progress import Progress
+from crqat_train.config import OptimizerConfig
+
+_WARM_UP = 0.05
+
+
+class Fit:
+    """One training's optimizer and learning rate: linear warm-up over 5 % of the steps, then cosine to zero."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        section: OptimizerConfig,
+        steps_per_epoch: int,
+        name: str,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.model, self.section, self.name, self.device, self.progress = model, section, name, device, progress
+        self.steps, self.steps_done = section.epochs * steps_per_epoch, 0
+        decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not is_step(n)]
+        others = [p for n, p in model.named_parameters() if p.ndim <= 1 or is_step(n)]
+        groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=0.9, nesterov=True)
+        self.loss_sum = torch.zeros((), device=device)
+        self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
+
+    def epochs(self) -> Iterator[int]:
+        """Epoch numbers from 1."""
+        for epoch in range(1, self.section.epochs + 1):
+            self.loss_sum.zero_()
+            self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
+            yield epoch
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass and its loss."""
+        bfloat16 = self.section.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+
+    def step(self, loss: Tensor) -> None:
+        """One optimizer step on a scalar loss; nothing in here waits for the device."""
+        warm_up = max(1.0, _WARM_UP * self.steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.section.lr * min(1.0, (self.steps_done + 1) / warm_up) * cosine
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        self.loss_sum += loss.detach()
+        self.steps_done += 1
+        self.steps_in_epoch += 1
+
+    def end_of_epoch(self, epoch: int, **row: float) -> dict[str, Any]:
+        """One row of history. Loss and weights are looked at here, once an epoch, not in every step.
+
+        Raises:
+            UsageError: They are not finite.
+        """
+        loss = float(self.loss_sum) / self.steps_in_epoch
+        if not (math.isfinite(loss) and finite(self.model)):
+            what = "weights are not finite" if math.isfinite(loss) else f"the loss is {loss}"
+            msg = f"{self.name}.lr: {what} in epoch {epoch}; lower {self.name}.lr (now {self.section.lr:g})"
+            raise UsageError(msg)
+        seconds = time.monotonic() - self.epoch_started
+        shown = " ".join(f"{key} {value:.4f}" for key, value in {"loss": loss, **row}.items())
+        self.progress(f"{self.name} epochs", epoch, self.section.epochs, f"{shown} ({seconds:.1f} s)")
+        return {"phase": self.name, "epoch": epoch, "loss": loss, **row, "seconds": round(seconds, 3)}
+
+
+def is_step(name: str) -> bool:
+    """Whether a parameter's name is that of a quantizer's step; a network may have a `scale` of its own."""
+    return name.startswith("quantizers.")
+
+
+def finite(model: nn.Module) -> bool:
+    """Whether all values of a network's state are numbers."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all())
