@@ -24,7 +24,7 @@ def files(digits: Digits) -> dict[str, onnx.ModelProto]:
     return {target: file.model for target, file in digits(8).files().items()}
 
 
-def only(findings: list[Finding], node: str, rule: str, fix: str) -> None:
+def check_only(findings: list[Finding], node: str, rule: str, fix: str) -> None:
     assert [finding.node for finding in findings] == [node], [str(finding) for finding in findings]
     text = str(findings[0])
     assert text.startswith(f"{node}: ")
@@ -66,7 +66,7 @@ def test_a_layer_left_in_float_for_tensorrt(
     assert source == "plain" or any(source in node.output for node in nodes(broken, "Relu"))
     conv.input[index] = source
     fix = "quantize it, or leave tensorrt out of `export.targets`"
-    only(lint(broken, "tensorrt"), "layer2/0/conv2", f"its {what} is not quantized though its", fix)
+    check_only(lint(broken, "tensorrt"), "layer2/0/conv2", f"its {what} is not quantized though its", fix)
 
 
 def test_a_layer_that_is_meant_to_be_float_is_none_left_in_float(files: dict[str, onnx.ModelProto]) -> None:
@@ -100,7 +100,7 @@ def test_external_data(files: dict[str, onnx.ModelProto], target: str) -> None:
         tensor.ClearField("raw_data")
         tensor.data_location = TensorProto.EXTERNAL
         tensor.external_data.add(key="location", value="/etc/passwd")
-        only(lint(broken, target), name, "weights are inside the file", "external data is not used")
+        check_only(lint(broken, target), name, "weights are inside the file", "external data is not used")
 
 
 @pytest.mark.parametrize("domain", ["com.microsoft", DOMAIN])
@@ -124,7 +124,9 @@ def test_scales_that_are_none(files: dict[str, onnx.ModelProto], value: float) -
         scale = initializer(model, f"{name}.scale").copy()
         scale[3] = value
         findings = lint(edited(model, f"{name}.scale", scale), target)
-        only(findings, f"{name}/DequantizeLinear", "every scale is finite and positive", "a channel may have died")
+        check_only(
+            findings, f"{name}/DequantizeLinear", "every scale is finite and positive", "a channel may have died"
+        )
 
 
 def test_a_scale_that_is_computed(files: dict[str, onnx.ModelProto]) -> None:
@@ -135,7 +137,7 @@ def test_a_scale_that_is_computed(files: dict[str, onnx.ModelProto]) -> None:
         node = next(node for node in broken.graph.node if node.name == f"{name}/DequantizeLinear")
         broken.graph.node.insert(0, helper.make_node("Abs", [node.input[1]], ["computed"], "abs"))
         next(node for node in broken.graph.node if node.name == f"{name}/DequantizeLinear").input[1] = "computed"
-        only(lint(broken, target), f"{name}/DequantizeLinear", "scales are constants", "export again")
+        check_only(lint(broken, target), f"{name}/DequantizeLinear", "scales are constants", "export again")
 
 
 def test_a_scale_of_one_element_for_onnxruntime(files: dict[str, onnx.ModelProto]) -> None:
@@ -161,7 +163,7 @@ def test_weights_that_saturate(files: dict[str, onnx.ModelProto]) -> None:
     assert lint(edited(model, f"{name}.codes", codes), "onnxruntime") == []
     codes[0, 0, 0, 0] = -65
     findings = lint(edited(model, f"{name}.codes", codes), "onnxruntime")
-    only(findings, "conv1", "255 * 2 * 65 > 32767", "which limits this weight to 7 bits")
+    check_only(findings, "conv1", "255 * 2 * 65 > 32767", "which limits this weight to 7 bits")
     assert lint(edited(files["tensorrt"], f"{name}.codes", codes), "tensorrt") == []
 
 
@@ -169,7 +171,7 @@ def test_a_clip_is_what_makes_full_weights_safe(files: dict[str, onnx.ModelProto
     model = files["onnxruntime"]
     assert np.abs(initializer(model, "pre_hooks.layer1/0/conv1/conv2d/0__1.0.codes").astype(int)).max() > 64
     findings = lint(edited(model, f"{RELU}.qmax", np.uint8(255)), "onnxruntime")
-    only(findings, "layer1/0/conv1", "255 * 2 * ", "7 bits")
+    check_only(findings, "layer1/0/conv1", "255 * 2 * ", "7 bits")
 
 
 def test_a_weight_that_is_quantized_in_the_file(files: dict[str, onnx.ModelProto]) -> None:
@@ -180,7 +182,7 @@ def test_a_weight_that_is_quantized_in_the_file(files: dict[str, onnx.ModelProto
     node.input[0] = "computed"
     broken.graph.node.insert(0, helper.make_node("Identity", [f"{name}.codes"], ["computed"], "identity"))
     findings = [finding for finding in lint(broken, "onnxruntime") if finding.node == "layer1/0/conv1"]
-    only(findings, "layer1/0/conv1", "weights are stored as integers", "export again")
+    check_only(findings, "layer1/0/conv1", "weights are stored as integers", "export again")
 
 
 def test_a_float_bias_of_the_last_layer(files: dict[str, onnx.ModelProto]) -> None:
@@ -189,7 +191,7 @@ def test_a_float_bias_of_the_last_layer(files: dict[str, onnx.ModelProto]) -> No
     (gemm,) = nodes(broken, "Gemm")
     gemm.input[2] = "bias"
     broken.graph.initializer.append(numpy_helper.from_array(np.zeros(10, np.float32), "bias"))
-    only(lint(broken, "onnxruntime"), gemm.name, "int32 bias behind a DequantizeLinear", "export again")
+    check_only(lint(broken, "onnxruntime"), gemm.name, "int32 bias behind a DequantizeLinear", "export again")
 
 
 def test_a_float_clip_before_a_quantizer(files: dict[str, onnx.ModelProto]) -> None:
@@ -201,5 +203,5 @@ def test_a_float_clip_before_a_quantizer(files: dict[str, onnx.ModelProto]) -> N
     broken.graph.node[index + 1].input[0] = "clipped"
     for name, value in (("low", 0.0), ("high", 6.0)):
         broken.graph.initializer.append(numpy_helper.from_array(np.array(value, np.float32), name))
-    only(lint(broken, "onnxruntime"), "relu6", "keeps its Conv in float", "export again")
+    check_only(lint(broken, "onnxruntime"), "relu6", "keeps its Conv in float", "export again")
     assert lint(files["tensorrt"], "tensorrt") == []
