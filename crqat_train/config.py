@@ -110,7 +110,11 @@ class QuantizationConfig:
     """Widths and the way a quantizer learns its Grid.
 
     Attributes:
-        method: "lsq" learns each step (arXiv 1902.08153); "minmax" keeps the range that calibration found.
+        weight_method: How weights learn their Grid; docs/methods.md has each method. "lsq" learns each step (arXiv
+            1902.08153), "lsq+" as well, from a start of its own (2004.09576), "dorefa" squeezes weights by tanh
+            (1606.06160), "minmax" keeps the range that calibration found.
+        activation_method: Likewise of activations: "lsq"; "lsq+" learns an offset, too; "pact" the clipping level
+            (1805.06085); "dorefa" and "minmax" keep the range that calibration found.
         weights: Bits of the weights.
         activations: Bits of the activations.
         first_layer: Bits of the network's input and of the first layer's weights.
@@ -121,7 +125,8 @@ class QuantizationConfig:
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
-    method: Literal["lsq", "minmax"] = "lsq"
+    weight_method: Literal["lsq", "lsq+", "dorefa", "minmax"] = "lsq"
+    activation_method: Literal["lsq", "lsq+", "pact", "dorefa", "minmax"] = "lsq"
     weights: Bits = 8
     activations: Bits = 8
     first_layer: Bits = 8

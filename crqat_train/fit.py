@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from artifacts.errors import UsageError
 from artifacts.progress import Progress
 from crqat_train.config import OptimizerConfig
+from crqat_train.methods import Quantizer
 
 _WARM_UP = 0.05
 
@@ -31,8 +32,10 @@ class Fit:
     ) -> None:
         self.model, self.section, self.name, self.device, self.progress = model, section, name, device, progress
         self.steps, self.steps_done = section.epochs * steps_per_epoch, 0
-        decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not is_step(n)]
-        others = [p for n, p in model.named_parameters() if p.ndim <= 1 or is_step(n)]
+        # PACT's L2 on its clipping levels is the weight decay that weights have.
+        levels = {f"{n}.scale" for n, m in model.named_modules() if isinstance(m, Quantizer) and m.decays_scale}
+        decayed = [p for n, p in model.named_parameters() if n in levels or (p.ndim > 1 and not is_step(n))]
+        others = [p for n, p in model.named_parameters() if n not in levels and (p.ndim <= 1 or is_step(n))]
         groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=0.9, nesterov=True)
         self.loss_sum = torch.zeros((), device=device)
@@ -81,8 +84,13 @@ class Fit:
 
 
 def is_step(name: str) -> bool:
-    """Whether a parameter's name is that of a quantizer's step; a network may have a `scale` of its own."""
+    """Whether a parameter's name is that of a quantizer's; a network may have a `scale` of its own."""
     return name.startswith("quantizers.")
+
+
+def is_scale(name: str) -> bool:
+    """Whether a parameter's name is that of a quantizer's step, which stays positive; an offset need not."""
+    return is_step(name) and name.endswith(".scale")
 
 
 def finite(model: nn.Module) -> bool:

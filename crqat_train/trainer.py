@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, fx, nn
@@ -24,10 +26,10 @@ from crqat_train import data, models
 from crqat_train.batches import Batches, Images, evaluation_batches, subset
 from crqat_train.config import OptimizerConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
-from crqat_train.fit import Fit, finite, is_step
+from crqat_train.fit import Fit, finite, is_scale
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
-from crqat_train.methods import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
+from crqat_train.methods import MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_maker, quantizer_of
 from crqat_train.representable import make_representable
 
 Forward = Callable[[Tensor], Tensor]
@@ -158,7 +160,7 @@ class _Run:
         images = self.dataset.train_images[self.split.train[: config.quantization.calibration_images]].to(self.device)
         batches = list(evaluation_batches(images, self.dataset.preprocessing, _EVALUATION_BATCH))
         student, specs = quantize_model(
-            float_model, batches[0][:2], config.quantization, config.targets, METHODS[config.quantization.method]
+            float_model, batches[0][:2], config.quantization, config.targets, quantizer_maker(config.quantization)
         )
         student = student.to(self.device)
         calibrate(student, specs, batches, config.quantization.calibration)
@@ -175,7 +177,7 @@ class _Run:
         batches = self._batches(config.qat, strong=config.data.strong != "none")
         unlabeled = self._unlabeled()
         fit = Fit(student, config.qat, len(batches), "qat", self.device, self.progress)
-        scales = [parameter.detach() for name, parameter in student.named_parameters() if is_step(name)]
+        scales = [parameter.detach() for name, parameter in student.named_parameters() if is_scale(name)]
         training = ConsistencyTraining(student, float_model, consistency, self._compile)
         for epoch in fit.epochs():
             student.train()
@@ -286,6 +288,12 @@ def weight_of(student: fx.GraphModule, spec: QuantizerSpec) -> Tensor:
     return parameter(student, weight_node(student, spec))
 
 
+def rounded_weights(student: fx.GraphModule, specs: Sequence[QuantizerSpec]) -> dict[str, npt.NDArray[np.float32]]:
+    """Weight edge name to what its Grid rounds: the latent weight, or what the method makes of it."""
+    weights = [spec for spec in specs if spec.kind == "weight"]
+    return {s.edge: quantizer_of(student, s).values(weight_of(student, s)).detach().numpy() for s in weights}
+
+
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, labels: Tensor, preprocessing: Preprocessing) -> float:
     """Share of images whose largest logit is the label's, in 0..1; the model is in eval mode meanwhile.
@@ -325,7 +333,7 @@ def rebuild(
     model = models.build(config.model.name, len(payload["class_names"]), payload["input_shape"][0]).eval()
     example = torch.zeros(2, *payload["input_shape"])
     student, specs = quantize_model(
-        model, example, config.quantization, config.targets, METHODS[config.quantization.method]
+        model, example, config.quantization, config.targets, quantizer_maker(config.quantization)
     )
     try:
         student.load_state_dict(load_file(train_dir / f"{candidate}.safetensors"))

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from artifacts.errors import UsageError
 from artifacts.grid import Grid
 from crqat_train.layout import INT16_MAX
 
@@ -66,18 +67,27 @@ class Weight:
 
 
 def lower_activation(grid: Grid, target: str) -> Activation:
-    """Encode an activation's trained Grid (zero point 0) for a target.
+    """Encode an activation's trained Grid for a target.
 
     TensorRT has no unsigned INT8, so its codes are those of training. ONNX Runtime's x86 kernels want unsigned codes: a
-    Grid without negative codes keeps them, a signed one is shifted by its smallest code.
+    Grid without negative codes keeps them, a signed one is shifted by its smallest code, its zero point with it.
+
+    Raises:
+        UsageError: TensorRT is to take a zero point other than 0.
     """
     if target == "tensorrt":
+        if grid.zero_point != 0:
+            msg = (
+                f"export.targets: TensorRT refuses zero points other than 0, and a trained Grid has {grid.zero_point}; "
+                "export for onnxruntime alone, or train with quantization.activation_method: lsq"
+            )
+            raise UsageError(msg)
         if grid.qmax > 127:
             halved = Grid(grid.scale * np.float32(grid.qmax / 127), 0, 0, 127)
             return Activation(halved, np.int8, None, "lossy", "TensorRT has no unsigned INT8: 128 codes instead of 256")
         full = grid.qmin in (-128, 0) and grid.qmax == 127  # with qmin 0 the tensor itself has no negative value
         return Activation(grid, np.int8, None if full else (grid.qmin, grid.qmax))
-    shifted = Grid(grid.scale, -grid.qmin, 0, grid.qmax - grid.qmin)
+    shifted = Grid(grid.scale, grid.zero_point - grid.qmin, 0, grid.qmax - grid.qmin)
     return Activation(shifted, np.uint8, None if shifted.qmax == 255 else (0, shifted.qmax))
 
 

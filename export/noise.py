@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from crqat_train.layout import QuantizerSpec
 from crqat_train.methods import quantizer_of
@@ -32,8 +32,8 @@ def quantizer_noise(
     handles = []
     for spec in specs:
 
-        def count(_: nn.Module, inputs: tuple[Tensor], output: Tensor, own: Any = sums[spec.edge]) -> None:
-            x = inputs[0].double()
+        def count(quantizer: Any, inputs: tuple[Tensor], output: Tensor, own: Any = sums[spec.edge]) -> None:
+            x = quantizer.values(inputs[0]).double()
             own[0] += float(x.square().sum())
             own[1] += float((x - output).square().sum())
 

@@ -19,7 +19,7 @@ from artifacts.store import verify_stage
 from crqat_train import data
 from crqat_train.batches import Images
 from crqat_train.config import TrainConfig
-from crqat_train.trainer import rebuild, weight_of
+from crqat_train.trainer import rebuild, rounded_weights
 from export.codes import expected_codes
 from export.config import ExportConfig
 from export.lint import lint
@@ -69,7 +69,7 @@ def export(
         raise UsageError(msg)
     model, specs = rebuild(train_dir, train, trained, candidate)
     grids = load_grids(train_dir / f"{candidate}.grids.json")
-    latent = {spec.edge: weight_of(model, spec).detach().numpy() for spec in specs if spec.kind == "weight"}
+    latent = rounded_weights(model, specs)
     preprocessing = Preprocessing.from_json(trained["preprocessing"])
     metadata = {
         "crqat.schema_version": METADATA_SCHEMA,

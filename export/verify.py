@@ -165,9 +165,9 @@ def _torch_link(
             name = next(tensors)
             # A file may quantize a pooled tensor before it is flattened, torch behind.
             codes = simulation.codes[name].reshape(output.shape)
-            # Rounding a value of the Grid gives its code back.
-            pairs[name] = (codes, grid.quantize(output.numpy()))
-            return torch.from_numpy(grid.dequantize(codes))
+            # Rounding a value of the Grid gives its code back; the simulator's have the zero point taken off.
+            pairs[name] = (codes, grid.quantize(output.numpy()) - grid.zero_point)
+            return torch.from_numpy(grid.dequantize(codes + grid.zero_point))
 
         handles.append(quantizer_of(model, spec).register_forward_hook(replace))
     try:

@@ -43,6 +43,10 @@ SECTIONS: dict[str, type[Any]] = {
     "gate": GateConfig,
 }
 _SHOWN_ERRORS = 3
+# Keys of older recipes, and what to write instead.
+_REPLACED = {
+    "quantization.method": "is now two keys, `weight_method` and `activation_method`; replace it by both",
+}
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,8 @@ def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
     where = f"--set {place}" if from_option else f"{path}: {place}"
     if detail["type"] == "unexpected_keyword_argument":
         *section, key = detail["loc"]
+        if place in _REPLACED:
+            return f"{where}: {_REPLACED[place]}"
         valid = [item.name for item in fields(SECTIONS[str(section[0])])] if section else top_level_keys()
         near = _near(str(key), valid)
         hint = f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(valid)}"
@@ -182,6 +188,11 @@ def _contradiction(recipe: Recipe) -> str | None:
     for key, targets in (("targets", recipe.targets), ("export.targets", recipe.export.targets)):
         if targets is not None and (not targets or len(set(targets)) != len(targets)):
             return f"{key}: list each runtime once, at least one"
+        if "tensorrt" in (targets or ()) and recipe.quantization.activation_method == "lsq+":
+            return (
+                f"{key}: TensorRT refuses zero points other than 0, which activation_method `lsq+` learns; set {key} "
+                "to [onnxruntime], or quantization.activation_method to lsq"
+            )
     if recipe.model.weights is None and recipe.float_training is None:
         return "float: missing; say how to train the float network, or give its weights as model.weights"
     return None

@@ -726,7 +726,7 @@ def test_bfloat16_trains_and_delivers_float32(
     config = recipe(
         float_training=OptimizerConfig(4, BATCH, 0.05, precision="bfloat16"),
         qat=QATConfig(1, BATCH, 0.002, precision="bfloat16"),
-        quantization=QuantizationConfig(method=method, calibration_images=256),
+        quantization=QuantizationConfig(weight_method=method, activation_method=method, calibration_images=256),
     )
     payload = train(config, tmp_path, quiet)
     assert min(entry["validation_accuracy"] for entry in payload["candidates"].values()) > 0.8

@@ -31,9 +31,9 @@ from crqat_train.config import (
     TrainConfig,
 )
 from crqat_train.layout import QuantizerSpec, quantize_model
-from crqat_train.methods import LSQQuantizer, quantizer_of
+from crqat_train.methods import quantizer_maker, quantizer_of
 from crqat_train.representable import make_representable
-from crqat_train.trainer import calibrate, rebuild, train, weight_of
+from crqat_train.trainer import calibrate, rebuild, rounded_weights, train
 from export.qdq import QDQModel, qdq_model
 from export.trace import Graph, marked_graph
 
@@ -59,7 +59,7 @@ class Quantized:
     @property
     def latent(self) -> dict[str, npt.NDArray[np.float32]]:
         """Weight edge name to the unfolded weight."""
-        return {s.edge: weight_of(self.model, s).detach().numpy() for s in self.specs if s.kind == "weight"}
+        return rounded_weights(self.model, self.specs)
 
     def graph(self, classes: int = 10) -> Graph:
         """The marked float graph."""
@@ -87,7 +87,7 @@ def quantize(
 ) -> Quantized:
     """Quantize a network after training, from the images that it is then checked on."""
     config = config or QuantizationConfig(weights=bits, activations=bits)
-    model, specs = quantize_model(network.eval(), images[:2], config, targets, LSQQuantizer)
+    model, specs = quantize_model(network.eval(), images[:2], config, targets, quantizer_maker(config))
     calibrate(model, specs, [images])
     make_representable(model, specs, targets)
     grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}

@@ -95,6 +95,16 @@ def test_sections_are_the_recipes_dataclass_fields(tmp_path: Path) -> None:
         ("float_training: {}", "FILE: float_training: unknown key; valid here: name, data, model, seed"),
         ("quantization: {weights: 9}", "FILE: quantization.weights: should be less than or equal to 8, not 9"),
         ("quantization: {weights: 8.0}", "FILE: quantization.weights: should be a valid integer, not 8.0"),
+        ("quantization: {method: lsq}", "FILE: quantization.method: is now two keys, `weight_method` and"),
+        ("quantization: {weight_method: pact}", "FILE: quantization.weight_method: should be 'lsq', 'lsq+', 'dorefa'"),
+        (
+            "quantization: {activation_method: lsq+}",
+            "FILE: targets: TensorRT refuses zero points other than 0, which activation_method `lsq+` learns; set",
+        ),
+        (
+            "targets: [onnxruntime]\nexport: {targets: [tensorrt]}\nquantization: {activation_method: lsq+}",
+            "FILE: export.targets: TensorRT refuses zero points other than 0",
+        ),
         ("qat: {lr: fast}", 'FILE: qat.lr: should be a valid number, not "fast"'),
         ("qat: {lr: -1}", "FILE: qat.lr: should be greater than 0, not -1"),
         ("qat: 3", "FILE: qat: should be a section of key: value lines, not 3"),
@@ -132,6 +142,12 @@ def test_wrong_values_are_refused_with_path_and_remedy(tmp_path: Path, extra: st
 )
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path, section: str, message: str) -> None:
     assert refusal(tmp_path, MINIMAL.replace("source: digits", section)).startswith(message)
+
+
+def test_methods_are_mixed_freely(tmp_path: Path) -> None:
+    methods = ["quantization={weight_method: dorefa, activation_method: lsq+}", "targets=[onnxruntime]"]
+    loaded = recipe.load(write(tmp_path, MINIMAL), methods)
+    assert loaded.quantization == QuantizationConfig(weight_method="dorefa", activation_method="lsq+")
 
 
 def test_unlabeled_images_without_a_teacher_are_refused(tmp_path: Path) -> None:
