@@ -32,8 +32,10 @@ class Fit:
         self.model, self.section, self.name, self.device, self.progress = model, section, name, device, progress
         self.steps, self.steps_done = section.epochs * steps_per_epoch, 0
         decayed = [p for n, p in model.named_parameters() if p.ndim > 1 and not is_step(n)]
-        others = [p for n, p in model.named_parameters() if p.ndim <= 1 or is_step(n)]
-        groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        others = [p for n, p in model.named_parameters() if p.ndim <= 1 and not is_step(n)]
+        steps = [p for n, p in model.named_parameters() if is_step(n)]
+        groups = [{"params": decayed, "weight_decay": section.weight_decay, "factor": 1.0}]
+        groups += [{"params": params, "weight_decay": 0.0, "factor": 1.0} for params in (others, steps)]
         self.optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=0.9, nesterov=True)
         self.loss_sum = torch.zeros((), device=device)
         self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
@@ -45,6 +47,10 @@ class Fit:
             self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
             yield epoch
 
+    def scale_lr(self, factor: float) -> None:
+        """Multiply the quantizers' learning rate from now on; at 0 they stay as they are."""
+        self.optimizer.param_groups[-1]["factor"] = factor
+
     def autocast(self) -> torch.autocast:
         """The context of a forward pass and its loss."""
         bfloat16 = self.section.precision == "bfloat16"
@@ -55,7 +61,7 @@ class Fit:
         warm_up = max(1.0, _WARM_UP * self.steps)
         cosine = 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.section.lr * min(1.0, (self.steps_done + 1) / warm_up) * cosine
+            group["lr"] = self.section.lr * min(1.0, (self.steps_done + 1) / warm_up) * cosine * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
