@@ -205,10 +205,9 @@ def _progression(recipe: Recipe) -> str | None:
     asked = [quantization.weights, quantization.activations, quantization.first_layer, quantization.last_layer]
     for override in quantization.overrides.values():
         asked += [width for width in (override.weights, override.activations) if width is not None]
-    if bits[-1] > min(asked):
-        return (
-            f"qat.progressive_bits: ends at {bits[-1]}, above the narrowest width, {min(asked)}; add {min(asked)} to it"
-        )
+    least = min(asked)
+    if bits[-1] > least:
+        return f"qat.progressive_bits: ends at {bits[-1]}, above the narrowest width that is asked for; add {least}"
     return None
 
 

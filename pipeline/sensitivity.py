@@ -12,7 +12,7 @@ import click
 import yaml
 
 from artifacts.progress import Progress
-from crqat_train.config import Override
+from crqat_train.config import DataConfig, ModelConfig, Override
 from pipeline import console, recipe
 
 JSON, PICTURE, RECIPE = "sensitivity.json", "sensitivity.png", "recipe.yaml"
@@ -89,12 +89,12 @@ def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: 
         model, float_training = replace(model, weights=str(runs / config.name / "train" / "float.safetensors")), None
     proposed = replace(
         config,
-        name=f"{config.name}-mixed"[-100:],
+        name=f"{config.name[:94]}-mixed",
         model=model,
         float_training=float_training,
         quantization=replace(config.quantization, overrides=overrides),
     )
-    base = recipe.Recipe(config.name, replace(config.data), replace(config.model))
+    base = recipe.Recipe(config.name, DataConfig(config.data.source), ModelConfig(config.model.name))
     values, usual = recipe.resolved(proposed), recipe.resolved(base)
     mean, divergence = report["average_bits"]["proposed"], report["divergence"]
     uniform = divergence["uniform"]
@@ -103,16 +103,19 @@ def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: 
         f"# KL divergence from the float network on {report['images']} calibration images, without training:",
         f"# {divergence['together']:.4f}; with {uniform['bits']} bits everywhere {uniform['together']:.4f}.",
     ]
-    return "\n".join(lines) + "\n" + yaml.safe_dump(_changed(values, usual), sort_keys=False, width=120)
+    return (
+        "\n".join(lines)
+        + "\n"
+        + yaml.safe_dump(_changed(values, usual), sort_keys=False, default_flow_style=None, width=120)
+    )
 
 
 def _changed(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     """What differs from the default, and what has none."""
-    always = ("name", "data", "model")
     result: dict[str, Any] = {}
     for key, value in values.items():
-        if key in always or value != usual[key]:
-            section = isinstance(value, dict) and isinstance(usual[key], dict) and key not in (*always, "overrides")
+        if value != usual[key] or key in ("name", "data", "model", "source"):
+            section = isinstance(value, dict) and isinstance(usual[key], dict) and key != "overrides"
             result[key] = _changed(value, usual[key]) if section else value
     return result
 
