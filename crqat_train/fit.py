@@ -49,7 +49,8 @@ class Fit:
 
     def scale_lr(self, factor: float) -> None:
         """Multiply the quantizers' learning rate from now on; at 0 they stay as they are."""
-        self.optimizer.param_groups[-1]["factor"] = factor
+        for group in self.optimizer.param_groups[2:]:  # behind the network's own
+            group["factor"] = factor
 
     def autocast(self) -> torch.autocast:
         """The context of a forward pass and its loss."""

@@ -58,7 +58,7 @@ def test_one_value_is_that_of_a_network_quantized_the_ordinary_way(
     images = torch.from_numpy(dataset.preprocessing(dataset.train_images[chosen[:128]].numpy()))
     two = QuantizationConfig(weights=2, activations=2)
     quantized, specs = quantize_model(model.eval(), images[:2], two, config.targets, LSQQuantizer)
-    calibrate(quantized, specs, list(images.split(64)))
+    calibrate(quantized, specs, list(torch.split(images, 64)))
     weight = next(spec for spec in specs if spec.operation == "layer2.0.conv1" and spec.kind == "weight")
     active = [weight, next(spec for spec in specs if spec.edge == weight.input_edge)]
     with torch.no_grad(), only(quantized, specs, active):

@@ -112,4 +112,4 @@ def test_it_is_a_stage_behind_train(measured: tuple[Path, Result]) -> None:
     assert (folder / "runs" / "small" / "sensitivity").readlink() == before
     assert read_manifest(folder / "runs" / "small" / "sensitivity").payload["average_bits"]["asked"] == 4
     wrong = CliRunner().invoke(crqat, ["sensitivity", *map(str, common), "--set", "seed=3"])
-    assert "run `crqat train` first" in str(wrong.exception)
+    assert "run `crqat train RECIPE` first" in str(wrong.exception)
