@@ -99,10 +99,36 @@ class QATConfig(OptimizerConfig):
         lr: Peak learning rate.
         bn_images: Training images from which BN statistics are estimated anew before delivery, with the quantizers on
             (arXiv 2203.11086 needs it for depthwise layers of few bits); 0 keeps those of the training.
+        freeze_bn_at: Share of the steps after which BN uses its running statistics and no longer changes them.
+        freeze_ranges_at: Share of the steps after which the quantizers' parameters no longer change.
+        scale_lr: Learning rate of the quantizers' parameters, as a factor of `lr`.
+        damping: Largest weight of what pulls latent weights to the centres of their bins (arXiv 2203.11086); it rises
+            from 0 over all steps as half a cosine.
+        progressive_bits: Descending widths, an equal share of the steps each, below which no quantizer is; the last
+            must not be above the narrowest width that is asked for.
     """
 
     lr: Annotated[float, Range(gt=0)] = 0.01
     bn_images: Annotated[int, Range(ge=0)] = 0
+    freeze_bn_at: Annotated[float, Range(ge=0, le=1)] = 1.0
+    freeze_ranges_at: Annotated[float, Range(ge=0, le=1)] = 1.0
+    scale_lr: Annotated[float, Range(ge=0)] = 1.0
+    damping: Annotated[float, Range(ge=0)] = 0.0
+    progressive_bits: tuple[Bits, ...] = ()
+
+
+@dataclass(frozen=True)
+class Override:
+    """Widths of the layers whose name matches a pattern; None leaves a width as it is.
+
+    Attributes:
+        weights: Bits of the layer's weights.
+        activations: Bits of what the layer reads.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    weights: Bits | None = None
+    activations: Bits | None = None
 
 
 @dataclass(frozen=True)
@@ -119,6 +145,8 @@ class QuantizationConfig:
         activations: Bits of the activations.
         first_layer: Bits of the network's input and of the first layer's weights.
         last_layer: Bits of the last layer's input and weights.
+        overrides: Widths by layer, before all of the above: a layer's name such as "layer1.0.conv1", or a pattern with
+            `*`, `?` and `[...]`. The longest pattern counts; see `crqat_train.overrides`.
         calibration: Where ranges start: "mse" at the smallest mean squared rounding error, "minmax" at the largest
             value seen, "percentile" where 99.99 % of an activation's values that are not 0 fit, weights as "minmax".
         calibration_images: Training images from which the ranges start.
@@ -131,6 +159,7 @@ class QuantizationConfig:
     activations: Bits = 8
     first_layer: Bits = 8
     last_layer: Bits = 8
+    overrides: dict[str, Override] = field(default_factory=dict)
     calibration: Literal["mse", "minmax", "percentile"] = "mse"
     calibration_images: Annotated[int, Range(ge=1)] = 512
 

@@ -34,9 +34,15 @@ class Fit:
         self.steps, self.steps_done = section.epochs * steps_per_epoch, 0
         # PACT's L2 on its clipping levels is the weight decay that weights have.
         levels = {f"{n}.scale" for n, m in model.named_modules() if isinstance(m, Quantizer) and m.decays_scale}
-        decayed = [p for n, p in model.named_parameters() if n in levels or (p.ndim > 1 and not is_step(n))]
-        others = [p for n, p in model.named_parameters() if n not in levels and (p.ndim <= 1 or is_step(n))]
-        groups = [{"params": decayed, "weight_decay": section.weight_decay}, {"params": others, "weight_decay": 0.0}]
+        network = [p for n, p in model.named_parameters() if not is_step(n)]
+        quantizers = [(n, p) for n, p in model.named_parameters() if is_step(n)]
+        decayed = [
+            (section.weight_decay, [p for p in network if p.ndim > 1]),
+            (0.0, [p for p in network if p.ndim <= 1]),
+            (0.0, [p for n, p in quantizers if n not in levels]),
+            (section.weight_decay, [p for n, p in quantizers if n in levels]),
+        ]
+        groups = [{"params": params, "weight_decay": decay, "factor": 1.0} for decay, params in decayed]
         self.optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=0.9, nesterov=True)
         self.loss_sum = torch.zeros((), device=device)
         self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
@@ -48,6 +54,11 @@ class Fit:
             self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
             yield epoch
 
+    def scale_lr(self, factor: float) -> None:
+        """Multiply the quantizers' learning rate from now on; at 0 they stay as they are."""
+        for group in self.optimizer.param_groups[2:]:  # behind the network's own
+            group["factor"] = factor
+
     def autocast(self) -> torch.autocast:
         """The context of a forward pass and its loss."""
         bfloat16 = self.section.precision == "bfloat16"
@@ -58,7 +69,7 @@ class Fit:
         warm_up = max(1.0, _WARM_UP * self.steps)
         cosine = 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.section.lr * min(1.0, (self.steps_done + 1) / warm_up) * cosine
+            group["lr"] = self.section.lr * min(1.0, (self.steps_done + 1) / warm_up) * cosine * group["factor"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()

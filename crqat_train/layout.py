@@ -32,6 +32,7 @@ from crqat_train.graph import (
     trace,
 )
 from crqat_train.nncf_bridge import Hooks, ask_layout, name_operations
+from crqat_train.overrides import Layer, widths
 
 Residual = Literal["both", "skip", "none"]
 # The u8*s8 kernels of x86 without VNNI add two products in 16 bits: max(code) * (|w1| + |w2|) has to stay within this.
@@ -76,8 +77,12 @@ class QuantizerSpec:
     @property
     def operation(self) -> str:
         """The module path or operation that the edge belongs to, for people: "layer1.0.conv1"."""
-        name = self.edge.split(".", 1)[1].rsplit("__", 1)[0]
-        return ".".join(name.split("/")[:-2]) or name
+        return _operation(self.edge)
+
+
+def _operation(edge: str) -> str:
+    name = edge.split(".", 1)[1].rsplit("__", 1)[0]
+    return ".".join(name.split("/")[:-2]) or name
 
 
 @dataclass(frozen=True)
@@ -272,7 +277,14 @@ def _constrain(
     def edge_into(node: fx.Node) -> str | None:
         return edge_between(node.all_input_nodes[0], node)
 
+    def feeds_float(places: list[_Place]) -> bool:
+        return any(is_unfused_activation(graph_module, user) for place in places for user in place.source.users)
+
     last_input = edge_into(matmuls[-1]) if matmuls else None
+    readers = [(names[0], _reader(places)) for names, _, weight, places in groups if weight]
+    layers = [Layer(edge, _operation(edge), edge_into(node)) for edge, node in readers if is_matmul(node)]
+    free = [names[0] for names, _, weight, places in groups if not weight and not feeds_float(places)]
+    overridden = widths(config.overrides, layers, {edge: _operation(edge) for edge in free})
     specs: dict[str, QuantizerSpec] = {}
     for names, _, weight, places in groups:
         if weight:
@@ -282,8 +294,9 @@ def _constrain(
             bits = config.first_layer
         elif names[0] == last_input:
             bits = config.last_layer
-        elif any(is_unfused_activation(graph_module, user) for place in places for user in place.source.users):
+        elif feeds_float(places):
             bits = 8  # what it feeds is computed in float: fewer bits would only cost accuracy
+        bits = overridden.get(names[0], bits)
         if all(is_nonnegative(graph_module, place.source) for place in places):
             # TensorRT has no unsigned INT8: for it, 8 bits are the upper half of the signed range. ONNX Runtime alone
             # takes all of them: then its file needs no Clip behind a ReLU, and the weights that follow get 7 bits.
@@ -296,7 +309,7 @@ def _constrain(
         if not weight:
             ordered.append(specs[names[0]])
             continue
-        node = places[0].consumer or next(iter(places[0].source.users))
+        node = _reader(places)
         if not is_matmul(node):
             msg = f"model.name: the weight of {names[0]} is of no Conv1d, Conv2d or Linear, the ones that are quantized"
             raise UsageError(msg)
@@ -306,6 +319,7 @@ def _constrain(
             bits = config.first_layer
         elif node is matmuls[-1]:
             bits = config.last_layer
+        bits = overridden.get(names[0], bits)
         asked, input_edge = bits, edge_into(node)
         fed = specs.get(input_edge or "")
         depthwise = bool(
@@ -337,8 +351,21 @@ def _constrain(
     return ordered
 
 
+def _reader(places: list[_Place]) -> fx.Node:
+    return places[0].consumer or next(iter(places[0].source.users))
+
+
 def _weight_range(bits: int) -> tuple[int, int]:
     return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+
+
+def codes_at(spec: QuantizerSpec, bits: int) -> tuple[int, int]:
+    """Smallest and largest code of a quantizer at another width than its own, whatever the targets say of it."""
+    if bits == spec.bits:
+        return spec.qmin, spec.qmax
+    if spec.kind == "weight":
+        return _weight_range(bits)
+    return (0, 2**bits - 1) if spec.qmin == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def _insert(graph: fx.Graph, target: str, places: list[_Place]) -> None:

@@ -29,6 +29,7 @@ from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.fit import Fit, finite, is_scale
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
+from crqat_train.low_bits import LowBitTraining
 from crqat_train.methods import MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_maker, quantizer_of
 from crqat_train.representable import make_representable
 
@@ -179,15 +180,17 @@ class _Run:
         fit = Fit(student, config.qat, len(batches), "qat", self.device, self.progress)
         scales = [parameter.detach() for name, parameter in student.named_parameters() if is_scale(name)]
         training = ConsistencyTraining(student, float_model, consistency, self._compile)
+        low_bits = LowBitTraining(student, training.teacher, config.qat, fit, self._compile)
         for epoch in fit.epochs():
             student.train()
             for batch in batches.epoch(self.generator, training.views):
                 *images, labels = batch
                 if unlabeled is not None and training.views == 2:
                     images = [torch.cat(pair) for pair in zip(images, next(unlabeled), strict=True)]
+                low_bits.before_step()
                 weight = consistency_weight(fit.steps_done, fit.steps, consistency)
                 with fit.autocast():
-                    loss = training.loss(images, labels, weight)
+                    loss = low_bits.penalized(training.loss(images, labels, weight))
                 fit.step(loss)
                 if scales:
                     torch._foreach_clamp_min_(scales, MIN_SCALE)

@@ -211,6 +211,24 @@ def report(run: Path, out: Path, layers: bool) -> None:
 
 
 @crqat.command()
+@_recipe_arguments
+@_force_option
+@click.option(
+    "--average-bits", type=click.FloatRange(2, 8), default=5.0, help="Largest mean width of the weights. Default: 5."
+)
+@click.option("--images", type=click.IntRange(min=1), default=128, help="Calibration images. Default: 128.")
+def sensitivity(
+    recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, average_bits: float, images: int
+) -> None:
+    """Measure what fewer bits cost each layer of a trained run, and propose a recipe of mixed widths."""
+    from pipeline import sensitivity as proposal
+
+    config = _load(recipe, overrides)
+    _run_stage("sensitivity", config, runs, force, average_bits=average_bits, images=images)
+    proposal.show(runs / config.name / "sensitivity")
+
+
+@crqat.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--batch", type=click.IntRange(min=1), help="Build for this batch alone. Default: from 1 to 64.")
 @click.option("--compute-capability", "targets", multiple=True, metavar="SM89", help="Build for this GPU; repeatable.")
@@ -249,7 +267,7 @@ def init(path: Path) -> None:
     click.echo(f"wrote {path}; next: crqat run {path}")
 
 
-def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: bool) -> dict[str, Any]:
+def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> dict[str, Any]:
     from artifacts.store import read_manifest
     from pipeline import console, stages
 

@@ -21,6 +21,7 @@ from crqat_train.config import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    Override,
     QATConfig,
     QuantizationConfig,
     Target,
@@ -148,7 +149,8 @@ def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
         *section, key = detail["loc"]
         if place in _REPLACED:
             return f"{where}: {_REPLACED[place]}"
-        valid = [item.name for item in fields(SECTIONS[str(section[0])])] if section else top_level_keys()
+        kind = Override if "overrides" in section else SECTIONS[str(section[0])] if section else None
+        valid = top_level_keys() if kind is None else [item.name for item in fields(kind)]
         near = _near(str(key), valid)
         hint = f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(valid)}"
         return f"{where}: unknown key; {hint}"
@@ -185,6 +187,12 @@ def _contradiction(recipe: Recipe) -> str | None:
         return f"data.{resized[0]}: only of imagefolder, whose images are files; remove it"
     if (recipe.data.crop or FOLDER_CROP) > (recipe.data.size or FOLDER_SIZE):
         return "data.crop: larger than data.size, the shorter side it is cut from; set both"
+    for pattern, override in recipe.quantization.overrides.items():
+        if override == Override():
+            return f"quantization.overrides.{pattern}: says nothing; give it weights, activations or both"
+    problem = _progression(recipe)
+    if problem is not None:
+        return problem
     for key, targets in (("targets", recipe.targets), ("export.targets", recipe.export.targets)):
         if targets is not None and (not targets or len(set(targets)) != len(targets)):
             return f"{key}: list each runtime once, at least one"
@@ -195,6 +203,22 @@ def _contradiction(recipe: Recipe) -> str | None:
             )
     if recipe.model.weights is None and recipe.float_training is None:
         return "float: missing; say how to train the float network, or give its weights as model.weights"
+    return None
+
+
+def _progression(recipe: Recipe) -> str | None:
+    """What is wrong with `qat.progressive_bits`, None if nothing is."""
+    bits, quantization = recipe.qat.progressive_bits, recipe.quantization
+    if not bits:
+        return None
+    if list(bits) != sorted(set(bits), reverse=True):
+        return f"qat.progressive_bits: {list(bits)} has to go down"
+    asked = [quantization.weights, quantization.activations, quantization.first_layer, quantization.last_layer]
+    for override in quantization.overrides.values():
+        asked += [width for width in (override.weights, override.activations) if width is not None]
+    least = min(asked)
+    if bits[-1] > least:
+        return f"qat.progressive_bits: ends at {bits[-1]}, above the narrowest width that is asked for; add {least}"
     return None
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from runtime_eval.remote import Board
 
 STAGES = ("train", "export", "benchmark")
-PARENTS = {"train": None, "export": "train", "benchmark": "export"}
+PARENTS = {"train": None, "export": "train", "benchmark": "export", "sensitivity": "train"}
 # The keys of a recipe that a stage's result depends on; the stage before it brings in its own.
 KEYS = {
     "train": (
@@ -41,6 +41,7 @@ KEYS = {
     ),
     "export": ("name", "export"),
     "benchmark": ("benchmark",),
+    "sensitivity": ("name",),
 }
 RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
 _DISTRIBUTIONS = (
@@ -100,6 +101,21 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
     # Another machine's numbers say nothing of this one; and an engine is built once there is a builder.
     inputs = {"machine": platform.node(), **_engine_builder()}
     return _run_stage("benchmark", config, runs, force, inputs, fill)
+
+
+def sensitivity(
+    config: recipe.Recipe, runs: Path, force: bool, progress: Progress, average_bits: float, images: int
+) -> Path:
+    """Measure what each layer's width costs, propose widths, and return the directory with both; see there."""
+    current(config, runs, "train")
+
+    def fill(out: Path) -> dict[str, Any]:
+        from pipeline.sensitivity import measure
+
+        return measure(config, runs, out, progress, average_bits, images)
+
+    inputs = {"average_bits": f"{average_bits:g}", "images": str(images)}
+    return _run_stage("sensitivity", config, runs, force, inputs, fill)
 
 
 def _engine_builder() -> dict[str, str]:

@@ -13,8 +13,8 @@ from torch.nn import functional
 
 from artifacts.errors import UsageError
 from crqat_train import layout, models, nncf_bridge
-from crqat_train.config import QuantizationConfig, Target
-from crqat_train.layout import INT16_MAX, QuantizerSpec, quantize_model, quantizer_node, weight_node
+from crqat_train.config import Override, QuantizationConfig, Target
+from crqat_train.layout import INT16_MAX, QuantizerSpec, codes_at, quantize_model, quantizer_node, weight_node
 from crqat_train.methods import LSQQuantizer
 
 BOTH = ("onnxruntime", "tensorrt")
@@ -464,3 +464,44 @@ def test_operations_are_named_for_people() -> None:
     assert specs["pre_hooks.layer1/0/conv1/conv2d/0__1.0"].operation == "layer1.0.conv1"
     assert specs["post_hooks.x__0.0"].operation == "x"
     assert all(spec.module_name.isidentifier() for spec in specs.values())
+
+
+def test_overrides_come_before_all_other_widths_but_not_before_the_targets_limits() -> None:
+    overrides = {
+        "conv1": Override(weights=5, activations=3),
+        "depthwise": Override(weights=2, activations=6),
+        "multiplied": Override(weights=8, activations=8),
+        "fc": Override(activations=7),
+    }
+    config = QuantizationConfig(weights=4, activations=4, first_layer=6, last_layer=6, overrides=overrides)
+    specs = specs_of(Mixed().eval(), config=config)
+    found = {spec.operation: (spec.bits, spec.qmin, spec.qmax) for spec in specs.values() if spec.kind == "weight"}
+    assert found == {
+        "conv1": (5, -16, 15),
+        "depthwise": (2, -2, 1),
+        "multiplied": (7, -64, 63),  # behind a signed tensor, for ONNX Runtime
+        "grouped": (4, -8, 7),
+        "fc": (6, -32, 31),
+    }
+    reads = {spec.operation: specs[spec.input_edge or ""] for spec in specs.values() if spec.kind == "weight"}
+    codes = {name: (spec.bits, spec.qmin, spec.qmax) for name, spec in reads.items()}
+    assert codes == {
+        "conv1": (3, -4, 3),
+        "depthwise": (6, 0, 63),
+        "multiplied": (8, -128, 127),
+        "grouped": (4, -8, 7),
+        "fc": (7, 0, 127),
+    }
+    assert "saturate" in next(spec.reason for spec in specs.values() if spec.operation == "multiplied" and spec.reason)
+    with pytest.raises(UsageError, match=r"overrides\.dephtwise: .* the nearest are depthwise"):
+        specs_of(Mixed().eval(), config=QuantizationConfig(overrides={"dephtwise": Override(4)}))
+
+
+def test_codes_at_another_width() -> None:
+    spec = QuantizerSpec("pre_hooks.a__1.0", (), "weight", 4, -8, 7, 3, 4)
+    assert [codes_at(spec, bits) for bits in (2, 4, 7, 8)] == [(-2, 1), (-8, 7), (-64, 63), (-127, 127)]
+    signed = QuantizerSpec("post_hooks.a__0.0", (), "activation", 8, -128, 127, None, 4)
+    assert [codes_at(signed, bits) for bits in (3, 8)] == [(-4, 3), (-128, 127)]
+    # At its own width a quantizer has its own codes, which the targets may have limited.
+    unsigned = QuantizerSpec("post_hooks.a__0.0", (), "activation", 8, 0, 127, None, 4)
+    assert [codes_at(unsigned, bits) for bits in (3, 8)] == [(0, 7), (0, 127)]

@@ -389,7 +389,7 @@ def test_the_better_candidate_on_the_validation_part_is_called_best(
 def test_a_training_that_diverges_names_its_learning_rate(
     tuned: Callable[..., TrainConfig], tmp_path: Path, section: str, lr: float
 ) -> None:
-    diverging = OptimizerConfig(1, BATCH, lr)
+    diverging = QATConfig(1, BATCH, lr)
     config = recipe(float_training=diverging) if section == "float" else tuned(qat=diverging)
     with pytest.raises(UsageError, match=r"lr") as caught:
         train(config, tmp_path, quiet)
@@ -549,6 +549,9 @@ def test_no_training_step_waits_for_the_device(
     """A `.item()` in a step costs a GPU its queue: losses, schedules and the teacher are handled without one."""
     source = DataConfig("digits", crop_padding=1, flip=True, unlabeled=f"{__name__}:plain_images", strong="randaugment")
     config = tuned(data=source, consistency=ConsistencyConfig(teacher))
+    if teacher == "ema":  # with all switches of few bits
+        switches: dict[str, Any] = {"freeze_bn_at": 0.7, "freeze_ranges_at": 0.8, "scale_lr": 0.5, "damping": 0.1}
+        config = replace(config, qat=replace(config.qat, progressive_bits=(8, 7), **switches))
     if teacher == "none":
         config = recipe(data=source, consistency=ConsistencyConfig(teacher))  # the float training too
     with HostWaits(monkeypatch) as waits:

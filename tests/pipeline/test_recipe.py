@@ -94,6 +94,27 @@ def test_sections_are_the_recipes_dataclass_fields(tmp_path: Path) -> None:
         ("qat: {epoch: 3}", "FILE: qat.epoch: unknown key; did you mean `epochs`?"),
         ("float_training: {}", "FILE: float_training: unknown key; valid here: name, data, model, seed"),
         ("quantization: {weights: 9}", "FILE: quantization.weights: should be less than or equal to 8, not 9"),
+        (
+            "quantization: {overrides: {conv1: {weight: 4}}}",
+            "FILE: quantization.overrides.conv1.weight: unknown key; did you mean `weights`?",
+        ),
+        (
+            "quantization: {overrides: {conv1: {weights: 1}}}",
+            "FILE: quantization.overrides.conv1.weights: should be greater than or equal to 2, not 1",
+        ),
+        (
+            "quantization: {overrides: {conv1: {}}}",
+            "FILE: quantization.overrides.conv1: says nothing; give it weights, activations or both",
+        ),
+        (
+            "qat: {progressive_bits: [4, 8]}",
+            "FILE: qat.progressive_bits: [4, 8] has to go down",
+        ),
+        (
+            "quantization: {overrides: {conv1: {weights: 3}}}\nqat: {progressive_bits: [8, 4]}",
+            "FILE: qat.progressive_bits: ends at 4, above the narrowest width that is asked for; add 3",
+        ),
+        ("qat: {freeze_bn_at: 2}", "FILE: qat.freeze_bn_at: should be less than or equal to 1, not 2"),
         ("quantization: {weights: 8.0}", "FILE: quantization.weights: should be a valid integer, not 8.0"),
         ("quantization: {method: lsq}", "FILE: quantization.method: is now two keys, `weight_method` and"),
         ("quantization: {weight_method: pact}", "FILE: quantization.weight_method: should be 'lsq', 'lsq+', 'dorefa'"),
