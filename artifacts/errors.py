@@ -1,6 +1,7 @@
 """Errors that end in one line for the user. Exit codes are part of the command line's contract.
 
-0 pass, 1 the gate failed, 2 usage or recipe, 3 environment or tool, 4 the gate is inconclusive.
+0 pass, 1 the gate failed, 2 usage or recipe, 3 environment or tool, 4 the gate is inconclusive,
+130 interrupted (SIGINT), 143 terminated (SIGTERM).
 """
 
 
@@ -20,3 +21,11 @@ class ToolError(CrqatError):
     """The environment is wrong: a tool is missing, a directory cannot be written, a runtime died."""
 
     exit_code = 3
+
+
+class Interrupted(CrqatError):
+    """The process was asked to end, and what it did is saved; the exit code is a shell's, 128 + the signal."""
+
+    def __init__(self, message: str, signal: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal

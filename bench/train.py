@@ -12,6 +12,7 @@ import argparse
 import copy
 import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,12 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from artifacts.progress import quiet
 from crqat_train import data, models
-from crqat_train.batches import Batches, evaluation_batches
-from crqat_train.config import ConsistencyConfig, QuantizationConfig
+from crqat_train.batches import Batches, Feed, evaluation_batches
+from crqat_train.config import ConsistencyConfig, OptimizerConfig, QuantizationConfig
 from crqat_train.consistency import ConsistencyTraining
+from crqat_train.fit import Fit
 from crqat_train.layout import quantize_model
 from crqat_train.methods import METHODS, MIN_SCALE
+from crqat_train.resume import SAVE_EVERY, Keeper, Training
 from crqat_train.trainer import calibrate
 from pipeline.console import show_table
 from runtime_eval import device
@@ -35,6 +39,7 @@ from runtime_eval.latency import median_interval
 
 BATCH = 128
 STEPS = 4  # of one mode in a round
+SAVES = 9
 OUT = Path("bench-out/train.json")
 Step = Callable[[], None]
 
@@ -97,6 +102,22 @@ class Bench:
             training.after_step(next(count))
 
         return step
+
+    def save(self, states: Path) -> Step:
+        """One state of a CR-QAT training: three networks, momentum, the place in the images."""
+        float_model = copy.deepcopy(self.network).eval()
+        student, _ = quantize_model(
+            float_model, self.calibration[0][:2], QuantizationConfig(), ("onnxruntime",), METHODS["lsq"]
+        )
+        cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+        fit = Fit(student, OptimizerConfig(), len(self.batches), "qat", cpu, quiet)
+        fit.step(student(self.calibration[0]).sum())
+        feed = Feed(self.batches, generator)
+        next(feed.epoch())
+        networks = {"float": float_model, "student": student, "teacher": copy.deepcopy(student)}
+        keeper = Keeper(states, SAVE_EVERY, cpu, quiet)
+        with keeper.keep(Training(fit, {"images": feed}, networks, generator, [])):
+            return keeper.save
 
     def nncf_step(self) -> Step:
         """NNCF's own way: nncf.quantize, then a plain loop; its quantizers cannot be compiled."""
@@ -192,8 +213,13 @@ def main() -> None:
                 "coverage": coverage,
             }
         )
+    with tempfile.TemporaryDirectory(dir=Path.cwd()) as place:  # on the disk that runs are on
+        saving = [_seconds(save) for save in [bench.save(Path(place))] * SAVES]
+    middle = float(np.median(saving))
+    saved = {"median_seconds": middle, "n": SAVES, "every_seconds": SAVE_EVERY, "share": middle / SAVE_EVERY}
     OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps({"device": device.describe(), "torch": torch.__version__, "rows": rows}, indent=1))
+    written = {"device": device.describe(), "torch": torch.__version__, "rows": rows, "saving": saved}
+    OUT.write_text(json.dumps(written, indent=1))
     columns = ("name", "mode", "s / step", "x faster float", "interval", "n")
     show_table(
         f"CIFAR ResNet-20, batch {BATCH}, {torch.get_num_threads()} threads, torch {torch.__version__}",
@@ -204,7 +230,17 @@ def main() -> None:
             for r in rows
         ],
     )  # fmt: skip
+    print(
+        f"saving a training's state: {middle:.4f} s (median of {SAVES}, largest {max(saving):.4f}), "
+        f"every {SAVE_EVERY:.0f} s: {middle / SAVE_EVERY:.4%} of the time"
+    )
     print(f"written: {OUT}")
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -59,18 +59,27 @@ class Batches:
         """Steps of an epoch."""
         return len(self.images) // self.batch_size
 
-    def epoch(self, generator: torch.Generator, views: int = 1) -> Iterator[tuple[Tensor, ...]]:
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The images of an epoch in random order, int64 of shape [steps * batch size]."""
+        order = torch.randperm(len(self.images), generator=generator, device=self.images.device)
+        return order[: len(self) * self.batch_size]
+
+    def epoch(
+        self, generator: torch.Generator, views: int = 1, order: Tensor | None = None, start: int = 0
+    ) -> Iterator[tuple[Tensor, ...]]:
         """Each image at most once, in random order.
 
         Args:
             generator: On the training device; the same state gives the same batches.
             views: How many independent augmentations of the same images.
+            order: See `order`; None draws one.
+            start: How many of its batches to leave out; they are not read.
 
         Yields:
             The views, normalized float32 of shape [B, C, H, W] each, and the labels, int64 of shape [B].
         """
-        order = torch.randperm(len(self.images), generator=generator, device=self.images.device)
-        chosen = torch.split(order[: len(self) * self.batch_size], self.batch_size)
+        order = self.order(generator) if order is None else order
+        chosen = torch.split(order, self.batch_size)[start:]
         if isinstance(self.images, FolderImages):
             batches = stream_batches(self.images, chosen)
         else:
@@ -78,12 +87,6 @@ class Batches:
             batches = (in_memory[indices] for indices in chosen)
         for indices, images in zip(chosen, batches, strict=True):
             yield *(self._augment(images, generator, view) for view in range(views)), self.labels[indices]
-
-    def stream(self, generator: torch.Generator, views: int = 1) -> Iterator[tuple[Tensor, ...]]:
-        """Epochs without end and without labels: yields the views alone, as `epoch` does."""
-        while True:
-            for batch in self.epoch(generator, views):
-                yield batch[:-1]
 
     def _augment(self, images: Tensor, generator: torch.Generator, view: int) -> Tensor:
         if self.crop_padding:
@@ -94,6 +97,35 @@ class Batches:
         if self.strong and view == 0:
             pixels = strong_view(pixels, generator)
         return normalize(pixels, self.constants).contiguous(memory_format=torch.channels_last)
+
+
+class Feed:
+    """Batches epoch by epoch, and the place in the current one, from which another process can go on.
+
+    Attributes:
+        order: The images of the current epoch, None between two epochs; see `Batches.order`.
+        done: Batches of it that are behind.
+    """
+
+    def __init__(self, batches: Batches, generator: torch.Generator, views: int = 1) -> None:
+        self._batches, self._generator, self._views = batches, generator, views
+        self.order: Tensor | None = None
+        self.done = 0
+
+    def epoch(self) -> Iterator[tuple[Tensor, ...]]:
+        """What is left of the current epoch, or a new one; yields as `Batches.epoch` does."""
+        if self.order is None:
+            self.order = self._batches.order(self._generator)
+        for batch in self._batches.epoch(self._generator, self._views, self.order, self.done):
+            self.done += 1
+            yield batch
+        self.order, self.done = None, 0
+
+    def stream(self) -> Iterator[tuple[Tensor, ...]]:
+        """Epochs without end and without labels: yields the views alone."""
+        while True:
+            for batch in self.epoch():
+                yield batch[:-1]
 
 
 def evaluation_batches(images: Images, preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:

@@ -31,7 +31,7 @@ class Fit:
         progress: Progress,
     ) -> None:
         self.model, self.section, self.name, self.device, self.progress = model, section, name, device, progress
-        self.steps, self.steps_done = section.epochs * steps_per_epoch, 0
+        self.steps, self.steps_done, self.epochs_done = section.epochs * steps_per_epoch, 0, 0
         # PACT's L2 on its clipping levels is the weight decay that weights have.
         levels = {f"{n}.scale" for n, m in model.named_modules() if isinstance(m, Quantizer) and m.decays_scale}
         network = [p for n, p in model.named_parameters() if not is_step(n)]
@@ -48,11 +48,12 @@ class Fit:
         self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
 
     def epochs(self) -> Iterator[int]:
-        """Epoch numbers from 1."""
-        for epoch in range(1, self.section.epochs + 1):
-            self.loss_sum.zero_()
-            self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
-            yield epoch
+        """Epoch numbers from 1, or from the one that a loaded state is in; each ends by `end_of_epoch`."""
+        while self.epochs_done < self.section.epochs:
+            if self.steps_in_epoch == 0:
+                self.loss_sum.zero_()
+                self.epoch_started = time.monotonic()
+            yield self.epochs_done + 1
 
     def scale_lr(self, factor: float) -> None:
         """Multiply the quantizers' learning rate from now on; at 0 they stay as they are."""
@@ -89,9 +90,43 @@ class Fit:
             msg = f"{self.name}.lr: {what} in epoch {epoch}; lower {self.name}.lr (now {self.section.lr:g})"
             raise UsageError(msg)
         seconds = time.monotonic() - self.epoch_started
+        self.epochs_done, self.steps_in_epoch = epoch, 0
         shown = " ".join(f"{key} {value:.4f}" for key, value in {"loss": loss, **row}.items())
         self.progress(f"{self.name} epochs", epoch, self.section.epochs, f"{shown} ({seconds:.1f} s)")
         return {"phase": self.name, "epoch": epoch, "loss": loss, **row, "seconds": round(seconds, 3)}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What changes from step to step, but for the network: tensors, and what JSON holds."""
+        tensors = {"loss_sum": self.loss_sum}
+        values: dict[str, Any] = {"optimizer": {}}
+        for index, parameter in enumerate(self._parameters()):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                name = f"optimizer.{index}.{key}"
+                (tensors if isinstance(value, Tensor) else values["optimizer"])[name] = value
+        for name in ("steps_done", "epochs_done", "steps_in_epoch"):
+            values[name] = getattr(self, name)
+        return tensors, {**values, "epoch_seconds": time.monotonic() - self.epoch_started}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take on what `state` gave, in another process."""
+        self.loss_sum.copy_(tensors["loss_sum"])
+        for name in ("steps_done", "epochs_done", "steps_in_epoch"):
+            setattr(self, name, values[name])
+        self.epoch_started = time.monotonic() - values["epoch_seconds"]
+        parameters = self._parameters()
+        for name, value in {**tensors, **values["optimizer"]}.items():
+            kind, _, rest = name.partition(".")
+            if kind != "optimizer":
+                continue
+            index, _, key = rest.partition(".")
+            parameter = parameters[int(index)]
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # In the parameter's memory layout, as it was: another one takes other kernels.
+                value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+            self.optimizer.state[parameter][key] = value
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 def is_step(name: str) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -205,6 +206,12 @@ class _Decoder(torch.utils.data.Dataset[Any]):
             return error
 
 
+def _leave_signals(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; it is the training's to answer, which ends its workers by SIGTERM."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def stream_batches(images: FolderImages, batches: Sequence[Tensor]) -> Iterator[Tensor]:
     """Decode batches in worker processes, ahead of the training, in the order given.
 
@@ -225,6 +232,9 @@ def stream_batches(images: FolderImages, batches: Sequence[Tensor]) -> Iterator[
         batch_size=None,
         num_workers=min(8, os.cpu_count() or 1),
         pin_memory=on_gpu,
+        worker_init_fn=_leave_signals,
+        # Its own, which draws nothing that training sees: an epoch may be read in two parts.
+        generator=torch.Generator(),
     )
     for batch in loader:
         if isinstance(batch, CrqatError):

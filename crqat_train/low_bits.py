@@ -45,6 +45,7 @@ class LowBitTraining:
         self._quantizers = [q for model in (student, teacher) if model is not None for q in quantizers(model)]
         self._damping = compile_model(OscillationDamping(student)) if config.damping else None
         self._width: int | None = None
+        self._begun = False
 
     def before_step(self) -> None:
         """Set what holds for the step that comes next."""
@@ -53,12 +54,11 @@ class LowBitTraining:
             for norm in self._norms:
                 norm.training = False  # after each `student.train()` anew
         self._fit.scale_lr(0.0 if step >= config.freeze_ranges_at * steps else config.scale_lr)
+        if not self._begun and step:
+            # A training that goes on: its scales are those that the step before left.
+            self._set_width(width_of_step(step - 1, steps, config.progressive_bits), keep_range=False)
+        self._begun = True
         self._set_width(width_of_step(step, steps, config.progressive_bits), keep_range=True)
-
-    def resume(self) -> None:
-        """After a checkpoint was loaded: take on the width of its step, whose scales it holds already."""
-        width = width_of_step(self._fit.steps_done, self._fit.steps, self.config.progressive_bits)
-        self._set_width(width, keep_range=False)
 
     def penalized(self, loss: Tensor) -> Tensor:
         """The loss with the damping of oscillations, a scalar too."""

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,56 +11,67 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from artifacts.errors import ToolError, UsageError
+from artifacts.errors import UsageError
 from artifacts.grid import save_grids
 from artifacts.images import Preprocessing
 from artifacts.progress import Progress
 from crqat_train import data, models
-from crqat_train.batches import Batches, Images, evaluation_batches, subset
+from crqat_train.batches import Batches, Feed, Images, evaluation_batches, subset
+from crqat_train.checkpoint import write_tensors
 from crqat_train.config import OptimizerConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.fit import Fit, finite, is_scale
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
 from crqat_train.low_bits import LowBitTraining
+from crqat_train.machine import choose_device, compiler, deterministic
 from crqat_train.methods import MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_maker, quantizer_of
 from crqat_train.representable import make_representable
+from crqat_train.resume import SAVE_EVERY, Keeper, Training
 
 Forward = Callable[[Tensor], Tensor]
 _EVALUATION_BATCH = 500
 
 
-def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
+def train(
+    config: TrainConfig,
+    out: Path,
+    progress: Progress,
+    states: Path | None = None,
+    save_every: float = SAVE_EVERY,
+) -> dict[str, Any]:
     """Run the stage and fill `out` with checkpoints, Grids, the layout and the history.
 
     Args:
         config: Resolved recipe.
         out: Empty directory.
         progress: Told of epochs.
+        states: Where an interrupted training's states are, and are saved; None saves none. They must be of this recipe.
+        save_every: Seconds between two states; each epoch's end is saved, too.
 
     Returns:
         The manifest's payload: accuracies on the validation split, which candidate is better, and what ran where.
 
     Raises:
         UsageError: The recipe does not fit its data or weights, or training diverged.
-        ToolError: The device asked for is not there.
+        ToolError: The device asked for is not there, or a state cannot be saved.
+        Interrupted: By SIGINT or SIGTERM; the state is saved.
     """
-    started = time.monotonic()
-    device = _device(config.device)
-    with _deterministic(config.seed):
+    device = choose_device(config.device)
+    with deterministic(config.seed):
         dataset = data.of_recipe(config.data, progress)
         split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
-        run = _Run(config, dataset, split, device, progress)
+        keeper = Keeper(states, save_every, device, progress)
+        run = _Run(config, dataset, split, device, progress, keeper)
         float_model = run.float_model()
-        save_file(_state(float_model), out / "float.safetensors")
+        write_tensors(out / "float.safetensors", _state(float_model))
         float_accuracy = run.validate(float_model)
         progress("float network", 1, 1, f"validation {float_accuracy:.2%}")
         student, specs = run.quantize(float_model)
-        teacher, history = run.train_quantized(student, float_model)
+        teacher = run.train_quantized(student, float_model)
         candidates: dict[str, fx.GraphModule] = {"student": student}
         if teacher is not None:
             candidates["teacher"] = teacher
@@ -74,12 +82,12 @@ def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
             candidate.to(memory_format=torch.contiguous_format)
             notes += [f"{name}: {note}" for note in make_representable(candidate, specs, config.targets)]
             accuracies[name] = run.validate(candidate)
-            save_file(_state(candidate), out / f"{name}.safetensors")
+            write_tensors(out / f"{name}.safetensors", _state(candidate))
             save_grids(out / f"{name}.grids.json", {spec.edge: quantizer_of(candidate, spec).grid() for spec in specs})
             progress(f"quantized {name}", 1, 1, f"validation {accuracies[name]:.2%}")
     best = max(accuracies, key=lambda name: accuracies[name])
     (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in specs], indent=1))
-    (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history + history))
+    (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
     return {
         "device": str(device),
         "compiled": run.compiled,
@@ -93,7 +101,7 @@ def train(config: TrainConfig, out: Path, progress: Progress) -> dict[str, Any]:
         "quantizers": len(specs),
         "notes": [*dataset.notes, *notes]
         + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
-        "seconds": round(time.monotonic() - started, 1),
+        "seconds": round(keeper.seconds, 1),
     }
 
 
@@ -107,11 +115,13 @@ class _Run:
         split: data.Split,
         device: torch.device,
         progress: Progress,
+        keeper: Keeper,
     ) -> None:
         self.config, self.dataset, self.split, self.device, self.progress = config, dataset, split, device, progress
+        self.keeper = keeper
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.history: list[dict[str, Any]] = []
-        self.compiler = "" if config.compile == "never" else _compiler(device)
+        self.compiler = "" if config.compile == "never" else compiler(device)
         self.compiled = self.compiler or (
             "no: the recipe says never" if config.compile == "never" else "no: no compiler"
         )
@@ -141,18 +151,20 @@ class _Run:
                 msg = f"model.weights: {weights} holds values that are infinite or no number"
                 raise UsageError(msg)
             return model.eval()
+        if self.keeper.finished("float", model):
+            return model.eval()
         batches = self._batches(config.float_training, strong=False)
-        forward, fit = (
-            self._compile(model),
-            Fit(model, config.float_training, len(batches), "float", self.device, self.progress),
-        )
-        for epoch in fit.epochs():
-            model.train()
-            for views, labels in ((batch[0], batch[1]) for batch in batches.epoch(self.generator)):
-                with fit.autocast():
-                    loss = functional.cross_entropy(forward(views), labels)
-                fit.step(loss)
-            self.history.append(fit.end_of_epoch(epoch, validation=self.validate(model)))
+        fit = Fit(model, config.float_training, len(batches), "float", self.device, self.progress)
+        forward = self._compile(model)
+
+        def step(batch: tuple[Tensor, ...]) -> None:
+            images, labels = batch
+            with fit.autocast():
+                loss = functional.cross_entropy(forward(images), labels)
+            fit.step(loss)
+
+        training = self._training(fit, {"images": Feed(batches, self.generator)}, {"float": model})
+        self._epochs(training, step, lambda: {"validation": self.validate(model)})
         return model.eval()
 
     def quantize(self, float_model: nn.Module) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
@@ -168,40 +180,75 @@ class _Run:
         self.progress("calibration", 1, 1, f"{len(specs)} quantizers from {len(images)} training images")
         return student, specs
 
-    def train_quantized(
-        self, student: fx.GraphModule, float_model: nn.Module
-    ) -> tuple[fx.GraphModule | None, list[dict[str, Any]]]:
-        """CR-QAT: returns the EMA teacher, None where there is none, and one row of history per epoch."""
-        config, consistency, history = self.config, self.config.consistency, []
+    def train_quantized(self, student: fx.GraphModule, float_model: nn.Module) -> fx.GraphModule | None:
+        """CR-QAT: returns the EMA teacher, None where there is none."""
+        config, consistency = self.config, self.config.consistency
         if config.qat.epochs == 0:
-            return None, []
+            return None
         batches = self._batches(config.qat, strong=config.data.strong != "none")
-        unlabeled = self._unlabeled()
         fit = Fit(student, config.qat, len(batches), "qat", self.device, self.progress)
         scales = [parameter.detach() for name, parameter in student.named_parameters() if is_scale(name)]
         training = ConsistencyTraining(student, float_model, consistency, self._compile)
         low_bits = LowBitTraining(student, training.teacher, config.qat, fit, self._compile)
-        for epoch in fit.epochs():
-            student.train()
-            for batch in batches.epoch(self.generator, training.views):
-                *images, labels = batch
-                if unlabeled is not None and training.views == 2:
-                    images = [torch.cat(pair) for pair in zip(images, next(unlabeled), strict=True)]
-                low_bits.before_step()
-                weight = consistency_weight(fit.steps_done, fit.steps, consistency)
-                with fit.autocast():
-                    loss = low_bits.penalized(training.loss(images, labels, weight))
-                fit.step(loss)
-                if scales:
-                    torch._foreach_clamp_min_(scales, MIN_SCALE)
-                training.after_step(fit.steps_done - 1)
+        feeds = {"images": Feed(batches, self.generator, training.views)}
+        unlabeled = self._unlabeled()
+        stream: Iterator[tuple[Tensor, ...]] | None = None
+        if unlabeled is not None and training.views == 2:
+            feeds["unlabeled"] = Feed(unlabeled, self.generator, views=2)
+            stream = feeds["unlabeled"].stream()
+
+        def step(batch: tuple[Tensor, ...]) -> None:
+            *images, labels = batch
+            if stream is not None:
+                images = [torch.cat(pair) for pair in zip(images, next(stream), strict=True)]
+            low_bits.before_step()
+            weight = consistency_weight(fit.steps_done, fit.steps, consistency)
+            with fit.autocast():
+                loss = low_bits.penalized(training.loss(images, labels, weight))
+            fit.step(loss)
+            if scales:
+                torch._foreach_clamp_min_(scales, MIN_SCALE)
+            training.after_step(fit.steps_done - 1)
+
+        def measure() -> dict[str, float]:
             weight = consistency_weight(fit.steps_done, fit.steps, consistency)
             row = {"lambda": weight if training.views == 2 else 0.0, "validation": self.validate(student)}
             if training.teacher is not None:
                 row["validation_teacher"] = self.validate(training.teacher)
-            history.append(fit.end_of_epoch(epoch, **row))
+            return row
+
+        networks = {"float": float_model, "student": student}
+        if training.teacher is not None:
+            networks["teacher"] = training.teacher
+        self._epochs(self._training(fit, feeds, networks), step, measure)
         student.eval()
-        return training.teacher, history
+        return training.teacher
+
+    def _training(self, fit: Fit, feeds: dict[str, Feed], networks: dict[str, nn.Module]) -> Training:
+        return Training(fit, feeds, networks, self.generator, self.history)
+
+    def _epochs(
+        self,
+        training: Training,
+        step: Callable[[tuple[Tensor, ...]], None],
+        measure: Callable[[], dict[str, float]],
+    ) -> None:
+        """All epochs of a training, or those that an interrupted one has left: a row of history after each.
+
+        Args:
+            training: What is saved and taken up again.
+            step: One optimizer step on a batch of the feed "images".
+            measure: What an epoch's row says beside the loss.
+        """
+        fit = training.fit
+        with self.keeper.keep(training):
+            for epoch in fit.epochs():
+                fit.model.train()
+                for batch in training.feeds["images"].epoch():
+                    step(batch)
+                    self.keeper.after_step()
+                self.history.append(fit.end_of_epoch(epoch, **measure()))
+                self.keeper.save()
 
     def estimate_bn(self, model: fx.GraphModule) -> None:
         """Replace BN's running statistics by those of `qat.bn_images` training images; the model ends in eval mode."""
@@ -233,18 +280,17 @@ class _Run:
             strong,
         )
 
-    def _unlabeled(self) -> Iterator[tuple[Tensor, ...]] | None:
+    def _unlabeled(self) -> Batches | None:
         config = self.config.data
         if config.unlabeled is None:
             return None
         source = data.load_unlabeled(config.unlabeled, config, self.dataset)
         # Of the labeled source itself only the training part: the validation images stay unseen.
         own = self.split.train if config.unlabeled == config.source else torch.arange(len(source.train_labels))
-        batches = Batches(
+        return Batches(
             source.train_images[own], source.train_labels[own], self.dataset.preprocessing, self.config.qat.batch_size,
             config.crop_padding, config.flip, self.device,
         )  # fmt: skip
-        return batches.stream(self.generator, views=2)
 
     def _compile(self, model: nn.Module) -> Forward:
         return torch.compile(model) if self.compiler else model
@@ -348,31 +394,3 @@ def rebuild(
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-
-
-def _device(name: str) -> torch.device:
-    available = torch.cuda.is_available()
-    if name == "cuda" and not available:
-        msg = "device: cuda is asked for and torch sees no CUDA device; set `device: auto`, or see crqat doctor"
-        raise ToolError(msg)
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
-
-
-def _compiler(device: torch.device) -> str:
-    """What torch.compile would use on this device, empty if there is nothing."""
-    if device.type == "cuda":
-        return "torch.compile (triton)"
-    name = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), "")
-    return f"torch.compile ({name})" if name else ""
-
-
-@contextmanager
-def _deterministic(seed: int) -> Iterator[None]:
-    """Same seed, same bits on a CPU; the settings before are restored."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

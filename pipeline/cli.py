@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,14 @@ def _force_option(command: _Command) -> _Command:
     return click.option("--force", is_flag=True, help="Run it even if it is up to date or damaged.")(command)
 
 
+def _training_options(command: _Command) -> _Command:
+    command = click.option(
+        "--save-every", type=click.FloatRange(min=0), default=300.0, metavar="SECONDS",
+        help="Save the training's state so often, and at each epoch's end. Default: 300.",
+    )(command)  # fmt: skip
+    return click.option("--restart", is_flag=True, help="Begin an interrupted training anew.")(command)
+
+
 def _on_option(command: _Command) -> _Command:
     help_text = "A board, ssh://[USER@]HOST[:PORT]; your ssh configuration applies."
     return click.option("--on", "address", metavar="ADDRESS", help=help_text)(command)
@@ -60,29 +69,36 @@ def crqat() -> None:
 
     \b
     Exit codes: 0 pass, 1 the gate failed, 2 usage or recipe,
-    3 environment or tool, 4 the gate is inconclusive, 130 interrupted.
+    3 environment or tool, 4 the gate is inconclusive,
+    130 interrupted, 143 terminated.
     """  # noqa: D301 - click's mark for lines that stay as they are
 
 
 @crqat.command()
 @_recipe_arguments
 @_force_option
-def run(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> int:
+@_training_options
+def run(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, restart: bool, save_every: float) -> int:
     """Train, export, benchmark and judge; exit with the verdict."""
+    from pipeline import lock
+
     config = _load(recipe, overrides)
-    for stage in ("train", "export", "benchmark"):
-        _run_stage(stage, config, runs, force)
-    _show_results(config, runs)
-    return _judge(config, runs)
+    with lock.hold(runs / config.name):
+        _run_stage("train", config, runs, force, restart=restart, save_every=save_every)
+        for stage in ("export", "benchmark"):
+            _run_stage(stage, config, runs, force)
+        _show_results(config, runs)
+        return _judge(config, runs)
 
 
 @crqat.command()
 @_recipe_arguments
 @_force_option
-def train(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool) -> None:
-    """Train the float network if need be, and quantize it."""
+@_training_options
+def train(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, restart: bool, save_every: float) -> None:
+    """Train the float network if need be, and quantize it; go on where it was interrupted."""
     config = _load(recipe, overrides)
-    payload = _run_stage("train", config, runs, force)
+    payload = _run_stage("train", config, runs, force, restart=restart, save_every=save_every)
     click.echo(f"trained on {payload['device']}; fused: {payload['compiled']}; {payload['seconds']} s")
     click.echo(f"best: {payload['best']}; accuracy on the validation split:")
     for name, entry in {"float": payload["float"], **payload["candidates"]}.items():
@@ -141,10 +157,10 @@ def benchmark(
         _run_stage("benchmark", config, runs, force)
         _show_results(config, runs)
         return
-    from pipeline import console, stages
+    from pipeline import console, lock, stages
 
     board = _board(address, python, ssh_config)
-    with console.show_progress() as progress:
+    with lock.hold(runs / config.name), console.show_progress() as progress:
         stages.benchmark_on(board, config, runs, force, progress, clean)
     _show_results(config, runs, stages.device_stage(board))
 
@@ -269,9 +285,9 @@ def init(path: Path) -> None:
 
 def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> dict[str, Any]:
     from artifacts.store import read_manifest
-    from pipeline import console, stages
+    from pipeline import console, lock, stages
 
-    with console.show_progress() as progress:
+    with lock.hold(runs / config.name), console.show_progress() as progress:
         directory = getattr(stages, stage)(config, runs, force, progress, **further)
     return read_manifest(directory).payload
 
@@ -298,6 +314,7 @@ def main() -> None:
     # A recipe may name the user's own package.module:function; an installed command does not look here by itself.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
+    before = signal.signal(signal.SIGTERM, _terminate)
     try:
         code = crqat.main(prog_name="crqat", standalone_mode=False)
     except CrqatError as error:
@@ -309,7 +326,15 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _say_error("interrupted; what was current before still is")
         code = INTERRUPTED
+    finally:
+        signal.signal(signal.SIGTERM, before)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _terminate(number: int, _: Any) -> None:
+    """What is half written is removed on the way out, as after Ctrl-C; a training answers by itself and saves."""
+    _say_error("terminated; what was current before still is")
+    sys.exit(128 + number)
 
 
 def _say_error(message: str) -> None:

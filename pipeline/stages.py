@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from artifacts import store
 from artifacts.errors import CrqatError, ToolError, UsageError
 from artifacts.progress import Progress
-from pipeline import console, recipe
+from pipeline import console, lock, recipe
 from pipeline.results_file import read_results
 
 if TYPE_CHECKING:
@@ -43,6 +43,7 @@ KEYS = {
     "benchmark": ("benchmark",),
     "sensitivity": ("name",),
 }
+STATES = ".states"
 RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
 _DISTRIBUTIONS = (
     "crqat-edge",
@@ -59,15 +60,35 @@ _DISTRIBUTIONS = (
 )
 
 
-def train(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
-    """Run the `train` stage unless it is up to date, and return its directory."""
+def train(
+    config: recipe.Recipe, runs: Path, force: bool, progress: Progress, restart: bool = False, save_every: float = 300.0
+) -> Path:
+    """Run the `train` stage unless it is up to date, and return its directory.
+
+    Args:
+        config: The recipe.
+        runs: The directory of all runs.
+        force: Run it even if it is up to date.
+        progress: Told of epochs.
+        restart: Do not go on from where an interrupted training of the same recipe was.
+        save_every: Seconds between two states of the training.
+    """
+    inputs = input_files(config)
+    # Below the key of everything that the result depends on: another recipe never goes on from this one's state.
+    states = runs / config.name / STATES / _key("train", config, runs, inputs)[:16]
+    if restart:
+        shutil.rmtree(states, ignore_errors=True)
 
     def fill(out: Path) -> dict[str, Any]:
         from crqat_train.trainer import train as run_training
 
-        return run_training(recipe.train_config(config), out, progress)
+        return run_training(recipe.train_config(config), out, progress, states, save_every)
 
-    return _run_stage("train", config, runs, force, input_files(config), fill)
+    directory = _run_stage("train", config, runs, force, inputs, fill)
+    shutil.rmtree(states, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        states.parent.rmdir()  # stays if another recipe's states are in it
+    return directory
 
 
 def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, unsafe: bool = False) -> Path:
@@ -218,7 +239,7 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
     verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline))
     if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text():
         # The limits were changed since: the same measurements, judged anew.
-        with store.write_stage(runs / config.name, manifest) as out:
+        with lock.hold(runs / config.name), store.write_stage(runs / config.name, manifest) as out:
             shutil.copytree(directory, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(store.MANIFEST))
             _write_verdict(out, runs / config.name, stage, results, verdicts)
     return verdicts
@@ -405,23 +426,32 @@ def _run_stage(
     inputs: dict[str, str],
     fill: Callable[[Path], dict[str, Any]],
 ) -> Path:
-    run, values, parent = runs / config.name, recipe.resolved(config), PARENTS[_kind(stage)]
-    parent_hash = None if parent is None else store.manifest_hash(run / parent)
-    key = store.hash_json(
-        {
-            "config": {name: values[name] for name in KEYS[_kind(stage)]},
-            "parent": parent_hash,
-            "version": metadata.version("crqat-edge"),
-            "inputs": inputs,
-        }
-    )
+    run, key, parent_hash = runs / config.name, _key(stage, config, runs, inputs), _parent_hash(stage, config, runs)
     directory = run / stage
     if not force and directory.exists() and store.read_manifest(directory).key == key:
         store.verify_stage(directory)
         console.say(f"{stage} is up to date")
         return directory
-    manifest = store.Manifest(stage, key, parent_hash, values, environment(config))
+    manifest = store.Manifest(stage, key, parent_hash, recipe.resolved(config), environment(config))
     with store.write_stage(run, manifest) as out:
         manifest.payload = fill(out)
         manifest.environment["device"] = manifest.payload.get("device", "cpu")
     return directory
+
+
+def _parent_hash(stage: str, config: recipe.Recipe, runs: Path) -> str | None:
+    parent = PARENTS[_kind(stage)]
+    return None if parent is None else store.manifest_hash(runs / config.name / parent)
+
+
+def _key(stage: str, config: recipe.Recipe, runs: Path, inputs: dict[str, str]) -> str:
+    """Hash of everything that a stage's result depends on."""
+    values = recipe.resolved(config)
+    return store.hash_json(
+        {
+            "config": {name: values[name] for name in KEYS[_kind(stage)]},
+            "parent": _parent_hash(stage, config, runs),
+            "version": metadata.version("crqat-edge"),
+            "inputs": inputs,
+        }
+    )

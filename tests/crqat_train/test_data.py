@@ -18,7 +18,7 @@ from torch import Tensor
 from artifacts.errors import ToolError, UsageError
 from artifacts.images import Preprocessing
 from crqat_train import data
-from crqat_train.batches import Batches, evaluation_batches
+from crqat_train.batches import Batches, Feed, evaluation_batches
 from crqat_train.config import DataConfig
 from crqat_train.views import random_crop, random_flip
 
@@ -365,7 +365,7 @@ def test_the_seed_decides_every_bit(digits: data.Dataset) -> None:
 
 
 def test_a_stream_goes_on_without_labels_in_a_new_order() -> None:
-    stream = batches(numbered(6), size=3).stream(generator(), views=2)
+    stream = Feed(batches(numbered(6), size=3), generator(), views=2).stream()
     drawn = [next(stream) for _ in range(6)]
     assert all(len(views) == 2 and torch.equal(*views) for views in drawn)
     values = torch.stack([first[:, 0, 0, 0].round() for first, _ in drawn]).reshape(3, 6)
@@ -410,7 +410,7 @@ def test_no_value_is_read_back_from_the_device() -> None:
     images, labels = torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
     preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3)
     loader = Batches(images, labels, preprocessing, 4, 2, True, meta)
-    made = [*loader.epoch(generator(), views=2), (*next(loader.stream(generator())), labels.to(meta)[:4])]
+    made = [*loader.epoch(generator(), views=2), (*next(Feed(loader, generator()).stream()), labels.to(meta)[:4])]
     assert [[list(part.shape) for part in batch] for batch in made[:2]] == [[[4, 3, 8, 8], [4, 3, 8, 8], [4]]] * 2
     assert all(part.device == meta for batch in made for part in batch)
     assert next(evaluation_batches(images.to(meta), preprocessing, 4)).device == meta

@@ -34,10 +34,13 @@ from crqat_train.config import (
 )
 from crqat_train.consistency import consistency_loss, ema_alpha
 from crqat_train.fit import Fit
+from crqat_train.machine import choose_device
 from crqat_train.methods import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
 from crqat_train.representable import make_representable
+from crqat_train.resume import Keeper
 from crqat_train.trainer import accuracy, calibrate, rebuild, train, weight_of
 
+CPU = torch.device("cpu")
 BATCH = 100
 TRAINING = 900  # of the 1,000 digits
 STEPS = TRAINING // BATCH
@@ -431,7 +434,7 @@ def test_cuda_without_a_device_is_an_error_of_the_environment(tmp_path: Path) ->
     ):
         train(recipe(device="cuda"), tmp_path, quiet)
     assert not list(tmp_path.iterdir())
-    assert trainer._device("auto") == trainer._device("cpu") == torch.device("cpu")
+    assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
 
 
 def test_without_a_compiler_training_says_so(
@@ -585,7 +588,7 @@ def test_calibration_observes_the_float_network_and_leaves_the_quantizers_on(
     tuned: Callable[..., TrainConfig],
 ) -> None:
     digits = data.load("digits", None, False)
-    run = trainer._Run(tuned(), digits, data.split(1000, 0.1, 0), torch.device("cpu"), quiet)
+    run = trainer._Run(tuned(), digits, data.split(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
     model = run.float_model()
     student, specs = run.quantize(model)
     (x,) = evaluation_batches(digits.train_images[run.split.train[:256]], digits.preprocessing, 256)
@@ -635,7 +638,9 @@ def test_learning_rate_and_weight_decay() -> None:
     model.add_module("quantizers", nn.ParameterDict({"a": nn.Parameter(torch.ones(8, 1, 1, 1))}))
     section = OptimizerConfig(epochs=4, batch_size=1, lr=0.5, weight_decay=0.1)
     fit = Fit(model, section, 50, "qat", torch.device("cpu"), quiet)
-    groups = {group["weight_decay"]: {id(p) for p in group["params"]} for group in fit.optimizer.param_groups}
+    groups: dict[float, set[int]] = {0.0: set(), 0.1: set()}
+    for group in fit.optimizer.param_groups:
+        groups[group["weight_decay"]] |= {id(p) for p in group["params"]}
     named = dict(model.named_parameters())
     assert groups[0.1] == {id(named[name]) for name in ("conv1.weight", "conv2.weight", "fc.weight")}
     assert groups[0.0] == {id(p) for p in named.values()} - groups[0.1]
@@ -764,4 +769,4 @@ def test_published_weights_of_other_classes_need_a_float_section(
 
 def _run_of(config: TrainConfig) -> trainer._Run:
     digits = data.load("digits", None, False)
-    return trainer._Run(config, digits, data.split(1000, 0.1, 0), torch.device("cpu"), quiet)
+    return trainer._Run(config, digits, data.split(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))

@@ -35,7 +35,9 @@ class Fakes:
     calls: list[str] = field(default_factory=list)
     trouble: dict[str, BaseException] = field(default_factory=dict)
 
-    def train(self, config: Any, out: Path, progress: Progress) -> dict[str, Any]:
+    def train(
+        self, config: Any, out: Path, progress: Progress, states: Path | None = None, save_every: float = 0.0
+    ) -> dict[str, Any]:
         self._enter("train", out, "teacher.grids.json")
         progress("train", 1, 1, "loss 0.1")
         return {

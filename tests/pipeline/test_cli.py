@@ -256,7 +256,7 @@ def test_errors_are_one_line(
     fakes.trouble["train"] = trouble
     assert crqat(monkeypatch, "run", "recipe.yaml") == code
     assert capsys.readouterr().err.lstrip("\n") == line
-    assert list(Path("runs/run1").iterdir()) == []
+    assert [path.name for path in Path("runs/run1").iterdir()] == [".lock"]
 
 
 def test_bundle_and_a_board_that_cannot_be_reached(

@@ -1,0 +1,133 @@
+"""Numbered states of a training on disk: written completely or not at all, checked when read, the last two kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from artifacts.errors import ToolError
+from artifacts.progress import Progress
+from artifacts.store import hash_json
+
+FORMAT = 1
+KEPT = 2
+
+
+@dataclass(frozen=True)
+class State:
+    """One state: tensors on the CPU, and what JSON holds."""
+
+    tensors: dict[str, Tensor]
+    values: dict[str, Any]
+
+
+class Checkpoints:
+    """The states of one training: `NUMBER.safetensors`, and `NUMBER.json`, which holds the SHA-256 of both.
+
+    Args:
+        directory: Made when the first state is saved.
+        progress: Told of states that cannot be read.
+    """
+
+    def __init__(self, directory: Path, progress: Progress) -> None:
+        self.directory, self._progress = directory, progress
+
+    def latest(self) -> State | None:
+        """The state of the highest number that is intact, None if there is none."""
+        for number in reversed(self._numbers()):
+            try:
+                return self._read(number)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # noqa: PERF203 - so few
+                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                self._progress(f"state {number}", 1, 1, f"warning: skipped, it cannot be read ({reason})")
+        return None
+
+    def save(self, state: State) -> None:
+        """Write a state and remove all but the last two.
+
+        Raises:
+            ToolError: The directory cannot take it; the states before are as they were.
+        """
+        number = max(self._numbers(), default=0) + 1
+        tensors = safetensors.torch.save(state.tensors)
+        digests = {"tensors": hashlib.sha256(tensors).hexdigest(), "values": hash_json(state.values)}
+        described = {"format": FORMAT, "sha256": digests, "values": state.values}
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            _write(self.directory / f"{number}.safetensors", tensors)
+            _write(self.directory / f"{number}.json", json.dumps(described).encode())
+            _sync(self.directory)
+            self._prune()
+        except OSError as error:
+            msg = (
+                f"cannot save the training's state to {self.directory}: {error.strerror}; "
+                "once that is mended, the same command goes on from the last state that was saved"
+            )
+            raise ToolError(msg) from error
+
+    def _numbers(self) -> list[int]:
+        """By value: as a name, 10 would come before 9."""
+        try:
+            names = [path.name for path in self.directory.iterdir()]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            msg = f"{self.directory}: cannot be read: {error.strerror}"
+            raise ToolError(msg) from error
+        return sorted(int(match[1]) for match in map(re.compile(r"(\d+)\.json").fullmatch, names) if match)
+
+    def _read(self, number: int) -> State:
+        described = json.loads((self.directory / f"{number}.json").read_bytes())
+        tensors = (self.directory / f"{number}.safetensors").read_bytes()
+        if described["format"] != FORMAT:
+            msg = f"format {described['format']}, not {FORMAT}"
+            raise ValueError(msg)
+        found = {"tensors": hashlib.sha256(tensors).hexdigest(), "values": hash_json(described["values"])}
+        if found != described["sha256"]:
+            msg = "its SHA-256 is not the one that was written"
+            raise ValueError(msg)
+        return State(safetensors.torch.load(tensors), described["values"])
+
+    def _prune(self) -> None:
+        """Remove older states, and what a killed process left half written."""
+        kept = {f"{number}.{kind}" for number in self._numbers()[-KEPT:] for kind in ("safetensors", "json")}
+        for path in self.directory.iterdir():
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file. A full disk is an OSError here, which safetensors' own function does not raise."""
+    path.write_bytes(safetensors.torch.save(tensors))
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # half a file would keep a full disk full
+        raise
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

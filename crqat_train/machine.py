@@ -1,0 +1,48 @@
+"""Where a training runs: the device, the compiler, and the settings that make it repeatable."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from artifacts.errors import ToolError
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a recipe's `device` stands for.
+
+    Raises:
+        ToolError: It is not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        msg = "device: cuda is asked for and torch sees no CUDA device; set `device: auto`, or see crqat doctor"
+        raise ToolError(msg)
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def compiler(device: torch.device) -> str:
+    """What torch.compile would use on this device, empty if there is nothing."""
+    if device.type == "cuda":
+        return "torch.compile (triton)"
+    name = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), "")
+    return f"torch.compile ({name})" if name else ""
+
+
+@contextmanager
+def deterministic(seed: int) -> Iterator[None]:
+    """Same seed, same bits on a CPU; the settings before are restored."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - a user's own modules may draw from it
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

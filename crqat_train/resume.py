@@ -1,0 +1,209 @@
+"""A training that was interrupted at any instant goes on from its last state, with the same bits as if it had not been.
+
+A state is everything that the rest of the training depends on: networks, optimizer, counters, all random generators,
+and the place in the images. It is taken between two steps. Whatever follows from the recipe alone, such as the split
+and the calibration, is done again.
+"""
+
+from __future__ import annotations
+
+import random
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from artifacts.errors import Interrupted, UsageError
+from artifacts.progress import Progress
+from crqat_train.batches import Feed
+from crqat_train.checkpoint import Checkpoints, State
+from crqat_train.fit import Fit
+
+SAVE_EVERY = 300.0
+
+
+@dataclass
+class Training:
+    """What changes while a network is trained.
+
+    Attributes:
+        fit: Its optimizer and counters; its name is the phase, "float" or "qat".
+        feeds: Its images.
+        models: Its networks by name, the float network among them in QAT.
+        generator: Of the order of images and the augmentation.
+        history: Rows of all epochs so far.
+    """
+
+    fit: Fit
+    feeds: dict[str, Feed]
+    models: dict[str, nn.Module]
+    generator: torch.Generator
+    history: list[dict[str, Any]]
+
+
+class Keeper:
+    """Saves a training's state by time and at each epoch, and when the process is asked to end.
+
+    Args:
+        directory: Of the states of this recipe; None saves nothing.
+        seconds: Between two states; 0 saves after every step.
+        device: Where training runs.
+        progress: Told of what was found.
+
+    Raises:
+        UsageError: The state that was found is of another kind of device.
+    """
+
+    def __init__(self, directory: Path | None, seconds: float, device: torch.device, progress: Progress) -> None:
+        self._checkpoints = None if directory is None else Checkpoints(directory, progress)
+        self._seconds, self._device, self._progress = seconds, device, progress
+        self._found = self._checkpoints.latest() if self._checkpoints is not None else None
+        self._started = self._saved = time.monotonic()
+        self._training: Training | None = None
+        self._signal: int | None = None
+        if self._found is not None:
+            self._started -= self._found.values["seconds"]
+            if self._found.values["device"] != device.type:
+                was = self._found.values["device"]
+                msg = f"{directory}: a training on {was} cannot go on on {device.type}; --restart discards it"
+                raise UsageError(msg)
+
+    @property
+    def seconds(self) -> float:
+        """How long the training has taken so far, over all its processes but for what was done twice."""
+        return time.monotonic() - self._started
+
+    def finished(self, phase: str, model: nn.Module) -> bool:
+        """Whether a later phase had begun already; if so, `model` becomes what it was at the end of `phase`."""
+        if self._found is None or self._found.values["phase"] == phase:
+            return False
+        self._load({phase: model}, self._found)
+        return True
+
+    @contextmanager
+    def keep(self, training: Training) -> Iterator[None]:
+        """Put a training where its state left it, and answer SIGINT and SIGTERM by a state instead of a sudden end."""
+        self._training, self._saved = training, time.monotonic()
+        found, self._found = self._found, None
+        if found is not None and found.values["phase"] == training.fit.name:
+            self._restore(training, found)
+        elif training.fit.name == "qat":
+            self.save()  # the float network is behind us
+        if self._checkpoints is None or threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, _: Any) -> None:
+        if self._signal is not None:
+            raise KeyboardInterrupt  # asked twice
+        self._signal = number
+
+    def after_step(self) -> None:
+        """Save if it is time to; does not wait for the device otherwise."""
+        if self._checkpoints is not None and (
+            self._signal is not None or time.monotonic() - self._saved >= self._seconds
+        ):
+            self.save()
+
+    def save(self) -> None:
+        """Save now, and end if the process was asked to.
+
+        Raises:
+            ToolError: The state cannot be written.
+            Interrupted: By SIGINT or SIGTERM.
+        """
+        if self._checkpoints is None or self._training is None:
+            return
+        self._checkpoints.save(self._state(self._training))
+        self._saved = time.monotonic()
+        if self._signal is not None:
+            msg = f"interrupted; saved at {_place(self._training.fit)}: the same command goes on from there"
+            raise Interrupted(msg, self._signal)
+
+    def _state(self, training: Training) -> State:
+        fit_tensors, fit_values = training.fit.state()
+        tensors = {f"fit.{name}": tensor for name, tensor in fit_tensors.items()}
+        for name, model in training.models.items():
+            tensors |= {f"model.{name}.{key}": tensor for key, tensor in _tensors(model).items()}
+        for name, feed in training.feeds.items():
+            if feed.order is not None:
+                tensors[f"feed.{name}"] = feed.order
+        tensors |= {f"random.{name}": tensor for name, tensor in _random_tensors(training.generator).items()}
+        algorithm, keys, *rest = np.random.get_state()  # noqa: NPY002 - a user's own modules may draw from it
+        values = {
+            "phase": training.fit.name,
+            "fit": fit_values,
+            "feeds": {name: feed.done for name, feed in training.feeds.items()},
+            "history": training.history,
+            "seconds": self.seconds,
+            "device": self._device.type,
+            "python": random.getstate(),
+            "numpy": [algorithm, np.asarray(keys).tolist(), *rest],
+        }
+        return State({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, values)
+
+    def _restore(self, training: Training, state: State) -> None:
+        values, tensors = state.values, state.tensors
+        self._load(training.models, state)
+        training.fit.load_state(_below("fit.", tensors), values["fit"])
+        for name, feed in training.feeds.items():
+            order = tensors.get(f"feed.{name}")
+            feed.order, feed.done = None if order is None else order.to(self._device), values["feeds"][name]
+        training.history[:] = values["history"]
+        version, keys, gauss = values["python"]
+        random.setstate((version, tuple(keys), gauss))
+        np.random.set_state(tuple(values["numpy"]))  # noqa: NPY002
+        training.generator.set_state(tensors["random.run"])
+        torch.set_rng_state(tensors["random.torch"])
+        for name, tensor in _below("random.cuda.", tensors).items():
+            with suppress(IndexError, RuntimeError):  # fewer devices than there were: ours is the first
+                torch.cuda.set_rng_state(tensor, int(name))
+        self._progress("continued", 1, 1, f"from {_place(training.fit)}")
+
+    @torch.no_grad()
+    def _load(self, models: dict[str, nn.Module], state: State) -> None:
+        """Copy into the tensors that are there: compiled networks and averages hold on to them."""
+        for name, model in models.items():
+            own, saved = _tensors(model), _below(f"model.{name}.", state.tensors)
+            if {k: t.shape for k, t in own.items()} != {k: t.shape for k, t in saved.items()}:
+                msg = "the saved state of this training is of another network than the recipe's as it is now; "
+                msg += "`crqat train RECIPE --restart` discards it"
+                raise UsageError(msg)
+            for key, tensor in own.items():
+                tensor.copy_(saved[key])
+
+
+def _place(fit: Fit) -> str:
+    epoch, step = fit.epochs_done + (fit.steps_in_epoch > 0), fit.steps_in_epoch
+    inside = f", step {step} in it" if step else ""
+    return f"{fit.name} epoch {epoch} of {fit.section.epochs}{inside}"
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and all buffers, also those that a state dict leaves out."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _random_tensors(generator: torch.Generator) -> dict[str, Tensor]:
+    states = {"run": generator.get_state(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states

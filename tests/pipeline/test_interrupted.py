@@ -1,0 +1,161 @@
+"""The command line on a training that is interrupted, by the user or by the machine."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bench import soak
+
+EPOCHS = ("--set", "float.epochs=40", "--set", "qat.epochs=1")
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (folder / "runs" / "soak" / "train").glob("*.safetensors")
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def log(folder: Path) -> list[str]:
+    """What the commands said so far."""
+    return (folder / "log").read_text().splitlines()
+
+
+def train(folder: Path, *options: str) -> soak.Command:
+    return soak.Command(folder, ["train", "recipe.yaml", *EPOCHS, *options])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 100
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def states(folder: Path) -> list[Path]:
+    return sorted((folder / "runs" / "soak" / ".states").glob("*/*.json"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, str]:
+    """The hashes of a training that was left alone."""
+    folder = soak.prepare(tmp_path_factory.mktemp("whole") / "run")
+    assert train(folder).wait(soak.SECONDS) == 0
+    assert states(folder) == [] and not (folder / "runs" / "soak" / ".states").exists()
+    return hashes(folder)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_same_command_goes_on(
+    tmp_path: Path, whole: dict[str, str], number: signal.Signals, code: int
+) -> None:
+    folder = soak.prepare(tmp_path / "run")
+    first = train(folder)
+    until(lambda: len(states(folder)) > 1)
+    os.kill(first.pid, number)
+    assert first.wait(soak.SECONDS) == code
+    last = log(folder)[-1]
+    assert last.startswith("crqat: error: interrupted; saved at float epoch ")
+    assert last.endswith(": the same command goes on from there")
+    assert train(folder).wait(soak.SECONDS) == 0
+    place = last.split("saved at ")[1].split(": the same")[0]
+    assert any(line.startswith(f"continued: 1/1  from {place}") for line in log(folder))
+    assert hashes(folder) == whole
+    assert states(folder) == []
+
+
+def test_restart_and_another_recipe_do_not_go_on(tmp_path: Path, whole: dict[str, str]) -> None:
+    folder = soak.prepare(tmp_path / "run")
+    first = train(folder)
+    until(lambda: len(states(folder)) > 1)
+    first.kill()
+    assert train(folder, "--set", "seed=1", "--set", "float.epochs=1").wait(soak.SECONDS) == 0
+    assert hashes(folder) != whole
+    assert len(states(folder)) == 2  # of the first recipe, which can still go on
+    assert train(folder, "--restart").wait(soak.SECONDS) == 0
+    assert not any(line.startswith("continued") for line in log(folder))
+    assert hashes(folder) == whole
+
+
+def test_the_second_process_is_told_of_the_first(tmp_path: Path) -> None:
+    folder = soak.prepare(tmp_path / "run")
+    first = train(folder)
+    until(lambda: len(states(folder)) > 0)
+    for stage in ("train", "run"):
+        assert soak.crqat(folder, stage, "recipe.yaml") == 3
+        line = log(folder)[-1]
+        assert line.startswith(f"crqat: error: runs/soak: in use by process {first.pid} on ")
+        assert "(crqat train recipe.yaml --set float.epochs=40" in line
+    first.kill()
+    assert train(folder, "--set", "float.epochs=1").wait(soak.SECONDS) == 0
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own of 8 MB, as the folder of all runs."""
+    place = tmp_path / "run" / "runs"
+    soak.prepare(tmp_path / "run")
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """Take all that is left of a disk."""
+    path = disk / "filler"
+    with path.open("wb", buffering=0) as file:
+        try:
+            while True:
+                file.write(b"0" * 4096)
+        except OSError:
+            return path
+
+
+def test_a_full_disk(disk: Path, whole: dict[str, str]) -> None:
+    folder = disk.parent
+    first = train(folder)
+    until(lambda: len(states(folder)) > 1)
+    filler = fill(disk)
+    assert first.wait(soak.SECONDS) == 3
+    line = log(folder)[-1]
+    assert line.startswith("crqat: error: cannot save the training's state to runs/soak/.states/")
+    assert "No space left on device" in line and "the same command goes on from the last state" in line
+    assert train(folder).wait(soak.SECONDS) == 3  # still full
+    filler.unlink()
+    assert train(folder).wait(soak.SECONDS) == 0
+    assert any(line.startswith("continued: 1/1  from float epoch ") for line in log(folder))
+    assert hashes(folder) == whole
+
+
+def test_a_disk_that_turns_read_only(disk: Path, whole: dict[str, str]) -> None:
+    folder = disk.parent
+    first = train(folder)
+    until(lambda: len(states(folder)) > 1)
+    first.kill()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    assert train(folder).wait(soak.SECONDS) == 3
+    assert log(folder)[-1] == (
+        "crqat: error: cannot write to runs/soak: Read-only file system; choose another place with --runs"
+    )
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    assert train(folder).wait(soak.SECONDS) == 0
+    assert any(line.startswith("continued: 1/1  from float epoch ") for line in log(folder))
+    assert hashes(folder) == whole
