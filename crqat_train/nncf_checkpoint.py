@@ -23,6 +23,10 @@ from artifacts.store import verify_stage
 STATE, CONFIG, HOWTO = "model.safetensors", "nncf_config.json", "load_in_nncf.py"
 _PREFIX = "__nncf_hooks."
 _ENTRIES = "compression_state"
+# The one thing in a configuration that is no plain value: a kind of string, which is read as one.
+_PLAIN: list[Any] = [(str, "nncf.common.quantization.structs.QuantizationScheme")]
+# A zero point so near to a whole number differs from it by the rounding of float32 alone.
+_ON_CODE = 1e-4
 _SYMMETRIC, _ASYMMETRIC = "SymmetricQuantizer", "AsymmetricQuantizer"
 
 _HOWTO_TEXT = '''\
@@ -107,16 +111,18 @@ class NNCFQuantizer:
         if self.symmetric:
             scale = self.parameters["scale"].abs() / high
             return scale, torch.zeros_like(scale)
-        # One border moves so that 0.0 is a code, as NNCF does in each forward: the one that makes the range larger.
-        count = high - low
+        count, spread = high - low, self.parameters["input_range"].float().abs()
         smallest = self.parameters["input_low"].float()
-        largest = (self.parameters["input_range"].float().abs() + smallest).clamp_min(0)
+        largest = (spread + smallest).clamp_min(0)
         smallest = smallest.clamp_max(0)
-        zero_point = torch.round(-smallest * (count / (largest - smallest)))
-        by_high, by_low = largest / (count - zero_point), -smallest / zero_point  # infinite where that side has no code
-        by_high = torch.where(zero_point < count, by_high, by_low)
+        exact = -smallest * (count / (largest - smallest))
+        zero_point = torch.round(exact)
+        by_high, by_low = largest / (count - zero_point), -smallest / zero_point
+        by_high = torch.where(zero_point < count, by_high, by_low)  # divided by 0 where that side has no code
         by_low = torch.where(zero_point > 0, by_low, by_high)
-        return torch.maximum(by_high, by_low), zero_point
+        # Where 0.0 is no code yet, one border moves, as NNCF does in each forward: the one that makes the range larger.
+        on_code = ((exact - zero_point).abs() < _ON_CODE) & (self.parameters["input_low"] <= 0)
+        return torch.where(on_code, spread / count, torch.maximum(by_high, by_low)), zero_point
 
 
 @dataclass(frozen=True)
@@ -163,7 +169,7 @@ def of_grid(hooks: Sequence[str], grid: Grid, ndim: int) -> NNCFQuantizer:
     if count + 1 != 2**bits:
         msg = f"{hooks[0]}: codes {grid.qmin} to {grid.qmax} with zero point {grid.zero_point} are none of NNCF's"
         raise UsageError(msg)
-    parameters = {"input_low": scale * (grid.qmin - grid.zero_point), "input_range": scale * count}
+    parameters = {"input_low": scale * (grid.qmin - grid.zero_point), "input_range": _largest(scale, count)}
     return NNCFQuantizer(names, bits, True, False, parameters)
 
 
@@ -296,7 +302,8 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        with torch.serialization.safe_globals(_PLAIN):
+            content = torch.load(path, weights_only=True, map_location="cpu")
     except FileNotFoundError as error:
         msg = f"{path}: no such file or folder; give the checkpoint of a network that nncf.quantize has quantized"
         raise UsageError(msg) from error
