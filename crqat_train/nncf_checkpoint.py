@@ -118,8 +118,10 @@ class NNCFQuantizer:
         exact = -smallest * (count / (largest - smallest))
         zero_point = torch.round(exact)
         by_high, by_low = largest / (count - zero_point), -smallest / zero_point
-        by_high = torch.where(zero_point < count, by_high, by_low)  # divided by 0 where that side has no code
-        by_low = torch.where(zero_point > 0, by_low, by_high)
+        # A side that has no code moves none, and what lies on it still belongs to the range.
+        whole = (largest - smallest) / count
+        by_high = torch.where(zero_point < count, by_high, whole)
+        by_low = torch.where(zero_point > 0, by_low, whole)
         # Where 0.0 is no code yet, one border moves, as NNCF does in each forward: the one that makes the range larger.
         on_code = ((exact - zero_point).abs() < _ON_CODE) & (self.parameters["input_low"] <= 0)
         return torch.where(on_code, spread / count, torch.maximum(by_high, by_low)), zero_point
