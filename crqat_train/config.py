@@ -60,11 +60,14 @@ class ModelConfig:
             called with `classes` and `channels`.
         weights: A .safetensors file or a .pth state dict; "pretrained" takes what torchvision or timm publish, and
             trains on by the `float` section if there is one; None trains the float network by the `float` section.
+        nncf: A folder of `crqat nncf import`: float weights and ranges of a network that stock NNCF has quantized, in
+            place of `weights` and of calibration.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
     name: str
     weights: str | None = None
+    nncf: str | None = None
 
 
 @dataclass(frozen=True)

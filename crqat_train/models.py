@@ -240,10 +240,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     Raises:
         UsageError: The file is missing, damaged, needs code to load, or does not fit the network.
     """
+    fill(model, _read_state(path), f"model.weights: {path}")
+
+
+def fill(model: nn.Module, values: Mapping[str, Tensor], source: str) -> None:
+    """Fill a network with a state dict, as `load_weights` does with a file's; `source` is where it comes from.
+
+    Raises:
+        UsageError: It does not fit the network.
+    """
     expected = model.state_dict()
-    state = {
-        name if name in expected else name.removeprefix("module."): value for name, value in _read_state(path).items()
-    }
+    state = {name if name in expected else name.removeprefix("module."): value for name, value in values.items()}
     # BN's count of batches is used by no one who does not train with momentum=None; old files lack it.
     problems = {
         "missing": [key for key in expected if key not in state and not key.endswith("num_batches_tracked")],
@@ -256,7 +263,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     }
     if any(problems.values()):
         text = "; ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in problems.items() if keys)
-        msg = f"model.weights: {path} does not fit the network in model.name: {text}"
+        msg = f"{source} does not fit the network in model.name: {text}"
         raise UsageError(msg)
     model.load_state_dict(state, strict=False)
 

@@ -18,7 +18,7 @@ from artifacts.errors import UsageError
 from artifacts.grid import save_grids
 from artifacts.images import Preprocessing
 from artifacts.progress import Progress
-from crqat_train import data, models
+from crqat_train import data, models, nncf_checkpoint, nncf_start
 from crqat_train.batches import Batches, Feed, Images, evaluation_batches, subset
 from crqat_train.checkpoint import write_tensors
 from crqat_train.config import OptimizerConfig, TrainConfig
@@ -99,7 +99,7 @@ def train(
         "class_names": list(dataset.class_names),
         "input_shape": list(dataset.train_images.shape[1:]),
         "quantizers": len(specs),
-        "notes": [*dataset.notes, *notes]
+        "notes": [*dataset.notes, *run.notes, *notes]
         + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
         "seconds": round(keeper.seconds, 1),
     }
@@ -121,6 +121,7 @@ class _Run:
         self.keeper = keeper
         self.generator = torch.Generator(device).manual_seed(config.seed)
         self.history: list[dict[str, Any]] = []
+        self.notes: list[str] = []
         self.compiler = "" if config.compile == "never" else compiler(device)
         self.compiled = self.compiler or (
             "no: the recipe says never" if config.compile == "never" else "no: no compiler"
@@ -133,6 +134,7 @@ class _Run:
         config = self.config
         channels = self.dataset.train_images.shape[1]
         classes, weights = len(self.dataset.class_names), config.model.weights
+        start = None if config.model.nncf is None else nncf_checkpoint.read(Path(config.model.nncf))
         if weights == "pretrained":
             model, new_classifier = models.pretrained(config.model.name, classes, channels)
             if new_classifier and config.float_training.epochs == 0:
@@ -145,10 +147,13 @@ class _Run:
             model = models.build(config.model.name, classes, channels)
         # Never slower than the other layout where it was measured, and a third faster for depthwise convolutions.
         model = model.to(self.device).to(memory_format=torch.channels_last)
-        if weights is not None and weights != "pretrained":
-            models.load_weights(model, Path(weights))
+        if start is not None or (weights is not None and weights != "pretrained"):
+            if start is not None:
+                models.fill(model, start.weights, f"model.nncf: {config.model.nncf}")
+            else:
+                models.load_weights(model, Path(str(weights)))
             if not finite(model):
-                msg = f"model.weights: {weights} holds values that are infinite or no number"
+                msg = f"model.weights: {weights or config.model.nncf} holds values that are infinite or no number"
                 raise UsageError(msg)
             return model.eval()
         if self.keeper.finished("float", model):
@@ -178,6 +183,11 @@ class _Run:
         student = student.to(self.device)
         calibrate(student, specs, batches, config.quantization.calibration)
         self.progress("calibration", 1, 1, f"{len(specs)} quantizers from {len(images)} training images")
+        if config.model.nncf is not None:
+            checkpoint = nncf_checkpoint.read(Path(config.model.nncf))
+            edges = nncf_start.summary(nncf_start.take_ranges(student, specs, checkpoint, config.targets))
+            self.notes.append(f"{config.model.nncf}: edges: {edges}")
+            self.progress("ranges", 1, 1, edges)
         return student, specs
 
     def train_quantized(self, student: fx.GraphModule, float_model: nn.Module) -> fx.GraphModule | None:

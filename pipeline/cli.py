@@ -259,6 +259,38 @@ def inspect(path: Path, batch: int | None, targets: tuple[str, ...], bisect: boo
     inspection.inspect(path, EngineOptions(batch=batches, compute_capabilities=targets), bisect, out)
 
 
+@crqat.group()
+def nncf() -> None:
+    """Take checkpoints to stock NNCF and from it."""
+
+
+@nncf.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--candidate", type=click.Choice(["best", "student", "teacher"]), default="best", help="Default: best.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-nncf.")
+def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
+    """Write a finished training as a state dict and a configuration that stock NNCF loads."""
+    from pipeline import nncf as checkpoints
+
+    checkpoints.export(run, candidate, out)
+
+
+@nncf.command("import")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--recipe", "recipe", type=click.Path(path_type=Path), required=True, help="Of the same network.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value: --set qat.epochs=3"
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-start.")
+def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Make a network that nncf.quantize has quantized the start of a training."""
+    from pipeline import console
+    from pipeline import nncf as checkpoints
+
+    with console.show_progress() as progress:
+        checkpoints.take(checkpoint, recipe, _load(recipe, overrides), out, progress)
+
+
 @crqat.command()
 def doctor() -> int:
     """Say what this machine can do and what is missing for what."""

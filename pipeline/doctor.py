@@ -72,6 +72,7 @@ def examine() -> list[Finding]:
         Finding("NNCF", _version(nncf), "where quantizers sit", reinstall, needed=True),
         Finding("ONNX", _version(onnx), "export", reinstall, needed=True),
         Finding("ONNX Runtime", _providers(runtime), "proof and benchmark", reinstall, needed=True),
+        Finding("OpenVINO", _released("openvino"), "benchmark.openvino", "pip install crqat-edge[openvino]"),
         Finding("scikit-learn", "importable" if sklearn else None, "the embedded data set `digits`", reinstall),
         Finding("C++ compiler", _compiler(), "torch.compile; eager otherwise", "install g++ and Python's headers"),
         Finding("INT8 dot product", _dot_product(), "speed of INT8 on this CPU", "measure on the target instead"),

@@ -15,7 +15,7 @@ from xml.etree import ElementTree
 from artifacts.config import STRICT, Range
 
 # What is compared with, and has nothing to prove.
-BASELINES = ("float", "float16")
+BASELINES = ("float", "float16", "float_openvino")
 NO_ENGINE = "not run: the benchmark is of a version that built no engine; run it again"
 Status = Literal["pass", "fail", "inconclusive", "not run", "error"]
 
@@ -79,7 +79,7 @@ def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
     """
     verdicts = []
     models: dict[str, Any] = results["models"]
-    float_latency = next((model["latency"] for model in models.values() if model["target"] == "float"), None) or {}
+    float_latencies = {model["target"]: model["latency"] or {} for model in models.values()}
     for file, model in models.items():
         if model["status"] != "measured" and model["target"] != "float16":  # no rule needs that one
             # Not run: its accuracy, which always has a limit, is neither kept nor broken, and that must not pass.
@@ -94,13 +94,15 @@ def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
         if model.get("findings"):
             number, first = len(model["findings"]), model["findings"][0]
             verdicts.append(_plain("findings", file, "fail", f"exported with --unsafe, breaks {number} rules: {first}"))
-        verdicts.append(_verification(file, model["verification"]))
+        if model["target"] != "openvino":  # the file is ONNX Runtime's, under whose name its proof is judged
+            verdicts.append(_verification(file, model["verification"]))
         if model.get("codes_on_this_cpu") is not None:
             verdicts.append(_codes(file, model["codes_on_this_cpu"]))
         if model["target"] == "tensorrt":
             verdicts += _engine(file, model.get("engine") or {"status": NO_ENGINE}, config)
         if model["status"] == "measured" and model["versus_float"] is not None:
-            verdicts += _limits(file, model, float_latency.get("unstable", False), config)
+            baseline = "float_openvino" if model["target"] == "openvino" else "float"
+            verdicts += _limits(file, model, float_latencies.get(baseline, {}).get("unstable", False), config)
     return verdicts + _required(models, results.get("config", {}).get("require", []))
 
 
@@ -110,7 +112,8 @@ def _required(models: dict[str, Any], runtimes: Sequence[str]) -> list[Verdict]:
     for runtime in runtimes:
         found = {file: model for file, model in models.items() if model["target"] == runtime}
         if not found:
-            message = f"no file for {runtime}, which benchmark.require names; add it to export.targets"
+            target = "onnxruntime" if runtime == "openvino" else runtime  # whose file it runs
+            message = f"no file for {runtime}, which benchmark.require names; add {target} to export.targets"
             verdicts.append(_plain("required", runtime, "error", message))
         for file, model in found.items():
             latency = model["latency"] or {"status": model["status"]}

@@ -201,7 +201,9 @@ def _contradiction(recipe: Recipe) -> str | None:
                 f"{key}: TensorRT refuses zero points other than 0, which activation_method `lsq+` learns; set {key} "
                 "to [onnxruntime], or quantization.activation_method to lsq"
             )
-    if recipe.model.weights is None and recipe.float_training is None:
+    if recipe.model.nncf is not None and recipe.model.weights is not None:
+        return "model.nncf: brings the float weights, too; leave model.weights out"
+    if recipe.model.weights is None and recipe.float_training is None and recipe.model.nncf is None:
         return "float: missing; say how to train the float network, or give its weights as model.weights"
     return None
 
@@ -222,6 +224,11 @@ def _progression(recipe: Recipe) -> str | None:
     return None
 
 
+def _has_weights(recipe: Recipe) -> bool:
+    """Whether the float network is given, so that nothing is trained by the `float` section."""
+    return recipe.model.weights not in (None, "pretrained") or recipe.model.nncf is not None
+
+
 def from_resolved(values: dict[str, Any]) -> Recipe:
     """The recipe that `resolved` made, as a manifest holds it."""
     return pydantic.TypeAdapter(Recipe).validate_json(json.dumps(values), strict=True)
@@ -236,7 +243,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
         model=recipe.model,
         # Not used beside given weights: a fixed value there keeps a change in it from training anew.
         float_training=recipe.float_training
-        if recipe.float_training and recipe.model.weights in (None, "pretrained")
+        if recipe.float_training and not _has_weights(recipe)
         else OptimizerConfig(epochs=0),
         quantization=recipe.quantization,
         qat=recipe.qat,
@@ -250,7 +257,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON, complete with its defaults, in the keys of the YAML file."""
     values = asdict(recipe)
     values["float"] = values.pop("float_training")
-    if recipe.model.weights not in (None, "pretrained"):
+    if _has_weights(recipe):
         values["float"] = None
     data: dict[str, Any] = json.loads(json.dumps(values))
     return data

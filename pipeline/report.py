@@ -18,7 +18,7 @@ from pipeline.results import COMPARED, side_by_side
 TEMPLATES = Path(__file__).parent / "templates"
 WORDS = {0: "pass", 1: "fail", 3: "not judged", 4: "inconclusive"}
 # Readable on white and on near-black.
-_COLORS = {"float": "#8a8f98", "onnxruntime": "#2f81d6", "tensorrt": "#4f9d3a"}
+_COLORS = {"float": "#8a8f98", "onnxruntime": "#2f81d6", "tensorrt": "#4f9d3a", "openvino": "#8957c9"}
 _LINES = {"validation": "#2f81d6", "validation_teacher": "#d9822b", "lambda": "#4f9d3a"}
 
 

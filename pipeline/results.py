@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from pipeline import console
-from pipeline.gate import Verdict, exit_code
+from pipeline.gate import BASELINES, Verdict, exit_code
 
 _COLUMNS = (
     "file",
@@ -94,6 +94,10 @@ def _remarks(models: dict[str, Any]) -> Iterable[str]:
         engine = _engine(model.get("engine"))
         if engine:
             yield f"{file}: engine {engine}"
+        layers = model.get("int8_layers")
+        if layers and model["target"] not in BASELINES:
+            others = f"; not {', '.join(layers['float'])}" if layers["float"] else ""
+            yield f"{file}: {layers['int8']} of {layers['layers']} layers that multiply are INT8{others}"
         latency = model["latency"] or {"status": "not run"}
         if latency["status"] != "measured":
             yield f"{file}: latency {latency['status']}"

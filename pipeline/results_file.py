@@ -117,6 +117,11 @@ def _check_model(model: _Checked) -> None:
         model.get("findings", list)
     if model.data.get("engine") is not None:
         _check_engine(model.child("engine"))
+    if model.data.get("int8_layers") is not None:
+        layers = model.child("int8_layers")
+        for count in ("int8", "layers"):
+            layers.get(count, int)
+        layers.get("float", list)
     if model.get("status", str) != "measured":
         return
     model.child("accuracy").get("n", int)

@@ -53,6 +53,7 @@ _DISTRIBUTIONS = (
     "onnx",
     "onnxruntime",
     "onnxruntime-gpu",
+    "openvino",
     "numpy",
     "tensorrt",
     "tensorrt-rtx",
@@ -120,7 +121,7 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
         return _write_results(out, runs / config.name, "benchmark", results, config)
 
     # Another machine's numbers say nothing of this one; and an engine is built once there is a builder.
-    inputs = {"machine": platform.node(), **_engine_builder()}
+    inputs = {"machine": platform.node(), **_engine_builder(), **_openvino(config)}
     return _run_stage("benchmark", config, runs, force, inputs, fill)
 
 
@@ -144,6 +145,14 @@ def _engine_builder() -> dict[str, str]:
 
     name = tensorrt_api.choose()
     return {} if name is None else {name: tensorrt_api.installed(name) or ""}
+
+
+def _openvino(config: recipe.Recipe) -> dict[str, str]:
+    """Where the recipe asks for OpenVINO: its version; nothing as long as it is not installed."""
+    asked = config.benchmark.openvino or "openvino" in config.benchmark.require
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return {"openvino": metadata.version("openvino")} if asked else {}
+    return {}
 
 
 def judge(results: dict[str, Any], limits: GateConfig, baseline: dict[str, Any] | None = None) -> list[Verdict]:
@@ -371,6 +380,12 @@ def input_files(config: recipe.Recipe) -> dict[str, str]:
             msg = f"{path}: no such weights file (model.weights, relative to {Path.cwd()})"
             raise UsageError(msg)
         hashes[config.model.weights] = store.sha256_file(path)
+    if config.model.nncf is not None:
+        files = [path for path in sorted(Path(config.model.nncf).glob("*")) if path.suffix in (".safetensors", ".json")]
+        if not files:
+            msg = f"{config.model.nncf}: no such folder, or nothing in it (model.nncf); make it by `crqat nncf import`"
+            raise UsageError(msg)
+        hashes |= {str(path): store.sha256_file(path) for path in files}
     if "imagefolder" in (config.data.source, config.data.unlabeled) and config.data.root is not None:
         hashes["data.root"] = folder_state(Path(config.data.root).expanduser())
     for name in (config.data.source, config.data.unlabeled, config.model.name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
 from artifacts.store import Manifest, manifest_hash, sha256_file, verify_stage
 from runtime_eval import accuracy, device, engine, engine_report, latency, tensorrt_api
-from runtime_eval.client import RUNTIME, Worker
+from runtime_eval.client import OPENVINO, RUNTIME, Worker
 from runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
 from runtime_eval.jetson import Watch
 
@@ -25,6 +26,10 @@ SCHEMA_VERSION = 1
 FLOAT, FLOAT16, TENSORRT = "float", "float16", "tensorrt"
 # What TensorRT is to run, where it can: the file for it, and the two that INT8 has to be faster than.
 FOR_TENSORRT = (TENSORRT, FLOAT16, FLOAT)
+# What OpenVINO runs, too, and as which targets. It takes the codes of the file for ONNX Runtime as they are, with an
+# integer Clip fused behind the convolution: measured, all of a ResNet-20's layers were INT8.
+FLOAT_OPENVINO = "float_openvino"
+FOR_OPENVINO = {FLOAT: FLOAT_OPENVINO, RUNTIME: OPENVINO}
 # Kernels are chosen by times that are measured once, so engines of one file differ; they are measured in turns.
 BUILDS = 3
 
@@ -47,6 +52,7 @@ class _Model:
     rounds: list[list[float]] = field(default_factory=list)
     computed: list[float] = field(default_factory=list)
     memory: int | None = None
+    int8_layers: dict[str, Any] | None = None
     codes: dict[str, Any] | None = None
     engine: dict[str, Any] | None = None
     engine_failure: str = "not run: no builder was asked for"
@@ -54,7 +60,14 @@ class _Model:
     @property
     def runtime(self) -> str:
         """What runs it."""
+        if self.entry["target"] in FOR_OPENVINO.values():
+            return OPENVINO
         return TENSORRT if self.plans else RUNTIME
+
+    @property
+    def name(self) -> str:
+        """What it is called in the results: its file, and what runs it where one file is run by two."""
+        return f"{self.entry['file']}@{OPENVINO}" if self.runtime == OPENVINO else str(self.entry["file"])
 
     def file(self, turn: int) -> Path:
         """What is loaded in a round: the ONNX file, or one of the engines that were built from it, in turns."""
@@ -94,13 +107,19 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
     machine = device.describe()
     load_at_start = device.load_average()
     watch = Watch()
+    if config.openvino or OPENVINO in config.require:
+        entries += [
+            {"file": entry["file"], "target": FOR_OPENVINO[entry["target"]]}
+            for entry in entries
+            if entry["target"] in FOR_OPENVINO
+        ]
     paths = [export_dir / entry["file"] for entry in entries]
     models = [_Model(entry, path, path.stat().st_size) for entry, path in zip(entries, paths, strict=True)]
     with tempfile.TemporaryDirectory() as scratch:
         _build_engines(models, config, progress, Path(scratch))
         _measure(models, export_dir / manifest.payload["images"], labels, config, progress, watch)
         watch.look()
-        by_file = {model.entry["file"]: _result(model, models, labels, config, watch) for model in models}
+        by_name = {model.name: _result(model, models, labels, config, watch) for model in models}
     load = {"start": load_at_start, "end": device.load_average()}
     return {
         "schema_version": SCHEMA_VERSION,
@@ -112,8 +131,8 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
             "n": len(images),
             "classes": next((model.classes for model in models if model.classes is not None), None),
         },
-        "models": by_file,
-        "engines": {model.entry["file"]: model.engine for model in models if model.engine is not None},
+        "models": by_name,
+        "engines": {model.name: model.engine for model in models if model.engine is not None},
     }
 
 
@@ -211,13 +230,18 @@ def _measure(
         UsageError: A label is no class of a model.
     """
     for model in models:
-        model.not_run = None if model.plans else _obstacle(model.entry)
+        model.not_run = None if model.plans else _obstacle(model)
     runnable = [model for model in models if model.not_run is None]
     for model in runnable:
-        task = f"accuracy of {model.entry['file']}"
+        task = f"accuracy of {model.name}"
         progress(task, 0, len(labels))
-        with model.attempt(), tempfile.TemporaryDirectory() as scratch, Worker(model.file(0), images, config) as worker:
+        with (
+            model.attempt(),
+            tempfile.TemporaryDirectory() as scratch,
+            Worker(model.file(0), images, config, model.runtime) as worker,
+        ):
             model.version, model.provider, model.classes = worker.version, worker.provider, worker.classes
+            model.int8_layers = worker.int8_layers
             if not 0 <= labels.min() <= labels.max() < worker.classes:
                 msg = (
                     f"{model.path}: has {worker.classes} classes, but the test labels go from {labels.min()} to "
@@ -236,8 +260,8 @@ def _measure(
         timed = [model for model in runnable if model.failure is None and _is_timed(model, config)]
         for position in range(len(timed)):
             model = timed[(position + turn) % len(timed)]  # nobody always follows the same neighbour
-            with model.attempt(), Worker(model.file(turn), images, config) as worker:
-                progress("latency", turn, config.latency_rounds, model.entry["file"])
+            with model.attempt(), Worker(model.file(turn), images, config, model.runtime) as worker:
+                progress("latency", turn, config.latency_rounds, model.name)
                 slice_seconds = config.latency_seconds / config.latency_rounds
                 samples, computed = worker.latency(config.warm_up_seconds, slice_seconds)
                 model.rounds.append(samples)
@@ -249,6 +273,8 @@ def _measure(
 
 def _is_timed(model: _Model, config: BenchmarkConfig) -> bool:
     """Whether what runs a model here is what it was written for; otherwise it runs to count its right answers only."""
+    if model.runtime == OPENVINO:
+        return True
     by_tensorrt = bool(model.plans) or config.provider in TENSORRT_PROVIDERS
     return model.entry["target"] in (FOR_TENSORRT if by_tensorrt else (FLOAT, RUNTIME))
 
@@ -257,7 +283,9 @@ def _result(
     model: _Model, models: list[_Model], labels: npt.NDArray[np.int64], config: BenchmarkConfig, watch: Watch
 ) -> dict[str, Any]:
     """One model's entry in the results."""
-    baseline = next(other for other in models if other.entry["target"] == FLOAT)
+    # Against the float network in the same runtime, where that has one of its own.
+    of_openvino = model.runtime == OPENVINO
+    baseline = next(other for other in models if other.entry["target"] == (FLOAT_OPENVINO if of_openvino else FLOAT))
     result: dict[str, Any] = {
         "target": model.entry["target"],
         "runtime": model.runtime,
@@ -277,6 +305,7 @@ def _result(
         "codes_on_this_cpu": model.codes,
         "findings": model.entry.get("findings", []),
         "engine": _engine_summary(model),
+        "int8_layers": model.int8_layers,
     }
     if model.failure is not None or model.top is None:
         return result
@@ -317,14 +346,16 @@ def _build(model: _Model, index: int) -> dict[str, Any]:
     }
 
 
-def _obstacle(entry: dict[str, Any]) -> str | None:
-    """Why ONNX Runtime cannot measure a file here: it is not there, or gets something else than TensorRT."""
+def _obstacle(model: _Model) -> str | None:
+    """Why a file cannot be measured here: its runtime is missing, or ONNX Runtime gets something else than TensorRT."""
+    if model.runtime == OPENVINO:
+        return None if importlib.util.find_spec(OPENVINO) else "not run: openvino is not installed"
     version = device.onnxruntime_version()
     if version is None:  # a board with TensorRT alone
         return "not run: onnxruntime is not installed"
     from runtime_eval.runners.onnxruntime import float16_is_rounded
 
-    if entry.get("precision") != "float16" or float16_is_rounded():
+    if model.entry.get("precision") != "float16" or float16_is_rounded():
         return None
     return f"not run: onnxruntime {version} truncates where it quantizes float16, and TensorRT rounds"
 

@@ -18,7 +18,7 @@ from typing import Any
 from artifacts.errors import ToolError
 from runtime_eval.config import BenchmarkConfig
 
-RUNTIME = "onnxruntime"
+RUNTIME, OPENVINO = "onnxruntime", "openvino"
 # The suffix of a TensorRT engine's file.
 PLAN = ".plan"
 # The worker's working directory: `python -m` searches it first, so it finds these packages and nothing of the user's.
@@ -35,25 +35,28 @@ class Worker:
         model: The ONNX file, or a TensorRT plan.
         images: The test images' .npy file, uint8 [N, C, H, W].
         config: Provider, threads and time limit.
+        runtime: What runs an ONNX file: "onnxruntime" or "openvino".
 
     Attributes:
-        runtime: "onnxruntime" or "tensorrt".
+        runtime: "onnxruntime", "openvino" or "tensorrt".
         version: Of the runtime.
         provider: The execution provider or device that runs the model.
         classes: How many the model tells apart.
+        int8_layers: See `runtime_eval.runners.openvino.OpenVINORunner.describe`; None in another runtime.
     """
 
     runtime: str
     version: str
     provider: str
     classes: int
+    int8_layers: dict[str, Any] | None
 
-    def __init__(self, model: Path, images: Path, config: BenchmarkConfig) -> None:
+    def __init__(self, model: Path, images: Path, config: BenchmarkConfig, runtime: str = RUNTIME) -> None:
         self._name = model.name
-        self.runtime = "tensorrt" if model.suffix == PLAN else RUNTIME
+        self.runtime = "tensorrt" if model.suffix == PLAN else runtime
         self._limit = config.time_limit_seconds
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
-        arguments = [str(model.resolve()), str(images.resolve()), config.provider]
+        arguments = [str(model.resolve()), str(images.resolve()), self.runtime, config.provider]
         arguments += [str(config.threads), str(int(config.cuda_graph))]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "runtime_eval.worker", *arguments],
@@ -81,6 +84,7 @@ class Worker:
             self._close()
             raise
         self.version, self.provider, self.classes = opened["version"], opened["provider"], opened["classes"]
+        self.int8_layers = opened["int8_layers"]
         return self
 
     def __exit__(

@@ -31,7 +31,9 @@ class BenchmarkConfig:
         latency_seconds: Counted time of one model over all rounds.
         accuracy_batch: Images of one inference where accuracy is measured.
         cuda_graph: Run a TensorRT engine as a CUDA graph, which takes the host's launches out of the latency.
-        require: Runtimes without whose latency the gate does not judge but ends with an error.
+        openvino: Measure the float file and the one for ONNX Runtime in OpenVINO, too.
+        require: Runtimes without whose latency the gate does not judge but ends with an error; "openvino" here
+            measures it, too.
         time_limit_seconds: A model's process that is silent for longer than this is taken for hung; so is the build of
             an engine that takes longer.
     """
@@ -44,5 +46,6 @@ class BenchmarkConfig:
     latency_seconds: Annotated[float, Range(gt=0)] = 5.0
     accuracy_batch: Annotated[int, Range(ge=1)] = 64
     cuda_graph: bool = False
-    require: tuple[Literal["onnxruntime", "tensorrt"], ...] = ()
+    openvino: bool = False
+    require: tuple[Literal["onnxruntime", "tensorrt", "openvino"], ...] = ()
     time_limit_seconds: Annotated[float, Range(gt=0)] = 300.0

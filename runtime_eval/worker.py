@@ -1,6 +1,7 @@
-"""The process that holds one model: `python -m runtime_eval.worker MODEL IMAGES PROVIDER THREADS CUDA_GRAPH`.
+"""The process that holds one model: `python -m runtime_eval.worker MODEL IMAGES RUNTIME PROVIDER THREADS GRAPH`.
 
-MODEL is an ONNX file or a TensorRT plan (.plan), to which CUDA_GRAPH (0 or 1) applies, as PROVIDER and THREADS to ONNX.
+MODEL is a TensorRT plan (.plan), to which GRAPH (0 or 1, a CUDA graph) applies, or an ONNX file for RUNTIME
+"onnxruntime" (on its execution PROVIDER) or "openvino", to which THREADS applies.
 
 A model runs in a process of its own, so that a runtime that aborts takes nothing else along, peak memory is the model's
 and each round of latency starts anew. One JSON command per line comes in on standard input; each is answered on
@@ -24,7 +25,7 @@ import numpy.typing as npt
 from artifacts.errors import CrqatError, ToolError
 from artifacts.images import Preprocessing
 from runtime_eval.accuracy import top_classes
-from runtime_eval.client import PLAN
+from runtime_eval.client import OPENVINO, PLAN
 
 if TYPE_CHECKING:
     from runtime_eval.runners import Runner
@@ -111,7 +112,8 @@ def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: 
     prepare = preprocessing(description["metadata"])
     first = prepare(images[:1])
     opened = {key: description[key] for key in ("runtime", "version", "provider")}
-    answer({"result": {**opened, "classes": int(runner.infer(first).shape[1])}})
+    classes = int(runner.infer(first).shape[1])
+    answer({"result": {**opened, "classes": classes, "int8_layers": description.get("int8_layers")}})
     for line in sys.stdin:
         command = json.loads(line)
         if command["command"] == "latency":
@@ -130,12 +132,16 @@ def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: 
             answer({"result": check_codes(model, Path(command["expected"]), threads)})
 
 
-def _open(model: Path, provider: str, threads: int, graph: bool) -> Runner:
+def _open(model: Path, runtime: str, provider: str, threads: int, graph: bool) -> Runner:
     """The runner of a model file. No runtime is imported before: the pipe must be safe from its prints."""
     if model.suffix == PLAN:
         from runtime_eval.runners.tensorrt import TensorRTRunner
 
         return TensorRTRunner(model, graph)
+    if runtime == OPENVINO:
+        from runtime_eval.runners.openvino import OpenVINORunner
+
+        return OpenVINORunner(model, threads)
     from runtime_eval.runners.onnxruntime import OnnxRuntimeRunner
 
     return OnnxRuntimeRunner(model, provider, threads)
@@ -151,9 +157,9 @@ def main() -> int:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
-    model, images, provider, threads, graph = sys.argv[1:]
+    model, images, runtime, provider, threads, graph = sys.argv[1:]
     try:
-        with _open(Path(model), provider, int(threads), graph == "1") as runner:
+        with _open(Path(model), runtime, provider, int(threads), graph == "1") as runner:
             serve(runner, np.load(images, mmap_mode="r", allow_pickle=False), answer, Path(model), int(threads))
     except Exception as error:  # the parent tells the user; a runtime may raise anything
         text = str(error) if isinstance(error, CrqatError) else f"{type(error).__name__}: {error}"

@@ -212,6 +212,19 @@ def test_what_an_engine_adds_is_shown(
     assert "tensorrt.onnx: top-1 at batch 1: 94.00 %" in lines
 
 
+def test_layers_that_openvino_runs_in_float_are_named() -> None:
+    from pipeline import results
+    from tests.pipeline.conftest import measured
+
+    models = measured(0.2, (0.1, 0.3))["models"]
+    layers = {"int8": 19, "layers": 20, "float": ["fc"]}
+    fast = {**models["onnxruntime.onnx"], "target": "openvino", "int8_layers": layers}
+    base = {**models["float.onnx"], "target": "float_openvino", "int8_layers": {**layers, "int8": 0}}
+    assert list(results._remarks({"a@openvino": fast, "b@openvino": base})) == [
+        "a@openvino: 19 of 20 layers that multiply are INT8; not fc"
+    ]
+
+
 def test_devices_stand_side_by_side(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -156,6 +156,32 @@ def test_a_required_runtime_that_was_not_measured_is_an_error(
     assert exit_code(judge(data, GateConfig())) == 0
 
 
+def test_openvino_is_judged_against_its_own_float_model() -> None:
+    data = results(model())
+    float_model, fast = data["models"]["float.onnx"], data["models"]["onnxruntime.onnx"]
+    unstable = {**float_model["latency"], "unstable": "it swings"}
+    data["models"] |= {
+        "float.onnx@openvino": {**float_model, "target": "float_openvino", "latency": unstable},
+        "onnxruntime.onnx@openvino": {**fast, "target": "openvino", "verification": None},
+    }
+    judged = judge(data, GateConfig(max_latency_ratio=0.9))
+    verdicts = {(v.rule, v.file): v.status for v in judged if "onnxruntime" in v.file}
+    assert verdicts == {
+        ("verification", "onnxruntime.onnx"): "pass",
+        ("accuracy_drop", "onnxruntime.onnx"): "pass",
+        ("latency_ratio", "onnxruntime.onnx"): "pass",
+        ("accuracy_drop", "onnxruntime.onnx@openvino"): "pass",
+        ("latency_ratio", "onnxruntime.onnx@openvino"): "inconclusive",
+    }
+    assert not [v for v in judged if v.file == "float.onnx@openvino"]
+    data["config"] = {"require": ["openvino"]}
+    assert not [v for v in judge(data, GateConfig()) if v.rule == "required"]
+    del data["models"]["onnxruntime.onnx@openvino"]
+    assert [v.message for v in judge(data, GateConfig()) if v.rule == "required"] == [
+        "no file for openvino, which benchmark.require names; add onnxruntime to export.targets"
+    ]
+
+
 def test_a_required_runtime_whose_file_failed_is_an_error() -> None:
     failed = {**model(), "target": "tensorrt", "status": "failed: killed", "latency": None, "versus_float": None}
     data = {**results(failed), "config": {"require": ["tensorrt"]}}

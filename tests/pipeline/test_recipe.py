@@ -141,7 +141,7 @@ def test_sections_are_the_recipes_dataclass_fields(tmp_path: Path) -> None:
         ("benchmark: {provider: cuda}", "FILE: benchmark.provider: should be 'CPUExecutionProvider'"),
         (
             "benchmark: {require: [tensorrtt]}",
-            "FILE: benchmark.require.0: should be 'onnxruntime' or 'tensorrt', not \"tensorrtt\"; "
+            "FILE: benchmark.require.0: should be 'onnxruntime', 'tensorrt' or 'openvino', not \"tensorrtt\"; "
             "did you mean `tensorrt`?",
         ),
         ("targets: []", "FILE: targets: list each runtime once, at least one"),
@@ -196,6 +196,15 @@ def test_float_section_or_weights_are_needed(tmp_path: Path) -> None:
     assert refusal(tmp_path, text).startswith("FILE: float: missing")
     loaded = recipe.load(write(tmp_path, text), ["model.weights=w.pth"])
     assert recipe.resolved(loaded)["float"] is None
+
+
+def test_a_checkpoint_of_nncf_brings_the_weights(tmp_path: Path) -> None:
+    path = write(tmp_path, MINIMAL.replace("float: {epochs: 1}\n", ""))
+    loaded = recipe.load(path, ["model.nncf=start"])
+    assert recipe.resolved(loaded)["float"] is None
+    assert recipe.train_config(loaded).model.nncf == "start"
+    text = path.read_text().replace("{name: cifar/resnet20}", "{name: cifar/resnet20, nncf: start, weights: w.pth}")
+    assert refusal(tmp_path, text).startswith("FILE: model.nncf: brings the float weights, too")
 
 
 def test_unused_float_section_does_not_change_what_train_depends_on(tmp_path: Path) -> None:

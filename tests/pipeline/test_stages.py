@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,6 +145,34 @@ def test_changed_input_files_rebuild(fakes: Fakes, monkeypatch: pytest.MonkeyPat
     assert go(fakes, *overrides, only=["train"]) == ["train"]
     Path("mine/nets.py").write_text("# another\n")
     assert go(fakes, *overrides, only=["train"]) == ["train"]
+
+
+def test_a_changed_checkpoint_of_nncf_trains_anew(fakes: Fakes) -> None:
+    with pytest.raises(UsageError, match=r"start: no such folder, or nothing in it \(model\.nncf\)"):
+        go(fakes, "model.nncf=start", only=["train"])
+    Path("start").mkdir()
+    Path("start/model.safetensors").write_text("1")
+    assert go(fakes, "model.nncf=start", only=["train"]) == ["train"]
+    assert go(fakes, "model.nncf=start", only=["train"]) == []
+    Path("start/nncf_config.json").write_text("{}")
+    assert go(fakes, "model.nncf=start", only=["train"]) == ["train"]
+
+
+def test_openvino_that_was_installed_since_measures_anew(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = metadata.version
+
+    def version(name: str) -> str:
+        if name == "openvino":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    with monkeypatch.context() as without:
+        without.setattr(metadata, "version", version)
+        go(fakes, "benchmark.openvino=true")
+        assert go(fakes, "benchmark.openvino=true") == []
+    with_it = {"openvino": "2026.4.1"}
+    monkeypatch.setattr(metadata, "version", lambda name: with_it.get(name) or installed(name))
+    assert go(fakes, "benchmark.openvino=true") == ["benchmark"]
 
 
 def test_missing_weights_are_named(fakes: Fakes) -> None:

@@ -28,6 +28,13 @@ PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.4,))
 VERIFICATION = {"status": "passed", "codes": 1280, "differing_codes": 0, "images": 32}
 # Short, because no test looks at how fast anything is.
 QUICK = BenchmarkConfig(warm_up_seconds=0.0, latency_rounds=6, latency_seconds=0.06, accuracy_batch=100)
+# An export's payload for a test that has no use for a third file.
+WITHOUT_TENSORRT = {
+    "models": [
+        {"file": "float.onnx", "target": "float"},
+        {"file": "onnxruntime.onnx", "target": "onnxruntime", "verification": VERIFICATION},
+    ]
+}
 
 Layers = list[tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -16,11 +17,20 @@ import pytest
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress, quiet
 from artifacts.store import manifest_hash
+from pipeline.gate import GateConfig, judge
 from runtime_eval import device, engine, engine_report, jetson, sidecar, tensorrt_api
 from runtime_eval.benchmark import _is_timed, _Model, _not_run, benchmark
 from runtime_eval.client import Worker
 from runtime_eval.runners.onnxruntime import float16_is_rounded
-from tests.runtime_eval.conftest import PREPROCESSING, QUICK, VERIFICATION, Digits, WriteExport, metadata, onnx_bytes
+from tests.runtime_eval.conftest import (
+    PREPROCESSING,
+    QUICK,
+    VERIFICATION,
+    Digits,
+    WriteExport,
+    metadata,
+    onnx_bytes,
+)
 from tests.runtime_eval.fake_cuda import PLAN, FakeTensorRT
 
 
@@ -434,3 +444,19 @@ def test_float16_is_not_measured_where_it_is_truncated(
     monkeypatch.undo()
     assert float16_is_rounded()  # the one that the tests run with
     assert benchmark(export, QUICK, quiet)["models"]["tensorrt.onnx"]["status"] == "measured"
+
+
+def test_openvino_that_is_not_installed_is_not_run(write_export: WriteExport, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "openvino" else find(name, *rest)
+    )
+    results = benchmark(write_export(), replace(QUICK, require=("openvino",)), quiet)
+    models = results["models"]
+    assert [file for file, model in models.items() if model["status"] == "not run: openvino is not installed"] == [
+        "float.onnx@openvino",
+        "onnxruntime.onnx@openvino",
+    ]
+    assert "not run: openvino is not installed, and benchmark.require names openvino" in [
+        verdict.message for verdict in judge(results, GateConfig())
+    ]

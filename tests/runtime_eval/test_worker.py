@@ -31,7 +31,17 @@ def test_the_protocol_survives_what_libraries_print(write_export: WriteExport) -
         "sys.exit(worker.main())\n"
     )
     result = subprocess.run(
-        [sys.executable, "-c", code, export / "float.onnx", export / "images.npy", "CPUExecutionProvider", "1", "0"],
+        [
+            sys.executable,
+            "-c",
+            code,
+            export / "float.onnx",
+            export / "images.npy",
+            "onnxruntime",
+            "CPUExecutionProvider",
+            "1",
+            "0",
+        ],
         input='{"command": "memory"}\n',
         capture_output=True,
         text=True,

@@ -1,0 +1,86 @@
+"""OpenVINO: a model file on the CPU plugin as a user gets it, its low-precision passes included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import openvino
+
+from artifacts.errors import ToolError
+from runtime_eval import onnx_metadata
+
+DEVICE = "CPU"
+# What the plugin calls the layers that multiply, and the precisions that count as INT8.
+_MATMULS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+_INT8 = ("i8", "u8")
+_INFO = ("layerType", "runtimePrecision", "originalLayersNames")
+
+
+class OpenVINORunner:
+    """A `Runner`; the file takes "input" and gives "logits", both float32 with the batch first.
+
+    What is not INT8 is computed in float32, as in ONNX Runtime: on a CPU with AMX the plugin would take bfloat16.
+
+    Args:
+        path: The ONNX file.
+        threads: Threads of one inference.
+
+    Raises:
+        ToolError: OpenVINO refuses the file.
+    """
+
+    def __init__(self, path: Path, threads: int) -> None:
+        properties = {
+            "INFERENCE_NUM_THREADS": threads,
+            "PERFORMANCE_HINT": "LATENCY",
+            "INFERENCE_PRECISION_HINT": "f32",
+        }
+        self._metadata = onnx_metadata.read(path)
+        try:
+            core = openvino.Core()
+            self._model = core.compile_model(core.read_model(path), DEVICE, properties)
+            self._request = self._model.create_infer_request()
+        except Exception as error:  # OpenVINO raises RuntimeError and pybind11's own
+            msg = f"OpenVINO does not load {path.name}: {' '.join(str(error).split())}"
+            raise ToolError(msg) from error
+
+    def __enter__(self) -> OpenVINORunner:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        del self._request, self._model
+
+    def infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        """Logits float32 [N, classes] of normalized float32 images [N, C, H, W]."""
+        logits: npt.NDArray[np.float32] = self._request.infer({"input": images})["logits"].copy()
+        return logits
+
+    def compute_seconds(self) -> None:
+        """See `Runner.compute_seconds`: one time is all there is."""
+        return
+
+    def describe(self) -> dict[str, Any]:
+        """See `Runner.describe`; with "int8_layers", what the plugin made of the layers that multiply.
+
+        That is {"int8": how many of them run in INT8, "layers": how many there are, "float": the names of the others}.
+        """
+        layers, rest = 0, []
+        for node in self._model.get_runtime_model().get_ordered_ops():
+            info = {key: value.astype(str) for key, value in node.get_rt_info().items() if key in _INFO}
+            if info["layerType"] in _MATMULS:
+                layers += 1
+                if info["runtimePrecision"] not in _INT8:
+                    rest.append(info["originalLayersNames"].split(",")[0] or node.get_friendly_name())
+        return {
+            "runtime": "openvino",
+            "version": openvino.__version__.partition("-")[0],
+            "provider": DEVICE,
+            "metadata": self._metadata,
+            "int8_layers": {"int8": layers - len(rest), "layers": layers, "float": rest},
+        }
