@@ -14,6 +14,7 @@ from artifacts.errors import UsageError
 from crqat_train.config import QuantizationConfig, Target
 from export.lint import lint
 from export.lower import lower_activation
+from export.qdq import QDQModel
 from export.verify import fusion, verify
 from tests.export.conftest import Quantized, quantize, random_images, sane_bn
 
@@ -47,12 +48,12 @@ def made(config: QuantizationConfig, targets: tuple[Target, ...] = ALONE) -> Qua
     with torch.no_grad():
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.bias += 0.8  # far from symmetric
+                module.bias.add_(0.8)  # far from symmetric
     return quantize(network, images, targets=targets, config=config)
 
 
 def proof_of(quantized: Quantized, targets: tuple[Target, ...]) -> dict[str, Any]:
-    files = {target: quantized.file(target, classes=5) for target in targets}
+    files: dict[str, QDQModel] = {target: quantized.file(target, classes=5) for target in targets}
     for target, file in files.items():
         assert lint(file.model, target) == []
     return verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
@@ -78,7 +79,7 @@ def test_the_proof_sees_a_zero_point_that_moved() -> None:
     edge = next(spec.edge for spec in quantized.specs if spec.kind == "activation" and spec.qmin < 0)
     offset = quantized.model.get_submodule("quantizers").get_parameter(f"{edge_module(quantized, edge)}.offset")
     with torch.no_grad():
-        offset += 40 * quantized.grids[edge].scale[0]  # a step or two only move the ends of the range
+        offset.add_(40 * float(quantized.grids[edge].scale[0]))  # a step or two only move the ends of the range
     assert proof_of(quantized, ALONE)["onnxruntime"]["status"].startswith("failed: torch: ")
 
 
