@@ -24,6 +24,7 @@ from crqat_train.graph import (
     is_add,
     is_batch_norm,
     is_concat,
+    is_layer_norm,
     is_matmul,
     is_nonnegative,
     is_unfused_activation,
@@ -123,6 +124,8 @@ def quantize_model(
     graph_module = trace(model)
     names_of_nodes, places = _map_hooks(graph_module, model, example, hooks)
     groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
+    # NNCF quantizes the weight of a LayerNorm, too. No runtime computes one in integers, so it would only lose accuracy.
+    groups = [group for group in groups if not (group[2] and is_layer_norm(_reader(group[3][0])))]
     if "onnxruntime" in targets:
         groups += _before_activations(graph_module, names_of_nodes, places)
     residual = residual or ("both" if "onnxruntime" in targets else "skip")
@@ -188,6 +191,11 @@ def _map_hooks(
 def _plain(operation: str) -> str:
     module, function, index = operation.rsplit("/", 2)
     return f"{module}/{function if function.endswith('__') else function.rstrip('_')}/{index}"
+
+
+def _reader(place: _Place) -> fx.Node:
+    """The first that reads a place."""
+    return place.consumer or next(iter(place.source.users))
 
 
 _Groups = list[tuple[tuple[str, ...], "int | None", bool, list[_Place]]]
@@ -296,7 +304,7 @@ def _constrain(
         if not weight:
             ordered.append(specs[names[0]])
             continue
-        node = places[0].consumer or next(iter(places[0].source.users))
+        node = _reader(places[0])
         if not is_matmul(node):
             msg = f"model.name: the weight of {names[0]} is of no Conv1d, Conv2d or Linear, the ones that are quantized"
             raise UsageError(msg)
