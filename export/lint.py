@@ -15,7 +15,8 @@ from crqat_train.layout import INT16_MAX
 from export.trace import DOMAIN
 
 # TensorRT moves a DequantizeLinear behind these.
-COMMUTING = {"MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Pad", "Concat"}
+COMMUTING = {"MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Pad", "Concat",
+             "Gather"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ def verify(
     simulations: dict[str, Simulation] = {}
     for target, file in exported.items():
         try:
-            simulations[target] = simulate(file.model, images)
+            simulations[target] = simulate(file.model, images, stored_error=_rounded_constants(file))
         except NotSimulated as reason:
             result[target] = {"status": f"not run: {reason}", "images": len(images), "codes": 0, "differing_codes": 0}
             continue
@@ -227,7 +227,7 @@ def _target_link(
         for own, theirs in zip(file.codes[edge], other.codes[edge], strict=True)
     }  # fmt: skip
     forced = {own: other_simulation.codes[theirs] for own, theirs in tensors.items()}
-    simulation = simulate(file.model, images, forced)
+    simulation = simulate(file.model, images, forced, _rounded_constants(file))
     pairs = {own: (simulation.codes[own], forced[own]) for own in tensors}
     stored = {edge: _stored_error(file, edge) for edge in file.weights}
     return _compare(pairs, simulation, _slack(file, stored))
@@ -242,6 +242,17 @@ def _stored_error(file: QDQModel, edge: str) -> float:
     bias = file.weights[edge].bias
     values = bias.astype(helper.tensor_dtype_to_np_dtype(stored.data_type)).astype(np.float64)
     return float(np.abs(values - bias).max())
+
+
+def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
+    """How far the file's type moves each constant of the float parts; nothing in float32."""
+    types = {tensor.name: helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in file.model.graph.initializer}
+    return {
+        # Of the constant that was to be written, not of the one in the file: that one is to be proven.
+        name: np.abs(value.astype(types[name]).astype(np.float64) - value)
+        for name, value in file.float_constants.items()
+        if types.get(name, value.dtype) != value.dtype
+    }
 
 
 def _session(model: bytes, optimized: Path | None = None) -> Any:
@@ -273,7 +284,8 @@ FUSED = {
     "GlobalAveragePool": "QLinearGlobalAveragePool",
 }  # fmt: skip
 # ONNX Runtime's CPU provider has no integer kernels for these.
-ALWAYS_FLOAT = ("HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization", "ReduceMean")
+ALWAYS_FLOAT = ("HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization", "ReduceMean",
+                "LayerNormalization")  # fmt: skip
 
 
 def fusion(model: onnx.ModelProto) -> dict[str, Any]:
