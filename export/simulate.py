@@ -424,7 +424,7 @@ def _expand(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Value:
     x, shape = out.real(node.input[0], values, constants), values[node.input[1]]
-    size = tuple(int(n) for n in np.asarray(shape))
+    size = np.broadcast_shapes(x.values.shape, tuple(int(n) for n in np.asarray(shape)))
     return Float(np.broadcast_to(x.values, size), np.broadcast_to(x.error, size))
 
 
