@@ -167,7 +167,8 @@ def _torch_link(
             codes = simulation.codes[name].reshape(output.shape)
             # Rounding a value of the Grid gives its code back.
             pairs[name] = (codes, grid.quantize(output.numpy()))
-            return torch.from_numpy(grid.dequantize(codes))
+            # In the output's own memory layout, which a later view may depend on.
+            return torch.empty_like(output).copy_(torch.from_numpy(grid.dequantize(codes)))
 
         handles.append(quantizer_of(model, spec).register_forward_hook(replace))
     try:
