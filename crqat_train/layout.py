@@ -156,7 +156,8 @@ def _map_hooks(
     and name; then a hook is the edge whose value is the very tensor that the operation read or wrote.
     """
     operations, values = name_operations(graph_module, model, example)
-    # A Proxy turns `a += b` into `add`, so a trailing underscore is no difference.
+    # A Proxy turns `a += b` into `add`, so a trailing underscore is no difference, nor is the number behind it that
+    # counts calls of the same name; the order stands for that.
     if [_plain(name) for name in operations] != [_plain(name) for name in hooks.operations]:
         odd = set(map(_plain, hooks.operations)) ^ set(map(_plain, operations))
         some = ", ".join(sorted(odd)[:3]) or "their order"
@@ -189,8 +190,8 @@ def _map_hooks(
 
 
 def _plain(operation: str) -> str:
-    module, function, index = operation.rsplit("/", 2)
-    return f"{module}/{function if function.endswith('__') else function.rstrip('_')}/{index}"
+    module, function, _ = operation.rsplit("/", 2)
+    return f"{module}/{function if function.endswith('__') else function.rstrip('_')}"
 
 
 def _reader(place: _Place) -> fx.Node:

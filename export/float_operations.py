@@ -57,9 +57,7 @@ def operands(
     return first, second
 
 
-def mul(
-    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
-) -> Value:
+def mul(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
     """The product of two tensors."""
     a, b = operands(node, values, constants, out)
     product = a.values * b.values
@@ -68,9 +66,7 @@ def mul(
     return Float(product, error + 8 * UNIT_ROUNDOFF * np.abs(product))
 
 
-def div(
-    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
-) -> Value:
+def div(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
     """A tensor divided by a constant."""
     x, divisor = operands(node, values, constants, out)
     quotient = x.values / divisor.values

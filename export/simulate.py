@@ -332,9 +332,7 @@ def _bias(node: onnx.NodeProto, constants: dict[str, Array], model: onnx.ModelPr
     return _weight(node.input[2], constants, model)[0]
 
 
-def _add(
-    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
-) -> Value:
+def _add(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
     first, second = (values.get(name) for name in node.input)
     if isinstance(first, Codes) and isinstance(second, Codes):
         return Added(first, second)
@@ -455,5 +453,7 @@ _OPERATIONS: dict[str, Any] = {
     "Expand": _expand,
     **dict.fromkeys(UNARY, unary),
     "Cast": _cast,
-    **dict.fromkeys(("Slice", "Pad", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Gather"), _move),
+    **dict.fromkeys(
+        ("Slice", "Pad", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Gather"), _move
+    ),
 }

@@ -226,6 +226,18 @@ def inspect(path: Path, batch: int | None, targets: tuple[str, ...], bisect: boo
 
 
 @crqat.command()
+@click.argument("names", metavar="[NAMES]...", nargs=-1)
+@click.option("--cifar10", type=click.Path(path_type=Path), help="Folder of CIFAR-10, to be enlarged. Default: noise.")
+@click.option("--size", type=click.IntRange(min=32), default=224, help="Height and width of the images. Default: 224.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/models.md"), help="Default: docs/models.md.")
+def models(names: tuple[str, ...], cifar10: Path | None, size: int, out: Path) -> None:
+    """Take networks through everything and write what is mapped, equal and computed in integers."""
+    from pipeline import networks
+
+    networks.run(names, cifar10, size, out)
+
+
+@crqat.command()
 def doctor() -> int:
     """Say what this machine can do and what is missing for what."""
     from pipeline import doctor as examination

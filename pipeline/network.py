@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 import tempfile
 import time
@@ -32,7 +31,7 @@ from crqat_train.methods import METHODS, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.trainer import calibrate, weight_of
 from crqat_train.untrained import awake, sane_bn
-from export.lint import lint
+from export.lint import left_in_float, lint
 from export.qdq import QDQModel, qdq_model
 from export.trace import macs, marked_graph
 from export.verify import fusion, verify
@@ -54,10 +53,11 @@ def measure(name: str, images: Images) -> dict[str, Any]:
         images: What it sees.
 
     Returns:
-        The network's row, a JSON object; see `pipeline.networks.Row` for what is read of it.
+        The network's row, a JSON object, which `pipeline.networks` shows.
 
     Raises:
         UsageError: The network cannot be built, mapped or exported; the message says which part of it and why.
+        ToolError: A library that it comes from, or the engine's builder, is missing.
     """
     clock = _Clock()
     torch.manual_seed(0)
@@ -158,12 +158,20 @@ def _mapped(specs: list[QuantizerSpec]) -> dict[str, Any]:
 
 def _engine(file: QDQModel, amounts: dict[str, int]) -> dict[str, Any]:
     if tensorrt_api.choose() is None:
-        return {"status": f"not run: {tensorrt_api.RTX} is not installed", "coverage": None}
+        return {"status": f"not run: {tensorrt_api.RTX} is not installed", "coverage": None, "uncovered": []}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tensorrt.onnx"
         onnx.save(file.model, path)
         report = engine.build(path, engine.EngineOptions(batch=(1, 1, 1)), amounts)
-    return {key: report[key] for key in ("status", "coverage", "counts", "builder", "remarks")}
+    asked, covered = left_in_float(file.model), report["coverage"]
+    uncovered = [
+        {**entry, "why": f"no quantizer on {asked[entry['node']]}"}
+        if entry["node"] in asked
+        else {**entry, "why": f"{entry['reason']}, though both operands are quantized"}
+        for entry in (covered or {}).get("uncovered", [])
+    ]
+    shown = {key: report[key] for key in ("status", "coverage", "counts", "builder", "remarks")}
+    return {**shown, "uncovered": uncovered}
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -178,10 +186,10 @@ def main(arguments: list[str] | None = None) -> int:
     warnings.simplefilter("ignore")
     try:
         row = {"status": "measured", **measure(given.name, Images(given.size, given.verified, given.cifar10))}
-    except ToolError:
-        raise
+    except ToolError as error:
+        row = {"status": f"failed: {' '.join(str(error).split())}"}
     except CrqatError as error:
-        row = {"status": f"refused: {error}"}
+        row = {"status": f"refused: {' '.join(str(error).split())}"}
     given.report.write_text(json.dumps(row, indent=1))
     return 0
 
