@@ -12,6 +12,8 @@ from torch.nn import functional
 
 from artifacts.errors import UsageError
 from crqat_train.attention import self_attention
+from crqat_train.refusals import forward_of, hint, one_line, where
+from crqat_train.training_mode import HOLDER, keep_dropouts
 
 _MATMULS = {functional.conv2d, functional.conv1d, functional.linear, torch.conv2d, torch.conv1d}
 # Values pass through these unchanged, so a quantizer before them still holds behind them.
@@ -50,19 +52,33 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Raises:
         UsageError: torch.fx cannot trace the model; the message says where.
     """
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # the forward is the user's: it may raise anything when it gets a Proxy
+    graph = _graph(model)
+    dropouts = keep_dropouts(model, graph, lambda: _graph(model))
+    if dropouts:
+        model.add_module(HOLDER, nn.Sequential(*dropouts.values()).eval())
+    (output,) = graph.find_nodes(op="output")
+    if not isinstance(output.args[0], fx.Node):
+        kind = type(output.args[0]).__name__.replace("immutable_", "")
         msg = (
-            f"model.name: torch.fx cannot trace {type(model).__name__}{where(error)}: {one_line(error)}; "
-            "replace data-dependent Python code by tensor operations"
+            f"model.name: the forward of {type(model).__name__}{forward_of(model)} returns a {kind}; wrap it in a "
+            "module whose forward returns the logits alone"
         )
-        raise UsageError(msg) from error
+        raise UsageError(msg)
     return fx.GraphModule(model, graph)
+
+
+def _graph(model: nn.Module) -> fx.Graph:
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # the forward is the user's: it may raise anything when it gets a Proxy
+        msg = f"model.name: torch.fx cannot trace {type(model).__name__}{where(error)}: {one_line(error)}{hint(error)}"
+        raise UsageError(msg) from error
 
 
 class _Tracer(fx.Tracer):
     """Traces into convolutions and linear layers, so that their weights become edges that a quantizer can sit on."""
+
+    record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm, nn.MultiheadAttention)):
@@ -91,24 +107,6 @@ class _Tracer(fx.Tracer):
                 result = self.call_module(module, module.forward, (result,), {})
             del self.module_stack[path]
         return result
-
-
-def where(error: BaseException) -> str:
-    """File and line of the model's own code that raised the error, as " at file:line"; empty if there is none."""
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        filename, module = traceback.tb_frame.f_code.co_filename, traceback.tb_frame.f_globals.get("__name__", "")
-        ours = module in {"crqat_train.graph", "crqat_train.layout"}
-        if not ours and module.partition(".")[0] not in {"torch", "nncf"} and not filename.startswith("<"):
-            frames.append(f" at {filename}:{traceback.tb_lineno}")
-        traceback = traceback.tb_next
-    return frames[-1] if frames else ""
-
-
-def one_line(error: BaseException) -> str:
-    """The error's text without line breaks, shortened; its type if it has no text."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _is(graph_module: fx.GraphModule, node: fx.Node, modules: tuple[type, ...], functions: set[Any]) -> bool:

@@ -33,6 +33,7 @@ from crqat_train.graph import (
     trace,
 )
 from crqat_train.nncf_bridge import Hooks, ask_layout, name_operations
+from crqat_train.refusals import check_module
 
 Residual = Literal["both", "skip", "none"]
 # The u8*s8 kernels of x86 without VNNI add two products in 16 bits: max(code) * (|w1| + |w2|) has to stay within this.
@@ -116,6 +117,7 @@ def quantize_model(
         UsageError: The model cannot be run or traced, has layers that cannot be quantized, or NNCF's layout cannot be
             mapped one to one.
     """
+    check_module(model)
     if hasattr(model, "quantizers"):
         msg = f"model.name: {type(model).__name__}.quantizers is where quantizers are put; rename that attribute"
         raise UsageError(msg)
@@ -124,7 +126,7 @@ def quantize_model(
     graph_module = trace(model)
     names_of_nodes, places = _map_hooks(graph_module, model, example, hooks)
     groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
-    # NNCF quantizes the weight of a LayerNorm, too. No runtime computes one in integers, so it would only lose accuracy.
+    # NNCF quantizes the weight of a LayerNorm, too: no runtime computes one in integers, it would only cost accuracy.
     groups = [group for group in groups if not (group[2] and is_layer_norm(_reader(group[3][0])))]
     if "onnxruntime" in targets:
         groups += _before_activations(graph_module, names_of_nodes, places)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from artifacts.errors import UsageError
-from crqat_train.graph import one_line, where
+from crqat_train.refusals import forward_of, one_line, where
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def ask_layout(model: nn.Module, example: Tensor) -> Hooks:
     except Exception as error:  # whatever the user's forward raises
         shape = tuple(example.shape)
         msg = (
-            f"model.name: {type(model).__name__} cannot run on an input of shape {shape}{where(error)}: "
+            f"model.name: {type(model).__name__} cannot run on an input of shape {shape}{where(error) or forward_of(model)}: "
             f"{one_line(error)}"
         )
         raise UsageError(msg) from error

@@ -1,4 +1,4 @@
-"""An untrained network made fit to be checked: its values neither vanish nor explode, and no part of it does nothing."""
+"""An untrained network made fit to be checked: its values neither vanish nor explode, and all parts of it count."""
 
 from __future__ import annotations
 

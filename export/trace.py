@@ -183,8 +183,8 @@ def _flatten_views(graph: Graph) -> None:
 def _fold_shapes(graph: Graph) -> None:
     """Sizes that a forward pass computes from a tensor's shape become constants, as far as the batch is not in them.
 
-    They are computed for two batch sizes; what is the same in both is constant. A Reshape one dimension of which follows
-    the batch gets -1 there, an Expand to the batch is told the input's.
+    They are computed for two batch sizes; what is the same in both is constant. A Reshape one dimension of which
+    follows the batch gets -1 there, an Expand to the batch is told the input's.
     """
     computed: list[str] = []
     for node in graph.nodes:

@@ -1,4 +1,4 @@
-"""The `models` command: which networks work, to which extent, and why not further. Each runs in a process of its own."""
+"""The `models` command: which networks work, to which extent, and why not further. Each has a process of its own."""
 
 from __future__ import annotations
 
@@ -133,13 +133,8 @@ def _environment() -> dict[str, str]:
 
 
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+    installed = {package: list(metadata.distributions(name=package)) for package in _PACKAGES}
+    return {package: found[0].version if found else "not installed" for package, found in installed.items()}
 
 
 COLUMNS = (
@@ -178,6 +173,8 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
 def _codes(proof: Mapping[str, Any]) -> str:
     runtime = proof["onnxruntime"]
     text = f"{runtime['differing_codes']} of {runtime['codes']:,}"
+    ties = runtime["links"]["runtime"]["inexact_differing"] if "links" in runtime else 0
+    text += f", {ties} at ties" if ties else ""
     broken = [f"{target}.onnx {entry['status']}" for target, entry in proof.items() if entry["status"] != "passed"]
     return "; ".join([text, *broken])
 
@@ -233,16 +230,18 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "# Networks",
         "",
-        "Written by `crqat models`; the numbers behind it are in the `.json` beside. Each network has untrained weights with",
-        "sane BatchNorm statistics, is quantized W8A8 for both runtimes, trained for one step, and exported. It says what is",
-        "mapped, equal and computed in integers, and nothing of accuracy.",
+        "Written by `crqat models`; the numbers behind it are in the `.json` beside. Each network has untrained weights",
+        "and BatchNorm statistics of the images, is quantized W8A8 for both runtimes, trained for one step, and exported.",
+        "The table says what is mapped, equal and computed in integers, and nothing of accuracy.",
         "",
         "* quantizers / hooks: edges of the layout; several of NNCF's hooks may share a quantizer.",
         "* claims: of all edges of both files, how many hold the trained Grid exactly.",
-        "* differing codes: of ONNX Runtime against the integer simulator, over all quantized tensors of two images. The",
-        "  links torch to simulator and simulator to simulator hold too, unless the cell says otherwise.",
-        "* TensorRT for RTX: share of the multiply-accumulates of Conv, Gemm and MatMul that are INT8 in the engine's plan.",
-        "  The engine is built, not run: no CUDA device.",
+        "* differing codes: of ONNX Runtime against the integer simulator, over all quantized tensors of two images.",
+        "  Behind what is computed in float, a code may lie on the other side of a tie, within the stated bound of it:",
+        "  those are counted in the second number. torch against the simulator, and one file against the other, hold too,",
+        "  unless the cell says otherwise.",
+        "* TensorRT for RTX: share of the multiply-accumulates of Conv, Gemm and MatMul that are INT8 in the plan of the",
+        "  engine, which is built and not run: no CUDA device.",
         "* ONNX Runtime: Conv, Gemm and MatMul in integers / in float.",
         "* s: of the whole row, on a machine that did other things too.",
         "",
