@@ -76,11 +76,8 @@ def ask_layout(model: nn.Module, example: Tensor) -> Hooks:
     try:
         graph = wrapper.build_graph()
     except Exception as error:  # whatever the user's forward raises
-        shape = tuple(example.shape)
-        msg = (
-            f"model.name: {type(model).__name__} cannot run on an input of shape {shape}{where(error) or forward_of(model)}: "
-            f"{one_line(error)}"
-        )
+        shape, line = tuple(example.shape), where(error) or forward_of(model)
+        msg = f"model.name: {type(model).__name__} cannot run on an input of shape {shape}{line}: {one_line(error)}"
         raise UsageError(msg) from error
     algorithm = MinMaxQuantization(
         preset=QuantizationPreset.PERFORMANCE,

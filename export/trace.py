@@ -193,27 +193,32 @@ def _fold_shapes(graph: Graph) -> None:
             computed += node.output
     if not computed:
         return
+    reshapes = [node for node in graph.nodes if node.op_type == "Reshape" and node.input[1] in computed]
+    reshaped = [node.output[0] for node in reshapes if node.output[0] not in computed]
     import onnxruntime
 
     values: list[list[npt.NDArray[Any]]] = []
     for batch in (2, 3):
         model = build_model(_without_markers(graph), graph.constants, graph, {}, OPSET, batch)
         del model.graph.output[:]
-        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in computed)
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in (*computed, *reshaped))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         values.append(session.run(None, {"input": np.zeros((batch, *graph.input_shape), np.float32)}))
-    for name, small, large in zip(computed, *values, strict=True):
+    sizes = {name: (small, large) for name, small, large in zip([*computed, *reshaped], *values, strict=True)}
+    for name in computed:
+        small, large = sizes[name]
         if np.array_equal(small, large):
             graph.constants[name] = small
-    sizes = {name: (small, large) for name, small, large in zip(computed, *values, strict=True)}
     batch_nodes: list[onnx.NodeProto] = []
     for index, node in enumerate(graph.nodes):
         shaped = node.op_type in {"Reshape", "Expand"} and node.input[1] in sizes
         if not shaped or node.input[1] in graph.constants:
             continue
         small, large = sizes[node.input[1]]
+        if node.op_type == "Reshape":  # where a size is -1, the result tells it
+            small, large = (np.array(sizes[node.output[0]][n].shape, np.int64) for n in (0, 1))
         follows, shape = small != large, f"{node.output[0]}.shape"
         if follows.sum() != 1 or not (small > 0).all():
             continue
