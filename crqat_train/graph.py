@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,15 +11,21 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from artifacts.errors import UsageError
+from crqat_train.attention import self_attention
+from crqat_train.refusals import forward_of, hint, one_line, where
+from crqat_train.training_mode import HOLDER, keep_dropouts
 
 _MATMULS = {functional.conv2d, functional.conv1d, functional.linear, torch.conv2d, torch.conv1d}
 # Values pass through these unchanged, so a quantizer before them still holds behind them.
-_MOVEMENT_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Identity, nn.Dropout, nn.ZeroPad2d, nn.ChannelShuffle,
-                     nn.ReflectionPad2d, nn.ReplicationPad2d)  # fmt: skip
+_MOVEMENT_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd, nn.ZeroPad2d,
+                     nn.ChannelShuffle, nn.ReflectionPad2d, nn.ReplicationPad2d)  # fmt: skip
+# They drop whole samples in training, torchvision's and timm's; to be seen as one operation, and to pass values on.
+_STOCHASTIC_DEPTH = {"StochasticDepth", "DropPath"}
 _MOVEMENT_FUNCTIONS: set[Any] = {
     functional.max_pool2d, torch.max_pool2d, torch.flatten, functional.pad, functional.dropout, torch.reshape,
-    torch.chunk, torch.split, torch.transpose, torch.permute, "chunk", "split",
-    "flatten", "reshape", "view", "contiguous", "permute", "transpose", "__getitem__",
+    torch.chunk, torch.split, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, "chunk", "split",
+    "flatten", "unflatten", "reshape", "view", "contiguous", "permute", "transpose", "squeeze", "unsqueeze",
+    "__getitem__",
 }  # fmt: skip
 _NONNEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
 _NONNEGATIVE_FUNCTIONS = {functional.relu, functional.relu6, torch.relu, torch.sigmoid, functional.hardsigmoid, "relu"}
@@ -45,25 +52,39 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Raises:
         UsageError: torch.fx cannot trace the model; the message says where.
     """
-    try:
-        graph = _Tracer().trace(model)
-    except Exception as error:  # the forward is the user's: it may raise anything when it gets a Proxy
+    graph = _graph(model)
+    dropouts = keep_dropouts(model, graph, lambda: _graph(model))
+    if dropouts:
+        model.add_module(HOLDER, nn.Sequential(*dropouts.values()).eval())
+    (output,) = graph.find_nodes(op="output")
+    if not isinstance(output.args[0], fx.Node):
+        kind = type(output.args[0]).__name__.replace("immutable_", "")
         msg = (
-            f"model.name: torch.fx cannot trace {type(model).__name__}{where(error)}: {one_line(error)}; "
-            "replace data-dependent Python code by tensor operations"
+            f"model.name: the forward of {type(model).__name__}{forward_of(model)} returns a {kind}; wrap it in a "
+            "module whose forward returns the logits alone"
         )
-        raise UsageError(msg) from error
+        raise UsageError(msg)
     return fx.GraphModule(model, graph)
+
+
+def _graph(model: nn.Module) -> fx.Graph:
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # the forward is the user's: it may raise anything when it gets a Proxy
+        msg = f"model.name: torch.fx cannot trace {type(model).__name__}{where(error)}: {one_line(error)}{hint(error)}"
+        raise UsageError(msg) from error
 
 
 class _Tracer(fx.Tracer):
     """Traces into convolutions and linear layers, so that their weights become edges that a quantizer can sit on."""
 
+    record_stack_traces = True
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm)):
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm, nn.MultiheadAttention)):
             return False
         # timm derives from BatchNorm; traced into, its `self.training` would be fixed at the value of today.
-        if isinstance(m, nn.modules.batchnorm._BatchNorm) or type(m).__name__ in {"StochasticDepth", "DropPath"}:
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) or type(m).__name__ in _STOCHASTIC_DEPTH:
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -72,8 +93,11 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         """A BatchNormAct2d of timm becomes a BatchNorm2d and, as a node of its own, the activation that it holds.
 
-        Inside of one node the activation would be hidden from what asks for signs and for places of quantizers.
+        Inside of one node the activation would be hidden from what asks for signs and for places of quantizers. An
+        attention is written out.
         """
+        if isinstance(m, nn.MultiheadAttention):
+            forward = partial(self_attention, m)
         result = super().call_module(m, forward, args, kwargs)
         if isinstance(m, nn.BatchNorm2d) and type(m) is not nn.BatchNorm2d and hasattr(m, "act"):
             m.__class__ = nn.BatchNorm2d  # the same tensors under the same names
@@ -83,24 +107,6 @@ class _Tracer(fx.Tracer):
                 result = self.call_module(module, module.forward, (result,), {})
             del self.module_stack[path]
         return result
-
-
-def where(error: BaseException) -> str:
-    """File and line of the model's own code that raised the error, as " at file:line"; empty if there is none."""
-    frames = []
-    traceback = error.__traceback__
-    while traceback is not None:
-        filename, module = traceback.tb_frame.f_code.co_filename, traceback.tb_frame.f_globals.get("__name__", "")
-        ours = module in {"crqat_train.graph", "crqat_train.layout"}
-        if not ours and module.partition(".")[0] not in {"torch", "nncf"} and not filename.startswith("<"):
-            frames.append(f" at {filename}:{traceback.tb_lineno}")
-        traceback = traceback.tb_next
-    return frames[-1] if frames else ""
-
-
-def one_line(error: BaseException) -> str:
-    """The error's text without line breaks, shortened; its type if it has no text."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _is(graph_module: fx.GraphModule, node: fx.Node, modules: tuple[type, ...], functions: set[Any]) -> bool:
@@ -117,6 +123,8 @@ def moves_values(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         value: Any = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
         mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
         return bool(mode != "constant" or not value)
+    if node.op == "call_module" and type(graph_module.get_submodule(str(node.target))).__name__ in _STOCHASTIC_DEPTH:
+        return True
     return _is(graph_module, node, _MOVEMENT_MODULES, _MOVEMENT_FUNCTIONS)
 
 
@@ -127,6 +135,11 @@ def _name(node: fx.Node) -> str:
 def is_matmul(node: fx.Node) -> bool:
     """Whether the node is a convolution or a linear layer."""
     return node.op == "call_function" and (node.target in _MATMULS or _name(node) in {"conv2d", "conv1d", "linear"})
+
+
+def is_layer_norm(node: fx.Node) -> bool:
+    """Whether the node is a LayerNorm."""
+    return node.op == "call_function" and node.target in {functional.layer_norm, torch.layer_norm}
 
 
 def is_batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> bool:

@@ -24,6 +24,7 @@ from crqat_train.graph import (
     is_add,
     is_batch_norm,
     is_concat,
+    is_layer_norm,
     is_matmul,
     is_nonnegative,
     is_unfused_activation,
@@ -33,6 +34,7 @@ from crqat_train.graph import (
 )
 from crqat_train.nncf_bridge import Hooks, ask_layout, name_operations
 from crqat_train.overrides import Layer, widths
+from crqat_train.refusals import check_module
 
 Residual = Literal["both", "skip", "none"]
 # The u8*s8 kernels of x86 without VNNI add two products in 16 bits: max(code) * (|w1| + |w2|) has to stay within this.
@@ -120,6 +122,7 @@ def quantize_model(
         UsageError: The model cannot be run or traced, has layers that cannot be quantized, or NNCF's layout cannot be
             mapped one to one.
     """
+    check_module(model)
     if hasattr(model, "quantizers"):
         msg = f"model.name: {type(model).__name__}.quantizers is where quantizers are put; rename that attribute"
         raise UsageError(msg)
@@ -128,6 +131,8 @@ def quantize_model(
     graph_module = trace(model)
     names_of_nodes, places = _map_hooks(graph_module, model, example, hooks)
     groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
+    # NNCF quantizes the weight of a LayerNorm, too: no runtime computes one in integers, it would only cost accuracy.
+    groups = [group for group in groups if not (group[2] and is_layer_norm(_reader(group[3][0])))]
     if "onnxruntime" in targets:
         groups += _before_activations(graph_module, names_of_nodes, places)
     residual = residual or ("both" if "onnxruntime" in targets else "skip")
@@ -158,7 +163,8 @@ def _map_hooks(
     and name; then a hook is the edge whose value is the very tensor that the operation read or wrote.
     """
     operations, values = name_operations(graph_module, model, example)
-    # A Proxy turns `a += b` into `add`, so a trailing underscore is no difference.
+    # A Proxy turns `a += b` into `add`, so a trailing underscore is no difference, nor is the number behind it that
+    # counts calls of the same name; the order stands for that.
     if [_plain(name) for name in operations] != [_plain(name) for name in hooks.operations]:
         odd = set(map(_plain, hooks.operations)) ^ set(map(_plain, operations))
         some = ", ".join(sorted(odd)[:3]) or "their order"
@@ -191,8 +197,13 @@ def _map_hooks(
 
 
 def _plain(operation: str) -> str:
-    module, function, index = operation.rsplit("/", 2)
-    return f"{module}/{function if function.endswith('__') else function.rstrip('_')}/{index}"
+    module, function, _ = operation.rsplit("/", 2)
+    return f"{module}/{function if function.endswith('__') else function.rstrip('_')}"
+
+
+def _reader(place: _Place) -> fx.Node:
+    """The first that reads a place."""
+    return place.consumer or next(iter(place.source.users))
 
 
 _Groups = list[tuple[tuple[str, ...], "int | None", bool, list[_Place]]]
@@ -281,7 +292,7 @@ def _constrain(
         return any(is_unfused_activation(graph_module, user) for place in places for user in place.source.users)
 
     last_input = edge_into(matmuls[-1]) if matmuls else None
-    readers = [(names[0], _reader(places)) for names, _, weight, places in groups if weight]
+    readers = [(names[0], _reader(places[0])) for names, _, weight, places in groups if weight]
     layers = [Layer(edge, _operation(edge), edge_into(node)) for edge, node in readers if is_matmul(node)]
     free = [names[0] for names, _, weight, places in groups if not weight and not feeds_float(places)]
     overridden = widths(config.overrides, layers, {edge: _operation(edge) for edge in free})
@@ -309,7 +320,7 @@ def _constrain(
         if not weight:
             ordered.append(specs[names[0]])
             continue
-        node = _reader(places)
+        node = _reader(places[0])
         if not is_matmul(node):
             msg = f"model.name: the weight of {names[0]} is of no Conv1d, Conv2d or Linear, the ones that are quantized"
             raise UsageError(msg)
@@ -349,10 +360,6 @@ def _constrain(
             )
         )
     return ordered
-
-
-def _reader(places: list[_Place]) -> fx.Node:
-    return places[0].consumer or next(iter(places[0].source.users))
 
 
 def _weight_range(bits: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from crqat_train.data import call_function, import_function
 # Residual blocks in each of the three stages of a CIFAR ResNet of 6 n + 2 layers.
 CIFAR_BLOCKS = {"cifar/resnet20": 3, "cifar/resnet56": 9}
 SHOWN_KEYS = 3
+AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
 class BasicBlock(nn.Module):
@@ -209,23 +210,24 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
     # Imported here because other networks do without torchvision, which takes a second.
     import torchvision  # type: ignore[import-untyped]
 
-    # Only classifiers, not its detectors and the like; and not the two that return a second output in training.
-    known = set(torchvision.models.list_models(module=torchvision.models)) - {"googlenet", "inception_v3"}
+    # Only classifiers, not its detectors and the like.
+    known = set(torchvision.models.list_models(module=torchvision.models))
     names = [*CIFAR_BLOCKS, *CIFAR_STEMS, *(f"torchvision/{model}" for model in sorted(known))]
     if name not in names:
         # The part before the slash must not make "torchvision/x" resemble every torchvision name.
-        short = {candidate.rpartition("/")[2]: candidate for candidate in names}
-        near = difflib.get_close_matches(name.rpartition("/")[2], short, n=1)
-        hint = f'; did you mean "{short[near[0]]}"?' if near else ""
+        names_of = {candidate.rpartition("/")[2]: candidate for candidate in names}
+        near = difflib.get_close_matches(name.rpartition("/")[2], names_of, n=1)
+        hint = f'; did you mean "{names_of[near[0]]}"?' if near else ""
         kinds = '"cifar/...", "torchvision/...", "timm/..." or "package.module:function"'
         msg = f'model.name: "{name}" is no {kinds} known here{hint}'
         raise UsageError(msg)
     if channels != 3:
         msg = f'model.name: "{name}" takes images of 3 channels, data.source has {channels}; use "cifar/resnet20"'
         raise UsageError(msg)
-    model: nn.Module = torchvision.models.get_model(
-        name.removeprefix("torchvision/"), weights=None, num_classes=classes
-    )
+    short = name.removeprefix("torchvision/")
+    # The heads that help these two to train from scratch are a second output, and no part of what is delivered.
+    further = {"aux_logits": False, "init_weights": True} if short in AUXILIARY_HEADS else {}
+    model: nn.Module = torchvision.models.get_model(short, weights=None, num_classes=classes, **further)
     return model
 
 

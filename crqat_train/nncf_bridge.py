@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from artifacts.errors import UsageError
-from crqat_train.graph import one_line, where
+from crqat_train.refusals import forward_of, one_line, where
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,8 @@ def ask_layout(model: nn.Module, example: Tensor) -> Hooks:
     try:
         graph = wrapper.build_graph()
     except Exception as error:  # whatever the user's forward raises
-        shape = tuple(example.shape)
-        msg = (
-            f"model.name: {type(model).__name__} cannot run on an input of shape {shape}{where(error)}: "
-            f"{one_line(error)}"
-        )
+        shape, line = tuple(example.shape), where(error) or forward_of(model)
+        msg = f"model.name: {type(model).__name__} cannot run on an input of shape {shape}{line}: {one_line(error)}"
         raise UsageError(msg) from error
     algorithm = MinMaxQuantization(
         preset=QuantizationPreset.PERFORMANCE,

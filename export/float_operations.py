@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import scipy.special  # type: ignore[import-untyped]
 
-from export.simulated import UNIT_ROUNDOFF, Array, Float, Value, as_float, attributes_of, column
+from export.simulated import UNIT_ROUNDOFF, Array, Float, Simulation, Value, as_float, attributes_of, column
 
 
 def _sigmoid(x: Array) -> Array:
@@ -49,43 +49,97 @@ def unary(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
     return Float(result, stretch(attributes) * x.error + _APPROXIMATION * UNIT_ROUNDOFF * np.maximum(np.abs(result), 1))
 
 
-def operands(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array]) -> tuple[Float, Float]:
+def operands(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], out: Simulation
+) -> tuple[Float, Float]:
     """The first two inputs as real values; one may be a constant."""
-    first, second = (as_float(values[name]) if name in values else as_float(constants[name]) for name in node.input[:2])
+    first, second = (out.real(name, values, constants) for name in node.input[:2])
     return first, second
 
 
-def mul(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+def mul(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
     """The product of two tensors."""
-    a, b = operands(node, values, constants)
+    a, b = operands(node, values, constants, out)
     product = a.values * b.values
     error = np.abs(a.values) * b.error + np.abs(b.values) * a.error + a.error * b.error
     # ONNX Runtime multiplies codes by the quotient of three scales: a handful of roundings.
     return Float(product, error + 8 * UNIT_ROUNDOFF * np.abs(product))
 
 
-def div(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+def div(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
     """A tensor divided by a constant."""
-    x, divisor = as_float(values[node.input[0]]), constants[node.input[1]].astype(np.float64)
-    quotient = x.values / divisor
-    return Float(quotient, x.error / np.abs(divisor) + UNIT_ROUNDOFF * np.abs(quotient))
+    x, divisor = operands(node, values, constants, out)
+    quotient = x.values / divisor.values
+    error = (x.error + np.abs(quotient) * divisor.error) / (np.abs(divisor.values) - divisor.error)
+    return Float(quotient, error + UNIT_ROUNDOFF * np.abs(quotient))
 
 
-def prelu(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+def prelu(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
     """LeakyReLU with a slope for each channel."""
-    x, slope = as_float(values[node.input[0]]), constants[node.input[1]].astype(np.float64)
-    result = np.where(x.values > 0, x.values, slope * x.values)
-    return Float(result, np.maximum(1.0, np.abs(slope)) * x.error + UNIT_ROUNDOFF * np.abs(result))
+    x, slope = operands(node, values, constants, out)
+    result = np.where(x.values > 0, x.values, slope.values * x.values)
+    error = np.maximum(1.0, np.abs(slope.values)) * x.error + np.abs(x.values) * slope.error
+    return Float(result, error + UNIT_ROUNDOFF * np.abs(result))
 
 
-def batch_norm(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+def batch_norm(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
     """BatchNorm that no convolution took in."""
     x = as_float(values[node.input[0]])
-    gamma, beta, mean, variance = (column(constants[name].astype(np.float64), x.values) for name in node.input[1:5])
-    factor = gamma / np.sqrt(variance + attributes_of(node).get("epsilon", 1e-5))
-    result = (x.values - mean) * factor + beta
+    stored = [out.real(name, values, constants) for name in node.input[1:5]]
+    gamma, beta, mean, variance = (column(constant.values, x.values) for constant in stored)
+    d_gamma, d_beta, d_mean, d_variance = (column(constant.error, x.values) for constant in stored)
+    noise = variance + attributes_of(node).get("epsilon", 1e-5)
+    factor, centred = gamma / np.sqrt(noise), x.values - mean
+    result = centred * factor + beta
     spread = np.abs(x.values * factor) + np.abs(mean * factor) + np.abs(beta)
-    return Float(result, x.error * np.abs(factor) + 8 * UNIT_ROUNDOFF * spread)
+    error = (x.error + d_mean) * np.abs(factor) + d_beta
+    error = error + np.abs(centred) * (d_gamma / np.sqrt(noise) + np.abs(factor) * d_variance / (2 * noise))
+    return Float(result, error + 8 * UNIT_ROUNDOFF * spread)
+
+
+def layer_norm(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
+    """LayerNorm over the last axes.
+
+    A runtime may take the variance as the mean square less the squared mean, which cancels: its rounding is relative to
+    the mean square.
+    """
+    x, attributes = as_float(values[node.input[0]]), attributes_of(node)
+    axes = tuple(range(attributes.get("axis", -1) % x.values.ndim, x.values.ndim))
+
+    def mean(array: Array) -> Array:
+        result: Array = array.mean(axis=axes, keepdims=True)
+        return result
+
+    gamma = out.real(node.input[1], values, constants)
+    has_beta = len(node.input) > 2 and bool(node.input[2])
+    beta = out.real(node.input[2], values, constants) if has_beta else Float(np.zeros(1), np.zeros(1))
+    rounding = (8 * np.sqrt(np.prod([x.values.shape[axis] for axis in axes])) + 8) * UNIT_ROUNDOFF
+    centred = x.values - mean(x.values)
+    d_centred = x.error + mean(x.error) + rounding * (mean(np.abs(x.values)) + np.abs(x.values))
+    noise = mean(centred**2) + attributes.get("epsilon", 1e-5)
+    d_noise = mean(2 * np.abs(centred) * d_centred + d_centred**2) + rounding * mean(x.values**2)
+    inverse = 1 / np.sqrt(noise)
+    relative = d_noise / (2 * np.maximum(noise - d_noise, attributes.get("epsilon", 1e-5)))
+    normal = centred * inverse
+    d_normal = inverse * d_centred + np.abs(normal) * relative + inverse * d_centred * relative
+    result = normal * gamma.values + beta.values
+    error = np.abs(gamma.values) * d_normal + np.abs(normal) * gamma.error + beta.error
+    return Float(result, error + 8 * UNIT_ROUNDOFF * (np.abs(normal * gamma.values) + np.abs(beta.values)))
+
+
+def softmax(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
+    """exp(x) over its sum along an axis: an error of x changes both by a factor."""
+    x, axis = as_float(values[node.input[0]]), attributes_of(node).get("axis", -1)
+    result = np.asarray(scipy.special.softmax(x.values, axis=axis))
+    carried = np.expm1(x.error + x.error.max(axis=axis, keepdims=True))
+    rounding = (8 * np.sqrt(x.values.shape[axis]) + _APPROXIMATION) * UNIT_ROUNDOFF
+    return Float(result, result * (carried + rounding) + UNIT_ROUNDOFF * result)
 
 
 def reduce_mean(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:

@@ -15,7 +15,8 @@ from crqat_train.layout import INT16_MAX
 from export.trace import DOMAIN
 
 # TensorRT moves a DequantizeLinear behind these.
-COMMUTING = {"MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Pad", "Concat"}
+COMMUTING = {"MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Pad", "Concat",
+             "Gather"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -120,16 +121,37 @@ def _left_in_float(view: _View, node: onnx.NodeProto) -> Iterator[Finding]:
     Where neither does, the layout wants the layer in float, as NNCF does in squeeze-and-excitation; the gate's
     `min_int8_coverage` weighs that.
     """
+    quantized = _quantized_operands(view, node)
+    if quantized in ([True, False], [False, True]):
+        missing, there = ("weight", "input") if quantized[0] else ("input", "weight")
+        rule = f"its {missing} is not quantized though its {there} is, so TensorRT runs it in float"
+        yield Finding(node.name, rule, "quantize it, or leave tensorrt out of `export.targets`")
+
+
+def _quantized_operands(view: _View, node: onnx.NodeProto) -> list[bool]:
     quantized = []
     for name in node.input[:2]:
         source = view.producer.get(name)
         while source is not None and source.op_type in COMMUTING:
             source = view.producer.get(source.input[0])
         quantized.append(source is not None and source.op_type == "DequantizeLinear")
-    if quantized in ([True, False], [False, True]):
-        missing, there = ("weight", "input") if quantized[0] else ("input", "weight")
-        rule = f"its {missing} is not quantized though its {there} is, so TensorRT runs it in float"
-        yield Finding(node.name, rule, "quantize it, or leave tensorrt out of `export.targets`")
+    return quantized
+
+
+def left_in_float(model: onnx.ModelProto) -> dict[str, str]:
+    """Which operands of each Conv, Gemm and MatMul have no quantizer: node name to "input", "weight" or both.
+
+    A runtime is not asked to compute these in integers. For a MatMul the operands are called first and second.
+    """
+    view, result = _View(model), {}
+    for node in view.nodes:
+        if node.op_type in {"Conv", "Gemm", "MatMul"}:
+            kinds = ("first", "second") if node.op_type == "MatMul" else ("input", "weight")
+            quantized = _quantized_operands(view, node)
+            missing = [kind for kind, there in zip(kinds, quantized, strict=True) if not there]
+            if missing:
+                result[node.name] = " and ".join(missing)
+    return result
 
 
 def _onnxruntime(view: _View) -> Iterator[Finding]:

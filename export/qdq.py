@@ -21,7 +21,7 @@ from export.trace import OPSET, Graph, build_model
 OPSET_FLOAT16 = 19
 # Values pass through these unchanged, so they can run on codes: one DequantizeLinear behind them is enough, and ONNX
 # Runtime finds it right before the Add or Conv that it wants to fuse.
-MOVEMENT = {"Slice", "Pad", "MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze"}
+MOVEMENT = {"Slice", "Pad", "MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Gather"}
 
 _Lowered = TypeVar("_Lowered", Activation, Weight)
 
@@ -36,12 +36,14 @@ class QDQModel:
         weights: Edge name to the lowered weight.
         codes: Activation edge name to the tensors that hold its codes, in the order in which the network computes them;
             more than one where edges share a quantizer.
+        float_constants: Constants of the float parts, as they are before the file's type rounds them.
     """
 
     model: onnx.ModelProto
     activations: dict[str, Activation] = field(default_factory=dict)
     weights: dict[str, Weight] = field(default_factory=dict)
     codes: dict[str, list[str]] = field(default_factory=dict)
+    float_constants: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def claims(self) -> dict[str, dict[str, Any]]:
         """Edge name to its claim, for the manifest."""
@@ -183,6 +185,8 @@ class _Writer:
             return self.dequantized[codes]
         if name in self.graph.constants and name not in self.constants:
             value = self.graph.constants[name]
+            if value.dtype == np.float32:
+                self.result.float_constants[name] = value
             self._constant(name, value, self.float_type if value.dtype == np.float32 else value.dtype)
         return name
 

@@ -18,7 +18,18 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from export.float_operations import UNARY, batch_norm, div, mul, operands, prelu, reduce_mean, unary
+from export.float_operations import (
+    UNARY,
+    batch_norm,
+    div,
+    layer_norm,
+    mul,
+    operands,
+    prelu,
+    reduce_mean,
+    softmax,
+    unary,
+)
 from export.simulated import (
     UNIT_ROUNDOFF,
     Added,
@@ -38,7 +49,10 @@ from export.simulated import (
 
 
 def simulate(
-    model: onnx.ModelProto, images: npt.NDArray[np.float32], forced: Mapping[str, Array] | None = None
+    model: onnx.ModelProto,
+    images: npt.NDArray[np.float32],
+    forced: Mapping[str, Array] | None = None,
+    stored_error: Mapping[str, Array] | None = None,
 ) -> Simulation:
     """Run a QDQ file in integers.
 
@@ -46,11 +60,12 @@ def simulate(
         model: An ONNX file written by `export.qdq`.
         images: Normalized input, float32 of shape [N, C, H, W].
         forced: See `Simulation`; with it, a difference shows where it arises and does not spread (teacher forcing).
+        stored_error: See `Simulation`.
 
     Raises:
         NotSimulated: The file contains an operation that is not known here.
     """
-    result = Simulation(forced=forced or {})
+    result = Simulation(forced=forced or {}, stored_error=stored_error or {})
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     values: dict[str, Value] = {"input": images.astype(np.float32)}
     for node in model.graph.node:
@@ -172,8 +187,13 @@ def _relu(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
     return Float(np.maximum(real.values, 0.0), real.error)
 
 
-def _concat(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
-    parts, axis = [values[name] for name in node.input], attributes_of(node)["axis"]
+def _concat(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
+    if isinstance(values.get(node.input[0]), np.ndarray):
+        return _batch_of(node, values, constants)
+    axis = attributes_of(node)["axis"]
+    parts = [values[name] if name in values else out.real(name, values, constants) for name in node.input]
     first = parts[0]
     if isinstance(first, Codes) and all(
         isinstance(part, Codes) and (part.scale, part.zero_point) == (first.scale, first.zero_point) for part in parts
@@ -217,14 +237,14 @@ def _weight(name: str, constants: dict[str, Array], model: onnx.ModelProto) -> t
 
 
 def _matmul(
-    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, _: Simulation
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
 ) -> Value:
     x, attributes = values[node.input[0]], attributes_of(node)
     if node.op_type == "Gemm" and not attributes.get("transB"):
         msg = f"{node.name}: the simulator wants a Gemm with transB"
         raise NotSimulated(msg)
     if not isinstance(x, Codes) or node.input[1] in constants:
-        return _float_matmul(node, as_float(x), attributes, constants, model)
+        return _float_matmul(node, as_float(x), attributes, constants, model, out)
     weight, weight_scale = _weight(node.input[1], constants, model)
     unit = (x.scale * weight_scale).astype(np.float32)
     integers = x.integers.astype(np.float64)
@@ -234,17 +254,25 @@ def _matmul(
 
 
 def _float_matmul(
-    node: onnx.NodeProto, x: Float, attributes: dict[str, Any], constants: dict[str, Array], model: onnx.ModelProto
+    node: onnx.NodeProto,
+    x: Float,
+    attributes: dict[str, Any],
+    constants: dict[str, Array],
+    model: onnx.ModelProto,
+    out: Simulation,
 ) -> Value:
     """A Conv or Gemm that no runtime computes in integers, because its input or its weight is not quantized."""
     if node.input[1] in constants:
-        weight = constants[node.input[1]].astype(np.float64)
+        stored = out.real(node.input[1], {}, constants)
+        weight, weight_error = stored.values, stored.error
     else:
         codes, scale = _weight(node.input[1], constants, model)
         weight = codes * scale.astype(np.float64).reshape(-1, *[1] * (codes.ndim - 1))
-    bias = np.zeros(len(weight))
+        weight_error = np.zeros(weight.shape)
+    bias, bias_error = np.zeros(len(weight)), np.zeros(len(weight))
     if len(node.input) > 2 and node.input[2] in constants:
-        bias = constants[node.input[2]].astype(np.float64)
+        stored = out.real(node.input[2], {}, constants)
+        bias, bias_error = stored.values, stored.error
     elif len(node.input) > 2 and node.input[2]:
         units, scale = _weight(node.input[2], constants, model)
         bias = units * scale.astype(np.float64)
@@ -252,7 +280,25 @@ def _float_matmul(
     added = column(bias, sums)
     spread = _sums(np.abs(x.values), np.abs(weight), attributes, node.op_type) + np.abs(added)
     carried = _sums(x.error, np.abs(weight), attributes, node.op_type)
+    if weight_error.any():
+        carried = carried + _sums(np.abs(x.values) + x.error, weight_error, attributes, node.op_type)
+    carried = carried + column(bias_error, sums)
     return Float(sums + added, carried + (8 * np.sqrt(weight[0].size + 1) + 8) * UNIT_ROUNDOFF * spread)
+
+
+def _product(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
+    """The product of two tensors as in attention; of two tensors of codes it is exact."""
+    first, second = (values.get(name) for name in node.input)
+    if isinstance(first, Codes) and isinstance(second, Codes):
+        a, b = first.integers.astype(np.float64), second.integers.astype(np.float64)
+        unit = np.asarray([first.scale * second.scale], np.float32)
+        return Sum(a @ b, np.zeros(1), unit, np.abs(a) @ np.abs(b), a.shape[-1])
+    x, y = operands(node, values, constants, out)
+    error = np.abs(x.values) @ y.error + x.error @ np.abs(y.values) + x.error @ y.error
+    rounding = (8 * np.sqrt(x.values.shape[-1]) + 8) * UNIT_ROUNDOFF
+    return Float(x.values @ y.values, error + rounding * (np.abs(x.values) @ np.abs(y.values)))
 
 
 def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> Array:
@@ -286,11 +332,11 @@ def _bias(node: onnx.NodeProto, constants: dict[str, Array], model: onnx.ModelPr
     return _weight(node.input[2], constants, model)[0]
 
 
-def _add(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+def _add(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
     first, second = (values.get(name) for name in node.input)
     if isinstance(first, Codes) and isinstance(second, Codes):
         return Added(first, second)
-    a, b = operands(node, values, constants)
+    a, b = operands(node, values, constants, out)
     error = a.error + b.error + 2 * UNIT_ROUNDOFF * (np.abs(a.values) + np.abs(b.values))
     return Float(a.values + b.values, error)
 
@@ -339,6 +385,8 @@ def _moved(node: onnx.NodeProto, array: Array, constants: dict[str, Array]) -> A
     if node.op_type == "Reshape":
         shape = [array.shape[0] if i == 0 and s in (0, 2) else int(s) for i, s in enumerate(constants[node.input[1]])]
         return array.reshape(shape)
+    if node.op_type == "Gather":
+        return np.take(array, constants[node.input[1]].astype(np.int64), attributes.get("axis", 0))
     if node.op_type == "Squeeze":
         return array.squeeze(tuple(int(axis) for axis in constants[node.input[1]]))
     if node.op_type == "Unsqueeze":
@@ -356,6 +404,26 @@ def _moved(node: onnx.NodeProto, array: Array, constants: dict[str, Array]) -> A
         return pooled.numpy().astype(array.dtype)
     msg = f"{node.name}: the simulator does not know {node.op_type}"
     raise NotSimulated(msg)
+
+
+def _batch_of(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+    """The shape to which a constant is expanded, from the batch: [batch, ...]."""
+    if node.op_type == "Shape":
+        input_value = values[node.input[0]]
+        if not isinstance(input_value, np.ndarray):
+            msg = f"{node.name}: the simulator knows the shape of the network's input only"
+            raise NotSimulated(msg)
+        return np.asarray(input_value.shape[:1], np.int64)
+    batch, rest = values[node.input[0]], constants[node.input[1]]
+    return np.concatenate([np.asarray(batch), rest])
+
+
+def _expand(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
+    x, shape = out.real(node.input[0], values, constants), values[node.input[1]]
+    size = np.broadcast_shapes(x.values.shape, tuple(int(n) for n in np.asarray(shape)))
+    return Float(np.broadcast_to(x.values, size), np.broadcast_to(x.error, size))
 
 
 def _cast(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
@@ -378,7 +446,14 @@ _OPERATIONS: dict[str, Any] = {
     "PRelu": prelu,
     "BatchNormalization": batch_norm,
     "Concat": _concat,
+    "MatMul": _product,
+    "LayerNormalization": layer_norm,
+    "Softmax": softmax,
+    "Shape": _batch_of,
+    "Expand": _expand,
     **dict.fromkeys(UNARY, unary),
     "Cast": _cast,
-    **dict.fromkeys(("Slice", "Pad", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "MaxPool"), _move),
+    **dict.fromkeys(
+        ("Slice", "Pad", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Gather"), _move
+    ),
 }

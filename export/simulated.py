@@ -99,6 +99,8 @@ class Simulation:
             correct computation may differ from them by one code within `tie_bound` of a tie.
         logits_bound: Bound of the distance of float32 logits, of their shape; None where a runtime's must be the same.
         forced: Name of a tensor of codes -> integers that the operations behind it see instead of the computed ones.
+        stored_error: Name of a constant -> how far its stored values, in float16, lie from those of the network. Bounds
+            then hold for a computation with the network's own values.
     """
 
     codes: dict[str, Array] = field(default_factory=dict)
@@ -108,11 +110,19 @@ class Simulation:
     inexact: set[str] = field(default_factory=set)
     logits_bound: Array | None = None
     forced: Mapping[str, Array] = field(default_factory=dict)
+    stored_error: Mapping[str, Array] = field(default_factory=dict)
 
     def record(self, name: str, codes: Codes, before: Array, bound: float) -> Codes:
         """Keep a quantizer's result and give what goes on from there."""
         self.codes[name], self.before_rounding[name], self.tie_bound[name] = codes.integers, before, bound
         return replace(codes, integers=self.forced.get(name, codes.integers))
+
+    def real(self, name: str, values: Mapping[str, Value], constants: Mapping[str, Array]) -> Float:
+        """A tensor or a constant as real values, with a bound."""
+        if name in values:
+            return as_float(values[name])
+        constant = constants[name].astype(np.float64)
+        return Float(constant, np.asarray(self.stored_error.get(name, np.zeros(constant.shape))))
 
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:

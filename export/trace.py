@@ -22,6 +22,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
 from crqat_train.layout import QuantizerSpec
+from export.linears import linears_as_gemm, scale_behind_product
 
 OPSET = 17
 DOMAIN = "crqat"
@@ -76,6 +77,13 @@ class Graph:
                 result.setdefault(name, []).append(node)
         return result
 
+    def drop_unused(self) -> None:
+        """Remove nodes whose outputs nothing reads."""
+        used = {name for node in self.nodes for name in node.input} | {"logits"}
+        while any(not used.intersection(node.output) for node in self.nodes):
+            self.nodes[:] = [node for node in self.nodes if used.intersection(node.output)]
+            used = {name for node in self.nodes for name in node.input} | {"logits"}
+
 
 def marked_graph(
     model: fx.GraphModule, specs: Sequence[QuantizerSpec], input_shape: Sequence[int], classes: int
@@ -114,7 +122,10 @@ def marked_graph(
     graph = _take_apart(onnx.load_from_string(buffer.getvalue()), list(input_shape), classes)
     _flatten_views(graph)
     _fold_shapes(graph)
-    _biased_linears(graph)
+    if any(node.op_type == "MatMul" for node in graph.nodes):
+        linears_as_gemm(graph, _shapes(graph), _shapes(graph, 2))
+        scale_behind_product(graph)
+        graph.drop_unused()
     _pool_means(graph)
     _fold_bn(graph)
     _name_operations(graph)
@@ -166,21 +177,14 @@ def _flatten_views(graph: Graph) -> None:
             flattened.append((node, helper.make_node("Flatten", node.input[:1], node.output)))
     for node, flatten in flattened:
         graph.nodes[graph.nodes.index(node)] = flatten
-    _drop_unused(graph)
-
-
-def _drop_unused(graph: Graph) -> None:
-    used = {name for node in graph.nodes for name in node.input} | {"logits"}
-    while any(not used.intersection(node.output) for node in graph.nodes):
-        graph.nodes[:] = [node for node in graph.nodes if used.intersection(node.output)]
-        used = {name for node in graph.nodes for name in node.input} | {"logits"}
+    graph.drop_unused()
 
 
 def _fold_shapes(graph: Graph) -> None:
     """Sizes that a forward pass computes from a tensor's shape become constants, as far as the batch is not in them.
 
-    They are computed for two batch sizes; what is the same in both is constant. A Reshape whose first dimension alone
-    follows the batch gets -1 there.
+    They are computed for two batch sizes; what is the same in both is constant. A Reshape one dimension of which
+    follows the batch gets -1 there, an Expand to the batch is told the input's.
     """
     computed: list[str] = []
     for node in graph.nodes:
@@ -189,50 +193,48 @@ def _fold_shapes(graph: Graph) -> None:
             computed += node.output
     if not computed:
         return
+    reshapes = [node for node in graph.nodes if node.op_type == "Reshape" and node.input[1] in computed]
+    reshaped = [node.output[0] for node in reshapes if node.output[0] not in computed]
     import onnxruntime
 
     values: list[list[npt.NDArray[Any]]] = []
     for batch in (2, 3):
         model = build_model(_without_markers(graph), graph.constants, graph, {}, OPSET, batch)
         del model.graph.output[:]
-        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in computed)
+        model.graph.output.extend(helper.make_empty_tensor_value_info(name) for name in (*computed, *reshaped))
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         values.append(session.run(None, {"input": np.zeros((batch, *graph.input_shape), np.float32)}))
-    for name, small, large in zip(computed, *values, strict=True):
+    sizes = {name: (small, large) for name, small, large in zip([*computed, *reshaped], *values, strict=True)}
+    for name in computed:
+        small, large = sizes[name]
         if np.array_equal(small, large):
             graph.constants[name] = small
-    sizes = {name: (small, large) for name, small, large in zip(computed, *values, strict=True)}
+    batch_nodes: list[onnx.NodeProto] = []
     for index, node in enumerate(graph.nodes):
-        if node.op_type != "Reshape" or node.input[1] not in sizes or node.input[1] in graph.constants:
+        shaped = node.op_type in {"Reshape", "Expand"} and node.input[1] in sizes
+        if not shaped or node.input[1] in graph.constants:
             continue
         small, large = sizes[node.input[1]]
-        if np.array_equal(small[1:], large[1:]) and (small[1:] > 0).all():
-            shape = f"{node.output[0]}.shape"
-            graph.constants[shape] = np.concatenate([[-1], small[1:]]).astype(np.int64)
+        if node.op_type == "Reshape":  # where a size is -1, the result tells it
+            small, large = (np.array(sizes[node.output[0]][n].shape, np.int64) for n in (0, 1))
+        follows, shape = small != large, f"{node.output[0]}.shape"
+        if follows.sum() != 1 or not (small > 0).all():
+            continue
+        if node.op_type == "Reshape":
+            graph.constants[shape] = np.where(follows, -1, small).astype(np.int64)
             graph.nodes[index] = helper.make_node("Reshape", [node.input[0], shape], node.output)
+        elif follows[0]:
+            graph.constants[f"{shape}.rest"] = small[1:].astype(np.int64)
+            batch_nodes += [
+                helper.make_node("Shape", ["input"], [f"{shape}.batch"], start=0, end=1),
+                helper.make_node("Concat", [f"{shape}.batch", f"{shape}.rest"], [shape], axis=0),
+            ]
+            graph.nodes[index] = helper.make_node("Expand", [node.input[0], shape], node.output)
     graph.nodes[:] = [node for node in graph.nodes if not all(name in graph.constants for name in node.output)]
-    _drop_unused(graph)
-
-
-def _biased_linears(graph: Graph) -> None:
-    """A linear layer without a bias is exported as MatMul with a transposed weight; as Gemm it is one that fuses."""
-    producers = graph.producers()
-    shapes: dict[str, list[int]] = {}
-    for index, node in enumerate(graph.nodes):
-        transpose = producers.get(node.input[1]) if node.op_type == "MatMul" else None
-        marker = producers.get(transpose.input[0]) if transpose is not None else None
-        if transpose is None or transpose.op_type != "Transpose" or marker is None or marker.op_type != "Edge":
-            continue
-        shapes = shapes or _shapes(graph)
-        if len(shapes[node.output[0]]) != 2:
-            continue
-        bias = f"{node.output[0]}.bias"
-        graph.constants[bias] = np.zeros(shapes[node.output[0]][1], np.float32)
-        inputs = [node.input[0], transpose.input[0], bias]
-        graph.nodes[index] = helper.make_node("Gemm", inputs, node.output, transB=1)
-    _drop_unused(graph)
+    graph.nodes[:0] = batch_nodes
+    graph.drop_unused()
 
 
 def _pool_means(graph: Graph) -> None:
@@ -314,17 +316,23 @@ def _name_operations(graph: Graph) -> None:
 
 
 def macs(graph: Graph) -> dict[str, int]:
-    """Multiply-accumulates of each Conv and Gemm for one image, by node name, from ONNX shape inference."""
+    """Multiply-accumulates of each Conv, Gemm and MatMul for one image, by node name, from ONNX shape inference."""
     shapes = _shapes(graph)
     result = {}
     for node in graph.nodes:
+        if node.op_type == "MatMul":
+            result[node.name] = int(np.prod(shapes[node.output[0]])) * _size(graph, shapes, node.input[0])[-1]
         if node.op_type not in {"Conv", "Gemm"}:
             continue
         producer = graph.producers().get(node.input[1])
         weight = graph.constants[node.input[1] if producer is None else producer.input[0]]
-        # Each element of the output takes one multiplication per weight of its channel.
-        result[node.name] = int(np.prod(shapes[node.output[0]][1:])) * int(weight.size // weight.shape[0])
+        # Each element of the output takes one multiplication per weight of its channel. A sequence's rows are images'.
+        result[node.name] = int(np.prod(shapes[node.output[0]])) * int(weight.size // weight.shape[0])
     return result
+
+
+def _size(graph: Graph, shapes: dict[str, list[int]], name: str) -> list[int]:
+    return list(graph.constants[name].shape) if name in graph.constants else shapes[name]
 
 
 def _without_markers(graph: Graph) -> list[onnx.NodeProto]:
@@ -334,10 +342,10 @@ def _without_markers(graph: Graph) -> list[onnx.NodeProto]:
     ]
 
 
-def _shapes(graph: Graph) -> dict[str, list[int]]:
-    model = build_model(_without_markers(graph), graph.constants, graph, {}, OPSET, batch=1)
+def _shapes(graph: Graph, batch: int = 1) -> dict[str, list[int]]:
+    model = build_model(_without_markers(graph), graph.constants, graph, {}, OPSET, batch)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    values = [*inferred.graph.value_info, *inferred.graph.output]
+    values = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]
     return {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from artifacts.grid import Grid
 from crqat_train.layout import QuantizerSpec
 from crqat_train.methods import quantizer_of
-from export.qdq import QDQModel
+from export.qdq import MOVEMENT, QDQModel
 from export.simulate import simulate
 from export.simulated import NotSimulated, Simulation
 
@@ -57,7 +57,7 @@ def verify(
     simulations: dict[str, Simulation] = {}
     for target, file in exported.items():
         try:
-            simulations[target] = simulate(file.model, images)
+            simulations[target] = simulate(file.model, images, stored_error=_rounded_constants(file))
         except NotSimulated as reason:
             result[target] = {"status": f"not run: {reason}", "images": len(images), "codes": 0, "differing_codes": 0}
             continue
@@ -167,7 +167,8 @@ def _torch_link(
             codes = simulation.codes[name].reshape(output.shape)
             # Rounding a value of the Grid gives its code back; the simulator's have the zero point taken off.
             pairs[name] = (codes, grid.quantize(output.numpy()) - grid.zero_point)
-            return torch.from_numpy(grid.dequantize(codes + grid.zero_point))
+            # In the output's own memory layout, which a later view may depend on.
+            return torch.empty_like(output).copy_(torch.from_numpy(grid.dequantize(codes + grid.zero_point)))
 
         handles.append(quantizer_of(model, spec).register_forward_hook(replace))
     try:
@@ -227,7 +228,7 @@ def _target_link(
         for own, theirs in zip(file.codes[edge], other.codes[edge], strict=True)
     }  # fmt: skip
     forced = {own: other_simulation.codes[theirs] for own, theirs in tensors.items()}
-    simulation = simulate(file.model, images, forced)
+    simulation = simulate(file.model, images, forced, _rounded_constants(file))
     pairs = {own: (simulation.codes[own], forced[own]) for own in tensors}
     stored = {edge: _stored_error(file, edge) for edge in file.weights}
     return _compare(pairs, simulation, _slack(file, stored))
@@ -242,6 +243,17 @@ def _stored_error(file: QDQModel, edge: str) -> float:
     bias = file.weights[edge].bias
     values = bias.astype(helper.tensor_dtype_to_np_dtype(stored.data_type)).astype(np.float64)
     return float(np.abs(values - bias).max())
+
+
+def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
+    """How far the file's type moves each constant of the float parts; nothing in float32."""
+    types = {tensor.name: helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in file.model.graph.initializer}
+    return {
+        # Of the constant that was to be written, not of the one in the file: that one is to be proven.
+        name: np.abs(value.astype(types[name]).astype(np.float64) - value)
+        for name, value in file.float_constants.items()
+        if types.get(name, value.dtype) != value.dtype
+    }
 
 
 def _session(model: bytes, optimized: Path | None = None) -> Any:
@@ -270,10 +282,13 @@ def optimized_operations(model: onnx.ModelProto) -> dict[str, list[str]]:
 FUSED = {
     "Conv": "QLinearConv", "Gemm": "QGemm", "Add": "QLinearAdd", "Mul": "QLinearMul", "Sigmoid": "QLinearSigmoid",
     "LeakyRelu": "QLinearLeakyRelu", "AveragePool": "QLinearAveragePool",
-    "GlobalAveragePool": "QLinearGlobalAveragePool",
+    "GlobalAveragePool": "QLinearGlobalAveragePool", "MatMul": "QLinearMatMul",
 }  # fmt: skip
+# A product of codes whose result stays float, and is no input of a quantizer, as in attention.
+_FLOAT_RESULT = {"MatMul": "MatMulIntegerToFloat"}
 # ONNX Runtime's CPU provider has no integer kernels for these.
-ALWAYS_FLOAT = ("HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization", "ReduceMean")
+ALWAYS_FLOAT = ("HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization", "ReduceMean",
+                "LayerNormalization")  # fmt: skip
 
 
 def fusion(model: onnx.ModelProto) -> dict[str, Any]:
@@ -291,7 +306,7 @@ def fusion(model: onnx.ModelProto) -> dict[str, Any]:
         for node in model.graph.node
         if node.op_type in ALWAYS_FLOAT
         or (node.op_type == "Clip" and node.input[0] in dequantized)
-        or (node.op_type in FUSED and node.name not in operations.get(FUSED[node.op_type], []))
+        or (node.op_type in FUSED and node.name not in _computed_in_integers(operations, node.op_type))
     ]
     return {
         "operations": {op: len(names) for op, names in sorted(operations.items())},
@@ -301,18 +316,38 @@ def fusion(model: onnx.ModelProto) -> dict[str, Any]:
     }
 
 
+def _before_output(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
+    """Whether nothing but movement lies between a node and the logits."""
+    names = {model.graph.output[0].name}
+    for other in reversed(model.graph.node):
+        if names.intersection(other.output) and (other is node or other.op_type in MOVEMENT):
+            if other is node:
+                return True
+            names.update(other.input[:1])
+    return False
+
+
+def _computed_in_integers(operations: dict[str, list[str]], op_type: str) -> list[str]:
+    kinds = (FUSED[op_type], _FLOAT_RESULT.get(op_type, ""))
+    return [name for kind in kinds for name in operations.get(kind, [])]
+
+
 def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     producer = {output: n for n in model.graph.node for output in n.output}
     if node.op_type in ALWAYS_FLOAT:
         return f"ONNX Runtime has no integer kernel for {node.op_type}"
     if node.op_type == "Clip":
         return "ONNX Runtime has no integer kernel for a Clip of both signs"
-    data_inputs = node.input if node.op_type in ("Add", "Mul") else node.input[:1]
+    data_inputs = node.input if node.op_type in ("Add", "Mul", "MatMul") else node.input[:1]
+    constants = {tensor.name for tensor in model.graph.initializer}
     for name in data_inputs:
         source = producer.get(name)
         if source is None or source.op_type != "DequantizeLinear":
-            return f"its input {name} is not quantized ({'network input' if source is None else source.op_type})"
+            kind = source.op_type if source is not None else "constant" if name in constants else "network input"
+            return f"its input {name} is not quantized ({kind})"
     readers = [n for n in model.graph.node if node.output[0] in n.input]
+    if _before_output(model, node):
+        return "its result is the network's output, which is not quantized"
     between = [n.op_type for n in readers if n.op_type not in {"QuantizeLinear", "Relu"}]
     if between:
         return f"{between[0]} stands between it and a quantizer"

@@ -292,6 +292,18 @@ def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out:
 
 
 @crqat.command()
+@click.argument("names", metavar="[NAMES]...", nargs=-1)
+@click.option("--cifar10", type=click.Path(path_type=Path), help="Folder of CIFAR-10, to be enlarged. Default: noise.")
+@click.option("--size", type=click.IntRange(min=32), default=224, help="Height and width of the images. Default: 224.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/models.md"), help="Default: docs/models.md.")
+def models(names: tuple[str, ...], cifar10: Path | None, size: int, out: Path) -> None:
+    """Take networks through everything and write what is mapped, equal and computed in integers."""
+    from pipeline import networks
+
+    networks.run(names, cifar10, size, out)
+
+
+@crqat.command()
 def doctor() -> int:
     """Say what this machine can do and what is missing for what."""
     from pipeline import doctor as examination

@@ -34,6 +34,7 @@ from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.methods import quantizer_maker, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.trainer import calibrate, rebuild, rounded_weights, train
+from crqat_train.untrained import sane_bn as sane_bn
 from export.qdq import QDQModel, qdq_model
 from export.trace import Graph, marked_graph
 
@@ -92,21 +93,6 @@ def quantize(
     make_representable(model, specs, targets)
     grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
     return Quantized(model.eval(), specs, grids, images.numpy())
-
-
-def sane_bn(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
-    """Random gamma and beta, and running statistics of the images, so that values neither vanish nor explode."""
-    generator = torch.Generator().manual_seed(seed)
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = None
-        if not norm.affine:
-            continue
-        nn.init.uniform_(norm.weight, 0.75, 1.25, generator=generator)
-        nn.init.normal_(norm.bias, 0.0, 0.2, generator=generator)
-    with torch.no_grad():
-        network.train()(images)
-    return network.eval()
 
 
 def random_images(*shape: int, seed: int = 0) -> Tensor:

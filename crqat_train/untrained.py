@@ -1,0 +1,51 @@
+"""An untrained network made fit to be checked: its values neither vanish nor explode, and all parts of it count."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+# Below this a parameter that is the same everywhere only switches its branch off, as ConvNeXt's layer scale does.
+_SMALL = 1e-3
+
+
+def sane_bn(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
+    """Random gamma and beta, and running statistics of the images.
+
+    Args:
+        network: Changed in place; it ends in eval mode.
+        images: Normalized, float32 of shape [N, C, H, W], N >= 2.
+        seed: Of gamma and beta.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None
+        if not norm.affine:
+            continue
+        nn.init.uniform_(norm.weight, 0.75, 1.25, generator=generator)
+        nn.init.normal_(norm.bias, 0.0, 0.2, generator=generator)
+    with torch.no_grad():
+        network.train()(images)
+    return network.eval()
+
+
+def awake(network: nn.Module, seed: int = 0) -> nn.Module:
+    """Redraw parameters of two and more dimensions that start as zeros or almost: class tokens, heads, layer scales.
+
+    Quantized, they would be one code everywhere, and a proof of codes would prove nothing behind them.
+
+    Args:
+        network: Changed in place.
+        seed: Of what is drawn.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in network.parameters():
+        if parameter.ndim > 1 and float(parameter.detach().abs().max()) < _SMALL:
+            constant = float(parameter.detach().abs().max()) > 0
+            with torch.no_grad():
+                if constant:
+                    parameter.uniform_(0.1, 0.5, generator=generator)
+                else:
+                    parameter.normal_(0.0, 0.02, generator=generator)
+    return network

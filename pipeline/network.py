@@ -1,0 +1,198 @@
+"""One network through everything, in a process of its own: ``python -m pipeline.network NAME --report JSON``.
+
+Quantized, trained for one step, exported for both runtimes, proven in integer codes, built as an engine. The weights
+are untrained: this is about what is mapped, computed in integers and equal, not about accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from artifacts.errors import CrqatError, ToolError
+from artifacts.progress import quiet
+from crqat_train import data, models
+from crqat_train.config import OptimizerConfig, QuantizationConfig
+from crqat_train.fit import Fit, is_step
+from crqat_train.layout import QuantizerSpec, quantize_model
+from crqat_train.methods import METHODS, quantizer_of
+from crqat_train.representable import make_representable
+from crqat_train.trainer import calibrate, rounded_weights
+from crqat_train.untrained import awake, sane_bn
+from export.lint import left_in_float, lint
+from export.qdq import QDQModel, qdq_model
+from export.trace import macs, marked_graph
+from export.verify import fusion, verify
+from pipeline.networks import Images
+from runtime_eval import engine, tensorrt_api
+
+TARGETS = ("onnxruntime", "tensorrt")
+CLASSES = 10
+# Images that BN's statistics and the ranges come from, that the step trains on, and that the codes are proven on.
+CALIBRATION_IMAGES, STEP_IMAGES = 8, 4
+_LEARNING_RATE = 1e-3
+
+
+def measure(name: str, images: Images) -> dict[str, Any]:
+    """Take a network through all stages.
+
+    Args:
+        name: As `model.name` of a recipe.
+        images: What it sees.
+
+    Returns:
+        The network's row, a JSON object, which `pipeline.networks` shows.
+
+    Raises:
+        UsageError: The network cannot be built, mapped or exported; the message says which part of it and why.
+        ToolError: A library that it comes from, or the engine's builder, is missing.
+    """
+    clock = _Clock()
+    torch.manual_seed(0)
+    network = awake(models.build(name, CLASSES, 3))
+    batch, labels = _load(images)
+    network = sane_bn(network, batch)
+    clock("build")
+    model, specs = quantize_model(network, batch[:2], QuantizationConfig(), TARGETS, METHODS["lsq"])
+    clock("layout")
+    calibrate(model, specs, [batch])
+    clock("calibrate")
+    step = _train_one_step(model, batch[:STEP_IMAGES], labels[:STEP_IMAGES])
+    notes = make_representable(model, specs, TARGETS)
+    clock("train")
+    graph = marked_graph(model, specs, list(batch.shape[1:]), CLASSES)
+    grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
+    latent = rounded_weights(model, specs)
+    files = {
+        target: qdq_model(graph, specs, grids, latent, target, precision, {"crqat.target": target})
+        for target, precision in zip(TARGETS, ("float32", "float16"), strict=True)
+    }
+    clock("export")
+    proof = verify(model, specs, grids, files, batch[: images.verified].numpy())
+    fused = fusion(files["onnxruntime"].model)
+    clock("verify")
+    report = _engine(files["tensorrt"], macs(graph))
+    clock("engine")
+    return {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "mapped": _mapped(specs),
+        "step": step,
+        "notes": notes,
+        "claims": {target: dict(Counter(c["claim"] for c in file.claims().values())) for target, file in files.items()},
+        "findings": {target: [str(finding) for finding in lint(file.model, target)] for target, file in files.items()},
+        "verification": proof,
+        "fusion": fused,
+        "engine": report,
+        "seconds": clock.seconds,
+    }
+
+
+class _Clock:
+    """Seconds of each part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def __call__(self, part: str) -> None:
+        now = time.monotonic()
+        self.seconds[part] = round(now - self._last, 1)
+        self._last = now
+
+
+def _load(images: Images) -> tuple[Tensor, Tensor]:
+    """Normalized images of shape [CALIBRATION_IMAGES, 3, size, size], and labels."""
+    if images.cifar10 is None:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(CALIBRATION_IMAGES, 3, images.size, images.size, generator=generator)
+        return noise, torch.arange(CALIBRATION_IMAGES) % CLASSES
+    dataset = data.load("cifar10", str(images.cifar10), False)
+    small = torch.from_numpy(dataset.preprocessing(dataset.train_images[:CALIBRATION_IMAGES].numpy()))
+    size = (images.size, images.size)
+    enlarged = functional.interpolate(small, size, mode="bilinear", align_corners=False)
+    return enlarged, dataset.train_labels[:CALIBRATION_IMAGES]
+
+
+def _train_one_step(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """One step of quantization-aware training, and which parameters it reached."""
+    device = torch.device("cpu")
+    fit = Fit(model, OptimizerConfig(epochs=1, lr=_LEARNING_RATE), 1, "qat", device, quiet)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.train()
+    loss = functional.cross_entropy(model(images), labels)
+    fit.step(loss)
+    model.eval()
+    parameters = dict(model.named_parameters())
+    unreached = [name for name, parameter in parameters.items() if parameter.grad is None]
+    steps = [name for name in parameters if is_step(name)]
+    return {
+        "loss": float(loss.detach()),
+        "finite": bool(torch.isfinite(loss.detach())) and all(bool(p.isfinite().all()) for p in parameters.values()),
+        "parameters": len(parameters),
+        "changed": sum(not torch.equal(before[name], parameter) for name, parameter in parameters.items()),
+        "unreached": unreached,
+        "scales": len(steps),
+    }
+
+
+def _mapped(specs: list[QuantizerSpec]) -> dict[str, Any]:
+    return {
+        "quantizers": len(specs),
+        "hooks": sum(len(spec.hooks) for spec in specs),
+        "weights": sum(spec.kind == "weight" for spec in specs),
+        "seven_bits": sum(bool(spec.reason) for spec in specs),
+    }
+
+
+def _engine(file: QDQModel, amounts: dict[str, int]) -> dict[str, Any]:
+    if tensorrt_api.choose() is None:
+        return {"status": f"not run: {tensorrt_api.RTX} is not installed", "coverage": None, "uncovered": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tensorrt.onnx"
+        onnx.save(file.model, path)
+        report = engine.build(path, engine.EngineOptions(batch=(1, 1, 1)), amounts)
+    asked, covered = left_in_float(file.model), report["coverage"]
+    uncovered = [
+        {**entry, "why": f"no quantizer on {asked[entry['node']]}"}
+        if entry["node"] in asked
+        else {**entry, "why": f"{entry['reason']}, though both operands are quantized"}
+        for entry in (covered or {}).get("uncovered", [])
+    ]
+    shown = {key: report[key] for key in ("status", "coverage", "counts", "builder", "remarks")}
+    return {**shown, "uncovered": uncovered}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure one network and write its row; 0 also if the network is refused, which is a row too."""
+    parser = argparse.ArgumentParser(prog="python -m pipeline.network")
+    parser.add_argument("name")
+    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--verified", type=int, required=True)
+    parser.add_argument("--cifar10", type=Path)
+    given = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    try:
+        row = {"status": "measured", **measure(given.name, Images(given.size, given.verified, given.cifar10))}
+    except ToolError as error:
+        row = {"status": f"failed: {' '.join(str(error).split())}"}
+    except CrqatError as error:
+        row = {"status": f"refused: {' '.join(str(error).split())}"}
+    given.report.write_text(json.dumps(row, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
