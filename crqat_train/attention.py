@@ -59,7 +59,8 @@ def self_attention(
     tokens, batch = x.shape[0], x.shape[1]
     heads, size, embedding = module.num_heads, module.head_dim, module.embed_dim
     projected = functional.linear(x, weight, module.in_proj_bias)
-    parts = projected.unflatten(-1, (3, embedding)).unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
+    split: Tensor = projected.unflatten(-1, (3, embedding))  # type: ignore[no-untyped-call]
+    parts = split.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
     q, k, v = parts[0], parts[1], parts[2]
     q = q.view(tokens, batch * heads, size).transpose(0, 1)
     k = k.view(tokens, batch * heads, size).transpose(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -52,8 +53,10 @@ def trace(model: nn.Module) -> fx.GraphModule:
     Raises:
         UsageError: torch.fx cannot trace the model; the message says where.
     """
+    # Tracing replaces some modules, so each of the two modes traces a network of its own.
+    training = copy.deepcopy(model).train()
     graph = _graph(model)
-    dropouts = keep_dropouts(model, graph, lambda: _graph(model))
+    dropouts = keep_dropouts(model, graph, lambda: _graph(training))
     if dropouts:
         model.add_module(HOLDER, nn.Sequential(*dropouts.values()).eval())
     (output,) = graph.find_nodes(op="output")

@@ -122,10 +122,10 @@ def quantize_model(
         UsageError: The model cannot be run or traced, has layers that cannot be quantized, or NNCF's layout cannot be
             mapped one to one.
     """
-    check_module(model)
     if hasattr(model, "quantizers"):
         msg = f"model.name: {type(model).__name__}.quantizers is where quantizers are put; rename that attribute"
         raise UsageError(msg)
+    check_module(model)
     model = copy.deepcopy(model).eval()
     hooks = ask_layout(model, example)
     graph_module = trace(model)

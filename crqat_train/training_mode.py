@@ -31,9 +31,9 @@ def keep_dropouts(model: nn.Module, graph: fx.Graph, trace: Callable[[], fx.Grap
     """Compare the graph of evaluation with that of training, and turn what only drops values into modules.
 
     Args:
-        model: In eval mode, and again afterwards.
+        model: The network.
         graph: Of evaluation; changed in place.
-        trace: Traces the model once more.
+        trace: Traces the same network in training mode.
 
     Returns:
         The modules that the graph calls now, by name.
@@ -42,14 +42,11 @@ def keep_dropouts(model: nn.Module, graph: fx.Graph, trace: Callable[[], fx.Grap
         UsageError: Something else differs.
     """
     name = type(model).__name__
-    model.train()
     try:
         twin = trace()
     except UsageError as error:
         msg = f"{error} (in training mode: in eval mode it is traced)"
         raise UsageError(msg) from error
-    finally:
-        model.eval()
     pairs = list(zip(graph.nodes, twin.nodes, strict=False))
     modules: dict[str, nn.Module] = {}
     for node, other in pairs:

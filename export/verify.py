@@ -228,7 +228,7 @@ def _target_link(
         for own, theirs in zip(file.codes[edge], other.codes[edge], strict=True)
     }  # fmt: skip
     forced = {own: other_simulation.codes[theirs] for own, theirs in tensors.items()}
-    simulation = simulate(file.model, images, forced, _rounded_constants(file))
+    simulation = simulate(file.model, images, forced, stored_error=_rounded_constants(file))
     pairs = {own: (simulation.codes[own], forced[own]) for own in tensors}
     stored = {edge: _stored_error(file, edge) for edge in file.weights}
     return _compare(pairs, simulation, _slack(file, stored))

@@ -73,3 +73,45 @@ def test_from_recipe_to_verdict(cifar10_root: Path, tmp_path: Path, model: str) 
     reasons = [entry["reason"] for entry in fusion["float"] if entry["operation"] == "Conv"]
     assert len(reasons) == in_float
     assert all("is not quantized" in reason for reason in reasons)
+
+
+# Integer convolutions and linear layers, and those left in float, of networks that are not trained but for one step.
+# The rest of `pipeline.networks.NETWORKS` is too slow for each test run; docs/models.md has all of them.
+STEPPED = {
+    "torchvision/squeezenet1_1": (26, 0),
+    "torchvision/shufflenet_v2_x1_0": (57, 0),
+    "tests.test_networks:small_convnext": (9, 0),
+    "tests.test_networks:small_vit": (12, 2),  # attention multiplies its values in float
+    "docs.own_network:build": (5, 0),
+}
+
+
+def small_convnext(classes: int, channels: int) -> torch.nn.Module:
+    """LayerNorm, GELU, layer scales and stochastic depth, on one block each of two stages."""
+    from torchvision.models.convnext import CNBlockConfig, ConvNeXt  # type: ignore[import-untyped]
+
+    model: torch.nn.Module = ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)], 0.2, num_classes=classes)
+    return model
+
+
+def small_vit(classes: int, channels: int) -> torch.nn.Module:
+    """Attention, a class token and dropout, in two blocks."""
+    from torchvision.models.vision_transformer import VisionTransformer  # type: ignore[import-untyped]
+
+    model: torch.nn.Module = VisionTransformer(64, 16, 2, 4, 64, 128, dropout=0.1, num_classes=classes)
+    return model
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_mapped_stepped_exported_and_equal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import network, networks
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
+    row = {"status": "measured", **network.measure(name, networks.Images(64))}
+    assert networks.unexplained(row) == []
+    assert networks.multiplications(row) == STEPPED[name]
+    assert row["verification"]["onnxruntime"]["differing_codes"] == 0
+    assert row["verification"]["onnxruntime"]["codes"] > 50_000
+    assert row["step"]["unreached"] == []
+    assert row["step"]["changed"] > 0.8 * row["step"]["parameters"]
+    assert set(row["claims"]["onnxruntime"]) == set(row["claims"]["tensorrt"]) == {"exact"}

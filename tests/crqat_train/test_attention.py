@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -37,10 +39,10 @@ def test_outputs_and_gradients_are_torchs(batch_first: bool, bias: bool) -> None
         ({}, {"kdim": 6, "vdim": 6}),
     ],
 )
-def test_what_is_not_written_out_is_refused(arguments: dict[str, object], options: dict[str, object]) -> None:
-    module, x = nn.MultiheadAttention(12, 3, batch_first=True, **options), torch.randn(4, 5, 12)  # type: ignore[arg-type]
+def test_what_is_not_written_out_is_refused(arguments: dict[str, Any], options: dict[str, Any]) -> None:
+    module, x = nn.MultiheadAttention(12, 3, batch_first=True, **options), torch.randn(4, 5, 12)
     with pytest.raises(UsageError):
-        self_attention(module, x, x, x, **{"need_weights": False, **arguments})  # type: ignore[arg-type]
+        self_attention(module, x, x, x, **{"need_weights": False, **arguments})
 
 
 class Tokens(nn.Module):

@@ -291,7 +291,7 @@ def test_what_cannot_be_traced_is_named_by_file_and_line(function: Callable[...,
         trace(Of(function))
     message = str(caught.value)
     assert re.match(rf"model\.name: torch\.fx cannot trace Of at {re.escape(line_of(function, text))}: \S", message)
-    assert message.endswith("; replace data-dependent Python code by tensor operations")
+    assert any(message.endswith(end) for end in ("leave asserts out", "tensor operations", "take x.unbind()"))
     assert "\n" not in message
     assert len(message) < 500
 

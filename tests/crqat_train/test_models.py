@@ -109,9 +109,10 @@ def test_an_unknown_name_brings_the_nearest_known(name: str, nearest: str) -> No
 
 
 @pytest.mark.parametrize("name", ["torchvision/googlenet", "torchvision/inception_v3"])
-def test_a_network_with_two_outputs_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match=rf'^model\.name: "{name}" is no '):
-        models.build(name, 10, 3)
+def test_auxiliary_heads_are_left_out(name: str) -> None:
+    model = models.build(name, 10, 3).train()
+    assert not any("aux" in key.lower() for key in model.state_dict())
+    assert model(torch.randn(2, 3, 96, 96)).shape == (2, 10)  # logits alone, in training too
 
 
 USER_MODULE = """

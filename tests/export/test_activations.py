@@ -140,7 +140,7 @@ FLOAT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
     "prelu": (lambda: Net(nn.PReLU(8)), {"PRelu": "ONNX Runtime has no integer kernel for PRelu"}),
     "tanh": (lambda: Net(nn.Tanh()), {"Tanh": "ONNX Runtime has no integer kernel for Tanh"}),
     "squeeze and excite": (SqueezeExcite, {"Sigmoid": "Mul stands between it and a quantizer"}),
-    "ends in a pool": (EndsInPool, {"GlobalAveragePool": "Flatten stands between it and a quantizer"}),
+    "ends in a pool": (EndsInPool, {"GlobalAveragePool": "its result is the network's output, which is not quantized"}),
 }
 
 
