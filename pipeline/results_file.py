@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from artifacts import json_file
 from artifacts.errors import ToolError, UsageError
+from pipeline.results import side_by_side
 
 SCHEMA_VERSION = 1
 
@@ -21,7 +24,7 @@ def read_results(path: Path) -> dict[str, Any]:
         ToolError: It cannot be read.
     """
     try:
-        data = json.loads(path.read_text())
+        data = json_file.read(path)
     except FileNotFoundError as error:
         msg = f"{path}: missing; run the benchmark first (crqat benchmark RECIPE)"
         raise UsageError(msg) from error
@@ -31,7 +34,7 @@ def read_results(path: Path) -> dict[str, Any]:
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         msg = f"{path}: not JSON ({error}); run the benchmark again with --force"
         raise UsageError(msg) from error
     checked = _Checked(path, "", data)
@@ -48,7 +51,27 @@ def read_results(path: Path) -> dict[str, Any]:
     for file in models.data:
         _check_model(models.child(file))
     results: dict[str, Any] = data
+    with shown(path):
+        side_by_side([results])
     return results
+
+
+@contextmanager
+def shown(path: Path, *also: type[Exception]) -> Iterator[None]:
+    """Around whatever shows a file of results: a value that cannot be shown is damage, too.
+
+    Args:
+        path: The file, or the run, for the message.
+        also: What else the body raises for a value that is missing or of another kind.
+
+    Raises:
+        UsageError: The body raised one of these.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, *also) as error:
+        msg = f"{path}: damaged ({type(error).__name__}: {error}); run the benchmark again with --force"
+        raise UsageError(msg) from error
 
 
 @dataclass(frozen=True)

@@ -309,6 +309,9 @@ def check_parent(run: Path, manifest: store.Manifest) -> None:
     Raises:
         UsageError: It was made from an older one.
     """
+    if _kind(manifest.stage) not in PARENTS:
+        msg = f"{run}: holds a stage {manifest.stage}, which is none of crqat's; was it copied from elsewhere?"
+        raise UsageError(msg)
     parent = PARENTS[_kind(manifest.stage)]
     if parent is None:
         return

@@ -416,7 +416,7 @@ def at(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (at("models", FILE, "latency", "unstable", value=True), f"models.{FILE}.latency.unstable is not"),
         (at("models", FILE, "versus_float", "drop_points", value="0"), "versus_float.drop_points is not a finite"),
         (at("models", FILE, "versus_float", "drop_points", value=True), "versus_float.drop_points is not a finite"),
-        (at("models", FILE, "versus_float", "agreement", value=float("nan")), "agreement is not a finite number"),
+        (at("models", FILE, "versus_float", "agreement", value=float("nan")), "NaN is no number in JSON"),
         (at("models", FILE, "versus_float", "size_ratio", value=...), "size_ratio is not a finite number"),
         (at("models", FILE, "versus_float", "drop_interval_points", value=[1]), "drop_interval_points is not an inter"),
         (at("models", FILE, "versus_float", "drop_interval_points", value=[2, 1]), "drop_interval_points is not an in"),
