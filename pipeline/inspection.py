@@ -42,7 +42,7 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         msg = f"{path}: no such file"
         raise UsageError(msg)
     if path.suffix != ".onnx":
-        for name, report in _read(path):
+        for name, report in read(path):
             show(name, report)
         return
     model = onnx_file.read(path)
@@ -100,7 +100,13 @@ def _cut(model: onnx.ModelProto, options: engine.EngineOptions) -> onnx.ModelPro
         return smallest_cut(model, refused)
 
 
-def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The engine reports in a file by their names: of an engine.json, of one report, or of an inspector's JSON.
+
+    Raises:
+        UsageError: It is none of these, or what it holds cannot be shown.
+        ToolError: It cannot be read.
+    """
     try:
         data = json_file.read(path)
         if "Layers" in data:

@@ -11,6 +11,7 @@ from artifacts.errors import ToolError, UsageError
 
 if TYPE_CHECKING:
     import onnx
+    from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 # Protobuf's own limit.
 _MAX_BYTES = 2**31 - 1
@@ -34,7 +35,8 @@ def read(path: Path) -> onnx.ModelProto:
             msg = f"{path}: {size / 2**30:.1f} GiB; ONNX files end at 2 GiB, and external data is refused"
             raise UsageError(msg)
         model = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
+        _read_all(model)
+    except (DecodeError, UnicodeDecodeError) as error:
         msg = f"{path}: not an ONNX file, or a truncated one"
         raise UsageError(msg) from error
     except OSError as error:
@@ -58,6 +60,9 @@ def check(path: Path, model: onnx.ModelProto) -> None:
     try:
         onnx.checker.check_model(model)
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except UnicodeDecodeError as error:  # it cites bytes of the file
+        msg = f"{path}: breaks ONNX's rules, and the checker's words on it are no text"
+        raise UsageError(msg) from error
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError) as error:
         rule = (str(error).strip().splitlines() or [type(error).__name__])[0]
         msg = f"{path}: breaks ONNX's rules: {rule}"
@@ -69,6 +74,20 @@ def check(path: Path, model: onnx.ModelProto) -> None:
             shape = " x ".join(str(size) if size > 0 else "?" for size in sizes)
             msg = f"{path}: the tensor {value.name} has the shape {shape}; more than 2^31 elements are refused"
             raise UsageError(msg)
+
+
+def _read_all(message: Message) -> None:
+    """Take every value once: protobuf decodes text when it is asked for, and text that is no UTF-8 fails only then."""
+    from google.protobuf.message import Message
+
+    for field, value in message.ListFields():
+        if isinstance(value, Message):
+            _read_all(value)
+        elif field.message_type is not None:
+            for part in value:
+                _read_all(part)
+        elif field.type == field.TYPE_STRING:
+            list(value)
 
 
 def _check_tensor(path: Path, tensor: onnx.TensorProto) -> None:
