@@ -116,7 +116,7 @@ def _readers(folder: Path) -> dict[str, Reader]:
 
 def _fuzz(name: str, corpus: Path, options: list[str]) -> None:
     """Fuzz one reader in this process, which libFuzzer ends."""
-    import atheris  # type: ignore[import-not-found]
+    import atheris
 
     with atheris.instrument_imports(include=["artifacts", "pipeline", "runtime_eval", "yaml"]):
         scratch = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))  # noqa: S108

@@ -27,7 +27,7 @@ def read(path: Path) -> onnx.ModelProto:
         ToolError: It cannot be read.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     try:
         size = path.stat().st_size

@@ -14,6 +14,7 @@ from artifacts.errors import ToolError, UsageError
 from pipeline.results import side_by_side
 
 SCHEMA_VERSION = 1
+_UNSHOWABLE: tuple[type[Exception], ...] = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -46,7 +47,7 @@ def read_results(path: Path) -> dict[str, Any]:
         if optional in data:
             checked.child(optional)
     if "require" in data.get("config", {}):
-        checked.child("config").get("require", list)
+        checked.child("config").texts("require")
     models = checked.child("models")
     for file in models.data:
         _check_model(models.child(file))
@@ -69,7 +70,7 @@ def shown(path: Path, *also: type[Exception]) -> Iterator[None]:
     """
     try:
         yield
-    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, *also) as error:
+    except _UNSHOWABLE + also as error:
         msg = f"{path}: damaged ({type(error).__name__}: {error}); run the benchmark again with --force"
         raise UsageError(msg) from error
 
@@ -114,6 +115,12 @@ class _Checked:
         values = enumerate(self.get(name, list))
         return [_Checked(self.path, f"{self.key}.{name}[{index}]", value) for index, value in values]
 
+    def texts(self, name: str) -> None:
+        """Check for a list of texts."""
+        if not all(isinstance(value, str) for value in self.get(name, list)):
+            key = f"{self.key}.{name}"
+            raise self._fail(key, "a list of texts")
+
     def interval(self, name: str) -> None:
         """Check for two finite numbers in order."""
         value = self.get(name, list)
@@ -137,7 +144,7 @@ def _check_model(model: _Checked) -> None:
         for count in ("codes", "differing", "images"):
             counted.get(count, int)
     if model.data.get("findings") is not None:
-        model.get("findings", list)
+        model.texts("findings")
     if model.data.get("engine") is not None:
         _check_engine(model.child("engine"))
     if model.get("status", str) != "measured":
@@ -169,7 +176,7 @@ def _check_engine(engine: _Checked) -> None:
         remark.get("severity", str)
         remark.get("message", str)
         remark.get("count", int)
-        remark.get("nodes", list)
+        remark.texts("nodes")
     for name in ("name", "version"):
         engine.child("builder").get(name, str)
     covered, numbers = engine.child("coverage"), engine.child("counts")

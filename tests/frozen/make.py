@@ -58,9 +58,9 @@ def main() -> None:
     recipe = target / "recipe.yaml"
     recipe.write_text(RECIPE.lstrip())
     with tempfile.TemporaryDirectory() as scratch:
-        for command in (["run", recipe, "--runs", scratch], ["bundle", f"{scratch}/frozen"]):
-            out = ["--out", target / "bundle.tar.gz"] if command[0] == "bundle" else []
-            subprocess.run([sys.executable, "-c", CRQAT, *command, *out], check=True)
+        bundle = ("bundle", f"{scratch}/frozen", "--out", str(target / "bundle.tar.gz"))
+        for command in (("run", str(recipe), "--runs", scratch), bundle):
+            subprocess.run([sys.executable, "-c", CRQAT, *command], check=True)
         for stage in ("train", "export", "benchmark"):
             shutil.copytree(f"{scratch}/frozen/{stage}", target / "frozen" / stage)
     sidecar.save(
