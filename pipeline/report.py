@@ -116,12 +116,18 @@ def _tradeoff(results: dict[str, Any]) -> str:
         top1, p50 = 100 * accuracy["top1"], latency["p50_ms"]
         spread = [[top1 - 100 * low], [100 * high - top1]]
         color = _COLORS.get(target, "#8a8f98")
-        axes.errorbar([p50], [top1], yerr=spread, fmt="o", color=color, capsize=3, label=file)
+        axes.errorbar([p50], [top1], yerr=spread, fmt="o", color=color, capsize=3, label=_label(file))
     axes.set_xlabel("median latency at batch 1, ms")
     axes.set_ylabel("top-1 accuracy, %")
     axes.set_xlim(0, 1.1 * max(latency["p50_ms"] for _, _, _, latency in points))
     axes.legend(frameon=False, fontsize=9)
     return _svg(figure)
+
+
+def _label(file: str) -> str:
+    """A name as matplotlib shows it as it is: no mathematics between dollars, not hidden for a leading underscore."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in file).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
 
 
 def _curves(history: list[dict[str, Any]]) -> str:
