@@ -238,7 +238,14 @@ KEYS = ("stage", "key", "parent", "config", "environment", "payload", "files", "
     | st.binary(max_size=50)
 )
 def test_any_manifest_is_one_or_one_line(changes: Any) -> None:
-    whole: dict[str, Any] = {"stage": "train", "key": "k", "parent": None, "config": {}, "environment": {}, "schema_version": 1}
+    whole: dict[str, Any] = {
+        "stage": "train",
+        "key": "k",
+        "parent": None,
+        "config": {},
+        "environment": {},
+        "schema_version": 1,
+    }
     with tempfile.TemporaryDirectory() as folder:
         content = json.dumps({**whole, **changes} if isinstance(changes, dict) else None).encode()
         Path(folder, "manifest.json").write_bytes(changes if isinstance(changes, bytes) else content)

@@ -275,7 +275,8 @@ def recipes(draw: st.DrawFn) -> dict[str, Any]:
     for name in draw(st.lists(st.sampled_from(recipe.top_level_keys()), max_size=4)):
         keys = [item.name for item in fields(recipe.SECTIONS[name])] if name in recipe.SECTIONS else []
         known = st.dictionaries(st.sampled_from(keys or ["x"]), SCALARS, max_size=3)
-        made[name] = draw(known) if keys and draw(st.booleans()) else draw(ANYTHING)
+        chosen: st.SearchStrategy[Any] = known if keys else ANYTHING
+        made[name] = draw(chosen | ANYTHING)
     if draw(st.booleans()):
         made[draw(st.text(max_size=8))] = draw(ANYTHING)
     return made
