@@ -11,7 +11,6 @@ from artifacts.errors import ToolError, UsageError
 
 if TYPE_CHECKING:
     import onnx
-    from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 # Protobuf's own limit.
 _MAX_BYTES = 2**31 - 1
@@ -27,7 +26,7 @@ def read(path: Path) -> onnx.ModelProto:
         ToolError: It cannot be read.
     """
     import onnx
-    from google.protobuf.message import DecodeError
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     try:
         size = path.stat().st_size
@@ -35,8 +34,7 @@ def read(path: Path) -> onnx.ModelProto:
             msg = f"{path}: {size / 2**30:.1f} GiB; ONNX files end at 2 GiB, and external data is refused"
             raise UsageError(msg)
         model = onnx.load(path, load_external_data=False)
-        _read_all(model)
-    except (DecodeError, UnicodeDecodeError) as error:
+    except DecodeError as error:
         msg = f"{path}: not an ONNX file, or a truncated one"
         raise UsageError(msg) from error
     except OSError as error:
@@ -74,20 +72,6 @@ def check(path: Path, model: onnx.ModelProto) -> None:
             shape = " x ".join(str(size) if size > 0 else "?" for size in sizes)
             msg = f"{path}: the tensor {value.name} has the shape {shape}; more than 2^31 elements are refused"
             raise UsageError(msg)
-
-
-def _read_all(message: Message) -> None:
-    """Take every value once: protobuf decodes text when it is asked for, and text that is no UTF-8 fails only then."""
-    from google.protobuf.message import Message
-
-    for field, value in message.ListFields():
-        if isinstance(value, Message):
-            _read_all(value)
-        elif field.message_type is not None:
-            for part in value:
-                _read_all(part)
-        elif field.type == field.TYPE_STRING:
-            list(value)
 
 
 def _check_tensor(path: Path, tensor: onnx.TensorProto) -> None:

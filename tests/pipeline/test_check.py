@@ -145,22 +145,10 @@ def test_what_it_does_not_know_is_refused(tmp_path: Path, name: str, message: st
         check(tmp_path / name)
 
 
-@pytest.mark.parametrize("field", ["name", "domain"])
-def test_text_that_is_no_utf_8_is_refused(tmp_path: Path, field: str) -> None:
+def test_bytes_of_the_file_in_the_checkers_words(tmp_path: Path) -> None:
     made = model()
-    setattr(made.graph.node[0], field, "a name of a node")
+    made.graph.node[0].domain = "a domain of node"
     path = tmp_path / "m.onnx"
-    path.write_bytes(made.SerializeToString().replace(b"a name of a node", b"a name of \xff node"))
-    with pytest.raises(UsageError, match="not an ONNX file"):
-        check(path)
-
-
-def test_bytes_of_the_file_in_the_checkers_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cite(_: onnx.ModelProto) -> None:
-        b"\xff".decode()
-
-    path = tmp_path / "m.onnx"
-    onnx.save(model(), path)
-    monkeypatch.setattr(onnx.checker, "check_model", cite)
+    path.write_bytes(made.SerializeToString().replace(b"a domain of node", b"a domain of \xffode"))
     with pytest.raises(UsageError, match="breaks ONNX's rules, and the checker's words on it are no text"):
         check(path)
