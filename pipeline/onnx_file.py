@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from artifacts.errors import ToolError, UsageError
 
 if TYPE_CHECKING:
     import onnx
+    from google.protobuf.message import Message  # type: ignore[import-untyped]
 
 # Protobuf's own limit.
 _MAX_BYTES = 2**31 - 1
@@ -26,7 +27,7 @@ def read(path: Path) -> onnx.ModelProto:
         ToolError: It cannot be read.
     """
     import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from google.protobuf.message import DecodeError
 
     try:
         size = path.stat().st_size
@@ -40,6 +41,9 @@ def read(path: Path) -> onnx.ModelProto:
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
+    if not _all_text(model):
+        msg = f"{path}: a name in it is no UTF-8 text; damaged"
+        raise UsageError(msg)
     for tensor in _tensors(model):
         _check_tensor(path, tensor)
     return model
@@ -72,6 +76,17 @@ def check(path: Path, model: onnx.ModelProto) -> None:
             shape = " x ".join(str(size) if size > 0 else "?" for size in sizes)
             msg = f"{path}: the tensor {value.name} has the shape {shape}; more than 2^31 elements are refused"
             raise UsageError(msg)
+
+
+def _all_text(message: Message) -> bool:
+    """Whether every text is one: protobuf gives what is no UTF-8 as bytes, which nothing behind it expects."""
+    for field, value in message.ListFields():
+        parts = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        if field.type == field.TYPE_MESSAGE and not all(_all_text(part) for part in parts):
+            return False
+        if field.type == field.TYPE_STRING and not all(isinstance(part, str) for part in parts):
+            return False
+    return True
 
 
 def _check_tensor(path: Path, tensor: onnx.TensorProto) -> None:
