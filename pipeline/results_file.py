@@ -180,7 +180,8 @@ def _check_engine(engine: _Checked) -> None:
     for name in ("name", "version"):
         engine.child("builder").get(name, str)
     covered, numbers = engine.child("coverage"), engine.child("counts")
-    if covered.data.get("by_macs") is not None:
+    covered.must_have("by_macs")
+    if covered.data["by_macs"] is not None:
         covered.get("by_macs", float)
     for count in ("nodes", "int8_nodes"):
         covered.get(count, int)

@@ -428,6 +428,11 @@ def at(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (at("models", FILE, "versus_float", "agreement_interval", value=[0, "1"]), "agreement_interval is not an int"),
         (at("models", FILE, "versus_float", "latency_ratio_interval", value=None), "latency_ratio_interval is not of"),
         (at("models", FILE, "verification", "codes", value=...), "verification.codes is not of type int"),
+        (
+            at("models", FILE, "engine", value=engine(coverage={"nodes": 1, "int8_nodes": 1})),
+            "engine.coverage.by_macs is not there",
+        ),
+        (at("config", value={"require": [None]}), "config.require is not a list of texts"),
     ],
 )
 def test_damaged_results_are_refused_by_file_and_key(
