@@ -19,7 +19,7 @@ CRQAT := $(VENV)/bin/python -m pipeline.cli
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test lint bench-infer bench-train bench-arms bench-residual soak
+.PHONY: help install train export benchmark gate test lint bench-infer bench-train bench-arms bench-residual soak fuzz
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -62,6 +62,10 @@ bench-residual: $(INSTALLED) ## TensorRT's plan with both inputs of a residual A
 
 soak: $(INSTALLED) ## kill 200 stages at random instants; ARGS="--kills 20" for fewer
 	$(VENV)/bin/python -m bench.soak $(ARGS)
+
+fuzz: $(INSTALLED) ## every reader under a coverage-guided fuzzer; ARGS="--runs 1000000"
+	$(VENV)/bin/python -c 'import atheris' || $(VENV)/bin/python -m pip install --disable-pip-version-check -e '.[fuzz]'
+	$(VENV)/bin/python -m bench.fuzz $(ARGS)
 
 $(VENV)/.crqat-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,6 +96,7 @@ def load_image(path: Path, size: int, crop: int, convert: bool = False) -> npt.N
     """
     from PIL import Image, ImageOps
 
+    _silence_pillow()
     try:
         length = path.stat().st_size
         if length > MAX_FILE_BYTES:
@@ -122,6 +125,14 @@ def load_image(path: Path, size: int, crop: int, convert: bool = False) -> npt.N
     left, top = (image.width - crop) // 2, (image.height - crop) // 2
     cropped = np.asarray(image.crop((left, top, left + crop, top + crop)), dtype=np.uint8)
     return np.ascontiguousarray(cropped.transpose(2, 0, 1))
+
+
+@cache
+def _silence_pillow() -> None:
+    """The limit here is the smaller one; Pillow's own warning would only be more lines on the same file."""
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def _undecodable(path: Path, error: Exception) -> UsageError:

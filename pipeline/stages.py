@@ -355,6 +355,9 @@ def check_parent(run: Path, manifest: store.Manifest) -> None:
     Raises:
         UsageError: It was made from an older one.
     """
+    if _kind(manifest.stage) not in PARENTS:
+        msg = f"{run}: holds a stage {manifest.stage}, which is none of crqat's; was it copied from elsewhere?"
+        raise UsageError(msg)
     parent = PARENTS[_kind(manifest.stage)]
     if parent is None:
         return
@@ -410,11 +413,12 @@ def folder_state(root: Path) -> str:
 
 def _module_file(module: str) -> Path | None:
     search, spec = None, None
-    for depth in range(module.count(".") + 1):
-        spec = machinery.PathFinder.find_spec(".".join(module.split(".")[: depth + 1]), search)
+    # Each part by itself: by its full name a folder without __init__.py is only found below an imported one.
+    for part in module.split("."):
+        spec = machinery.PathFinder.find_spec(part, search)
         if spec is None:
             return None
-        search = spec.submodule_search_locations
+        search = None if spec.submodule_search_locations is None else list(spec.submodule_search_locations)
     return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
 
 

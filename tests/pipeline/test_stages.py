@@ -369,3 +369,12 @@ def test_a_bundle_is_of_the_export_as_it_was_made(fakes: Fakes) -> None:
     go(fakes, only=["train"], force=True)
     with pytest.raises(UsageError, match="run1/export: stale"):
         stages.bundle(RUN, None)
+
+
+def test_a_function_in_a_folder_without_init_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "outer" / "inner" / "own.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert stages._module_file("outer.inner.own") == module
+    assert stages._module_file("outer.inner.none") is None
