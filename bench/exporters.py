@@ -100,8 +100,8 @@ def modelopt_way(source: Source, out: Path, precision: str) -> None:
     )
 
 
-def onnxruntime_way(source: Source, out: Path, signed: bool) -> None:
-    """quantize_static, QDQ, per channel: U8S8, or symmetric S8S8, what TensorRT wants."""
+def onnxruntime_way(source: Source, out: Path, signed: bool, quantize_bias: bool = True) -> None:
+    """quantize_static, QDQ, per channel: U8S8, or symmetric S8S8, what TensorRT wants, which takes no int32 bias."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -114,7 +114,7 @@ def onnxruntime_way(source: Source, out: Path, signed: bool) -> None:
     quantize_static(
         str(source.float_file), str(out), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
         activation_type=QuantType.QInt8 if signed else QuantType.QUInt8, weight_type=QuantType.QInt8,
-        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True} if signed else {},
+        extra_options={"ActivationSymmetric": signed, "WeightSymmetric": True, "QuantizeBias": quantize_bias},
     )  # fmt: skip
 
 
@@ -126,6 +126,7 @@ WAYS = {
     "Model-Optimizer, fp32": Way(functools.partial(modelopt_way, precision="fp32"), _MODELOPT),
     "ONNX Runtime, U8S8": Way(functools.partial(onnxruntime_way, signed=False)),
     "ONNX Runtime, S8S8": Way(functools.partial(onnxruntime_way, signed=True)),
+    "ONNX Runtime, S8S8, float bias": Way(functools.partial(onnxruntime_way, signed=True, quantize_bias=False)),
 }
 
 
@@ -170,4 +171,3 @@ def _write_here(name: str, source: Source, out: Path, metadata: dict[str, str], 
 
 def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
-
