@@ -62,33 +62,39 @@ def measure(case: Case, rounds: int, seconds: float = SECONDS) -> list[dict[str,
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         rows = {name: _row(case, name) for name in (FLOAT, *exporters.WAYS, *OURS)}
-        paths = _write_files(case, folder, rows)
-        for name, path in paths.items():
-            rows[name]["size_bytes"] = path.stat().st_size
-            if name != FLOAT:
-                rows[name]["tensorrt"] = tensorrt(path)
-            print(f"{case.name}, {name}: built", file=sys.stderr)
-        images = folder / "images.npy"
-        np.save(images, case.images[:1])
-        for name, path in paths.items():
-            rows[name]["onnxruntime"] = _loads(path, images)
-        loaded = {name: path for name, path in paths.items() if rows[name]["onnxruntime"] == "loads"}
-        times = interleaved(loaded, images, CONFIG, rounds, seconds)
-        for name in loaded:
-            compared = latency.compare(times[FLOAT], times[name])
-            rows[name]["latency"] = {**compared, "ms": 1e3 * float(np.median([np.median(r) for r in times[name]])),
-                                     "rounds": rounds}  # fmt: skip
-        if case.test is not None:
-            _accuracies(case, loaded, rows, folder)
-        few = IMAGENET(case.images[:CODE_IMAGES])
-        for name in loaded:
-            if name != FLOAT:
-                rows[name]["codes"] = differing_codes(loaded[name], few, folder)
-                rows[name]["codes_without_vnni"] = differing_codes(
-                    loaded[name], few[:EMULATED_IMAGES], folder, WITHOUT_VNNI
-                )
-            print(f"{case.name}, {name}: codes counted", file=sys.stderr)
+        evaluate(case, _write_files(case, folder, rows), rows, folder, rounds, seconds)
         return list(rows.values())
+
+
+def evaluate(
+    case: Case, paths: Mapping[str, Path], rows: dict[str, dict[str, Any]], folder: Path, rounds: int, seconds: float
+) -> None:
+    """Fill the rows of the files that were written with all that is measured; `folder` is for scratch files."""
+    for name, path in paths.items():
+        rows[name]["size_bytes"] = path.stat().st_size
+        if name != FLOAT:
+            rows[name]["tensorrt"] = tensorrt(path)
+        print(f"{case.name}, {name}: built", file=sys.stderr)
+    images = folder / "images.npy"
+    np.save(images, case.images[:1])
+    for name, path in paths.items():
+        rows[name]["onnxruntime"] = _loads(path, images)
+    loaded = {name: path for name, path in paths.items() if rows[name]["onnxruntime"] == "loads"}
+    times = interleaved(loaded, images, CONFIG, rounds, seconds)
+    for name in loaded:
+        compared = latency.compare(times[FLOAT], times[name])
+        rows[name]["latency"] = {**compared, "ms": 1e3 * float(np.median([np.median(r) for r in times[name]])),
+                                 "rounds": rounds}  # fmt: skip
+    if case.test is not None:
+        _accuracies(case, loaded, rows, folder)
+    few = IMAGENET(case.images[:CODE_IMAGES])
+    for name in loaded:
+        if name != FLOAT:
+            rows[name]["codes"] = differing_codes(loaded[name], few, folder)
+            rows[name]["codes_without_vnni"] = differing_codes(
+                loaded[name], few[:EMULATED_IMAGES], folder, WITHOUT_VNNI
+            )
+        print(f"{case.name}, {name}: codes counted", file=sys.stderr)
 
 
 def _row(case: Case, name: str) -> dict[str, Any]:
@@ -156,7 +162,8 @@ def _accuracies(case: Case, paths: Mapping[str, Path], rows: dict[str, dict[str,
         if name == FLOAT:
             continue
         rows[name]["versus_float"] = accuracy.compare(of_float, top, labels)
-        if any(remark["kind"] == "uint8_read_as_int8" for remark in rows[name]["tensorrt"]["remarks"]):
+        built = rows[name]["tensorrt"]
+        if built["status"] == "built" and any(r["kind"] == "uint8_read_as_int8" for r in built["remarks"]):
             read = folder / "read.onnx"
             onnx.save(uint8_as_int8(with_constants_folded(onnx.load(path))), read)
             clipped = predicted(read, images, CONFIG)
@@ -168,7 +175,8 @@ def uint8_as_int8(model: onnx.ModelProto) -> onnx.ModelProto:
     """The file as TensorRT says that it reads it: UINT8 codes with zero point 0 are INT8 codes of the same scale."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
-    points = {n.input[2] for n in changed.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    quantization = [n for n in changed.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    points = {name for node in quantization for name in node.input[2:]}
     for tensor in changed.graph.initializer:
         if tensor.name in points and tensor.data_type == TensorProto.UINT8:
             tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.int8), tensor.name))
