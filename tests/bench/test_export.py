@@ -13,7 +13,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench import differing, export, exporters
 from bench.infer import IMAGENET, Case
@@ -26,13 +26,23 @@ WAYS = ("NNCF, PERFORMANCE", "NNCF, MIXED", "ONNX Runtime, U8S8", "ONNX Runtime,
 Rows = dict[str, dict[str, Any]]
 
 
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
+        )  # fmt: skip
+
+    def forward(self, images: Tensor) -> Tensor:
+        result: Tensor = self.layers(images)  # NNCF cannot hook a Sequential itself
+        return result
+
+
 @pytest.fixture(scope="module")
 def case() -> Case:
     torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
-    )  # fmt: skip
+    network = Small()
     images = np.random.default_rng(0).integers(0, 256, (24, 3, 12, 12), dtype=np.uint8)
     sane_bn(network, torch.from_numpy(IMAGENET(images)))
     labels = np.arange(24, dtype=np.int64) % 10
