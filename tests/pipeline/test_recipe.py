@@ -341,3 +341,13 @@ def test_any_mapping_is_a_recipe_or_one_line(values: dict[str, Any]) -> None:
             return
         path.write_text(json.dumps(recipe.resolved(loaded)))
         assert recipe.load(path) == loaded
+
+
+def test_a_run_of_another_version_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    values = recipe.resolved(recipe.load(path))
+    assert recipe.from_resolved(values) == recipe.load(path)
+    values["quantization"]["method"] = "lsq"
+    with pytest.raises(UsageError, match=r"quantization\.method: is now two keys.*another version of crqat: train it"):
+        recipe.from_resolved(values)
