@@ -129,7 +129,7 @@ def marked_graph(
             first = " ".join(str(error).split("  [Caused", 1)[0].split("Please feel free", 1)[0].split())
             size = "x".join(map(str, input_shape[1:]))
             msg = (
-                f"model.name: the network cannot be written as ONNX for images of {size} pixels: {' '.join(first.split())}; "
+                f"model.name: the network cannot be written as ONNX for images of {size} pixels: {first}; "
                 "change that operation, or the images' size"
             )
             raise UsageError(msg) from error
