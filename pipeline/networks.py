@@ -22,7 +22,7 @@ from pipeline import console
 
 SCHEMA_VERSION = 1
 # A network with an input of its own size is shown that.
-SIZES = {"torchvision/vit_b_16": 224}
+SIZES = {"torchvision/vit_b_16": 224, "torchvision/vgg11_bn": 224}
 NETWORKS = (
     "torchvision/resnet18",
     "torchvision/resnet50",
