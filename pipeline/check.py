@@ -37,15 +37,15 @@ def check(path: Path) -> list[str]:
 
 
 def _check_directory(path: Path) -> list[str]:
-    from pipeline import stages
+    from pipeline import dependencies
 
     if (path / store.MANIFEST).is_file():
         manifest = store.verify_stage(path)
         return [_describe(path, manifest)]
-    found = [stage for stage in stages.STAGES if (path / stage).exists()]
+    found = [stage for stage in dependencies.STAGES if (path / stage).exists()]
     found += sorted(device.name for device in path.glob("benchmark@*"))
     if not found:
-        msg = f"{path}: no run here: none of {', '.join(stages.STAGES)}"
+        msg = f"{path}: no run here: none of {', '.join(dependencies.STAGES)}"
         raise UsageError(msg)
     lines = []
     for stage in found:
@@ -53,7 +53,7 @@ def _check_directory(path: Path) -> list[str]:
         if manifest.stage != stage:
             msg = f"{path / stage}: holds the stage {manifest.stage}; was it copied from elsewhere?"
             raise UsageError(msg)
-        stages.check_parent(path, manifest)
+        dependencies.check_parent(path, manifest)
         lines.append(_describe(path / stage, manifest))
     return lines
 

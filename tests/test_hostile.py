@@ -21,7 +21,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from artifacts import store
-from pipeline import cli, stages
+from pipeline import cli, dependencies
 from runtime_eval import tensorrt_api
 
 ROOT = Path(__file__).parent.parent
@@ -274,11 +274,11 @@ def test_results_with_a_value_of_another_kind(folder: Path, crqat: Crqat, path: 
 
 @pytest.mark.parametrize("stage", ["train", "export"])
 def test_a_manifest_without_what_the_report_shows(folder: Path, crqat: Crqat, stage: str) -> None:
-    for changed in stages.STAGES:
+    for changed in dependencies.STAGES:
         path = Path("frozen", changed, "manifest.json")
         manifest = json.loads(path.read_text())
         manifest["payload"] = {} if changed == stage else manifest["payload"]
-        parent = stages.PARENTS[changed]
+        parent = dependencies.PARENTS[changed]
         manifest["parent"] = parent and store.manifest_hash(Path("frozen", parent))
         path.write_text(json.dumps(manifest))
     refused(crqat("report", "frozen"), "frozen", "damaged")

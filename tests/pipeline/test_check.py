@@ -15,7 +15,7 @@ from artifacts import store
 from artifacts.errors import UsageError
 from artifacts.grid import Grid, grids_hash, save_grids
 from artifacts.progress import quiet
-from pipeline import recipe, stages
+from pipeline import dependencies, recipe, stages
 from pipeline.check import check
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def model(weight: onnx.TensorProto | None = None) -> onnx.ModelProto:
 def test_run_directory(fakes: Fakes) -> None:
     make_run(fakes)
     lines = check(RUN)
-    assert [line.split(",")[0] for line in lines] == [f"{RUN / stage}: stage {stage}" for stage in stages.STAGES]
+    assert [line.split(",")[0] for line in lines] == [f"{RUN / stage}: stage {stage}" for stage in dependencies.STAGES]
     assert check(RUN / "export") == [lines[1]]
 
 
