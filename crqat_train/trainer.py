@@ -221,6 +221,7 @@ class _Run:
             training.after_step(fit.steps_done - 1)
 
         def measure() -> dict[str, float]:
+            low_bits.go_on()  # where the state was saved behind the epoch's last step
             weight = consistency_weight(fit.steps_done, fit.steps, consistency)
             row = {"lambda": weight if training.views == 2 else 0.0, "validation": self.validate(student)}
             if training.teacher is not None:
