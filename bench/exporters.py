@@ -24,6 +24,8 @@ import onnx
 import torch
 from torch import nn
 
+from crqat_train.nncf_bridge import without_extension
+
 BATCH = 64  # of the calibration images
 TIME_LIMIT_SECONDS = 1200.0
 
@@ -67,6 +69,7 @@ def nncf_way(source: Source, out: Path, preset: str) -> None:
     """
     import nncf
 
+    without_extension()
     example = torch.from_numpy(source.images[:1])
     batches = [torch.from_numpy(batch) for batch in source.batches()]
     quantized = nncf.quantize(
