@@ -6,8 +6,10 @@ construction and not by matching names, where Q/DQ nodes belong.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,6 +23,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
+from artifacts.errors import UsageError
 from crqat_train.layout import QuantizerSpec
 from export.linears import linears_as_gemm, scale_behind_product
 
@@ -107,10 +110,10 @@ def marked_graph(
         # The TorchScript exporter is deprecated and works; the other one has no hook for unknown operations without
         # further packages. Its tracer warnings speak of shapes that are constant here.
         warnings.simplefilter("ignore")
-        torch.onnx.export(
+        _export(
             model,
             (torch.zeros(2, *input_shape),),
-            buffer,  # type: ignore[arg-type]
+            buffer,
             dynamo=False,
             opset_version=OPSET,
             input_names=["input"],
@@ -130,6 +133,17 @@ def marked_graph(
     _fold_bn(graph)
     _name_operations(graph)
     return graph
+
+
+def _export(*arguments: Any, **options: Any) -> None:
+    try:
+        # It prints the whole graph before it raises.
+        with contextlib.redirect_stdout(io.StringIO()):
+            torch.onnx.export(*arguments, **options)
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = " ".join(re.split(r"Please |\[Caused", str(error))[0].split())
+        msg = f"model.name: torch's ONNX exporter cannot write the network: {reason} Replace that operation"
+        raise UsageError(msg) from error
 
 
 def _take_apart(model: onnx.ModelProto, input_shape: list[int], classes: int) -> Graph:

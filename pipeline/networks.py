@@ -21,8 +21,8 @@ from artifacts.errors import ToolError, UsageError
 from pipeline import console
 
 SCHEMA_VERSION = 1
-# A network with an input of its own size is shown that.
-SIZES = {"torchvision/vit_b_16": 224}
+# Networks that take one size alone, and that pool to 7 pixels.
+SIZES = {"torchvision/vit_b_16": 224, "torchvision/vgg11_bn": 224}
 NETWORKS = (
     "torchvision/resnet18",
     "torchvision/resnet50",
@@ -119,11 +119,13 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS) -> dic
         except subprocess.TimeoutExpired:
             row = {"status": f"failed: not finished after {limit:g} s"}
         else:
-            words = [line for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
-            last = words[-1].strip() if words else f"exit code {ended.returncode}"
+            words = [line.strip() for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
+            named = [line for line in words if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+            last = (named or words or [f"exit code {ended.returncode}"])[-1]
             row = json.loads(report.read_text()) if report.is_file() else {"status": f"failed: {last}"}
     seconds = round(time.monotonic() - started, 1)
-    return {**row, "images": str(images), "versions": _versions(), "total_seconds": seconds}
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
+    return {**row, "images": str(images), "machine": machine, "versions": _versions(), "total_seconds": seconds}
 
 
 def _environment() -> dict[str, str]:
@@ -253,10 +255,10 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
     by_setting: dict[str, list[str]] = {}
     for name in known:
         versions = ", ".join(f"{package} {version}" for package, version in rows[name]["versions"].items())
-        by_setting.setdefault(f"{rows[name]['images']}; {versions}", []).append(name)
-    lines += ["", "Images and versions:", ""]
+        by_setting.setdefault(f"{rows[name]['images']}; {rows[name]['machine']}; {versions}", []).append(name)
+    lines += ["", "Images, machine and versions:", ""]
     lines += [f"* {setting}: {', '.join(names)}" for setting, names in by_setting.items()]
-    return "\n".join([*lines, "", f"Machine: {platform.machine()}, {os.cpu_count()} CPUs.", ""])
+    return "\n".join([*lines, ""])
 
 
 def _read(path: Path) -> dict[str, Any]:

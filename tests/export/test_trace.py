@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from artifacts.errors import UsageError
 from crqat_train import models
 from crqat_train.config import QuantizationConfig
 from crqat_train.graph import trace
@@ -207,3 +208,18 @@ def test_traced_networks_are_exported_as_they_are() -> None:
     graph = marked_graph(trace(network.eval()), [], [1, 8, 8], 10)
     assert "Edge" not in {node.op_type for node in graph.nodes}
     assert_same_network(float_model(graph, {}), network, random_images(2, 1, 8, 8))
+
+
+def test_what_the_exporter_cannot_write_is_said_in_a_sentence(capfd: pytest.CaptureFixture[str]) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.special.bessel_j0(self.conv(x)).mean((2, 3))
+
+    quantized = quantize(Odd(), random_images(4, 3, 8, 8))
+    with pytest.raises(UsageError, match=r"^model\.name: torch's ONNX exporter cannot write .*bessel_j0.*Replace that"):
+        quantized.graph(4)
+    assert "graph(" not in capfd.readouterr().out
