@@ -130,10 +130,10 @@ def check_pools(graph_module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> 
             continue
         before, after = (tuple(values[n].shape[-2:]) for n in (node.all_input_nodes[0], node))
         if any(size % pooled for size, pooled in zip(before, after, strict=True)):
+            place = f"{node.target if module is not None else node.name}{source_line(node.stack_trace)}"
             msg = (
-                f"model.name: {node.target if module is not None else node.name}{source_line(node.stack_trace)} pools "
-                f"{before} pixels to {after}, which ONNX cannot: take images of a size for which the first is a multiple "
-                "of the second, or pool to 1"
+                f"model.name: {place} pools {before} pixels to {after}, which ONNX cannot: take images of a size for "
+                "which the first is a multiple of the second, or pool to 1"
             )
             raise UsageError(msg)
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import os
 import re
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -135,10 +138,23 @@ def marked_graph(
     return graph
 
 
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    """Nothing on stdout: the exporter's C++ part prints the whole graph before it raises."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _export(*arguments: Any, **options: Any) -> None:
     try:
-        # It prints the whole graph before it raises.
-        with contextlib.redirect_stdout(io.StringIO()):
+        with _no_output():
             torch.onnx.export(*arguments, **options)
     except torch.onnx.errors.OnnxExporterError as error:
         reason = " ".join(re.split(r"Please |\[Caused", str(error))[0].split())

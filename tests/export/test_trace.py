@@ -217,7 +217,8 @@ def test_what_the_exporter_cannot_write_is_said_in_a_sentence(capfd: pytest.Capt
             self.conv = nn.Conv2d(3, 4, 1)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.special.bessel_j0(self.conv(x)).mean((2, 3))
+            y: Tensor = torch.special.bessel_j0(self.conv(x)).mean((2, 3))
+            return y
 
     quantized = quantize(Odd(), random_images(4, 3, 8, 8))
     with pytest.raises(UsageError, match=r"^model\.name: torch's ONNX exporter cannot write .*bessel_j0.*Replace that"):
