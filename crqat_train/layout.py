@@ -34,7 +34,7 @@ from crqat_train.graph import (
 )
 from crqat_train.nncf_bridge import Hooks, ask_layout, name_operations
 from crqat_train.overrides import Layer, widths
-from crqat_train.refusals import check_module
+from crqat_train.refusals import check_module, check_pools
 
 Residual = Literal["both", "skip", "none"]
 # The u8*s8 kernels of x86 without VNNI add two products in 16 bits: max(code) * (|w1| + |w2|) has to stay within this.
@@ -163,6 +163,7 @@ def _map_hooks(
     and name; then a hook is the edge whose value is the very tensor that the operation read or wrote.
     """
     operations, values = name_operations(graph_module, model, example)
+    check_pools(graph_module, values)
     # A Proxy turns `a += b` into `add`, so a trailing underscore is no difference, nor is the number behind it that
     # counts calls of the same name; the order stands for that.
     if [_plain(name) for name in operations] != [_plain(name) for name in hooks.operations]:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import inspect
 import sysconfig
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.nn import functional
 
 from artifacts.errors import UsageError
 
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 _OWN = {"crqat_train.graph", "crqat_train.layout", "crqat_train.attention", "crqat_train.nncf_bridge"}
+_ADAPTIVE_POOLS: set[Any] = {functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d}
 # Words of the error, and the way out.
 _HINTS = (
     (
@@ -107,6 +111,31 @@ def _wrapped(module: nn.Module) -> str:
     if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
         return f"wrapped in {type(module).__name__}"
     return ""
+
+
+def check_pools(graph_module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> None:
+    """Refuse adaptive pools whose windows differ in size, which ONNX has no operation for, before any training.
+
+    Args:
+        graph_module: What was traced.
+        values: What each node computed for an example.
+
+    Raises:
+        UsageError: One does not divide its input evenly.
+    """
+    for node in graph_module.graph.nodes:
+        module = graph_module.get_submodule(node.target) if node.op == "call_module" else None
+        adaptive = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+        if not isinstance(module, adaptive) and node.target not in _ADAPTIVE_POOLS:
+            continue
+        before, after = (tuple(values[n].shape[-2:]) for n in (node.all_input_nodes[0], node))
+        if any(size % pooled for size, pooled in zip(before, after, strict=True)):
+            place = f"{node.target if module is not None else node.name}{source_line(node.stack_trace)}"
+            msg = (
+                f"model.name: {place} pools {before} pixels to {after}, which ONNX cannot: take images of a size for "
+                "which the first is a multiple of the second, or pool to 1"
+            )
+            raise UsageError(msg)
 
 
 def source_line(stack_trace: str | None) -> str:

@@ -6,11 +6,16 @@ construction and not by matching names, where Q/DQ nodes belong.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
+import os
+import re
+import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -99,9 +104,6 @@ def marked_graph(
 
     Returns:
         The float graph with a `crqat.Edge` node, attribute `edge`, on every quantized edge.
-
-    Raises:
-        UsageError: ONNX has no operation for one of the network's.
     """
     model = copy.deepcopy(model).eval()
     for spec in specs:
@@ -111,28 +113,18 @@ def marked_graph(
         # The TorchScript exporter is deprecated and works; the other one has no hook for unknown operations without
         # further packages. Its tracer warnings speak of shapes that are constant here.
         warnings.simplefilter("ignore")
-        try:
-            torch.onnx.export(
-                model,
-                (torch.zeros(2, *input_shape),),
-                buffer,  # type: ignore[arg-type]
-                dynamo=False,
-                opset_version=OPSET,
-                input_names=["input"],
-                output_names=["logits"],
-                dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
-                do_constant_folding=True,
-                custom_opsets={DOMAIN: 1},
-            )
-        except (torch.onnx.errors.OnnxExporterError, ValueError) as error:
-            # What it says goes on for many lines; the first names the operation.
-            first = " ".join(str(error).split("  [Caused", 1)[0].split("Please feel free", 1)[0].split())
-            size = "x".join(map(str, input_shape[1:]))
-            msg = (
-                f"model.name: the network cannot be written as ONNX for images of {size} pixels: {first}; "
-                "change that operation, or the images' size"
-            )
-            raise UsageError(msg) from error
+        _export(
+            model,
+            (torch.zeros(2, *input_shape),),
+            buffer,
+            dynamo=False,
+            opset_version=OPSET,
+            input_names=["input"],
+            output_names=["logits"],
+            dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
+            do_constant_folding=True,
+            custom_opsets={DOMAIN: 1},
+        )
     graph = _take_apart(onnx.load_from_string(buffer.getvalue()), list(input_shape), classes)
     _flatten_views(graph)
     _fold_shapes(graph)
@@ -144,6 +136,30 @@ def marked_graph(
     _fold_bn(graph)
     _name_operations(graph)
     return graph
+
+
+@contextlib.contextmanager
+def _no_output() -> Iterator[None]:
+    """Nothing on stdout: the exporter's C++ part prints the whole graph before it raises."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        with Path(os.devnull).open("w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+def _export(*arguments: Any, **options: Any) -> None:
+    try:
+        with _no_output():
+            torch.onnx.export(*arguments, **options)
+    except torch.onnx.errors.OnnxExporterError as error:
+        reason = " ".join(re.split(r"Please |\[Caused", str(error))[0].split())
+        msg = f"model.name: torch's ONNX exporter cannot write the network: {reason} Replace that operation"
+        raise UsageError(msg) from error
 
 
 def _take_apart(model: onnx.ModelProto, input_shape: list[int], classes: int) -> Graph:

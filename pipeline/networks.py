@@ -21,7 +21,7 @@ from artifacts.errors import ToolError, UsageError
 from pipeline import console
 
 SCHEMA_VERSION = 1
-# A network with an input of its own size is shown that.
+# Networks that take one size alone, and that pool to 7 pixels.
 SIZES = {"torchvision/vit_b_16": 224, "torchvision/vgg11_bn": 224}
 NETWORKS = (
     "torchvision/resnet18",
@@ -119,8 +119,9 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS) -> dic
         except subprocess.TimeoutExpired:
             row = {"status": f"failed: not finished after {limit:g} s"}
         else:
-            words = [line for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
-            last = words[-1].strip() if words else f"exit code {ended.returncode}"
+            words = [line.strip() for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
+            named = [line for line in words if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+            last = (named or words or [f"exit code {ended.returncode}"])[-1]
             row = json.loads(report.read_text()) if report.is_file() else {"status": f"failed: {last}"}
     seconds = round(time.monotonic() - started, 1)
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs"

@@ -88,6 +88,11 @@ def new_zeros(m: Own, x: Tensor) -> Tensor:
     return m.head(m.conv2(x + zeros))
 
 
+def uneven_pool(m: Own, x: Tensor) -> Tensor:
+    pooled = functional.adaptive_avg_pool2d(x, 3)
+    return m.head(m.conv2(pooled))
+
+
 def wants_weights(m: Own, x: Tensor) -> Tensor:
     tokens = x.flatten(2).transpose(1, 2)
     tokens, _ = m.attention(tokens, tokens, tokens)
@@ -119,6 +124,7 @@ def other_slope_in_training(m: Own, x: Tensor) -> Tensor:
         (changes_a_part, "x[:, :4]", "a part of a tensor is assigned there; build the tensor by torch.cat"),
         (numpy_computes, "from_numpy", "NumPy computes there; take torch's operation"),
         (new_zeros, "torch.zeros", "write x.new_zeros(...)"),
+        (uneven_pool, "adaptive", "pools (8, 8) pixels to (3, 3), which ONNX cannot: take images of a size"),
         (wants_weights, "m.attention", "call nn.MultiheadAttention with need_weights=False"),
         (other_keys, "m.attention", "pass one tensor as query, key and value"),
         (noise_in_training, "randn_like", "computes something else in training than in eval mode"),
