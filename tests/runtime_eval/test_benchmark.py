@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -314,6 +315,17 @@ def test_on_a_provider_of_tensorrts_the_other_file_is_timed() -> None:
     assert _not_run(models[1]) == "not run: the file is for another execution provider"
 
 
+def zombies() -> list[int]:
+    """Children of this process that ended and were not waited for; other tests' helpers may live on."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent, *_ = path.read_text().rsplit(")", 1)[1].split()
+            if state == "Z" and int(parent) == os.getpid():
+                found.append(int(path.parent.name))
+    return found
+
+
 def check_one_failure(results: dict[str, Any], file: str, *words: str) -> None:
     """`file` failed for the reason that the words tell, the other models are measured, and no worker is left."""
     failed = results["models"][file]
@@ -327,8 +339,7 @@ def check_one_failure(results: dict[str, Any], file: str, *words: str) -> None:
         assert results["models"][other]["accuracy"]["top1"] > 0.7
         assert worker_of(other) is None
     assert worker_of(file) is None
-    with pytest.raises(ChildProcessError):  # not even a zombie
-        os.waitpid(-1, os.WNOHANG)
+    assert zombies() == []
 
 
 @pytest.mark.parametrize("task", ["latency", "accuracy of onnxruntime.onnx"])
