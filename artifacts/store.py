@@ -119,8 +119,8 @@ def _fill(run: Path, manifest: Manifest, version: Path) -> Iterator[Path]:
         (version / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True))
         version.chmod(0o755)
         for path in version.rglob("*"):
-            _sync(path)
-        _sync(version)
+            sync(path)
+        sync(version)
     except BaseException as error:
         shutil.rmtree(version, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
@@ -137,7 +137,7 @@ def _make_current(run: Path, stage: str, version: Path) -> None:
         previous = link.rename(run / f"{version.name}.copied").resolve()
     temporary.symlink_to(version.name)
     temporary.replace(link)
-    _sync(run)
+    sync(run)
     _sweep(run, stage, version, previous)
 
 
@@ -170,12 +170,29 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a directory."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new one, never a part of it."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # half a file would keep a full disk full
+        raise
 
 
 def command(stage: str) -> str:

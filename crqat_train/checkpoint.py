@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from torch import Tensor
 
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
-from artifacts.store import hash_json
+from artifacts.store import hash_json, replace_file, sync
 
 FORMAT = 1
 KEPT = 2
@@ -64,9 +62,10 @@ class Checkpoints:
         described = {"format": FORMAT, "sha256": digests, "values": state.values}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            _write(self.directory / f"{number}.safetensors", tensors)
-            _write(self.directory / f"{number}.json", json.dumps(described).encode())
-            _sync(self.directory)
+            self._prune()  # what a killed process left half written may fill the disk
+            replace_file(self.directory / f"{number}.safetensors", tensors)
+            replace_file(self.directory / f"{number}.json", json.dumps(described).encode())
+            sync(self.directory)
             self._prune()
         except OSError as error:
             msg = (
@@ -122,25 +121,3 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as error:
         msg = f"{path}: not a readable safetensors file ({error}); run the stage that wrote it again with --force"
         raise UsageError(msg) from error
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # half a file would keep a full disk full
-        raise
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from artifacts import store
 from artifacts.errors import CrqatError, ToolError, UsageError
 from runtime_eval import device, engine_report, onnx_metadata, plan, sidecar, tensorrt_api
 from runtime_eval.client import PACKAGES
@@ -226,7 +227,7 @@ def build_here(
     if engine is not None and name == tensorrt_api.TENSORRT:
         _save_plan(model, engine, serialized, trt.__version__)
     elif engine is not None:  # no runner loads it
-        sidecar.replace_file(engine, serialized)
+        store.replace_file(engine, serialized)
     known["timing_cache_sha256"] = going.timing_cache_sha256
     known |= {"size_bytes": len(serialized), "engine_sha256": hashlib.sha256(serialized).hexdigest(), "source": source}
     return report_of(model, options, name, **known, **engine_report.summarize(layers, macs), remarks=remarks)
@@ -271,7 +272,7 @@ def main(arguments: list[str] | None = None) -> int:
         macs = None if given.macs is None else json.loads(given.macs.read_text())
         log = given.log or given.report.with_suffix(".log")
         report = build_here(given.model, options, macs, given.engine, log)
-        sidecar.replace_file(given.report, json.dumps(report, indent=1).encode())
+        store.replace_file(given.report, json.dumps(report, indent=1).encode())
     except OSError as error:
         print(f"{_PROGRAM}: {error.filename}: {error.strerror}", file=sys.stderr)
         return ToolError.exit_code

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from artifacts import json_file
 from artifacts.errors import ToolError, UsageError
+from artifacts.store import replace_file
 
 SCHEMA_VERSION = 1
 PRECISIONS = ("int8", "float16", "float32")
@@ -86,22 +85,6 @@ def save(
         msg = f"{path}: cannot be written: {error.strerror}"
         raise ToolError(msg) from error
     return sidecar
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new one, never a part of it."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read(plan: Path) -> Sidecar:

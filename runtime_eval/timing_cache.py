@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from artifacts.errors import ToolError
-from runtime_eval.sidecar import replace_file
+from artifacts.store import replace_file
 
 if TYPE_CHECKING:
     import tensorrt as trt
