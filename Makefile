@@ -19,7 +19,7 @@ CRQAT := $(VENV)/bin/python -m pipeline.cli
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test lint bench-infer bench-train bench-arms bench-residual soak
+.PHONY: help install train export benchmark gate test lint bench-infer bench-train bench-arms bench-residual soak fuzz bench-export
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -60,8 +60,15 @@ bench-infer: $(INSTALLED) ## float, ours and ONNX Runtime's own quantization; AR
 bench-residual: $(INSTALLED) ## TensorRT's plan with both inputs of a residual Add quantized, the skip branch alone, or none
 	$(VENV)/bin/python -m bench.residual $(ARGS)
 
+bench-export: $(INSTALLED) ## the peers' own ways to a quantized ONNX file and ours, in TensorRT's builder and ONNX Runtime
+	$(VENV)/bin/python -m bench.export $(ARGS)
+
 soak: $(INSTALLED) ## kill 200 stages at random instants; ARGS="--kills 20" for fewer
 	$(VENV)/bin/python -m bench.soak $(ARGS)
+
+fuzz: $(INSTALLED) ## every reader under a coverage-guided fuzzer; ARGS="--runs 1000000"
+	$(VENV)/bin/python -c 'import atheris' || $(VENV)/bin/python -m pip install --disable-pip-version-check -e '.[fuzz]'
+	$(VENV)/bin/python -m bench.fuzz $(ARGS)
 
 $(VENV)/.crqat-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

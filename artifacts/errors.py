@@ -6,9 +6,18 @@
 
 
 class CrqatError(Exception):
-    """Something a user can act on: the message names the cause and the fix, and no traceback is shown."""
+    """Something a user can act on: the message names the cause and the fix, and no traceback is shown.
+
+    Its text is one printable line, whatever the names and words in it: they may come from a file of a stranger's, and a
+    terminal obeys control characters.
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """The message."""
+        words = " ".join(super().__str__().split())
+        return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 class UsageError(CrqatError):

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.errors import UsageError
+from artifacts import json_file
+from artifacts.errors import ToolError, UsageError
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Grid:
                 msg = "zero_point, qmin, qmax and axis are integers"
                 raise ValueError(msg)
             return cls(scale, *integers, axis)
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, OverflowError) as error:
             msg = f"not a Grid: {error!r}"
             raise ValueError(msg) from error
 
@@ -109,12 +110,16 @@ def load_grids(path: Path) -> dict[str, Grid]:
 
     Raises:
         UsageError: The file is not a JSON object of Grids.
+        ToolError: It cannot be read.
     """
     try:
-        return {str(edge): Grid.from_json(data) for edge, data in json.loads(path.read_text()).items()}
-    except (ValueError, AttributeError, RecursionError) as error:
+        return {str(edge): Grid.from_json(data) for edge, data in json_file.read(path).items()}
+    except (ValueError, AttributeError) as error:
         msg = f"{path}: not a file of Grids ({error}); train the run again"
         raise UsageError(msg) from error
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise ToolError(msg) from error
 
 
 def grids_hash(grids: Mapping[str, Grid]) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -111,6 +113,7 @@ def decode_image(file: IO[bytes], name: str, size: int, crop: int, convert: bool
     """
     from PIL import Image, ImageOps
 
+    _silence_pillow()
     try:
         length = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -139,6 +142,14 @@ def decode_image(file: IO[bytes], name: str, size: int, crop: int, convert: bool
     left, top = (image.width - crop) // 2, (image.height - crop) // 2
     cropped = np.asarray(image.crop((left, top, left + crop, top + crop)), dtype=np.uint8)
     return np.ascontiguousarray(cropped.transpose(2, 0, 1))
+
+
+@cache
+def _silence_pillow() -> None:
+    """The limit here is the smaller one; Pillow's own warning would only be more lines on the same file."""
+    from PIL import Image
+
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def _undecodable(name: str, error: Exception) -> UsageError:

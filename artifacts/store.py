@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from artifacts import json_file
 from artifacts.errors import ToolError, UsageError
 
 SCHEMA_VERSION = 1
@@ -188,6 +189,7 @@ def read_manifest(directory: Path) -> Manifest:
 
     Raises:
         UsageError: There is none, or it is not one of this version's.
+        ToolError: It cannot be read.
     """
     path = directory / MANIFEST
     if not directory.exists():
@@ -197,18 +199,24 @@ def read_manifest(directory: Path) -> Manifest:
         msg = f"{path}: missing; run the stage again with --force"
         raise UsageError(msg)
     try:
-        data = json.loads(path.read_text())
+        data = json_file.read(path)
         if data["schema_version"] != SCHEMA_VERSION:
             found = data["schema_version"]
             msg = f"{path}: schema version {found}, not {SCHEMA_VERSION}; run the stage again with --force"
             raise UsageError(msg)
         manifest = Manifest(**data)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         msg = f"{path}: damaged ({type(error).__name__}: {error}); run the stage again with --force"
         raise UsageError(msg) from error
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise ToolError(msg) from error
     objects = (manifest.config, manifest.environment, manifest.payload, manifest.files)
     if not all(isinstance(value, dict) for value in objects):
         msg = f"{path}: damaged (an object is missing); run the stage again with --force"
+        raise UsageError(msg)
+    if not all(isinstance(text, str) for text in (manifest.stage, manifest.key, manifest.parent or "")):
+        msg = f"{path}: damaged (stage, key or parent is no text); run the stage again with --force"
         raise UsageError(msg)
     for name in manifest.files:
         if Path(name).is_absolute() or ".." in Path(name).parts:

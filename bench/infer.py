@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,37 @@ def wrong_codes(path: Path, images: npt.NDArray[np.float32], folder: Path, cpu: 
     return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 
 
+def interleaved(
+    paths: Mapping[str, Path], images: Path, config: BenchmarkConfig, rounds: int, seconds: float = 1.0
+) -> dict[str, list[list[float]]]:
+    """Seconds of each inference of each file, by round; each round is a new process, and the order rotates.
+
+    Args:
+        paths: Name to ONNX file.
+        images: .npy, uint8; the first image is the one that is inferred.
+        config: Threads and limits.
+        rounds: How many.
+        seconds: Of each file in each round, after a third of it to warm up.
+    """
+    times: dict[str, list[list[float]]] = {name: [] for name in paths}
+    names = list(paths)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            with Worker(paths[name], images, config) as worker:
+                times[name].append(worker.latency(0.3 * seconds, seconds)[0])
+    return times
+
+
+def predicted(path: Path, images: Path, config: BenchmarkConfig) -> npt.NDArray[np.int64]:
+    """A file's best classes for all images of an .npy file, as `runtime_eval.accuracy.top_classes` gives them."""
+    with tempfile.TemporaryDirectory() as folder, Worker(path, images, config) as worker:
+        top = Path(folder) / "top.npy"
+        worker.accuracy(100, top, lambda done, total: None)
+        result: npt.NDArray[np.int64] = np.load(top)
+        return result
+
+
 def measure(case: Case, rounds: int) -> dict[str, Any]:
     """One row: times, codes and, for trained weights, accuracy."""
     with tempfile.TemporaryDirectory() as scratch:
@@ -199,12 +230,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         images = folder / "images.npy"
         np.save(images, case.images[:1])
         config = BenchmarkConfig(threads=1)
-        times: dict[str, list[list[float]]] = {name: [] for name in paths}
-        for turn in range(rounds):
-            order = list(paths)[turn % 3 :] + list(paths)[: turn % 3]
-            for name in order:
-                with Worker(paths[name], images, config) as worker:
-                    times[name].append(worker.latency(0.3, 1.0)[0])
+        times = interleaved(paths, images, config, rounds)
         ratio = compare(times["peer"], times["ours"])
         few = IMAGENET(case.images[:2])
         row: dict[str, Any] = {
@@ -227,10 +253,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
         if case.test is not None:
             np.save(images, case.test[0])
             for key, name in (("float_accuracy", "float"), ("accuracy", "ours"), ("peer_accuracy", "peer")):
-                top = folder / "top.npy"
-                with Worker(paths[name], images, config) as worker:
-                    worker.accuracy(100, top, lambda done, total: None)
-                row[key] = float((np.load(top)[:, 0] == case.test[1]).mean())
+                row[key] = float((predicted(paths[name], images, config)[:, 0] == case.test[1]).mean())
         return row
 
 

@@ -15,7 +15,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from artifacts.errors import ToolError
+from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
 from artifacts.store import hash_json
 
@@ -109,6 +109,19 @@ class Checkpoints:
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file. A full disk is an OSError here, which safetensors' own function does not raise."""
     path.write_bytes(safetensors.torch.save(tensors))
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file onto the CPU.
+
+    Raises:
+        UsageError: It is missing or is none; the message names it.
+    """
+    try:
+        return safetensors.torch.load_file(path)
+    except (OSError, SafetensorError) as error:
+        msg = f"{path}: not a readable safetensors file ({error}); run the stage that wrote it again with --force"
+        raise UsageError(msg) from error
 
 
 def _write(path: Path, content: bytes) -> None:

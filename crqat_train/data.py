@@ -337,10 +337,10 @@ def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dat
 
 def _huggingface(source: str, root: str | None, download: bool, config: DataConfig, progress: Progress) -> Dataset:
     _, _, name = source.partition(":")
-    if root is None and not name:
-        msg = "data.root: huggingface needs it: a folder that save_to_disk of a DatasetDict wrote"
+    if root is None:
+        msg = "data.root: huggingface needs it: a folder that save_to_disk of a DatasetDict wrote, or to fetch it into"
         raise UsageError(msg)
-    folder = Path(root or f"data/huggingface/{name}").expanduser()
+    folder = Path(root).expanduser()
     if name and download and not folder.exists():
         fetch(name, folder)
     names, train, test = open_saved(folder, config.image_column, config.label_column)

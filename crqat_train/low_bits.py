@@ -54,11 +54,16 @@ class LowBitTraining:
             for norm in self._norms:
                 norm.training = False  # after each `student.train()` anew
         self._fit.scale_lr(0.0 if step >= config.freeze_ranges_at * steps else config.scale_lr)
-        if not self._begun and step:
-            # A training that goes on: its scales are those that the step before left.
-            self._set_width(width_of_step(step - 1, steps, config.progressive_bits), keep_range=False)
-        self._begun = True
+        self.go_on()
         self._set_width(width_of_step(step, steps, config.progressive_bits), keep_range=True)
+
+    def go_on(self) -> None:
+        """Of a training that was interrupted: take on the width of the step before, whose scales were loaded."""
+        step = self._fit.steps_done
+        if not self._begun and step:
+            width = width_of_step(step - 1, self._fit.steps, self.config.progressive_bits)
+            self._set_width(width, keep_range=False)
+        self._begun = True
 
     def penalized(self, loss: Tensor) -> Tensor:
         """The loss with the damping of oscillations, a scalar too."""

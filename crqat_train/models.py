@@ -169,6 +169,12 @@ def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]
     if not name.startswith(("torchvision/", "timm/")):
         msg = f'model.weights: "pretrained" is for torchvision/NAME and timm/NAME; "{name}" needs a file, or `float`'
         raise UsageError(msg)
+    if name.removeprefix("torchvision/") in AUXILIARY_HEADS:
+        msg = (
+            f"model.weights: the published weights of {name} want their images normalized anew inside of the network, "
+            "which is left out here; train it by a `float` section, or name a file"
+        )
+        raise UsageError(msg)
     try:
         if name.startswith("timm/"):
             model = _timm(name, classes, channels, pretrained=True)

@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -110,6 +111,19 @@ def ask_layout(model: nn.Module, example: Tensor) -> Hooks:
     constants = ("nncf_model_input", "nncf_model_output", "nncf_model_const")
     nodes = sorted(graph.get_all_nodes(), key=lambda node: node.node_id)
     return Hooks(sorted(groups, key=lambda g: g[0]), [n.node_name for n in nodes if n.node_type not in constants])
+
+
+def without_extension() -> None:
+    """Let NNCF's quantizers compute by NNCF's own reference in torch, eagerly, for the rest of this process.
+
+    Otherwise the first forward pass compiles C++ for minutes, and fails where there is no compiler or where it takes
+    longer than NNCF waits.
+    """
+    from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
+    from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
+
+    reference = ReferenceQuantize(ReferenceBackendType.TORCH)
+    QuantizedFunctionsCPU._loaded_namespace = SimpleNamespace(Quantize_forward=reference.forward)
 
 
 def name_operations(

@@ -19,6 +19,7 @@ from torch import Tensor
 from artifacts.errors import ToolError, UsageError
 from artifacts.grid import Grid, load_grids
 from artifacts.store import verify_stage
+from crqat_train.checkpoint import read_tensors
 
 STATE, CONFIG, HOWTO = "model.safetensors", "nncf_config.json", "load_in_nncf.py"
 _PREFIX = "__nncf_hooks."
@@ -350,7 +351,7 @@ def export(train_dir: Path, candidate: str, out: Path, network: str) -> Checkpoi
         msg = f"--candidate {candidate}: the training has only {', '.join(payload['candidates'])}"
         raise UsageError(msg)
     grids = load_grids(train_dir / f"{candidate}.grids.json")
-    state = load_file(train_dir / f"{candidate}.safetensors")
+    state = read_tensors(train_dir / f"{candidate}.safetensors")
     weights = {name: value for name, value in state.items() if not name.startswith("quantizers.")}
     specs = json.loads((train_dir / "layout.json").read_text())
     quantizers = [of_grid(spec["hooks"], grids[spec["edge"]], spec["ndim"]) for spec in specs]

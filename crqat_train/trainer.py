@@ -20,7 +20,7 @@ from artifacts.images import Preprocessing
 from artifacts.progress import Progress
 from crqat_train import data, models, nncf_checkpoint, nncf_start
 from crqat_train.batches import Batches, Feed, Images, evaluation_batches, subset
-from crqat_train.checkpoint import write_tensors
+from crqat_train.checkpoint import read_tensors, write_tensors
 from crqat_train.config import OptimizerConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.fit import Fit, finite, is_scale
@@ -221,6 +221,7 @@ class _Run:
             training.after_step(fit.steps_done - 1)
 
         def measure() -> dict[str, float]:
+            low_bits.go_on()  # where the state was saved behind the epoch's last step
             weight = consistency_weight(fit.steps_done, fit.steps, consistency)
             row = {"lambda": weight if training.views == 2 else 0.0, "validation": self.validate(student)}
             if training.teacher is not None:
@@ -387,15 +388,13 @@ def rebuild(
     Raises:
         UsageError: The checkpoint does not fit the recipe's network.
     """
-    from safetensors.torch import load_file
-
     model = models.build(config.model.name, len(payload["class_names"]), payload["input_shape"][0]).eval()
     example = torch.zeros(2, *payload["input_shape"])
     student, specs = quantize_model(
         model, example, config.quantization, config.targets, quantizer_maker(config.quantization)
     )
     try:
-        student.load_state_dict(load_file(train_dir / f"{candidate}.safetensors"))
+        student.load_state_dict(read_tensors(train_dir / f"{candidate}.safetensors"))
     except RuntimeError as error:
         msg = f"{train_dir}: the checkpoint is not of {config.model.name} as it is now; train again with --force"
         raise UsageError(msg) from error

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import onnxruntime
 
+from artifacts.errors import CrqatError
 from artifacts.images import Preprocessing, load_image
 
 model, photo = sys.argv[1:]
@@ -16,7 +17,11 @@ session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]
 metadata = session.get_modelmeta().custom_metadata_map
 preprocessing = Preprocessing.from_json(json.loads(metadata["crqat.preprocessing"]))
 side = session.get_inputs()[0].shape[2]  # networks whose images were no files do not say how to resize one
-pixels = load_image(Path(photo), preprocessing.size or side, preprocessing.crop or side, convert=True)
+try:
+    pixels = load_image(Path(photo), preprocessing.size or side, preprocessing.crop or side, convert=True)
+except CrqatError as error:
+    print(error, file=sys.stderr)
+    sys.exit(error.exit_code)
 (logits,) = session.run(["logits"], {"input": preprocessing(pixels[None])})
 for index in logits[0].argsort()[::-1][:5]:
     print(f"{json.loads(metadata['crqat.class_names'])[index]}: {logits[0, index]:.3f}")

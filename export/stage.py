@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from safetensors.torch import load_file
 
 from artifacts.errors import UsageError
 from artifacts.grid import grids_hash, load_grids
@@ -18,6 +17,7 @@ from artifacts.progress import Progress
 from artifacts.store import verify_stage
 from crqat_train import data
 from crqat_train.batches import Images
+from crqat_train.checkpoint import read_tensors
 from crqat_train.config import TrainConfig
 from crqat_train.trainer import rebuild, rounded_weights
 from export.codes import expected_codes
@@ -104,7 +104,7 @@ def export(
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
     model_float, _ = rebuild(train_dir, train, trained, candidate)
     # Strict but for the quantizers, which the float graph leaves out.
-    model_float.load_state_dict({**model_float.state_dict(), **load_file(train_dir / "float.safetensors")})
+    model_float.load_state_dict({**model_float.state_dict(), **read_tensors(train_dir / "float.safetensors")})
     float_graph = marked_graph(model_float, specs, shape, classes)
     baselines = {"float": "float32"}
     if "tensorrt" in targets and config.tensorrt_precision == "float16":

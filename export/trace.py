@@ -21,6 +21,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
+from artifacts.errors import UsageError
 from crqat_train.layout import QuantizerSpec
 from export.linears import linears_as_gemm, scale_behind_product
 
@@ -98,6 +99,9 @@ def marked_graph(
 
     Returns:
         The float graph with a `crqat.Edge` node, attribute `edge`, on every quantized edge.
+
+    Raises:
+        UsageError: ONNX has no operation for one of the network's.
     """
     model = copy.deepcopy(model).eval()
     for spec in specs:
@@ -107,18 +111,28 @@ def marked_graph(
         # The TorchScript exporter is deprecated and works; the other one has no hook for unknown operations without
         # further packages. Its tracer warnings speak of shapes that are constant here.
         warnings.simplefilter("ignore")
-        torch.onnx.export(
-            model,
-            (torch.zeros(2, *input_shape),),
-            buffer,  # type: ignore[arg-type]
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["input"],
-            output_names=["logits"],
-            dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
-            do_constant_folding=True,
-            custom_opsets={DOMAIN: 1},
-        )
+        try:
+            torch.onnx.export(
+                model,
+                (torch.zeros(2, *input_shape),),
+                buffer,  # type: ignore[arg-type]
+                dynamo=False,
+                opset_version=OPSET,
+                input_names=["input"],
+                output_names=["logits"],
+                dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
+                do_constant_folding=True,
+                custom_opsets={DOMAIN: 1},
+            )
+        except (torch.onnx.errors.OnnxExporterError, ValueError) as error:
+            # What it says goes on for many lines; the first names the operation.
+            first = " ".join(str(error).split("  [Caused", 1)[0].split("Please feel free", 1)[0].split())
+            size = "x".join(map(str, input_shape[1:]))
+            msg = (
+                f"model.name: the network cannot be written as ONNX for images of {size} pixels: {first}; "
+                "change that operation, or the images' size"
+            )
+            raise UsageError(msg) from error
     graph = _take_apart(onnx.load_from_string(buffer.getvalue()), list(input_shape), classes)
     _flatten_views(graph)
     _fold_shapes(graph)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from artifacts import store
 from artifacts.errors import UsageError
 from artifacts.grid import grids_hash, load_grids
 from pipeline.console import printable
-
-if TYPE_CHECKING:
-    import onnx
 
 
 def check(path: Path) -> list[str]:
@@ -42,15 +37,15 @@ def check(path: Path) -> list[str]:
 
 
 def _check_directory(path: Path) -> list[str]:
-    from pipeline import stages
+    from pipeline import dependencies
 
     if (path / store.MANIFEST).is_file():
         manifest = store.verify_stage(path)
         return [_describe(path, manifest)]
-    found = [stage for stage in stages.STAGES if (path / stage).exists()]
+    found = [stage for stage in dependencies.STAGES if (path / stage).exists()]
     found += sorted(device.name for device in path.glob("benchmark@*"))
     if not found:
-        msg = f"{path}: no run here: none of {', '.join(stages.STAGES)}"
+        msg = f"{path}: no run here: none of {', '.join(dependencies.STAGES)}"
         raise UsageError(msg)
     lines = []
     for stage in found:
@@ -58,7 +53,7 @@ def _check_directory(path: Path) -> list[str]:
         if manifest.stage != stage:
             msg = f"{path / stage}: holds the stage {manifest.stage}; was it copied from elsewhere?"
             raise UsageError(msg)
-        stages.check_parent(path, manifest)
+        dependencies.check_parent(path, manifest)
         lines.append(_describe(path / stage, manifest))
     return lines
 
@@ -66,7 +61,8 @@ def _check_directory(path: Path) -> list[str]:
 def _describe(directory: Path, manifest: store.Manifest) -> str:
     """One line of a stage whose files were verified."""
     environment = manifest.environment
-    version = environment.get("versions", {}).get("crqat-edge", "unknown")
+    versions = environment.get("versions")
+    version = versions.get("crqat-edge", "unknown") if isinstance(versions, dict) else "unknown"
     return (
         f"{directory}: stage {manifest.stage}, {len(manifest.files)} files intact, "
         f"made by crqat {version} at revision {environment.get('git_revision', 'unknown')}"
@@ -102,24 +98,10 @@ def _check_results(path: Path) -> list[str]:
 
 
 def _check_onnx(path: Path) -> list[str]:
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+    from pipeline import onnx_file
 
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        msg = f"{path}: not an ONNX file, or a truncated one"
-        raise UsageError(msg) from error
-    for tensor in _tensors(model):
-        # A tensor in another file is not covered by this one's hash, and its path may lead anywhere.
-        if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
-            msg = f"{path}: the tensor {tensor.name} lies in another file; external data is refused"
-            raise UsageError(msg)
-    try:
-        onnx.checker.check_model(model)
-    except onnx.checker.ValidationError as error:
-        msg = f"{path}: breaks ONNX's rules: {str(error).strip().splitlines()[0]}"
-        raise UsageError(msg) from error
+    model = onnx_file.read(path)
+    onnx_file.check(path, model)
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), "unknown")
     operators = [node.op_type for node in model.graph.node]
     lines = [
@@ -131,28 +113,3 @@ def _check_onnx(path: Path) -> list[str]:
 
 def _short(text: str) -> str:
     return text if len(text) <= 200 else f"{text[:197]}..."
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model, in subgraphs and functions too."""
-    yield from _tensors_of_graph(model.graph)
-    for function in model.functions:
-        for node in function.node:
-            yield from _tensors_of_node(node)
-
-
-def _tensors_of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        yield from _tensors_of_node(node)
-
-
-def _tensors_of_node(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
-    for attribute in node.attribute:
-        yield from (attribute.t, *attribute.tensors)
-        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-            yield from (sparse.values, sparse.indices)
-        for graph in (attribute.g, *attribute.graphs):
-            yield from _tensors_of_graph(graph)

@@ -338,10 +338,11 @@ def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: A
 
 def _show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
     from pipeline import results, stages
-    from pipeline.results_file import read_results
+    from pipeline.results_file import read_results, shown
 
-    directory = runs / config.name / stage
-    results.show(read_results(directory / stages.RESULTS), directory)
+    path = runs / config.name / stage / stages.RESULTS
+    with shown(path):
+        results.show(read_results(path), path.parent)
 
 
 def _judge(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:
@@ -382,7 +383,7 @@ def _terminate(number: int, _: Any) -> None:
 
 
 def _say_error(message: str) -> None:
-    click.echo(f"crqat: error: {' '.join(message.split())}", err=True)
+    click.echo(f"crqat: error: {message}", err=True)
 
 
 if __name__ == "__main__":

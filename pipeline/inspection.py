@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from artifacts import store
+from artifacts import json_file, store
 from artifacts.errors import ToolError, UsageError
-from pipeline import console
+from pipeline import console, onnx_file
 from pipeline.console import printable
 from runtime_eval import engine, engine_report, plan, tensorrt_api
 
@@ -42,10 +42,11 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         msg = f"{path}: no such file"
         raise UsageError(msg)
     if path.suffix != ".onnx":
-        for name, report in _read(path):
+        for name, report in read(path):
             show(name, report)
         return
-    model = _load(path)
+    model = onnx_file.read(path)
+    onnx_file.check(path, model)
     report = engine.build(path, options, _macs(path, model))
     if out is not None:
         _write(out, json.dumps(report, indent=1).encode())
@@ -64,17 +65,6 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
     msg = f"{path}: {report['status']}"
     # A builder that died or was stopped says nothing of the file.
     raise ToolError(msg) if report["failure"]["stage"] == "process" else UsageError(msg)
-
-
-def _load(path: Path) -> onnx.ModelProto:
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
-    try:
-        return onnx.load(path, load_external_data=False)
-    except DecodeError as error:
-        msg = f"{path}: not an ONNX file, or a truncated one"
-        raise UsageError(msg) from error
 
 
 def _macs(path: Path, model: onnx.ModelProto) -> dict[str, int] | None:
@@ -110,9 +100,15 @@ def _cut(model: onnx.ModelProto, options: engine.EngineOptions) -> onnx.ModelPro
         return smallest_cut(model, refused)
 
 
-def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+    """The engine reports in a file by their names: of an engine.json, of one report, or of an inspector's JSON.
+
+    Raises:
+        UsageError: It is none of these, or what it holds cannot be shown.
+        ToolError: It cannot be read.
+    """
     try:
-        data = json.loads(path.read_text())
+        data = json_file.read(path)
         if "Layers" in data:
             return [(str(path), of_inspector(path, data))]
         reports = data["engines"] if "engines" in data else {data["model"]: data}
@@ -120,10 +116,12 @@ def _read(path: Path) -> list[tuple[str, dict[str, Any]]]:
         if versions - {engine.SCHEMA_VERSION}:
             msg = f"{path}: schema_version {versions}, this crqat reads {engine.SCHEMA_VERSION}; build again"
             raise UsageError(msg)
-        for report in reports.values():
+        for name, report in reports.items():
             _ = report["coverage"], report["counts"], report["layers"], report["builder"]["name"]
+            if report["status"] == "built":  # everything that `show` shows can be shown
+                _ = name.lower(), [_row(layer) for layer in report["layers"]], list(_lines(report))
         return list(reports.items())
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
         msg = f"{path}: not an .onnx file, an engine report or an inspector's JSON ({type(error).__name__}: {error})"
         raise UsageError(msg) from error
     except OSError as error:

@@ -22,7 +22,7 @@ from pipeline import console
 
 SCHEMA_VERSION = 1
 # A network with an input of its own size is shown that.
-SIZES = {"torchvision/vit_b_16": 224}
+SIZES = {"torchvision/vit_b_16": 224, "torchvision/vgg11_bn": 224}
 NETWORKS = (
     "torchvision/resnet18",
     "torchvision/resnet50",
@@ -123,7 +123,8 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS) -> dic
             last = words[-1].strip() if words else f"exit code {ended.returncode}"
             row = json.loads(report.read_text()) if report.is_file() else {"status": f"failed: {last}"}
     seconds = round(time.monotonic() - started, 1)
-    return {**row, "images": str(images), "versions": _versions(), "total_seconds": seconds}
+    machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
+    return {**row, "images": str(images), "machine": machine, "versions": _versions(), "total_seconds": seconds}
 
 
 def _environment() -> dict[str, str]:
@@ -253,10 +254,10 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
     by_setting: dict[str, list[str]] = {}
     for name in known:
         versions = ", ".join(f"{package} {version}" for package, version in rows[name]["versions"].items())
-        by_setting.setdefault(f"{rows[name]['images']}; {versions}", []).append(name)
-    lines += ["", "Images and versions:", ""]
+        by_setting.setdefault(f"{rows[name]['images']}; {rows[name]['machine']}; {versions}", []).append(name)
+    lines += ["", "Images, machine and versions:", ""]
     lines += [f"* {setting}: {', '.join(names)}" for setting, names in by_setting.items()]
-    return "\n".join([*lines, "", f"Machine: {platform.machine()}, {os.cpu_count()} CPUs.", ""])
+    return "\n".join([*lines, ""])
 
 
 def _read(path: Path) -> dict[str, Any]:

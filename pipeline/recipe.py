@@ -236,8 +236,17 @@ def _has_weights(recipe: Recipe) -> bool:
 
 
 def from_resolved(values: dict[str, Any]) -> Recipe:
-    """The recipe that `resolved` made, as a manifest holds it."""
-    return pydantic.TypeAdapter(Recipe).validate_json(json.dumps(values), strict=True)
+    """The recipe that `resolved` made, as a manifest holds it.
+
+    Raises:
+        UsageError: It is of a version with other keys.
+    """
+    try:
+        return pydantic.TypeAdapter(Recipe).validate_json(json.dumps(values), strict=True)
+    except pydantic.ValidationError as error:
+        problem = _explain(error.errors()[0], Path("the run's recipe"), ())
+        msg = f"{problem}; the run is of another version of crqat: train it again"
+        raise UsageError(msg) from error
 
 
 def train_config(recipe: Recipe) -> TrainConfig:

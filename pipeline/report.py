@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,9 +10,11 @@ from typing import Any
 
 import jinja2
 
+from artifacts import json_file
 from artifacts.store import Manifest, read_manifest
 from pipeline.gate import Verdict, exit_code
 from pipeline.results import COMPARED, side_by_side
+from pipeline.results_file import shown
 
 TEMPLATES = Path(__file__).parent / "templates"
 WORDS = {0: "pass", 1: "fail", 3: "not judged", 4: "inconclusive"}
@@ -37,9 +38,23 @@ def render(
         verdicts: What the gate says of it.
         layers: What `export.sensitivity.accuracy_of_each_layer` measured, if it was asked for.
         others: Results of the same files on other devices.
+
+    Raises:
+        UsageError: The run's files do not hold what the page shows.
     """
+    with shown(run, jinja2.UndefinedError, OSError):
+        return _render(run, results, verdicts, layers, others)
+
+
+def _render(
+    run: Path,
+    results: dict[str, Any],
+    verdicts: Sequence[Verdict],
+    layers: Sequence[dict[str, Any]],
+    others: Sequence[dict[str, Any]],
+) -> str:
     train, export = read_manifest(run / "train"), read_manifest(run / "export")
-    history = [json.loads(line) for line in (run / "train" / "history.jsonl").read_text().splitlines()]
+    history = [json_file.parse(line) for line in (run / "train" / "history.jsonl").read_text().splitlines()]
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
@@ -101,12 +116,18 @@ def _tradeoff(results: dict[str, Any]) -> str:
         top1, p50 = 100 * accuracy["top1"], latency["p50_ms"]
         spread = [[top1 - 100 * low], [100 * high - top1]]
         color = _COLORS.get(target, "#8a8f98")
-        axes.errorbar([p50], [top1], yerr=spread, fmt="o", color=color, capsize=3, label=file)
+        axes.errorbar([p50], [top1], yerr=spread, fmt="o", color=color, capsize=3, label=_label(file))
     axes.set_xlabel("median latency at batch 1, ms")
     axes.set_ylabel("top-1 accuracy, %")
     axes.set_xlim(0, 1.1 * max(latency["p50_ms"] for _, _, _, latency in points))
     axes.legend(frameon=False, fontsize=9)
     return _svg(figure)
+
+
+def _label(file: str) -> str:
+    """A name as matplotlib shows it as it is: no mathematics between dollars, not hidden for a leading underscore."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in file).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
 
 
 def _curves(history: list[dict[str, Any]]) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from artifacts import json_file
 from artifacts.errors import ToolError, UsageError
+from pipeline.results import side_by_side
 
 SCHEMA_VERSION = 1
+_UNSHOWABLE: tuple[type[Exception], ...] = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError)
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -21,7 +25,7 @@ def read_results(path: Path) -> dict[str, Any]:
         ToolError: It cannot be read.
     """
     try:
-        data = json.loads(path.read_text())
+        data = json_file.read(path)
     except FileNotFoundError as error:
         msg = f"{path}: missing; run the benchmark first (crqat benchmark RECIPE)"
         raise UsageError(msg) from error
@@ -31,7 +35,7 @@ def read_results(path: Path) -> dict[str, Any]:
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         msg = f"{path}: not JSON ({error}); run the benchmark again with --force"
         raise UsageError(msg) from error
     checked = _Checked(path, "", data)
@@ -43,12 +47,32 @@ def read_results(path: Path) -> dict[str, Any]:
         if optional in data:
             checked.child(optional)
     if "require" in data.get("config", {}):
-        checked.child("config").get("require", list)
+        checked.child("config").texts("require")
     models = checked.child("models")
     for file in models.data:
         _check_model(models.child(file))
     results: dict[str, Any] = data
+    with shown(path):
+        side_by_side([results])
     return results
+
+
+@contextmanager
+def shown(path: Path, *also: type[Exception]) -> Iterator[None]:
+    """Around whatever shows a file of results: a value that cannot be shown is damage, too.
+
+    Args:
+        path: The file, or the run, for the message.
+        also: What else the body raises for a value that is missing or of another kind.
+
+    Raises:
+        UsageError: The body raised one of these.
+    """
+    try:
+        yield
+    except _UNSHOWABLE + also as error:
+        msg = f"{path}: damaged ({type(error).__name__}: {error}); run the benchmark again with --force"
+        raise UsageError(msg) from error
 
 
 @dataclass(frozen=True)
@@ -91,6 +115,12 @@ class _Checked:
         values = enumerate(self.get(name, list))
         return [_Checked(self.path, f"{self.key}.{name}[{index}]", value) for index, value in values]
 
+    def texts(self, name: str) -> None:
+        """Check for a list of texts."""
+        if not all(isinstance(value, str) for value in self.get(name, list)):
+            key = f"{self.key}.{name}"
+            raise self._fail(key, "a list of texts")
+
     def interval(self, name: str) -> None:
         """Check for two finite numbers in order."""
         value = self.get(name, list)
@@ -114,7 +144,7 @@ def _check_model(model: _Checked) -> None:
         for count in ("codes", "differing", "images"):
             counted.get(count, int)
     if model.data.get("findings") is not None:
-        model.get("findings", list)
+        model.texts("findings")
     if model.data.get("engine") is not None:
         _check_engine(model.child("engine"))
     if model.data.get("int8_layers") is not None:
@@ -151,11 +181,12 @@ def _check_engine(engine: _Checked) -> None:
         remark.get("severity", str)
         remark.get("message", str)
         remark.get("count", int)
-        remark.get("nodes", list)
+        remark.texts("nodes")
     for name in ("name", "version"):
         engine.child("builder").get(name, str)
     covered, numbers = engine.child("coverage"), engine.child("counts")
-    if covered.data.get("by_macs") is not None:
+    covered.must_have("by_macs")
+    if covered.data["by_macs"] is not None:
         covered.get("by_macs", float)
     for count in ("nodes", "int8_nodes"):
         covered.get(count, int)

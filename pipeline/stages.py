@@ -1,65 +1,29 @@
-"""The stages of a run: what each depends on, whether it is up to date, and how its directory comes to be."""
+"""The stages of a run: whether each is up to date, and how its directory comes to be."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-import os
 import platform
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from importlib import machinery, metadata
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from artifacts import store
 from artifacts.errors import CrqatError, ToolError, UsageError
 from artifacts.progress import Progress
-from crqat_train.config import FILE_SOURCES, source_kind
-from pipeline import console, lock, recipe
+from pipeline import console, dependencies, lock, recipe
 from pipeline.results_file import read_results
 
 if TYPE_CHECKING:
     from pipeline.gate import GateConfig, Verdict
     from runtime_eval.remote import Board
 
-STAGES = ("train", "export", "benchmark")
-PARENTS = {"train": None, "export": "train", "benchmark": "export", "sensitivity": "train"}
-# The keys of a recipe that a stage's result depends on; the stage before it brings in its own.
-KEYS = {
-    "train": (
-        "seed",
-        "targets",
-        "device",
-        "compile",
-        "data",
-        "model",
-        "float",
-        "quantization",
-        "qat",
-        "consistency",
-    ),
-    "export": ("name", "export"),
-    "benchmark": ("benchmark",),
-    "sensitivity": ("name",),
-}
 STATES = ".states"
 RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
-_DISTRIBUTIONS = (
-    "crqat-edge",
-    "torch",
-    "torchvision",
-    "nncf",
-    "onnx",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "openvino",
-    "numpy",
-    "tensorrt",
-    "tensorrt-rtx",
-    "tensorrt-rtx-cu13",
-)
 
 
 def train(
@@ -75,9 +39,9 @@ def train(
         restart: Do not go on from where an interrupted training of the same recipe was.
         save_every: Seconds between two states of the training.
     """
-    inputs = input_files(config)
+    inputs = dependencies.input_files(config)
     # Below the key of everything that the result depends on: another recipe never goes on from this one's state.
-    states = runs / config.name / STATES / _key("train", config, runs, inputs)[:16]
+    states = runs / config.name / STATES / dependencies.key_of("train", config, runs, inputs)[:16]
     if restart:
         shutil.rmtree(states, ignore_errors=True)
 
@@ -98,7 +62,7 @@ def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, u
 
     With `unsafe`, files that break their runtime's rules are written all the same, and the gate fails on them.
     """
-    current(config, runs, "train")
+    dependencies.current(config, runs, "train")
 
     def fill(out: Path) -> dict[str, Any]:
         from export.stage import export as write_models
@@ -113,7 +77,7 @@ def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, u
 
 def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
     """Run the `benchmark` stage unless it is up to date, and return its directory. The verdict does not matter here."""
-    current(config, runs, "export")
+    dependencies.current(config, runs, "export")
 
     def fill(out: Path) -> dict[str, Any]:
         from runtime_eval.benchmark import benchmark as measure
@@ -130,7 +94,7 @@ def sensitivity(
     config: recipe.Recipe, runs: Path, force: bool, progress: Progress, average_bits: float, images: int
 ) -> Path:
     """Measure what each layer's width costs, propose widths, and return the directory with both; see there."""
-    current(config, runs, "train")
+    dependencies.current(config, runs, "train")
 
     def fill(out: Path) -> dict[str, Any]:
         from pipeline.sensitivity import measure
@@ -183,7 +147,7 @@ def benchmark_on(
     from runtime_eval import bundle as bundles
     from runtime_eval import remote
 
-    current(config, runs, "export")
+    dependencies.current(config, runs, "export")
     # The recipe's own way to measure, which may have changed since the export.
     contents = bundles.describe(runs / config.name / "export", asdict(config.benchmark), metadata.version("crqat-edge"))
 
@@ -221,7 +185,7 @@ def bundle(run: Path, out: Path | None) -> tuple[Path, str, dict[str, Any]]:
     from runtime_eval import bundle as bundles
 
     manifest = store.read_manifest(run / "export")
-    check_parent(run, manifest)
+    dependencies.check_parent(run, manifest)
     how = manifest.config.get("benchmark", {})
     made, paths = bundles.describe(run / "export", how, metadata.version("crqat-edge"))
     archive = out or Path(f"{made.run}-bundle.tar.gz")
@@ -243,7 +207,7 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
     if baseline is not None and config.gate.max_latency_regression is None:
         msg = f"--baseline {baseline}: the recipe allows any latency; set gate.max_latency_regression, such as 1.1"
         raise UsageError(msg)
-    manifest = current(config, runs, stage)
+    manifest = dependencies.current(config, runs, stage)
     directory = runs / config.name / stage
     results = read_results(directory / RESULTS)
     verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline))
@@ -271,9 +235,9 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
     from pipeline import gate as rules
     from pipeline.report import render
 
-    for stage in STAGES:
+    for stage in dependencies.STAGES:
         manifest = store.verify_stage(run / stage)
-        check_parent(run, manifest)
+        dependencies.check_parent(run, manifest)
     results = read_results(run / "benchmark" / RESULTS)
     rows = []
     if layers:
@@ -317,123 +281,11 @@ def _others(run: Path, own: str) -> list[dict[str, Any]]:
         if path.name == own:
             continue
         try:
-            check_parent(run, store.verify_stage(path))
+            dependencies.check_parent(run, store.verify_stage(path))
             found.append(read_results(path / RESULTS))
         except CrqatError:
             continue
     return found
-
-
-def _kind(stage: str) -> str:
-    return stage.partition("@")[0]
-
-
-def current(config: recipe.Recipe, runs: Path, stage: str) -> store.Manifest:
-    """The manifest of a stage that is intact and follows from this recipe and from the current stages before it.
-
-    Raises:
-        UsageError: It is not; the message names the stage to run.
-    """
-    run = runs / config.name
-    manifest, values = store.verify_stage(run / stage), recipe.resolved(config)
-    changed = [key for key in KEYS[_kind(stage)] if manifest.config.get(key) != values[key]]
-    if changed:
-        msg = (
-            f"{run / stage}: made with another `{changed[0]}` than this recipe's; "
-            f"run `crqat {store.command(stage)}` first, with the same recipe and --set"
-        )
-        raise UsageError(msg)
-    check_parent(run, manifest)
-    parent = PARENTS[_kind(stage)]
-    if parent is not None:
-        current(config, runs, parent)
-    return manifest
-
-
-def check_parent(run: Path, manifest: store.Manifest) -> None:
-    """Check that a stage was made from the current version of the stage before it.
-
-    Raises:
-        UsageError: It was made from an older one.
-    """
-    parent = PARENTS[_kind(manifest.stage)]
-    if parent is None:
-        return
-    store.read_manifest(run / parent)
-    if manifest.parent != store.manifest_hash(run / parent):
-        again = store.command(manifest.stage)
-        msg = f"{run / manifest.stage}: stale, made from an older {parent}; run `crqat {again}` again"
-        raise UsageError(msg)
-
-
-def input_files(config: recipe.Recipe) -> dict[str, str]:
-    """SHA-256 of the files that a recipe names: weights and the user's own modules, found without importing them.
-
-    Of stored images it is the hash of names, sizes and times; CIFAR's files are checked where they are read.
-
-    Raises:
-        UsageError: The weights are not there.
-    """
-    hashes = {}
-    if config.model.weights not in (None, "pretrained"):
-        path = Path(config.model.weights)
-        if not path.is_file():
-            msg = f"{path}: no such weights file (model.weights, relative to {Path.cwd()})"
-            raise UsageError(msg)
-        hashes[config.model.weights] = store.sha256_file(path)
-    if config.model.nncf is not None:
-        files = [path for path in sorted(Path(config.model.nncf).glob("*")) if path.suffix in (".safetensors", ".json")]
-        if not files:
-            msg = f"{config.model.nncf}: no such folder, or nothing in it (model.nncf); make it by `crqat nncf import`"
-            raise UsageError(msg)
-        hashes |= {str(path): store.sha256_file(path) for path in files}
-    stored = {source_kind(name) for name in (config.data.source, config.data.unlabeled)} & set(FILE_SOURCES)
-    fetched = config.data.download and stored == {"huggingface"}  # not there yet when the stage begins
-    if stored and config.data.root is not None and not fetched:
-        hashes["data.root"] = folder_state(Path(config.data.root).expanduser())
-    for name in (config.data.source, config.data.unlabeled, config.model.name):
-        module, colon, _ = (name or "").partition(":")
-        path_found = _module_file(module) if colon else None
-        if path_found is not None:
-            hashes[module] = store.sha256_file(path_found)
-    return hashes
-
-
-def folder_state(root: Path) -> str:
-    """SHA-256 of every file's relative path, size and time of change below a folder: cheap, and no content is read."""
-    lines = []
-    for parent, _, names in os.walk(root):
-        for name in names:
-            path = Path(parent, name)
-            with contextlib.suppress(OSError):  # who reads the images says what is wrong with it
-                status = path.stat()
-                lines.append(f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}")
-    return store.hash_json(sorted(lines))
-
-
-def _module_file(module: str) -> Path | None:
-    search, spec = None, None
-    for depth in range(module.count(".") + 1):
-        spec = machinery.PathFinder.find_spec(".".join(module.split(".")[: depth + 1]), search)
-        if spec is None:
-            return None
-        search = spec.submodule_search_locations
-    return Path(spec.origin) if spec and spec.origin and Path(spec.origin).is_file() else None
-
-
-def environment(config: recipe.Recipe) -> dict[str, Any]:
-    """What a result may depend on beside the recipe."""
-    versions = {}
-    for name in _DISTRIBUTIONS:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return {
-        "versions": {**versions, "python": platform.python_version()},
-        "git_revision": store.git_revision(Path.cwd()),
-        "platform": platform.platform(),
-        "machine": platform.node(),
-        "seed": config.seed,
-    }
 
 
 def _run_stage(
@@ -444,32 +296,15 @@ def _run_stage(
     inputs: dict[str, str],
     fill: Callable[[Path], dict[str, Any]],
 ) -> Path:
-    run, key, parent_hash = runs / config.name, _key(stage, config, runs, inputs), _parent_hash(stage, config, runs)
+    run, key = runs / config.name, dependencies.key_of(stage, config, runs, inputs)
     directory = run / stage
     if not force and directory.exists() and store.read_manifest(directory).key == key:
         store.verify_stage(directory)
         console.say(f"{stage} is up to date")
         return directory
-    manifest = store.Manifest(stage, key, parent_hash, recipe.resolved(config), environment(config))
+    parent, environment = dependencies.parent_hash(stage, config, runs), dependencies.environment(config)
+    manifest = store.Manifest(stage, key, parent, recipe.resolved(config), environment)
     with store.write_stage(run, manifest) as out:
         manifest.payload = fill(out)
         manifest.environment["device"] = manifest.payload.get("device", "cpu")
     return directory
-
-
-def _parent_hash(stage: str, config: recipe.Recipe, runs: Path) -> str | None:
-    parent = PARENTS[_kind(stage)]
-    return None if parent is None else store.manifest_hash(runs / config.name / parent)
-
-
-def _key(stage: str, config: recipe.Recipe, runs: Path, inputs: dict[str, str]) -> str:
-    """Hash of everything that a stage's result depends on."""
-    values = recipe.resolved(config)
-    return store.hash_json(
-        {
-            "config": {name: values[name] for name in KEYS[_kind(stage)]},
-            "parent": _parent_hash(stage, config, runs),
-            "version": metadata.version("crqat-edge"),
-            "inputs": inputs,
-        }
-    )

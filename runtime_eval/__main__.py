@@ -15,7 +15,7 @@ from artifacts.errors import CrqatError, ToolError, UsageError
 from artifacts.progress import Progress, quiet
 from runtime_eval import bundle as bundles
 from runtime_eval.benchmark import benchmark
-from runtime_eval.config import BenchmarkConfig
+from runtime_eval.config import BenchmarkConfig, of_json
 
 
 def table(results: dict[str, Any]) -> str:
@@ -88,8 +88,8 @@ def measure(path: Path, threads: int | None) -> dict[str, Any]:
             folder, bundle = Path(scratch), bundles.unpack(path, Path(scratch))
         bundle = bundle or bundles.verify(path)
         try:
-            config = BenchmarkConfig(**{**bundle.benchmark, **changes})
-        except TypeError as error:
+            config = of_json({**bundle.benchmark, **changes})
+        except (TypeError, ValueError) as error:
             msg = f"{path}: a benchmark configuration of another crqat ({error}); make the bundle anew"
             raise UsageError(msg) from error
         return {**benchmark(folder / bundles.EXPORT, config, say_progress()), "bundle": bundle.sha256}

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
 from artifacts.store import Manifest, manifest_hash, sha256_file, verify_stage
-from runtime_eval import accuracy, device, engine, engine_report, latency, tensorrt_api
+from runtime_eval import accuracy, device, engine, engine_report, latency, onnx_metadata, tensorrt_api
 from runtime_eval.client import OPENVINO, RUNTIME, Worker
 from runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
 from runtime_eval.jetson import Watch
@@ -157,6 +157,8 @@ def _read_payload(
     if targets.count(FLOAT) != 1:
         msg = f"{export_dir}: {targets.count(FLOAT)} float models; exactly one is what the others are compared with"
         raise UsageError(msg)
+    for entry in entries:
+        _refuse_external_data(export_dir / entry["file"])
     images, labels = (_read_array(export_dir / name) for name in names[:2])
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
         msg = f"{export_dir / names[0]}: {images.dtype} {list(images.shape)}, expected uint8 [N, C, H, W]; export again"
@@ -166,6 +168,16 @@ def _read_payload(
         msg = f"{export_dir / names[1]}: {labels.dtype} {shape}, expected int64 [{len(images)}]; export again"
         raise UsageError(msg)
     return entries, images, labels
+
+
+def _refuse_external_data(path: Path) -> None:
+    try:
+        tensor = onnx_metadata.external_tensor(path)
+    except UsageError:
+        return  # no runtime will load it, and why becomes this model's result
+    if tensor is not None:
+        msg = f"{path}: the tensor {tensor} lies in another file; external data is refused, export again"
+        raise UsageError(msg)
 
 
 def _read_array(path: Path) -> npt.NDArray[Any]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from artifacts import store
+from artifacts import json_file, store
 from artifacts.errors import ToolError, UsageError
 
 SCHEMA_VERSION = 1
@@ -193,14 +193,14 @@ def verify(folder: Path) -> Bundle:
 def _parse(content: bytes, path: Path) -> Bundle:
     """The manifest, checked: what it names lies in its folder."""
     try:
-        data = json.loads(content)
+        data = json_file.parse(content)
         if data["schema_version"] != SCHEMA_VERSION:
             msg = f"{path}: a bundle of schema version {data['schema_version']}, not {SCHEMA_VERSION}; make it anew"
             raise UsageError(msg)
         bundle = Bundle(**data)
         texts = (bundle.run, bundle.crqat_version, *bundle.members, *bundle.members.values())
         sound = all(isinstance(text, str) for text in texts) and isinstance(bundle.benchmark, dict)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         msg = f"{path}: no bundle's manifest ({type(error).__name__}: {error})"
         raise UsageError(msg) from error
     if not sound or bundle.content() != content:

@@ -20,6 +20,7 @@ from artifacts.errors import ToolError
 
 PASSED = "passed"
 _KEYS = ("images", "names", "codes", "left_out", "outputs")
+MAX_BYTES = 2**30  # of all arrays, unpacked
 
 
 def check_codes(model: Path, expected: Path, threads: int) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def check_codes(model: Path, expected: Path, threads: int) -> dict[str, Any]:
     Raises:
         ToolError: The expectation does not fit the model, or ONNX Runtime refuses it.
     """
-    arrays = _read(expected)
+    arrays = read(expected)
     names, codes, images = [str(name) for name in arrays["names"]], arrays["codes"], arrays["images"]
     content = model.read_bytes()
     logits, *theirs = _run(content + arrays["outputs"].tobytes(), ["logits", *names], images, threads)
@@ -66,9 +67,18 @@ def check_codes(model: Path, expected: Path, threads: int) -> dict[str, Any]:
     }
 
 
-def _read(path: Path) -> dict[str, npt.NDArray[Any]]:
+def read(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an expectation by their keys.
+
+    Raises:
+        ToolError: It holds something else, or more than `MAX_BYTES`.
+    """
     try:
         with np.load(path, allow_pickle=False) as stored:
+            # A few compressed bytes may be more than the memory holds; no more is read than the archive says.
+            if sum(entry.file_size for entry in stored.zip.infolist()) > MAX_BYTES:
+                msg = f"unpacked it is larger than {MAX_BYTES // 2**20} MiB"
+                raise ValueError(msg)
             arrays = {key: stored[key] for key in _KEYS}
     except Exception as error:  # a zip file that is none fails in many ways
         msg = f"{path.name}: no expected codes ({type(error).__name__}: {error}); export again"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
 from artifacts.config import STRICT, Range
@@ -49,3 +50,22 @@ class BenchmarkConfig:
     openvino: bool = False
     require: tuple[Literal["onnxruntime", "tensorrt", "openvino"], ...] = ()
     time_limit_seconds: Annotated[float, Range(gt=0)] = 300.0
+
+
+def of_json(values: Mapping[str, Any]) -> BenchmarkConfig:
+    """The configuration that a bundle brings: a recipe's was checked by pydantic, which a board does not have.
+
+    Raises:
+        TypeError, ValueError: A key is unknown, or a value is of another type or not positive.
+    """
+    config = BenchmarkConfig(**values)
+    for item in fields(config):
+        value, default = getattr(config, item.name), item.default
+        texts = isinstance(default, tuple) and isinstance(value, list) and all(isinstance(text, str) for text in value)
+        if not texts and type(value) is not type(default) and not (type(value) is int and type(default) is float):
+            msg = f"{item.name} is {value!r}"
+            raise TypeError(msg)
+        if not isinstance(value, bool | str | list | tuple) and not 0 <= value < 2**31:
+            msg = f"{item.name} is {value}"
+            raise ValueError(msg)
+    return replace(config, require=tuple(config.require))

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import CrqatError, ToolError, UsageError
-from runtime_eval import engine_report, onnx_metadata, plan, sidecar, tensorrt_api
+from runtime_eval import device, engine_report, onnx_metadata, plan, sidecar, tensorrt_api
 from runtime_eval.client import PACKAGES
 from runtime_eval.engine_build import Batch, Build, BuildFailure
 
@@ -282,4 +282,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    device.die_first()
     sys.exit(main())

@@ -20,7 +20,8 @@ _KNOWN = (
     (
         "uint8_read_as_int8",
         "error",
-        re.compile(r"UINT8 zero_point"),
+        # The second is said where several quantizers share a zero point, as in files of torch.onnx.export.
+        re.compile(r"UINT8 (zero_point|data .* is being converted to INT32)"),
         "UINT8 codes are read as INT8 with the same scale: all above 127 are clipped, half of the range",
     ),
     (

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from artifacts import store
+from artifacts import json_file, store
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
 from runtime_eval import bundle as bundles
@@ -174,20 +174,15 @@ def clean(board: Board, bundle: Bundle, progress: Progress) -> None:
 
 def _checked(text: str, board: Board, bundle: Bundle) -> dict[str, Any]:
     try:
-        results = json.loads(text, parse_constant=_no_number)
+        results = json_file.parse(text)
         if results["bundle"] != bundle.sha256:
             msg = f"{board.address}: the results there are of another bundle; run again with --force"
             raise ToolError(msg)
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         msg = f"{board.address}: the results there are damaged ({error!r}); run again with --force"
         raise ToolError(msg) from error
     checked: dict[str, Any] = results
     return checked
-
-
-def _no_number(text: str) -> None:
-    msg = f"{text} is not JSON"
-    raise ValueError(msg)
 
 
 class _Link:

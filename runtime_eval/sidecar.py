@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from artifacts import json_file
 from artifacts.errors import ToolError, UsageError
 
 SCHEMA_VERSION = 1
@@ -111,12 +112,12 @@ def read(plan: Path) -> Sidecar:
     """
     path = sidecar_path(plan)
     try:
-        data: Any = json.loads(path.read_text())
+        data: Any = json_file.read(path)
         sidecar = Sidecar(**data)
     except FileNotFoundError as error:
         msg = f"{path}: missing; a plan is loaded only with its sidecar, build it again"
         raise UsageError(msg) from error
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError) as error:
         msg = f"{path}: cannot be used ({error}); build the engine again"
         raise UsageError(msg) from error
     texts = (sidecar.plan_sha256, sidecar.builder, sidecar.version, sidecar.compute_capability, sidecar.precision)

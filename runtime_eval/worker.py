@@ -26,6 +26,7 @@ from artifacts.errors import CrqatError, ToolError
 from artifacts.images import Preprocessing
 from runtime_eval.accuracy import top_classes
 from runtime_eval.client import OPENVINO, PLAN
+from runtime_eval.device import die_first
 
 if TYPE_CHECKING:
     from runtime_eval.runners import Runner
@@ -169,4 +170,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    die_first()
     sys.exit(main())

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from artifacts.errors import UsageError
 from artifacts.grid import Grid, grids_hash, load_grids, save_grids
@@ -108,3 +111,45 @@ def test_wrong_shapes_in_a_file_are_usage_errors(tmp_path: Path) -> None:
         path.write_text(json.dumps({"x": {**good, key: value}}))
         with pytest.raises(UsageError, match="not a file of Grids"):
             load_grids(path)
+
+
+SCALES = st.floats(min_value=2.0**-140, max_value=2.0**100, width=32, exclude_min=True)
+CODES = st.sampled_from([(-127, 127), (-128, 127), (0, 127), (0, 255), (-8, 7), (0, 15), (-2, 1)])
+
+
+@settings(max_examples=200, deadline=None)
+@given(SCALES, CODES, st.data())
+def test_a_value_of_a_grid_is_kept_whatever_the_scale(
+    scale: float, bounds: tuple[int, int], data: st.DataObject
+) -> None:
+    made = grid([scale], data.draw(st.integers(*bounds)), *bounds)
+    codes = np.arange(bounds[0], bounds[1] + 1)
+    values = made.dequantize(codes)
+    np.testing.assert_array_equal(made.quantize(values), codes)
+    drawn = data.draw(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20))
+    with np.errstate(over="ignore"):
+        kept = made.dequantize(made.quantize(np.array(drawn, np.float32)))
+    np.testing.assert_array_equal(made.dequantize(made.quantize(kept)), kept)
+    assert np.isin(kept, values).all()
+
+
+PARTS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "scale": PARTS | st.lists(PARTS, max_size=3) | st.lists(st.floats(2.0**-10, 1, width=32), max_size=3),
+            **{key: PARTS | st.integers(-130, 130) for key in ("zero_point", "qmin", "qmax", "axis")},
+        },
+    )
+)
+def test_any_object_is_a_grid_or_a_value_error(data: dict[str, Any]) -> None:
+    try:
+        made = Grid.from_json(data)
+    except ValueError:
+        return
+    assert Grid.from_json(json.loads(json.dumps(made.to_json()))).to_json() == made.to_json()
+    assert made.qmin <= made.zero_point <= made.qmax and (made.scale > 0).all()

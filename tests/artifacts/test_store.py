@@ -8,10 +8,14 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from artifacts import store
 from artifacts.errors import ToolError, UsageError
@@ -217,3 +221,37 @@ def test_git_revision(tmp_path: Path) -> None:
     assert len(clean) == 40
     (tmp_path / "f").write_text("2")
     assert store.git_revision(tmp_path) == f"{clean}-dirty"
+
+
+WORDS = st.text(max_size=8)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | WORDS
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner)
+)
+KEYS = ("stage", "key", "parent", "config", "environment", "payload", "files", "schema_version", "other")
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.dictionaries(st.sampled_from(KEYS), ANYTHING | st.dictionaries(st.text(max_size=8), st.text(max_size=8)))
+    | ANYTHING
+    | st.binary(max_size=50)
+)
+def test_any_manifest_is_one_or_one_line(changes: Any) -> None:
+    whole: dict[str, Any] = {
+        "stage": "train",
+        "key": "k",
+        "parent": None,
+        "config": {},
+        "environment": {},
+        "schema_version": 1,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        content = json.dumps({**whole, **changes} if isinstance(changes, dict) else None).encode()
+        Path(folder, "manifest.json").write_bytes(changes if isinstance(changes, bytes) else content)
+        try:
+            read = store.verify_stage(Path(folder))
+        except UsageError as error:
+            assert str(error).isprintable()
+            return
+    assert isinstance(read.stage, str) and not read.files

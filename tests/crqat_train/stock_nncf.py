@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,15 +12,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from crqat_train.nncf_checkpoint import CONFIG, STATE
-
-
-def without_extension() -> None:
-    """Let NNCF's quantizers compute by NNCF's reference in torch, eagerly."""
-    from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
-    from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
-
-    reference = ReferenceQuantize(ReferenceBackendType.TORCH)
-    QuantizedFunctionsCPU._loaded_namespace = SimpleNamespace(Quantize_forward=reference.forward)
 
 
 def quantize(network: nn.Module, images: Tensor, preset: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

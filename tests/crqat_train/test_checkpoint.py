@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from artifacts.errors import ToolError
+from artifacts.errors import ToolError, UsageError
 from artifacts.progress import quiet
-from crqat_train.checkpoint import Checkpoints, State
+from crqat_train.checkpoint import Checkpoints, State, read_tensors
 
 
 def state(number: float) -> State:
@@ -121,3 +121,12 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path: Path) -> N
     assert files(tmp_path) == ["1.json", "1.safetensors"]
     latest = kept.latest()
     assert latest is not None and latest.values == {"number": 5}
+
+
+@pytest.mark.parametrize("content", [b"", b"no tensors", b"\xff" * 8 + b"{}", None])
+def test_a_file_that_holds_no_tensors_is_named(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "student.safetensors"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"student\.safetensors: not a readable safetensors file"):
+        read_tensors(path)

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from artifacts.errors import UsageError
 from artifacts.grid import Grid
-from crqat_train import data, models, nncf_checkpoint
+from crqat_train import data, models, nncf_bridge, nncf_checkpoint
 from crqat_train.batches import evaluation_batches
 from crqat_train.config import QuantizationConfig, Target
 from crqat_train.layout import QuantizerSpec, quantize_model
@@ -52,7 +52,7 @@ def fresh() -> nn.Module:
 @pytest.fixture(scope="module")
 def stock(network: nn.Module, images: Tensor) -> Stock:
     """ResNet-20 with real weights, quantized by stock NNCF on real images."""
-    stock_nncf.without_extension()
+    nncf_bridge.without_extension()
     made = {preset: stock_nncf.quantize(network, images, preset) for preset in ("performance", "mixed")}
     return lambda preset, bits: stock_nncf.with_bits(*made[preset], bits)
 
@@ -148,7 +148,7 @@ def exported(model: fx.GraphModule, specs: list[QuantizerSpec], folder: Path) ->
 def test_stock_nncf_computes_what_we_do(
     network: nn.Module, images: Tensor, tmp_path: Path, bits: int, targets: tuple[Target, ...]
 ) -> None:
-    stock_nncf.without_extension()
+    nncf_bridge.without_extension()
     model, specs = quantized(network, images, bits, targets)
     exported(model, specs, tmp_path)
     theirs = stock_nncf.load_folder(fresh(), tmp_path)
@@ -187,7 +187,7 @@ class Unfused(nn.Module):
 
 
 def test_stock_nncf_takes_quantizers_that_it_does_not_place(tmp_path: Path) -> None:
-    stock_nncf.without_extension()
+    nncf_bridge.without_extension()
     torch.manual_seed(0)
     network, images = Unfused().eval(), torch.randn(8, 3, 12, 12)
     model, specs = quantized(network, images, 8, ("onnxruntime",))

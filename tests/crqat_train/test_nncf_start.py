@@ -13,7 +13,7 @@ from artifacts.errors import UsageError
 from artifacts.grid import Grid, load_grids
 from artifacts.progress import quiet
 from artifacts.store import Manifest, write_stage
-from crqat_train import data, nncf_checkpoint, nncf_start
+from crqat_train import data, nncf_bridge, nncf_checkpoint, nncf_start
 from crqat_train.batches import evaluation_batches
 from crqat_train.config import (
     ConsistencyConfig,
@@ -77,7 +77,7 @@ def images() -> Tensor:
 
 
 def stock(images: Tensor, preset: str, path: Path) -> Path:
-    stock_nncf.without_extension()
+    nncf_bridge.without_extension()
     state, configuration = stock_nncf.quantize(small(10, 1), images, preset)
     torch.save({"model": state, "nncf_config": configuration}, path)
     return path

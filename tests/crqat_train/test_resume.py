@@ -22,7 +22,7 @@ from torch.nn import functional
 
 from artifacts.errors import Interrupted, ToolError, UsageError
 from artifacts.progress import quiet
-from crqat_train import data, folder
+from crqat_train import data, folder, trainer
 from crqat_train.batches import Batches, Feed
 from crqat_train.config import (
     ConsistencyConfig,
@@ -34,7 +34,7 @@ from crqat_train.config import (
     TrainConfig,
 )
 from crqat_train.fit import Fit
-from crqat_train.trainer import train
+from crqat_train.trainer import accuracy, train
 
 STEPS = 3  # of an epoch
 EPOCHS = 2  # of each phase
@@ -65,8 +65,17 @@ def recipe(**changes: Any) -> TrainConfig:
         data=DataConfig("digits", crop_padding=1, flip=True, strong="randaugment", unlabeled="digits"),
         model=ModelConfig(f"{__name__}:network"),
         float_training=OptimizerConfig(EPOCHS, 300, 0.1),
-        quantization=QuantizationConfig(calibration_images=64),
-        qat=QATConfig(EPOCHS, 300, 0.01),
+        quantization=QuantizationConfig(first_layer=4, last_layer=4, calibration_images=64),
+        qat=QATConfig(
+            EPOCHS,
+            300,
+            0.01,
+            progressive_bits=(8, 6, 4),
+            damping=0.1,
+            freeze_bn_at=0.8,
+            freeze_ranges_at=0.7,
+            scale_lr=0.5,
+        ),
         consistency=ConsistencyConfig(),
         compile="never",
     )
@@ -149,6 +158,27 @@ def test_cut_off_between_two_steps_it_ends_with_the_same_bits(
     assert fingerprint(tmp_path / "out") == undisturbed
 
 
+def test_cut_off_in_the_validation_behind_an_epoch_it_ends_with_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
+) -> None:
+    """The network's widths there are not those that it ends with."""
+    states, calls = tmp_path / "states", iter(range(100))
+    (tmp_path / "first").mkdir()
+
+    def validate(*arguments: Any) -> float:
+        if next(calls) == EPOCHS + 1:  # after the float epochs' and the float network's: QAT's first
+            raise Cut
+        return accuracy(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "accuracy", validate)
+        with pytest.raises(Cut):
+            train(recipe(), tmp_path / "first", quiet, states, save_every=0.0)
+    (told,) = go_on(recipe(), tmp_path / "out", states)
+    assert told == f"continued from qat epoch 1 of {EPOCHS}, step {STEPS} in it"
+    assert fingerprint(tmp_path / "out") == undisturbed
+
+
 def test_without_a_state_in_an_epoch_it_goes_on_from_the_epochs_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
 ) -> None:
@@ -213,7 +243,8 @@ def test_compiled_it_ends_with_the_same_bits_too(tmp_path: Path, monkeypatch: py
     torch.manual_seed(0)
     torch.save(network(10, 1).state_dict(), tmp_path / "net.pth")  # one training less to compile
     model = ModelConfig(f"{__name__}:network", str(tmp_path / "net.pth"))
-    config = recipe(compile="auto", model=model, consistency=ConsistencyConfig("none"))
+    plain = QATConfig(EPOCHS, 300, 0.01)  # one width: the network is compiled once
+    config = recipe(compile="auto", model=model, qat=plain, consistency=ConsistencyConfig("none"))
     train(config, tmp_path / "whole", quiet)
     with monkeypatch.context() as patch:
         cut_after(patch, 4, raise_cut)

@@ -78,7 +78,7 @@ def test_images_of_any_size_and_name(root: Path) -> None:
     assert len(dataset.train_labels) == 5 and dataset.train_labels[4] == 2
     (root / "large.png").write_bytes(png(large))
     file = folder.ImageFile(root / "large.png", 0, *folder.file_state(root / "large.png"))
-    assert torch.equal(dataset.train_images[4], folder.FolderImages((file,), 8, 8, False)[:][0])
+    assert torch.equal(dataset.train_images[4:5][0], folder.FolderImages((file,), 8, 8, False)[:][0])
 
 
 def test_what_is_wrong_with_a_sample_is_said(root: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from artifacts.grid import Grid
 from crqat_train.layout import INT16_MAX
@@ -270,3 +272,41 @@ def test_an_integer_clip_does_what_relu6_does() -> None:
             np.testing.assert_array_equal(np.clip(np.rint(values / scale), 0, bound), expected)
             clipped += bound < grid.qmax
     assert clipped > 100
+
+
+SCALES = st.floats(min_value=2.0**-60, max_value=2.0**60, width=32)
+VALUES = st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(WIDTHS), st.booleans(), SCALES, st.sampled_from(TARGETS), VALUES)
+def test_an_exact_activation_keeps_every_value(
+    bits: int, signed: bool, scale: float, target: str, drawn: list[float]
+) -> None:
+    grid = activation_grid(bits, signed, scale)
+    lowered = lower_activation(grid, target)
+    assert lowered.claim == "exact"
+    values = np.concatenate([np.array(drawn, np.float32), grid.dequantize(np.arange(grid.qmin, grid.qmax + 1))])
+    with np.errstate(over="ignore"):
+        expected, codes = grid.dequantize(grid.quantize(values)), lowered.grid.quantize(values)
+    stored = codes.astype(lowered.dtype)  # what the file can hold
+    np.testing.assert_array_equal(stored, codes)
+    np.testing.assert_array_equal(lowered.grid.dequantize(stored), expected)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(WIDTHS), SCALES, st.sampled_from(TARGETS), st.sampled_from([-1.0, 1.0]), st.booleans(), VALUES)
+def test_an_exact_weight_keeps_every_value(
+    bits: int, scale: float, target: str, sign: float, signed_input: bool, drawn: list[float]
+) -> None:
+    grid = weight_grid(bits, np.array([scale], np.float32))
+    weight = np.concatenate([np.array([drawn], np.float32), weight_of_all_codes(grid).reshape(1, -1)], axis=1)
+    entered = lower_activation(activation_grid(8, signed_input), target)
+    multiplier, bias = np.array([sign], np.float32), np.zeros(1, np.float32)
+    with np.errstate(over="ignore"):
+        lowered = lower_weight(grid, weight, multiplier, bias, entered, False, target)
+        expected = sign * grid.dequantize(grid.quantize(weight))
+    # 8-bit codes behind a signed input would saturate 16-bit sums, and the claim says so.
+    assert lowered.claim == ("lossy" if target == "onnxruntime" and bits == 8 and signed_input else "exact")
+    if lowered.claim == "exact":
+        np.testing.assert_array_equal(decoded(lowered), expected)

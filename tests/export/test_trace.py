@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from artifacts.errors import UsageError
 from crqat_train import models
 from crqat_train.config import QuantizationConfig
 from crqat_train.graph import trace
@@ -207,3 +208,13 @@ def test_traced_networks_are_exported_as_they_are() -> None:
     graph = marked_graph(trace(network.eval()), [], [1, 8, 8], 10)
     assert "Edge" not in {node.op_type for node in graph.nodes}
     assert_same_network(float_model(graph, {}), network, random_images(2, 1, 8, 8))
+
+
+def test_an_operation_that_onnx_does_not_have_is_named_with_the_size() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(64, 10))
+    quantized = quantize(network, random_images(2, 3, 9, 9))  # 7 pixels are no multiple of 4
+    with pytest.raises(
+        UsageError, match=r"as ONNX for images of 9x9 pixels: Unsupported:.*adaptive_avg_pool2d"
+    ) as told:
+        quantized.graph()
+    assert "\n" not in str(told.value) and len(str(told.value)) < 300

@@ -202,8 +202,8 @@ def test_a_wrong_simulator_breaks_the_link_to_the_runtime(digits: Digits, monkey
     files = quantized.files()
     calls: list[str] = []
 
-    def wrong(model: onnx.ModelProto, images: Any, forced: Any = None) -> Any:
-        simulation = simulate(model, images, forced)
+    def wrong(model: onnx.ModelProto, images: Any, forced: Any = None, **further: Any) -> Any:
+        simulation = simulate(model, images, forced, **further)
         simulation.codes[f"{BEHIND}.codes"] = simulation.codes[f"{BEHIND}.codes"].copy()
         simulation.codes[f"{BEHIND}.codes"].flat[7] ^= 1
         calls.append("")
@@ -220,8 +220,8 @@ def test_a_wrong_simulator_breaks_the_link_to_the_runtime(digits: Digits, monkey
 def test_logits_count_in_the_link_to_the_runtime(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = digits(8)
 
-    def wrong(model: onnx.ModelProto, images: Any, forced: Any = None) -> Any:
-        simulation = simulate(model, images, forced)
+    def wrong(model: onnx.ModelProto, images: Any, forced: Any = None, **further: Any) -> Any:
+        simulation = simulate(model, images, forced, **further)
         simulation.logits[2, 3] = np.nextafter(simulation.logits[2, 3], np.float32(99))
         return simulation
 

@@ -15,7 +15,7 @@ from artifacts import store
 from artifacts.errors import UsageError
 from artifacts.grid import Grid, grids_hash, save_grids
 from artifacts.progress import quiet
-from pipeline import recipe, stages
+from pipeline import dependencies, recipe, stages
 from pipeline.check import check
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def model(weight: onnx.TensorProto | None = None) -> onnx.ModelProto:
 def test_run_directory(fakes: Fakes) -> None:
     make_run(fakes)
     lines = check(RUN)
-    assert [line.split(",")[0] for line in lines] == [f"{RUN / stage}: stage {stage}" for stage in stages.STAGES]
+    assert [line.split(",")[0] for line in lines] == [f"{RUN / stage}: stage {stage}" for stage in dependencies.STAGES]
     assert check(RUN / "export") == [lines[1]]
 
 
@@ -143,3 +143,25 @@ def test_what_it_does_not_know_is_refused(tmp_path: Path, name: str, message: st
         (tmp_path / file).touch()
     with pytest.raises(UsageError, match=message):
         check(tmp_path / name)
+
+
+@pytest.mark.parametrize("place", ["node", "graph", "metadata"])
+def test_names_that_are_no_text_are_refused(tmp_path: Path, place: str) -> None:
+    made, name = model(), "a name to change"
+    if place == "metadata":
+        helper.set_model_props(made, {name: "x"})
+    else:
+        (made.graph.node[0] if place == "node" else made.graph).name = name
+    path = tmp_path / "m.onnx"
+    path.write_bytes(made.SerializeToString().replace(name.encode(), b"a name \xff\xff change"))
+    with pytest.raises(UsageError, match=r"m\.onnx: a name in it is no UTF-8 text"):
+        check(path)
+
+
+def test_bytes_of_the_file_in_the_checkers_words(tmp_path: Path) -> None:
+    made = model()
+    made.graph.node[0].attribute.append(helper.make_attribute("a", b"x" * 4))
+    path = tmp_path / "m.onnx"
+    path.write_bytes(made.SerializeToString().replace(b"xxxx", b"\xff" * 4))
+    with pytest.raises(UsageError, match="breaks ONNX's rules"):
+        check(path)

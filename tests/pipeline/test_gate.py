@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import copy
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from artifacts.errors import UsageError
+from pipeline import baseline
 from pipeline.gate import GateConfig, Status, Verdict, exit_code, judge, junit
 from pipeline.results_file import read_results
 
@@ -442,13 +447,18 @@ def at(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (at("models", FILE, "latency", "unstable", value=True), f"models.{FILE}.latency.unstable is not"),
         (at("models", FILE, "versus_float", "drop_points", value="0"), "versus_float.drop_points is not a finite"),
         (at("models", FILE, "versus_float", "drop_points", value=True), "versus_float.drop_points is not a finite"),
-        (at("models", FILE, "versus_float", "agreement", value=float("nan")), "agreement is not a finite number"),
+        (at("models", FILE, "versus_float", "agreement", value=float("nan")), "NaN is no number in JSON"),
         (at("models", FILE, "versus_float", "size_ratio", value=...), "size_ratio is not a finite number"),
         (at("models", FILE, "versus_float", "drop_interval_points", value=[1]), "drop_interval_points is not an inter"),
         (at("models", FILE, "versus_float", "drop_interval_points", value=[2, 1]), "drop_interval_points is not an in"),
         (at("models", FILE, "versus_float", "agreement_interval", value=[0, "1"]), "agreement_interval is not an int"),
         (at("models", FILE, "versus_float", "latency_ratio_interval", value=None), "latency_ratio_interval is not of"),
         (at("models", FILE, "verification", "codes", value=...), "verification.codes is not of type int"),
+        (
+            at("models", FILE, "engine", value=engine(coverage={"nodes": 1, "int8_nodes": 1})),
+            "engine.coverage.by_macs is not there",
+        ),
+        (at("config", value={"require": [None]}), "config.require is not a list of texts"),
     ],
 )
 def test_damaged_results_are_refused_by_file_and_key(
@@ -527,3 +537,43 @@ def test_a_float16_file_that_fails_decides_nothing() -> None:
     data = results(model())
     data["models"]["float16.onnx"] = {**model(), "target": "float16", "status": "failed: x", "versus_float": None}
     assert exit_code(judge(data, ALL_RULES)) == 0
+
+
+FROZEN = json.loads((Path(__file__).parents[1] / "frozen" / "v1" / "frozen" / "benchmark" / "results.json").read_text())
+WORDS = st.text(max_size=5)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | WORDS | st.just("measured")
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner)
+)
+
+
+@st.composite
+def changed_results(draw: st.DrawFn) -> Any:
+    """Real results in which up to three values, at any depth, are anything or gone."""
+    data = copy.deepcopy(FROZEN)
+    for _ in range(draw(st.integers(1, 3))):
+        inner: Any = data
+        while inner:
+            key = draw(st.sampled_from(sorted(inner) if isinstance(inner, dict) else range(len(inner))))
+            if not isinstance(inner[key], dict | list) or not inner[key] or draw(st.integers(0, 4)) == 0:
+                inner[key] = draw(ANYTHING)
+                if isinstance(inner, dict) and draw(st.integers(0, 3)) == 0:
+                    del inner[key]
+                break
+            inner = inner[key]
+    return data
+
+
+@settings(max_examples=100, deadline=None)
+@given(changed_results())
+def test_any_results_are_judged_or_refused_in_one_line(data: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = write(Path(folder) / "results.json", data)
+        try:
+            read = read_results(path)
+            verdicts = judge(read, ALL_RULES) + baseline.judge(read, read, 1.1)
+        except UsageError as error:
+            assert str(error).isprintable() and "\n" not in str(error)
+            return
+    ElementTree.fromstring(junit(verdicts, "run"))  # noqa: S314 - our own
+    assert exit_code(verdicts) in (0, 1, 3, 4)

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 from dataclasses import MISSING, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from artifacts.errors import UsageError
 from crqat_train.config import ConsistencyConfig, OptimizerConfig, QATConfig, QuantizationConfig
@@ -253,7 +258,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "none.yaml", "No such file"),
         (tmp_path, "Is a directory"),
-        (Path("/dev/zero"), "larger than 1 MB"),
+        (Path("/dev/zero"), "larger than 64 KiB"),
     ):
         with pytest.raises(UsageError, match=message):
             recipe.load(path)
@@ -297,3 +302,55 @@ def test_resolved_is_json_and_complete(tmp_path: Path) -> None:
     assert values["float"] == {"epochs": 1, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "precision": "float32"}
     again = write(tmp_path, json.dumps(values))
     assert recipe.load(again) == loaded
+
+
+SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["digits", "lsq", "auto"])
+)
+ANYTHING = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner)
+)
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> dict[str, Any]:
+    """A valid recipe in which some values, and sometimes a key, are anything."""
+    made: dict[str, Any] = yaml.safe_load(MINIMAL)
+    for name in draw(st.lists(st.sampled_from(recipe.top_level_keys()), max_size=4)):
+        keys = [item.name for item in fields(recipe.SECTIONS[name])] if name in recipe.SECTIONS else []
+        known = st.dictionaries(st.sampled_from(keys or ["x"]), SCALARS, max_size=3)
+        chosen: st.SearchStrategy[Any] = known if keys else ANYTHING
+        made[name] = draw(chosen | ANYTHING)
+    if draw(st.booleans()):
+        made[draw(st.text(max_size=8))] = draw(ANYTHING)
+    return made
+
+
+@settings(max_examples=60, deadline=None)
+@given(recipes())
+def test_any_mapping_is_a_recipe_or_one_line(values: dict[str, Any]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "recipe.yaml"
+        path.write_text(yaml.safe_dump(values, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+        try:
+            loaded = recipe.load(path)
+        except UsageError as error:
+            assert str(error).isprintable()
+            return
+        path.write_text(json.dumps(recipe.resolved(loaded)))
+        assert recipe.load(path) == loaded
+
+
+def test_a_run_of_another_version_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    values = recipe.resolved(recipe.load(path))
+    assert recipe.from_resolved(values) == recipe.load(path)
+    values["quantization"]["method"] = "lsq"
+    with pytest.raises(UsageError, match=r"quantization\.method: is now two keys.*another version of crqat: train it"):
+        recipe.from_resolved(values)

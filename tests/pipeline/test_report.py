@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from artifacts.store import Manifest, write_stage
+from artifacts.store import Manifest, read_manifest, write_stage
 from pipeline.gate import GateConfig, judge
 from pipeline.report import render
 from tests.pipeline.conftest import measured
 
+# What the browser may not obey, the template language, the SVG's labels (mathtext) and a terminal may not either.
 HOSTILE = '<script>document.title="taken"</script><img src=x onerror="document.title=\'taken\'">"&\''
 
 
@@ -163,6 +164,41 @@ def test_names_from_a_run_are_shown_and_not_executed(browser: Any, tmp_path: Pat
     assert browser.find_element("css selector", "h1").text.startswith(HOSTILE)
     assert browser.title != "taken"
     assert browser.find_elements("css selector", "script, img") == []
+
+
+WORDS = [
+    HOSTILE,
+    "</pre></script></title></style><script>document.title='taken'</script>",
+    "{{ 7 * 7 }}{% raw %}<svg onload=\"document.title='taken'\">",
+    "$x^$ _hidden\n\r\t\x00\x01\x1b[2J\u202e\u2028'`\"",
+    "javascript:document.title='taken'//--><!--",
+]
+
+
+@pytest.mark.parametrize("word", WORDS, ids=["script", "closing tags", "template", "control", "comment"])
+def test_no_text_of_a_run_is_executed_wherever_it_stands(browser: Any, tmp_path: Path, word: str) -> None:
+    results = finished_run(tmp_path / "run", word)
+    models = results["models"]
+    models[word] = models.pop("onnxruntime.onnx")
+    models[word]["accuracy"]["top1_interval"] = [0.9, 0.96]
+    models["tensorrt.onnx"]["latency"]["status"] = f"not run: {word}"
+    models["tensorrt.onnx"]["engine"].update(notices=[word], compute_capabilities=[word])
+    results["device"] = {"cpu": word, "onnxruntime": word, word: word}
+    export = read_manifest(tmp_path / "run" / "export")
+    export.payload["class_names"] = [word, "b"]
+    export.payload["models"][1]["fusion"]["float"][0].update(node=word, reason=word)
+    with write_stage(tmp_path / "run", export):
+        pass
+    rows = [{"layer": word, "accuracy": 0.9, "bits": word}] * 2
+    page = tmp_path / "report.html"
+    page.write_text(render(tmp_path / "run", results, judge(results, GateConfig()), rows, [results]))
+    browser.get(page.as_uri())
+    assert browser.title != "taken"
+    # Nothing became an element or an attribute that could run, and the page is whole.
+    assert browser.find_elements("css selector", "script, img, iframe, object, a, [onload], [onerror]") == []
+    assert browser.find_element("xpath", "//h2[text()='Environment']")
+    assert "49{%" not in browser.page_source
+    assert browser.get_log("browser") == []
 
 
 def test_what_stayed_float_and_what_was_not_run_is_said(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from artifacts.errors import CrqatError, UsageError
 from artifacts.progress import quiet
 from artifacts.store import manifest_hash, read_manifest, verify_stage
-from pipeline import recipe, stages
+from pipeline import dependencies, recipe, stages
 from runtime_eval import bundle, remote, tensorrt_api
 from runtime_eval.remote import Board
 
@@ -26,7 +26,7 @@ RUNS = Path("runs")
 RUN = RUNS / "run1"
 
 
-def go(fakes: Fakes, *overrides: str, only: Sequence[str] = stages.STAGES, force: bool = False) -> list[str]:
+def go(fakes: Fakes, *overrides: str, only: Sequence[str] = dependencies.STAGES, force: bool = False) -> list[str]:
     """Run stages and return the names of those that were not up to date."""
     fakes.calls.clear()
     config = recipe.load(fakes.recipe, overrides)
@@ -42,16 +42,16 @@ def gate(fakes: Fakes, *overrides: str) -> list[str]:
 def test_stages_follow_each_other_and_run_once(fakes: Fakes, capsys: pytest.CaptureFixture[str]) -> None:
     assert go(fakes) == ["train", "export", "benchmark"]
     assert capsys.readouterr().err == ""
-    hashes = [manifest_hash(RUN / stage) for stage in stages.STAGES]
+    hashes = [manifest_hash(RUN / stage) for stage in dependencies.STAGES]
     assert go(fakes) == []
     assert capsys.readouterr().err == "train is up to date\nexport is up to date\nbenchmark is up to date\n"
-    assert hashes == [manifest_hash(RUN / stage) for stage in stages.STAGES]
-    assert [read_manifest(RUN / stage).parent for stage in stages.STAGES] == [None, *hashes[:2]]
+    assert hashes == [manifest_hash(RUN / stage) for stage in dependencies.STAGES]
+    assert [read_manifest(RUN / stage).parent for stage in dependencies.STAGES] == [None, *hashes[:2]]
 
 
 def test_manifest_says_what_the_result_depends_on(fakes: Fakes) -> None:
     go(fakes, "seed=7")
-    for stage in stages.STAGES:
+    for stage in dependencies.STAGES:
         manifest = verify_stage(RUN / stage)
         assert manifest.config == recipe.resolved(recipe.load(fakes.recipe, ["seed=7"]))
         assert manifest.environment["seed"] == 7
@@ -118,7 +118,7 @@ def test_a_builder_that_has_come_makes_a_benchmark_stale(fakes: Fakes, monkeypat
 
 
 def test_every_key_of_a_recipe_belongs_to_a_stage_or_to_the_gate(fakes: Fakes) -> None:
-    owned = {key for keys in stages.KEYS.values() for key in keys}
+    owned = {key for keys in dependencies.KEYS.values() for key in keys}
     assert owned | {"gate"} == set(recipe.top_level_keys())
 
 
@@ -369,3 +369,12 @@ def test_a_bundle_is_of_the_export_as_it_was_made(fakes: Fakes) -> None:
     go(fakes, only=["train"], force=True)
     with pytest.raises(UsageError, match="run1/export: stale"):
         stages.bundle(RUN, None)
+
+
+def test_a_function_in_a_folder_without_init_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tmp_path / "outer" / "inner" / "own.py"
+    module.parent.mkdir(parents=True)
+    module.touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert dependencies.module_file("outer.inner.own") == module
+    assert dependencies.module_file("outer.inner.none") is None

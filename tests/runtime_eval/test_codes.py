@@ -8,7 +8,7 @@ import pytest
 from artifacts.errors import ToolError
 from artifacts.progress import quiet
 from runtime_eval.benchmark import benchmark
-from runtime_eval.codes import check_codes
+from runtime_eval.codes import MAX_BYTES, check_codes
 from tests.runtime_eval.conftest import QUICK, Digits, WriteExport, expected_codes, onnx_bytes
 
 
@@ -53,4 +53,15 @@ def test_an_expectation_of_another_size_or_type_is_refused(digits: Digits, tmp_p
         check_codes(model, codes, threads=1)
     np.savez(codes, **{**arrays, "images": arrays["images"].astype(np.float64)})
     with pytest.raises(ToolError, match="no expected codes"):
+        check_codes(model, codes, threads=1)
+
+
+def test_a_small_archive_that_unpacks_to_gigabytes_is_refused(digits: Digits, tmp_path: Path) -> None:
+    model, codes = tmp_path / "model.onnx", tmp_path / "codes.npz"
+    model.write_bytes(onnx_bytes(digits.layers, "onnxruntime", 3))
+    codes.write_bytes(expected_codes(digits.images[:2]))
+    zeros = np.broadcast_to(np.uint8(0), (MAX_BYTES,))
+    np.savez_compressed(codes, **{**dict(np.load(codes)), "codes": zeros})
+    assert codes.stat().st_size < 2**21
+    with pytest.raises(ToolError, match="unpacked it is larger than 1024 MiB"):
         check_codes(model, codes, threads=1)

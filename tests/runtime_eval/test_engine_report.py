@@ -105,6 +105,12 @@ def test_remarks_are_classified_counted_and_placed() -> None:
     assert found[3]["message"] == "logged as an error: Skipping tactic 0x1"
 
 
+def test_a_zero_point_that_quantizers_share_is_read_as_int8_too() -> None:
+    words = "ModelImporter.cpp:416: UINT8 data onnx::QuantizeLinear_775 is being converted to INT32."
+    (found,) = remarks([("WARNING", words)])
+    assert (found["kind"], found["severity"]) == ("uint8_read_as_int8", "error")
+
+
 def test_headline_is_small_and_has_what_the_gate_reads() -> None:
     many = {str(number): 1 for number in range(100)}
     report: dict[str, Any] = {

@@ -38,7 +38,8 @@ def test_fields_of_fixed_length_are_passed_over(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"\x72", b"\x72\x05\x0a", b"\xff", b"\x77\x00", b"\x72\x03\x0a\x01\xff", b"not a model"]
+    "content",
+    [b"\x80" * 100_000, b"\x72", b"\x72\x05\x0a", b"\xff", b"\x77\x00", b"\x72\x03\x0a\x01\xff", b"not a model"],
 )
 def test_what_is_no_onnx_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.onnx"
