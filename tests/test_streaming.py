@@ -145,19 +145,23 @@ def memory() -> int:
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").is_file(), reason="reads memory from Linux's /proc")
 @pytest.mark.parametrize("source", SOURCES)
 def test_memory_is_flat_over_an_epoch(roots: dict[str, Path], source: str) -> None:
-    """Growth from batch 100 of 375 to the end, workers included, is far from what the images between would take."""
+    """Three times the images; at first workers come to own pages that they shared, then nothing is left to grow.
+
+    From batch 100 to the end within 5 %; from 300 on far from what the images between would take.
+    """
     side, seen, count = 64, [], 0
     dataset = data.of_recipe(DataConfig(source, str(roots[source]), size=side, crop=side))
     batches = Batches(
         dataset.train_images, dataset.train_labels, dataset.preprocessing, 8, 0, True, torch.device("cpu")
     )
-    for count, _ in enumerate(batches.epoch(torch.Generator(), views=2), start=1):
-        if count in (100, 370):  # the workers end with the last batches
+    order = torch.cat([torch.randperm(TRAIN, generator=torch.Generator().manual_seed(seed)) for seed in range(3)])
+    for count, _ in enumerate(batches.epoch(torch.Generator(), 2, order), start=1):
+        if count in (100, 300, 1100):  # the workers end with the last batches
             seen.append(memory())
-    assert count == TRAIN // 8
-    decoded = 270 * 8 * 3 * side**2
-    assert seen[1] - seen[0] < 0.25 * decoded, f"{seen} bytes"
-    assert seen[1] < 1.03 * seen[0]
+    assert count == 3 * TRAIN // 8
+    decoded = 800 * 8 * 3 * side**2
+    assert seen[2] - seen[1] < 0.25 * decoded, f"{seen} bytes"
+    assert seen[2] < 1.05 * seen[0], f"{seen} bytes"
 
 
 def crqat(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
