@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -76,12 +77,28 @@ def normalize(images: Float32, constants: Sequence[Any]) -> Float32:
 
 
 def load_image(path: Path, size: int, crop: int, convert: bool = False) -> npt.NDArray[np.uint8]:
-    """Decode an image file, turn it upright by its EXIF tag, resize its shorter side, cut out the centre.
+    """Decode an image file; see `decode_image`.
+
+    Raises:
+        UsageError: It is no image, is damaged, too large or not RGB.
+        ToolError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return decode_image(file, str(path), size, crop, convert)
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}; did the folder change meanwhile?"
+        raise ToolError(msg) from error
+
+
+def decode_image(file: IO[bytes], name: str, size: int, crop: int, convert: bool = False) -> npt.NDArray[np.uint8]:
+    """Decode an image, turn it upright by its EXIF tag, resize its shorter side, cut out the centre.
 
     Bilinear with antialiasing, as Pillow does it on uint8; needs Pillow.
 
     Args:
-        path: JPEG, PNG, WebP, BMP or whatever else Pillow reads.
+        file: JPEG, PNG, WebP, BMP or whatever else Pillow reads.
+        name: What to call it in a message.
         size: Pixels of the shorter side, at least `crop`.
         crop: Pixels of the square.
         convert: Turn grey, palette and CMYK images into RGB instead of refusing them. Transparency and more than 8
@@ -92,32 +109,32 @@ def load_image(path: Path, size: int, crop: int, convert: bool = False) -> npt.N
 
     Raises:
         UsageError: It is no image, is damaged, too large or not RGB.
-        ToolError: It cannot be read.
+        OSError: It cannot be read.
     """
     from PIL import Image, ImageOps
 
     _silence_pillow()
     try:
-        length = path.stat().st_size
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
         if length > MAX_FILE_BYTES:
-            msg = f"{path}: {length / 2**20:.0f} MiB; image files above {MAX_FILE_BYTES // 2**20} MiB are refused"
+            msg = f"{name}: {length / 2**20:.0f} MiB; image files above {MAX_FILE_BYTES // 2**20} MiB are refused"
             raise UsageError(msg)
-        with path.open("rb") as file, Image.open(file) as opened:
+        with Image.open(file) as opened:
             width, height = opened.size
             if width * height > MAX_PIXELS:
-                msg = f"{path}: {width} x {height} pixels; images above {MAX_PIXELS // 10**6} megapixels are refused"
+                msg = f"{name}: {width} x {height} pixels; images above {MAX_PIXELS // 10**6} megapixels are refused"
                 raise UsageError(msg)
             opened.load()
-            image = _as_rgb(ImageOps.exif_transpose(opened), path, convert)
+            image = _as_rgb(ImageOps.exif_transpose(opened), name, convert)
     except OSError as error:
         if error.errno is not None:
-            msg = f"{path}: cannot be read: {error.strerror}; did the folder change meanwhile?"
-            raise ToolError(msg) from error
-        raise _undecodable(path, error) from error
+            raise
+        raise _undecodable(name, error) from error
     except UsageError:
         raise
     except Exception as error:  # a damaged file fails in whatever way its bytes lead the decoder to
-        raise _undecodable(path, error) from error
+        raise _undecodable(name, error) from error
     short = min(image.size)
     if short != size:
         width, height = (max(size, round(side * size / short)) for side in image.size)
@@ -135,22 +152,22 @@ def _silence_pillow() -> None:
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
-def _undecodable(path: Path, error: Exception) -> UsageError:
-    reason = " ".join(str(error).replace(str(path), "it").split()) or type(error).__name__
-    return UsageError(f"{path}: cannot be decoded as an image ({reason[:120]}); replace or remove it")
+def _undecodable(name: str, error: Exception) -> UsageError:
+    reason = " ".join(str(error).replace(name, "it").split()) or type(error).__name__
+    return UsageError(f"{name}: cannot be decoded as an image ({reason[:120]}); replace or remove it")
 
 
-def _as_rgb(image: Any, path: Path, convert: bool) -> Any:
+def _as_rgb(image: Any, name: str, convert: bool) -> Any:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         if image.convert("RGBA").getextrema()[3][0] < 255:
-            msg = f"{path}: has transparent pixels; put it on a background and save it as RGB"
+            msg = f"{name}: has transparent pixels; put it on a background and save it as RGB"
             raise UsageError(msg)
     elif image.mode not in ("1", "L", "P", "CMYK", "YCbCr", "LAB", "HSV"):
-        msg = f"{path}: {image.mode} pixels of more than 8 bits; save it as 8-bit RGB"
+        msg = f"{name}: {image.mode} pixels of more than 8 bits; save it as 8-bit RGB"
         raise UsageError(msg)
     if not convert:
-        msg = f"{path}: {image.mode}, not RGB; save it as RGB, or set data.convert: true to convert such images"
+        msg = f"{name}: {image.mode}, not RGB; save it as RGB, or set data.convert: true to convert such images"
         raise UsageError(msg)
     return image.convert("RGB")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from artifacts.images import Preprocessing, normalize
-from crqat_train.folder import FolderImages, stream_batches
+from crqat_train.folder import StoredImages, stream_batches
 from crqat_train.views import random_crop, random_flip, strong_view
 
-Images = Tensor | FolderImages
+Images = Tensor | StoredImages[Any]
 
 
 def subset(images: Images, chosen: Tensor) -> Images:
     """Some of the images, int64 indices of shape [M]; files are not decoded yet."""
-    return images.subset(chosen) if isinstance(images, FolderImages) else images[chosen]
+    return images.subset(chosen) if isinstance(images, StoredImages) else images[chosen]
 
 
 class Batches:
@@ -80,7 +81,7 @@ class Batches:
         """
         order = self.order(generator) if order is None else order
         chosen = torch.split(order, self.batch_size)[start:]
-        if isinstance(self.images, FolderImages):
+        if isinstance(self.images, StoredImages):
             batches = stream_batches(self.images, chosen)
         else:
             in_memory = self.images

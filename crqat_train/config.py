@@ -11,6 +11,12 @@ Bits = Annotated[int, Range(ge=2, le=8)]
 Target = Literal["onnxruntime", "tensorrt"]
 # Of images in folders, where the recipe does not say: what ImageNet's networks were evaluated with.
 FOLDER_SIZE, FOLDER_CROP = 256, 224
+FILE_SOURCES = ("imagefolder", "webdataset", "huggingface")
+
+
+def source_kind(source: str | None) -> str | None:
+    """A source without the name behind "huggingface:"."""
+    return "huggingface" if source is not None and source.startswith("huggingface:") else source
 
 
 @dataclass(frozen=True)
@@ -18,9 +24,10 @@ class DataConfig:
     """Where the images come from and how they are augmented.
 
     Attributes:
-        source: "digits", "cifar10", "cifar100", "imagefolder", or "package.module:function" that returns a
-            `crqat_train.data.Dataset`.
-        root: Folder of an on-disk source; of "imagefolder" the one with train/CLASS/* and test/CLASS/* (or val/).
+        source: "digits", "cifar10", "cifar100", "imagefolder", "webdataset", "huggingface", "huggingface:NAME", or
+            "package.module:function" that returns a `crqat_train.data.Dataset`.
+        root: Folder of an on-disk source; of "imagefolder" the one with train/CLASS/* and test/CLASS/* (or val/), of
+            "webdataset" the one with train-*.tar and test-*.tar, of "huggingface" one that `save_to_disk` wrote.
         download: Fetch the data set into `root` if it is not there.
         unlabeled: A further source of the same kinds whose training images feed the consistency term only.
         validation: Share of the training images held out for selection, drawn with the recipe's seed.
@@ -28,9 +35,11 @@ class DataConfig:
         flip: Random horizontal flip.
         strong: "randaugment" shows the student a strongly changed view in QAT (`crqat_train.views.strong_view`), the
             teacher a weak one; "none" shows both weak ones.
-        size: Of "imagefolder": resize the shorter side to so many pixels; None is 256.
-        crop: Of "imagefolder": cut a square of so many pixels out of the centre; None is 224.
-        convert: Of "imagefolder": turn grey, palette and CMYK images into RGB instead of refusing them.
+        size: Of stored images (FILE_SOURCES): resize the shorter side to so many pixels; None is 256.
+        crop: Of stored images: cut a square of so many pixels out of the centre; None is 224.
+        convert: Of stored images: turn grey, palette and CMYK images into RGB instead of refusing them.
+        image_column: Of "huggingface"; None takes the only column of images.
+        label_column: Of "huggingface"; None takes the only column of class labels, or the one called "label".
         mean: Of each channel, in units of 0..1; None is the source's own.
         std: Likewise.
     """
@@ -47,6 +56,8 @@ class DataConfig:
     size: Annotated[int, Range(ge=1)] | None = None
     crop: Annotated[int, Range(ge=1)] | None = None
     convert: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
 

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from artifacts.errors import ToolError, UsageError
 from artifacts.images import Preprocessing
 from artifacts.progress import Progress, quiet
 from crqat_train.config import FOLDER_CROP, FOLDER_SIZE, DataConfig
-from crqat_train.folder import FolderImages, decode, duplicates, list_folder
+from crqat_train.folder import FolderImages, StoredImages, decode, duplicates, list_folder
+from crqat_train.huggingface import TableImages, fetch, open_saved
+from crqat_train.shards import ShardImages, list_shards
 
-SOURCES = ("digits", "cifar10", "cifar100", "imagefolder")
+SOURCES = ("digits", "cifar10", "cifar100", "imagefolder", "webdataset", "huggingface")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Not CIFAR-10's own statistics but ImageNet's: the published CIFAR-10 weights were trained with these.
 CIFAR10_PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
@@ -45,9 +47,9 @@ class Dataset:
         notes: What a user should know of the data, one line each.
     """
 
-    train_images: Tensor | FolderImages
+    train_images: Tensor | StoredImages[Any]
     train_labels: Tensor
-    test_images: Tensor | FolderImages
+    test_images: Tensor | StoredImages[Any]
     test_labels: Tensor
     class_names: tuple[str, ...]
     preprocessing: Preprocessing
@@ -85,24 +87,30 @@ def load(
     """The data set that a recipe names.
 
     Args:
-        source: "digits", "cifar10", "cifar100", "imagefolder" or "package.module:function". The function is called
-            with `root` if it has a parameter of that name, else without arguments, and returns a `Dataset`.
+        source: "digits", "cifar10", "cifar100", "imagefolder", "webdataset", "huggingface", "huggingface:NAME" or
+            "package.module:function". The function is called with `root` if it has a parameter of that name, else
+            without arguments, and returns a `Dataset`.
         root: Folder of an on-disk source; None is "data/cifar10" for "cifar10" and likewise for "cifar100".
-        download: Fetch "cifar10" or "cifar100" into `root` if it is not there.
+        download: Fetch "cifar10", "cifar100" or "huggingface:NAME" into `root` if it is not there.
         key: The recipe's key that `source` stands under, for messages.
-        config: How "imagefolder" makes its images.
+        config: How stored images are decoded, and the columns of "huggingface".
         progress: Told of decoded images.
 
     Raises:
         UsageError: The source is unknown, missing, damaged or not a valid `Dataset`.
-        ToolError: The download failed, or files cannot be read or change meanwhile.
+        ToolError: The download failed, files cannot be read or change meanwhile, or a package is missing.
     """
+    config = config or DataConfig(source)
     if source == "digits":
         dataset = _digits()
     elif source in ("cifar10", "cifar100"):
         dataset = _cifar(source, Path(root or f"data/{source}").expanduser(), download)
     elif source == "imagefolder":
-        dataset = _imagefolder(root, config or DataConfig(source), progress)
+        dataset = _imagefolder(root, config, progress)
+    elif source == "webdataset":
+        dataset = _webdataset(root, config, progress)
+    elif source == "huggingface" or source.startswith("huggingface:"):
+        dataset = _huggingface(source, root, download, config, progress)
     elif ":" in source:
         dataset = _from_function(source, root, key)
     else:
@@ -158,7 +166,7 @@ def validate(dataset: Dataset, source: str) -> None:
             (f"{part}_images", images, torch.uint8, 4),
             (f"{part}_labels", labels, torch.int64, 1),
         ):
-            if isinstance(value, FolderImages):
+            if isinstance(value, StoredImages):
                 continue
             require(isinstance(value, Tensor), f"{field} must be a torch.Tensor, got {type(value).__name__}")
             require(value.dtype == dtype, f"{field} must be {dtype}, got {value.dtype}")
@@ -312,14 +320,48 @@ def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Da
             f"{same[0][0]}: the test accuracy is not that of unseen images",
         )
         progress("images", 0, len(train), f"warning: {notes[0]}")
-    parts = (FolderImages(files, size, crop, config.convert) for files in (train, test))
-    train_images, test_images = (
+    parts = [FolderImages(files, size, crop, config.convert) for files in (train, test)]
+    labels = [torch.tensor([file.label for file in files], dtype=torch.int64) for files in (train, test)]
+    return _stored(names, parts, labels, progress, notes)
+
+
+def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
+    if root is None:
+        msg = "data.root: webdataset needs it: the folder with train-*.tar and test-*.tar"
+        raise UsageError(msg)
+    names, train, test = list_shards(Path(root).expanduser(), progress)
+    size, crop = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP
+    parts = [ShardImages(members, size, crop, config.convert) for members in (train, test)]
+    return _stored(names, parts, [torch.from_numpy(members.labels) for members in (train, test)], progress)
+
+
+def _huggingface(source: str, root: str | None, download: bool, config: DataConfig, progress: Progress) -> Dataset:
+    _, _, name = source.partition(":")
+    if root is None:
+        msg = "data.root: huggingface needs it: a folder that save_to_disk of a DatasetDict wrote, or to fetch it into"
+        raise UsageError(msg)
+    folder = Path(root).expanduser()
+    if name and download and not folder.exists():
+        fetch(name, folder)
+    names, train, test = open_saved(folder, config.image_column, config.label_column)
+    size, crop = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP
+    parts = [TableImages(rows, size, crop, config.convert) for rows in (train, test)]
+    return _stored(names, parts, [torch.from_numpy(rows.labels) for rows in (train, test)], progress)
+
+
+def _stored(
+    names: tuple[str, ...],
+    parts: Sequence[StoredImages[Any]],
+    labels: Sequence[Tensor],
+    progress: Progress,
+    notes: tuple[str, ...] = (),
+) -> Dataset:
+    """The data set of a training and a test part, in memory as far as they fit."""
+    train, test = (
         decode(images, f"{part} images", progress) for images, part in zip(parts, ("training", "test"), strict=True)
     )
-    labels = (torch.tensor([file.label for file in files], dtype=torch.int64) for files in (train, test))
-    train_labels, test_labels = labels
-    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, size, crop)
-    return Dataset(train_images, train_labels, test_images, test_labels, names, preprocessing, notes)
+    preprocessing = Preprocessing(IMAGENET_MEAN, IMAGENET_STD, parts[0].size, parts[0].crop)
+    return Dataset(train, labels[0], test, labels[1], names, preprocessing, notes)
 
 
 def _channels_first(images: npt.NDArray[np.uint8]) -> Tensor:

@@ -1,17 +1,18 @@
-"""Images in class folders: root/train/CLASS/... and root/test/CLASS/..., decoded once into memory or when needed."""
+"""Images in class folders, root/train/CLASS/... and root/test/CLASS/..., and how stored images are decoded."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 # Decoded parts up to this size are kept in memory; larger ones are decoded again whenever they are needed.
 IN_MEMORY_BYTES = 2 * 2**30
 _CHUNK = 256
+Items = TypeVar("Items", bound=Sized)
 
 
 @dataclass(frozen=True)
@@ -39,59 +41,92 @@ class ImageFile:
 
 
 @dataclass(frozen=True)
-class FolderImages:
-    """Image files that are decoded when they are asked for; behaves like a uint8 tensor of shape [N, 3, crop, crop].
+class StoredImages(ABC, Generic[Items]):
+    """Images that are decoded when they are asked for; behaves like a uint8 tensor of shape [N, 3, crop, crop].
 
     Attributes:
-        files: In the order of the indices.
+        items: Where each image lies, in the order of the indices.
         size: Of the shorter side after resizing.
         crop: Of the square.
-        convert: See `artifacts.images.load_image`.
+        convert: See `artifacts.images.decode_image`.
         device: Where decoded images go.
     """
 
-    files: tuple[ImageFile, ...]
+    items: Items
     size: int
     crop: int
     convert: bool
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
 
     def __len__(self) -> int:
-        return len(self.files)
+        return len(self.items)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """[N, 3, crop, crop]."""
-        return len(self.files), 3, self.crop, self.crop
+        return len(self), 3, self.crop, self.crop
 
-    def to(self, device: torch.device) -> FolderImages:
-        """The same files, decoded to another device."""
+    def to(self: Images, device: torch.device) -> Images:
+        """The same images, decoded to another device."""
         return replace(self, device=device)
 
-    def subset(self, chosen: Tensor) -> FolderImages:
-        """Some of the files, not decoded; `chosen` is int64 of shape [M]."""
-        return replace(self, files=tuple(self.files[index] for index in chosen.tolist()))
+    def subset(self: Images, chosen: Tensor) -> Images:
+        """Some of the images, not decoded; `chosen` is int64 of shape [M]."""
+        return replace(self, items=self._items_of(chosen))
+
+    @abstractmethod
+    def _items_of(self, chosen: Tensor) -> Items:
+        """Some of the items."""
+
+    @abstractmethod
+    def _decode(self, index: int) -> Any:
+        """One image, uint8 of shape [3, crop, crop]; raises as `__getitem__`."""
 
     def __getitem__(self, chosen: slice | Tensor | Sequence[int]) -> Tensor:
         """Decode: uint8 of shape [M, 3, crop, crop].
 
         Raises:
-            UsageError: A file is no RGB image; see `artifacts.images.load_image`.
-            ToolError: A file is gone, cannot be read or is another one than when the folder was listed.
+            UsageError: An image is no RGB image; see `artifacts.images.decode_image`.
+            ToolError: A file is gone, cannot be read or is another one than when it was listed.
         """
-        files = self.files[chosen] if isinstance(chosen, slice) else [self.files[int(index)] for index in chosen]
+        indices = range(len(self))[chosen] if isinstance(chosen, slice) else [int(index) for index in chosen]
         with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
-            arrays = list(pool.map(self._decode, files))
+            arrays = list(pool.map(self._decode, indices))
         return torch.from_numpy(np.stack(arrays)).to(self.device)
 
-    def _decode(self, file: ImageFile) -> Any:
-        if _state(file.path) != (file.size, file.modified):
-            msg = f"{file.path}: changed while the data set was read; leave the folder alone and start again"
-            raise ToolError(msg)
+
+Images = TypeVar("Images", bound=StoredImages[Any])
+
+
+class FolderImages(StoredImages[tuple[ImageFile, ...]]):
+    """Image files."""
+
+    def _items_of(self, chosen: Tensor) -> tuple[ImageFile, ...]:
+        return tuple(self.items[index] for index in chosen.tolist())
+
+    def _decode(self, index: int) -> Any:
+        file = self.items[index]
+        check_unchanged(file.path, (file.size, file.modified))
         return load_image(file.path, self.size, self.crop, self.convert)
 
 
-def _state(path: Path) -> tuple[int, int]:
+def check_unchanged(path: Path, state: tuple[int, int]) -> None:
+    """Compare a file with what `file_state` said of it.
+
+    Raises:
+        ToolError: It is gone or another one.
+    """
+    if file_state(path) != state:
+        msg = f"{path}: changed while the data set was read; leave the folder alone and start again"
+        raise ToolError(msg)
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns.
+
+    Raises:
+        ToolError: It cannot be read.
+    """
     try:
         status = path.stat()
     except OSError as error:
@@ -152,11 +187,11 @@ def _files(folder: Path, names: Sequence[str], every: bool) -> tuple[ImageFile, 
         if not paths:
             msg = f"{folder / name}: a class without images ({', '.join(sorted(EXTENSIONS))}); add some or remove it"
             raise UsageError(msg)
-        files += [ImageFile(path, label, *_state(path)) for path in paths]
+        files += [ImageFile(path, label, *file_state(path)) for path in paths]
     return tuple(files)
 
 
-def decode(images: FolderImages, task: str, progress: Progress) -> Tensor | FolderImages:
+def decode(images: StoredImages[Any], task: str, progress: Progress) -> Tensor | StoredImages[Any]:
     """The images in memory if they fit, uint8 of shape [N, 3, crop, crop]; else as they are."""
     if len(images) * 3 * images.crop**2 > IN_MEMORY_BYTES:
         return images
@@ -196,7 +231,7 @@ def _digest(path: Path, length: int = -1) -> bytes:
 class _Decoder(torch.utils.data.Dataset[Any]):
     """What a worker process gets: lists of indices. An exception's message would come back with a traceback in it."""
 
-    def __init__(self, images: FolderImages) -> None:
+    def __init__(self, images: StoredImages[Any]) -> None:
         self.images = images
 
     def __getitem__(self, chosen: list[int]) -> Tensor | CrqatError:
@@ -212,18 +247,18 @@ def _leave_signals(_: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def stream_batches(images: FolderImages, batches: Sequence[Tensor]) -> Iterator[Tensor]:
+def stream_batches(images: StoredImages[Any], batches: Sequence[Tensor]) -> Iterator[Tensor]:
     """Decode batches in worker processes, ahead of the training, in the order given.
 
     Args:
-        images: All files.
+        images: All of them.
         batches: The indices of each batch, int64 of shape [B].
 
     Yields:
         uint8 of shape [B, 3, crop, crop] on the images' device.
 
     Raises:
-        UsageError, ToolError: As `FolderImages.__getitem__`.
+        UsageError, ToolError: As `StoredImages.__getitem__`.
     """
     on_gpu = images.device.type == "cuda"
     loader = DataLoader(

@@ -11,6 +11,7 @@ from typing import Any
 
 from artifacts import store
 from artifacts.errors import UsageError
+from crqat_train.config import FILE_SOURCES, source_kind
 from pipeline import recipe
 
 STAGES = ("train", "export", "benchmark")
@@ -98,7 +99,7 @@ def check_parent(run: Path, manifest: store.Manifest) -> None:
 def input_files(config: recipe.Recipe) -> dict[str, str]:
     """SHA-256 of the files that a recipe names: weights and the user's own modules, found without importing them.
 
-    Of an imagefolder it is the hash of names, sizes and times; CIFAR's files are checked where they are read.
+    Of stored images it is the hash of names, sizes and times; CIFAR's files are checked where they are read.
 
     Raises:
         UsageError: The weights are not there.
@@ -116,7 +117,9 @@ def input_files(config: recipe.Recipe) -> dict[str, str]:
             msg = f"{config.model.nncf}: no such folder, or nothing in it (model.nncf); make it by `crqat nncf import`"
             raise UsageError(msg)
         hashes |= {str(path): store.sha256_file(path) for path in files}
-    if "imagefolder" in (config.data.source, config.data.unlabeled) and config.data.root is not None:
+    stored = {source_kind(name) for name in (config.data.source, config.data.unlabeled)} & set(FILE_SOURCES)
+    fetched = config.data.download and stored == {"huggingface"}  # not there yet when the stage begins
+    if stored and config.data.root is not None and not fetched:
         hashes["data.root"] = folder_state(Path(config.data.root).expanduser())
     for name in (config.data.source, config.data.unlabeled, config.model.name):
         module, colon, _ = (name or "").partition(":")

@@ -74,6 +74,7 @@ def examine() -> list[Finding]:
         Finding("ONNX Runtime", _providers(runtime), "proof and benchmark", reinstall, needed=True),
         Finding("OpenVINO", _released("openvino"), "benchmark.openvino", "pip install crqat-edge[openvino]"),
         Finding("scikit-learn", "importable" if sklearn else None, "the embedded data set `digits`", reinstall),
+        Finding("datasets", _released("datasets"), "data.source: huggingface", "pip install crqat-edge[huggingface]"),
         Finding("C++ compiler", _compiler(), "torch.compile; eager otherwise", "install g++ and Python's headers"),
         Finding("INT8 dot product", _dot_product(), "speed of INT8 on this CPU", "measure on the target instead"),
         Finding("CUDA device", _cuda(torch), "faster training; TensorRT", "train on the CPU; measure on the target"),

@@ -15,6 +15,7 @@ import pydantic
 from artifacts.config import STRICT, Range
 from artifacts.errors import UsageError
 from crqat_train.config import (
+    FILE_SOURCES,
     FOLDER_CROP,
     FOLDER_SIZE,
     ConsistencyConfig,
@@ -26,6 +27,7 @@ from crqat_train.config import (
     QuantizationConfig,
     Target,
     TrainConfig,
+    source_kind,
 )
 from export.config import ExportConfig
 from pipeline.gate import GateConfig
@@ -182,9 +184,13 @@ def _contradiction(recipe: Recipe) -> str | None:
         )
     if recipe.data.unlabeled is not None and (recipe.consistency.teacher == "none" or recipe.consistency.weight == 0):
         return "data.unlabeled: feeds the consistency term alone, which is off; set consistency.teacher and .weight"
+    kinds = {source_kind(recipe.data.source), source_kind(recipe.data.unlabeled)}
     resized = [key for key in ("size", "crop", "convert") if getattr(recipe.data, key)]
-    if resized and "imagefolder" not in (recipe.data.source, recipe.data.unlabeled):
-        return f"data.{resized[0]}: only of imagefolder, whose images are files; remove it"
+    if resized and not kinds & set(FILE_SOURCES):
+        return f"data.{resized[0]}: only of {', '.join(FILE_SOURCES)}, whose images are files; remove it"
+    columns = [key for key in ("image_column", "label_column") if getattr(recipe.data, key) is not None]
+    if columns and "huggingface" not in kinds:
+        return f"data.{columns[0]}: only of huggingface, whose data sets are tables; remove it"
     if (recipe.data.crop or FOLDER_CROP) > (recipe.data.size or FOLDER_SIZE):
         return "data.crop: larger than data.size, the shorter side it is cut from; set both"
     for pattern, override in recipe.quantization.overrides.items():

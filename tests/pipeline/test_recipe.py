@@ -160,8 +160,11 @@ def test_wrong_values_are_refused_with_path_and_remedy(tmp_path: Path, extra: st
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("source: digits, size: 40", "FILE: data.size: only of imagefolder, whose images are files; remove it"),
+        ("source: digits, size: 40", "FILE: data.size: only of imagefolder, webdataset, "),
         ("source: digits, convert: true", "FILE: data.convert: only of imagefolder"),
+        ("source: webdataset, label_column: x", "FILE: data.label_column: only of huggingface, whose data sets are"),
+        ('source: "huggingface:a/b", crop: 300', "FILE: data.crop: larger than data.size"),
+        ("source: webdataset, root: x, size: 100", "FILE: data.crop: larger than data.size"),
         ("source: imagefolder, root: x, crop: 300", "FILE: data.crop: larger than data.size, the shorter side"),
         ("source: imagefolder, root: x, size: 100", "FILE: data.crop: larger than data.size"),
     ],
