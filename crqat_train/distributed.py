@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from artifacts.errors import ToolError, UsageError
+from artifacts.errors import ToolError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -29,7 +29,7 @@ class _Group:
     """What `started` made, None outside of it. Decisions travel on the CPU, so that no rank waits for its device."""
 
     accelerator: Accelerator | None = None
-    cpu: dist.ProcessGroup | None = None
+    cpu: Any = None
 
 
 def rank() -> int:
@@ -89,17 +89,6 @@ def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     wrapped: nn.Module = accelerator.prepare(model)
     accelerator.free_memory()  # which it would keep alive, with its hooks, behind the end of this phase
     return wrapped
-
-
-def check_batch(size: int, key: str) -> None:
-    """A batch is that of all ranks together; each takes an equal share.
-
-    Raises:
-        UsageError: It cannot.
-    """
-    if size % world():
-        msg = f"{key}: {size} images a step cannot be shared equally by {world()} processes; take a multiple"
-        raise UsageError(msg)
 
 
 def share(batch: Tensor) -> Tensor:
@@ -203,7 +192,7 @@ def synchronized_norms(model: nn.Module, on: bool) -> Iterator[None]:
     """
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} if on else {}
     for name, norm in norms.items():
-        model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))
+        model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

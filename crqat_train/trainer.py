@@ -18,7 +18,7 @@ from artifacts.errors import UsageError
 from artifacts.grid import save_grids
 from artifacts.images import Preprocessing
 from artifacts.progress import Progress
-from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start
+from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, ranks
 from crqat_train.batches import Batches, Feed, Images, evaluation_batches, subset
 from crqat_train.checkpoint import read_tensors, write_tensors
 from crqat_train.config import OptimizerConfig, TrainConfig
@@ -61,7 +61,9 @@ def train(
         Interrupted: By SIGINT or SIGTERM; the state is saved.
     """
     device = choose_device(config.device)
-    _check_ranks(config, device)
+    ranks.check(config, distributed.world())
+    if config.qat.sync_bn:
+        distributed.check_sync_bn(device)
     with deterministic(config.seed):
         with distributed.first_rank_first():
             dataset = data.of_recipe(config.data, progress)
@@ -106,17 +108,6 @@ def train(
         + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
         "seconds": round(keeper.seconds, 1),
     }
-
-
-def _check_ranks(config: TrainConfig, device: torch.device) -> None:
-    if config.qat.sync_bn:
-        distributed.check_sync_bn(device)
-    for name, section in (("float", config.float_training), ("qat", config.qat)):
-        if section.epochs:
-            distributed.check_batch(section.batch_size, f"{name}.batch_size")
-    if config.quantization.calibration_images < distributed.world():
-        msg = f"quantization.calibration_images: each of {distributed.world()} processes needs at least one"
-        raise UsageError(msg)
 
 
 class _Run:
@@ -313,7 +304,7 @@ class _Run:
             self.device,
             strong,
         )
-        distributed.check_batch(batches.batch_size, key)  # no more than there are images
+        ranks.check_batch(batches.batch_size, key, distributed.world())  # no more than there are images
         return batches
 
     def _unlabeled(self) -> Batches | None:
@@ -327,7 +318,7 @@ class _Run:
             source.train_images[own], source.train_labels[own], self.dataset.preprocessing, self.config.qat.batch_size,
             config.crop_padding, config.flip, self.device,
         )  # fmt: skip
-        distributed.check_batch(batches.batch_size, "qat.batch_size")
+        ranks.check_batch(batches.batch_size, "qat.batch_size", distributed.world())
         return batches
 
     def _compile(self, model: nn.Module) -> Forward:

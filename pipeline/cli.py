@@ -123,6 +123,7 @@ def train(
         again = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
         again += [part for override in overrides for part in ("--set", override)]
         again += ["--force"] * force + ["--restart"] * restart
+        launch.check(config, nproc)
         return launch.run(again, nproc, max_restarts)
     if launch.several():
         payload = launch.train(config, runs, force, restart, save_every)

@@ -21,6 +21,23 @@ _EXIT_FILE = "CRQAT_EXIT_FILE"
 _SIGNALS = 128
 
 
+def check(config: recipe.Recipe, processes: int) -> None:
+    """Say before anything is started what each of the processes would say.
+
+    Raises:
+        UsageError: The recipe cannot be trained in so many processes.
+        ToolError: It needs a device that is not there.
+    """
+    from crqat_train import ranks
+
+    training = recipe.train_config(config)
+    ranks.check(training, processes)
+    if training.qat.sync_bn:
+        from crqat_train import distributed, machine
+
+        distributed.check_sync_bn(machine.choose_device(training.device))
+
+
 def run(arguments: Sequence[str], processes: int, max_restarts: int) -> int:
     """Start `crqat train` in some processes by torchrun, wait for them and return crqat's exit code.
 
