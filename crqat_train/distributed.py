@@ -86,7 +86,9 @@ def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return model
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return model
-    wrapped: nn.Module = accelerator.prepare(model)
+    # In its place already. Moved to "cpu:0" its tensors would be others than those that optimizer, clamps and averages
+    # hold on to.
+    wrapped: nn.Module = accelerator.prepare(model, device_placement=[False])
     accelerator.free_memory()  # which it would keep alive, with its hooks, behind the end of this phase
     return wrapped
 
