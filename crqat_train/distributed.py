@@ -6,6 +6,7 @@ network in DistributedDataParallel. Outside of `started` there is one rank, and 
 
 from __future__ import annotations
 
+import os
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -58,6 +59,7 @@ def started(device: str) -> Iterator[None]:
     # Buffers: see `average_statistics`. A recipe's network may have weights that no loss depends on.
     how = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
     try:
+        _join("gloo" if on_cpu else "nccl")
         _Group.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[how])
         _Group.cpu = dist.new_group(backend="gloo")
         with warnings.catch_warnings():
@@ -74,6 +76,20 @@ def started(device: str) -> Iterator[None]:
         _Group.accelerator = _Group.cpu = None
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Meet the other ranks below a name of this attempt's own.
+
+    torchrun's store outlives a restart and torch gives its keys no prefix: the addresses that dead ranks left there
+    would be dialled.
+    """
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, count, is_master=number == 0 and not by_torchrun)  # type: ignore[attr-defined]
+    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=attempt, rank=number, world_size=count)
 
 
 def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
