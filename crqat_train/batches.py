@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from artifacts.images import Preprocessing, normalize
+from crqat_train import distributed
 from crqat_train.folder import StoredImages, stream_batches
 from crqat_train.views import random_crop, random_flip, strong_view
 
@@ -30,7 +31,7 @@ class Batches:
         images: uint8 of shape [N, C, H, W], or files.
         labels: int64 of shape [N].
         preprocessing: Of the network's input.
-        batch_size: Images a step.
+        batch_size: Images a step, of all ranks together; each rank makes its share of them.
         crop_padding: See `random_crop`; 0 switches it off.
         flip: See `random_flip`.
         device: Where images and labels are kept and batches are made.
@@ -80,7 +81,7 @@ class Batches:
             The views, normalized float32 of shape [B, C, H, W] each, and the labels, int64 of shape [B].
         """
         order = self.order(generator) if order is None else order
-        chosen = torch.split(order, self.batch_size)[start:]
+        chosen = [distributed.share(batch) for batch in torch.split(order, self.batch_size)[start:]]
         if isinstance(self.images, StoredImages):
             batches = stream_batches(self.images, chosen)
         else:
@@ -103,13 +104,22 @@ class Batches:
 class Feed:
     """Batches epoch by epoch, and the place in the current one, from which another process can go on.
 
+    Args:
+        batches: The images.
+        generator: Of the order, the same on all ranks.
+        views: See `Batches.epoch`.
+        augmentation: Of the augmentation, another one on each rank; None takes `generator`.
+
     Attributes:
         order: The images of the current epoch, None between two epochs; see `Batches.order`.
         done: Batches of it that are behind.
     """
 
-    def __init__(self, batches: Batches, generator: torch.Generator, views: int = 1) -> None:
+    def __init__(
+        self, batches: Batches, generator: torch.Generator, views: int = 1, augmentation: torch.Generator | None = None
+    ) -> None:
         self._batches, self._generator, self._views = batches, generator, views
+        self._augmentation = generator if augmentation is None else augmentation
         self.order: Tensor | None = None
         self.done = 0
 
@@ -117,7 +127,7 @@ class Feed:
         """What is left of the current epoch, or a new one; yields as `Batches.epoch` does."""
         if self.order is None:
             self.order = self._batches.order(self._generator)
-        for batch in self._batches.epoch(self._generator, self._views, self.order, self.done):
+        for batch in self._batches.epoch(self._augmentation, self._views, self.order, self.done):
             self.done += 1
             yield batch
         self.order, self.done = None, 0

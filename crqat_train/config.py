@@ -89,7 +89,7 @@ class OptimizerConfig:
 
     Attributes:
         epochs: Passes over the training images.
-        batch_size: Images a step.
+        batch_size: Images a step, of all processes together.
         lr: Peak learning rate.
         weight_decay: On convolution and linear weights; never on biases, BN or quantizer scales.
         precision: Type of convolutions and linear layers in training, by autocast; weights, quantizers and everything
@@ -120,6 +120,8 @@ class QATConfig(OptimizerConfig):
             from 0 over all steps as half a cosine.
         progressive_bits: Descending widths, an equal share of the steps each, below which no quantizer is; the last
             must not be above the narrowest width that is asked for.
+        sync_bn: In several processes, BN normalizes with the statistics of the whole batch instead of each process's
+            share (SyncBatchNorm); needs CUDA.
     """
 
     lr: Annotated[float, Range(gt=0)] = 0.01
@@ -129,6 +131,7 @@ class QATConfig(OptimizerConfig):
     scale_lr: Annotated[float, Range(ge=0)] = 1.0
     damping: Annotated[float, Range(ge=0)] = 0.0
     progressive_bits: tuple[Bits, ...] = ()
+    sync_bn: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from artifacts.errors import UsageError
 from artifacts.progress import Progress
+from crqat_train import distributed
 from crqat_train.config import OptimizerConfig
 from crqat_train.methods import Quantizer
 
@@ -74,6 +75,7 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        distributed.average_statistics(self.model)
         self.loss_sum += loss.detach()
         self.steps_done += 1
         self.steps_in_epoch += 1
@@ -84,7 +86,7 @@ class Fit:
         Raises:
             UsageError: They are not finite.
         """
-        loss = float(self.loss_sum) / self.steps_in_epoch
+        loss = float(distributed.mean(self.loss_sum)) / self.steps_in_epoch
         if not (math.isfinite(loss) and finite(self.model)):
             what = "weights are not finite" if math.isfinite(loss) else f"the loss is {loss}"
             msg = f"{self.name}.lr: {what} in epoch {epoch}; lower {self.name}.lr (now {self.section.lr:g})"

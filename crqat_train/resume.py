@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from artifacts.errors import Interrupted, UsageError
 from artifacts.progress import Progress
+from crqat_train import distributed
 from crqat_train.batches import Feed
 from crqat_train.checkpoint import Checkpoints, State
 from crqat_train.fit import Fit
@@ -40,6 +41,7 @@ class Training:
         models: Its networks by name, the float network among them in QAT.
         generator: Of the order of images and the augmentation.
         history: Rows of all epochs so far.
+        augmentation: Of this rank's augmentation; `generator` itself, or None, where there is one rank.
     """
 
     fit: Fit
@@ -47,10 +49,13 @@ class Training:
     models: dict[str, nn.Module]
     generator: torch.Generator
     history: list[dict[str, Any]]
+    augmentation: torch.Generator | None = None
 
 
 class Keeper:
     """Saves a training's state by time and at each epoch, and when the process is asked to end.
+
+    Each rank has one and calls it at the same places; rank 0's reads and writes for all, by its own clock.
 
     Args:
         directory: Of the states of this recipe; None saves nothing.
@@ -59,13 +64,13 @@ class Keeper:
         progress: Told of what was found.
 
     Raises:
-        UsageError: The state that was found is of another kind of device.
+        UsageError: The state that was found is of another kind of device, or of another number of ranks.
     """
 
     def __init__(self, directory: Path | None, seconds: float, device: torch.device, progress: Progress) -> None:
         self._checkpoints = None if directory is None else Checkpoints(directory, progress)
         self._seconds, self._device, self._progress = seconds, device, progress
-        self._found = self._checkpoints.latest() if self._checkpoints is not None else None
+        self._found = self._latest()
         self._started = self._saved = time.monotonic()
         self._training: Training | None = None
         self._signal: int | None = None
@@ -75,6 +80,15 @@ class Keeper:
                 was = self._found.values["device"]
                 msg = f"{directory}: a training on {was} cannot go on on {device.type}; --restart discards it"
                 raise UsageError(msg)
+            if (ranks := self._found.values.get("ranks", 1)) != distributed.world():
+                msg = f"{directory}: a training in {ranks} process{'es' * (ranks > 1)} cannot go on in "
+                msg += f"{distributed.world()}; start it with --nproc {ranks}, or --restart discards it"
+                raise UsageError(msg)
+
+    def _latest(self) -> State | None:
+        if self._checkpoints is None:
+            return None
+        return distributed.from_first(self._checkpoints.latest() if distributed.rank() == 0 else None)
 
     @property
     def seconds(self) -> float:
@@ -109,14 +123,17 @@ class Keeper:
 
     def _note(self, number: int, _: Any) -> None:
         if self._signal is not None:
+            if distributed.world() > 1:
+                return  # torchrun repeats what a terminal has sent already, and ends what does not answer
             raise KeyboardInterrupt  # asked twice
         self._signal = number
 
     def after_step(self) -> None:
         """Save if it is time to; does not wait for the device otherwise."""
-        if self._checkpoints is not None and (
-            self._signal is not None or time.monotonic() - self._saved >= self._seconds
-        ):
+        if self._checkpoints is None:
+            return
+        due = distributed.rank() == 0 and time.monotonic() - self._saved >= self._seconds
+        if any(distributed.largest(due, self._signal or 0)):
             self.save()
 
     def save(self) -> None:
@@ -128,11 +145,16 @@ class Keeper:
         """
         if self._checkpoints is None or self._training is None:
             return
-        self._checkpoints.save(self._state(self._training))
+        # A signal may have come to some ranks only; all of them save and end, or none does.
+        number = int(distributed.largest(self._signal or 0)[0])
+        state = self._state(self._training)
+        if distributed.rank() == 0:
+            self._checkpoints.save(state)
         self._saved = time.monotonic()
-        if self._signal is not None:
+        if number:
+            distributed.from_first(None)  # nobody ends before it is written
             msg = f"interrupted; saved at {_place(self._training.fit)}: the same command goes on from there"
-            raise Interrupted(msg, self._signal)
+            raise Interrupted(msg, number)
 
     def _state(self, training: Training) -> State:
         fit_tensors, fit_values = training.fit.state()
@@ -142,7 +164,7 @@ class Keeper:
         for name, feed in training.feeds.items():
             if feed.order is not None:
                 tensors[f"feed.{name}"] = feed.order
-        tensors |= {f"random.{name}": tensor for name, tensor in _random_tensors(training.generator).items()}
+        tensors |= {f"random.{name}": tensor for name, tensor in _random_tensors(training).items()}
         algorithm, keys, *rest = np.random.get_state()  # noqa: NPY002 - a user's own modules may draw from it
         values = {
             "phase": training.fit.name,
@@ -153,10 +175,13 @@ class Keeper:
             "device": self._device.type,
             "python": random.getstate(),
             "numpy": [algorithm, np.asarray(keys).tolist(), *rest],
+            "ranks": distributed.world(),
         }
-        return State({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, values)
+        own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        return _with_other_ranks(State(own, values))
 
     def _restore(self, training: Training, state: State) -> None:
+        state = _of_rank(state)
         values, tensors = state.values, state.tensors
         self._load(training.models, state)
         training.fit.load_state(_below("fit.", tensors), values["fit"])
@@ -168,6 +193,8 @@ class Keeper:
         random.setstate((version, tuple(keys), gauss))
         np.random.set_state(tuple(values["numpy"]))  # noqa: NPY002
         training.generator.set_state(tensors["random.run"])
+        if training.augmentation is not None and "random.augmentation" in tensors:
+            training.augmentation.set_state(tensors["random.augmentation"])
         torch.set_rng_state(tensors["random.torch"])
         for name, tensor in _below("random.cuda.", tensors).items():
             with suppress(IndexError, RuntimeError):  # fewer devices than there were: ours is the first
@@ -202,8 +229,29 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _random_tensors(generator: torch.Generator) -> dict[str, Tensor]:
-    states = {"run": generator.get_state(), "torch": torch.get_rng_state()}
+def _with_other_ranks(state: State) -> State:
+    """Rank 0's state with what differs on the others: random generators and the sum of losses."""
+    if distributed.world() == 1:
+        return state
+    tensors = {n: t for n, t in state.tensors.items() if n.startswith("random.") or n == "fit.loss_sum"}
+    values = {name: state.values[name] for name in ("python", "numpy")}
+    own = distributed.gather((tensors, values))
+    further = {f"rank.{number}.{n}": t for number, (found, _) in enumerate(own) for n, t in found.items() if number}
+    return State({**state.tensors, **further}, {**state.values, "rank": [found for _, found in own]})
+
+
+def _of_rank(state: State) -> State:
+    number = distributed.rank()
+    if number == 0:
+        return state
+    tensors = {**state.tensors, **_below(f"rank.{number}.", state.tensors)}
+    return State(tensors, {**state.values, **state.values["rank"][number]})
+
+
+def _random_tensors(training: Training) -> dict[str, Tensor]:
+    states = {"run": training.generator.get_state(), "torch": torch.get_rng_state()}
+    if training.augmentation is not None and training.augmentation is not training.generator:
+        states["augmentation"] = training.augmentation.get_state()
     if torch.cuda.is_available():
         states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return states

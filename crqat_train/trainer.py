@@ -18,7 +18,7 @@ from artifacts.errors import UsageError
 from artifacts.grid import save_grids
 from artifacts.images import Preprocessing
 from artifacts.progress import Progress
-from crqat_train import data, models, nncf_checkpoint, nncf_start
+from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, ranks
 from crqat_train.batches import Batches, Feed, Images, evaluation_batches, subset
 from crqat_train.checkpoint import read_tensors, write_tensors
 from crqat_train.config import OptimizerConfig, TrainConfig
@@ -61,8 +61,12 @@ def train(
         Interrupted: By SIGINT or SIGTERM; the state is saved.
     """
     device = choose_device(config.device)
+    ranks.check(config, distributed.world())
+    if config.qat.sync_bn:
+        distributed.check_sync_bn(device)
     with deterministic(config.seed):
-        dataset = data.of_recipe(config.data, progress)
+        with distributed.first_rank_first():
+            dataset = data.of_recipe(config.data, progress)
         split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
         keeper = Keeper(states, save_every, device, progress)
         run = _Run(config, dataset, split, device, progress, keeper)
@@ -90,6 +94,7 @@ def train(
     (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
     return {
         "device": str(device),
+        "processes": distributed.world(),
         "compiled": run.compiled,
         "float": {"validation_accuracy": float_accuracy},
         "candidates": {name: {"validation_accuracy": accuracy} for name, accuracy in accuracies.items()},
@@ -120,6 +125,10 @@ class _Run:
         self.config, self.dataset, self.split, self.device, self.progress = config, dataset, split, device, progress
         self.keeper = keeper
         self.generator = torch.Generator(device).manual_seed(config.seed)
+        # In one process both are one; in several the order of images is common, and the augmentation each rank's own.
+        self.augmentation = self.generator
+        if distributed.world() > 1:
+            self.augmentation = torch.Generator(device).manual_seed(config.seed + 1 + distributed.rank())
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.compiler = "" if config.compile == "never" else compiler(device)
@@ -136,7 +145,8 @@ class _Run:
         classes, weights = len(self.dataset.class_names), config.model.weights
         start = None if config.model.nncf is None else nncf_checkpoint.read(Path(config.model.nncf))
         if weights == "pretrained":
-            model, new_classifier = models.pretrained(config.model.name, classes, channels)
+            with distributed.first_rank_first():
+                model, new_classifier = models.pretrained(config.model.name, classes, channels)
             if new_classifier and config.float_training.epochs == 0:
                 msg = (
                     f"model.weights: the published weights of {config.model.name} are not for {classes} classes; "
@@ -158,7 +168,7 @@ class _Run:
             return model.eval()
         if self.keeper.finished("float", model):
             return model.eval()
-        batches = self._batches(config.float_training, strong=False)
+        batches = self._batches(config.float_training, "float.batch_size", strong=False)
         fit = Fit(model, config.float_training, len(batches), "float", self.device, self.progress)
         forward = self._compile(model)
 
@@ -168,7 +178,7 @@ class _Run:
                 loss = functional.cross_entropy(forward(images), labels)
             fit.step(loss)
 
-        training = self._training(fit, {"images": Feed(batches, self.generator)}, {"float": model})
+        training = self._training(fit, {"images": self._feed(batches, 1)}, {"float": model})
         self._epochs(training, step, lambda: {"validation": self.validate(model)})
         return model.eval()
 
@@ -195,16 +205,15 @@ class _Run:
         config, consistency = self.config, self.config.consistency
         if config.qat.epochs == 0:
             return None
-        batches = self._batches(config.qat, strong=config.data.strong != "none")
+        batches = self._batches(config.qat, "qat.batch_size", strong=config.data.strong != "none")
         fit = Fit(student, config.qat, len(batches), "qat", self.device, self.progress)
         scales = [parameter.detach() for name, parameter in student.named_parameters() if is_scale(name)]
         training = ConsistencyTraining(student, float_model, consistency, self._compile)
-        low_bits = LowBitTraining(student, training.teacher, config.qat, fit, self._compile)
-        feeds = {"images": Feed(batches, self.generator, training.views)}
+        feeds = {"images": self._feed(batches, training.views)}
         unlabeled = self._unlabeled()
         stream: Iterator[tuple[Tensor, ...]] | None = None
         if unlabeled is not None and training.views == 2:
-            feeds["unlabeled"] = Feed(unlabeled, self.generator, views=2)
+            feeds["unlabeled"] = self._feed(unlabeled, 2)
             stream = feeds["unlabeled"].stream()
 
         def step(batch: tuple[Tensor, ...]) -> None:
@@ -231,12 +240,14 @@ class _Run:
         networks = {"float": float_model, "student": student}
         if training.teacher is not None:
             networks["teacher"] = training.teacher
-        self._epochs(self._training(fit, feeds, networks), step, measure)
+        with distributed.synchronized_norms(student, config.qat.sync_bn):
+            low_bits = LowBitTraining(student, training.teacher, config.qat, fit, self._compile)
+            self._epochs(self._training(fit, feeds, networks), step, measure)
         student.eval()
         return training.teacher
 
     def _training(self, fit: Fit, feeds: dict[str, Feed], networks: dict[str, nn.Module]) -> Training:
-        return Training(fit, feeds, networks, self.generator, self.history)
+        return Training(fit, feeds, networks, self.generator, self.history, self.augmentation)
 
     def _epochs(
         self,
@@ -252,6 +263,7 @@ class _Run:
             measure: What an epoch's row says beside the loss.
         """
         fit = training.fit
+        distributed.seed_rank(self.config.seed)
         with self.keeper.keep(training):
             for epoch in fit.epochs():
                 fit.model.train()
@@ -276,11 +288,14 @@ class _Run:
         """Accuracy on the validation split, in 0..1."""
         return accuracy(model, self.validation_images, self.validation_labels, self.dataset.preprocessing)
 
-    def _batches(self, section: OptimizerConfig, strong: bool) -> Batches:
+    def _feed(self, batches: Batches, views: int) -> Feed:
+        return Feed(batches, self.generator, views, self.augmentation)
+
+    def _batches(self, section: OptimizerConfig, key: str, strong: bool) -> Batches:
         images = subset(self.dataset.train_images, self.split.train)
         labels = self.dataset.train_labels[self.split.train]
         config = self.config.data
-        return Batches(
+        batches = Batches(
             images,
             labels,
             self.dataset.preprocessing,
@@ -290,6 +305,8 @@ class _Run:
             self.device,
             strong,
         )
+        ranks.check_batch(batches.batch_size, key, distributed.world())  # no more than there are images
+        return batches
 
     def _unlabeled(self) -> Batches | None:
         config = self.config.data
@@ -298,13 +315,15 @@ class _Run:
         source = data.load_unlabeled(config.unlabeled, config, self.dataset)
         # Of the labeled source itself only the training part: the validation images stay unseen.
         own = self.split.train if config.unlabeled == config.source else torch.arange(len(source.train_labels))
-        return Batches(
+        batches = Batches(
             source.train_images[own], source.train_labels[own], self.dataset.preprocessing, self.config.qat.batch_size,
             config.crop_padding, config.flip, self.device,
         )  # fmt: skip
+        ranks.check_batch(batches.batch_size, "qat.batch_size", distributed.world())
+        return batches
 
     def _compile(self, model: nn.Module) -> Forward:
-        return torch.compile(model) if self.compiler else model
+        return distributed.wrap(torch.compile(model) if self.compiler else model)
 
 
 @torch.no_grad()
@@ -333,9 +352,13 @@ def calibrate(
 
         handles.append(quantizer_of(student, spec).register_forward_hook(pass_through))
     for batch in batches:
-        student(batch)
+        own = distributed.share(batch)
+        if len(own):
+            student(own)
     for handle in handles:
         handle.remove()
+    for observer in observers.values():
+        observer.reduce()
     for spec in specs:
         if spec.kind == "activation":
             observers[spec.edge].calibrate(quantizer_of(student, spec), calibration)

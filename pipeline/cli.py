@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -95,14 +96,46 @@ def run(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, resta
 @_recipe_arguments
 @_force_option
 @_training_options
-def train(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, restart: bool, save_every: float) -> None:
+@click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Train in so many processes on this machine.")
+@click.option(
+    "--max-restarts", type=click.IntRange(min=0), default=0, metavar="M",
+    help="With --nproc: how often to go on by itself after a process has died. Default: 0.",
+)  # fmt: skip
+def train(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    runs: Path,
+    force: bool,
+    restart: bool,
+    save_every: float,
+    nproc: int | None,
+    max_restarts: int,
+) -> int:
     """Train the float network if need be, and quantize it; go on where it was interrupted."""
+    from pipeline import launch
+
     config = _load(recipe, overrides)
-    payload = _run_stage("train", config, runs, force, restart=restart, save_every=save_every)
+    if max_restarts and nproc is None:
+        msg = "--max-restarts: is of several processes; add --nproc N, or start it by torchrun and give it to that"
+        raise UsageError(msg)
+    payload: dict[str, Any] | None
+    if nproc is not None and nproc > 1:
+        again = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
+        again += [part for override in overrides for part in ("--set", override)]
+        again += ["--force"] * force + ["--restart"] * restart
+        launch.check(config, nproc)
+        return launch.run(again, nproc, max_restarts)
+    if launch.several():
+        payload = launch.train(config, runs, force, restart, save_every)
+    else:
+        payload = _run_stage("train", config, runs, force, restart=restart, save_every=save_every)
+    if payload is None:  # another process of the training tells it
+        return 0
     click.echo(f"trained on {payload['device']}; fused: {payload['compiled']}; {payload['seconds']} s")
     click.echo(f"best: {payload['best']}; accuracy on the validation split:")
     for name, entry in {"float": payload["float"], **payload["candidates"]}.items():
         click.echo(f"  {name}: {100 * entry['validation_accuracy']:.2f} %")
+    return 0
 
 
 @crqat.command()
@@ -373,7 +406,12 @@ def main() -> None:
         code = INTERRUPTED
     finally:
         signal.signal(signal.SIGTERM, before)
-    sys.exit(code if isinstance(code, int) else 0)
+    code = code if isinstance(code, int) else 0
+    if "CRQAT_EXIT_FILE" in os.environ:
+        from pipeline import launch
+
+        launch.note_exit(code)
+    sys.exit(code)
 
 
 def _terminate(number: int, _: Any) -> None:

@@ -27,7 +27,13 @@ RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "e
 
 
 def train(
-    config: recipe.Recipe, runs: Path, force: bool, progress: Progress, restart: bool = False, save_every: float = 300.0
+    config: recipe.Recipe,
+    runs: Path,
+    force: bool,
+    progress: Progress,
+    restart: bool = False,
+    save_every: float = 300.0,
+    begin: Callable[[], None] | None = None,
 ) -> Path:
     """Run the `train` stage unless it is up to date, and return its directory.
 
@@ -38,6 +44,7 @@ def train(
         progress: Told of epochs.
         restart: Do not go on from where an interrupted training of the same recipe was.
         save_every: Seconds between two states of the training.
+        begin: Called if there is something to train, before that.
     """
     inputs = dependencies.input_files(config)
     # Below the key of everything that the result depends on: another recipe never goes on from this one's state.
@@ -48,6 +55,8 @@ def train(
     def fill(out: Path) -> dict[str, Any]:
         from crqat_train.trainer import train as run_training
 
+        if begin is not None:
+            begin()
         return run_training(recipe.train_config(config), out, progress, states, save_every)
 
     directory = _run_stage("train", config, runs, force, inputs, fill)

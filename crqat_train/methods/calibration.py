@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from crqat_train import distributed
 from crqat_train.methods.base import MIN_SCALE, Quantizer
 
 # Ratios of a range to the largest magnitude that calibration tries.
@@ -59,23 +60,43 @@ class ActivationObserver:
         self.limit = 0.0
         self.lowest = self.highest = 0.0
         self.features = 0
+        self._begun = False
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Count the values of a batch of shape [N, ...]."""
         self.features = x[0].numel()
         largest = float(x.abs().amax())
+        if not self._begun and distributed.world() > 1:
+            # All ranks' histograms begin with the same bins, those of the whole first batch, so that they can be added.
+            first = distributed.largest(largest if largest < _LARGEST else math.inf)[0]
+            self.limit = max(first, MIN_SCALE) if first < _LARGEST else 0.0
+        self._begun = True
         if not largest < _LARGEST:
             return  # the caller's loss is not finite either, and says so
         self.lowest, self.highest = min(self.lowest, float(x.amin())), max(self.highest, float(x.amax()))
         if self.limit == 0.0:
             self.limit = max(largest, MIN_SCALE)
         while self.limit < largest:
-            pairs = self.counts.reshape(2, _HISTOGRAM_BINS // 2, 2).sum(dim=2)
-            self.counts = torch.cat([pairs, torch.zeros_like(pairs)], dim=1)
-            self.limit *= 2
+            self._double()
         for row, values in enumerate((x[x > 0], -x[x < 0])):
             self.counts[row] += torch.histc(values.float().cpu(), _HISTOGRAM_BINS, 0.0, self.limit).double()
+
+    def reduce(self) -> None:
+        """Take in what all ranks have seen; from then on they hold the same. Each has seen its share of each batch."""
+        if distributed.world() == 1:
+            return
+        limit, lowest, self.highest = distributed.largest(self.limit, -self.lowest, self.highest)
+        self.lowest = -lowest
+        while 0.0 < self.limit < limit:
+            self._double()
+        self.limit = limit
+        self.counts = distributed.total(self.counts)
+
+    def _double(self) -> None:
+        pairs = self.counts.reshape(2, _HISTOGRAM_BINS // 2, 2).sum(dim=2)
+        self.counts = torch.cat([pairs, torch.zeros_like(pairs)], dim=1)
+        self.limit *= 2
 
     @torch.no_grad()
     def calibrate(self, quantizer: Quantizer, calibration: str = "mse") -> None:

@@ -148,8 +148,8 @@ def test_a_training_leaves_its_files_and_payload(finished: Run) -> None:
         "teacher.grids.json", "teacher.safetensors",
     ]  # fmt: skip
     assert set(payload) == {
-        "device", "compiled", "float", "candidates", "best", "validation_images", "preprocessing", "class_names",
-        "input_shape", "quantizers", "notes", "seconds",
+        "device", "processes", "compiled", "float", "candidates", "best", "validation_images", "preprocessing",
+        "class_names", "input_shape", "quantizers", "notes", "seconds",
     }  # fmt: skip
     assert json.loads(json.dumps(payload)).keys() == payload.keys()
     assert payload["device"] == "cpu" and payload["compiled"] == "no: the recipe says never"

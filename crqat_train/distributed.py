@@ -1,0 +1,218 @@
+"""One training in several processes, one for each device: gradients, statistics and decisions that they share.
+
+A process is a "rank". Accelerate starts the processes' group from the environment that torchrun sets, and wraps a
+network in DistributedDataParallel. Outside of `started` there is one rank, and everything here is free of cost.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from artifacts.errors import ToolError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_T = TypeVar("_T")
+
+
+class _Group:
+    """What `started` made, None outside of it. Decisions travel on the CPU, so that no rank waits for its device."""
+
+    accelerator: Accelerator | None = None
+    cpu: Any = None
+
+
+def rank() -> int:
+    """This process's number, from 0; rank 0 alone writes."""
+    return 0 if _Group.accelerator is None else dist.get_rank()
+
+
+def world() -> int:
+    """How many processes train together."""
+    return 1 if _Group.accelerator is None else dist.get_world_size()
+
+
+@contextmanager
+def started(device: str) -> Iterator[None]:
+    """Join the other processes of a training, as torchrun's environment says.
+
+    Args:
+        device: The recipe's; "cpu" takes gloo, and so does "auto" where there is no CUDA.
+
+    Raises:
+        ToolError: They cannot be joined, or one of them has ended.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    # Buffers: see `average_statistics`. A recipe's network may have weights that no loss depends on.
+    how = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+    try:
+        _join("gloo" if on_cpu else "nccl")
+        _Group.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[how])
+        _Group.cpu = dist.new_group(backend="gloo")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # for a newer torch's
+            warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)  # a small copy
+            yield
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        if not isinstance(error, dist.DistError) and "gloo" not in reason.lower() and _Group.cpu is not None:
+            raise
+        msg = f"another process of this training has ended or cannot be reached ({reason})"
+        raise ToolError(msg) from error
+    finally:
+        _Group.accelerator = _Group.cpu = None
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(backend: str) -> None:
+    """Meet the other ranks below a name of this attempt's own.
+
+    torchrun's store outlives a restart and torch gives its keys no prefix: the addresses that dead ranks left there
+    would be dialled.
+    """
+    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*place, count, is_master=number == 0 and not by_torchrun)  # type: ignore[attr-defined]
+    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=attempt, rank=number, world_size=count)
+
+
+def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """A network whose gradients are averaged over ranks; one without trained weights stays as it is.
+
+    All ranks start from rank 0's weights.
+    """
+    accelerator = _Group.accelerator
+    if accelerator is None or not isinstance(model, nn.Module):
+        return model
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return model
+    # In its place already. Moved to "cpu:0" its tensors would be others than those that optimizer, clamps and averages
+    # hold on to.
+    wrapped: nn.Module = accelerator.prepare(model, device_placement=[False])
+    accelerator.free_memory()  # which it would keep alive, with its hooks, behind the end of this phase
+    return wrapped
+
+
+def share(batch: Tensor) -> Tensor:
+    """This rank's contiguous part of a batch, along its first dimension."""
+    return batch if world() == 1 else torch.tensor_split(batch, world())[rank()]
+
+
+def seed_rank(seed: int) -> None:
+    """What networks themselves draw, dropout for instance, differs from rank to rank."""
+    if world() > 1:
+        torch.manual_seed(seed + rank())
+        random.seed(seed + rank())
+        np.random.seed((seed + rank()) % 2**32)  # noqa: NPY002 - a user's own modules may draw from it
+
+
+def mean(value: Tensor) -> Tensor:
+    """The mean over ranks, on the device where the value is."""
+    if world() == 1:
+        return value
+    total = value.detach().clone()
+    dist.all_reduce(total)
+    return total / world()
+
+
+def total(value: Tensor) -> Tensor:
+    """The sum over ranks of a tensor on the CPU."""
+    if world() == 1:
+        return value
+    value = value.clone()
+    dist.all_reduce(value, group=_Group.cpu)
+    return value
+
+
+def largest(*values: float) -> list[float]:
+    """Each value's maximum over ranks; does not touch the device."""
+    if world() == 1:
+        return list(values)
+    everywhere = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(everywhere, dist.ReduceOp.MAX, group=_Group.cpu)
+    return [float(value) for value in everywhere]
+
+
+def from_first(value: _T) -> _T:
+    """What rank 0 has, for all ranks."""
+    if world() == 1:
+        return value
+    values: list[Any] = [value]
+    dist.broadcast_object_list(values, src=0, group=_Group.cpu)
+    return values[0]  # type: ignore[no-any-return]
+
+
+def gather(value: _T) -> list[_T]:
+    """What each rank has, in their order; empty but for rank 0."""
+    if world() == 1:
+        return [value]
+    values: list[Any] | None = [None] * world() if rank() == 0 else None
+    dist.gather_object(value, values, dst=0, group=_Group.cpu)
+    return values or []
+
+
+def first_rank_first() -> AbstractContextManager[None]:
+    """On each machine one rank is through before the others begin: what is downloaded is so once."""
+    return nullcontext() if _Group.accelerator is None else _Group.accelerator.local_main_process_first()
+
+
+@torch.no_grad()
+def average_statistics(model: nn.Module) -> None:
+    """Average BN's running statistics over ranks, after a step: they never differ, whoever evaluates or saves them.
+
+    Each rank normalizes with its own share's statistics meanwhile, unless `qat.sync_bn` is on. The mean of the shares'
+    variances leaves out how the shares' means differ.
+    """
+    if world() == 1:
+        return
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    # Frozen ones are equal anyway, and a mean of equal numbers need not be that number.
+    own = [tensor for norm in norms if norm.training for tensor in (norm.running_mean, norm.running_var)]
+    statistics = [tensor for tensor in own if tensor is not None]
+    if statistics:
+        averaged = mean(torch.cat([tensor.flatten() for tensor in statistics]))
+        parts = torch.split(averaged, [tensor.numel() for tensor in statistics])
+        torch._foreach_copy_(statistics, [part.view_as(t) for part, t in zip(parts, statistics, strict=True)])
+
+
+def check_sync_bn(device: torch.device) -> None:
+    """SyncBatchNorm has kernels for CUDA alone.
+
+    Raises:
+        ToolError: The training runs elsewhere.
+    """
+    if device.type != "cuda":
+        msg = f"qat.sync_bn: SyncBatchNorm needs CUDA, and this training runs on {device.type}; set it to false"
+        raise ToolError(msg)
+
+
+@contextmanager
+def synchronized_norms(model: nn.Module, on: bool) -> Iterator[None]:
+    """With `on`, BN normalizes with the statistics of the whole batch of all ranks; afterwards it is as it was.
+
+    Both kinds share weights and buffers.
+    """
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} if on else {}
+    for name, norm in norms.items():
+        model.set_submodule(name, nn.SyncBatchNorm.convert_sync_batchnorm(norm))  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for name, norm in norms.items():
+            model.set_submodule(name, norm)

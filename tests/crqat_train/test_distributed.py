@@ -1,0 +1,247 @@
+"""Two real processes that train together by gloo, against one process with the same recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from artifacts.errors import ToolError, UsageError
+from artifacts.progress import quiet
+from crqat_train import models, ranks
+from crqat_train.checkpoint import read_tensors
+from crqat_train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
+from crqat_train.fit import Fit
+from crqat_train.methods import ActivationObserver
+from crqat_train.trainer import train
+
+ROOT = Path(__file__).parents[2]
+STEPS = 27
+NETWORK = """
+import os, signal
+import torch
+from torch import nn
+from torch.nn import functional
+
+class Net(nn.Module):
+    def __init__(self, classes, channels, dropout):
+        super().__init__()
+        self.dropout = dropout
+        self.conv, self.bn = nn.Conv2d(channels, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.fc = nn.Linear(128, classes)
+
+    def forward(self, x):
+        x = functional.max_pool2d(functional.relu(self.bn(self.conv(x))), 2)
+        return self.fc(torch.flatten(functional.dropout(x, self.dropout, self.training), 1))
+
+steps = []
+
+def die(module, inputs):
+    # One of the processes, killed in the middle of the float training, the first time that it is started.
+    steps.append(1)
+    if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and len(steps) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def plain(classes, channels):
+    return Net(classes, channels, 0.0)
+
+def network(classes, channels):
+    net = Net(classes, channels, 0.1)
+    if "KILL" in os.environ:
+        net.fc.register_forward_pre_hook(die)
+    return net
+"""
+WORKER = """
+import json, sys
+from pathlib import Path
+import torch
+sys.path.append({tests!r})
+import test_distributed as tests
+from artifacts.progress import quiet
+from crqat_train import distributed
+from crqat_train.trainer import train
+
+folder = Path(sys.argv[1])
+with distributed.started("cpu"):
+    rank = distributed.rank()
+    (folder / f"out-{{rank}}").mkdir()
+    losses = tests.record_losses()
+    train(tests.recipe(folder), folder / f"out-{{rank}}", quiet, folder / f"states-{{rank}}")
+    observer = tests.observed(distributed.share)
+    told = {{"world": distributed.world(), "losses": losses, "limit": observer.limit,
+            "lowest": observer.lowest, "highest": observer.highest, "counts": observer.counts.tolist()}}
+    (folder / f"told-{{rank}}.json").write_text(json.dumps(told))
+"""
+
+
+def recipe(folder: Path) -> TrainConfig:
+    """No augmentation, no dropout, BN frozen: nothing that a share of a batch changes."""
+    return TrainConfig(
+        seed=0,
+        targets=("onnxruntime", "tensorrt"),
+        data=DataConfig("digits", crop_padding=0, flip=False),
+        model=ModelConfig("net:plain", str(folder / "start.pth")),
+        float_training=OptimizerConfig(0),
+        quantization=QuantizationConfig(calibration_images=100),
+        qat=QATConfig(3, 100, 0.01, freeze_bn_at=0.0, damping=1e-4),
+        compile="never",
+    )
+
+
+def record_losses() -> list[float]:
+    """The loss of each step from now on."""
+    losses: list[float] = []
+    original = Fit.step
+
+    def step(self: Fit, loss: torch.Tensor) -> None:
+        losses.append(float(loss.detach()))
+        original(self, loss)
+
+    Fit.step = step  # type: ignore[method-assign]
+    return losses
+
+
+def observed(share: Any) -> ActivationObserver:
+    """An observer of batches whose largest value grows, the second share's faster than the first's."""
+    observer, generator = ActivationObserver(), torch.Generator().manual_seed(0)
+    for factor in (1.0, 3.0, 0.5, 20.0):
+        batch = torch.randn(7, 50, generator=generator) * factor
+        batch[5] *= factor
+        observer.update(share(batch))
+    observer.reduce()
+    return observer
+
+
+def start(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=folder, env=variables, capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left."""
+    folder = tmp_path_factory.mktemp("together")
+    (folder / "net.py").write_text(NETWORK)
+    sys.path.append(str(folder))
+    torch.manual_seed(0)
+    torch.save(models.build("net:plain", 10, 1).state_dict(), folder / "start.pth")
+    (folder / "worker.py").write_text(WORKER.format(tests=str(Path(__file__).parent)))
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "worker.py", str(folder)]
+    ended = start(torchrun, folder)
+    assert ended.returncode == 0, ended.stderr
+    return folder
+
+
+def told(folder: Path, rank: int) -> dict[str, Any]:
+    return json.loads((folder / f"told-{rank}.json").read_text())  # type: ignore[no-any-return]
+
+
+def test_two_processes_have_the_losses_of_one(together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Fit, "step", Fit.step)
+    alone = record_losses()
+    train(recipe(together), tmp_path, quiet)
+    shares = [told(together, rank) for rank in range(2)]
+    assert [one["world"] for one in shares] == [2, 2]
+    assert shares[0]["losses"] != shares[1]["losses"]  # each its own half of the images
+    mean = [(a + b) / 2 for a, b in zip(shares[0]["losses"], shares[1]["losses"], strict=True)]
+    assert len(alone) == len(mean) == STEPS
+    torch.testing.assert_close(torch.tensor(mean), torch.tensor(alone), rtol=1e-4, atol=1e-4)
+    rows = [[json.loads(line)["loss"] for line in (place / "history.jsonl").open()] for place in (
+        tmp_path, together / "out-0", together / "out-1")]  # fmt: skip
+    assert rows[1] == rows[2] == pytest.approx(rows[0], abs=1e-4)
+
+
+def test_processes_end_with_the_same_bits_and_the_first_alone_writes_states(together: Path) -> None:
+    for name in ("student", "teacher"):
+        own, other = (read_tensors(together / f"out-{rank}" / f"{name}.safetensors") for rank in range(2))
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[key], other[key]) for key in own), name
+    assert list((together / "states-0").glob("*.safetensors"))
+    assert not (together / "states-1").exists()
+
+
+def test_observers_are_added_exactly(together: Path) -> None:
+    """For one process the whole batches; bins, counts and ends are the same."""
+    alone = observed(lambda batch: batch)
+    for rank in range(2):
+        found = told(together, rank)
+        assert (found["limit"], found["lowest"], found["highest"]) == (alone.limit, alone.lowest, alone.highest)
+        assert torch.equal(torch.tensor(found["counts"], dtype=torch.float64), alone.counts)
+
+
+def test_another_number_of_processes_does_not_go_on(together: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"in 2 processes cannot go on in 1; start it with --nproc 2, or --restart"):
+        train(recipe(together), tmp_path, quiet, together / "states-0")
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^qat\.batch_size: 100 images a step .* by 3 processes; take a multiple$"):
+        ranks.check(recipe(tmp_path), 3)
+    ranks.check(recipe(tmp_path), 2)
+
+
+def test_sync_bn_needs_cuda(tmp_path: Path) -> None:
+    config = replace(recipe(tmp_path), device="cpu", qat=QATConfig(sync_bn=True))
+    with pytest.raises(ToolError, match=r"^qat\.sync_bn: SyncBatchNorm needs CUDA, and this training runs on cpu"):
+        train(config, tmp_path, quiet)
+
+
+RECIPE = """
+name: net
+device: cpu
+compile: never
+data: {source: digits, crop_padding: 1, flip: false}
+model: {name: "net:network"}
+float: {epochs: 1, batch_size: 100, lr: 0.1}
+qat: {epochs: 1, batch_size: 100}
+quantization: {calibration_images: 64}
+export: {targets: [onnxruntime], verify_images: 4}
+"""
+
+
+def trained(folder: Path, *options: str, **environment: str) -> tuple[dict[str, str], str]:
+    """Train in two processes; give each file's SHA-256, of the history without the times, and stderr."""
+    (folder / "net.py").write_text(NETWORK)
+    (folder / "recipe.yaml").write_text(RECIPE)
+    ended = start(["pipeline.cli", "train", "recipe.yaml", "--nproc", "2", *options], folder, **environment)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("best: ") == 1
+    digests = {}
+    for path in (folder / "runs/net/train").iterdir():
+        content = path.read_bytes()
+        if path.name == "history.jsonl":
+            rows = [json.loads(line) for line in content.splitlines()]
+            content = json.dumps([{**row, "seconds": 0} for row in rows]).encode()
+        if path.name != "manifest.json":
+            digests[path.name] = hashlib.sha256(content).hexdigest()
+    return digests, ended.stderr
+
+
+def test_a_killed_process_restarts_all_from_the_last_state_with_the_same_bits_and_export_goes_on(
+    tmp_path: Path,
+) -> None:
+    """Augmentation, dropout, BN and EMA included."""
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "killed").mkdir()
+    whole, told = trained(tmp_path / "whole")
+    assert "continued" not in told
+    killed, told = trained(tmp_path / "killed", "--max-restarts", "1", "--save-every", "0", KILL="1")
+    assert "continued: 1/1  from float epoch 1 of 1, step 4 in it" in told
+    assert killed == whole
+    assert not (tmp_path / "killed/runs/net/.states").exists()
+    manifest = json.loads((tmp_path / "whole/runs/net/train/manifest.json").read_text())
+    assert manifest["payload"]["processes"] == 2
+    again = start(["pipeline.cli", "export", "recipe.yaml"], tmp_path / "whole")
+    assert again.returncode == 0, again.stderr
+    assert "onnxruntime.onnx" in again.stdout
