@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import random
+import re
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from artifacts.errors import ToolError
+from artifacts.errors import CrqatError, ToolError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -47,49 +49,83 @@ def world() -> int:
 def started(device: str) -> Iterator[None]:
     """Join the other processes of a training, as torchrun's environment says.
 
+    What ends one rank ends the others, too: the first of them tells, and the others end with a code alone.
+
     Args:
         device: The recipe's; "cpu" takes gloo, and so does "auto" where there is no CUDA.
 
     Raises:
         ToolError: They cannot be joined, or one of them has ended.
+        SystemExit: Another rank has told already why all of them end.
     """
-    from accelerate import Accelerator, DistributedDataParallelKwargs
-
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    # Buffers: see `average_statistics`. A recipe's network may have weights that no loss depends on.
-    how = DistributedDataParallelKwargs(broadcast_buffers=False, find_unused_parameters=True)
+    store = _meet()
     try:
-        _join("gloo" if on_cpu else "nccl")
-        _Group.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[how])
-        _Group.cpu = dist.new_group(backend="gloo")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # for a newer torch's
-            warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)  # a small copy
-            yield
-    except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        if not isinstance(error, dist.DistError) and "gloo" not in reason.lower() and _Group.cpu is not None:
+        try:
+            _join(device, store)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)  # for a newer one
+                warnings.filterwarnings("ignore", "Grad strides do not match bucket view", UserWarning)  # a small copy
+                yield
+        except (RuntimeError, ValueError) as error:
+            if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower() and _Group.cpu is not None:
+                raise
+            msg = f"another process of this training has ended or cannot be reached ({_reason(error)})"
+            raise ToolError(msg) from error
+    except (CrqatError, KeyboardInterrupt, SystemExit) as error:
+        # Said before the group is left, which the others notice.
+        if _is_first_to_tell(store):
             raise
-        msg = f"another process of this training has ended or cannot be reached ({reason})"
-        raise ToolError(msg) from error
+        code = error.exit_code if isinstance(error, CrqatError) else getattr(error, "code", 128 + signal.SIGINT)
+        raise SystemExit(code) from error
     finally:
         _Group.accelerator = _Group.cpu = None
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
-def _join(backend: str) -> None:
-    """Meet the other ranks below a name of this attempt's own.
+def _join(device: str, store: Any) -> None:
+    from accelerate import Accelerator, DistributedDataParallelKwargs
+
+    on_cpu = device == "cpu" or not torch.cuda.is_available()
+    rank, count = _number("RANK"), _number("WORLD_SIZE")
+    dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=rank, world_size=count)
+    # Buffers: see `average_statistics`. A recipe's network may have weights that no loss depends on; which they are
+    # never changes, and is found out in the first step alone.
+    how = DistributedDataParallelKwargs(broadcast_buffers=False, static_graph=True)
+    _Group.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[how])
+    _Group.cpu = dist.new_group(backend="gloo")
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of torch's, without the place in its source."""
+    return re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
+
+
+def _number(name: str) -> int:
+    return int(os.environ[name])
+
+
+def _meet() -> Any:
+    """The store by which ranks meet, below a name of this attempt's own.
 
     torchrun's store outlives a restart and torch gives its keys no prefix: the addresses that dead ranks left there
     would be dialled.
     """
-    number, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = dist.TCPStore(*place, count, is_master=number == 0 and not by_torchrun)  # type: ignore[attr-defined]
-    attempt = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
-    dist.init_process_group(backend, store=attempt, rank=number, world_size=count)
+    place, first = (os.environ["MASTER_ADDR"], _number("MASTER_PORT")), _number("RANK") == 0
+    try:
+        store = dist.TCPStore(*place, _number("WORLD_SIZE"), is_master=first and not by_torchrun)  # type: ignore[attr-defined]
+    except (RuntimeError, ValueError) as error:
+        msg = f"the other processes of this training cannot be reached ({_reason(error)})"
+        raise ToolError(msg) from error
+    return dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)  # type: ignore[attr-defined]
+
+
+def _is_first_to_tell(store: Any) -> bool:
+    try:
+        return bool(store.add("told", 1) == 1)
+    except RuntimeError:  # it has ended with the process that kept it
+        return True
 
 
 def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -165,6 +201,31 @@ def gather(value: _T) -> list[_T]:
     values: list[Any] | None = [None] * world() if rank() == 0 else None
     dist.gather_object(value, values, dst=0, group=_Group.cpu)
     return values or []
+
+
+class Vote:
+    """Maxima over ranks that are asked for after one step and read after the next: no step waits for another rank."""
+
+    def __init__(self) -> None:
+        self._asked: tuple[Any, Tensor] | None = None
+
+    def largest(self, *values: float) -> list[float]:
+        """Ask with these values; give the maxima of those of the step before, zeros in the first."""
+        if world() == 1:
+            return list(values)
+        before = self.close()
+        asked = torch.tensor(values, dtype=torch.float64)
+        self._asked = dist.all_reduce(asked, dist.ReduceOp.MAX, group=_Group.cpu, async_op=True), asked
+        return before or [0.0] * len(values)
+
+    def close(self) -> list[float]:
+        """What was asked last, if it was not read yet."""
+        if self._asked is None:
+            return []
+        work, asked = self._asked
+        self._asked = None
+        work.wait()
+        return [float(value) for value in asked]
 
 
 def first_rank_first() -> AbstractContextManager[None]:

@@ -74,6 +74,7 @@ class Keeper:
         self._started = self._saved = time.monotonic()
         self._training: Training | None = None
         self._signal: int | None = None
+        self._vote = distributed.Vote()
         if self._found is not None:
             self._started -= self._found.values["seconds"]
             if self._found.values["device"] != device.type:
@@ -129,11 +130,11 @@ class Keeper:
         self._signal = number
 
     def after_step(self) -> None:
-        """Save if it is time to; does not wait for the device otherwise."""
+        """Save if it is time to; does not wait for the device otherwise. Several ranks do so one step later."""
         if self._checkpoints is None:
             return
         due = distributed.rank() == 0 and time.monotonic() - self._saved >= self._seconds
-        if any(distributed.largest(due, self._signal or 0)):
+        if any(self._vote.largest(due, self._signal or 0)):
             self.save()
 
     def save(self) -> None:
@@ -146,6 +147,7 @@ class Keeper:
         if self._checkpoints is None or self._training is None:
             return
         # A signal may have come to some ranks only; all of them save and end, or none does.
+        self._vote.close()
         number = int(distributed.largest(self._signal or 0)[0])
         state = self._state(self._training)
         if distributed.rank() == 0:

@@ -381,20 +381,25 @@ def rounded_weights(student: fx.GraphModule, specs: Sequence[QuantizerSpec]) -> 
 def accuracy(model: nn.Module, images: Images, labels: Tensor, preprocessing: Preprocessing) -> float:
     """Share of images whose largest logit is the label's, in 0..1; the model is in eval mode meanwhile.
 
+    Several ranks each look at their part of the images.
+
     Args:
         model: Maps normalized float32 [N, C, H, W] to logits [N, classes].
         images: uint8 of shape [N, C, H, W], or files.
         labels: int64 of shape [N].
         preprocessing: Of the network's input.
     """
-    was_training = model.training
+    was_training, count = model.training, len(labels)
     model.eval()
+    if distributed.world() > 1:
+        own = distributed.share(torch.arange(count))
+        images, labels = subset(images, own), labels[own]
     correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    batches = evaluation_batches(images, preprocessing, _EVALUATION_BATCH)
-    for batch, expected in zip(batches, torch.split(labels, _EVALUATION_BATCH), strict=True):
+    for number, batch in enumerate(evaluation_batches(images, preprocessing, _EVALUATION_BATCH)):
+        expected = labels[number * _EVALUATION_BATCH :][: len(batch)]
         correct += (model(batch).argmax(dim=1) == expected).sum()
     model.train(was_training)
-    return int(correct) / len(labels)
+    return int(distributed.total(correct.cpu())) / count
 
 
 def rebuild(
@@ -426,3 +431,10 @@ def rebuild(
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+
+
+def take_float_weights(student: fx.GraphModule, train_dir: Path) -> None:
+    """Give a quantized network the weights of the float one as it was before quantization; quantizers stay."""
+    own, saved = student.state_dict(), read_tensors(train_dir / "float.safetensors")
+    # The graph leaves out what the network has and never uses.
+    student.load_state_dict({**own, **{name: tensor for name, tensor in saved.items() if name in own}})

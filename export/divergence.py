@@ -15,12 +15,11 @@ from artifacts.progress import Progress
 from artifacts.store import verify_stage
 from crqat_train import data
 from crqat_train.batches import evaluation_batches
-from crqat_train.checkpoint import read_tensors
 from crqat_train.config import TrainConfig
 from crqat_train.layout import QuantizerSpec
 from crqat_train.low_bits import set_width
 from crqat_train.methods import ActivationObserver, calibrate_weight, quantizer_of
-from crqat_train.trainer import rebuild, weight_of
+from crqat_train.trainer import rebuild, take_float_weights, weight_of
 from export.sensitivity import only
 
 WIDTHS = (2, 3, 4, 6, 8)
@@ -60,7 +59,7 @@ class Divergences:
         # At 8 bits the targets' limits show; no narrower width meets one.
         widest = replace(asked, weights=8, activations=8, first_layer=8, last_layer=8, overrides={})
         self._model, self._specs = rebuild(train_dir, replace(config, quantization=widest), trained, "student")
-        self._model.load_state_dict({**self._model.state_dict(), **read_tensors(train_dir / "float.safetensors")})
+        take_float_weights(self._model, train_dir)
         self._asked, self._calibration = {spec.edge: spec for spec in self._specs}, asked.calibration
         dataset = data.of_recipe(config.data)
         chosen = data.split(len(dataset.train_labels), config.data.validation, config.seed).train

@@ -17,9 +17,8 @@ from artifacts.progress import Progress
 from artifacts.store import verify_stage
 from crqat_train import data
 from crqat_train.batches import Images
-from crqat_train.checkpoint import read_tensors
 from crqat_train.config import TrainConfig
-from crqat_train.trainer import rebuild, rounded_weights
+from crqat_train.trainer import rebuild, rounded_weights, take_float_weights
 from export.codes import expected_codes
 from export.config import ExportConfig
 from export.lint import lint
@@ -103,8 +102,7 @@ def export(
     dataset = data.of_recipe(train.data, progress)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
     model_float, _ = rebuild(train_dir, train, trained, candidate)
-    # Strict but for the quantizers, which the float graph leaves out.
-    model_float.load_state_dict({**model_float.state_dict(), **read_tensors(train_dir / "float.safetensors")})
+    take_float_weights(model_float, train_dir)
     float_graph = marked_graph(model_float, specs, shape, classes)
     baselines = {"float": "float32"}
     if "tensorrt" in targets and config.tensorrt_precision == "float16":

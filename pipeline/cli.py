@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -120,11 +119,11 @@ def train(
         raise UsageError(msg)
     payload: dict[str, Any] | None
     if nproc is not None and nproc > 1:
-        again = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
-        again += [part for override in overrides for part in ("--set", override)]
-        again += ["--force"] * force + ["--restart"] * restart
+        arguments = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
+        arguments += [part for override in overrides for part in ("--set", override)]
+        arguments += ["--force"] * force
         launch.check(config, nproc)
-        return launch.run(again, nproc, max_restarts)
+        return launch.run(arguments, ["--restart"] * restart, nproc, max_restarts)
     if launch.several():
         payload = launch.train(config, runs, force, restart, save_every)
     else:
@@ -404,20 +403,21 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         _say_error("interrupted; what was current before still is")
         code = INTERRUPTED
+    except _Terminated as ended:
+        _say_error("terminated; what was current before still is")
+        code = ended.code
     finally:
         signal.signal(signal.SIGTERM, before)
-    code = code if isinstance(code, int) else 0
-    if "CRQAT_EXIT_FILE" in os.environ:
-        from pipeline import launch
+    sys.exit(code if isinstance(code, int) else 0)
 
-        launch.note_exit(code)
-    sys.exit(code)
+
+class _Terminated(SystemExit):
+    """By SIGTERM. What is half written is removed on the way out, as after Ctrl-C."""
 
 
 def _terminate(number: int, _: Any) -> None:
-    """What is half written is removed on the way out, as after Ctrl-C; a training answers by itself and saves."""
-    _say_error("terminated; what was current before still is")
-    sys.exit(128 + number)
+    """A training answers by itself, and saves."""
+    raise _Terminated(128 + number)
 
 
 def _say_error(message: str) -> None:

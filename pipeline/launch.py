@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
-import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import click
 
 from artifacts.errors import ToolError
 from artifacts.progress import quiet
 from artifacts.store import read_manifest
 from pipeline import console, lock, recipe, stages
 
-# Where a process leaves its exit code: torchrun's own is 1 whatever happened.
-_EXIT_FILE = "CRQAT_EXIT_FILE"
 _SIGNALS = 128
+# How a process ends that has told why, or that the others were told to end with: -15 where it could not answer.
+_TOLD = (2, 3, _SIGNALS + signal.SIGINT, _SIGNALS + signal.SIGTERM, -signal.SIGTERM)
 
 
 def check(config: recipe.Recipe, processes: int) -> None:
@@ -38,56 +41,50 @@ def check(config: recipe.Recipe, processes: int) -> None:
         distributed.check_sync_bn(machine.choose_device(training.device))
 
 
-def run(arguments: Sequence[str], processes: int, max_restarts: int) -> int:
-    """Start `crqat train` in some processes by torchrun, wait for them and return crqat's exit code.
+def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_restarts: int) -> int:
+    """Start `crqat train` in some processes as torchrun does, wait for them and return crqat's exit code.
 
     Args:
         arguments: Behind `crqat train`.
+        once: More of them, for the first start alone.
         processes: How many, each with a device of its own or a share of the CPU's cores.
-        max_restarts: How often all of them are started again, from the last state, after one has died.
+        max_restarts: How often all of them are started again, from the last state, after one has died. An error that
+            one of them has told is no death: it would be told again.
 
     Raises:
-        ToolError: They ended without a word of their own, killed for instance.
+        ToolError: One died, and there is no restart left.
     """
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["--max-restarts", str(max_restarts), "-m", "pipeline.cli", "train", *arguments]
-    threads = str(max(1, (os.cpu_count() or 1) // processes))
-    with tempfile.TemporaryDirectory(prefix="crqat-") as directory:
-        note = Path(directory) / "exit"
-        # What DistributedDataParallel notes about its own speed is not the user's to mend.
-        defaults = {"OMP_NUM_THREADS": threads, "TORCH_CPP_LOG_LEVEL": "ERROR"}
-        environment = {**defaults, **os.environ, _EXIT_FILE: str(note)}
-        # A session of its own: Ctrl-C in a terminal comes here alone and is passed on once; torchrun tells the others.
-        child = subprocess.Popen(command, env=environment, start_new_session=True)
-        asked: list[int] = []
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-        def pass_on(number: int, _: Any) -> None:
-            if not asked:
-                child.send_signal(number)
-            asked.append(number)
-
-        before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # What DistributedDataParallel notes about its own speed is not the user's to mend.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.disable()  # torch's account of what the processes have told already, or is told below
+    command = ["-m", "pipeline.cli", "train", *arguments]
+    for left in range(max_restarts, -1, -1):
+        # Rendezvous as by torchrun's --standalone: on this machine, at a free port.
+        how = LaunchConfig(
+            1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        )
         try:
-            code = child.wait()
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-        if code == 0:
+            elastic_launch(how, sys.executable)(*command, *(once if left == max_restarts else ()))
+        except SignalException as asked:  # which it has passed on, and waited for what came of it
+            return _SIGNALS + asked.sigval
+        except ChildFailedError as error:
+            codes = [failure.exitcode for failure in error.failures.values()]
+        else:
             return 0
-        if asked:
-            return _SIGNALS + asked[0]
-        if note.is_file():
-            return int(note.read_text())
-    msg = f"the {processes} processes of the training ended (torchrun: {code}); the same command goes on from the "
-    msg += "last state, --max-restarts does so by itself"
+        died = [code for code in codes if code not in _TOLD]
+        if not died:
+            return min((code for code in codes if code > 0), default=_SIGNALS + signal.SIGTERM)
+        how_it_died = f"by signal {-died[0]}" if died[0] < 0 else f"with {died[0]}"
+        what = f"a process of the training ended {how_it_died}"
+        if left:
+            click.echo(f"crqat: {what}; all start again from the last state ({left} of {max_restarts} left)", err=True)
+    msg = f"{what}; the same command goes on from the last state, and --max-restarts does so by itself"
     raise ToolError(msg)
-
-
-def note_exit(code: int) -> None:
-    """Leave this process's exit code to `run`; one that torchrun ended because of another has nothing to say."""
-    path = os.environ.get(_EXIT_FILE)
-    if path and 0 < code < _SIGNALS:
-        Path(path).write_text(str(code))
 
 
 def several() -> bool:
@@ -101,10 +98,13 @@ def train(config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_ev
     Rank 0 runs the stage as a single process does, and says whether there is something to train. The others train with
     it, and write to a directory that is thrown away.
     """
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+
     from crqat_train import distributed
     from crqat_train.trainer import train as run_training
 
-    # A process that died is started again by the same command, which is not to discard the state.
+    _prctl_pr_set_pdeathsig(signal.SIGTERM)  # a killed launcher leaves nobody behind
+    # By torchrun, a process that died is started again by the same command, which is not to discard the state.
     restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     with distributed.started(config.device):
         if distributed.rank() == 0:

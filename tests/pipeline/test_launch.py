@@ -1,0 +1,133 @@
+"""`crqat train --nproc` as a user meets it: real processes, one line for each error, and nobody left behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+name: net
+device: cpu
+compile: never
+data: {source: digits, crop_padding: 1, flip: false}
+model: {name: "net:network"}
+float: {epochs: 2000, batch_size: 100}
+quantization: {calibration_images: 64}
+"""
+NETWORK = """
+import os, signal
+from pathlib import Path
+from torch import nn
+
+def die(module, inputs):
+    if os.environ["RANK"] == "1":
+        with Path("deaths").open("a") as file:
+            file.write("x")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+def network(classes, channels):
+    net = nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))
+    if "DIES" in os.environ:
+        net.register_forward_pre_hook(die)
+    return net
+"""
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> list[str]:
+    (tmp_path / "net.py").write_text(NETWORK)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return [sys.executable, "-m", "pipeline.cli", "train", "recipe.yaml", "--nproc", "2"]
+
+
+def environment(**further: str) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **further}
+
+
+def run(command: list[str], folder: Path, **further: str) -> tuple[int, list[str]]:
+    """The exit code, and the lines on stderr."""
+    ended = subprocess.run(
+        command, cwd=folder, env=environment(**further), capture_output=True, text=True, timeout=300, check=False
+    )
+    return ended.returncode, ended.stderr.splitlines()
+
+
+@pytest.fixture
+def started(command: list[str], tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A training without end, with a saved state."""
+    with subprocess.Popen(
+        [*command, "--save-every", "0"], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True
+    ) as process:
+        until(lambda: bool(list(tmp_path.glob("runs/net/.states/*/*.json"))))
+        yield process
+        process.kill()
+
+
+def until(true: object, seconds: float = 120.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():  # type: ignore[operator]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def children(parent: int) -> list[int]:
+    return [int(number) for number in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def test_an_error_of_all_processes_is_told_once_and_not_tried_again(command: list[str], tmp_path: Path) -> None:
+    options = ["--max-restarts", "3", "--set", "model.weights=none.pth"]
+    code, lines = run(command + options, tmp_path)
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("crqat: error: ")
+    assert "none.pth" in lines[0]
+
+
+def test_an_error_of_the_first_process_alone_ends_the_others_without_a_word(command: list[str], tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("a file where the directory of runs should be")
+    code, lines = run(command, tmp_path)
+    assert code == 3
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("crqat: error: cannot write to runs/net: Not a directory")
+
+
+def test_a_process_that_dies_each_time_is_tried_so_often_and_no_more(command: list[str], tmp_path: Path) -> None:
+    code, lines = run([*command, "--max-restarts", "1"], tmp_path, DIES="1")
+    assert code == 3
+    assert (tmp_path / "deaths").read_text() == "xx"
+    told = [line for line in lines if "by signal 9" in line]
+    assert "all start again from the last state (1 of 1 left)" in told[0]
+    assert told[1].startswith("crqat: error: a process of the training ended by signal 9; the same command goes on")
+    assert len(told) == 2, lines
+    assert not any("Traceback" in line for line in lines), lines
+
+
+def test_what_cannot_be_shared_is_refused_before_anything_starts(command: list[str], tmp_path: Path) -> None:
+    code, lines = run([*command, "--set", "float.batch_size=33"], tmp_path)
+    assert (code, len(lines)) == (2, 1)
+    assert "float.batch_size: 33 images a step" in lines[0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_asked_to_end_it_saves_and_says_so_once(started: subprocess.Popen[str], number: signal.Signals) -> None:
+    started.send_signal(number)
+    assert started.wait(60) == 128 + number
+    assert started.stderr is not None
+    last = [line for line in started.stderr.read().splitlines() if line.startswith("crqat")]
+    assert len(last) == 1, last
+    assert last[0].startswith("crqat: error: interrupted; saved at float epoch")
+
+
+def test_a_killed_launcher_leaves_nobody_behind(started: subprocess.Popen[str]) -> None:
+    ranks = children(started.pid)
+    assert len(ranks) == 2
+    started.send_signal(signal.SIGKILL)
+    until(lambda: not any(Path(f"/proc/{rank}").exists() for rank in ranks), 30.0)
