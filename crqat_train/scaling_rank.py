@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -39,7 +40,8 @@ from crqat_train.trainer import _compiler, _device, calibrate
 ROUNDS = 7
 _ROUND_SECONDS = 0.2
 _WARM_UP = 3
-_REPEATS = 3  # of one all-reduce in a round
+_REPEATS = 5  # of one all-reduce in a round
+_LONG_MESSAGE = 1 << 26  # bytes; the gradients of a small network travel faster than a clock tells
 _CALIBRATION = 32  # images: ranges must be sensible, not good
 _MANY_STEPS = 1_000_000  # so that the learning rate stays in its warm-up, however long is measured
 _COLLECTIVE_LIMIT = timedelta(seconds=300)
@@ -186,11 +188,17 @@ def measure_data(work: Work) -> list[tuple[int, float]]:
     return [(own, timed(draw, number, work.device)) for _ in range(ROUNDS)]
 
 
+def message_sizes(gradients: int) -> list[int]:
+    """Bytes of the all-reduces that are measured: a small one for the latency, the gradients', and longer ones."""
+    longest = max(2 * gradients, min(16 * gradients, _LONG_MESSAGE))
+    sizes = (gradients // 16, gradients, round(math.sqrt(gradients * longest)), longest)
+    return [max(4, size // 4 * 4) for size in sizes]
+
+
 def measure_group(work: Work, world: int) -> dict[str, Any]:
     """Seconds by round: of all-reduces by message size, of the common step, and of it without its all-reduce."""
     size = gradient_bytes(work.student)
-    # Around the size that counts, smaller ones for the latency.
-    messages = [torch.zeros(max(1, round(size * share / 4)), device=work.device) for share in (1 / 16, 1 / 4, 1, 2)]
+    messages = [torch.zeros(number // 4, device=work.device) for number in message_sizes(size)]
     exchanges: list[Step] = [partial(dist.all_reduce, message) for message in messages]
     exchange = Exchange()
     step = work.step(math.ceil(work.batch / world), exchange)
@@ -205,7 +213,7 @@ def measure_group(work: Work, world: int) -> dict[str, Any]:
     common, apart = [], []
     for _ in range(ROUNDS):
         for row, send in zip(seconds, exchanges, strict=True):
-            row.append(together(send, _REPEATS, work.device))
+            row.append(statistics.median(together(send, 1, work.device) for _ in range(_REPEATS)))
         exchange.on = True
         common.append(together(step, repeats, work.device))
         exchange.on = False

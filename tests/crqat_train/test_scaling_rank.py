@@ -18,7 +18,7 @@ from crqat_train.config import (
     TrainConfig,
 )
 from crqat_train.exchange import gradient_bytes
-from crqat_train.scaling_rank import Work, measure_alone, measure_data
+from crqat_train.scaling_rank import Work, measure_alone, measure_data, message_sizes
 
 CONFIG = TrainConfig(
     seed=0,
@@ -82,3 +82,9 @@ def test_a_data_batch_is_counted_in_bytes(work: Work) -> None:
 def test_more_processes_than_images_are_refused(work: Work) -> None:
     with pytest.raises(UsageError, match="--processes 65: a step has 64 images"):
         measure_alone(work, {"processes": [2, 65], "holds": 2, "between": False})
+
+
+def test_messages_are_around_the_gradients_and_never_far_above_them() -> None:
+    assert message_sizes(1 << 20) == [1 << 16, 1 << 20, 1 << 22, 1 << 24]
+    assert message_sizes(1 << 30) == [1 << 26, 1 << 30, round(2**30.5) // 4 * 4, 1 << 31]
+    assert message_sizes(8) == [4, 8, 32, 128]
