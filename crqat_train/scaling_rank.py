@@ -38,7 +38,7 @@ from crqat_train.scaling import default_processes, local_batches
 from crqat_train.trainer import _compiler, _device, calibrate
 
 ROUNDS = 7
-_ROUND_SECONDS = 0.2
+_ROUND_SECONDS = 0.1
 _WARM_UP = 3
 _REPEATS = 5  # of one all-reduce in a round
 _LONG_MESSAGE = 1 << 26  # bytes; the gradients of a small network travel faster than a clock tells

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice, product
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from artifacts.errors import UsageError
+from crqat_train import folder
 from crqat_train.config import (
     ConsistencyConfig,
     DataConfig,
@@ -18,7 +22,7 @@ from crqat_train.config import (
     TrainConfig,
 )
 from crqat_train.exchange import gradient_bytes
-from crqat_train.scaling_rank import Work, measure_alone, measure_data, message_sizes
+from crqat_train.scaling_rank import Work, endless, measure_alone, measure_data, message_sizes
 
 CONFIG = TrainConfig(
     seed=0,
@@ -88,3 +92,23 @@ def test_messages_are_around_the_gradients_and_never_far_above_them() -> None:
     assert message_sizes(1 << 20) == [1 << 16, 1 << 20, 1 << 22, 1 << 24]
     assert message_sizes(1 << 30) == [1 << 26, 1 << 30, round(2**30.5) // 4 * 4, 1 << 31]
     assert message_sizes(8) == [4, 8, 32, 128]
+
+
+def test_files_that_stream_are_decoded_for_the_data_and_in_memory_for_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part, name in product(("train", "test"), ("cat", "dog")):
+        (tmp_path / part / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = torch.randint(0, 256, (20, 20, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 100)
+    images = DataConfig("imagefolder", root=str(tmp_path), size=16, crop=16)
+    work = Work(replace(CONFIG, data=images, qat=QATConfig(epochs=1, batch_size=8)), CPU, 0)
+    assert isinstance(work.batches(8, in_memory=False).images, folder.FolderImages)
+    in_memory = work.batches(8, in_memory=True)
+    assert isinstance(in_memory.images, torch.Tensor)
+    assert list(in_memory.images.shape) == [8, 3, 16, 16]
+    assert torch.equal(in_memory.images, work.dataset.train_images[work.chosen[:8]])
+    assert [labels.shape for (labels,) in islice(endless(work.batches(8, False), work.generator, 0), 2)] == [(8,), (8,)]
+    work.step(8)()
