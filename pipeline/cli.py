@@ -336,6 +336,29 @@ def models(names: tuple[str, ...], cifar10: Path | None, size: int, out: Path) -
 
 
 @crqat.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value.")
+@click.option(
+    "--processes", multiple=True, type=click.IntRange(min=1), metavar="N", help="Predict for so many; repeatable."
+)
+@click.option("--bandwidth", type=float, metavar="B/S", help="Bytes a second between machines.")
+@click.option("--latency", type=float, metavar="S", help="Seconds of a message between machines.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("scale.json"), help="Default: scale.json.")
+def scale(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    processes: tuple[int, ...],
+    bandwidth: float | None,
+    latency: float | None,
+    out: Path,
+) -> None:
+    """Measure here what a training step costs, and predict it for more processes."""
+    from pipeline import scale as scaling
+
+    scaling.scale(_load(recipe, overrides), processes, bandwidth, latency, out)
+
+
+@crqat.command()
 def doctor() -> int:
     """Say what this machine can do and what is missing for what."""
     from pipeline import doctor as examination

@@ -1,0 +1,114 @@
+"""A step is the recipe's own, and what it exchanges and reads is counted exactly."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import islice, product
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from artifacts.errors import UsageError
+from crqat_train import folder
+from crqat_train.config import (
+    ConsistencyConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    QATConfig,
+    QuantizationConfig,
+    TrainConfig,
+)
+from crqat_train.exchange import gradient_bytes
+from crqat_train.scaling_rank import Work, endless, measure_alone, measure_data, message_sizes
+
+CONFIG = TrainConfig(
+    seed=0,
+    targets=("onnxruntime",),
+    data=DataConfig("digits", crop_padding=1, flip=False),
+    model=ModelConfig("cifar/resnet20"),
+    float_training=OptimizerConfig(epochs=0),
+    quantization=QuantizationConfig(),
+    qat=QATConfig(epochs=1, batch_size=64, lr=0.5),
+    device="cpu",
+    compile="never",
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def work() -> Work:
+    torch.manual_seed(0)
+    return Work(CONFIG, CPU, 0)
+
+
+def test_gradient_bytes_are_those_of_the_gradients(work: Work) -> None:
+    work.step(8)()  # on a copy: the work's own student stays as it is
+    assert all(parameter.grad is None for parameter in work.student.parameters())
+    seen: list[int] = []
+
+    def count(model: torch.nn.Module) -> None:
+        gradients = [parameter.grad for parameter in model.parameters()]
+        seen.append(sum(g.numel() * g.element_size() for g in gradients if g is not None))
+
+    work.step(8, count)()
+    assert seen == [gradient_bytes(work.student)]
+    # ResNet-20 for one channel and ten classes has 269,434 parameters; the quantizers' steps come on top.
+    steps = sum(p.numel() for name, p in work.student.named_parameters() if name.startswith("quantizers."))
+    assert steps > 0
+    assert gradient_bytes(work.student) == 4 * (269_434 + steps)
+
+
+def test_an_image_is_its_pixels_and_those_of_the_unlabeled_one_beside_it(work: Work) -> None:
+    assert work.image_bytes == 8 * 8
+    unlabeled = replace(CONFIG, data=replace(CONFIG.data, unlabeled="digits"))
+    both = Work(unlabeled, CPU, 0)
+    assert both.image_bytes == 2 * 8 * 8
+    both.step(4)()
+
+
+@pytest.mark.parametrize("teacher", ["none", "float"])
+def test_steps_without_an_ema_teacher(work: Work, teacher: str) -> None:
+    before = work.config
+    work.config = replace(CONFIG, consistency=ConsistencyConfig(teacher=teacher))  # type: ignore[arg-type]
+    work.step(4)()
+    work.config = before
+
+
+def test_a_data_batch_is_counted_in_bytes(work: Work) -> None:
+    pairs = measure_data(work)
+    assert {size for size, _ in pairs} == {64 * 64}
+    assert all(seconds > 0 for _, seconds in pairs)
+
+
+def test_more_processes_than_images_are_refused(work: Work) -> None:
+    with pytest.raises(UsageError, match="--processes 65: a step has 64 images"):
+        measure_alone(work, {"processes": [2, 65], "holds": 2, "between": False})
+
+
+def test_messages_are_around_the_gradients_and_never_far_above_them() -> None:
+    assert message_sizes(1 << 20) == [1 << 16, 1 << 20, 1 << 22, 1 << 24]
+    assert message_sizes(1 << 30) == [1 << 26, 1 << 30, round(2**30.5) // 4 * 4, 1 << 31]
+    assert message_sizes(8) == [4, 8, 32, 128]
+
+
+def test_files_that_stream_are_decoded_for_the_data_and_in_memory_for_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part, name in product(("train", "test"), ("cat", "dog")):
+        (tmp_path / part / name).mkdir(parents=True)
+        for index in range(20):
+            pixels = torch.randint(0, 256, (20, 20, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 100)
+    images = DataConfig("imagefolder", root=str(tmp_path), size=16, crop=16)
+    work = Work(replace(CONFIG, data=images, qat=QATConfig(epochs=1, batch_size=8)), CPU, 0)
+    assert isinstance(work.batches(8, in_memory=False).images, folder.FolderImages)
+    in_memory = work.batches(8, in_memory=True)
+    assert isinstance(in_memory.images, torch.Tensor)
+    assert list(in_memory.images.shape) == [8, 3, 16, 16]
+    assert torch.equal(in_memory.images, work.dataset.train_images[work.chosen[:8]])
+    assert [labels.shape for (labels,) in islice(endless(work.batches(8, False), work.generator, 0), 2)] == [(8,), (8,)]
+    work.step(8)()
