@@ -13,11 +13,13 @@ import io
 import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from artifacts.errors import CrqatError
+from artifacts.progress import quiet
 
 ROOT = Path(__file__).resolve().parent.parent
 FROZEN = ROOT / "tests" / "frozen"
@@ -49,6 +51,17 @@ def _bundles(folder: Path) -> Iterator[bytes]:
     members = {name: store.sha256_file(path) for name, path in paths.items()}
     bundle.write(bundle.Bundle("run", "1", {"threads": 1}, members), paths, folder / "seed.tar.gz")
     yield (folder / "seed.tar.gz").read_bytes()
+
+
+def _shards() -> Iterator[bytes]:
+    """Two samples of a WebDataset shard."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name, content in (("0.jpg", b"0" * 600), ("0.cls", b"0"), ("a/1.png", b"1"), ("a/1.cls", b"1\n")):
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    yield buffer.getvalue()
 
 
 def _checkpoints() -> Iterator[bytes]:
@@ -107,6 +120,15 @@ def _readers(folder: Path) -> dict[str, Reader]:
 
         return lambda content: load_weights(torch.nn.Linear(2, 2), written(name, content))
 
+    def shards(content: bytes) -> None:
+        from crqat_train.shards import list_shards
+
+        root = folder / "shards"
+        root.mkdir(exist_ok=True)
+        for part in ("train.tar", "test.tar"):
+            (root / part).write_bytes(content)
+        list_shards(root, quiet)
+
     return {
         "recipe": (lambda content: recipe.load(written("r.yaml", content)), _frozen("recipe.yaml")),
         "yaml": (lambda content: yaml_reader.parse_yaml(content.decode(errors="replace"), "r"), _frozen("recipe.yaml")),
@@ -118,6 +140,7 @@ def _readers(folder: Path) -> dict[str, Reader]:
         "bundle": (unpacked, _bundles(folder)),
         "onnx": (onnx, _frozen("float.onnx", "onnxruntime.onnx", "tensorrt.onnx")),
         "onnx metadata": (metadata, _frozen("float.onnx", "onnxruntime.onnx")),
+        "shards": (shards, _shards()),
         "codes": (lambda content: codes.read(written("c.npz", content)), _frozen("onnxruntime.codes.npz")),
         "image": (lambda content: images.load_image(written("i.png", content), 16, 16, convert=True), _pictures()),
         "safetensors": (weights("w.safetensors"), _frozen("student.safetensors")),
@@ -129,7 +152,7 @@ def _fuzz(name: str, corpus: Path, options: list[str]) -> None:
     """Fuzz one reader in this process, which libFuzzer ends."""
     import atheris
 
-    with atheris.instrument_imports(include=["artifacts", "pipeline", "runtime_eval", "yaml"]):
+    with atheris.instrument_imports(include=["artifacts", "pipeline", "runtime_eval", "yaml", "crqat_train.shards"]):
         scratch = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))  # noqa: S108
         read, seeds = _readers(scratch)[name]
     for number, seed in enumerate(seeds):
