@@ -37,10 +37,11 @@ from crqat_train.layout import QuantizerSpec, Residual, quantize_model
 from crqat_train.methods import METHODS, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.trainer import calibrate, weight_of
+from export.graph import Graph
 from export.qdq import float_model, qdq_model
 from export.simulate import simulate
 from export.simulated import NotSimulated
-from export.trace import Graph, marked_graph
+from export.trace import marked_graph
 from pipeline.console import show_table
 from runtime_eval import device
 from runtime_eval.client import Worker

@@ -21,7 +21,7 @@ import onnx
 
 from bench.infer import Case, calibrated, cases
 from crqat_train.layout import Residual
-from export.trace import macs
+from export.graph import macs
 from pipeline.console import show_table
 from runtime_eval.client import Worker
 from runtime_eval.config import BenchmarkConfig

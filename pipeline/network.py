@@ -31,9 +31,10 @@ from crqat_train.methods import METHODS, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.trainer import calibrate, rounded_weights
 from crqat_train.untrained import awake, sane_bn
+from export.graph import macs
 from export.lint import left_in_float, lint
 from export.qdq import QDQModel, qdq_model
-from export.trace import macs, marked_graph
+from export.trace import marked_graph
 from export.verify import fusion, verify
 from pipeline.networks import Images
 from runtime_eval import engine, tensorrt_api

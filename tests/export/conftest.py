@@ -35,8 +35,9 @@ from crqat_train.methods import quantizer_maker, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.trainer import calibrate, rebuild, rounded_weights, train
 from crqat_train.untrained import sane_bn as sane_bn
+from export.graph import Graph
 from export.qdq import QDQModel, qdq_model
-from export.trace import Graph, marked_graph
+from export.trace import marked_graph
 
 BOTH: tuple[Target, ...] = ("onnxruntime", "tensorrt")
 

@@ -7,7 +7,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from crqat_train import models
 from export.bisect import file_macs, smallest_cut
-from export.trace import macs
+from export.graph import macs
 from tests.export.conftest import quantize, random_images, sane_bn, session
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from crqat_train.untrained import awake
+from export.graph import macs
 from export.qdq import float_model
-from export.trace import macs
 from export.verify import fusion, verify
 from tests.export.conftest import Quantized, edited_file, initializer, nodes, quantize, random_images, session
 

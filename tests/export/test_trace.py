@@ -20,7 +20,7 @@ from crqat_train.graph import trace
 from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
 from export.qdq import float_model
-from export.trace import Graph, macs, marked_graph
+from export.trace import marked_graph
 from tests.export.conftest import Quantized, initializer, nodes, quantize, random_images, sane_bn, session
 
 # A float32 computation of these networks is off by as much as torch's own is, seen from float64; another order of the
@@ -108,35 +108,6 @@ def test_the_comparison_sees_a_weight_off_by_a_thousandth() -> None:
     weight[0] *= 1.001
     next(t for t in model.graph.initializer if t.name == name).CopyFrom(onnx.numpy_helper.from_array(weight, name))
     assert np.abs(runtime_logits(model, images.numpy()) - exact).max() > allowed
-
-
-def graph_of(name: str, size: int) -> Graph:
-    network = models.build(name, 1000, 3).eval()
-    example = torch.zeros(2, 3, size, size)
-    model, specs = quantize_model(network, example, QuantizationConfig(), ("onnxruntime",), LSQQuantizer)
-    return marked_graph(model, specs, [3, size, size], 1000)
-
-
-def test_macs_of_resnet18() -> None:
-    counted = macs(graph_of("torchvision/resnet18", 224))
-    assert (len(counted), sum(counted.values())) == (21, 1_814_073_344)
-    assert counted["conv1"] == 112 * 112 * 64 * 7 * 7 * 3
-    assert counted["fc"] == 512 * 1000
-
-
-def test_macs_of_resnet20(resnet20: Quantized) -> None:
-    """By hand: 3x3 convolutions on 32, 16 and 8 pixels with 16, 32 and 64 channels."""
-    stages = [(32, 16, 16), (16, 16, 32), (8, 32, 64)]
-    by_hand = 32 * 32 * 3 * 9 * 16 + 64 * 10
-    by_hand += sum(size * size * 9 * (inner * width + 5 * width * width) for size, inner, width in stages)
-    counted = macs(resnet20.graph())
-    assert (len(counted), sum(counted.values())) == (20, by_hand)
-    assert round(by_hand / 1e6, 2) == 40.55
-
-
-def test_macs_of_grouped_convolutions() -> None:
-    """mobilenet_v2 at 224 px: 300.8 million."""
-    assert round(sum(macs(graph_of("torchvision/mobilenet_v2", 224)).values()) / 1e6, 1) == 300.8
 
 
 class Twins(nn.Module):

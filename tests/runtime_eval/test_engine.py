@@ -27,8 +27,8 @@ from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
 from export import qdq, stage
 from export.config import ExportConfig
+from export.graph import Graph, macs
 from export.qdq import QDQModel, float_model, qdq_model
-from export.trace import Graph, macs
 from pipeline.gate import GateConfig, exit_code, judge
 from runtime_eval import device, engine, engine_build, plan, tensorrt_api, timing_cache
 from runtime_eval.benchmark import benchmark
