@@ -196,7 +196,7 @@ def test_logits_behind_a_pool_have_a_bound_that_can_be_broken(monkeypatch: pytes
     simulation = simulate.simulate(file.model, quantized.images)
     assert simulation.logits_bound is not None
     assert float(simulation.logits_bound.max()) < 1e-5 * float(np.abs(simulation.logits).max())
-    original = simulate._pool
+    original = simulate._OPERATIONS["GlobalAveragePool"]
 
     def larger(*arguments: Any) -> Any:
         pooled = original(*arguments)
