@@ -109,7 +109,7 @@ def _write_files(case: Case, folder: Path, rows: dict[str, dict[str, Any]]) -> d
     quantized = calibrated(case, tuple(target for target, _ in OURS.values()))
     onnx.save(float_model(quantized.graph, METADATA), paths[FLOAT])
     for name, (target, precision) in OURS.items():
-        onnx.save(quantized.file(target, precision), paths[name])
+        onnx.save(quantized.file(target, precision, METADATA).model, paths[name])
     source = exporters.Source(case.network, IMAGENET(case.images), paths[FLOAT])
     for name in exporters.WAYS:
         reason = exporters.write(name, source, paths[name], METADATA)

@@ -29,18 +29,13 @@ from onnx import TensorProto, helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 
-from artifacts.grid import Grid
 from artifacts.images import Preprocessing
 from crqat_train import data, models
-from crqat_train.config import QuantizationConfig
-from crqat_train.layout import QuantizerSpec, Residual, quantize_model
-from crqat_train.methods import METHODS, quantizer_of
-from crqat_train.representable import make_representable
-from crqat_train.trainer import calibrate, weight_of
-from export.qdq import float_model, qdq_model
+from crqat_train.layout import Residual
+from export.qdq import float_model
+from export.quantized import Quantized, quantize_network
 from export.simulate import simulate
 from export.simulated import NotSimulated
-from export.trace import Graph, marked_graph
 from pipeline.console import show_table
 from runtime_eval import device
 from runtime_eval.client import Worker
@@ -104,34 +99,10 @@ def cases(cifar10: Path | None, weights: Path | None) -> Iterator[Case]:
         yield Case(f"torchvision/{name}", network.eval(), large, "random, BN statistics of 16 images")
 
 
-@dataclass
-class Quantized:
-    """What a target's file is made from; see `export.qdq.qdq_model`."""
-
-    graph: Graph
-    specs: list[QuantizerSpec]
-    grids: dict[str, Grid]
-    latent: dict[str, npt.NDArray[np.float32]]
-
-    def file(self, target: str, precision: str) -> onnx.ModelProto:
-        """A target's file."""
-        metadata = {**METADATA, "crqat.target": target}
-        return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, metadata).model
-
-
 def calibrated(case: Case, targets: tuple[str, ...], residual: Residual | None = None) -> Quantized:
     """The network of a case, quantized after training on its images."""
-    images = IMAGENET(case.images)
-    batches = [torch.from_numpy(images[start : start + 64]) for start in range(0, len(images), 64)]
-    method = METHODS["lsq"]
-    model, specs = quantize_model(case.network, batches[0][:2], QuantizationConfig(), targets, method, residual)
-    calibrate(model, specs, batches)
-    make_representable(model, specs, targets)
-    grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
-    latent = {spec.edge: weight_of(model, spec).detach().numpy() for spec in specs if spec.kind == "weight"}
-    with torch.no_grad():
-        classes = model(batches[0][:1]).shape[1]
-    return Quantized(marked_graph(model, specs, list(images.shape[1:]), classes), specs, grids, latent)
+    batches = torch.split(torch.from_numpy(IMAGENET(case.images)), 64)
+    return quantize_network(case.network, batches, targets, residual=residual)
 
 
 def export(case: Case, folder: Path) -> dict[str, Path]:
@@ -139,7 +110,7 @@ def export(case: Case, folder: Path) -> dict[str, Path]:
     quantized, images = calibrated(case, TARGETS), IMAGENET(case.images)
     paths = {name: folder / f"{name}.onnx" for name in ("float", "ours", "peer")}
     onnx.save(float_model(quantized.graph, METADATA), paths["float"])
-    onnx.save(quantized.file("onnxruntime", "float32"), paths["ours"])
+    onnx.save(quantized.file("onnxruntime", metadata=METADATA).model, paths["ours"])
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -19,9 +19,9 @@ from typing import Any, get_args
 import numpy as np
 import onnx
 
-from bench.infer import Case, calibrated, cases
+from bench.infer import METADATA, Case, calibrated, cases
 from crqat_train.layout import Residual
-from export.trace import macs
+from export.graph import macs
 from pipeline.console import show_table
 from runtime_eval.client import Worker
 from runtime_eval.config import BenchmarkConfig
@@ -37,7 +37,7 @@ def measure(case: Case, residual: Residual) -> dict[str, Any]:
     quantized = calibrated(case, ("tensorrt",), residual)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tensorrt.onnx"
-        onnx.save(quantized.file("tensorrt", "float16"), path)
+        onnx.save(quantized.file("tensorrt", "float16", METADATA).model, path)
         report = build(path, EngineOptions(batch=(1, 1, 1)), macs(quantized.graph))
         if report["status"] != "built":
             msg = f"{case.name}, {residual}: {report['status']}"

@@ -12,13 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from artifacts import json_file
 from artifacts.errors import ToolError, UsageError
 from artifacts.grid import Grid, load_grids
-from artifacts.store import verify_stage
+from artifacts.store import replace_file, verify_stage
 from crqat_train.checkpoint import read_tensors
 
 STATE, CONFIG, HOWTO = "model.safetensors", "nncf_config.json", "load_in_nncf.py"
@@ -194,7 +195,7 @@ def write(checkpoint: Checkpoint, folder: Path, network: str) -> None:
         network: What the float network is, for people.
 
     Raises:
-        ToolError: The folder cannot be written.
+        ToolError: The folder cannot be written; no file in it is half written then.
     """
     state = {name: tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
     entries = []
@@ -204,10 +205,10 @@ def write(checkpoint: Checkpoint, folder: Path, network: str) -> None:
             state |= {f"{_PREFIX}{hook}.{name}": value for name, value in _tensors(quantizer)}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(state, folder / STATE)
-        (folder / CONFIG).write_text(json.dumps({_ENTRIES: entries}, indent=1))
+        replace_file(folder / STATE, safetensors.torch.save(state))
+        replace_file(folder / CONFIG, json.dumps({_ENTRIES: entries}, indent=1).encode())
         text = _HOWTO_TEXT.replace("{network}", network).replace("{config}", CONFIG).replace("{state}", STATE)
-        (folder / HOWTO).write_text(text)
+        replace_file(folder / HOWTO, text.encode())
     except OSError as error:
         msg = f"{folder}: cannot be written: {error.strerror}; choose another place with --out"
         raise ToolError(msg) from error
@@ -288,12 +289,12 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         msg = f"{path}: {len(states)} .safetensors and {len(configs)} .json files; one state dict and one configuration"
         raise UsageError(msg)
     try:
-        config = json.loads(configs[0].read_text())
-    except (ValueError, OSError, RecursionError) as error:
+        config = json_file.read(configs[0])
+    except (ValueError, OSError) as error:
         msg = f"{configs[0]}: not JSON ({error}); write json.dumps(nncf.torch.get_config(model))"
         raise UsageError(msg) from error
     try:
-        state = load_file(states[0])
+        state = safetensors.torch.load_file(states[0])
     except Exception as error:  # safetensors has its own exception, and the system others
         msg = f"{states[0]}: damaged or no safetensors file ({' '.join(str(error).split())}); save it again"
         raise UsageError(msg) from error

@@ -8,8 +8,19 @@ from typing import Any
 import numpy as np
 import onnx
 import scipy.special  # type: ignore[import-untyped]
+import torch
 
-from export.simulated import UNIT_ROUNDOFF, Array, Float, Simulation, Value, as_float, attributes_of, column
+from export.simulated import (
+    UNIT_ROUNDOFF,
+    Array,
+    Float,
+    NotSimulated,
+    Simulation,
+    Value,
+    as_float,
+    attributes_of,
+    column,
+)
 
 
 def _sigmoid(x: Array) -> Array:
@@ -150,3 +161,26 @@ def reduce_mean(node: onnx.NodeProto, values: dict[str, Value], constants: dict[
     count = int(np.prod([x.values.shape[axis] for axis in axes]))
     mean, spread, error = (a.mean(axis=axes, keepdims=keep) for a in (x.values, np.abs(x.values), x.error))
     return Float(mean, error + (8 * np.sqrt(count) + 8) * UNIT_ROUNDOFF * spread)
+
+
+def average_pool(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
+    """Means over windows, which ONNX Runtime takes of codes in float32 and in an order of its own."""
+    x, attributes = as_float(values[node.input[0]]), attributes_of(node)
+    if attributes.get("auto_pad", b"NOTSET") != b"NOTSET" or any(d != 1 for d in attributes.get("dilations", [1])):
+        msg = f"{node.name}: the simulator does not know this AveragePool"
+        raise NotSimulated(msg)
+    kernel, strides = attributes["kernel_shape"], attributes.get("strides", [1, 1])
+    pads, ceil = attributes.get("pads", [0, 0, 0, 0]), bool(attributes.get("ceil_mode", 0))
+    if pads[:2] != pads[2:]:
+        msg = f"{node.name}: the simulator wants an AveragePool with equal pads on both sides"
+        raise NotSimulated(msg)
+
+    def pooled(array: Array) -> Array:
+        result: Array = torch.nn.functional.avg_pool2d(
+            torch.from_numpy(array), kernel, strides, pads[:2], ceil, bool(attributes.get("count_include_pad", 0))
+        ).numpy()
+        return result
+
+    count = int(np.prod(kernel))
+    error = pooled(x.error) + (8 * np.sqrt(count) + 8) * UNIT_ROUNDOFF * pooled(np.abs(x.values))
+    return Float(pooled(x.values), error)

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from artifacts.errors import UsageError
 from artifacts.grid import Grid
 from crqat_train.layout import QuantizerSpec
+from export.graph import OPSET, Graph, build_model
 from export.lower import Activation, Weight, clip_bound, lower_activation, lower_weight
-from export.trace import OPSET, Graph, build_model
 
 # QuantizeLinear takes float16 scales from opset 19 on.
 OPSET_FLOAT16 = 19

@@ -21,10 +21,11 @@ from crqat_train.config import TrainConfig
 from crqat_train.trainer import rebuild, rounded_weights, take_float_weights
 from export.codes import expected_codes
 from export.config import ExportConfig
+from export.graph import macs
 from export.lint import lint
 from export.noise import quantizer_noise
 from export.qdq import QDQModel, float_model, qdq_model
-from export.trace import macs, marked_graph
+from export.trace import marked_graph
 from export.verify import fusion, verify
 
 METADATA_SCHEMA = "1"

@@ -27,13 +27,14 @@ from crqat_train import data, models
 from crqat_train.config import OptimizerConfig, QuantizationConfig
 from crqat_train.fit import Fit, is_step
 from crqat_train.layout import QuantizerSpec, quantize_model
-from crqat_train.methods import METHODS, quantizer_of
+from crqat_train.methods import METHODS
 from crqat_train.representable import make_representable
-from crqat_train.trainer import calibrate, rounded_weights
+from crqat_train.trainer import calibrate
 from crqat_train.untrained import awake, sane_bn
+from export.graph import macs
 from export.lint import left_in_float, lint
-from export.qdq import QDQModel, qdq_model
-from export.trace import macs, marked_graph
+from export.qdq import QDQModel
+from export.quantized import Quantized
 from export.verify import fusion, verify
 from pipeline.networks import Images
 from runtime_eval import engine, tensorrt_api
@@ -72,18 +73,13 @@ def measure(name: str, images: Images) -> dict[str, Any]:
     step = _train_one_step(model, batch[:STEP_IMAGES], labels[:STEP_IMAGES])
     notes = make_representable(model, specs, TARGETS)
     clock("train")
-    graph = marked_graph(model, specs, list(batch.shape[1:]), CLASSES)
-    grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
-    latent = rounded_weights(model, specs)
-    files = {
-        target: qdq_model(graph, specs, grids, latent, target, precision, {"crqat.target": target})
-        for target, precision in zip(TARGETS, ("float32", "float16"), strict=True)
-    }
+    quantized = Quantized.of(model, specs, batch)
+    files = quantized.files()
     clock("export")
-    proof = verify(model, specs, grids, files, batch[: images.verified].numpy())
+    proof = verify(model, specs, quantized.grids, files, batch[: images.verified].numpy())
     fused = fusion(files["onnxruntime"].model)
     clock("verify")
-    report = _engine(files["tensorrt"], macs(graph))
+    report = _engine(files["tensorrt"], macs(quantized.graph))
     clock("engine")
     return {
         "parameters": sum(parameter.numel() for parameter in network.parameters()),

@@ -81,12 +81,11 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-def refused(ended: Ended, *words: str) -> None:
-    """Exit code 2 and one line with all the words."""
+def refusal(ended: Ended) -> str:
+    """The one line with which a command refuses what it was given, by exit code 2."""
     assert ended.code == 2, ended
-    assert len(ended.errors) == 1
-    for word in words:
-        assert word in ended.errors[0]
+    assert len(ended.errors) == 1, ended
+    return ended.errors[0]
 
 
 def sealed(stage: Path, name: str, content: bytes) -> None:
@@ -159,9 +158,8 @@ def test_a_damaged_file_is_named_whichever_it_is(folder: Path, crqat: Crqat, dam
     for path in files:
         content = path.read_bytes()
         damage(path)
-        refused(
-            crqat("check", "frozen"), f"{path}: missing" if damage is Path.unlink else f"{path}: altered or damaged"
-        )
+        line = refusal(crqat("check", "frozen"))
+        assert f"{path}: {'missing' if damage is Path.unlink else 'altered or damaged'}" in line
         path.write_bytes(content)
     assert crqat("check", "frozen").code == 0
 
@@ -174,7 +172,7 @@ def test_no_command_uses_a_damaged_file_or_leaves_one(
     path = Path("frozen/export/onnxruntime.onnx")
     damage(path)
     before = tree(folder)
-    refused(crqat(*command), str(path))
+    assert str(path) in refusal(crqat(*command))
     assert tree(folder) == before
 
 
@@ -186,7 +184,7 @@ def test_a_foreign_parent_is_named(folder: Path, crqat: Crqat, command: tuple[st
     manifest["parent"] = "0" * 64  # of another run
     path.write_text(json.dumps(manifest))
     before = tree(folder)
-    refused(crqat(*command), f"frozen/{stage}: stale, made from an older")
+    assert f"frozen/{stage}: stale, made from an older" in refusal(crqat(*command))
     assert tree(folder) == before
 
 
@@ -198,7 +196,7 @@ def test_a_manifest_of_another_version_or_of_nonsense_is_named(
     path = Path("frozen/export/manifest.json")
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     before = tree(folder)
-    refused(crqat(*command), "frozen/export" if "stage" not in change else "frozen")
+    assert ("frozen/export" if "stage" not in change else "frozen") in refusal(crqat(*command))
     assert tree(folder) == before
 
 
@@ -208,7 +206,8 @@ def test_results_and_engines_of_another_version_are_named(folder: Path, crqat: C
         data["schema_version"] = 2
         data.update({"engines": {"a": {"schema_version": 2}}} if name == "engine.json" else {})
         Path(name).write_text(json.dumps(data))
-        refused(crqat(command, name), name, "schema_version", "2")
+        line = refusal(crqat(command, name))
+        assert name in line and "schema_version" in line and "2" in line
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------
@@ -235,16 +234,17 @@ def test_json_that_nobody_should_have_written(folder: Path, crqat: Crqat, kind: 
         ("engine.json", "inspect"),
     ):
         Path(name).write_bytes(BAD_JSON[kind])
-        refused(crqat(command, name), name)
+        assert name in refusal(crqat(command, name))
     Path("frozen/train/manifest.json").write_bytes(BAD_JSON[kind])
-    refused(crqat("check", "frozen"), "frozen/train/manifest.json")
+    assert "frozen/train/manifest.json" in refusal(crqat("check", "frozen"))
 
 
 def test_a_large_json_file_is_refused_by_its_size(folder: Path, crqat: Crqat) -> None:
     with Path("results.json").open("wb") as file:
         file.truncate(2**33)  # sparse
     start = time.monotonic()
-    refused(crqat("compare", "results.json"), "results.json", "larger than 64 MiB")
+    line = refusal(crqat("compare", "results.json"))
+    assert "results.json" in line and "larger than 64 MiB" in line
     assert time.monotonic() - start < 5
 
 
@@ -286,7 +286,8 @@ def test_a_manifest_without_what_the_report_shows(folder: Path, crqat: Crqat, st
         parent = dependencies.PARENTS[changed]
         manifest["parent"] = parent and store.manifest_hash(Path("frozen", parent))
         path.write_text(json.dumps(manifest))
-    refused(crqat("report", "frozen"), "frozen", "damaged")
+    line = refusal(crqat("report", "frozen"))
+    assert "frozen" in line and "damaged" in line
     assert not Path("report.html").exists()
 
 
@@ -320,13 +321,16 @@ def test_hostile_recipes(
     monkeypatch.chdir(tmp_path)
     Path("bomb.yaml").write_text(text)
     start = time.monotonic()
-    refused(crqat(command, "bomb.yaml"), "bomb.yaml", words)
+    line = refusal(crqat(command, "bomb.yaml"))
+    assert "bomb.yaml" in line and words in line
     assert time.monotonic() - start < 10
     assert list(Path().iterdir()) == [Path("bomb.yaml")]
 
 
 def test_a_tag_in_an_option(folder: Path, crqat: Crqat) -> None:
-    refused(crqat("train", "recipe.yaml", "--set", "qat=!!python/object/apply:os.system [touch ran]"), "--set qat")
+    assert "--set qat" in refusal(
+        crqat("train", "recipe.yaml", "--set", "qat=!!python/object/apply:os.system [touch ran]")
+    )
     assert not Path("ran").exists()
 
 
@@ -388,7 +392,8 @@ def test_weights_that_call_a_function_end_the_training(folder: Path, crqat: Crqa
         Path(name).write_bytes(pickle.dumps(Hostile()))
     else:
         torch.save({"state_dict": Hostile()}, name)
-    refused(train_with(crqat, name), name, "needs code to load")
+    line = refusal(train_with(crqat, name))
+    assert name in line and "needs code to load" in line
     assert not Path("ran").exists()
     assert left_in("new") == []
 
@@ -396,7 +401,8 @@ def test_weights_that_call_a_function_end_the_training(folder: Path, crqat: Crqa
 @pytest.mark.parametrize("kind", LYING)
 def test_safetensors_that_lie_end_the_training(folder: Path, crqat: Crqat, kind: str) -> None:
     Path("w.safetensors").write_bytes(LYING[kind])
-    refused(train_with(crqat, "w.safetensors"), "w.safetensors", "is damaged or not a file of tensors")
+    line = refusal(train_with(crqat, "w.safetensors"))
+    assert "w.safetensors" in line and "is damaged or not a file of tensors" in line
     assert left_in("new") == []
 
 
@@ -473,7 +479,8 @@ def test_hostile_onnx_files_are_refused_before_a_runtime_sees_them(folder: Path,
     Path("hostile.onnx").write_bytes(content)
     before = tree(folder)
     for command in (("check",), ("inspect", "--bisect", "--out", "engine.json")):
-        refused(crqat(*command, "hostile.onnx"), "hostile.onnx", words)
+        line = refusal(crqat(*command, "hostile.onnx"))
+        assert "hostile.onnx" in line and words in line
     assert tree(folder) == before
 
 
@@ -482,7 +489,8 @@ def test_external_data_is_refused_by_the_benchmark(folder: Path, crqat: Crqat, k
     export = folder / "frozen" / "export"
     (export / "weights.bin").write_bytes(np.ones((64, 10), np.float32).tobytes())
     sealed(export, "onnxruntime.onnx", hostile_onnx()[kind][0])
-    refused(crqat("benchmark", "recipe.yaml", "--runs", ".", "--force"), "onnxruntime.onnx", "external data is refused")
+    line = refusal(crqat("benchmark", "recipe.yaml", "--runs", ".", "--force"))
+    assert "onnxruntime.onnx" in line and "external data is refused" in line
     board = [sys.executable, "-m", "runtime_eval", str(export)]
     result = subprocess.run(board, cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
@@ -586,7 +594,9 @@ def test_an_image_bomb_in_a_folder_ends_the_training(
         "name: bomb\ndata: {source: imagefolder, root: images, size: 16, crop: 16, convert: true}\n"
         "model: {name: cifar/resnet20}\nfloat: {epochs: 1}\n"
     )
-    refused(crqat("train", "recipe.yaml"), "bomb.png: 12000 x 12000 pixels; images above 64 megapixels are refused")
+    assert "bomb.png: 12000 x 12000 pixels; images above 64 megapixels are refused" in refusal(
+        crqat("train", "recipe.yaml")
+    )
     assert left_in("runs") == []
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,18 +17,10 @@ from crqat_train.config import Override, QuantizationConfig, Target
 from crqat_train.layout import INT16_MAX, QuantizerSpec, codes_at, quantize_model, quantizer_node, weight_node
 from crqat_train.methods import LSQQuantizer
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = ("onnxruntime", "tensorrt")
 W8A8 = QuantizationConfig()
 Layout = tuple[fx.GraphModule, list[QuantizerSpec]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """The images are so small that threads cost more than they save, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,7 @@ from crqat_train.low_bits import (
 from crqat_train.methods import LSQQuantizer, MinMaxQuantizer
 from crqat_train.trainer import calibrate, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS_PER_EPOCH = 9  # of 100 of the 900 training digits
 W3A4 = QuantizationConfig(weights=3, activations=4, first_layer=4, last_layer=4, calibration_images=100)
 
@@ -98,14 +99,6 @@ class Trained:
             torch.cat([tensor.flatten().float() for name, tensor in state.items() if name.endswith(endings)])
             for state in self.states
         ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

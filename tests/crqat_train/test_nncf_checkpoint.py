@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
+import re
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, fx, nn
 
-from artifacts.errors import UsageError
+from artifacts.errors import ToolError, UsageError
 from artifacts.grid import Grid
 from crqat_train import data, models, nncf_bridge, nncf_checkpoint
 from crqat_train.batches import evaluation_batches
@@ -253,6 +256,35 @@ def test_a_quantizer_that_is_switched_off_is_none(tmp_path: Path) -> None:
     assert [quantizer.hooks for quantizer in read(tmp_path).quantizers] == [("pre_hooks.fc/linear/0__1.0",)]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_place_that_cannot_take_a_checkpoint_keeps_the_one_that_it_has(tmp_path: Path) -> None:
+    """A file may not grow beyond 64 KiB here, which ends a write in the middle as a full disk does."""
+    write(small(), tmp_path, "a network")
+    before = contents(tmp_path)
+    assert before.keys() == {nncf_checkpoint.STATE, nncf_checkpoint.CONFIG, nncf_checkpoint.HOWTO}
+    large = Checkpoint({"fc.weight": torch.ones(2, 2**16)}, small().quantizers)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        with pytest.raises(ToolError) as caught:
+            write(large, tmp_path, "a network")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert str(caught.value) == f"{tmp_path}: cannot be written: File too large; choose another place with --out"
+    assert contents(tmp_path) == before
+
+
+def test_a_file_is_no_folder_for_a_checkpoint(tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    place.write_text("something else")
+    with pytest.raises(ToolError, match=rf"^{re.escape(str(place))}: cannot be written: File exists; choose another"):
+        write(small(), place, "a network")
+    assert contents(tmp_path) == {"file": b"something else"}
+
+
 class Evil:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
         return print, ("code ran",)
@@ -281,7 +313,12 @@ def test_damaged_checkpoints_are_named_and_no_code_runs(tmp_path: Path, capsys: 
         folder("hook", lambda c: c["compression_state"][0].update(hook_names_in_model=["post_hooks.y__0.0"])): "fit",
         folder("none", lambda c: c.pop("compression_state")): "no configuration of nncf.torch.get_config",
         folder("odd", lambda c: c["compression_state"].append(3)): "fit",
+        folder(
+            "nan", lambda c: c["compression_state"][0]["module_config"].update(num_bits=math.nan)
+        ): "NaN is no number",
+        folder("deep", lambda c: None): "nested too deeply",
     }
+    (tmp_path / "deep" / nncf_checkpoint.CONFIG).write_bytes(b"[" * 100_000)
     for path, words in cases.items():
         with pytest.raises(UsageError, match=words) as caught:
             read(path)

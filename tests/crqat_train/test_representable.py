@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from crqat_train.methods import LSQQuantizer, quantizer_of
 from crqat_train.representable import BIAS_LIMIT, fold_multiplier, make_representable
 from crqat_train.trainer import calibrate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = ("onnxruntime", "tensorrt")
 Quantized = tuple[fx.GraphModule, list[QuantizerSpec]]
 
@@ -62,15 +63,6 @@ def network(targets: Sequence[str] = BOTH, bits: int = 8, **norm: Sequence[float
     student, specs = quantize_model(model.eval(), x[:2], config, targets, LSQQuantizer)
     calibrate(student, specs, [x])
     return student, specs
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These networks are so small that threads cost more than they save, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def scales(quantized: Quantized) -> dict[str, Tensor]:

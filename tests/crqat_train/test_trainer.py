@@ -40,6 +40,7 @@ from crqat_train.representable import make_representable
 from crqat_train.resume import Keeper
 from crqat_train.trainer import accuracy, calibrate, rebuild, train, weight_of
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
 BATCH = 100
 TRAINING = 900  # of the 1,000 digits
@@ -101,15 +102,6 @@ def recipe(**changes: Any) -> TrainConfig:
         compile="never",
     )
     return replace(config, **changes)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """These networks are so small that threads cost more than they save, most of all on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 Run = tuple[dict[str, Any], Path]

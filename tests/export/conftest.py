@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
-from artifacts.grid import Grid, load_grids
+from artifacts.grid import load_grids
 from artifacts.images import Preprocessing
 from artifacts.progress import quiet
 from artifacts.store import Manifest, read_manifest, write_stage
@@ -30,53 +30,13 @@ from crqat_train.config import (
     Target,
     TrainConfig,
 )
-from crqat_train.layout import QuantizerSpec, quantize_model
-from crqat_train.methods import quantizer_maker, quantizer_of
-from crqat_train.representable import make_representable
-from crqat_train.trainer import calibrate, rebuild, rounded_weights, train
+from crqat_train.trainer import rebuild, train
 from crqat_train.untrained import sane_bn as sane_bn
-from export.qdq import QDQModel, qdq_model
-from export.trace import Graph, marked_graph
+from export.qdq import QDQModel
+from export.quantized import Quantized as Quantized
+from export.quantized import quantize_network
 
 BOTH: tuple[Target, ...] = ("onnxruntime", "tensorrt")
-
-
-@dataclass
-class Quantized:
-    """A quantized network with what the export makes its files from.
-
-    Attributes:
-        model: CPU, eval mode.
-        specs: Its quantizers.
-        grids: Edge name to Grid.
-        images: Normalized float32 images of shape [N, C, H, W].
-    """
-
-    model: fx.GraphModule
-    specs: list[QuantizerSpec]
-    grids: dict[str, Grid]
-    images: npt.NDArray[np.float32]
-
-    @property
-    def latent(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Weight edge name to the unfolded weight."""
-        return rounded_weights(self.model, self.specs)
-
-    def graph(self, classes: int = 10) -> Graph:
-        """The marked float graph."""
-        return marked_graph(self.model, self.specs, self.images.shape[1:], classes)
-
-    def file(self, target: str, precision: str = "float32", classes: int = 10) -> QDQModel:
-        """A target's file."""
-        graph = self.graph(classes)
-        return qdq_model(graph, self.specs, self.grids, self.latent, target, precision, {"crqat.target": target})
-
-    def files(self, classes: int = 10) -> dict[str, QDQModel]:
-        """Both targets' files as they ship."""
-        return {
-            "onnxruntime": self.file("onnxruntime", classes=classes),
-            "tensorrt": self.file("tensorrt", "float16", classes),
-        }
 
 
 def quantize(
@@ -88,11 +48,7 @@ def quantize(
 ) -> Quantized:
     """Quantize a network after training, from the images that it is then checked on."""
     config = config or QuantizationConfig(weights=bits, activations=bits)
-    model, specs = quantize_model(network.eval(), images[:2], config, targets, quantizer_maker(config))
-    calibrate(model, specs, [images])
-    make_representable(model, specs, targets)
-    grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
-    return Quantized(model.eval(), specs, grids, images.numpy())
+    return quantize_network(network, [images], targets, config)
 
 
 def random_images(*shape: int, seed: int = 0) -> Tensor:

@@ -19,13 +19,8 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from crqat_train import data, models
-from crqat_train.config import QuantizationConfig
-from crqat_train.layout import quantize_model
-from crqat_train.methods import LSQQuantizer, quantizer_of
-from crqat_train.trainer import calibrate, weight_of
-from export.qdq import qdq_model
 from export.simulate import simulate
-from export.trace import marked_graph
+from tests.export.conftest import quantize
 
 QEMU = shutil.which("qemu-x86_64")
 # Compares a file's outputs with expected ones and prints how many differ.
@@ -84,14 +79,7 @@ def test_our_codes_are_exact_there(tmp_path: Path, bits: int) -> None:
     images = dataset.preprocessing(dataset.train_images[:64].numpy())
     torch.manual_seed(0)
     network = models.build("cifar/resnet20", 10, 1).eval()
-    config = QuantizationConfig(weights=bits, activations=bits)
-    targets = ("onnxruntime", "tensorrt")
-    model, specs = quantize_model(network, torch.from_numpy(images[:2]), config, targets, LSQQuantizer)
-    calibrate(model, specs, [torch.from_numpy(images)])
-    grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
-    latent = {spec.edge: weight_of(model, spec).detach().numpy() for spec in specs if spec.kind == "weight"}
-    graph = marked_graph(model, specs, [1, 8, 8], 10)
-    file = qdq_model(graph, specs, grids, latent, "onnxruntime", "float32", {})
+    file = quantize(network, torch.from_numpy(images), bits).file("onnxruntime")
     simulation = simulate(file.model, images)
     tensors = [(name, edge) for edge, names in file.codes.items() for name in names]
     arrays: dict[str, np.ndarray] = {"input": images}

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from crqat_train.untrained import awake
+from export.graph import macs
 from export.qdq import float_model
-from export.trace import macs
 from export.verify import fusion, verify
 from tests.export.conftest import Quantized, edited_file, initializer, nodes, quantize, random_images, session
 
@@ -44,7 +44,7 @@ def encoder(request: pytest.FixtureRequest) -> Quantized:
 
 
 def test_the_float_graph_computes_what_torch_does_for_any_batch(encoder: Quantized) -> None:
-    graph = encoder.graph(4)
+    graph = encoder.graph
     run = session(float_model(graph, {}))
     for spec in encoder.specs:
         encoder.model.get_submodule(f"quantizers.{spec.module_name}").register_forward_hook(lambda _, x, __: x[0])
@@ -57,7 +57,7 @@ def test_the_float_graph_computes_what_torch_does_for_any_batch(encoder: Quantiz
 
 
 def test_all_linear_layers_are_gemm_and_only_attention_multiplies_two_tensors(encoder: Quantized) -> None:
-    graph = encoder.graph(4)
+    graph = encoder.graph
     assert Counter(node.op_type for node in graph.nodes if node.op_type in ("Gemm", "MatMul")) == {
         "Gemm": 5,
         "MatMul": 2,
@@ -72,7 +72,7 @@ def test_all_linear_layers_are_gemm_and_only_attention_multiplies_two_tensors(en
 
 
 def test_no_code_differs_and_what_stays_float_has_a_reason(encoder: Quantized) -> None:
-    files = encoder.files(4)
+    files = encoder.files()
     grids = encoder.grids
     result = verify(encoder.model, encoder.specs, grids, files, encoder.images)
     assert {target: entry["status"] for target, entry in result.items()} == {
@@ -88,7 +88,7 @@ def test_no_code_differs_and_what_stays_float_has_a_reason(encoder: Quantized) -
 
 
 def test_a_damaged_constant_of_the_float_parts_is_found(encoder: Quantized) -> None:
-    files = encoder.files(4)
+    files = encoder.files()
     gammas = [node.input[1] for node in nodes(files["tensorrt"].model, "LayerNormalization")]
     damaged = (np.full(16, 1.02)).astype(np.float16)  # gamma is 1
     assert (initializer(files["tensorrt"].model, gammas[1]) == 1).all()

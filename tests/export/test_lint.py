@@ -38,7 +38,7 @@ def test_good_files_break_no_rule(digits: Digits, bits: int) -> None:
     for target, file in digits(bits).files().items():
         assert lint(file.model, target) == []
     assert lint(digits(bits).file("tensorrt", "float32").model, "tensorrt") == []
-    assert lint(float_model(digits(bits).graph(), {}), "float") == []
+    assert lint(float_model(digits(bits).graph, {}), "float") == []
 
 
 def test_codes_without_a_sign_for_tensorrt(files: dict[str, onnx.ModelProto]) -> None:

@@ -53,7 +53,7 @@ def made(config: QuantizationConfig, targets: tuple[Target, ...] = ALONE) -> Qua
 
 
 def proof_of(quantized: Quantized, targets: tuple[Target, ...]) -> dict[str, Any]:
-    files: dict[str, QDQModel] = {target: quantized.file(target, classes=5) for target in targets}
+    files: dict[str, QDQModel] = {target: quantized.file(target) for target in targets}
     for target, file in files.items():
         assert lint(file.model, target) == []
     return verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
@@ -70,7 +70,7 @@ def test_learned_zero_points_are_exact_in_onnx_runtime(bits: int) -> None:
     proof = proof_of(quantized, ALONE)["onnxruntime"]
     assert proof["status"] == "passed", proof
     assert proof["differing_codes"] == 0 and proof["codes"] > 10_000
-    fused = fusion(quantized.file("onnxruntime", classes=5).model)
+    fused = fusion(quantized.file("onnxruntime").model)
     assert fused["complete"], fused["float"]
 
 

@@ -40,7 +40,7 @@ def differing(file: QDQModel, images: np.ndarray) -> int:
 @pytest.mark.parametrize("bits", [8, 4])
 def test_the_files_are_complete_and_hold_nothing_else(digits: Digits, bits: int) -> None:
     files = digits(bits).files()
-    baseline = float_model(digits(bits).graph(), {"crqat.target": "float"})
+    baseline = float_model(digits(bits).graph, {"crqat.target": "float"})
     models_of = {"float": baseline, **{name: file.model for name, file in files.items()}}
     for target, model in models_of.items():
         onnx.checker.check_model(model, full_check=True)
@@ -237,7 +237,7 @@ def test_relu6_clips_at_its_own_code(targets: tuple[Target, ...]) -> None:
     for scale in (0.015, 0.0235, 0.024, 0.03, 0.047, 0.048, 0.0624, 0.1, 6 / 31.5, 1.0):
         grid = replace(quantized.grids[edge], scale=np.array([scale], np.float32))
         other = replace(quantized, grids={**quantized.grids, edge: grid})
-        file = other.file("onnxruntime", classes=5)
+        file = other.file("onnxruntime")
         high = clip_bound(6.0, grid)
         if high == 255:  # where QuantizeLinear saturates there is nothing left to clip
             assert f"{edge}.qmax" not in {tensor.name for tensor in file.model.graph.initializer}
@@ -257,7 +257,7 @@ def test_pads_of_zeros_and_of_values_run_on_codes(mode: str) -> None:
 
     network = Between(between)
     quantized = quantize(network, random_images(4, 3, 8, 8))
-    files = quantized.files(5)
+    files = quantized.files()
     proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
     assert fusion(files["onnxruntime"].model)["operations"]["QLinearConv"] == 2
@@ -267,7 +267,7 @@ def test_a_pad_of_other_values_is_kept() -> None:
     """Its values are on no Grid: the convolution behind it stays in float, and the file says 1.0."""
     network = Between(lambda x: nn.functional.pad(x, (1, 2, 0, 1), value=1.0))
     quantized = quantize(network, random_images(4, 3, 8, 8))
-    for file in quantized.files(5).values():
+    for file in quantized.files().values():
         (pad,) = nodes(file.model, "Pad")
         assert float(initializer(file.model, pad.input[2])) == 1.0
         proof = verify(quantized.model, quantized.specs, quantized.grids, {"onnxruntime": file}, quantized.images)
@@ -289,7 +289,7 @@ def test_what_stands_between_convolutions(between: Callable[[Tensor], Tensor], t
     torch.manual_seed(0)
     quantized = quantize(Between(between), random_images(8, 3, 9, 9), targets=targets)
     files: dict[str, QDQModel] = {
-        target: quantized.file(target, "float16" if target == "tensorrt" else "float32", 5) for target in targets
+        target: quantized.file(target, "float16" if target == "tensorrt" else "float32") for target in targets
     }
     proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
@@ -302,7 +302,7 @@ def test_a_squeezed_tensor_is_a_quantized_one() -> None:
             return self.linear(nn.functional.adaptive_avg_pool2d(x, 1).squeeze(3).squeeze(2))  # type: ignore[no-any-return]
 
     quantized = quantize(Squeezed(nn.Identity()), random_images(8, 3, 8, 8))
-    files = quantized.files(5)
+    files = quantized.files()
     proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
     assert fusion(files["onnxruntime"].model)["complete"]
@@ -312,7 +312,7 @@ def test_a_linear_layer_without_a_bias_is_an_integer_gemm() -> None:
     network = Between(nn.functional.relu)
     network.linear = nn.Linear(5, 5, bias=False)
     quantized = quantize(network, random_images(4, 3, 8, 8))
-    files = quantized.files(5)
+    files = quantized.files()
     proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
     assert fusion(files["onnxruntime"].model)["operations"]["QGemm"] == 1
@@ -332,7 +332,7 @@ def test_full_width_weights_behind_a_signed_input_are_reduced_not_saturated(digi
 def test_grouped_and_depthwise_convolutions_get_their_own_limits() -> None:
     network = Between(nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3, groups=2)))
     quantized = quantize(network, random_images(8, 3, 11, 11))
-    file = quantized.file("onnxruntime", classes=5)
+    file = quantized.file("onnxruntime")
     largest = {
         node.name: int(
             np.abs(initializer(file.model, node.input[1].replace(".dequantized", ".codes")).astype(int)).max()
@@ -361,7 +361,7 @@ def test_widths_of_first_and_last_layers_reach_the_file(digits: Digits) -> None:
 
 def test_a_layout_without_a_quantizer_is_written_too() -> None:
     """The float network under a target's name: nothing to lower, nothing to break."""
-    graph = quantize(Between(nn.functional.relu), random_images(4, 3, 8, 8)).graph(5)
+    graph = quantize(Between(nn.functional.relu), random_images(4, 3, 8, 8)).graph
     edges = {node.output[0]: node.input[0] for node in graph.nodes if node.op_type == "Edge"}
     graph.nodes[:] = [node for node in graph.nodes if node.op_type != "Edge"]
     for node in graph.nodes:
@@ -401,7 +401,7 @@ class Head(nn.Module):
 def test_every_way_to_the_classifier_is_fused_and_exact(step: Callable[[Tensor], Tensor], features: int) -> None:
     torch.manual_seed(0)
     quantized = quantize(Head(step, features), random_images(8, 3, 8, 8))
-    file = quantized.file("onnxruntime", classes=5)
+    file = quantized.file("onnxruntime")
     proof = verify(quantized.model, quantized.specs, quantized.grids, {"onnxruntime": file}, quantized.images)
     assert proof["onnxruntime"]["status"] == "passed"
     assert proof["onnxruntime"]["differing_codes"] == 0 < proof["onnxruntime"]["codes"]
@@ -414,7 +414,7 @@ def test_weights_stored_as_float_come_back_as_the_same_codes(digits: Digits, bit
     q = digits(bits)
     codes = q.file("tensorrt", precision)
     values = qdq_model(
-        q.graph(), q.specs, q.grids, q.latent, "tensorrt", precision, {"crqat.target": "tensorrt"}, "float"
+        q.graph, q.specs, q.grids, q.latent, "tensorrt", precision, {"crqat.target": "tensorrt"}, "float"
     )
     weights = [spec.edge for spec in q.specs if spec.kind == "weight"]
     assert len(nodes(values.model, "QuantizeLinear")) == len(nodes(codes.model, "QuantizeLinear")) + len(weights)
@@ -433,7 +433,7 @@ def test_weights_stored_as_float_come_back_as_the_same_codes(digits: Digits, bit
 
 def test_the_float_network_in_float16(digits: Digits) -> None:
     q = digits(8)
-    half, single = float_model(q.graph(), {}, "float16"), float_model(q.graph(), {})
+    half, single = float_model(q.graph, {}, "float16"), float_model(q.graph, {})
     onnx.checker.check_model(half, full_check=True)
     for value in (half.graph.input[0], half.graph.output[0]):
         assert value.type.tensor_type.elem_type == TensorProto.FLOAT

@@ -20,7 +20,7 @@ from crqat_train.graph import trace
 from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
 from export.qdq import float_model
-from export.trace import Graph, macs, marked_graph
+from export.trace import marked_graph
 from tests.export.conftest import Quantized, initializer, nodes, quantize, random_images, sane_bn, session
 
 # A float32 computation of these networks is off by as much as torch's own is, seen from float64; another order of the
@@ -53,14 +53,14 @@ def assert_same_network(model: onnx.ModelProto, network: nn.Module, images: Tens
 
 
 def test_every_quantizer_has_one_marker(resnet20: Quantized) -> None:
-    graph = resnet20.graph()
+    graph = resnet20.graph
     marked = Counter(node.attribute[0].s.decode() for node in graph.nodes if node.op_type == "Edge")
     assert marked == Counter(spec.edge for spec in resnet20.specs)
 
 
 def test_batch_norm_is_folded_and_shortcuts_are_constants(resnet20: Quantized) -> None:
     """The option-A shortcut's Slice and Pad read constants; the exporter computes them by ten further nodes each."""
-    graph = resnet20.graph()
+    graph = resnet20.graph
     kinds = Counter(node.op_type for node in graph.nodes)
     assert kinds == {
         "Edge": len(resnet20.specs), "Conv": 19, "Relu": 19, "Add": 9, "Slice": 4, "Pad": 2,
@@ -73,7 +73,7 @@ def test_batch_norm_is_folded_and_shortcuts_are_constants(resnet20: Quantized) -
 
 
 def test_operations_have_unique_names_of_their_layers(resnet20: Quantized) -> None:
-    graph = resnet20.graph()
+    graph = resnet20.graph
     names = [node.name for node in graph.nodes]
     assert len(set(names)) == len(names)
     layers = {node.name for node in graph.nodes if node.op_type in ("Conv", "Gemm")}
@@ -83,7 +83,7 @@ def test_operations_have_unique_names_of_their_layers(resnet20: Quantized) -> No
 
 def test_the_model_is_not_changed(resnet20: Quantized) -> None:
     before = {name: tensor.clone() for name, tensor in resnet20.model.state_dict().items()}
-    resnet20.graph()
+    marked_graph(resnet20.model, resnet20.specs, [3, 32, 32], 10)
     assert before.keys() == resnet20.model.state_dict().keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in resnet20.model.state_dict().items())
 
@@ -108,35 +108,6 @@ def test_the_comparison_sees_a_weight_off_by_a_thousandth() -> None:
     weight[0] *= 1.001
     next(t for t in model.graph.initializer if t.name == name).CopyFrom(onnx.numpy_helper.from_array(weight, name))
     assert np.abs(runtime_logits(model, images.numpy()) - exact).max() > allowed
-
-
-def graph_of(name: str, size: int) -> Graph:
-    network = models.build(name, 1000, 3).eval()
-    example = torch.zeros(2, 3, size, size)
-    model, specs = quantize_model(network, example, QuantizationConfig(), ("onnxruntime",), LSQQuantizer)
-    return marked_graph(model, specs, [3, size, size], 1000)
-
-
-def test_macs_of_resnet18() -> None:
-    counted = macs(graph_of("torchvision/resnet18", 224))
-    assert (len(counted), sum(counted.values())) == (21, 1_814_073_344)
-    assert counted["conv1"] == 112 * 112 * 64 * 7 * 7 * 3
-    assert counted["fc"] == 512 * 1000
-
-
-def test_macs_of_resnet20(resnet20: Quantized) -> None:
-    """By hand: 3x3 convolutions on 32, 16 and 8 pixels with 16, 32 and 64 channels."""
-    stages = [(32, 16, 16), (16, 16, 32), (8, 32, 64)]
-    by_hand = 32 * 32 * 3 * 9 * 16 + 64 * 10
-    by_hand += sum(size * size * 9 * (inner * width + 5 * width * width) for size, inner, width in stages)
-    counted = macs(resnet20.graph())
-    assert (len(counted), sum(counted.values())) == (20, by_hand)
-    assert round(by_hand / 1e6, 2) == 40.55
-
-
-def test_macs_of_grouped_convolutions() -> None:
-    """mobilenet_v2 at 224 px: 300.8 million."""
-    assert round(sum(macs(graph_of("torchvision/mobilenet_v2", 224)).values()) / 1e6, 1) == 300.8
 
 
 class Twins(nn.Module):
@@ -166,7 +137,7 @@ def test_equal_weights_keep_their_own_batch_norm(network: Callable[[], nn.Module
     torch.manual_seed(0)
     built = sane_bn(network(), images)
     quantized = quantize(built, images)
-    graph = quantized.graph(3)
+    graph = quantized.graph
     names = [node.name for node in graph.nodes]
     assert len(set(names)) == len(names)
     assert_same_network(float_model(graph, {}), built, images)
@@ -182,10 +153,10 @@ def test_a_mean_over_pixels_is_global_average_pooling() -> None:
     images = random_images(8, 3, 8, 8)
     for network in (Twins(), Kept()):
         quantized = quantize(sane_bn(network, images), images)
-        for file in quantized.files(3).values():
+        for file in quantized.files().values():
             assert len(nodes(file.model, "GlobalAveragePool")) == 1
             assert not nodes(file.model, "ReduceMean")
-        assert_same_network(float_model(quantized.graph(3), {}), network, images)
+        assert_same_network(float_model(quantized.graph, {}), network, images)
 
 
 def test_a_batch_norm_without_a_convolution_of_its_own_stays() -> None:
@@ -222,5 +193,5 @@ def test_what_the_exporter_cannot_write_is_said_in_a_sentence(capfd: pytest.Capt
 
     quantized = quantize(Odd(), random_images(4, 3, 8, 8))
     with pytest.raises(UsageError, match=r"^model\.name: torch's ONNX exporter cannot write .*bessel_j0.*Replace that"):
-        quantized.graph(4)
+        quantized.file("onnxruntime")
     assert "graph(" not in capfd.readouterr().out

@@ -307,7 +307,7 @@ class Shared(nn.Module):
 def test_layers_that_are_used_twice_are_proven() -> None:
     torch.manual_seed(0)
     quantized = quantize(Shared(), random_images(8, 3, 8, 8))
-    files = quantized.files(5)
+    files = quantized.files()
     assert {entry["status"] for entry in proof_of(quantized, files).values()} == {"passed"}
 
 

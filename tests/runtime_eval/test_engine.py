@@ -27,8 +27,8 @@ from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
 from export import qdq, stage
 from export.config import ExportConfig
+from export.graph import macs
 from export.qdq import QDQModel, float_model, qdq_model
-from export.trace import Graph, macs
 from pipeline.gate import GateConfig, exit_code, judge
 from runtime_eval import device, engine, engine_build, plan, tensorrt_api, timing_cache
 from runtime_eval.benchmark import benchmark
@@ -48,18 +48,14 @@ class Files:
     directory: Path
 
     @cached_property
-    def graph(self) -> Graph:
-        return self.network.graph()
-
-    @cached_property
     def macs(self) -> dict[str, int]:
-        return macs(self.graph)
+        return macs(self.network.graph)
 
     def qdq(self, precision: str = "float16", weights: str = "int8", target: str = "tensorrt") -> Path:
         path = self.directory / f"{target}-{precision}-{weights}.onnx"
         if not path.is_file():
             q = self.network
-            file = qdq_model(self.graph, q.specs, q.grids, q.latent, target, precision, {}, weights)
+            file = qdq_model(q.graph, q.specs, q.grids, q.latent, target, precision, {}, weights)
             onnx.save(file.model, path)
         return path
 
@@ -174,7 +170,7 @@ def test_the_float_network_has_no_int8_and_what_a_plan_swallows_is_not_covered(
     files: Callable[[str], Files], precision: str, shown: str
 ) -> None:
     made = files("cifar/resnet20")
-    path = made.write(f"{precision}.onnx", float_model(made.graph, {}, precision))
+    path = made.write(f"{precision}.onnx", float_model(made.network.graph, {}, precision))
     report = build(path, EngineOptions(), made.macs)
     coverage = report["coverage"]
     assert (coverage["by_macs"], coverage["by_count"], coverage["int8_nodes"]) == (0.0, 0.0, 0)

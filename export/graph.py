@@ -1,0 +1,118 @@
+"""An ONNX graph taken apart into plain lists and dictionaries: its shapes, its multiplications, and back to a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import helper, numpy_helper
+
+OPSET = 17
+
+
+@dataclass
+class Graph:
+    """An ONNX graph taken apart, so that passes edit plain lists and dictionaries.
+
+    Attributes:
+        nodes: In topological order.
+        constants: Name to array: initializers and folded Constant nodes.
+        fold: For each weight edge, what BN folding multiplied each output channel by, float32 of shape [C].
+        input_shape: [C, H, W].
+        classes: Width of the logits.
+    """
+
+    nodes: list[onnx.NodeProto]
+    constants: dict[str, npt.NDArray[Any]]
+    fold: dict[str, npt.NDArray[np.float32]]
+    input_shape: list[int]
+    classes: int
+
+    def producers(self) -> dict[str, onnx.NodeProto]:
+        """Tensor name -> the node that writes it."""
+        return {output: node for node in self.nodes for output in node.output}
+
+    def consumers(self) -> dict[str, list[onnx.NodeProto]]:
+        """Tensor name -> the nodes that read it, in order."""
+        result: dict[str, list[onnx.NodeProto]] = {}
+        for node in self.nodes:
+            for name in dict.fromkeys(node.input):
+                result.setdefault(name, []).append(node)
+        return result
+
+    def drop_unused(self) -> None:
+        """Remove nodes whose outputs nothing reads."""
+        used = {name for node in self.nodes for name in node.input} | {"logits"}
+        while any(not used.intersection(node.output) for node in self.nodes):
+            self.nodes[:] = [node for node in self.nodes if used.intersection(node.output)]
+            used = {name for node in self.nodes for name in node.input} | {"logits"}
+
+
+def build_model(
+    nodes: Sequence[onnx.NodeProto],
+    constants: dict[str, npt.NDArray[Any]],
+    graph: Graph,
+    metadata: dict[str, str],
+    opset: int,
+    batch: int | str = "batch",
+) -> onnx.ModelProto:
+    """A checked ONNX model with input "input" float32 [batch, C, H, W] and output "logits" float32 [batch, classes].
+
+    Constants that no node reads are left out.
+    """
+    used = {name for node in nodes for name in node.input}
+    model = helper.make_model(
+        helper.make_graph(
+            list(nodes),
+            "crqat",
+            [helper.make_tensor_value_info("input", onnx.TensorProto.FLOAT, [batch, *graph.input_shape])],
+            [helper.make_tensor_value_info("logits", onnx.TensorProto.FLOAT, [batch, graph.classes])],
+            [numpy_helper.from_array(np.asarray(v), name) for name, v in constants.items() if name in used],
+        ),
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=8 if opset < 19 else 10,
+        producer_name="crqat-edge",
+    )
+    helper.set_model_props(model, metadata)
+    onnx.checker.check_model(model, full_check=True)
+    return model
+
+
+def without_markers(graph: Graph) -> list[onnx.NodeProto]:
+    """The nodes with an Identity for each `crqat.Edge`, which no other tool knows."""
+    return [
+        helper.make_node("Identity", node.input, node.output) if node.op_type == "Edge" else node
+        for node in graph.nodes
+    ]
+
+
+def shapes(graph: Graph, batch: int = 1) -> dict[str, list[int]]:
+    """Tensor name -> shape for a batch of that size, from ONNX shape inference."""
+    model = build_model(without_markers(graph), graph.constants, graph, {}, OPSET, batch)
+    inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    values = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]
+    return {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}
+
+
+def macs(graph: Graph) -> dict[str, int]:
+    """Multiply-accumulates of each Conv, Gemm and MatMul for one image, by node name, from ONNX shape inference."""
+    sizes = shapes(graph)
+    result = {}
+    for node in graph.nodes:
+        if node.op_type == "MatMul":
+            result[node.name] = int(np.prod(sizes[node.output[0]])) * _size(graph, sizes, node.input[0])[-1]
+        if node.op_type not in {"Conv", "Gemm"}:
+            continue
+        producer = graph.producers().get(node.input[1])
+        weight = graph.constants[node.input[1] if producer is None else producer.input[0]]
+        # Each element of the output takes one multiplication per weight of its channel. A sequence's rows are images'.
+        result[node.name] = int(np.prod(sizes[node.output[0]])) * int(weight.size // weight.shape[0])
+    return result
+
+
+def _size(graph: Graph, sizes: dict[str, list[int]], name: str) -> list[int]:
+    return list(graph.constants[name].shape) if name in graph.constants else sizes[name]

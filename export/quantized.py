@@ -1,0 +1,91 @@
+"""A quantized network in memory and the files that are made of it, without a train stage on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+
+from artifacts.grid import Grid
+from crqat_train.config import QuantizationConfig
+from crqat_train.layout import QuantizerSpec, Residual, quantize_model
+from crqat_train.methods import quantizer_maker, quantizer_of
+from crqat_train.representable import make_representable
+from crqat_train.trainer import calibrate, rounded_weights
+from export.graph import Graph
+from export.qdq import QDQModel, qdq_model
+from export.trace import marked_graph
+
+
+@dataclass
+class Quantized:
+    """A quantized network with what its files are made from.
+
+    Attributes:
+        model: CPU, eval mode. Its graph is exported once: after a change, make a new one by `dataclasses.replace`.
+        specs: Its quantizers.
+        grids: Edge name to Grid.
+        images: Normalized float32 images of shape [N, C, H, W], of which the graph takes the size.
+    """
+
+    model: fx.GraphModule
+    specs: list[QuantizerSpec]
+    grids: dict[str, Grid]
+    images: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, model: fx.GraphModule, specs: list[QuantizerSpec], images: Tensor) -> Quantized:
+        """With the Grids that its quantizers have."""
+        return cls(model, specs, {spec.edge: quantizer_of(model, spec).grid() for spec in specs}, images.numpy())
+
+    @property
+    def latent(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Weight edge name to the unfolded weight."""
+        return rounded_weights(self.model, self.specs)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The marked float graph."""
+        with torch.no_grad():
+            classes = self.model(torch.from_numpy(self.images[:1])).shape[1]
+        return marked_graph(self.model, self.specs, self.images.shape[1:], classes)
+
+    def file(self, target: str, precision: str = "float32", metadata: Mapping[str, str] | None = None) -> QDQModel:
+        """A target's file; see `export.qdq.qdq_model`."""
+        described = {**(metadata or {}), "crqat.target": target}
+        return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, described)
+
+    def files(self) -> dict[str, QDQModel]:
+        """Both targets' files as they ship."""
+        return {"onnxruntime": self.file("onnxruntime"), "tensorrt": self.file("tensorrt", "float16")}
+
+
+def quantize_network(
+    network: nn.Module,
+    batches: Sequence[Tensor],
+    targets: Sequence[str],
+    config: QuantizationConfig | None = None,
+    residual: Residual | None = None,
+) -> Quantized:
+    """Quantize a float network by calibration alone.
+
+    Args:
+        network: On the CPU; it is not changed, but for being in eval mode afterwards.
+        batches: Normalized images, float32 of shape [N, C, H, W] each, from which the ranges start.
+        targets: "onnxruntime", "tensorrt" or both.
+        config: Widths and methods, None for the defaults.
+        residual: See `crqat_train.layout.quantize_model`.
+
+    Raises:
+        UsageError: See `crqat_train.layout.quantize_model`.
+    """
+    config = config or QuantizationConfig()
+    model, specs = quantize_model(network.eval(), batches[0][:2], config, targets, quantizer_maker(config), residual)
+    calibrate(model, specs, list(batches), config.calibration)
+    make_representable(model, specs, targets)
+    return Quantized.of(model.eval(), specs, torch.cat(list(batches)))

@@ -1,0 +1,106 @@
+"""What only moves or selects codes against NumPy and ONNX Runtime: no code differs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from export.simulate import simulate
+from tests.export.one_operation import Node, dequantize, grid, model_of, quantize, random_tensor, refused, run
+
+
+@pytest.mark.parametrize(
+    ("kernel", "pads", "stride", "dilation", "ceil_mode"),
+    [(2, 0, 2, 1, 0), (3, 1, 2, 1, 0), (3, 1, 1, 2, 0), (2, 0, 2, 1, 1), (3, 0, 2, 1, 1)],
+)
+def test_max_pool(kernel: int, pads: int, stride: int, dilation: int, ceil_mode: int) -> None:
+    x = random_tensor(np.random.default_rng(0), (2, 3, 9, 11), 128, high=128)  # below 0.0, which is no padding then
+    attributes = {
+        "kernel_shape": [kernel] * 2, "pads": [pads] * 4, "strides": [stride] * 2, "dilations": [dilation] * 2,
+        "ceil_mode": ceil_mode,
+    }  # fmt: skip
+    nodes: list[Node] = [
+        quantize("x", "input"),
+        ("MaxPool", ["x"], "y", attributes),
+        dequantize("y", "x", "logits"),
+    ]
+    simulation, runtime, logits = run(model_of(nodes, grid("x", x.scale, 128), x.codes.shape), x.real, "y")
+
+    def positions(length: int) -> list[list[int]]:
+        covered = dilation * (kernel - 1) + 1
+        steps = (length + 2 * pads - covered) / stride
+        count = int(np.ceil(steps) if ceil_mode else steps) + 1
+        starts = [i * stride - pads for i in range(count)]
+        return [[s + j * dilation for j in range(kernel) if 0 <= s + j * dilation < length] for s in starts]
+
+    expected = np.stack(
+        [
+            np.stack([x.codes[:, :, rows][:, :, :, columns].max(axis=(2, 3)) for columns in positions(11)], axis=-1)
+            for rows in positions(9)
+        ],
+        axis=-2,
+    )
+    np.testing.assert_array_equal(runtime, expected)
+    np.testing.assert_array_equal(simulation.logits, logits)
+    np.testing.assert_array_equal(np.rint(simulation.logits / x.scale), expected - 128)
+
+
+MOVES: list[tuple[Node, dict[str, Any], Any]] = [
+    (
+        ("Slice", ["x", "starts", "ends", "axes", "steps"], "y", {}),
+        {"starts": [1, 0], "ends": [-1, 2**63 - 1], "axes": [2, 3], "steps": [1, 2]},
+        lambda codes: codes[:, :, 1:-1, ::2],
+    ),
+    (
+        ("Pad", ["x", "pads", "x.zero"], "y", {}),
+        {"pads": [0, 1, 0, 2, 0, 3, 1, 0]},
+        lambda codes: np.pad(codes, ((0, 0), (1, 3), (0, 1), (2, 0)), constant_values=128),
+    ),
+    (
+        ("Pad", ["x", "pads"], "y", {"mode": "reflect"}),
+        {"pads": [0, 0, 1, 2, 0, 0, 1, 0]},
+        lambda codes: np.pad(codes, ((0, 0), (0, 0), (1, 1), (2, 0)), "reflect"),
+    ),
+    (
+        ("Pad", ["x", "pads"], "y", {"mode": "edge"}),
+        {"pads": [0, 0, 1, 2, 0, 0, 1, 0]},
+        lambda codes: np.pad(codes, ((0, 0), (0, 0), (1, 1), (2, 0)), "edge"),
+    ),
+    (("Flatten", ["x"], "y", {}), {}, lambda codes: codes.reshape(2, -1)),
+    (("Reshape", ["x", "shape"], "y", {}), {"shape": [0, 4, 6, -1]}, lambda codes: codes.reshape(2, 4, 6, -1)),
+    (("Transpose", ["x"], "y", {"perm": [0, 2, 3, 1]}), {}, lambda codes: codes.transpose(0, 2, 3, 1)),
+    (("Unsqueeze", ["x", "axes"], "y", {}), {"axes": [1]}, lambda codes: codes[:, None]),
+]
+
+
+@pytest.mark.parametrize(("node", "arguments", "expected"), MOVES, ids=[f"{m[0][0]}{i}" for i, m in enumerate(MOVES)])
+def test_values_that_only_move(node: Node, arguments: dict[str, list[int]], expected: Any) -> None:
+    x = random_tensor(np.random.default_rng(0), (2, 8, 6, 7), 128)
+    nodes = [quantize("x", "input"), node, dequantize("y", "x", "logits")]
+    constants = {**grid("x", x.scale, 128), **{name: np.array(v, np.int64) for name, v in arguments.items()}}
+    simulation, runtime, logits = run(model_of(nodes, constants, x.codes.shape), x.real, "y")
+    np.testing.assert_array_equal(runtime, expected(x.codes))
+    np.testing.assert_array_equal(simulation.logits, logits)
+    np.testing.assert_array_equal(np.rint(simulation.logits / x.scale), expected(x.codes) - 128)
+
+
+def test_squeeze() -> None:
+    x = random_tensor(np.random.default_rng(0), (2, 8, 1, 1), 128)
+    nodes: list[Node] = [
+        quantize("x", "input"),
+        ("Squeeze", ["x", "axes"], "y", {}),
+        dequantize("y", "x", "logits"),
+    ]
+    model = model_of(nodes, {**grid("x", x.scale, 128), "axes": np.array([2, 3])}, x.codes.shape)
+    np.testing.assert_array_equal(simulate(model, x.real).logits, x.real[:, :, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ("pads", "value", "attributes"), [([1] * 8, 1.0, {}), ([-1] * 8, 0.0, {}), ([1] * 8, 0.0, {"mode": "wrap"})]
+)
+def test_pads_that_are_not_simulated(pads: list[int], value: float, attributes: dict[str, str]) -> None:
+    constants = {"pads": np.array(pads), "value": np.float32(value)}
+    pad: Node = ("Pad", ["x.real", "pads", "value"], "logits", attributes)
+    assert refused([quantize("x", "input"), dequantize("x", "x", "x.real"), pad], constants).startswith("logits/Pad: ")
