@@ -63,7 +63,8 @@ def current(config: recipe.Recipe, runs: Path, stage: str) -> store.Manifest:
     """
     run = runs / config.name
     manifest, values = store.verify_stage(run / stage), recipe.resolved(config)
-    changed = [key for key in KEYS[kind(stage)] if manifest.config.get(key) != values[key]]
+    made = {key: recipe.completed(key, manifest.config.get(key)) for key in KEYS[kind(stage)]}
+    changed = [key for key, value in made.items() if value != values[key]]
     if changed:
         msg = (
             f"{run / stage}: made with another `{changed[0]}` than this recipe's; "

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -276,3 +276,13 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         values["float"] = None
     data: dict[str, Any] = json.loads(json.dumps(values))
     return data
+
+
+def completed(key: str, recorded: Any) -> Any:
+    """A part of a recipe as `resolved` gave it when the part had fewer keys: those it lacks are their defaults."""
+    kind = SECTIONS.get(key)
+    if kind is None or not isinstance(recorded, dict):
+        return recorded
+    defaults = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
+    made = {item.name: item.default_factory() for item in fields(kind) if item.default_factory is not MISSING}
+    return {**json.loads(json.dumps(defaults | made)), **recorded}

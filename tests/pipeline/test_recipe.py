@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +354,23 @@ def test_a_run_of_another_version_is_named(tmp_path: Path) -> None:
     values["quantization"]["method"] = "lsq"
     with pytest.raises(UsageError, match=r"quantization\.method: is now two keys.*another version of crqat: train it"):
         recipe.from_resolved(values)
+
+
+def test_what_an_older_run_does_not_record_is_the_default_of_today(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(MINIMAL)
+    for key, value in recipe.resolved(recipe.load(path)).items():
+        if key not in recipe.SECTIONS or value is None:
+            assert recipe.completed(key, value) == value
+            continue
+        required = {item.name for item in fields(recipe.SECTIONS[key]) if not has_default(item)}
+        given = {name: item for name, item in value.items() if name in required}
+        assert recipe.completed(key, given).keys() == value.keys()
+        for name in value.keys() - required:
+            older = {other: item for other, item in value.items() if other != name}
+            default = recipe.completed(key, older)[name]
+            assert recipe.completed(key, {**older, name: "another"})[name] == "another" != default
+
+
+def has_default(item: Field[Any]) -> bool:
+    return item.default is not MISSING or item.default_factory is not MISSING

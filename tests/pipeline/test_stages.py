@@ -214,6 +214,17 @@ def test_stage_of_another_recipe_is_not_built_on(fakes: Fakes) -> None:
         gate(fakes, "benchmark.threads=2")
 
 
+def test_a_run_from_before_a_key_was_added_is_built_on_where_the_key_is_at_its_default(fakes: Fakes) -> None:
+    go(fakes)
+    manifest = Path("runs") / "run1" / "train" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["config"]["qat"]["damping"]
+    manifest.write_text(json.dumps(values))
+    go(fakes, only=["export"])
+    with pytest.raises(UsageError, match="run1/train: made with another `qat` than this recipe's"):
+        go(fakes, "qat.damping=0.1", only=["export"])
+
+
 def test_gate_refuses_results_of_an_older_export(fakes: Fakes) -> None:
     go(fakes)
     go(fakes, only=["export"], force=True)
