@@ -64,6 +64,28 @@ def _shards() -> Iterator[bytes]:
     yield buffer.getvalue()
 
 
+def _nncf(folder: Path) -> Reader:
+    """The configuration beside a state dict of two quantizers."""
+    import numpy as np
+    import torch
+
+    from artifacts.grid import Grid
+    from crqat_train import nncf_checkpoint
+
+    grids = {"post_hooks.x__0.0": Grid(np.ones(1, np.float32), 0, 0, 255)}
+    grids["pre_hooks.fc/linear/0__1.0"] = Grid(np.ones(2, np.float32), 0, -127, 127, 0)
+    quantizers = [nncf_checkpoint.of_grid([hook], grid, 2) for hook, grid in grids.items()]
+    nncf_checkpoint.write(nncf_checkpoint.Checkpoint({"fc.weight": torch.ones(2, 3)}, quantizers), folder, "network")
+    config = folder / nncf_checkpoint.CONFIG
+    seed = config.read_bytes()
+
+    def read(content: bytes) -> None:
+        config.write_bytes(content)
+        nncf_checkpoint.read(folder)
+
+    return read, [seed]
+
+
 def _checkpoints() -> Iterator[bytes]:
     import torch
 
@@ -143,6 +165,7 @@ def _readers(folder: Path) -> dict[str, Reader]:
         "shards": (shards, _shards()),
         "codes": (lambda content: codes.read(written("c.npz", content)), _frozen("onnxruntime.codes.npz")),
         "image": (lambda content: images.load_image(written("i.png", content), 16, 16, convert=True), _pictures()),
+        "nncf": _nncf(folder / "nncf"),
         "safetensors": (weights("w.safetensors"), _frozen("student.safetensors")),
         "pth": (weights("w.pth"), _checkpoints()),
     }
@@ -152,7 +175,9 @@ def _fuzz(name: str, corpus: Path, options: list[str]) -> None:
     """Fuzz one reader in this process, which libFuzzer ends."""
     import atheris
 
-    with atheris.instrument_imports(include=["artifacts", "pipeline", "runtime_eval", "yaml", "crqat_train.shards"]):
+    with atheris.instrument_imports(
+        include=["artifacts", "pipeline", "runtime_eval", "yaml", "crqat_train.shards", "crqat_train.nncf_checkpoint"]
+    ):
         scratch = Path(tempfile.mkdtemp(dir="/dev/shm" if Path("/dev/shm").is_dir() else None))  # noqa: S108
         read, seeds = _readers(scratch)[name]
     for number, seed in enumerate(seeds):
