@@ -26,13 +26,13 @@ from torch.nn import functional
 from artifacts.progress import quiet
 from crqat_train import data, models
 from crqat_train.batches import Batches, Feed, evaluation_batches
+from crqat_train.calibration import calibrate
 from crqat_train.config import ConsistencyConfig, OptimizerConfig, QuantizationConfig
 from crqat_train.consistency import ConsistencyTraining
 from crqat_train.fit import Fit
 from crqat_train.layout import quantize_model
 from crqat_train.methods import METHODS, MIN_SCALE
 from crqat_train.resume import SAVE_EVERY, Keeper, Training
-from crqat_train.trainer import calibrate
 from pipeline.console import show_table
 from runtime_eval import device
 from runtime_eval.latency import median_interval

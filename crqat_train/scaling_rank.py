@@ -28,6 +28,7 @@ from artifacts.errors import CrqatError, UsageError
 from artifacts.progress import quiet
 from crqat_train import data, models
 from crqat_train.batches import Batches, Feed, evaluation_batches, subset
+from crqat_train.calibration import calibrate
 from crqat_train.config import TrainConfig
 from crqat_train.consistency import ConsistencyTraining
 from crqat_train.exchange import Exchange, gradient_bytes
@@ -36,7 +37,6 @@ from crqat_train.layout import quantize_model
 from crqat_train.machine import choose_device, compiler
 from crqat_train.methods import MIN_SCALE, quantizer_maker
 from crqat_train.scaling import default_processes, local_batches
-from crqat_train.trainer import calibrate
 
 ROUNDS = 7
 _ROUND_SECONDS = 0.1

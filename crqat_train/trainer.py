@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from artifacts.errors import UsageError
 from artifacts.grid import save_grids
-from artifacts.images import Preprocessing
 from artifacts.progress import Progress
 from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, ranks
-from crqat_train.batches import Batches, Feed, Images, evaluation_batches, subset
-from crqat_train.checkpoint import read_tensors, write_tensors
+from crqat_train.batches import Batches, Feed, evaluation_batches, subset
+from crqat_train.calibration import calibrate
+from crqat_train.checkpoint import write_tensors
 from crqat_train.config import OptimizerConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
+from crqat_train.evaluation import BATCH, accuracy
 from crqat_train.fit import Fit, finite, is_scale
-from crqat_train.graph import parameter
-from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
+from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.low_bits import LowBitTraining
 from crqat_train.machine import choose_device, compiler, deterministic
-from crqat_train.methods import MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_maker, quantizer_of
+from crqat_train.methods import MIN_SCALE, quantizer_maker, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.resume import SAVE_EVERY, Keeper, Training
 
 Forward = Callable[[Tensor], Tensor]
-_EVALUATION_BATCH = 500
 
 
 def train(
@@ -124,6 +121,8 @@ class _Run:
     ) -> None:
         self.config, self.dataset, self.split, self.device, self.progress = config, dataset, split, device, progress
         self.keeper = keeper
+        nncf = config.model.nncf
+        self.nncf = None if nncf is None else nncf_checkpoint.read(Path(nncf))
         self.generator = torch.Generator(device).manual_seed(config.seed)
         # In one process both are one; in several the order of images is common, and the augmentation each rank's own.
         self.augmentation = self.generator
@@ -143,7 +142,6 @@ class _Run:
         config = self.config
         channels = self.dataset.train_images.shape[1]
         classes, weights = len(self.dataset.class_names), config.model.weights
-        start = None if config.model.nncf is None else nncf_checkpoint.read(Path(config.model.nncf))
         if weights == "pretrained":
             with distributed.first_rank_first():
                 model, new_classifier = models.pretrained(config.model.name, classes, channels)
@@ -157,13 +155,16 @@ class _Run:
             model = models.build(config.model.name, classes, channels)
         # Never slower than the other layout where it was measured, and a third faster for depthwise convolutions.
         model = model.to(self.device).to(memory_format=torch.channels_last)
-        if start is not None or (weights is not None and weights != "pretrained"):
-            if start is not None:
-                models.fill(model, start.weights, f"model.nncf: {config.model.nncf}")
-            else:
-                models.load_weights(model, Path(str(weights)))
+        source = ""
+        if self.nncf is not None:
+            source = f"model.nncf: {config.model.nncf}"
+            models.fill(model, self.nncf.weights, source)
+        elif weights is not None and weights != "pretrained":
+            source = f"model.weights: {weights}"
+            models.load_weights(model, Path(weights))
+        if source:
             if not finite(model):
-                msg = f"model.weights: {weights or config.model.nncf} holds values that are infinite or no number"
+                msg = f"{source} holds values that are infinite or no number"
                 raise UsageError(msg)
             return model.eval()
         if self.keeper.finished("float", model):
@@ -186,16 +187,15 @@ class _Run:
         """Insert quantizers and start their ranges from training images."""
         config = self.config
         images = self.dataset.train_images[self.split.train[: config.quantization.calibration_images]].to(self.device)
-        batches = list(evaluation_batches(images, self.dataset.preprocessing, _EVALUATION_BATCH))
+        batches = list(evaluation_batches(images, self.dataset.preprocessing, BATCH))
         student, specs = quantize_model(
             float_model, batches[0][:2], config.quantization, config.targets, quantizer_maker(config.quantization)
         )
         student = student.to(self.device)
         calibrate(student, specs, batches, config.quantization.calibration)
         self.progress("calibration", 1, 1, f"{len(specs)} quantizers from {len(images)} training images")
-        if config.model.nncf is not None:
-            checkpoint = nncf_checkpoint.read(Path(config.model.nncf))
-            edges = nncf_start.summary(nncf_start.take_ranges(student, specs, checkpoint, config.targets))
+        if self.nncf is not None:
+            edges = nncf_start.summary(nncf_start.take_ranges(student, specs, self.nncf, config.targets))
             self.notes.append(f"{config.model.nncf}: edges: {edges}")
             self.progress("ranges", 1, 1, edges)
         return student, specs
@@ -326,115 +326,5 @@ class _Run:
         return distributed.wrap(torch.compile(model) if self.compiler else model)
 
 
-@torch.no_grad()
-def calibrate(
-    student: fx.GraphModule, specs: list[QuantizerSpec], batches: list[Tensor], calibration: str = "mse"
-) -> None:
-    """Start every range from training images.
-
-    Activations are observed in the float network: while calibrating, quantizers pass their input through.
-
-    Args:
-        student: Quantized GraphModule in eval mode.
-        specs: Its quantizers.
-        batches: Normalized training images, float32 of shape [N, C, H, W] each.
-        calibration: See `crqat_train.config.QuantizationConfig`.
-    """
-    observers: dict[str, ActivationObserver] = {}
-    handles = []
-    for spec in specs:
-        observer = observers.setdefault(spec.edge, ActivationObserver()) if spec.kind == "activation" else None
-
-        def pass_through(_: nn.Module, inputs: tuple[Tensor], __: Tensor, own: Any = observer) -> Tensor:
-            if own is not None:
-                own.update(inputs[0])
-            return inputs[0]
-
-        handles.append(quantizer_of(student, spec).register_forward_hook(pass_through))
-    for batch in batches:
-        own = distributed.share(batch)
-        if len(own):
-            student(own)
-    for handle in handles:
-        handle.remove()
-    for observer in observers.values():
-        observer.reduce()
-    for spec in specs:
-        if spec.kind == "activation":
-            observers[spec.edge].calibrate(quantizer_of(student, spec), calibration)
-        else:
-            calibrate_weight(quantizer_of(student, spec), weight_of(student, spec), calibration)
-
-
-def weight_of(student: fx.GraphModule, spec: QuantizerSpec) -> Tensor:
-    """The float tensor that a weight's quantizer sits on."""
-    return parameter(student, weight_node(student, spec))
-
-
-def rounded_weights(student: fx.GraphModule, specs: Sequence[QuantizerSpec]) -> dict[str, npt.NDArray[np.float32]]:
-    """Weight edge name to what its Grid rounds: the latent weight, or what the method makes of it."""
-    weights = [spec for spec in specs if spec.kind == "weight"]
-    return {s.edge: quantizer_of(student, s).values(weight_of(student, s)).detach().numpy() for s in weights}
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, images: Images, labels: Tensor, preprocessing: Preprocessing) -> float:
-    """Share of images whose largest logit is the label's, in 0..1; the model is in eval mode meanwhile.
-
-    Several ranks each look at their part of the images.
-
-    Args:
-        model: Maps normalized float32 [N, C, H, W] to logits [N, classes].
-        images: uint8 of shape [N, C, H, W], or files.
-        labels: int64 of shape [N].
-        preprocessing: Of the network's input.
-    """
-    was_training, count = model.training, len(labels)
-    model.eval()
-    if distributed.world() > 1:
-        own = distributed.share(torch.arange(count))
-        images, labels = subset(images, own), labels[own]
-    correct = torch.zeros((), dtype=torch.int64, device=images.device)
-    for number, batch in enumerate(evaluation_batches(images, preprocessing, _EVALUATION_BATCH)):
-        expected = labels[number * _EVALUATION_BATCH :][: len(batch)]
-        correct += (model(batch).argmax(dim=1) == expected).sum()
-    model.train(was_training)
-    return int(distributed.total(correct.cpu())) / count
-
-
-def rebuild(
-    train_dir: Path, config: TrainConfig, payload: dict[str, Any], candidate: str
-) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
-    """A quantized network of a finished train stage, on the CPU in eval mode.
-
-    Args:
-        train_dir: A verified train directory.
-        config: The recipe that it was trained by.
-        payload: Of its manifest.
-        candidate: "student" or "teacher".
-
-    Raises:
-        UsageError: The checkpoint does not fit the recipe's network.
-    """
-    model = models.build(config.model.name, len(payload["class_names"]), payload["input_shape"][0]).eval()
-    example = torch.zeros(2, *payload["input_shape"])
-    student, specs = quantize_model(
-        model, example, config.quantization, config.targets, quantizer_maker(config.quantization)
-    )
-    try:
-        student.load_state_dict(read_tensors(train_dir / f"{candidate}.safetensors"))
-    except RuntimeError as error:
-        msg = f"{train_dir}: the checkpoint is not of {config.model.name} as it is now; train again with --force"
-        raise UsageError(msg) from error
-    return student.eval(), specs
-
-
 def _state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
-
-
-def take_float_weights(student: fx.GraphModule, train_dir: Path) -> None:
-    """Give a quantized network the weights of the float one as it was before quantization; quantizers stay."""
-    own, saved = student.state_dict(), read_tensors(train_dir / "float.safetensors")
-    # The graph leaves out what the network has and never uses.
-    student.load_state_dict({**own, **{name: tensor for name, tensor in saved.items() if name in own}})

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from torch.nn import functional
 
 from artifacts.progress import Progress
 from artifacts.store import verify_stage
 from crqat_train import data
 from crqat_train.batches import evaluation_batches
+from crqat_train.calibration import observe, only, weight_of
 from crqat_train.config import TrainConfig
 from crqat_train.layout import QuantizerSpec
 from crqat_train.low_bits import set_width
-from crqat_train.methods import ActivationObserver, calibrate_weight, quantizer_of
-from crqat_train.trainer import rebuild, take_float_weights, weight_of
-from export.sensitivity import only
+from crqat_train.methods import calibrate_weight, quantizer_of
+from crqat_train.rebuild import rebuild, take_float_weights
 
 WIDTHS = (2, 3, 4, 6, 8)
 _BATCH = 64
@@ -126,24 +125,3 @@ class Divergences:
     def _log_probabilities(self) -> Tensor:
         logits = torch.cat([self._model(batch) for batch in self._batches])
         return functional.log_softmax(logits.double(), dim=1)
-
-
-@torch.no_grad()
-def observe(
-    model: fx.GraphModule, specs: Sequence[QuantizerSpec], batches: Iterable[Tensor]
-) -> dict[str, ActivationObserver]:
-    """What every activation's quantizer reads in the float network, by edge."""
-    observers = {spec.edge: ActivationObserver() for spec in specs if spec.kind == "activation"}
-    with ExitStack() as stack:
-        for spec in specs:
-            if spec.kind == "activation":
-
-                def look(_: nn.Module, inputs: tuple[Tensor], own: ActivationObserver = observers[spec.edge]) -> None:
-                    own.update(inputs[0])
-
-                handle = quantizer_of(model, spec).register_forward_pre_hook(look)
-                stack.callback(handle.remove)
-        stack.enter_context(only(model, specs, []))
-        for batch in batches:
-            model(batch)
-    return observers

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
+from crqat_train.calibration import Hook, hooked
 from crqat_train.layout import QuantizerSpec
-from crqat_train.methods import quantizer_of
+from crqat_train.methods import Quantizer
 
 
 def quantizer_noise(
@@ -29,21 +29,17 @@ def quantizer_noise(
         Edge name to dB; None where nothing is lost or nothing is there to lose.
     """
     sums: dict[str, list[float]] = {spec.edge: [0.0, 0.0] for spec in specs}
-    handles = []
-    for spec in specs:
 
-        def count(quantizer: Any, inputs: tuple[Tensor], output: Tensor, own: Any = sums[spec.edge]) -> None:
+    def counted(own: list[float]) -> Hook:
+        def count(quantizer: Quantizer, inputs: tuple[Tensor], output: Tensor) -> None:
             x = quantizer.values(inputs[0]).double()
             own[0] += float(x.square().sum())
             own[1] += float((x - output).square().sum())
 
-        handles.append(quantizer_of(model, spec).register_forward_hook(count))
-    try:
-        with torch.no_grad():
-            model(torch.from_numpy(images))
-    finally:
-        for handle in handles:
-            handle.remove()
+        return count
+
+    with torch.no_grad(), hooked(model, [(spec, counted(sums[spec.edge])) for spec in specs]):
+        model(torch.from_numpy(images))
     return {
         edge: 10 * math.log10(signal / noise) if signal > 0 and noise > 0 else None
         for edge, (signal, noise) in sums.items()

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from artifacts.grid import Grid
+from crqat_train.calibration import calibrate, rounded_weights
 from crqat_train.config import QuantizationConfig
 from crqat_train.layout import QuantizerSpec, Residual, quantize_model
 from crqat_train.methods import quantizer_maker, quantizer_of
 from crqat_train.representable import make_representable
-from crqat_train.trainer import calibrate, rounded_weights
 from export.graph import Graph
 from export.qdq import QDQModel, qdq_model
 from export.trace import marked_graph

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor, fx, nn
 
 from artifacts.progress import Progress
 from artifacts.store import verify_stage
 from crqat_train import data
 from crqat_train.batches import subset
+from crqat_train.calibration import only
 from crqat_train.config import TrainConfig
+from crqat_train.evaluation import accuracy
 from crqat_train.layout import QuantizerSpec
-from crqat_train.methods import quantizer_of
-from crqat_train.trainer import accuracy, rebuild
+from crqat_train.rebuild import rebuild
 
 
 def accuracy_of_each_layer(
@@ -53,19 +50,3 @@ def accuracy_of_each_layer(
         rows.append({"layer": layer, "accuracy": share, "bits": bits})
         progress("one layer at a time", number, len(layers), f"{layer}: {share:.2%}")
     return rows[:2] + sorted(rows[2:], key=lambda row: row["accuracy"])
-
-
-@contextmanager
-def only(model: fx.GraphModule, specs: Sequence[QuantizerSpec], active: Sequence[QuantizerSpec]) -> Iterator[None]:
-    """Within the context every quantizer but the active ones passes its input through."""
-
-    def pass_through(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
-        return inputs[0]
-
-    off = [spec for spec in specs if spec not in active]
-    handles = [quantizer_of(model, spec).register_forward_hook(pass_through) for spec in off]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

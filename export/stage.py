@@ -17,8 +17,9 @@ from artifacts.progress import Progress
 from artifacts.store import verify_stage
 from crqat_train import data
 from crqat_train.batches import Images
+from crqat_train.calibration import rounded_weights
 from crqat_train.config import TrainConfig
-from crqat_train.trainer import rebuild, rounded_weights, take_float_weights
+from crqat_train.rebuild import rebuild, take_float_weights
 from export.codes import expected_codes
 from export.config import ExportConfig
 from export.graph import macs

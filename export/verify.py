@@ -24,8 +24,8 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
 from artifacts.grid import Grid
+from crqat_train.calibration import Hook, hooked
 from crqat_train.layout import QuantizerSpec
-from crqat_train.methods import quantizer_of
 from export.qdq import MOVEMENT, QDQModel
 from export.simulate import simulate
 from export.simulated import NotSimulated, Simulation
@@ -155,13 +155,11 @@ def _torch_link(
     images: npt.NDArray[np.float32],
 ) -> dict[str, Any]:
     pairs: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
-    handles = []
-    for spec in specs:
-        if spec.kind != "activation" or spec.edge not in file.codes:
-            continue
+
+    def replaced_by_the_file(spec: QuantizerSpec) -> Hook:
         tensors, grid = iter(file.codes[spec.edge]), grids[spec.edge]
 
-        def replace(_: nn.Module, __: Any, output: Tensor, tensors: Any = tensors, grid: Grid = grid) -> Tensor:
+        def replace(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
             name = next(tensors)
             # A file may quantize a pooled tensor before it is flattened, torch behind.
             codes = simulation.codes[name].reshape(output.shape)
@@ -170,13 +168,11 @@ def _torch_link(
             # In the output's own memory layout, which a later view may depend on.
             return torch.empty_like(output).copy_(torch.from_numpy(grid.dequantize(codes + grid.zero_point)))
 
-        handles.append(quantizer_of(model, spec).register_forward_hook(replace))
-    try:
-        with torch.no_grad():
-            model(torch.from_numpy(images))
-    finally:
-        for handle in handles:
-            handle.remove()
+        return replace
+
+    in_file = [spec for spec in specs if spec.kind == "activation" and spec.edge in file.codes]
+    with torch.no_grad(), hooked(model, [(spec, replaced_by_the_file(spec)) for spec in in_file]):
+        model(torch.from_numpy(images))
     rounded = {edge: weight.bias_error + _stored_error(file, edge) for edge, weight in file.weights.items()}
     return _compare(pairs, simulation, _slack(file, rounded))
 

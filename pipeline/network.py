@@ -24,12 +24,12 @@ from torch.nn import functional
 from artifacts.errors import CrqatError, ToolError
 from artifacts.progress import quiet
 from crqat_train import data, models
+from crqat_train.calibration import calibrate
 from crqat_train.config import OptimizerConfig, QuantizationConfig
 from crqat_train.fit import Fit, is_step
 from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.methods import METHODS
 from crqat_train.representable import make_representable
-from crqat_train.trainer import calibrate
 from crqat_train.untrained import awake, sane_bn
 from export.graph import macs
 from export.lint import left_in_float, lint

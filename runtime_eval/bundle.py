@@ -12,14 +12,13 @@ import hashlib
 import io
 import json
 import tarfile
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 from artifacts import json_file, store
-from artifacts.errors import ToolError, UsageError
+from artifacts.errors import CrqatError, ToolError, UsageError
 
 SCHEMA_VERSION = 1
 # The archive's folder, the manifest in it, the export in it.
@@ -151,16 +150,23 @@ def unpack(archive: Path, out: Path) -> Bundle:
                 if _copy(_opened(members, member), path) != missing.pop(name):
                     msg = f"{archive}: {name} is damaged or altered (its SHA-256 is not the manifest's)"
                     raise UsageError(msg)
-    except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-        msg = f"{archive}: no bundle, or a truncated one ({error})"
-        raise UsageError(msg) from error
+    except CrqatError:
+        raise
     except OSError as error:
+        if isinstance(error, gzip.BadGzipFile):
+            raise _no_bundle(archive, error) from error
         msg = f"{archive}: cannot be unpacked into {out}: {error.strerror or error}"
         raise ToolError(msg) from error
+    except Exception as error:  # a damaged archive fails in whatever way its bytes lead tarfile to
+        raise _no_bundle(archive, error) from error
     if missing:
         msg = f"{archive}: {next(iter(missing))} is missing, which its manifest names"
         raise UsageError(msg)
     return bundle
+
+
+def _no_bundle(archive: Path, error: Exception) -> UsageError:
+    return UsageError(f"{archive}: no bundle, or a truncated one ({error})")
 
 
 def verify(folder: Path) -> Bundle:

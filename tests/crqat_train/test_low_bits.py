@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from artifacts.grid import load_grids
 from artifacts.progress import quiet
+from crqat_train.calibration import calibrate
 from crqat_train.config import (
     ConsistencyConfig,
     DataConfig,
@@ -40,7 +41,7 @@ from crqat_train.low_bits import (
     width_of_step,
 )
 from crqat_train.methods import LSQQuantizer, MinMaxQuantizer
-from crqat_train.trainer import calibrate, train
+from crqat_train.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS_PER_EPOCH = 9  # of 100 of the 900 training digits

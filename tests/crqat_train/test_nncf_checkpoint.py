@@ -20,12 +20,12 @@ from artifacts.errors import ToolError, UsageError
 from artifacts.grid import Grid
 from crqat_train import data, models, nncf_bridge, nncf_checkpoint
 from crqat_train.batches import evaluation_batches
+from crqat_train.calibration import calibrate
 from crqat_train.config import QuantizationConfig, Target
 from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.methods import MinMaxQuantizer, quantizer_of
 from crqat_train.nncf_bridge import ask_layout
 from crqat_train.nncf_checkpoint import Checkpoint, NNCFQuantizer, of_grid, read, write
-from crqat_train.trainer import calibrate
 from tests.crqat_train import stock_nncf
 
 IMAGES = 64

@@ -13,12 +13,12 @@ from torch.nn import functional
 from artifacts.errors import UsageError
 from crqat_train import data, models
 from crqat_train.batches import evaluation_batches
+from crqat_train.calibration import calibrate
 from crqat_train.config import QuantizationConfig
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
 from crqat_train.methods import LSQQuantizer, quantizer_of
 from crqat_train.representable import BIAS_LIMIT, fold_multiplier, make_representable
-from crqat_train.trainer import calibrate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = ("onnxruntime", "tensorrt")

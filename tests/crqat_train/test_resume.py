@@ -33,8 +33,9 @@ from crqat_train.config import (
     QuantizationConfig,
     TrainConfig,
 )
+from crqat_train.evaluation import accuracy
 from crqat_train.fit import Fit
-from crqat_train.trainer import accuracy, train
+from crqat_train.trainer import train
 
 STEPS = 3  # of an epoch
 EPOCHS = 2  # of each phase

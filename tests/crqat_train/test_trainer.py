@@ -23,6 +23,7 @@ from artifacts.grid import load_grids
 from artifacts.progress import quiet
 from crqat_train import data, models, trainer
 from crqat_train.batches import Batches, evaluation_batches
+from crqat_train.calibration import calibrate, weight_of
 from crqat_train.config import (
     ConsistencyConfig,
     DataConfig,
@@ -33,12 +34,14 @@ from crqat_train.config import (
     TrainConfig,
 )
 from crqat_train.consistency import consistency_loss, ema_alpha
+from crqat_train.evaluation import accuracy
 from crqat_train.fit import Fit
 from crqat_train.machine import choose_device
 from crqat_train.methods import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
+from crqat_train.rebuild import rebuild
 from crqat_train.representable import make_representable
 from crqat_train.resume import Keeper
-from crqat_train.trainer import accuracy, calibrate, rebuild, train, weight_of
+from crqat_train.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -648,31 +651,6 @@ def test_learning_rate_and_weight_decay() -> None:
     expected = [0.5 * min(1, (t + 1) / 10) * 0.5 * (1 + math.cos(math.pi * t / 200)) for t in range(200)]
     assert rates == pytest.approx(expected)
     assert max(rates) > 0.49 and rates[-1] < 1e-4
-
-
-def test_accuracy_counts_every_image_and_restores_the_mode() -> None:
-    digits = data.load("digits", None, False)
-    images, labels = digits.train_images, digits.train_labels  # 1,000: two batches
-
-    class Knows(nn.Module):
-        """Right for a share of the images, and only in eval mode."""
-
-        def __init__(self, right: int) -> None:
-            super().__init__()
-            self.right, self.position = right, 0
-
-        def forward(self, x: Tensor) -> Tensor:
-            assert not self.training and not torch.is_grad_enabled()
-            here = torch.arange(self.position, self.position + len(x))
-            self.position += len(x)
-            return functional.one_hot((labels[here] + (here >= self.right)) % 10, 10).float()
-
-    for right in (0, 1, 499, 777, 1000):
-        for mode in (True, False):
-            model = Knows(right).train(mode)
-            assert accuracy(model, images, labels, digits.preprocessing) == right / 1000
-            assert model.training is mode
-    assert accuracy(Knows(3), images[:7], labels[:7], digits.preprocessing) == 3 / 7
 
 
 def test_bn_is_estimated_anew_with_the_quantizers_on(

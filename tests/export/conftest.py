@@ -30,7 +30,8 @@ from crqat_train.config import (
     Target,
     TrainConfig,
 )
-from crqat_train.trainer import rebuild, train
+from crqat_train.rebuild import rebuild
+from crqat_train.trainer import train
 from crqat_train.untrained import sane_bn as sane_bn
 from export.qdq import QDQModel
 from export.quantized import Quantized as Quantized

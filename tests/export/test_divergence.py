@@ -15,12 +15,11 @@ from scipy.special import log_softmax, rel_entr, softmax  # type: ignore[import-
 from artifacts.progress import quiet
 from artifacts.store import read_manifest
 from crqat_train import data, models
+from crqat_train.calibration import calibrate, only
 from crqat_train.config import QuantizationConfig, TrainConfig
 from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
-from crqat_train.trainer import calibrate
 from export.divergence import Divergences, LayerDivergence
-from export.sensitivity import only
 
 Trained = Callable[..., tuple[Path, TrainConfig]]
 IMAGES = 48

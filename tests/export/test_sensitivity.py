@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from artifacts.store import MANIFEST, read_manifest, write_stage
+from crqat_train.calibration import only
 from crqat_train.config import TrainConfig
 from crqat_train.methods import quantizer_of
-from crqat_train.trainer import rebuild
-from export.sensitivity import accuracy_of_each_layer, only
+from crqat_train.rebuild import rebuild
+from export.sensitivity import accuracy_of_each_layer
 
 Trained = Callable[..., tuple[Path, TrainConfig]]
 SPOILED = "pre_hooks.conv1/conv2d/0__1.0"

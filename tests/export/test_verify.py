@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from crqat_train import data
+from crqat_train.calibration import weight_of
 from crqat_train.methods import quantizer_of
-from crqat_train.trainer import weight_of
 from export.qdq import QDQModel
 from export.simulate import simulate
 from export.verify import NOT_RUN, fusion, optimized_operations, verify

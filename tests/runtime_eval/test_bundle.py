@@ -173,6 +173,7 @@ def test_hostile_archives_are_refused(name: str, tmp_path: Path) -> None:
     [
         (lambda content: content[: len(content) // 2], UsageError),
         (lambda content: b"no archive", UsageError),
+        (lambda content: bytes.fromhex("1f8b081f"), UsageError),  # promises a name and more, and ends
         (lambda content: gzip.compress(b"no archive" * 100), UsageError),
         (lambda content: content[:5000] + b"\0" * 5000 + content[10000:], UsageError),
         (None, ToolError),

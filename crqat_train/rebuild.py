@@ -1,0 +1,50 @@
+"""The networks of a finished train stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from artifacts.errors import UsageError
+from crqat_train import models
+from crqat_train.checkpoint import read_tensors
+from crqat_train.config import TrainConfig
+from crqat_train.layout import QuantizerSpec, quantize_model
+from crqat_train.methods import quantizer_maker
+
+
+def rebuild(
+    train_dir: Path, config: TrainConfig, payload: dict[str, Any], candidate: str
+) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
+    """A quantized network of a finished train stage, on the CPU in eval mode.
+
+    Args:
+        train_dir: A verified train directory.
+        config: The recipe that it was trained by.
+        payload: Of its manifest.
+        candidate: "student" or "teacher".
+
+    Raises:
+        UsageError: The checkpoint does not fit the recipe's network.
+    """
+    model = models.build(config.model.name, len(payload["class_names"]), payload["input_shape"][0]).eval()
+    example = torch.zeros(2, *payload["input_shape"])
+    student, specs = quantize_model(
+        model, example, config.quantization, config.targets, quantizer_maker(config.quantization)
+    )
+    try:
+        student.load_state_dict(read_tensors(train_dir / f"{candidate}.safetensors"))
+    except RuntimeError as error:
+        msg = f"{train_dir}: the checkpoint is not of {config.model.name} as it is now; train again with --force"
+        raise UsageError(msg) from error
+    return student.eval(), specs
+
+
+def take_float_weights(student: fx.GraphModule, train_dir: Path) -> None:
+    """Give a quantized network the weights of the float one as it was before quantization; quantizers stay."""
+    own, saved = student.state_dict(), read_tensors(train_dir / "float.safetensors")
+    # The graph leaves out what the network has and never uses.
+    student.load_state_dict({**own, **{name: tensor for name, tensor in saved.items() if name in own}})
