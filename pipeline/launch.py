@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from artifacts.errors import ToolError
+from artifacts.errors import ToolError, UsageError
 from artifacts.progress import quiet
 from artifacts.store import read_manifest
 from pipeline import console, lock, recipe, stages
@@ -31,14 +31,18 @@ def check(config: recipe.Recipe, processes: int) -> None:
         UsageError: The recipe cannot be trained in so many processes.
         ToolError: It needs a device that is not there.
     """
-    from crqat_train import ranks
+    import torch
+
+    from crqat_train import distributed, machine, ranks
 
     training = recipe.train_config(config)
     ranks.check(training, processes)
+    device = machine.choose_device(training.device)
+    if device.type == "cuda" and torch.cuda.device_count() < processes:
+        msg = f"--nproc {processes}: one process a CUDA device, and torch sees {torch.cuda.device_count()} here"
+        raise UsageError(msg)
     if training.qat.sync_bn:
-        from crqat_train import distributed, machine
-
-        distributed.check_sync_bn(machine.choose_device(training.device))
+        distributed.check_sync_bn(device)
 
 
 def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_restarts: int) -> int:

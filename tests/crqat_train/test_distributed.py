@@ -17,6 +17,7 @@ import torch
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import quiet
 from crqat_train import models, ranks
+from crqat_train.batches import Batches
 from crqat_train.checkpoint import read_tensors
 from crqat_train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
 from crqat_train.fit import Fit
@@ -76,10 +77,10 @@ folder = Path(sys.argv[1])
 with distributed.started("cpu"):
     rank = distributed.rank()
     (folder / f"out-{{rank}}").mkdir()
-    losses = tests.record_losses()
+    losses, seeds = tests.record_losses(), tests.record_seeds()
     train(tests.recipe(folder), folder / f"out-{{rank}}", quiet, folder / f"states-{{rank}}")
     observer = tests.observed(distributed.share)
-    told = {{"world": distributed.world(), "losses": losses, "limit": observer.limit,
+    told = {{"world": distributed.world(), "losses": losses, "seeds": seeds, "limit": observer.limit,
             "lowest": observer.lowest, "highest": observer.highest, "counts": observer.counts.tolist()}}
     (folder / f"told-{{rank}}.json").write_text(json.dumps(told))
 """
@@ -110,6 +111,24 @@ def record_losses() -> list[float]:
 
     Fit.step = step  # type: ignore[method-assign]
     return losses
+
+
+def record_seeds() -> dict[str, list[int]]:
+    """What the order, the augmentation and networks' own draws of each epoch began with, from now on."""
+    seeds: dict[str, list[int]] = {"order": [], "augmentation": [], "torch": []}
+    order, epoch = Batches.order, Batches.epoch
+
+    def spy_order(self: Batches, generator: torch.Generator) -> torch.Tensor:
+        seeds["order"].append(generator.initial_seed())
+        return order(self, generator)
+
+    def spy_epoch(self: Batches, generator: torch.Generator, *rest: Any) -> Any:
+        seeds["augmentation"].append(generator.initial_seed())
+        seeds["torch"].append(torch.initial_seed())
+        return epoch(self, generator, *rest)
+
+    Batches.order, Batches.epoch = spy_order, spy_epoch  # type: ignore[method-assign, assignment]
+    return seeds
 
 
 def observed(share: Any) -> ActivationObserver:
@@ -174,6 +193,14 @@ def test_processes_end_with_the_same_bits_and_the_first_alone_writes_states(toge
         assert all(torch.equal(own[key], other[key]) for key in own), name
     assert list((together / "states-0").glob("*.safetensors"))
     assert not (together / "states-1").exists()
+
+
+def test_processes_share_the_order_of_images_and_nothing_else_that_is_random(together: Path) -> None:
+    first, second = (told(together, rank)["seeds"] for rank in range(2))
+    assert {kind: len(seeds) for kind, seeds in first.items()} == {"order": 3, "augmentation": 3, "torch": 3}
+    assert first["order"] == second["order"]
+    assert not {*first["augmentation"], *first["order"]} & {*second["augmentation"]}
+    assert not {*first["torch"]} & {*second["torch"]}
 
 
 def test_observers_are_added_exactly(together: Path) -> None:

@@ -12,6 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from artifacts.errors import UsageError
+from pipeline.launch import check
+from pipeline.recipe import load
+
 ROOT = Path(__file__).parents[2]
 RECIPE = """
 name: net
@@ -45,7 +49,7 @@ def network(classes, channels):
 def command(tmp_path: Path) -> list[str]:
     (tmp_path / "net.py").write_text(NETWORK)
     (tmp_path / "recipe.yaml").write_text(RECIPE)
-    return [sys.executable, "-m", "pipeline.cli", "train", "recipe.yaml", "--nproc", "2"]
+    return [sys.executable, "-m", "pipeline.cli", "train", str(tmp_path / "recipe.yaml"), "--nproc", "2"]
 
 
 def environment(**further: str) -> dict[str, str]:
@@ -114,6 +118,16 @@ def test_what_cannot_be_shared_is_refused_before_anything_starts(command: list[s
     code, lines = run([*command, "--set", "float.batch_size=33"], tmp_path)
     assert (code, len(lines)) == (2, 1)
     assert "float.batch_size: 33 images a step" in lines[0]
+
+
+def test_more_processes_than_cuda_devices_are_refused(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(Path(command[-3]), ("device=auto",))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    check(config, 4)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    with pytest.raises(UsageError, match=r"^--nproc 4: one process a CUDA device, and torch sees 3 here$"):
+        check(config, 4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
