@@ -71,9 +71,9 @@ def started(device: str) -> Iterator[None]:
                 raise
             msg = f"another process of this training has ended or cannot be reached ({_reason(error)})"
             raise ToolError(msg) from error
-    except (CrqatError, KeyboardInterrupt, SystemExit) as error:
+    except BaseException as error:
         # Said before the group is left, which the others notice.
-        if _is_first_to_tell(store):
+        if _is_first_to_tell(store) or not isinstance(error, (CrqatError, KeyboardInterrupt, SystemExit)):
             raise
         code = error.exit_code if isinstance(error, CrqatError) else getattr(error, "code", 128 + signal.SIGINT)
         raise SystemExit(code) from error

@@ -5,8 +5,8 @@
     all-reduce    = 2 (P - 1) latency + 2 (P - 1) / P G / bandwidth    G bytes of gradients around a ring
     data          = share ceil(B / P) D / rate                     D bytes an image, `share` processes on one source
 
-Gradients are exchanged after the backward pass; DistributedDataParallel overlaps the two where there is more than one
-bucket, so this is an upper bound there. Nothing here is assumed: a constant is measured, counted, or given by the user.
+DistributedDataParallel overlaps the all-reduce with the backward pass where there is more than one bucket of gradients,
+so this is an upper bound there. Nothing here is assumed: a constant is measured, counted, or given by the user.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -324,6 +325,9 @@ def _run_processes(world: int, job: Mapping[str, Any], threads: int) -> dict[str
     """Run `crqat_train.scaling_rank` as `world` processes; give what rank 0 measured."""
     path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
     if sys.platform == "linux":
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are here; a host's name may not resolve
     with tempfile.TemporaryDirectory() as name:
@@ -333,10 +337,9 @@ def _run_processes(world: int, job: Mapping[str, Any], threads: int) -> dict[str
         try:
             for rank in range(world):
                 command = [sys.executable, "-m", "crqat_train.scaling_rank", str(folder), str(rank)]
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
                 with (folder / f"{rank}.log").open("wb") as log:
-                    ranks.append(
-                        subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-                    )
+                    ranks.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=own))
             _wait(ranks, folder)
         finally:
             for process in ranks:
@@ -361,12 +364,12 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
         if any(process.poll() for process in ranks):
             break
         time.sleep(0.05)
+    # One of them tells, the others end because of it.
+    for said in sorted(folder.glob("*.error.json")):
+        error = json.loads(said.read_text())
+        raise (UsageError if error["usage"] else ToolError)(error["text"])
     for rank, process in enumerate(ranks):
         if process.poll():
-            said = folder / f"{rank}.error.json"
-            if said.exists():
-                error = json.loads(said.read_text())
-                raise (UsageError if error["usage"] else ToolError)(error["text"])
             lines = (folder / f"{rank}.log").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
             msg = f"process {rank} of {len(ranks)} ended with {process.returncode}: {lines[-1]}"
             raise ToolError(msg)

@@ -13,7 +13,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -26,12 +25,11 @@ from torch import Tensor, fx, nn
 
 from artifacts.errors import CrqatError, UsageError
 from artifacts.progress import quiet
-from crqat_train import data, models
+from crqat_train import data, distributed, models
 from crqat_train.batches import Batches, Feed, evaluation_batches, subset
 from crqat_train.calibration import calibrate
 from crqat_train.config import TrainConfig
 from crqat_train.consistency import ConsistencyTraining
-from crqat_train.exchange import Exchange, gradient_bytes
 from crqat_train.fit import Fit, is_scale
 from crqat_train.layout import quantize_model
 from crqat_train.machine import choose_device, compiler
@@ -45,7 +43,6 @@ _REPEATS = 5  # of one all-reduce in a round
 _LONG_MESSAGE = 1 << 26  # bytes; the gradients of a small network travel faster than a clock tells
 _CALIBRATION = 32  # images: ranges must be sensible, not good
 _MANY_STEPS = 1_000_000  # so that the learning rate stays in its warm-up, however long is measured
-_COLLECTIVE_LIMIT = timedelta(seconds=300)
 
 Step = Callable[[], object]
 
@@ -86,19 +83,19 @@ class Work:
             images, labels, self.dataset.preprocessing, size, config.crop_padding, config.flip, self.device, strong
         )
 
-    def step(self, size: int, exchange: Callable[[nn.Module], None] | None = None) -> Step:
-        """One step of the recipe's QAT on `size` images, their augmentation included.
+    def step(self, size: int, share_gradients: bool = True) -> Step:
+        """One step of the recipe's QAT on `size` images of all processes together, their augmentation included.
 
         Args:
-            size: Images of this process.
-            exchange: Called between the backward pass and the update.
+            size: Images.
+            share_gradients: As training does it; without, processes compute the same and tell each other BN's
+                statistics alone.
         """
         student = copy.deepcopy(self.student)
-        training = ConsistencyTraining(student, self.network, self.config.consistency, self._compile)
+        faster = self._wrap if share_gradients else self._compile
+        training = ConsistencyTraining(student, self.network, self.config.consistency, faster)
         fit = Fit(student, self.config.qat, _MANY_STEPS, "qat", self.device, quiet)
         scales = [parameter.detach() for name, parameter in student.named_parameters() if is_scale(name)]
-        if exchange is not None:
-            fit.optimizer.register_step_pre_hook(lambda *_: exchange(student))
         batches, numbers = endless(self.batches(size, in_memory=True), self.generator, training.views), count()
         # Of unlabeled images, as many again; other ones would take as long.
         unlabeled = None
@@ -134,6 +131,14 @@ class Work:
     def _compile(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
         # Not dynamic: in training there is one shape, here are several that must not meet in one graph.
         return torch.compile(model, dynamic=False) if self.compiler else model
+
+    def _wrap(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return distributed.wrap(self._compile(model))
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of the gradients of one step: of every parameter that is trained, quantizers' steps included."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def endless(batches: Batches, generator: torch.Generator, views: int) -> Iterator[tuple[Tensor, ...]]:
@@ -196,16 +201,16 @@ def message_sizes(gradients: int) -> list[int]:
     return [max(4, size // 4 * 4) for size in sizes]
 
 
-def measure_group(work: Work, world: int) -> dict[str, Any]:
+def measure_group(work: Work) -> dict[str, Any]:
     """Seconds by round: of all-reduces by message size, of the common step, and of it without its all-reduce."""
     size = gradient_bytes(work.student)
     messages = [torch.zeros(number // 4, device=work.device) for number in message_sizes(size)]
     exchanges: list[Step] = [partial(dist.all_reduce, message) for message in messages]
-    exchange = Exchange()
-    step = work.step(math.ceil(work.batch / world), exchange)
+    step, alone = work.step(work.batch), work.step(work.batch, share_gradients=False)
     for send in exchanges:
         together(send, _WARM_UP, work.device)
-    together(step, _WARM_UP, work.device)
+    for warm in (step, alone):
+        together(warm, _WARM_UP, work.device)
     # The slowest process' count is everyone's: each step is a collective.
     slowest = torch.tensor([together(step, 1, work.device)], device=work.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
@@ -215,10 +220,8 @@ def measure_group(work: Work, world: int) -> dict[str, Any]:
     for _ in range(ROUNDS):
         for row, send in zip(seconds, exchanges, strict=True):
             row.append(statistics.median(together(send, 1, work.device) for _ in range(_REPEATS)))
-        exchange.on = True
         common.append(together(step, repeats, work.device))
-        exchange.on = False
-        apart.append(together(step, repeats, work.device))
+        apart.append(together(alone, repeats, work.device))
     return {
         "backend": dist.get_backend(),
         "all_reduce": [
@@ -261,19 +264,11 @@ def main() -> int:
             torch.cuda.set_device(device)
         torch.manual_seed(config.seed)
         torch.use_deterministic_algorithms(True, warn_only=cuda)  # as training does, which takes its time
-        work = Work(config, device, config.seed + rank)
         if world == 1:
-            result = measure_alone(work, job)
+            result = measure_alone(Work(config, device, config.seed), job)
         else:
-            dist.init_process_group(
-                "nccl" if cuda else "gloo",
-                init_method=f"file://{folder / 'rendezvous'}",
-                rank=rank,
-                world_size=world,
-                timeout=_COLLECTIVE_LIMIT,
-            )
-            result = measure_group(work, world)
-            dist.destroy_process_group()
+            with distributed.started(config.device):
+                result = measure_group(Work(config, device, config.seed + rank))
         if rank == 0:
             (folder / "result.json").write_text(json.dumps(result))
     except Exception as error:  # the parent tells the user; the recipe's own code may raise anything

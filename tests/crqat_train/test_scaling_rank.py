@@ -21,8 +21,8 @@ from crqat_train.config import (
     QuantizationConfig,
     TrainConfig,
 )
-from crqat_train.exchange import gradient_bytes
-from crqat_train.scaling_rank import Work, endless, measure_alone, measure_data, message_sizes
+from crqat_train.fit import Fit
+from crqat_train.scaling_rank import Work, endless, gradient_bytes, measure_alone, measure_data, message_sizes
 
 CONFIG = TrainConfig(
     seed=0,
@@ -44,16 +44,26 @@ def work() -> Work:
     return Work(CONFIG, CPU, 0)
 
 
-def test_gradient_bytes_are_those_of_the_gradients(work: Work) -> None:
-    work.step(8)()  # on a copy: the work's own student stays as it is
-    assert all(parameter.grad is None for parameter in work.student.parameters())
-    seen: list[int] = []
+def test_frozen_parameters_have_no_gradients_to_share() -> None:
+    model = torch.nn.Linear(3, 2)
+    assert gradient_bytes(model) == 4 * 8
+    assert gradient_bytes(model.double()) == 8 * 8
+    model.bias.requires_grad_(False)
+    assert gradient_bytes(model) == 8 * 6
 
-    def count(model: torch.nn.Module) -> None:
-        gradients = [parameter.grad for parameter in model.parameters()]
+
+def test_gradient_bytes_are_those_of_the_gradients(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = Fit.step
+
+    def step(self: Fit, loss: torch.Tensor) -> None:
+        original(self, loss)
+        gradients = [parameter.grad for parameter in self.model.parameters()]
         seen.append(sum(g.numel() * g.element_size() for g in gradients if g is not None))
 
-    work.step(8, count)()
+    monkeypatch.setattr(Fit, "step", step)
+    work.step(8)()  # on a copy: the work's own student stays as it is
+    assert all(parameter.grad is None for parameter in work.student.parameters())
     assert seen == [gradient_bytes(work.student)]
     # ResNet-20 for one channel and ten classes has 269,434 parameters; the quantizers' steps come on top.
     steps = sum(p.numel() for name, p in work.student.named_parameters() if name.startswith("quantizers."))
