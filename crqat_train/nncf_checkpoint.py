@@ -271,7 +271,7 @@ def read(path: Path) -> Checkpoint:
                 msg = f"{path}: {hooks[0]}: {bits} bits, or a range that is not finite; 2 to 8 bits can be taken over"
                 raise UsageError(msg)
             quantizers.append(NNCFQuantizer(hooks, bits, signed, narrow, values))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         msg = f"{path}: state dict and configuration do not fit each other ({error}); save both of the same network"
         raise UsageError(msg) from error
     weights = {name: value for name, value in state.items() if not name.startswith(_PREFIX)}
