@@ -80,6 +80,9 @@ def read(path: Path) -> dict[str, npt.NDArray[Any]]:
                 msg = f"unpacked it is larger than {MAX_BYTES // 2**20} MiB"
                 raise ValueError(msg)
             arrays = {key: stored[key] for key in _KEYS}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # bytes of another kind of file
+                msg = "a member is no array"
+                raise ValueError(msg)
     except Exception as error:  # a zip file that is none fails in many ways
         msg = f"{path.name}: no expected codes ({type(error).__name__}: {error}); export again"
         raise ToolError(msg) from error

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 from artifacts.errors import ToolError
 from artifacts.progress import quiet
 from runtime_eval.benchmark import benchmark
-from runtime_eval.codes import MAX_BYTES, check_codes
+from runtime_eval.codes import MAX_BYTES, check_codes, read
 from tests.runtime_eval.conftest import QUICK, Digits, WriteExport, expected_codes, onnx_bytes
 
 
@@ -41,6 +42,18 @@ def test_what_is_no_model_or_no_expectation_is_one_error(
     (tmp_path / "codes.npz").write_bytes(codes or expected_codes(digits.images[:2]))
     with pytest.raises(ToolError, match=message):
         check_codes(tmp_path / "model.onnx", tmp_path / "codes.npz", threads=1)
+
+
+@pytest.mark.parametrize("key", ["images", "codes", "outputs", "names"])
+def test_a_member_that_is_no_array_is_refused(key: str, digits: Digits, tmp_path: Path) -> None:
+    whole, damaged = tmp_path / "whole.npz", tmp_path / "codes.npz"
+    whole.write_bytes(expected_codes(digits.images[:2]))
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(damaged, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, b"no array" if name == f"{key}.npy" else source.read(name))
+    assert f"{key}.npy" in zipfile.ZipFile(whole).namelist()
+    with pytest.raises(ToolError, match=r"codes\.npz: no expected codes \(ValueError: a member is no array\)"):
+        read(damaged)
 
 
 def test_an_expectation_of_another_size_or_type_is_refused(digits: Digits, tmp_path: Path) -> None:
