@@ -312,12 +312,13 @@ class _Run:
         config = self.config.data
         if config.unlabeled is None:
             return None
-        source = data.load_unlabeled(config.unlabeled, config, self.dataset)
+        with distributed.first_rank_first():
+            source = data.load_unlabeled(config.unlabeled, config, self.dataset)
         # Of the labeled source itself only the training part: the validation images stay unseen.
         own = self.split.train if config.unlabeled == config.source else torch.arange(len(source.train_labels))
         batches = Batches(
-            source.train_images[own], source.train_labels[own], self.dataset.preprocessing, self.config.qat.batch_size,
-            config.crop_padding, config.flip, self.device,
+            subset(source.train_images, own), source.train_labels[own], self.dataset.preprocessing,
+            self.config.qat.batch_size, config.crop_padding, config.flip, self.device,
         )  # fmt: skip
         ranks.check_batch(batches.batch_size, "qat.batch_size", distributed.world())
         return batches
