@@ -282,6 +282,7 @@ class _Run:
             # Full batches alone: a small one would count as much as they do.
             full = [batch for batch in made if len(batch) == min(count, self.config.qat.batch_size)]
             torch.optim.swa_utils.update_bn(full, model)
+            distributed.take_statistics(model)
         model.eval()
 
     def validate(self, model: nn.Module) -> float:

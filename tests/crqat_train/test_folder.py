@@ -115,7 +115,7 @@ def test_only_the_training_itself_ends_its_workers(root: Path, monkeypatch: pyte
     stream = folder.stream_batches(images, [torch.tensor([index]) for index in range(24)])
     next(stream)
     worker = multiprocessing.active_children()[0]
-    with pytest.raises(RuntimeError, match="Terminated|exited unexpectedly"):
+    with pytest.raises(RuntimeError, match=r"Terminated|exited unexpectedly"):
         worker.terminate()
         worker.join(20)
         list(stream)
