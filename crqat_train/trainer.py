@@ -68,6 +68,7 @@ def train(
         with distributed.first_rank_first():
             dataset = data.of_recipe(config.data, progress)
         split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
+        ranks.check_images(len(split.train), "data.validation: training images", distributed.world())
         keeper = Keeper(states, save_every, device, progress)
         run = _Run(config, dataset, split, device, progress, keeper)
         float_model = run.float_model()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -229,6 +230,15 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^qat\.batch_size: 100 images a step .* by 3 processes; take a multiple$"):
         ranks.check(recipe(tmp_path), 3)
     ranks.check(recipe(tmp_path), 2)
+
+
+def test_fewer_training_images_than_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them would not calibrate, and the others wait for it."""
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "first_rank_first", nullcontext)
+    config = replace(recipe(tmp_path), data=DataConfig("digits", validation=0.999))
+    with pytest.raises(UsageError, match=r"^data\.validation: training images: each of 2 .* and they are 1$"):
+        train(config, tmp_path, quiet)
 
 
 def test_sync_bn_needs_cuda(tmp_path: Path) -> None:
