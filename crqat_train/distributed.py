@@ -12,7 +12,8 @@ import re
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _T = TypeVar("_T")
+# For one that downloads or waits for a slow disk. Who has ended is noticed at once: the connection to it closes.
+_PATIENCE = timedelta(days=7)
 
 
 class _Group:
@@ -93,7 +96,7 @@ def _join(device: str, store: Any) -> None:
     # never changes, and is found out in the first step alone.
     how = DistributedDataParallelKwargs(broadcast_buffers=False, static_graph=True)
     _Group.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[how])
-    _Group.cpu = dist.new_group(backend="gloo")
+    _Group.cpu = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _reason(error: Exception) -> str:
@@ -228,9 +231,17 @@ class Vote:
         return [float(value) for value in asked]
 
 
-def first_rank_first() -> AbstractContextManager[None]:
-    """On each machine one rank is through before the others begin: what is downloaded is so once."""
-    return nullcontext() if _Group.accelerator is None else _Group.accelerator.local_main_process_first()
+@contextmanager
+def first_rank_first() -> Iterator[None]:
+    """On each machine one rank is through before the others begin: what is downloaded is so once.
+
+    The others wait on the CPU: a device's group gives up after ten minutes, a download may take hours.
+    """
+    if world() > 1 and _number("LOCAL_RANK"):
+        dist.barrier(group=_Group.cpu)
+    yield
+    if world() > 1 and not _number("LOCAL_RANK"):
+        dist.barrier(group=_Group.cpu)
 
 
 @torch.no_grad()
@@ -250,6 +261,16 @@ def average_statistics(model: nn.Module) -> None:
         averaged = mean(torch.cat([tensor.flatten() for tensor in statistics]))
         parts = torch.split(averaged, [tensor.numel() for tensor in statistics])
         torch._foreach_copy_(statistics, [part.view_as(t) for part, t in zip(parts, statistics, strict=True)])
+
+
+@torch.no_grad()
+def take_statistics(model: nn.Module) -> None:
+    """Give all ranks rank 0's BN statistics: a network that draws, as dropout does, estimated others on each."""
+    if world() > 1:
+        for norm in model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+                for statistics in norm.buffers():
+                    dist.broadcast(statistics, 0)
 
 
 def check_sync_bn(device: torch.device) -> None:

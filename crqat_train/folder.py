@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import signal
+import sys
+import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence, Sized
@@ -242,9 +244,28 @@ class _Decoder(torch.utils.data.Dataset[Any]):
 
 
 def _leave_signals(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; it is the training's to answer, which ends its workers by SIGTERM."""
+    """Signals are the training's to answer, and it ends its workers by SIGTERM: what others send is ignored.
+
+    Ctrl-C reaches every process of a terminal, torchrun's SIGTERM a process's group, and SLURM's all of a job. A worker
+    that ended of it would end the training before its state is saved.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":  # elsewhere nobody tells who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def workers() -> int:
+    """How many processes decode batches, each a whole one."""
+    return min(8, os.cpu_count() or 1)
 
 
 def stream_batches(images: StoredImages[Any], batches: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -265,7 +286,7 @@ def stream_batches(images: StoredImages[Any], batches: Sequence[Tensor]) -> Iter
         _Decoder(images.to(torch.device("cpu"))),
         sampler=[batch.tolist() for batch in batches],
         batch_size=None,
-        num_workers=min(8, os.cpu_count() or 1),
+        num_workers=workers(),
         pin_memory=on_gpu,
         worker_init_fn=_leave_signals,
         # Its own, which draws nothing that training sees: an epoch may be read in two parts.

@@ -15,8 +15,17 @@ def check(config: TrainConfig, processes: int) -> None:
     for name, section in (("float", config.float_training), ("qat", config.qat)):
         if section.epochs:
             check_batch(section.batch_size, f"{name}.batch_size", processes)
-    if config.quantization.calibration_images < processes:
-        msg = f"quantization.calibration_images: each of {processes} processes needs at least one"
+    check_images(config.quantization.calibration_images, "quantization.calibration_images", processes)
+
+
+def check_images(count: int, key: str, processes: int) -> None:
+    """Each process calibrates with a share of the images; one without any would leave the others waiting.
+
+    Raises:
+        UsageError: There are too few.
+    """
+    if count < processes:
+        msg = f"{key}: each of {processes} processes needs at least one, and they are {count}"
         raise UsageError(msg)
 
 

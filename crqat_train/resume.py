@@ -83,7 +83,7 @@ class Keeper:
                 raise UsageError(msg)
             if (ranks := self._found.values.get("ranks", 1)) != distributed.world():
                 msg = f"{directory}: a training in {ranks} process{'es' * (ranks > 1)} cannot go on in "
-                msg += f"{distributed.world()}; start it with --nproc {ranks}, or --restart discards it"
+                msg += f"{distributed.world()}; `crqat train RECIPE --nproc {ranks}` does, or --restart discards it"
                 raise UsageError(msg)
 
     def _latest(self) -> State | None:

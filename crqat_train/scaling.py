@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -314,7 +315,9 @@ def _machine(device: str) -> tuple[int, int]:
     """
     import torch
 
-    threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+    # OpenMP's list, for nested regions, begins with the number that counts; it ignores what is no such number.
+    given = re.match(r"\s*0*([1-9]\d*)\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""))
+    threads = 1 if given is None else int(given[1])
     if device != "cpu" and torch.cuda.is_available():
         return torch.cuda.device_count(), threads
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -31,6 +31,7 @@ from crqat_train.calibration import calibrate
 from crqat_train.config import TrainConfig
 from crqat_train.consistency import ConsistencyTraining
 from crqat_train.fit import Fit, is_scale
+from crqat_train.folder import workers
 from crqat_train.layout import quantize_model
 from crqat_train.machine import choose_device, compiler
 from crqat_train.methods import MIN_SCALE, quantizer_maker
@@ -189,8 +190,10 @@ def measure_data(work: Work) -> list[tuple[int, float]]:
     def draw() -> None:
         next(delivered)
 
-    seconds = timed(draw, _WARM_UP, work.device)
-    number = max(1, math.ceil(_ROUND_SECONDS / seconds))
+    # Decoding workers deliver all at once and then make one wait: a round takes as many batches from each of them.
+    burst = 1 if isinstance(work.dataset.train_images, Tensor) else workers()
+    seconds = timed(draw, max(_WARM_UP, 2 * burst), work.device)
+    number = burst * max(1, math.ceil(_ROUND_SECONDS / (burst * seconds)))
     return [(own, timed(draw, number, work.device)) for _ in range(ROUNDS)]
 
 

@@ -65,6 +65,7 @@ def train(
         with distributed.first_rank_first():
             dataset = data.of_recipe(config.data, progress)
         split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
+        ranks.check_images(len(split.train), "data.validation: training images", distributed.world())
         keeper = Keeper(states, save_every, device, progress)
         run = _Run(config, dataset, split, device, progress, keeper)
         float_model = run.float_model()
@@ -282,6 +283,7 @@ class _Run:
             # Full batches alone: a small one would count as much as they do.
             full = [batch for batch in made if len(batch) == min(count, self.config.qat.batch_size)]
             torch.optim.swa_utils.update_bn(full, model)
+            distributed.take_statistics(model)
         model.eval()
 
     def validate(self, model: nn.Module) -> float:
@@ -312,12 +314,13 @@ class _Run:
         config = self.config.data
         if config.unlabeled is None:
             return None
-        source = data.load_unlabeled(config.unlabeled, config, self.dataset)
+        with distributed.first_rank_first():
+            source = data.load_unlabeled(config.unlabeled, config, self.dataset)
         # Of the labeled source itself only the training part: the validation images stay unseen.
         own = self.split.train if config.unlabeled == config.source else torch.arange(len(source.train_labels))
         batches = Batches(
-            source.train_images[own], source.train_labels[own], self.dataset.preprocessing, self.config.qat.batch_size,
-            config.crop_padding, config.flip, self.device,
+            subset(source.train_images, own), source.train_labels[own], self.dataset.preprocessing,
+            self.config.qat.batch_size, config.crop_padding, config.flip, self.device,
         )  # fmt: skip
         ranks.check_batch(batches.batch_size, "qat.batch_size", distributed.world())
         return batches

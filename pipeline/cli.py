@@ -80,8 +80,11 @@ def crqat() -> None:
 @_training_options
 def run(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, restart: bool, save_every: float) -> int:
     """Train, export, benchmark and judge; exit with the verdict."""
-    from pipeline import lock
+    from pipeline import launch, lock
 
+    if launch.several():
+        msg = "run: is of one process; start `train` by torchrun, and `crqat run` once when that has ended"
+        raise UsageError(msg)
     config = _load(recipe, overrides)
     with lock.hold(runs / config.name):
         _run_stage("train", config, runs, force, restart=restart, save_every=save_every)

@@ -23,6 +23,9 @@ _SIGNALS = 128
 # How a process ends that has told why, or that the others were told to end with: -15 where it could not answer.
 _TOLD = (2, 3, _SIGNALS + signal.SIGINT, _SIGNALS + signal.SIGTERM, -signal.SIGTERM)
 
+# Seconds; somewhat less than those that torch gives a process to answer, since its clock counts whole ones.
+_UNANSWERED = 25
+
 
 def check(config: recipe.Recipe, processes: int) -> None:
     """Say before anything is started what each of the processes would say.
@@ -77,7 +80,7 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
         except SignalException as asked:  # which it has passed on, and waited for what came of it
             return _SIGNALS + asked.sigval
         except ChildFailedError as error:
-            codes = [failure.exitcode for failure in error.failures.values()]
+            codes = exit_codes(list(error.failures.values()))
         else:
             return 0
         died = [code for code in codes if code not in _TOLD]
@@ -89,6 +92,17 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
             click.echo(f"crqat: {what}; all start again from the last state ({left} of {max_restarts} left)", err=True)
     msg = f"{what}; the same command goes on from the last state, and --max-restarts does so by itself"
     raise ToolError(msg)
+
+
+def exit_codes(failures: Sequence[Any]) -> list[int]:
+    """Of torch's `ProcessFailure`s, but for processes that it killed itself, long after the first had ended.
+
+    It does so 30 s after a SIGTERM that was not answered: who waits for a device answers none. Why all of them end, the
+    first has told.
+    """
+    first = min(failure.timestamp for failure in failures)
+    killed = [f.exitcode == -signal.SIGKILL and f.timestamp - first >= _UNANSWERED for f in failures]
+    return [failure.exitcode for failure, by_torch in zip(failures, killed, strict=True) if not by_torch]
 
 
 def several() -> bool:

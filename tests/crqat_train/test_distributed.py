@@ -7,22 +7,28 @@ import json
 import os
 import subprocess
 import sys
+import time
+from contextlib import nullcontext
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import distributed as dist
+from torch import nn
 
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import quiet
-from crqat_train import models, ranks
+from crqat_train import data, distributed, models, ranks
 from crqat_train.batches import Batches
 from crqat_train.checkpoint import read_tensors
 from crqat_train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
 from crqat_train.fit import Fit
 from crqat_train.methods import ActivationObserver
-from crqat_train.trainer import train
+from crqat_train.trainer import _Run, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 27
@@ -81,7 +87,8 @@ with distributed.started("cpu"):
     train(tests.recipe(folder), folder / f"out-{{rank}}", quiet, folder / f"states-{{rank}}")
     observer = tests.observed(distributed.share)
     told = {{"world": distributed.world(), "losses": losses, "seeds": seeds, "limit": observer.limit,
-            "lowest": observer.lowest, "highest": observer.highest, "counts": observer.counts.tolist()}}
+            "lowest": observer.lowest, "highest": observer.highest, "counts": observer.counts.tolist(),
+            "estimated": tests.estimated(tests.recipe(folder)), "after": tests.turn(folder)}}
     (folder / f"told-{{rank}}.json").write_text(json.dumps(told))
 """
 
@@ -140,6 +147,27 @@ def observed(share: Any) -> ActivationObserver:
         observer.update(share(batch))
     observer.reduce()
     return observer
+
+
+def estimated(config: TrainConfig) -> list[float]:
+    """BN's statistics of a network that draws, each rank something else."""
+    dataset, split = data.load("digits", None, False), data.split(1000, 0.1, 0)
+    config = replace(config, qat=replace(config.qat, bn_images=200))
+    run = SimpleNamespace(config=config, dataset=dataset, split=split, device=torch.device("cpu"))
+    norm = nn.BatchNorm2d(1)
+    distributed.seed_rank(0)
+    _Run.estimate_bn(run, nn.Sequential(nn.Dropout(0.5), norm))  # type: ignore[arg-type]
+    return [float(value) for value in norm.buffers()]
+
+
+def turn(folder: Path) -> bool:
+    """Whether rank 0 was through first, although it took longer than the device's group has patience."""
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
+    with distributed.first_rank_first():
+        if distributed.rank() == 0:
+            time.sleep(3)
+            (folder / "through").touch()
+        return (folder / "through").exists()
 
 
 def start(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -212,8 +240,16 @@ def test_observers_are_added_exactly(together: Path) -> None:
         assert torch.equal(torch.tensor(found["counts"], dtype=torch.float64), alone.counts)
 
 
+def test_processes_estimate_the_same_statistics_and_wait_for_the_first_as_long_as_it_takes(together: Path) -> None:
+    shares = [told(together, rank) for rank in range(2)]
+    assert shares[0]["estimated"] == shares[1]["estimated"]
+    assert [one["after"] for one in shares] == [True, True]
+
+
 def test_another_number_of_processes_does_not_go_on(together: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"in 2 processes cannot go on in 1; start it with --nproc 2, or --restart"):
+    with pytest.raises(
+        UsageError, match=r"in 2 processes cannot go on in 1; `crqat train RECIPE --nproc 2` does, or --restart"
+    ):
         train(recipe(together), tmp_path, quiet, together / "states-0")
 
 
@@ -221,6 +257,15 @@ def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"^qat\.batch_size: 100 images a step .* by 3 processes; take a multiple$"):
         ranks.check(recipe(tmp_path), 3)
     ranks.check(recipe(tmp_path), 2)
+
+
+def test_fewer_training_images_than_processes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of them would not calibrate, and the others wait for it."""
+    monkeypatch.setattr(distributed, "world", lambda: 2)
+    monkeypatch.setattr(distributed, "first_rank_first", nullcontext)
+    config = replace(recipe(tmp_path), data=DataConfig("digits", validation=0.999))
+    with pytest.raises(UsageError, match=r"^data\.validation: training images: each of 2 .* and they are 1$"):
+        train(config, tmp_path, quiet)
 
 
 def test_sync_bn_needs_cuda(tmp_path: Path) -> None:

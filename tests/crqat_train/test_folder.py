@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -95,6 +98,27 @@ def test_a_broken_file_ends_a_stream_in_one_line(root: Path, monkeypatch: pytest
     with pytest.raises(UsageError, match=r"dog/2\.png: cannot be decoded as an image") as caught:
         list(batches.epoch(torch.Generator()))
     assert "Traceback" not in str(caught.value)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells who sent a signal")
+def test_only_the_training_itself_ends_its_workers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 100)
+    images = loaded(root).train_images
+    assert isinstance(images, folder.StoredImages)
+    stream = folder.stream_batches(images, [torch.tensor([index]) for index in range(24)])
+    next(stream)
+    workers = [str(worker.pid) for worker in multiprocessing.active_children()]
+    assert workers
+    for name in ("TERM", "INT"):  # to all processes, as torchrun, SLURM and terminals do
+        subprocess.run(["kill", f"-{name}", *workers], check=True)
+    assert len(list(stream)) == 23
+    stream = folder.stream_batches(images, [torch.tensor([index]) for index in range(24)])
+    next(stream)
+    worker = multiprocessing.active_children()[0]
+    with pytest.raises(RuntimeError, match=r"Terminated|exited unexpectedly"):
+        worker.terminate()
+        worker.join(20)
+        list(stream)
 
 
 @pytest.mark.parametrize("change", ["gone", "longer", "newer"])

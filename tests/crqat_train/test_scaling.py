@@ -188,6 +188,14 @@ def test_what_was_measured_becomes_the_constants_of_the_predictions() -> None:
     json.dumps(result, allow_nan=False)
 
 
+@pytest.mark.parametrize(("given", "threads"), [("2", 2), ("3,1", 3), ("0", 1), ("", 1), ("many", 1)])
+def test_threads_are_openmps_own_reading_of_its_variable(
+    given: str, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", given)
+    assert scaling._machine("cpu")[1] == threads
+
+
 def test_a_machine_for_one_process_checks_nothing_and_says_so() -> None:
     result = scaling.assemble(_alone(), None, 1, 1, 1, None)
     assert result["check"] == {"status": "not run: this machine holds 1 process"}

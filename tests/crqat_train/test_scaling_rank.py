@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import statistics
+import time
+import warnings
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
@@ -104,16 +108,39 @@ def test_messages_are_around_the_gradients_and_never_far_above_them() -> None:
     assert message_sizes(8) == [4, 8, 32, 128]
 
 
-def test_files_that_stream_are_decoded_for_the_data_and_in_memory_for_the_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def images(tmp_path: Path) -> DataConfig:
+    """A folder of images."""
     for part, name in product(("train", "test"), ("cat", "dog")):
         (tmp_path / part / name).mkdir(parents=True)
         for index in range(20):
             pixels = torch.randint(0, 256, (20, 20, 3), dtype=torch.uint8).numpy()
             Image.fromarray(pixels).save(tmp_path / part / name / f"{index}.png")
+    return DataConfig("imagefolder", root=str(tmp_path), size=16, crop=16)
+
+
+def test_what_workers_decode_at_once_is_not_taken_for_a_faster_source(
+    images: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 100)
-    images = DataConfig("imagefolder", root=str(tmp_path), size=16, crop=16)
+    work = Work(replace(CONFIG, data=images, qat=QATConfig(epochs=1, batch_size=1)), CPU, 0)
+
+    def decode(self: folder.FolderImages, chosen: list[int]) -> torch.Tensor:
+        time.sleep(0.4)
+        return torch.zeros(len(chosen), 3, 16, 16, dtype=torch.uint8)
+
+    monkeypatch.setattr(folder.FolderImages, "__getitem__", decode)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of more workers than cores
+        rates = [size / seconds for size, seconds in measure_data(work)]
+    assert statistics.median(rates) < 2 * 4 * 3 * 16 * 16 / 0.4  # four workers sleep at once
+
+
+def test_files_that_stream_are_decoded_for_the_data_and_in_memory_for_the_step(
+    images: DataConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 100)
     work = Work(replace(CONFIG, data=images, qat=QATConfig(epochs=1, batch_size=8)), CPU, 0)
     assert isinstance(work.batches(8, in_memory=False).images, folder.FolderImages)
     in_memory = work.batches(8, in_memory=True)

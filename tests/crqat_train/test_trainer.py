@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import Tensor, fx, nn
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from artifacts.errors import ToolError, UsageError
 from artifacts.grid import load_grids
 from artifacts.progress import quiet
-from crqat_train import data, models, trainer
+from crqat_train import data, distributed, folder, models, trainer
 from crqat_train.batches import Batches, evaluation_batches
 from crqat_train.calibration import calibrate, weight_of
 from crqat_train.config import (
@@ -269,6 +271,41 @@ def test_unlabeled_images_feed_the_consistency_term_only(
         assert len(labels) == len(logits) == BATCH
         assert len(student) == len(teacher) == 2 * BATCH
         assert torch.equal(student[:BATCH], logits)  # the labels' loss sees the labeled half of the same predictions
+
+
+def test_unlabeled_files_stream_and_the_first_process_downloads_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for part, name in ((part, name) for part in ("train", "test") for name in "ab"):
+        (tmp_path / part / name).mkdir(parents=True)
+        for index in range(5):
+            Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / part / name / f"{index}.png")
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 0)
+    config = recipe(data=DataConfig("imagefolder", root=str(tmp_path), size=8, crop=8, unlabeled="imagefolder"))
+    turns: list[str] = []
+    monkeypatch.setattr(distributed, "first_rank_first", lambda: turn(turns))
+    load = data.load_unlabeled
+
+    def load_in_turn(*arguments: Any) -> data.Dataset:
+        turns.append("load")
+        return load(*arguments)
+
+    monkeypatch.setattr(data, "load_unlabeled", load_in_turn)
+    dataset, device = data.of_recipe(config.data), torch.device("cpu")
+    keeper = Keeper(None, 1.0, device, quiet)
+    run = trainer._Run(config, dataset, data.split(10, 0.2, 0), device, quiet, keeper)
+    batches = run._unlabeled()
+    assert batches is not None
+    assert isinstance(batches.images, folder.StoredImages)  # not all of them decoded at once
+    assert len(batches.images) == len(batches.labels) == 8  # without those that validate
+    assert turns == ["begin", "load", "end"]
+
+
+@contextmanager
+def turn(turns: list[str]) -> Iterator[None]:
+    turns.append("begin")
+    yield
+    turns.append("end")
 
 
 def test_views_and_teachers(

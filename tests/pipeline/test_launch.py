@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from artifacts.errors import UsageError
+from pipeline import launch
 from pipeline.launch import check
 from pipeline.recipe import load
 
@@ -112,6 +114,28 @@ def test_a_process_that_dies_each_time_is_tried_so_often_and_no_more(command: li
     assert told[1].startswith("crqat: error: a process of the training ended by signal 9; the same command goes on")
     assert len(told) == 2, lines
     assert not any("Traceback" in line for line in lines), lines
+
+
+def failures(*ends: tuple[int, int]) -> list[ProcessFailure]:
+    """Exit codes, and the second in which each was noticed."""
+    made = [ProcessFailure(rank, 1, code, "") for rank, (code, _) in enumerate(ends)]
+    for failure, (_, second) in zip(made, ends, strict=True):
+        failure.timestamp = second
+    return made
+
+
+def test_a_process_that_torch_killed_because_it_did_not_answer_did_not_die() -> None:
+    killed = -signal.SIGKILL
+    assert launch.exit_codes(failures((2, 100), (killed, 130))) == [2]
+    assert launch.exit_codes(failures((killed, 130), (3, 100))) == [3]
+    assert launch.exit_codes(failures((3, 100), (killed, 100))) == [3, killed]
+    assert launch.exit_codes(failures((killed, 100), (killed, 130))) == [killed]
+
+
+def test_run_is_not_started_in_several_processes(command: list[str], tmp_path: Path) -> None:
+    code, lines = run([*command[:3], "run", "recipe.yaml"], tmp_path, RANK="1", WORLD_SIZE="2")
+    assert (code, len(lines)) == (2, 1)
+    assert "start `train` by torchrun" in lines[0]
 
 
 def test_what_cannot_be_shared_is_refused_before_anything_starts(command: list[str], tmp_path: Path) -> None:
