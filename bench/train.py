@@ -25,7 +25,7 @@ from torch.nn import functional
 
 from artifacts.progress import quiet
 from crqat_train import data, models
-from crqat_train.batches import Batches, Feed, evaluation_batches
+from crqat_train.batches import Batches, Feed, Generators, evaluation_batches
 from crqat_train.calibration import calibrate
 from crqat_train.config import ConsistencyConfig, OptimizerConfig, QuantizationConfig
 from crqat_train.consistency import ConsistencyTraining
@@ -109,14 +109,14 @@ class Bench:
         student, _ = quantize_model(
             float_model, self.calibration[0][:2], QuantizationConfig(), ("onnxruntime",), METHODS["lsq"]
         )
-        cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(0)
+        cpu, generators = torch.device("cpu"), Generators.of(0, torch.device("cpu"))
         fit = Fit(student, OptimizerConfig(), len(self.batches), "qat", cpu, quiet)
         fit.step(student(self.calibration[0]).sum())
-        feed = Feed(self.batches, generator)
+        feed = Feed(self.batches, generators)
         next(feed.epoch())
         networks = {"float": float_model, "student": student, "teacher": copy.deepcopy(student)}
         keeper = Keeper(states, SAVE_EVERY, cpu, quiet)
-        with keeper.keep(Training(fit, {"images": feed}, networks, generator, [])):
+        with keeper.keep(Training(fit, {"images": feed}, networks, generators, [])):
             return keeper.save
 
     def nncf_step(self) -> Step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -101,33 +102,48 @@ class Batches:
         return normalize(pixels, self.constants).contiguous(memory_format=torch.channels_last)
 
 
+@dataclass(frozen=True)
+class Generators:
+    """What a training draws from, on its device.
+
+    Attributes:
+        order: Of images: the same on all ranks, and whatever their number.
+        augmentation: Each rank's own.
+    """
+
+    order: torch.Generator
+    augmentation: torch.Generator
+
+    @classmethod
+    def of(cls, seed: int, device: torch.device) -> Generators:
+        """Those of this rank."""
+        own = seed + 1_000_003 * (1 + distributed.rank())  # far from other recipes' small seeds
+        return cls(torch.Generator(device).manual_seed(seed), torch.Generator(device).manual_seed(own))
+
+
 class Feed:
     """Batches epoch by epoch, and the place in the current one, from which another process can go on.
 
     Args:
         batches: The images.
-        generator: Of the order, the same on all ranks.
+        generators: What their order and their augmentation are drawn from.
         views: See `Batches.epoch`.
-        augmentation: Of the augmentation, another one on each rank; None takes `generator`.
 
     Attributes:
         order: The images of the current epoch, None between two epochs; see `Batches.order`.
         done: Batches of it that are behind.
     """
 
-    def __init__(
-        self, batches: Batches, generator: torch.Generator, views: int = 1, augmentation: torch.Generator | None = None
-    ) -> None:
-        self._batches, self._generator, self._views = batches, generator, views
-        self._augmentation = generator if augmentation is None else augmentation
+    def __init__(self, batches: Batches, generators: Generators, views: int = 1) -> None:
+        self._batches, self._generators, self._views = batches, generators, views
         self.order: Tensor | None = None
         self.done = 0
 
     def epoch(self) -> Iterator[tuple[Tensor, ...]]:
         """What is left of the current epoch, or a new one; yields as `Batches.epoch` does."""
         if self.order is None:
-            self.order = self._batches.order(self._generator)
-        for batch in self._batches.epoch(self._augmentation, self._views, self.order, self.done):
+            self.order = self._batches.order(self._generators.order)
+        for batch in self._batches.epoch(self._generators.augmentation, self._views, self.order, self.done):
             self.done += 1
             yield batch
         self.order, self.done = None, 0

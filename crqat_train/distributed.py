@@ -254,8 +254,9 @@ def average_statistics(model: nn.Module) -> None:
     if world() == 1:
         return
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    # Frozen ones are equal anyway, and a mean of equal numbers need not be that number.
-    own = [tensor for norm in norms if norm.training for tensor in (norm.running_mean, norm.running_var)]
+    # Frozen and synchronized ones are equal anyway, and a mean of equal numbers need not be that number.
+    differing = [norm for norm in norms if norm.training and not isinstance(norm, nn.SyncBatchNorm)]
+    own = [tensor for norm in differing for tensor in (norm.running_mean, norm.running_var)]
     statistics = [tensor for tensor in own if tensor is not None]
     if statistics:
         averaged = mean(torch.cat([tensor.flatten() for tensor in statistics]))

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from artifacts.errors import Interrupted, UsageError
 from artifacts.progress import Progress
 from crqat_train import distributed
-from crqat_train.batches import Feed
+from crqat_train.batches import Feed, Generators
 from crqat_train.checkpoint import Checkpoints, State
 from crqat_train.fit import Fit
 
@@ -39,17 +39,15 @@ class Training:
         fit: Its optimizer and counters; its name is the phase, "float" or "qat".
         feeds: Its images.
         models: Its networks by name, the float network among them in QAT.
-        generator: Of the order of images and the augmentation.
+        generators: Of the order of images and the augmentation.
         history: Rows of all epochs so far.
-        augmentation: Of this rank's augmentation; `generator` itself, or None, where there is one rank.
     """
 
     fit: Fit
     feeds: dict[str, Feed]
     models: dict[str, nn.Module]
-    generator: torch.Generator
+    generators: Generators
     history: list[dict[str, Any]]
-    augmentation: torch.Generator | None = None
 
 
 class Keeper:
@@ -194,9 +192,8 @@ class Keeper:
         version, keys, gauss = values["python"]
         random.setstate((version, tuple(keys), gauss))
         np.random.set_state(tuple(values["numpy"]))  # noqa: NPY002
-        training.generator.set_state(tensors["random.run"])
-        if training.augmentation is not None and "random.augmentation" in tensors:
-            training.augmentation.set_state(tensors["random.augmentation"])
+        training.generators.order.set_state(tensors["random.order"])
+        training.generators.augmentation.set_state(tensors["random.augmentation"])
         torch.set_rng_state(tensors["random.torch"])
         for name, tensor in _below("random.cuda.", tensors).items():
             with suppress(IndexError, RuntimeError):  # fewer devices than there were: ours is the first
@@ -251,9 +248,9 @@ def _of_rank(state: State) -> State:
 
 
 def _random_tensors(training: Training) -> dict[str, Tensor]:
-    states = {"run": training.generator.get_state(), "torch": torch.get_rng_state()}
-    if training.augmentation is not None and training.augmentation is not training.generator:
-        states["augmentation"] = training.augmentation.get_state()
+    drawn = training.generators
+    states = {"order": drawn.order.get_state(), "augmentation": drawn.augmentation.get_state()}
+    states["torch"] = torch.get_rng_state()
     if torch.cuda.is_available():
         states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
     return states

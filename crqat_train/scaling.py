@@ -164,7 +164,9 @@ def default_processes(holds: int, batch: int, between: bool) -> list[int]:
     if between:
         machines = [2**power for power in range(1, _MOST_MACHINES.bit_length())]
         numbers += [holds * number for number in machines]
-    return [number for number in numbers if number == 1 or batch / number >= _SMALLEST_DEFAULT]
+    return [
+        number for number in numbers if number == 1 or (batch % number == 0 and batch / number >= _SMALLEST_DEFAULT)
+    ]
 
 
 def local_batches(batch: int, processes: Sequence[int]) -> list[int]:

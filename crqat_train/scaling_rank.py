@@ -25,8 +25,8 @@ from torch import Tensor, fx, nn
 
 from artifacts.errors import CrqatError, UsageError
 from artifacts.progress import quiet
-from crqat_train import data, distributed, models
-from crqat_train.batches import Batches, Feed, evaluation_batches, subset
+from crqat_train import data, distributed, models, ranks
+from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat_train.calibration import calibrate
 from crqat_train.config import TrainConfig
 from crqat_train.consistency import ConsistencyTraining
@@ -57,7 +57,7 @@ class Work:
         self.chosen = data.split(len(self.dataset.train_labels), config.data.validation, config.seed).train
         self.batch = min(config.qat.batch_size, len(self.chosen))
         self.unlabeled = config.data.unlabeled
-        self.generator = torch.Generator(device).manual_seed(seed)
+        self.generators = Generators.of(seed, device)
         # A step takes as long whatever the weights are: none are loaded, none trained.
         channels, classes = self.dataset.train_images.shape[1], len(self.dataset.class_names)
         self.network = models.build(config.model.name, classes, channels)
@@ -97,11 +97,14 @@ class Work:
         training = ConsistencyTraining(student, self.network, self.config.consistency, faster)
         fit = Fit(student, self.config.qat, _MANY_STEPS, "qat", self.device, quiet)
         scales = [parameter.detach() for name, parameter in student.named_parameters() if is_scale(name)]
-        batches, numbers = endless(self.batches(size, in_memory=True), self.generator, training.views), count()
+        batches, numbers = (
+            endless(self.batches(size, in_memory=True), self.generators.augmentation, training.views),
+            count(),
+        )
         # Of unlabeled images, as many again; other ones would take as long.
         unlabeled = None
         if self.unlabeled is not None and training.views == 2:
-            unlabeled = Feed(self.batches(size, in_memory=True), self.generator, views=2).stream()
+            unlabeled = Feed(self.batches(size, in_memory=True), self.generators, views=2).stream()
         student.train()
 
         def run() -> None:
@@ -158,6 +161,8 @@ def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
     if processes[-1] > work.batch:
         msg = f"--processes {processes[-1]}: a step has {work.batch} images (qat.batch_size, of the training split)"
         raise UsageError(msg)
+    for number in processes:
+        ranks.check_batch(work.batch, "qat.batch_size", number)
     sizes = local_batches(work.batch, processes)
     steps = [work.step(size) for size in sizes]
     for step in steps:
@@ -184,7 +189,7 @@ def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
 
 def measure_data(work: Work) -> list[tuple[int, float]]:
     """Bytes and seconds of batches of the recipe's source, one pair a round."""
-    delivered = endless(work.batches(work.batch, in_memory=False), work.generator, 0)
+    delivered = endless(work.batches(work.batch, in_memory=False), work.generators.augmentation, 0)
     own = math.prod(work.dataset.train_images.shape[1:]) * work.batch
 
     def draw() -> None:

@@ -16,7 +16,7 @@ from artifacts.errors import UsageError
 from artifacts.grid import save_grids
 from artifacts.progress import Progress
 from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, ranks
-from crqat_train.batches import Batches, Feed, evaluation_batches, subset
+from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat_train.calibration import calibrate
 from crqat_train.checkpoint import write_tensors
 from crqat_train.config import OptimizerConfig, TrainConfig
@@ -35,7 +35,7 @@ Forward = Callable[[Tensor], Tensor]
 
 def train(
     config: TrainConfig,
-    out: Path,
+    out: Path | None,
     progress: Progress,
     states: Path | None = None,
     save_every: float = SAVE_EVERY,
@@ -44,7 +44,7 @@ def train(
 
     Args:
         config: Resolved recipe.
-        out: Empty directory.
+        out: Empty directory; None writes nothing, as on ranks above 0.
         progress: Told of epochs.
         states: Where an interrupted training's states are, and are saved; None saves none. They must be of this recipe.
         save_every: Seconds between two states; each epoch's end is saved, too.
@@ -69,7 +69,8 @@ def train(
         keeper = Keeper(states, save_every, device, progress)
         run = _Run(config, dataset, split, device, progress, keeper)
         float_model = run.float_model()
-        write_tensors(out / "float.safetensors", _state(float_model))
+        if out is not None:
+            write_tensors(out / "float.safetensors", _state(float_model))
         float_accuracy = run.validate(float_model)
         progress("float network", 1, 1, f"validation {float_accuracy:.2%}")
         student, specs = run.quantize(float_model)
@@ -84,12 +85,15 @@ def train(
             candidate.to(memory_format=torch.contiguous_format)
             notes += [f"{name}: {note}" for note in make_representable(candidate, specs, config.targets)]
             accuracies[name] = run.validate(candidate)
-            write_tensors(out / f"{name}.safetensors", _state(candidate))
-            save_grids(out / f"{name}.grids.json", {spec.edge: quantizer_of(candidate, spec).grid() for spec in specs})
+            grids = {spec.edge: quantizer_of(candidate, spec).grid() for spec in specs}
+            if out is not None:
+                write_tensors(out / f"{name}.safetensors", _state(candidate))
+                save_grids(out / f"{name}.grids.json", grids)
             progress(f"quantized {name}", 1, 1, f"validation {accuracies[name]:.2%}")
     best = max(accuracies, key=lambda name: accuracies[name])
-    (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in specs], indent=1))
-    (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
+    if out is not None:
+        (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in specs], indent=1))
+        (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
     return {
         "device": str(device),
         "processes": distributed.world(),
@@ -124,11 +128,7 @@ class _Run:
         self.keeper = keeper
         nncf = config.model.nncf
         self.nncf = None if nncf is None else nncf_checkpoint.read(Path(nncf))
-        self.generator = torch.Generator(device).manual_seed(config.seed)
-        # In one process both are one; in several the order of images is common, and the augmentation each rank's own.
-        self.augmentation = self.generator
-        if distributed.world() > 1:
-            self.augmentation = torch.Generator(device).manual_seed(config.seed + 1 + distributed.rank())
+        self.generators = Generators.of(config.seed, device)
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
         self.compiler = "" if config.compile == "never" else compiler(device)
@@ -248,7 +248,7 @@ class _Run:
         return training.teacher
 
     def _training(self, fit: Fit, feeds: dict[str, Feed], networks: dict[str, nn.Module]) -> Training:
-        return Training(fit, feeds, networks, self.generator, self.history, self.augmentation)
+        return Training(fit, feeds, networks, self.generators, self.history)
 
     def _epochs(
         self,
@@ -291,7 +291,7 @@ class _Run:
         return accuracy(model, self.validation_images, self.validation_labels, self.dataset.preprocessing)
 
     def _feed(self, batches: Batches, views: int) -> Feed:
-        return Feed(batches, self.generator, views, self.augmentation)
+        return Feed(batches, self.generators, views)
 
     def _batches(self, section: OptimizerConfig, key: str, strong: bool) -> Batches:
         images = subset(self.dataset.train_images, self.split.train)
@@ -307,7 +307,7 @@ class _Run:
             self.device,
             strong,
         )
-        ranks.check_batch(batches.batch_size, key, distributed.world())  # no more than there are images
+        ranks.check_batch(batches.batch_size, f"{key}, of {len(images)} images", distributed.world())
         return batches
 
     def _unlabeled(self) -> Batches | None:
@@ -322,7 +322,7 @@ class _Run:
             subset(source.train_images, own), source.train_labels[own], self.dataset.preprocessing,
             self.config.qat.batch_size, config.crop_padding, config.flip, self.device,
         )  # fmt: skip
-        ranks.check_batch(batches.batch_size, "qat.batch_size", distributed.world())
+        ranks.check_batch(batches.batch_size, f"qat.batch_size, of {len(own)} unlabeled images", distributed.world())
         return batches
 
     def _compile(self, model: nn.Module) -> Forward:

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -114,7 +113,7 @@ def train(config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_ev
     """Be one of several processes of a training; give the manifest's payload on rank 0, None on the others.
 
     Rank 0 runs the stage as a single process does, and says whether there is something to train. The others train with
-    it, and write to a directory that is thrown away.
+    it, and write nothing.
     """
     from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
@@ -137,6 +136,5 @@ def train(config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_ev
                     distributed.from_first(False)
             return read_manifest(directory).payload
         if distributed.from_first(False):
-            with tempfile.TemporaryDirectory(prefix="crqat-") as out:
-                run_training(recipe.train_config(config), Path(out), quiet, runs / config.name, save_every)
+            run_training(recipe.train_config(config), None, quiet, runs / config.name, save_every)
         return None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from artifacts.store import read_manifest
 from crqat_train import data, folder
-from crqat_train.batches import Batches, Feed, evaluation_batches, subset
+from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat_train.config import DataConfig
 from crqat_train.fit import Fit
 from pipeline import cli
@@ -69,11 +69,11 @@ def loaded(source: str, root: Path) -> data.Dataset:
     return dataset
 
 
-def feed(dataset: data.Dataset, chosen: Tensor, seed: int, size: int = 32) -> tuple[Feed, torch.Generator]:
-    generator = torch.Generator().manual_seed(seed)
+def feed(dataset: data.Dataset, chosen: Tensor, seed: int, size: int = 32) -> tuple[Feed, Generators]:
+    generators = Generators.of(seed, torch.device("cpu"))
     images, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
     batches = Batches(images, labels, dataset.preprocessing, size, 4, True, torch.device("cpu"), strong=True)
-    return Feed(batches, generator, views=2), generator
+    return Feed(batches, generators, views=2), generators
 
 
 @pytest.mark.usefixtures("streamed")
@@ -116,14 +116,14 @@ def test_webdataset_reads_the_same(cifar: data.Dataset, roots: dict[str, Path]) 
 def test_an_epoch_goes_on_in_its_middle(roots: dict[str, Path], source: str) -> None:
     dataset, chosen = loaded(source, roots[source]), torch.arange(320)
     whole = list(feed(dataset, chosen, 2)[0].epoch())
-    first, generator = feed(dataset, chosen, 2)
+    first, generators = feed(dataset, chosen, 2)
     batches = first.epoch()
     for _ in range(4):
         next(batches)
-    state, order, done = generator.get_state(), first.order, first.done
+    state, order, done = generators.augmentation.get_state(), first.order, first.done
     batches.close()  # type: ignore[attr-defined]
-    second, generator = feed(loaded(source, roots[source]), chosen, 99)
-    generator.set_state(state)
+    second, generators = feed(loaded(source, roots[source]), chosen, 99)
+    generators.augmentation.set_state(state)
     second.order, second.done = order, done
     rest = list(second.epoch())
     assert len(rest) == 6

@@ -18,7 +18,7 @@ from torch import Tensor
 from artifacts.errors import ToolError, UsageError
 from artifacts.images import Preprocessing
 from crqat_train import data
-from crqat_train.batches import Batches, Feed, evaluation_batches
+from crqat_train.batches import Batches, Feed, Generators, evaluation_batches
 from crqat_train.config import DataConfig
 from crqat_train.views import random_crop, random_flip
 
@@ -364,8 +364,23 @@ def test_the_seed_decides_every_bit(digits: data.Dataset) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(run(5), run(6), strict=True))
 
 
+def test_the_order_of_images_is_the_same_whatever_augmentation_draws() -> None:
+    """Of each of three epochs; the images are not."""
+    digits = data.load("digits", None, False)
+
+    def run(own: int) -> tuple[list[Tensor], list[Tensor]]:
+        feed = Feed(batches(digits, 300, 2, True), Generators(generator(5), generator(own)), views=2)
+        made = [batch for _ in range(3) for batch in feed.epoch()]
+        return [labels for *_, labels in made], [view for *views, _ in made for view in views]
+
+    (labels, views), (others, other_views) = run(1), run(2)
+    assert len(labels) == 9 and all(torch.equal(a, b) for a, b in zip(labels, others, strict=True))
+    assert not torch.equal(torch.cat(labels[:3]), torch.cat(labels[3:6]))
+    assert not any(torch.equal(a, b) for a, b in zip(views, other_views, strict=True))
+
+
 def test_a_stream_goes_on_without_labels_in_a_new_order() -> None:
-    stream = Feed(batches(numbered(6), size=3), generator(), views=2).stream()
+    stream = Feed(batches(numbered(6), size=3), Generators(generator(), generator()), views=2).stream()
     drawn = [next(stream) for _ in range(6)]
     assert all(len(views) == 2 and torch.equal(*views) for views in drawn)
     values = torch.stack([first[:, 0, 0, 0].round() for first, _ in drawn]).reshape(3, 6)
@@ -410,7 +425,10 @@ def test_no_value_is_read_back_from_the_device() -> None:
     images, labels = torch.zeros(10, 3, 8, 8, dtype=torch.uint8), torch.zeros(10, dtype=torch.int64)
     preprocessing = Preprocessing((0.5,) * 3, (0.5,) * 3)
     loader = Batches(images, labels, preprocessing, 4, 2, True, meta)
-    made = [*loader.epoch(generator(), views=2), (*next(Feed(loader, generator()).stream()), labels.to(meta)[:4])]
+    made = [
+        *loader.epoch(generator(), views=2),
+        (*next(Feed(loader, Generators(generator(), generator())).stream()), labels.to(meta)[:4]),
+    ]
     assert [[list(part.shape) for part in batch] for batch in made[:2]] == [[[4, 3, 8, 8], [4, 3, 8, 8], [4]]] * 2
     assert all(part.device == meta for batch in made for part in batch)
     assert next(evaluation_batches(images.to(meta), preprocessing, 4)).device == meta

@@ -23,7 +23,7 @@ from torch.nn import functional
 from artifacts.errors import Interrupted, ToolError, UsageError
 from artifacts.progress import quiet
 from crqat_train import data, folder, trainer
-from crqat_train.batches import Batches, Feed
+from crqat_train.batches import Batches, Feed, Generators
 from crqat_train.config import (
     ConsistencyConfig,
     DataConfig,
@@ -312,7 +312,7 @@ def test_what_is_behind_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mo
     images = folder.FolderImages((folder.ImageFile(tmp_path / "none.png", 0, 0, 0),) * 20, 8, 8, False)
     labels, cpu = torch.zeros(20, dtype=torch.int64), torch.device("cpu")
     batches = Batches(images, labels, data.CIFAR10_PREPROCESSING, 5, 0, False, cpu)
-    feed = Feed(batches, torch.Generator())
+    feed = Feed(batches, Generators.of(0, cpu))
     feed.order, feed.done = torch.randperm(20), 3
     order = feed.order
     assert len(list(feed.epoch())) == 1

@@ -147,5 +147,8 @@ def test_files_that_stream_are_decoded_for_the_data_and_in_memory_for_the_step(
     assert isinstance(in_memory.images, torch.Tensor)
     assert list(in_memory.images.shape) == [8, 3, 16, 16]
     assert torch.equal(in_memory.images, work.dataset.train_images[work.chosen[:8]])
-    assert [labels.shape for (labels,) in islice(endless(work.batches(8, False), work.generator, 0), 2)] == [(8,), (8,)]
+    assert [labels.shape for (labels,) in islice(endless(work.batches(8, False), work.generators.order, 0), 2)] == [
+        (8,),
+        (8,),
+    ]
     work.step(8)()
