@@ -154,6 +154,7 @@ def _curves(history: list[dict[str, Any]]) -> str:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(y=0.1)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))  # no accuracy is above 100 %
     return _svg(figure)
 
 
