@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from runtime_eval.remote import Board
 
 INTERRUPTED = 130
+# Where a training takes steps it has a line of its own, which says where it was saved.
+_KEPT = "what was complete or saved still is: the same command goes on from there"
 TEMPLATE = Path(__file__).parent / "templates" / "recipe.yaml"
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
@@ -427,10 +429,10 @@ def main() -> None:
         error.show()
         code = error.exit_code
     except (KeyboardInterrupt, click.Abort):
-        _say_error("interrupted; what was current before still is")
+        _say_error(f"interrupted; {_KEPT}")
         code = INTERRUPTED
     except _Terminated as ended:
-        _say_error("terminated; what was current before still is")
+        _say_error(f"terminated; {_KEPT}")
         code = ended.code
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -255,7 +255,7 @@ def test_devices_stand_side_by_side(
     [
         (UsageError("loss is NaN;\nlower qat.lr"), 2, "crqat: error: loss is NaN; lower qat.lr\n"),
         (ToolError("no compiler"), 3, "crqat: error: no compiler\n"),
-        (KeyboardInterrupt(), 130, "crqat: error: interrupted; what was current before still is\n"),
+        (KeyboardInterrupt(), 130, f"crqat: error: interrupted; {cli._KEPT}\n"),
     ],
 )
 def test_errors_are_one_line(

@@ -6,6 +6,7 @@ import hashlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from bench import soak
+from crqat_train import trainer
+from pipeline import cli
 
 EPOCHS = ("--set", "float.epochs=40", "--set", "qat.epochs=1")
 
@@ -145,6 +148,21 @@ def test_a_full_disk(disk: Path, whole: dict[str, str]) -> None:
     assert hashes(folder) == whole
 
 
+def test_a_full_disk_leaves_the_export_before(disk: Path) -> None:
+    folder = disk.parent
+    assert train(folder, "--set", "float.epochs=1").wait(soak.SECONDS) == 0
+    export = soak.Command(folder, ["export", "recipe.yaml", *EPOCHS, "--set", "float.epochs=1"])
+    assert export.wait(soak.SECONDS) == 0
+    files = {path.name: path.read_bytes() for path in (disk / "soak" / "export").iterdir()}
+    filler = fill(disk)
+    again = ["export", "recipe.yaml", *EPOCHS, "--set", "float.epochs=1", "--force"]
+    assert soak.crqat(folder, *again) == 3
+    assert log(folder)[-1] == "crqat: error: cannot write the stage export to runs/soak: No space left on device"
+    assert {path.name: path.read_bytes() for path in (disk / "soak" / "export").iterdir()} == files
+    filler.unlink()
+    assert soak.crqat(folder, *again) == 0
+
+
 def test_a_disk_that_turns_read_only(disk: Path, whole: dict[str, str]) -> None:
     folder = disk.parent
     first = train(folder)
@@ -159,3 +177,26 @@ def test_a_disk_that_turns_read_only(disk: Path, whole: dict[str, str]) -> None:
     assert train(folder).wait(soak.SECONDS) == 0
     assert any(line.startswith("continued: 1/1  from float epoch ") for line in log(folder))
     assert hashes(folder) == whole
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_between_two_phases_a_signal_ends_with_how_to_go_on_and_nothing_is_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
+) -> None:
+    """In the calibration, behind the state of the last float epoch."""
+    folder = soak.prepare(tmp_path / "run")
+    monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setattr(sys, "argv", ["crqat", "train", "recipe.yaml", "--set", "qat.epochs=1"])
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "calibrate", lambda *_: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    assert ended.value.code == code
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("crqat: error: ") and last.endswith("still is: the same command goes on from there")
+    assert len(states(folder)) == 2
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    assert "continued: 1/1  from float epoch 2 of 2" in capsys.readouterr().err
