@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -449,6 +450,8 @@ def _terminate(number: int, _: Any) -> None:
 
 
 def _say_error(message: str) -> None:
+    if "CRQAT_SAID" in os.environ:  # of `pipeline.launch`, which speaks where no process of a training has
+        Path(os.environ["CRQAT_SAID"]).touch()
     click.echo(f"crqat: error: {message}", err=True)
 
 

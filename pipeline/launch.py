@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import click
 
-from artifacts.errors import ToolError, UsageError
+from artifacts.errors import Interrupted, ToolError, UsageError
 from artifacts.progress import quiet
 from artifacts.store import read_manifest
 from pipeline import console, lock, recipe, stages
@@ -59,6 +60,7 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
 
     Raises:
         ToolError: One died, and there is no restart left.
+        Interrupted: By a signal that none of them answered in time.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -74,14 +76,22 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
         how = LaunchConfig(
             1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
         )
-        try:
-            elastic_launch(how, sys.executable)(*command, *(once if left == max_restarts else ()))
-        except SignalException as asked:  # which it has passed on, and waited for what came of it
-            return _SIGNALS + asked.sigval
-        except ChildFailedError as error:
-            codes = exit_codes(list(error.failures.values()))
-        else:
-            return 0
+        with tempfile.TemporaryDirectory(prefix="crqat-") as folder:
+            said = Path(folder) / "said"
+            os.environ["CRQAT_SAID"] = str(said)
+            try:
+                elastic_launch(how, sys.executable)(*command, *(once if left == max_restarts else ()))
+            except SignalException as asked:  # which it has passed on, and waited for what came of it
+                if said.exists():
+                    return _SIGNALS + asked.sigval
+                msg = "ended before a process of the training could save; the same command goes on from the last state"
+                raise Interrupted(msg, asked.sigval) from asked
+            except ChildFailedError as error:
+                codes = exit_codes(list(error.failures.values()))
+            else:
+                return 0
+            finally:
+                del os.environ["CRQAT_SAID"]
         died = [code for code in codes if code not in _TOLD]
         if not died:
             return min((code for code in codes if code > 0), default=_SIGNALS + signal.SIGTERM)

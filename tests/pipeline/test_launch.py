@@ -29,7 +29,7 @@ float: {epochs: 2000, batch_size: 100}
 quantization: {calibration_images: 64}
 """
 NETWORK = """
-import os, signal
+import os, signal, time
 from pathlib import Path
 from torch import nn
 
@@ -39,10 +39,16 @@ def die(module, inputs):
             file.write("x")
         os.kill(os.getpid(), signal.SIGKILL)
 
+def sleep(module, inputs):
+    Path("asleep" + os.environ["RANK"]).touch()
+    time.sleep(120)
+
 def network(classes, channels):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, classes))
     if "DIES" in os.environ:
         net.register_forward_pre_hook(die)
+    if "SLEEPS" in os.environ:
+        net.register_forward_pre_hook(sleep)
     return net
 """
 
@@ -162,6 +168,18 @@ def test_asked_to_end_it_saves_and_says_so_once(started: subprocess.Popen[str], 
     last = [line for line in started.stderr.read().splitlines() if line.startswith("crqat")]
     assert len(last) == 1, last
     assert last[0].startswith("crqat: error: interrupted; saved at float epoch")
+
+
+def test_who_does_not_answer_in_time_is_ended_with_a_line(command: list[str], tmp_path: Path) -> None:
+    patience = environment(SLEEPS="1", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
+    with subprocess.Popen(command, cwd=tmp_path, env=patience, stderr=subprocess.PIPE, text=True) as process:
+        until(lambda: all((tmp_path / f"asleep{rank}").exists() for rank in range(2)))
+        process.terminate()
+        told = process.communicate(timeout=60)[1]
+    assert process.returncode == 143
+    lines = [line for line in told.splitlines() if line.startswith("crqat")]
+    assert len(lines) == 1, told
+    assert lines[0].startswith("crqat: error: ended before a process of the training could save; the same command")
 
 
 def test_a_killed_launcher_leaves_nobody_behind(started: subprocess.Popen[str]) -> None:
