@@ -179,6 +179,15 @@ def test_a_disk_that_turns_read_only(disk: Path, whole: dict[str, str]) -> None:
     assert hashes(folder) == whole
 
 
+@pytest.fixture
+def as_in_the_foreground() -> Iterator[None]:
+    """A shell's background jobs ignore SIGINT, the tests among them."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("as_in_the_foreground")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_between_two_phases_a_signal_ends_with_how_to_go_on_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
