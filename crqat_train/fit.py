@@ -14,7 +14,7 @@ from artifacts.errors import UsageError
 from artifacts.progress import Progress
 from crqat_train import distributed
 from crqat_train.config import OptimizerConfig
-from crqat_train.methods import Quantizer
+from crqat_train.methods import MIN_SCALE, Quantizer
 
 _WARM_UP = 0.05
 
@@ -45,6 +45,7 @@ class Fit:
         ]
         groups = [{"params": params, "weight_decay": decay, "factor": 1.0} for decay, params in decayed]
         self.optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=0.9, nesterov=True)
+        self._scales = [parameter.detach() for name, parameter in model.named_parameters() if is_scale(name)]
         self.loss_sum = torch.zeros((), device=device)
         self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
 
@@ -67,7 +68,7 @@ class Fit:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
     def step(self, loss: Tensor) -> None:
-        """One optimizer step on a scalar loss; nothing in here waits for the device."""
+        """One optimizer step on a scalar loss; scales stay positive, and nothing in here waits for the device."""
         warm_up = max(1.0, _WARM_UP * self.steps)
         cosine = 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
         for group in self.optimizer.param_groups:
@@ -75,6 +76,8 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
+        if self._scales:
+            torch._foreach_clamp_min_(self._scales, MIN_SCALE)
         distributed.average_statistics(self.model)
         self.loss_sum += loss.detach()
         self.steps_done += 1

@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +29,11 @@ from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, s
 from crqat_train.calibration import calibrate
 from crqat_train.config import TrainConfig
 from crqat_train.consistency import ConsistencyTraining
-from crqat_train.fit import Fit, is_scale
+from crqat_train.fit import Fit
 from crqat_train.folder import workers
 from crqat_train.layout import quantize_model
 from crqat_train.machine import choose_device, compiler
-from crqat_train.methods import MIN_SCALE, quantizer_maker
+from crqat_train.methods import quantizer_maker
 from crqat_train.scaling import default_processes, local_batches
 
 ROUNDS = 7
@@ -96,11 +95,7 @@ class Work:
         faster = self._wrap if share_gradients else self._compile
         training = ConsistencyTraining(student, self.network, self.config.consistency, faster)
         fit = Fit(student, self.config.qat, _MANY_STEPS, "qat", self.device, quiet)
-        scales = [parameter.detach() for name, parameter in student.named_parameters() if is_scale(name)]
-        batches, numbers = (
-            endless(self.batches(size, in_memory=True), self.generators.augmentation, training.views),
-            count(),
-        )
+        batches = endless(self.batches(size, in_memory=True), self.generators.augmentation, training.views)
         # Of unlabeled images, as many again; other ones would take as long.
         unlabeled = None
         if self.unlabeled is not None and training.views == 2:
@@ -114,9 +109,7 @@ class Work:
             with fit.autocast():
                 loss = training.loss(images, labels, self.config.consistency.weight)
             fit.step(loss)
-            if scales:
-                torch._foreach_clamp_min_(scales, MIN_SCALE)
-            training.after_step(next(numbers))
+            training.after_step(fit.steps_done - 1)
 
         return run
 

@@ -22,11 +22,11 @@ from crqat_train.checkpoint import write_tensors
 from crqat_train.config import OptimizerConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.evaluation import BATCH, accuracy
-from crqat_train.fit import Fit, finite, is_scale
+from crqat_train.fit import Fit, finite
 from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.low_bits import LowBitTraining
 from crqat_train.machine import choose_device, compiler, deterministic
-from crqat_train.methods import MIN_SCALE, quantizer_maker, quantizer_of
+from crqat_train.methods import quantizer_maker, quantizer_of
 from crqat_train.representable import make_representable
 from crqat_train.resume import SAVE_EVERY, Keeper, Training
 
@@ -208,7 +208,6 @@ class _Run:
             return None
         batches = self._batches(config.qat, "qat.batch_size", strong=config.data.strong != "none")
         fit = Fit(student, config.qat, len(batches), "qat", self.device, self.progress)
-        scales = [parameter.detach() for name, parameter in student.named_parameters() if is_scale(name)]
         training = ConsistencyTraining(student, float_model, consistency, self._compile)
         feeds = {"images": self._feed(batches, training.views)}
         unlabeled = self._unlabeled()
@@ -226,8 +225,6 @@ class _Run:
             with fit.autocast():
                 loss = low_bits.penalized(training.loss(images, labels, weight))
             fit.step(loss)
-            if scales:
-                torch._foreach_clamp_min_(scales, MIN_SCALE)
             training.after_step(fit.steps_done - 1)
 
         def measure() -> dict[str, float]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice, product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from crqat_train.config import (
     QuantizationConfig,
     TrainConfig,
 )
+from crqat_train.consistency import ConsistencyTraining
 from crqat_train.fit import Fit
 from crqat_train.scaling_rank import Work, endless, gradient_bytes, measure_alone, measure_data, message_sizes
 
@@ -83,12 +87,21 @@ def test_an_image_is_its_pixels_and_those_of_the_unlabeled_one_beside_it(work: W
     both.step(4)()
 
 
-@pytest.mark.parametrize("teacher", ["none", "float"])
-def test_steps_without_an_ema_teacher(work: Work, teacher: str) -> None:
-    before = work.config
-    work.config = replace(CONFIG, consistency=ConsistencyConfig(teacher=teacher))  # type: ignore[arg-type]
+@pytest.mark.parametrize(("teacher", "views"), [("none", 1), ("float", 2)])
+def test_steps_without_an_ema_teacher(work: Work, teacher: str, views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[int, int, float]] = []
+    original = ConsistencyTraining.loss
+
+    def loss(self: ConsistencyTraining, images: Sequence[torch.Tensor], *rest: Any) -> torch.Tensor:
+        made = original(self, images, *rest)
+        seen.append((len(images), len(images[0]), float(made.detach())))
+        return made
+
+    monkeypatch.setattr(ConsistencyTraining, "loss", loss)
+    monkeypatch.setattr(work, "config", replace(CONFIG, consistency=ConsistencyConfig(teacher=teacher)))  # type: ignore[arg-type]
     work.step(4)()
-    work.config = before
+    assert [(made, size) for made, size, _ in seen] == [(views, 4)]
+    assert math.isfinite(seen[0][2]) and seen[0][2] > 0
 
 
 def test_a_data_batch_is_counted_in_bytes(work: Work) -> None:

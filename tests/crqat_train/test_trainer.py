@@ -651,11 +651,16 @@ def test_steps_stay_positive_and_a_networks_own_scale_does_not_have_to(
     original = Fit.step
 
     def shrinks(self: Any, loss: Tensor) -> None:
-        original(self, loss)
-        with torch.no_grad():
+        """The optimizer's step ends with a negative scale."""
+
+        def shrink(*_: Any) -> None:
             for name, parameter in self.model.named_parameters():
                 if name.startswith("quantizers.post_hooks_x"):
-                    parameter.fill_(-1.0)
+                    parameter.detach().fill_(-1.0)
+
+        hook = self.optimizer.register_step_post_hook(shrink)
+        original(self, loss)
+        hook.remove()
 
     monkeypatch.setattr(Fit, "step", shrinks)
     train(tuned(targets=("onnxruntime",), qat=QATConfig(1, 300, 0.002)), tmp_path, quiet)

@@ -1,0 +1,60 @@
+"""What the commands share: options and arguments. Nothing heavy is imported."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from pipeline.recipe import Recipe
+    from runtime_eval.remote import Board
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def recipe_arguments(command: _Command) -> _Command:
+    """RECIPE, --set and --runs."""
+    command = click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Default: runs.")(
+        command
+    )
+    command = click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value: --set qat.epochs=3"
+    )(command)
+    return click.argument("recipe", type=click.Path(path_type=Path))(command)
+
+
+def force_option(command: _Command) -> _Command:
+    """--force."""
+    return click.option("--force", is_flag=True, help="Run it even if it is up to date or damaged.")(command)
+
+
+def training_options(command: _Command) -> _Command:
+    """--save-every and --restart."""
+    command = click.option(
+        "--save-every", type=click.FloatRange(min=0), default=300.0, metavar="SECONDS",
+        help="Save the training's state so often, and at each epoch's end. Default: 300.",
+    )(command)  # fmt: skip
+    return click.option("--restart", is_flag=True, help="Begin an interrupted training anew.")(command)
+
+
+def on_option(command: _Command) -> _Command:
+    """--on."""
+    help_text = "A board, ssh://[USER@]HOST[:PORT]; your ssh configuration applies."
+    return click.option("--on", "address", metavar="ADDRESS", help=help_text)(command)
+
+
+def board(address: str, python: str = "python3", ssh_config: Path | None = None) -> Board:
+    """The board at an address."""
+    from runtime_eval.remote import Board
+
+    return Board.parse(address, python, ssh_config)
+
+
+def load(path: Path, overrides: tuple[str, ...]) -> Recipe:
+    """Read a recipe; an error of it names key, file and fix."""
+    from pipeline import recipe
+
+    return recipe.load(path, overrides)

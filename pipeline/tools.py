@@ -1,0 +1,168 @@
+"""The commands beside the four stages: each looks at something, or makes something of it. See `pipeline.cli`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from artifacts.errors import ToolError, UsageError
+from pipeline.options import load
+
+TEMPLATE = Path(__file__).parent / "templates" / "recipe.yaml"
+
+
+@click.command()
+@click.argument("files", metavar="RESULTS...", type=click.Path(path_type=Path), nargs=-1, required=True)
+def compare(files: tuple[Path, ...]) -> None:
+    """Show the results.json of several devices side by side."""
+    from pipeline import results
+    from pipeline.results_file import read_results
+
+    results.compare([(path, read_results(path)) for path in files])
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-bundle.tar.gz.")
+def bundle(run: Path, out: Path | None) -> None:
+    """Write an export as one archive for a board, to be measured there without crqat."""
+    from pipeline import stages
+
+    archive, digest, how = stages.bundle(run, out)
+    click.echo(f"wrote {archive}, bundle {digest}")
+    click.echo(f"measures as the export's recipe says: {', '.join(f'{key}={value}' for key, value in how.items())}")
+    click.echo("on the board:")
+    click.echo(f"  tar xzf {archive.name} && cd crqat-bundle && python3 -m runtime_eval .")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+def check(path: Path) -> None:
+    """Verify a run directory, a recipe, an ONNX file, Grids (grids.json) or results.json."""
+    from pipeline import check as checks
+
+    for line in checks.check(path):
+        click.echo(line)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), help="Default: report.html.")
+@click.option("--layers", is_flag=True, help="Measure the accuracy with one layer at a time quantized.")
+def report(run: Path, out: Path, layers: bool) -> None:
+    """Write the report of a run directory again, as one HTML file."""
+    from pipeline import console, stages
+
+    with console.show_progress() as progress:
+        stages.report(run, out, layers, progress)
+    click.echo(f"wrote {out}")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--batch", type=click.IntRange(min=1), help="Build for this batch alone. Default: from 1 to 64.")
+@click.option("--compute-capability", "targets", multiple=True, metavar="SM89", help="Build for this GPU; repeatable.")
+@click.option("--bisect", is_flag=True, help="If it cannot be built, write the smallest part that cannot either.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
+def inspect(path: Path, batch: int | None, targets: tuple[str, ...], bisect: bool, out: Path | None) -> None:
+    """Show what TensorRT makes of an .onnx file, layer by layer, or show an engine.json."""
+    from pipeline import inspection
+    from runtime_eval.engine import EngineOptions
+
+    batches = EngineOptions.batch if batch is None else (batch, batch, batch)
+    inspection.inspect(path, EngineOptions(batch=batches, compute_capabilities=targets), bisect, out)
+
+
+@click.group()
+def nncf() -> None:
+    """Take checkpoints to stock NNCF and from it."""
+
+
+@nncf.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--candidate", type=click.Choice(["best", "student", "teacher"]), default="best", help="Default: best.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-nncf.")
+def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
+    """Write a finished training as a state dict and a configuration that stock NNCF loads."""
+    from pipeline import nncf as checkpoints
+
+    checkpoints.export(run, candidate, out)
+
+
+@nncf.command("import")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--recipe", "recipe", type=click.Path(path_type=Path), required=True, help="Of the same network.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value: --set qat.epochs=3"
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-start.")
+def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Make a network that nncf.quantize has quantized the start of a training."""
+    from pipeline import console
+    from pipeline import nncf as checkpoints
+
+    with console.show_progress() as progress:
+        checkpoints.take(checkpoint, recipe, load(recipe, overrides), out, progress)
+
+
+@click.command()
+@click.argument("names", metavar="[NAMES]...", nargs=-1)
+@click.option("--cifar10", type=click.Path(path_type=Path), help="Folder of CIFAR-10, to be enlarged. Default: noise.")
+@click.option("--size", type=click.IntRange(min=32), default=224, help="Height and width of the images. Default: 224.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/models.md"), help="Default: docs/models.md.")
+def models(names: tuple[str, ...], cifar10: Path | None, size: int, out: Path) -> None:
+    """Take networks through everything and write what is mapped, equal and computed in integers."""
+    from pipeline import networks
+
+    networks.run(names, cifar10, size, out)
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value.")
+@click.option(
+    "--processes", multiple=True, type=click.IntRange(min=1), metavar="N", help="Predict for so many; repeatable."
+)
+@click.option("--bandwidth", type=float, metavar="B/S", help="Bytes a second between machines.")
+@click.option("--latency", type=float, metavar="S", help="Seconds of a message between machines.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("scale.json"), help="Default: scale.json.")
+def scale(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    processes: tuple[int, ...],
+    bandwidth: float | None,
+    latency: float | None,
+    out: Path,
+) -> None:
+    """Measure here what a training step costs, and predict it for more processes."""
+    from pipeline import scale as scaling
+
+    scaling.scale(load(recipe, overrides), processes, bandwidth, latency, out)
+
+
+@click.command()
+def doctor() -> int:
+    """Say what this machine can do and what is missing for what."""
+    from pipeline import doctor as examination
+
+    return examination.show()
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("recipe.yaml"))
+def init(path: Path) -> None:
+    """Write a commented recipe."""
+    try:
+        with path.open("x") as file:
+            file.write(TEMPLATE.read_text())
+    except FileExistsError as error:
+        msg = f"{path}: exists already; name another file"
+        raise UsageError(msg) from error
+    except OSError as error:
+        msg = f"{path}: cannot be written: {error.strerror}"
+        raise ToolError(msg) from error
+    click.echo(f"wrote {path}; next: crqat run {path}")
+
+
+COMMANDS = (compare, bundle, check, report, inspect, nncf, models, scale, doctor, init)
