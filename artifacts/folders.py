@@ -26,7 +26,8 @@ def walk(
         status = Path(parent).stat()
         seen.add((status.st_dev, status.st_ino))
         left_out = [name for name in sorted(folders) if not hidden and name.startswith(".")]
-        walked, again = [], []
+        walked: list[str] = []
+        again: list[str] = []
         for name in sorted(set(folders) - set(left_out)):
             status = Path(parent, name).stat()
             place = (status.st_dev, status.st_ino)

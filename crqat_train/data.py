@@ -274,7 +274,7 @@ def doubts(dataset: Dataset) -> tuple[str, ...]:
             "no byte of the training images is above 1 of 255: were they floats in 0..1? (images * 255).round() before "
             ".to(torch.uint8) keeps them"
         )
-    absent = sorted(set(dataset.test_labels.unique().tolist()) - set(dataset.train_labels.unique().tolist()))
+    absent = sorted(set(dataset.test_labels.tolist()) - set(dataset.train_labels.tolist()))
     if absent:
         names = ", ".join(dataset.class_names[label] for label in absent[:3])
         found.append(f"{len(absent)} classes of the test images have no training image ({names})")

@@ -113,8 +113,8 @@ def choose(path: Path, key: str | None, expected: Mapping[str, Tensor]) -> tuple
     if not fitting:
         closest = min(fits, key=lambda place: fits[place].count)
         where = f"{path}, {closest}" if closest else str(path)
-        others = f"; the file holds {_listed(content)}" if closest else ""
-        msg = f"model.weights: {where} does not fit the network in model.name: {fits[closest]}{others}"
+        holds = f"; the file holds {_listed(content)}" if closest else ""
+        msg = f"model.weights: {where} does not fit the network in model.name: {fits[closest]}{holds}"
         raise UsageError(msg)
     first = fits[fitting[0]].state
     if any(not _equal(first, fits[place].state) for place in fitting[1:]):

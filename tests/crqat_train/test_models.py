@@ -364,6 +364,9 @@ def test_published_weights_leave_the_classifier_of_other_classes_new(
     assert not differing
     assert torch.equal(state["features.18.0.weight"], published["features.18.0.weight"])
     assert state["classifier.1.weight"].shape == (classes, 1280)
+    grey, again = models.pretrained("torchvision/mobilenet_v2", classes, 1)
+    stem = published["features.0.0.weight"].sum(1, keepdim=True)
+    assert again == new and torch.equal(grey.state_dict()["features.0.0.weight"], stem)
 
 
 def test_weights_that_cannot_be_fetched_are_the_environments_fault(monkeypatch: pytest.MonkeyPatch) -> None:
