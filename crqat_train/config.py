@@ -78,17 +78,17 @@ class ModelConfig:
         weights: A checkpoint: .safetensors, .pth, .pt, .th, .ckpt, .bin or .pth.tar; "pretrained" takes what
             torchvision or timm publish, and trains on by the `float` section if there is one; None trains the float
             network by the `float` section.
-        weights_key: Where in `weights` the state dict lies, such as "state_dict_ema"; None takes the only one that
-            fits.
         nncf: A folder of `crqat nncf import`: float weights and ranges of a network that stock NNCF has quantized, in
             place of `weights` and of calibration.
+        weights_key: Where in `weights` the state dict lies, such as "state_dict_ema"; None takes the only one that
+            fits.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
     name: str
     weights: str | None = None
-    weights_key: str | None = None
     nncf: str | None = None
+    weights_key: str | None = None
 
 
 @dataclass(frozen=True)

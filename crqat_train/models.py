@@ -369,8 +369,8 @@ def fill(model: nn.Module, values: Mapping[str, Tensor], source: str) -> None:
     Raises:
         UsageError: It does not fit the network.
     """
-    fit = weight_files.fit(values, model.state_dict())
-    if fit.count:
-        msg = f"{source} does not fit the network in model.name: {fit}"
+    match = weight_files.match(values, model.state_dict())
+    if match.count:
+        msg = f"{source} does not fit the network in model.name: {match}"
         raise UsageError(msg)
-    model.load_state_dict(fit.state, strict=False)
+    model.load_state_dict(match.state, strict=False)

@@ -56,7 +56,7 @@ class _LeftOut:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Match:
     """A state dict under the names of a network.
 
     Attributes:
@@ -79,7 +79,7 @@ class Fit:
         return "; ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in self.problems.items() if keys)
 
 
-def choose(path: Path, key: str | None, expected: Mapping[str, Tensor]) -> tuple[Fit, str]:
+def choose(path: Path, key: str | None, expected: Mapping[str, Tensor]) -> tuple[Match, str]:
     """The state dict in a file that fits a network.
 
     Args:
@@ -108,7 +108,7 @@ def choose(path: Path, key: str | None, expected: Mapping[str, Tensor]) -> tuple
             "model.state_dict()"
         )
         raise UsageError(msg)
-    fits = {place: fit(state, expected) for place, state in found.items()}
+    fits = {place: match(state, expected) for place, state in found.items()}
     fitting = [place for place, made in fits.items() if not made.count]
     if not fitting:
         closest = min(fits, key=lambda place: fits[place].count)
@@ -129,14 +129,14 @@ def choose(path: Path, key: str | None, expected: Mapping[str, Tensor]) -> tuple
     return fits[taken], f"{path}: {'; '.join(said)}" if said else ""
 
 
-def fit(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Fit:
+def match(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Match:
     """Compare a state dict with a network's, as it is and without a prefix that all of its names have in front.
 
     Args:
         values: The state dict. What torch.compile and AveragedModel add is left out.
         expected: The network's own.
     """
-    made = [Fit(state, dropped, _problems(state, expected)) for dropped, state in _renamings(values, expected)]
+    made = [Match(state, dropped, _problems(state, expected)) for dropped, state in _renamings(values, expected)]
     return min(made, key=lambda one: one.count)  # the first, as it is, where none is better
 
 

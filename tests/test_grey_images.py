@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -66,7 +67,8 @@ def test_a_folder_of_grey_images_runs_to_its_verdict(tmp_path: Path) -> None:
         drawn.resize((16, 16)).save(place / f"{index}.{'jfif' if index % 2 else 'png'}")
     (tmp_path / "recipe.yaml").write_text(RECIPE)
     (tmp_path / "net.py").write_text(NETWORK)
-    exec(NETWORK, module := {"__name__": "net"})  # noqa: S102 - the text above
+    module: dict[str, Any] = {"__name__": "net"}
+    exec(NETWORK, module)  # noqa: S102 - the text above
     last, average = (module["Net"](1, 3).state_dict() for _ in range(2))
     torch.save({"last": last, "ema": average}, tmp_path / "net.ckpt")
     said = run(tmp_path, "-m", "pipeline.cli", "run", "recipe.yaml")
