@@ -12,6 +12,8 @@ Target = Literal["onnxruntime", "tensorrt"]
 # Of images in folders, where the recipe does not say: what ImageNet's networks were evaluated with.
 FOLDER_SIZE, FOLDER_CROP = 256, 224
 FILE_SOURCES = ("imagefolder", "webdataset", "huggingface")
+# Sources whose images are RGB unless `data.channels` says otherwise.
+COLOUR_SOURCES = (*FILE_SOURCES, "cifar10", "cifar100")
 
 
 def source_kind(source: str | None) -> str | None:
@@ -37,7 +39,9 @@ class DataConfig:
             teacher a weak one; "none" shows both weak ones.
         size: Of stored images (FILE_SOURCES): resize the shorter side to so many pixels; None is 256.
         crop: Of stored images: cut a square of so many pixels out of the centre; None is 224.
-        convert: Of stored images: turn grey, palette and CMYK images into RGB instead of refusing them.
+        channels: Of stored images and CIFAR: 3 is RGB, 1 is grey; None is 3.
+        convert: Of stored images: turn those of another mode (grey, palette, CMYK; colours where `channels` is 1) into
+            RGB or grey instead of refusing them.
         image_column: Of "huggingface"; None takes the only column of images.
         label_column: Of "huggingface"; None takes the only column of class labels, or the one called "label".
         mean: Of each channel, in units of 0..1; None is the source's own.
@@ -55,6 +59,7 @@ class DataConfig:
     strong: Literal["none", "randaugment"] = "none"
     size: Annotated[int, Range(ge=1)] | None = None
     crop: Annotated[int, Range(ge=1)] | None = None
+    channels: Literal[1, 3] | None = None
     convert: bool = False
     image_column: str | None = None
     label_column: str | None = None
@@ -67,18 +72,23 @@ class ModelConfig:
     """The float network.
 
     Attributes:
-        name: "cifar/resnet20" and its kin, "torchvision/NAME", "timm/NAME", or "package.module:function", which is
-            called with `classes` and `channels`.
-        weights: A .safetensors file or a .pth state dict; "pretrained" takes what torchvision or timm publish, and
-            trains on by the `float` section if there is one; None trains the float network by the `float` section.
+        name: "cifar/resnet20" and its kin, "torchvision/NAME", "timm/NAME", or "package.module:function", a function or
+            class that is called with `classes` (or `num_classes`) and `channels` (or `in_channels`, `in_chans`), as far
+            as it has such parameters.
+        weights: A checkpoint: .safetensors, .pth, .pt, .th, .ckpt, .bin or .pth.tar; "pretrained" takes what
+            torchvision or timm publish, and trains on by the `float` section if there is one; None trains the float
+            network by the `float` section.
         nncf: A folder of `crqat nncf import`: float weights and ranges of a network that stock NNCF has quantized, in
             place of `weights` and of calibration.
+        weights_key: Where in `weights` the state dict lies, such as "state_dict_ema"; None takes the only one that
+            fits.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
     name: str
     weights: str | None = None
     nncf: str | None = None
+    weights_key: str | None = None
 
 
 @dataclass(frozen=True)

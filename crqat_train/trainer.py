@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from artifacts.config import user_path
 from artifacts.errors import UsageError
 from artifacts.grid import save_grids
 from artifacts.progress import Progress
@@ -127,7 +128,7 @@ class _Run:
         self.config, self.dataset, self.split, self.device, self.progress = config, dataset, split, device, progress
         self.keeper = keeper
         nncf = config.model.nncf
-        self.nncf = None if nncf is None else nncf_checkpoint.read(Path(nncf))
+        self.nncf = None if nncf is None else nncf_checkpoint.read(user_path(nncf, "model.nncf"))
         self.generators = Generators.of(config.seed, device)
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
@@ -162,7 +163,10 @@ class _Run:
             models.fill(model, self.nncf.weights, source)
         elif weights is not None and weights != "pretrained":
             source = f"model.weights: {weights}"
-            models.load_weights(model, Path(weights))
+            said = models.load_weights(model, user_path(weights, "model.weights"), config.model.weights_key)
+            if said:
+                self.notes.append(f"model.weights: {said}")
+                self.progress("weights", 1, 1, said)
         if source:
             if not finite(model):
                 msg = f"{source} holds values that are infinite or no number"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import platform
 from importlib import machinery, metadata
 from pathlib import Path
 from typing import Any
 
 from artifacts import store
+from artifacts.config import user_path
 from artifacts.errors import UsageError
+from artifacts.folders import walk
 from crqat_train.config import FILE_SOURCES, source_kind
 from pipeline import recipe
 
@@ -107,13 +108,14 @@ def input_files(config: recipe.Recipe) -> dict[str, str]:
     """
     hashes = {}
     if config.model.weights not in (None, "pretrained"):
-        path = Path(config.model.weights)
+        path = user_path(config.model.weights, "model.weights")
         if not path.is_file():
             msg = f"{path}: no such weights file (model.weights, relative to {Path.cwd()})"
             raise UsageError(msg)
         hashes[config.model.weights] = store.sha256_file(path)
     if config.model.nncf is not None:
-        files = [path for path in sorted(Path(config.model.nncf).glob("*")) if path.suffix in (".safetensors", ".json")]
+        folder = user_path(config.model.nncf, "model.nncf")
+        files = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json")]
         if not files:
             msg = f"{config.model.nncf}: no such folder, or nothing in it (model.nncf); make it by `crqat nncf import`"
             raise UsageError(msg)
@@ -121,7 +123,7 @@ def input_files(config: recipe.Recipe) -> dict[str, str]:
     stored = {source_kind(name) for name in (config.data.source, config.data.unlabeled)} & set(FILE_SOURCES)
     fetched = config.data.download and stored == {"huggingface"}  # not there yet when the stage begins
     if stored and config.data.root is not None and not fetched:
-        hashes["data.root"] = folder_state(Path(config.data.root).expanduser())
+        hashes["data.root"] = folder_state(user_path(config.data.root, "data.root"))
     for name in (config.data.source, config.data.unlabeled, config.model.name):
         module, colon, _ = (name or "").partition(":")
         path_found = module_file(module) if colon else None
@@ -133,9 +135,9 @@ def input_files(config: recipe.Recipe) -> dict[str, str]:
 def folder_state(root: Path) -> str:
     """SHA-256 of every file's relative path, size and time of change below a folder: cheap, and no content is read."""
     lines = []
-    for parent, _, names in os.walk(root):
+    for parent, names, _, _ in walk(root):
         for name in names:
-            path = Path(parent, name)
+            path = parent / name
             with contextlib.suppress(OSError):  # who reads the images says what is wrong with it
                 status = path.stat()
                 lines.append(f"{path.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}")

@@ -58,18 +58,20 @@ class Images:
         size: Height and width, in pixels.
         verified: Images whose codes are compared.
         cifar10: Folder of CIFAR-10, whose training images are enlarged; None is normal noise.
+        channels: 3, or 1 for grey images.
     """
 
     size: int
     verified: int = VERIFIED_IMAGES
     cifar10: Path | None = None
+    channels: int = 3
 
     def __str__(self) -> str:
         source = "normal noise" if self.cifar10 is None else "CIFAR-10, enlarged"
-        return f"{source}, {self.size} px"
+        return f"{source}, {self.size} px{', grey' if self.channels == 1 else ''}"
 
 
-def run(names: Sequence[str], cifar10: Path | None, size: int, out: Path) -> None:
+def run(names: Sequence[str], cifar10: Path | None, size: int, out: Path, channels: int = 3) -> None:
     """Measure networks one by one, show their table, write it as Markdown and as JSON beside.
 
     Args:
@@ -77,6 +79,7 @@ def run(names: Sequence[str], cifar10: Path | None, size: int, out: Path) -> Non
         cifar10: Folder with cifar-10-batches-py; None is noise.
         size: Height and width, except for networks that take one size alone.
         out: The Markdown file. Rows of other networks in the JSON beside it stay.
+        channels: 3, or 1 for grey images.
 
     Raises:
         UsageError: There is no CIFAR-10 where it should be, or the JSON is not one of these.
@@ -88,7 +91,7 @@ def run(names: Sequence[str], cifar10: Path | None, size: int, out: Path) -> Non
     rows = _read(out.with_suffix(".json"))
     chosen = names or NETWORKS
     for index, name in enumerate(chosen, 1):
-        images = Images(SIZES.get(name, size), cifar10=cifar10)
+        images = Images(SIZES.get(name, size), cifar10=cifar10, channels=channels)
         row = measure(name, images)
         rows[name] = row
         console.say(f"{index}/{len(chosen)} {name}: {row['status']} ({row['total_seconds']:.0f} s)")
@@ -109,7 +112,7 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS) -> dic
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "row.json"
         command = [sys.executable, "-m", "pipeline.network", name, "--report", str(report)]
-        command += ["--size", str(images.size), "--verified", str(images.verified)]
+        command += ["--size", str(images.size), "--verified", str(images.verified), "--channels", str(images.channels)]
         command += ["--cifar10", str(images.cifar10.resolve())] if images.cifar10 else []
         row: dict[str, Any]
         try:

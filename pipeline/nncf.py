@@ -55,6 +55,7 @@ def take(path: Path, recipe_path: Path, config: Recipe, out: Path | None, progre
             click.echo(console.printable(f"  {edge.outcome}: {edge.name}: {edge.note}"))
     click.echo(f"edges: {nncf_start.summary(edges)}")
     changes = [f"model.nncf={folder}", "model.weights=null"]
+    changes += ["model.weights_key=null"] * (config.model.weights_key is not None)
     asked = {
         "weights": (weights, config.quantization.weights),
         "activations": (activations, config.quantization.activations),

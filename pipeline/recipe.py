@@ -15,6 +15,7 @@ import pydantic
 from artifacts.config import STRICT, Range
 from artifacts.errors import UsageError
 from crqat_train.config import (
+    COLOUR_SOURCES,
     FILE_SOURCES,
     FOLDER_CROP,
     FOLDER_SIZE,
@@ -185,6 +186,9 @@ def _contradiction(recipe: Recipe) -> str | None:
     if recipe.data.unlabeled is not None and (recipe.consistency.teacher == "none" or recipe.consistency.weight == 0):
         return "data.unlabeled: feeds the consistency term alone, which is off; set consistency.teacher and .weight"
     kinds = {source_kind(recipe.data.source), source_kind(recipe.data.unlabeled)}
+    problem = _channels(recipe, kinds)
+    if problem is not None:
+        return problem
     resized = [key for key in ("size", "crop", "convert") if getattr(recipe.data, key)]
     if resized and not kinds & set(FILE_SOURCES):
         return f"data.{resized[0]}: only of {', '.join(FILE_SOURCES)}, whose images are files; remove it"
@@ -209,8 +213,24 @@ def _contradiction(recipe: Recipe) -> str | None:
             )
     if recipe.model.nncf is not None and recipe.model.weights is not None:
         return "model.nncf: brings the float weights, too; leave model.weights out"
+    if recipe.model.weights_key is not None and recipe.model.weights in (None, "pretrained"):
+        return "model.weights_key: says where in the file of model.weights the weights lie; name the file, or remove it"
     if recipe.model.weights is None and recipe.float_training is None and recipe.model.nncf is None:
         return "float: missing; say how to train the float network, or give its weights as model.weights"
+    return None
+
+
+def _channels(recipe: Recipe, kinds: set[str | None]) -> str | None:
+    """What is wrong with `data.channels`, `data.mean` and `data.std`, None if nothing is."""
+    data = recipe.data
+    if data.channels is not None and not kinds & set(COLOUR_SOURCES):
+        return f"data.channels: only of {', '.join(COLOUR_SOURCES)}; other sources bring their own; remove it"
+    if source_kind(data.source) not in COLOUR_SOURCES:
+        return None
+    channels = data.channels or 3
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if values is not None and len(values) != channels:
+            return f"data.{key}: has {len(values)} numbers for {channels} channels (data.channels); give one for each"
     return None
 
 

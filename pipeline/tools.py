@@ -111,11 +111,12 @@ def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out:
 @click.option("--cifar10", type=click.Path(path_type=Path), help="Folder of CIFAR-10, to be enlarged. Default: noise.")
 @click.option("--size", type=click.IntRange(min=32), default=224, help="Height and width of the images. Default: 224.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("docs/models.md"), help="Default: docs/models.md.")
-def models(names: tuple[str, ...], cifar10: Path | None, size: int, out: Path) -> None:
+@click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="Of the images; 1 is grey. Default: 3.")
+def models(names: tuple[str, ...], cifar10: Path | None, size: int, out: Path, channels: str) -> None:
     """Take networks through everything and write what is mapped, equal and computed in integers."""
     from pipeline import networks
 
-    networks.run(names, cifar10, size, out)
+    networks.run(names, cifar10, size, out, int(channels))
 
 
 @click.command()

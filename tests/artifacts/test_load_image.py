@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from artifacts.errors import ToolError, UsageError
-from artifacts.images import Preprocessing, load_image
+from artifacts.images import Preprocessing, endings, load_image
 
 torchvision_f = pytest.importorskip("torchvision.transforms.v2.functional")
 
@@ -82,6 +82,28 @@ def test_transparency_and_16_bits_have_no_meaning_in_rgb(tmp_path: Path, convert
     else:
         with pytest.raises(UsageError, match="RGBA, not RGB"):
             load_image(opaque, 16, 16)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "1", "P", "CMYK"])
+def test_images_become_grey_with_leave(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(picture(16, 16)).convert(mode)
+    path = saved(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), image)
+    with pytest.raises(UsageError, match=rf"{mode}, not grey; save it as grey, or set data\.convert: true"):
+        load_image(path, 16, 16, channels=1)
+    with Image.open(path) as again:
+        expected = np.asarray(again.convert("L"))[None]
+    np.testing.assert_array_equal(load_image(path, 16, 16, convert=True, channels=1), expected)
+    with pytest.raises(UsageError, match=r"1 channel .* or 3 .*, and 4 are asked for"):
+        load_image(path, 16, 16, channels=4)
+
+
+def test_no_format_is_read_that_calls_another_program(tmp_path: Path) -> None:
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    path = saved(tmp_path / "a.eps", Image.fromarray(picture(16, 16))).rename(tmp_path / "a.jpg")
+    with pytest.raises(UsageError, match=r"a\.jpg: cannot be decoded as an image \(cannot identify"):
+        load_image(path, 16, 16)
+    assert {".jpg", ".jfif", ".png", ".webp", ".tga"} <= endings()
+    assert not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".wmf"} & endings()
 
 
 def test_what_cannot_be_decoded_is_named_in_one_line(tmp_path: Path) -> None:
