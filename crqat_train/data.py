@@ -209,7 +209,7 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: whatever it raises is why it cannot be imported
+    except (Exception, SystemExit) as error:  # the module is the user's: whatever it raises is why
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         msg = f"{key}: cannot import {module_name!r} ({reason}); install it or run in the folder it is in"
         raise UsageError(msg) from error
@@ -220,8 +220,8 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
     return function  # type: ignore[no-any-return]
 
 
-def call_function(function: Callable[..., Any], name: str, key: str, arguments: dict[str, Any]) -> Any:
-    """Call a recipe's function; what it raises itself passes through.
+def check_call(function: Callable[..., Any], name: str, key: str, arguments: dict[str, Any]) -> None:
+    """See that a recipe's function takes what it is to be called with.
 
     Raises:
         UsageError: Its parameters do not fit.
@@ -232,6 +232,15 @@ def call_function(function: Callable[..., Any], name: str, key: str, arguments: 
         call = ", ".join(f"{argument}=" for argument in arguments)
         msg = f"{key}: {name} must be callable as {name.partition(':')[2]}({call}) ({error})"
         raise UsageError(msg) from error
+
+
+def call_function(function: Callable[..., Any], name: str, key: str, arguments: dict[str, Any]) -> Any:
+    """Call a recipe's function; what it raises itself passes through.
+
+    Raises:
+        UsageError: Its parameters do not fit.
+    """
+    check_call(function, name, key, arguments)
     return function(**arguments)
 
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from artifacts.errors import ToolError, UsageError
-from crqat_train.data import call_function, import_function
+from crqat_train.data import call_function, check_call, import_function
 
 # Residual blocks in each of the three stages of a CIFAR ResNet of 6 n + 2 layers.
 CIFAR_BLOCKS = {"cifar/resnet20": 3, "cifar/resnet56": 9}
@@ -123,6 +123,18 @@ CIFAR_STEMS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+def check_name(name: str) -> None:
+    """See that a network's name is known, or that its function can be called by `build`; nothing is built.
+
+    Raises:
+        UsageError: It is not, or cannot.
+    """
+    if ":" in name:
+        check_call(import_function(name, "model.name"), name, "model.name", {"classes": 0, "channels": 0})
+    elif name not in CIFAR_BLOCKS and name not in CIFAR_STEMS and not name.startswith("timm/"):
+        _check_torchvision(name)
+
+
 def build(name: str, classes: int, channels: int) -> nn.Module:
     """A network with freshly drawn weights (torch's global generator), on the CPU, in training mode.
 
@@ -212,7 +224,7 @@ def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
     return model
 
 
-def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+def _check_torchvision(name: str) -> None:
     # Imported here because other networks do without torchvision, which takes a second.
     import torchvision  # type: ignore[import-untyped]
 
@@ -227,6 +239,12 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
         kinds = '"cifar/...", "torchvision/...", "timm/..." or "package.module:function"'
         msg = f'model.name: "{name}" is no {kinds} known here{hint}'
         raise UsageError(msg)
+
+
+def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+    _check_torchvision(name)
+    import torchvision
+
     if channels != 3:
         msg = f'model.name: "{name}" takes images of 3 channels, data.source has {channels}; use "cifar/resnet20"'
         raise UsageError(msg)
