@@ -123,10 +123,15 @@ def _fill(run: Path, manifest: Manifest, version: Path) -> Iterator[Path]:
         sync(version)
     except BaseException as error:
         shutil.rmtree(version, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
+        # One that names a file elsewhere, such as a temporary one, is told as that.
+        if isinstance(error, OSError) and error.errno in _PLACE_ERRORS and _concerns(error, version):
             msg = f"cannot write the stage {manifest.stage} to {run}: {error.strerror}"
             raise ToolError(msg) from error
         raise
+
+
+def _concerns(error: OSError, version: Path) -> bool:
+    return error.filename is None or version.resolve() in Path(os.fsdecode(error.filename)).resolve().parents
 
 
 def _make_current(run: Path, stage: str, version: Path) -> None:

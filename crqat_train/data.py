@@ -298,7 +298,7 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
         sys.path.append(str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # the module is the user's: whatever it raises is why it cannot be imported
+    except (Exception, SystemExit) as error:  # the module is the user's: whatever it raises is why
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         msg = f"{key}: cannot import {module_name!r} ({reason}); install it or run in the folder it is in"
         raise UsageError(msg) from error

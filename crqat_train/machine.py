@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import numpy as np
 import torch
 
 from artifacts.errors import ToolError
+from crqat_train import compilers
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,10 +28,10 @@ def choose_device(name: str) -> torch.device:
 
 
 def compiler(device: torch.device) -> str:
-    """What torch.compile would use on this device, empty if there is nothing."""
+    """What torch.compile uses on this device, empty if there is nothing that can build, as `crqat doctor` says."""
     if device.type == "cuda":
-        return "torch.compile (triton)"
-    name = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), "")
+        return "torch.compile (triton)" if find_spec("triton") and compilers.triton() else ""
+    name = compilers.cpp()
     return f"torch.compile ({name})" if name else ""
 
 

@@ -122,6 +122,18 @@ CIFAR_STEMS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+def check_name(name: str) -> None:
+    """See that a network's name is known, or that its function can be called by `build`; nothing is built.
+
+    Raises:
+        UsageError: It is not, or cannot.
+    """
+    if ":" in name:
+        check_callable(name)
+    elif name not in CIFAR_BLOCKS and name not in CIFAR_STEMS and not name.startswith("timm/"):
+        _check_torchvision(name)
+
+
 def build(name: str, classes: int, channels: int) -> nn.Module:
     """A network with freshly drawn weights (torch's global generator), on the CPU, in training mode.
 
@@ -282,7 +294,7 @@ def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
     return model
 
 
-def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+def _check_torchvision(name: str) -> None:
     # Imported here because other networks do without torchvision, which takes a second.
     import torchvision  # type: ignore[import-untyped]
 
@@ -297,6 +309,12 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
         kinds = '"cifar/...", "torchvision/...", "timm/..." or "package.module:function"'
         msg = f'model.name: "{name}" is no {kinds} known here{hint}'
         raise UsageError(msg)
+
+
+def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+    _check_torchvision(name)
+    import torchvision
+
     short = name.removeprefix("torchvision/")
     # The heads that help these two to train from scratch are a second output, and no part of what is delivered.
     further = {"aux_logits": False, "init_weights": True} if short in AUXILIARY_HEADS else {}

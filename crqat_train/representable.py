@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from artifacts.errors import UsageError
+from crqat_train.fit import is_step
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantizer_node
 from crqat_train.methods import quantizer_of
@@ -23,6 +24,7 @@ BIAS_LIMIT = 2.0**30
 # follow.
 _FLOAT16_TINY = 2.0**-24
 _FLOAT16_MAX = 65504.0
+_STATISTICS = ("running_mean", "running_var")
 
 
 def fold_multiplier(bn: torch.nn.modules.batchnorm._BatchNorm) -> Tensor:
@@ -39,7 +41,9 @@ def _running(statistics: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def make_representable(model: fx.GraphModule, specs: Sequence[QuantizerSpec], targets: Sequence[str]) -> list[str]:
+def make_representable(
+    model: fx.GraphModule, specs: Sequence[QuantizerSpec], targets: Sequence[str], trained: bool = True
+) -> list[str]:
     """Round the scales of a quantized model in place; call it before the final evaluation.
 
     Scales are rounded up, so that nothing that fitted is clipped. The change is below one part in a thousand for scales
@@ -49,17 +53,25 @@ def make_representable(model: fx.GraphModule, specs: Sequence[QuantizerSpec], ta
         model: The quantized GraphModule in its final state.
         specs: Its quantizers.
         targets: "onnxruntime", "tensorrt" or both.
+        trained: Whether it was trained after calibration; for messages.
 
     Returns:
         One line for each weight some of whose channels had to be raised to a larger scale.
 
     Raises:
-        UsageError: A scale is larger than float16's largest number, with TensorRT in the targets.
+        UsageError: A BatchNorm or a scale holds what no network can compute with, or a scale is larger than float16's
+            largest number, with TensorRT in the targets.
     """
+    why = "training diverged; lower qat.lr" if trained else "and nothing was trained: look at weights and images"
+    check_values(model, "the network", why)
     scales = {spec.edge: quantizer_of(model, spec).scale for spec in specs}
     for spec in specs:
+        if not bool(scales[spec.edge].isfinite().all()):
+            msg = f"{spec.operation}: the scale of its {spec.kind} is infinite or no number: {why}"
+            raise UsageError(msg)
+    for spec in specs:
         if spec.kind == "activation" and "tensorrt" in targets:
-            scales[spec.edge].copy_(_up_to_float16(scales[spec.edge], spec))
+            scales[spec.edge].copy_(_up_to_float16(scales[spec.edge], spec, why))
     notes = []
     for spec in specs:
         if spec.kind != "weight":
@@ -74,7 +86,7 @@ def make_representable(model: fx.GraphModule, specs: Sequence[QuantizerSpec], ta
         raised = (folded < smallest) & (multiplier != 0)
         folded = torch.where(raised, smallest, folded)
         if "tensorrt" in targets:
-            folded = _up_to_float16(folded, spec)
+            folded = _up_to_float16(folded, spec, why)
         changed = (multiplier != 0) if "tensorrt" in targets else raised
         # The division's rounding alone must not make a scale smaller.
         final = torch.maximum(folded / multiplier.abs(), scale.reshape(-1))
@@ -104,13 +116,43 @@ def _folded(model: fx.GraphModule, spec: QuantizerSpec, scale: Tensor) -> tuple[
     return multiplier, shift + (bias - _running(bn.running_mean)) * multiplier
 
 
-def _up_to_float16(scale: Tensor, spec: QuantizerSpec) -> Tensor:
+def check_values(model: torch.nn.Module, source: str, why: str = "the file is damaged") -> None:
+    """See that a network's weights and statistics are numbers, and that no BatchNorm takes the root of a negative one.
+
+    Quantizers' steps and buffers of other kinds, such as a mask of infinities, are not looked at.
+
+    Args:
+        model: In any state.
+        source: Where its values come from, for the message.
+        why: What to say of values that are no numbers.
+
+    Raises:
+        UsageError: The message names the first tensor, by its module, and what is wrong with it.
+    """
+    values = [(name, tensor) for name, tensor in model.named_parameters() if not is_step(name)]
+    values += [(name, tensor) for name, tensor in model.named_buffers() if name.endswith(_STATISTICS)]
+    for name, tensor in values:
+        wrong = int((~tensor.isfinite()).sum())
+        if wrong:
+            msg = f"{source} holds values that are infinite or no number: {wrong} of {tensor.numel()} in {name}; {why}"
+            raise UsageError(msg)
+    for name, variance in values:
+        if name.endswith("running_var") and bool((variance < 0).any()):
+            channels, least = int((variance < 0).sum()), float(variance.min())
+            msg = (
+                f"{source}: {name} is negative in {channels} of {variance.numel()} channels (down to {least:g}), which "
+                "no variance is; the weights are damaged, or not this network's"
+            )
+            raise UsageError(msg)
+
+
+def _up_to_float16(scale: Tensor, spec: QuantizerSpec, why: str) -> Tensor:
     """The smallest float16 that is not below `scale`, as float32; at least float16's smallest number."""
     largest = float(scale.amax())
     if not largest <= _FLOAT16_MAX:
         msg = (
-            f"{spec.operation}: a scale of {largest:g} is more than TensorRT's float16 holds, so training diverged; "
-            "lower qat.lr, or take tensorrt out of `targets`"
+            f"{spec.operation}: a scale of {largest:g} is more than TensorRT's float16 holds: {why}, "
+            "or take tensorrt out of `targets`"
         )
         raise UsageError(msg)
     rounded = scale.half()

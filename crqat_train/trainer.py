@@ -23,12 +23,12 @@ from crqat_train.checkpoint import write_tensors
 from crqat_train.config import OptimizerConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.evaluation import BATCH, accuracy
-from crqat_train.fit import Fit, finite
+from crqat_train.fit import Fit
 from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.low_bits import LowBitTraining
 from crqat_train.machine import choose_device, compiler, deterministic
 from crqat_train.methods import quantizer_maker, quantizer_of
-from crqat_train.representable import make_representable
+from crqat_train.representable import check_values, make_representable
 from crqat_train.resume import SAVE_EVERY, Keeper, Training
 
 Forward = Callable[[Tensor], Tensor]
@@ -63,6 +63,7 @@ def train(
     if config.qat.sync_bn:
         distributed.check_sync_bn(device)
     with deterministic(config.seed):
+        models.check_name(config.model.name)  # before anything is read
         with distributed.first_rank_first():
             dataset = data.of_recipe(config.data, progress)
         split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
@@ -84,7 +85,10 @@ def train(
         for name, candidate in candidates.items():
             run.estimate_bn(candidate)
             candidate.to(memory_format=torch.contiguous_format)
-            notes += [f"{name}: {note}" for note in make_representable(candidate, specs, config.targets)]
+            notes += [
+                f"{name}: {note}"
+                for note in make_representable(candidate, specs, config.targets, config.qat.epochs > 0)
+            ]
             accuracies[name] = run.validate(candidate)
             grids = {spec.edge: quantizer_of(candidate, spec).grid() for spec in specs}
             if out is not None:
@@ -168,10 +172,10 @@ class _Run:
                 self.notes.append(f"model.weights: {said}")
                 self.progress("weights", 1, 1, said)
         if source:
-            if not finite(model):
-                msg = f"{source} holds values that are infinite or no number"
-                raise UsageError(msg)
+            check_values(model, source)
             return model.eval()
+        # A function may have loaded weights of its own.
+        check_values(model, f"model.name: {config.model.name}")
         if self.keeper.finished("float", model):
             return model.eval()
         batches = self._batches(config.float_training, "float.batch_size", strong=False)

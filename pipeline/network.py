@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from artifacts.errors import CrqatError, ToolError
+from artifacts import failures
+from artifacts.errors import CrqatError, InternalError, ToolError, UsageError
 from artifacts.progress import quiet
 from crqat_train import data, models
 from crqat_train.calibration import calibrate
@@ -185,10 +186,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         images = Images(given.size, given.verified, given.cifar10, given.channels)
         row = {"status": "measured", **measure(given.name, images)}
-    except ToolError as error:
-        row = {"status": f"failed: {' '.join(str(error).split())}"}
-    except CrqatError as error:
-        row = {"status": f"refused: {' '.join(str(error).split())}"}
+    except (Exception, SystemExit) as error:
+        told = error if isinstance(error, CrqatError) else failures.explain(error, given.name)
+        kinds = {UsageError: "refused", ToolError: "not run", InternalError: "failed"}
+        row = {"status": f"{kinds[type(told)]}: {told}"}
     given.report.write_text(json.dumps(row, indent=1))
     return 0
 

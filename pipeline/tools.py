@@ -110,13 +110,18 @@ def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out:
 @click.argument("names", metavar="[NAMES]...", nargs=-1)
 @click.option("--cifar10", type=click.Path(path_type=Path), help="Folder of CIFAR-10, to be enlarged. Default: noise.")
 @click.option("--size", type=click.IntRange(min=32), default=224, help="Height and width of the images. Default: 224.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/models.md"), help="Default: docs/models.md.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the table here, as Markdown. Default: show it alone."
+)
+@click.option("--force", is_flag=True, help="Replace a file that this command has not written.")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="Of the images; 1 is grey. Default: 3.")
-def models(names: tuple[str, ...], cifar10: Path | None, size: int, out: Path, channels: str) -> None:
-    """Take networks through everything and write what is mapped, equal and computed in integers."""
+def models(
+    names: tuple[str, ...], cifar10: Path | None, size: int, out: Path | None, force: bool, channels: str
+) -> int:
+    """Take networks through everything and say what is mapped, equal and computed in integers; exit 1 if one fails."""
     from pipeline import networks
 
-    networks.run(names, cifar10, size, out, int(channels))
+    return networks.run(names, cifar10, size, out, force, int(channels))
 
 
 @click.command()
