@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import pickle
 import re
 from collections.abc import Callable, Mapping
@@ -151,6 +152,35 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
     return _torchvision(name, classes, channels)
 
 
+def check_callable(name: str) -> None:
+    """Check that `build` can call what `model.name` names, without calling it.
+
+    Raises:
+        UsageError: It cannot be imported, or does not take these arguments.
+    """
+    try:
+        inspect.signature(import_function(name, "model.name")).bind(classes=1, channels=1)
+    except TypeError as error:
+        call = f"{name.partition(':')[2]}(classes=, channels=)"
+        msg = f"model.name: {name} must be callable as {call} ({error})"
+        raise UsageError(msg) from error
+
+
+def check_name(name: str) -> None:
+    """Check what can be said of `model.name` before any data is read: whether it is there, and takes its arguments.
+
+    Raises:
+        UsageError: It is not, or does not.
+        ToolError: It needs a package that is not there.
+    """
+    if ":" in name:
+        check_callable(name)
+    elif name.startswith("timm/"):
+        _check_timm(name, pretrained=False)
+    elif name not in CIFAR_BLOCKS and name not in CIFAR_STEMS:
+        _check_torchvision(name)
+
+
 def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]:
     """A network of torchvision or timm with the weights that its library publishes, downloaded if need be.
 
@@ -196,6 +226,15 @@ def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]
 
 
 def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    _check_timm(name, pretrained)
+    import timm
+
+    short = name.removeprefix("timm/")
+    model: nn.Module = timm.create_model(short, pretrained=pretrained, num_classes=classes, in_chans=channels)
+    return model
+
+
+def _check_timm(name: str, pretrained: bool) -> None:
     try:
         import timm
     except ImportError as error:
@@ -208,11 +247,9 @@ def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
         hint = f'; did you mean "timm/{near[0]}"?' if near else ""
         msg = f'model.name: timm has no "{short}"{" with published weights" if pretrained else ""}{hint}'
         raise UsageError(msg)
-    model: nn.Module = timm.create_model(short, pretrained=pretrained, num_classes=classes, in_chans=channels)
-    return model
 
 
-def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+def _check_torchvision(name: str) -> None:
     # Imported here because other networks do without torchvision, which takes a second.
     import torchvision  # type: ignore[import-untyped]
 
@@ -227,6 +264,12 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
         kinds = '"cifar/...", "torchvision/...", "timm/..." or "package.module:function"'
         msg = f'model.name: "{name}" is no {kinds} known here{hint}'
         raise UsageError(msg)
+
+
+def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+    _check_torchvision(name)
+    import torchvision
+
     if channels != 3:
         msg = f'model.name: "{name}" takes images of 3 channels, data.source has {channels}; use "cifar/resnet20"'
         raise UsageError(msg)
