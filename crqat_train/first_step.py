@@ -78,22 +78,47 @@ def check_step(
     except Exception as error:
         if passes_through(error):
             raise
-        if len(images) == 1 and _FEW_VALUES in str(error):
-            msg = (
-                f"{key}.batch_size: {failing_module(network, error) or 'a BatchNorm'} has one value for each channel "
-                f"of one image, and no statistics of it; take at least {2 * processes}"
-            )
-            raise UsageError(msg) from error
+        _refuse_one_image(network, images, error, f"{key}.batch_size", 2 * processes)
         msg = f"model.name: {_fails(network, error)} in the first step of training{one_line_of(error)}"
         raise UsageError(msg) from error
     finally:
         network.eval()
     if not torch.isfinite(loss):
         msg = (
-            f"model.name: the loss of {type(network).__name__}{forward_of(network)} is {float(loss)} in the first step "
+            f"model.name: the loss of {type(network).__name__}{forward_of(network)} is {float(loss.detach())} in the first step "
             "of training; look for a logarithm, root or quotient of values that may be 0"
         )
         raise UsageError(msg)
+
+
+def check_statistics(network: nn.Module, images: Tensor, key: str) -> None:
+    """Run a network as when BatchNorm's statistics are estimated anew.
+
+    Args:
+        network: It is changed.
+        images: Normalized, float32 of shape [N, C, H, W]: as many as are estimated from at once.
+        key: What their number is called in the recipe.
+
+    Raises:
+        UsageError: They are too few.
+    """
+    try:
+        with torch.no_grad():
+            network.train()(images)
+    except ValueError as error:
+        _refuse_one_image(network, images, error, key, 2)
+        raise
+    finally:
+        network.eval()
+
+
+def _refuse_one_image(network: nn.Module, images: Tensor, error: Exception, key: str, least: int) -> None:
+    if len(images) == 1 and _FEW_VALUES in str(error):
+        msg = (
+            f"{key}: {failing_module(network, error) or 'a BatchNorm'} has one value for each channel of one image, "
+            f"and no statistics of it; take at least {least}"
+        )
+        raise UsageError(msg) from error
 
 
 def one_line_of(error: BaseException) -> str:
@@ -114,8 +139,11 @@ def _check_logits(network: nn.Module, logits: object, images: int, classes: int 
         kind = type(logits).__name__
         if isinstance(logits, (tuple, list, Mapping)):
             kind += f" of {len(logits)}"
-        auxiliary = "leave auxiliary heads out (they are no part of what is delivered)" if when else "return them alone"
-        msg = f"{what} returns a {kind}{when} instead of the logits; {auxiliary}, or wrap the network in a module that returns the logits"
+        remedy = "leave auxiliary heads out (they are no part of what is delivered)" if when else "return them alone"
+        msg = (
+            f"{what} returns a {kind}{when} instead of the logits; {remedy}, or wrap the network in a module that "
+            "returns the logits"
+        )
         raise UsageError(msg)
     if not logits.is_floating_point():
         msg = f"{what} returns {logits.dtype}{when}; return the logits, which are floating-point numbers"

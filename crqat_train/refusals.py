@@ -75,6 +75,8 @@ def passes_through(error: BaseException) -> bool:
 def forward_of(model: nn.Module) -> str:
     """File and line of a network's forward, as " at file:line"; empty if it has no source."""
     function = inspect.unwrap(type(model).forward)
+    if type(model).__module__.startswith("torch."):  # nn.Sequential's is no line that anybody wrote for this network
+        return ""
     try:
         return f" at {inspect.getsourcefile(function)}:{inspect.getsourcelines(function)[1]}"
     except (OSError, TypeError):

@@ -11,9 +11,7 @@ from artifacts.progress import Progress, quiet
 from pipeline.console import printable
 
 
-def check(
-    path: Path, overrides: tuple[str, ...] = (), syntax: bool = False, progress: Progress = quiet
-) -> list[str]:
+def check(path: Path, overrides: tuple[str, ...] = (), syntax: bool = False, progress: Progress = quiet) -> list[str]:
     """Verify what is there and describe it in lines.
 
     Args:

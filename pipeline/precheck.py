@@ -26,7 +26,7 @@ from crqat_train import trainer
 from crqat_train.batches import evaluation_batches
 from crqat_train.calibration import calibrate
 from crqat_train.config import TrainConfig
-from crqat_train.first_step import check_forward, check_step, one_line_of
+from crqat_train.first_step import check_forward, check_statistics, check_step, one_line_of
 from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.methods import quantizer_maker, quantizer_of
 from crqat_train.refusals import forward_of, passes_through, source_line
@@ -37,7 +37,8 @@ from export.config import ExportConfig
 from export.lint import lint
 from export.qdq import QDQModel, float_model
 from export.quantized import Quantized
-from export.verify import verify
+from export.verify import fusion, verify
+from pipeline.networks import UNEXPLAINED
 from pipeline.recipe import Recipe, train_config
 
 # Images for the ranges and BN's statistics, and of those the ones that a step trains on and codes are proven on.
@@ -107,7 +108,6 @@ class _Check:
         self.labels = start.dataset.train_labels[chosen].to(start.device)
 
     def run(self, stages: tuple[str, ...]) -> list[str]:
-        check_candidate(self.training, self.config.export)
         network = self._copy(self.start.network)
         if self.training.model.weights is None and self.training.model.nncf is None:
             network = awake(network)
@@ -129,6 +129,8 @@ class _Check:
             calibrate_on_few(model.to(self.start.device), specs, self.images, self.training)
         if self.training.qat.epochs:
             self._step(copy.deepcopy(model), "qat")
+        if count := min(self.training.qat.bn_images, self.training.qat.batch_size, IMAGES):
+            check_statistics(copy.deepcopy(model), self.images[:count], "qat.bn_images and qat.batch_size")
         self._at("export")
         quantized, files = export(model, specs, self.images, self.training, self.config.export)
         self._at("lint")
@@ -176,26 +178,13 @@ class _Check:
             raise UsageError(msg) from error
 
 
-def check_candidate(training: TrainConfig, config: ExportConfig) -> None:
-    """Check that the training will have what is to be exported.
-
-    Raises:
-        UsageError: It will not.
-    """
-    if config.candidate == "teacher" and (training.consistency.teacher != "ema" or not training.qat.epochs):
-        msg = "export.candidate: the training has no teacher; set consistency.teacher: ema, or candidate: student"
-        raise UsageError(msg)
-
-
 def layout(network: nn.Module, images: Tensor, training: TrainConfig) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
     """Insert quantizers into a copy; see `crqat_train.layout.quantize_model`."""
     quantization = training.quantization
     return quantize_model(network, images, quantization, training.targets, quantizer_maker(quantization))
 
 
-def calibrate_on_few(
-    model: fx.GraphModule, specs: list[QuantizerSpec], images: Tensor, training: TrainConfig
-) -> None:
+def calibrate_on_few(model: fx.GraphModule, specs: list[QuantizerSpec], images: Tensor, training: TrainConfig) -> None:
     """Start the ranges from a few images, and run the quantized network on them.
 
     Raises:
@@ -352,4 +341,12 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
             raise UsageError(msg)
         if status != "passed":
             lines.append(f"{target}.onnx: {status}; the gate will be inconclusive")
+    if "onnxruntime" in files:
+        odd = [entry for entry in fusion(files["onnxruntime"].model)["float"] if entry["reason"] == UNEXPLAINED]
+        if odd:
+            names = ", ".join(entry["node"] for entry in odd[:3])
+            lines.append(
+                f"onnxruntime.onnx: ONNX Runtime computes {names} in float and not in integers; where that rounds "
+                "otherwise the gate will fail"
+            )
     return lines or [f"codes equal on {len(images)} images"]

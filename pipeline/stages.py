@@ -65,7 +65,9 @@ def train(
 
         if begin is not None:
             begin()
-        return run_training(recipe.train_config(config), out, progress, states, save_every, None if unchecked else check)
+        return run_training(
+            recipe.train_config(config), out, progress, states, save_every, None if unchecked else check
+        )
 
     directory = _run_stage("train", config, runs, force, inputs, fill)
     shutil.rmtree(states, ignore_errors=True)
