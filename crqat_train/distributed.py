@@ -252,6 +252,19 @@ def first_rank_first() -> Iterator[None]:
         dist.barrier(group=_Group.cpu)
 
 
+@contextmanager
+def first_rank_alone() -> Iterator[bool]:
+    """Rank 0 gets True and computes as if there were no other rank; the others get False, and wait behind the block."""
+    group, first = (_Group.accelerator, _Group.cpu), rank() == 0
+    if first:
+        _Group.accelerator = _Group.cpu = None
+    try:
+        yield first
+    finally:
+        _Group.accelerator, _Group.cpu = group
+    from_first(True)
+
+
 @torch.no_grad()
 def average_statistics(model: nn.Module) -> None:
     """Average BN's running statistics over ranks, after a step: they never differ, whoever evaluates or saves them.

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import numpy as np
 import torch
+from torch import nn
 
 from artifacts.errors import ToolError
 from crqat_train import compilers
@@ -33,6 +34,14 @@ def compiler(device: torch.device) -> str:
         return "torch.compile (triton)" if find_spec("triton") and compilers.triton() else ""
     name = compilers.cpp()
     return f"torch.compile ({name})" if name else ""
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Put a network's tensors of four dimensions, and no others, into the layout that convolutions like best."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 @contextmanager

@@ -130,7 +130,9 @@ def check_name(name: str) -> None:
     """
     if ":" in name:
         check_callable(name)
-    elif name not in CIFAR_BLOCKS and name not in CIFAR_STEMS and not name.startswith("timm/"):
+    elif name.startswith("timm/"):
+        _check_timm(name, pretrained=False)
+    elif name not in CIFAR_BLOCKS and name not in CIFAR_STEMS:
         _check_torchvision(name)
 
 
@@ -278,6 +280,15 @@ def _stem_for(value: Tensor, own: Tensor | None) -> Tensor:
 
 
 def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    _check_timm(name, pretrained)
+    import timm
+
+    short = name.removeprefix("timm/")
+    model: nn.Module = timm.create_model(short, pretrained=pretrained, num_classes=classes, in_chans=channels)
+    return model
+
+
+def _check_timm(name: str, pretrained: bool) -> None:
     try:
         import timm
     except ImportError as error:
@@ -290,8 +301,6 @@ def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
         hint = f'; did you mean "timm/{near[0]}"?' if near else ""
         msg = f'model.name: timm has no "{short}"{" with published weights" if pretrained else ""}{hint}'
         raise UsageError(msg)
-    model: nn.Module = timm.create_model(short, pretrained=pretrained, num_classes=classes, in_chans=channels)
-    return model
 
 
 def _check_torchvision(name: str) -> None:

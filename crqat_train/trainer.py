@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,38 @@ from crqat_train.evaluation import BATCH, accuracy
 from crqat_train.fit import Fit
 from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.low_bits import LowBitTraining
-from crqat_train.machine import choose_device, compiler, deterministic
+from crqat_train.machine import channels_last, choose_device, compiler, deterministic
 from crqat_train.methods import quantizer_maker, quantizer_of
+from crqat_train.refusals import check_module
 from crqat_train.representable import check_values, make_representable
 from crqat_train.resume import SAVE_EVERY, Keeper, Training
 
 Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from.
+
+    Attributes:
+        network: Float, on the device, with the recipe's weights; not to be changed.
+        trained: Whether it stays as it is, because its weights are those of a file.
+        dataset: The images.
+        split: Which of them train.
+        device: Where training runs.
+        processes: That train together.
+    """
+
+    network: nn.Module
+    trained: bool
+    dataset: data.Dataset
+    split: data.Split
+    device: torch.device
+    processes: int
+
+
+# Raises what is wrong with a start. It draws from no generator that the training draws from.
+Precheck = Callable[[Start], None]
 
 
 def train(
@@ -40,6 +66,7 @@ def train(
     progress: Progress,
     states: Path | None = None,
     save_every: float = SAVE_EVERY,
+    precheck: Precheck | None = None,
 ) -> dict[str, Any]:
     """Run the stage and fill `out` with checkpoints, Grids, the layout and the history.
 
@@ -49,6 +76,7 @@ def train(
         progress: Told of epochs.
         states: Where an interrupted training's states are, and are saved; None saves none. They must be of this recipe.
         save_every: Seconds between two states; each epoch's end is saved, too.
+        precheck: Called on rank 0 before anything is trained, unless there is a state to go on from.
 
     Returns:
         The manifest's payload: accuracies on the validation split, which candidate is better, and what ran where.
@@ -58,19 +86,10 @@ def train(
         ToolError: The device asked for is not there, or a state cannot be saved.
         Interrupted: By SIGINT or SIGTERM; the state is saved.
     """
-    device = choose_device(config.device)
-    ranks.check(config, distributed.world())
-    if config.qat.sync_bn:
-        distributed.check_sync_bn(device)
     with deterministic(config.seed):
-        models.check_name(config.model.name)  # before anything is read
-        with distributed.first_rank_first():
-            dataset = data.of_recipe(config.data, progress)
-        split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
-        ranks.check_images(len(split.train), "data.validation: training images", distributed.world())
-        keeper = Keeper(states, save_every, device, progress)
-        run = _Run(config, dataset, split, device, progress, keeper)
-        float_model = run.float_model()
+        run, network, trained = _begin(config, progress, states, save_every, precheck)
+        dataset, split, device, keeper = run.dataset, run.split, run.device, run.keeper
+        float_model = run.float_model(network, trained)
         if out is not None:
             write_tensors(out / "float.safetensors", _state(float_model))
         float_accuracy = run.validate(float_model)
@@ -117,6 +136,41 @@ def train(
     }
 
 
+def check(config: TrainConfig, progress: Progress, precheck: Precheck) -> None:
+    """Do all that comes before the training, and train nothing.
+
+    Raises:
+        UsageError: As `train`.
+        ToolError: As `train`.
+    """
+    with deterministic(config.seed):
+        _begin(config, progress, None, SAVE_EVERY, precheck)
+
+
+def _begin(
+    config: TrainConfig, progress: Progress, states: Path | None, save_every: float, precheck: Precheck | None
+) -> tuple[_Run, nn.Module, bool]:
+    """Read the data, build the network, check both; see `_Run.network`."""
+    device = choose_device(config.device)
+    ranks.check(config, distributed.world())
+    if config.qat.sync_bn:
+        distributed.check_sync_bn(device)
+    models.check_name(config.model.name)
+    with distributed.first_rank_first():
+        dataset = data.of_recipe(config.data, progress)
+    split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
+    ranks.check_images(len(split.train), "data.validation: training images", distributed.world())
+    keeper = Keeper(states, save_every, device, progress)
+    run = _Run(config, dataset, split, device, progress, keeper)
+    network, trained = run.network()
+    if not keeper.found:
+        start = Start(network, trained, dataset, split, device, distributed.world())
+        with distributed.first_rank_alone() as first:
+            if first and precheck is not None:
+                precheck(start)
+    return run, network, trained
+
+
 class _Run:
     """What the parts of one training share: data on the device, the split, the generator and the progress."""
 
@@ -143,8 +197,8 @@ class _Run:
         self.validation_images = subset(dataset.train_images, split.validation).to(device)
         self.validation_labels = dataset.train_labels[split.validation].to(device)
 
-    def float_model(self) -> nn.Module:
-        """The float network, loaded from `model.weights` or trained by the recipe's `float` section; in eval mode."""
+    def network(self) -> tuple[nn.Module, bool]:
+        """The float network as the recipe has it before training, and whether it stays so."""
         config = self.config
         channels = self.dataset.train_images.shape[1]
         classes, weights = len(self.dataset.class_names), config.model.weights
@@ -159,8 +213,9 @@ class _Run:
                 raise UsageError(msg)
         else:
             model = models.build(config.model.name, classes, channels)
+        check_module(model)
         # Never slower than the other layout where it was measured, and a third faster for depthwise convolutions.
-        model = model.to(self.device).to(memory_format=torch.channels_last)
+        model = channels_last(model.to(self.device))
         source = ""
         if self.nncf is not None:
             source = f"model.nncf: {config.model.nncf}"
@@ -173,10 +228,14 @@ class _Run:
                 self.progress("weights", 1, 1, said)
         if source:
             check_values(model, source)
-            return model.eval()
-        # A function may have loaded weights of its own.
-        check_values(model, f"model.name: {config.model.name}")
-        if self.keeper.finished("float", model):
+        else:  # a function may have loaded weights of its own
+            check_values(model, f"model.name: {config.model.name}")
+        return model, bool(source)
+
+    def float_model(self, model: nn.Module, trained: bool) -> nn.Module:
+        """The float network in eval mode, trained by the recipe's `float` section unless it is already."""
+        config = self.config
+        if trained or self.keeper.finished("float", model):
             return model.eval()
         batches = self._batches(config.float_training, "float.batch_size", strong=False)
         fit = Fit(model, config.float_training, len(batches), "float", self.device, self.progress)

@@ -99,7 +99,7 @@ def export(
             config.weights if target == "tensorrt" else "int8",
         )
         findings[target] = [str(finding) for finding in lint(exported[target].model, target)]
-        _refuse(exported[target], target, config.allow_lossy, [] if unsafe else findings[target])
+        refuse(exported[target], target, config.allow_lossy, [] if unsafe else findings[target])
         progress("export", len(exported), steps, f"{target}.onnx")
     dataset = data.of_recipe(train.data, progress)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
@@ -159,7 +159,8 @@ def _write_images(path: Path, images: Images) -> None:
     array.flush()
 
 
-def _refuse(file: QDQModel, target: str, allow_lossy: bool, findings: Sequence[str]) -> None:
+def refuse(file: QDQModel, target: str, allow_lossy: bool, findings: Sequence[str]) -> None:
+    """Refuse a file that breaks its runtime's rules, or holds a Grid with a loss that nobody allowed."""
     if findings:
         msg = (
             f"{target}.onnx breaks {len(findings)} rules, first: {findings[0]}; "

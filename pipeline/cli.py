@@ -63,7 +63,9 @@ for _command in tools.COMMANDS:
 @recipe_arguments
 @force_option
 @training_options
-def run(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, restart: bool, save_every: float) -> int:
+def run(
+    recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, restart: bool, unchecked: bool, save_every: float
+) -> int:
     """Train, export, benchmark and judge; exit with the verdict."""
     from pipeline import launch, lock
 
@@ -72,7 +74,7 @@ def run(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, resta
         raise UsageError(msg)
     config = load(recipe, overrides)
     with lock.hold(runs / config.name):
-        _run_stage("train", config, runs, force, restart=restart, save_every=save_every)
+        _run_stage("train", config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
         for stage in ("export", "benchmark"):
             _run_stage(stage, config, runs, force)
         _show_results(config, runs)
@@ -94,6 +96,7 @@ def train(
     runs: Path,
     force: bool,
     restart: bool,
+    unchecked: bool,
     save_every: float,
     nproc: int | None,
     max_restarts: int,
@@ -109,13 +112,14 @@ def train(
     if nproc is not None and nproc > 1:
         arguments = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
         arguments += [part for override in overrides for part in ("--set", override)]
-        arguments += ["--force"] * force
+        arguments += ["--force"] * force + ["--unchecked"] * unchecked
         launch.check(config, nproc)
         return launch.run(arguments, ["--restart"] * restart, nproc, max_restarts)
     if launch.several():
-        payload = launch.train(config, runs, force, restart, save_every)
+        payload = launch.train(config, runs, force, restart, save_every, unchecked)
     else:
-        payload = _run_stage("train", config, runs, force, restart=restart, save_every=save_every)
+        how: dict[str, Any] = {"restart": restart, "save_every": save_every, "unchecked": unchecked}
+        payload = _run_stage("train", config, runs, force, **how)
     if payload is None:  # another process of the training tells it
         return 0
     click.echo(f"trained on {payload['device']}; fused: {payload['compiled']}; {payload['seconds']} s")

@@ -122,7 +122,9 @@ def several() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def train(config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_every: float) -> dict[str, Any] | None:
+def train(
+    config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_every: float, unchecked: bool = False
+) -> dict[str, Any] | None:
     """Be one of several processes of a training; give the manifest's payload on rank 0, None on the others.
 
     Rank 0 runs the stage as a single process does, and says whether there is something to train. The others train with
@@ -145,7 +147,7 @@ def train(config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_ev
                 def begin() -> None:
                     began.append(distributed.from_first(True))
 
-                directory = stages.train(config, runs, force, progress, restart, save_every, begin)
+                directory = stages.train(config, runs, force, progress, restart, save_every, begin, unchecked)
                 if not began:
                     distributed.from_first(False)
             return read_manifest(directory).payload

@@ -183,6 +183,8 @@ def _contradiction(recipe: Recipe) -> str | None:
             f"name: {json.dumps(recipe.name)} cannot name a directory; "
             "use up to 100 letters, digits, `_`, `-` and `.`, no dot in front"
         )
+    if recipe.export.candidate == "teacher" and (recipe.consistency.teacher != "ema" or not recipe.qat.epochs):
+        return "export.candidate: the training has no teacher; set consistency.teacher: ema, or candidate: student"
     if recipe.data.unlabeled is not None and (recipe.consistency.teacher == "none" or recipe.consistency.weight == 0):
         return "data.unlabeled: feeds the consistency term alone, which is off; set consistency.teacher and .weight"
     kinds = {source_kind(recipe.data.source), source_kind(recipe.data.unlabeled)}

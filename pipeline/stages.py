@@ -19,6 +19,7 @@ from pipeline import console, dependencies, lock, recipe
 from pipeline.results_file import read_results
 
 if TYPE_CHECKING:
+    from crqat_train.trainer import Start
     from pipeline.gate import GateConfig, Verdict
     from runtime_eval.remote import Board
 
@@ -34,6 +35,7 @@ def train(
     restart: bool = False,
     save_every: float = 300.0,
     begin: Callable[[], None] | None = None,
+    unchecked: bool = False,
 ) -> Path:
     """Run the `train` stage unless it is up to date, and return its directory.
 
@@ -45,6 +47,7 @@ def train(
         restart: Do not go on from where an interrupted training of the same recipe was.
         save_every: Seconds between two states of the training.
         begin: Called if there is something to train, before that.
+        unchecked: Train without taking the untrained network through all stages before; see `pipeline.precheck`.
     """
     inputs = dependencies.input_files(config)
     # Below the key of everything that the result depends on: another recipe never goes on from this one's state.
@@ -55,9 +58,16 @@ def train(
     def fill(out: Path) -> dict[str, Any]:
         from crqat_train.trainer import train as run_training
 
+        def check(start: Start) -> None:
+            from pipeline import precheck
+
+            precheck.before_training(config, progress, start)
+
         if begin is not None:
             begin()
-        return run_training(recipe.train_config(config), out, progress, states, save_every)
+        return run_training(
+            recipe.train_config(config), out, progress, states, save_every, None if unchecked else check
+        )
 
     directory = _run_stage("train", config, runs, force, inputs, fill)
     shutil.rmtree(states, ignore_errors=True)

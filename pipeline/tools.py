@@ -38,11 +38,19 @@ def bundle(run: Path, out: Path | None) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-def check(path: Path) -> None:
-    """Verify a run directory, a recipe, an ONNX file, Grids (grids.json) or results.json."""
-    from pipeline import check as checks
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value.")
+@click.option("--syntax", is_flag=True, help="Of a recipe: read it, without its data and network.")
+def check(path: Path, overrides: tuple[str, ...], syntax: bool) -> None:
+    """Verify a run directory, a recipe, an ONNX file, Grids (grids.json) or results.json.
 
-    for line in checks.check(path):
+    A recipe's network is tried on two images, from its data to the proof of its files, untrained.
+    """
+    from pipeline import check as checks
+    from pipeline import console
+
+    with console.show_progress() as progress:
+        lines = checks.check(path, overrides, syntax, progress)
+    for line in lines:
         click.echo(line)
 
 

@@ -622,7 +622,7 @@ def test_calibration_observes_the_float_network_and_leaves_the_quantizers_on(
 ) -> None:
     digits = data.load("digits", None, False)
     run = trainer._Run(tuned(), digits, data.split(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
-    model = run.float_model()
+    model = run.float_model(*run.network())
     student, specs = run.quantize(model)
     (x,) = evaluation_batches(digits.train_images[run.split.train[:256]], digits.preprocessing, 256)
     assert isinstance(model, Net)
@@ -773,10 +773,11 @@ def test_published_weights_of_other_classes_need_a_float_section(
     with pytest.raises(UsageError, match=r"^model\.weights: .* not for 10 classes; add a `float` section"):
         train(recipe(model=asked, float_training=OptimizerConfig(0)), tmp_path, quiet)
     run = _run_of(recipe(model=asked, float_training=OptimizerConfig(1, BATCH, 0.01)))
-    trained = run.float_model()
+    trained = run.float_model(*run.network())
     assert not torch.equal(trained.state_dict()["fc.weight"], made.state_dict()["fc.weight"])
     monkeypatch.setattr(models, "pretrained", lambda *_: (copy.deepcopy(made), False))
-    kept = _run_of(recipe(model=asked, float_training=OptimizerConfig(0))).float_model()
+    run = _run_of(recipe(model=asked, float_training=OptimizerConfig(0)))
+    kept = run.float_model(*run.network())
     assert torch.equal(kept.state_dict()["fc.weight"], made.state_dict()["fc.weight"])
 
 

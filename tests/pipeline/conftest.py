@@ -36,7 +36,13 @@ class Fakes:
     trouble: dict[str, BaseException] = field(default_factory=dict)
 
     def train(
-        self, config: Any, out: Path, progress: Progress, states: Path | None = None, save_every: float = 0.0
+        self,
+        config: Any,
+        out: Path,
+        progress: Progress,
+        states: Path | None = None,
+        save_every: float = 0.0,
+        precheck: Any = None,
     ) -> dict[str, Any]:
         self._enter("train", out, "teacher.grids.json")
         progress("train", 1, 1, "loss 0.1")

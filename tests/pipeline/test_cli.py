@@ -38,7 +38,7 @@ def crqat(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["train", "--help"], 0),
         (["--version"], 0),
         (["init", "new.yaml"], 0),
-        (["check", str(ROOT / "recipes" / "digits.yaml")], 0),
+        (["check", "--syntax", str(ROOT / "recipes" / "digits.yaml")], 0),
         (["train", str(ROOT / "recipes" / "digits.yaml"), "--set", "qat.epoch=1"], 2),
         (["gate", str(ROOT / "recipes" / "digits.yaml")], 2),
     ],
@@ -363,7 +363,7 @@ def test_init_writes_a_valid_recipe_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert crqat(monkeypatch, "init") == 0
-    assert crqat(monkeypatch, "check", "recipe.yaml") == 0
+    assert crqat(monkeypatch, "check", "--syntax", "recipe.yaml") == 0
     Path("recipe.yaml").write_text("mine")
     assert crqat(monkeypatch, "init") == 2
     assert "recipe.yaml: exists already" in capsys.readouterr().err
