@@ -73,12 +73,15 @@ class ModelConfig:
             trains on by the `float` section if there is one; None trains the float network by the `float` section.
         nncf: A folder of `crqat nncf import`: float weights and ranges of a network that stock NNCF has quantized, in
             place of `weights` and of calibration.
+        accuracy: Share of the test images that the float network is known to answer rightly, such as 0.9173. The gate
+            fails if it is proven to be further below than `gate.max_accuracy_drop`; nothing else depends on it.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
     name: str
     weights: str | None = None
     nncf: str | None = None
+    accuracy: Annotated[float, Range(gt=0, le=1)] | None = None
 
 
 @dataclass(frozen=True)

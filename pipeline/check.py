@@ -37,7 +37,7 @@ def check(path: Path) -> list[str]:
 
 
 def _check_directory(path: Path) -> list[str]:
-    from pipeline import dependencies
+    from pipeline import dependencies, recipe
 
     if (path / store.MANIFEST).is_file():
         manifest = store.verify_stage(path)
@@ -55,6 +55,11 @@ def _check_directory(path: Path) -> list[str]:
             raise UsageError(msg)
         dependencies.check_parent(path, manifest)
         lines.append(_describe(path / stage, manifest))
+        if manifest.inputs is None:
+            lines.append(f"{path / stage}: {dependencies.OLD}")
+        else:
+            config = recipe.from_resolved(manifest.config)
+            dependencies.check_inputs(config, path.parent, manifest, path / stage)
     return lines
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from artifacts import store
 from artifacts.errors import CrqatError, ToolError, UsageError
 from artifacts.progress import Progress
-from pipeline import console, dependencies, lock, recipe
+from pipeline import console, dependencies, disk, lock, recipe
 from pipeline.results_file import read_results
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def train(
         save_every: Seconds between two states of the training.
         begin: Called if there is something to train, before that.
     """
-    inputs = dependencies.input_files(config)
+    inputs = dependencies.inputs("train", config, runs, progress)
+    root = dependencies.data_root(config)
+    data = disk.DiskState({}) if root is None else disk.disk_state(root, runs)
     # Below the key of everything that the result depends on: another recipe never goes on from this one's state.
     states = runs / config.name / STATES / dependencies.key_of("train", config, runs, inputs)[:16]
     if restart:
@@ -59,7 +61,10 @@ def train(
             begin()
         return run_training(recipe.train_config(config), out, progress, states, save_every)
 
-    directory = _run_stage("train", config, runs, force, inputs, fill)
+    def after() -> dict[str, str]:
+        return dependencies.data_after(config, runs, inputs, data)
+
+    directory = _run_stage("train", config, runs, force, inputs, fill, after)
     shutil.rmtree(states, ignore_errors=True)
     with contextlib.suppress(OSError):
         states.parent.rmdir()  # stays if another recipe's states are in it
@@ -81,7 +86,8 @@ def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, u
         further = {"unsafe": True} if unsafe else {}
         return write_models(directory, training, config.export, out, progress, config.name, revision, **further)
 
-    return _run_stage("export", config, runs, force, {"unsafe": "yes"} if unsafe else {}, fill)
+    inputs = {**dependencies.inputs("export", config, runs), **({"--unsafe": "yes"} if unsafe else {})}
+    return _run_stage("export", config, runs, force, inputs, fill)
 
 
 def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
@@ -95,7 +101,7 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
         return _write_results(out, runs / config.name, "benchmark", results, config)
 
     # Another machine's numbers say nothing of this one; and an engine is built once there is a builder.
-    inputs = {"machine": platform.node(), **_engine_builder(), **_openvino(config)}
+    inputs = {"machine": platform.node(), **dependencies.inputs("benchmark", config, runs)}
     return _run_stage("benchmark", config, runs, force, inputs, fill)
 
 
@@ -110,23 +116,9 @@ def sensitivity(
 
         return measure(config, runs, out, progress, average_bits, images)
 
-    inputs = {"average_bits": f"{average_bits:g}", "images": str(images)}
+    asked = {"--average-bits": f"{average_bits:g}", "--images": str(images)}
+    inputs = {**dependencies.inputs("sensitivity", config, runs), **asked}
     return _run_stage("sensitivity", config, runs, force, inputs, fill)
-
-
-def _engine_builder() -> dict[str, str]:
-    from runtime_eval import tensorrt_api
-
-    name = tensorrt_api.choose()
-    return {} if name is None else {name: tensorrt_api.installed(name) or ""}
-
-
-def _openvino(config: recipe.Recipe) -> dict[str, str]:
-    """Where the recipe asks for OpenVINO: its version; nothing as long as it is not installed."""
-    asked = config.benchmark.openvino or "openvino" in config.benchmark.require
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return {"openvino": metadata.version("openvino")} if asked else {}
-    return {}
 
 
 def judge(results: dict[str, Any], limits: GateConfig, baseline: dict[str, Any] | None = None) -> list[Verdict]:
@@ -304,16 +296,37 @@ def _run_stage(
     force: bool,
     inputs: dict[str, str],
     fill: Callable[[Path], dict[str, Any]],
+    after: Callable[[], dict[str, str]] | None = None,
 ) -> Path:
+    """Make a stage unless it is up to date; say why one that is there is made again, before anything begins.
+
+    Args:
+        stage: Its name.
+        config: The recipe.
+        runs: The directory of all runs.
+        force: Make it in any case.
+        inputs: What its result depends on beside the recipe and the stage before.
+        fill: Fills its directory and returns the manifest's payload.
+        after: The inputs once it is filled, where filling completes them.
+    """
     run, key = runs / config.name, dependencies.key_of(stage, config, runs, inputs)
     directory = run / stage
-    if not force and directory.exists() and store.read_manifest(directory).key == key:
-        store.verify_stage(directory)
-        console.say(f"{stage} is up to date")
-        return directory
+    if directory.exists():
+        reasons = ["--force was given"] if force else []
+        with contextlib.suppress(*([CrqatError] if force else [])):  # whatever is there, --force replaces it
+            made = store.read_manifest(directory)
+            if not force and made.key == key:
+                store.verify_stage(directory)
+                console.say(f"{stage} is up to date")
+                return directory
+            reasons = dependencies.why_again(config, runs, made, key, inputs) or reasons
+        console.say(console.printable(f"{stage}: again, since {', '.join(reasons)}"))
     parent, environment = dependencies.parent_hash(stage, config, runs), dependencies.environment(config)
-    manifest = store.Manifest(stage, key, parent, recipe.resolved(config), environment)
+    manifest = store.Manifest(stage, key, parent, recipe.resolved(config), environment, inputs=inputs)
     with store.write_stage(run, manifest) as out:
         manifest.payload = fill(out)
         manifest.environment["device"] = manifest.payload.get("device", "cpu")
+        if after is not None:
+            manifest.inputs = after()
+            manifest.key = dependencies.key_of(stage, config, runs, manifest.inputs)
     return directory
