@@ -19,11 +19,14 @@ from pipeline import console, dependencies, disk, lock, recipe
 from pipeline.results_file import read_results
 
 if TYPE_CHECKING:
-    from pipeline.gate import GateConfig, Verdict
+    from pipeline.gate import GateConfig, KnownAccuracy, Verdict
     from runtime_eval.remote import Board
 
 STATES = ".states"
 RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
+VERDICT = "verdict.json"
+# Below the published accuracy of weights: another decoder of JPEG or version of a library costs less than that.
+PUBLISHED_POINTS = 5.0
 
 
 def train(
@@ -121,15 +124,40 @@ def sensitivity(
     return _run_stage("sensitivity", config, runs, force, inputs, fill)
 
 
-def judge(results: dict[str, Any], limits: GateConfig, baseline: dict[str, Any] | None = None) -> list[Verdict]:
-    """Every rule that has a limit; `baseline` is the results that the latency must not have grown over."""
+def judge(
+    results: dict[str, Any],
+    limits: GateConfig,
+    baseline: dict[str, Any] | None = None,
+    known: KnownAccuracy | None = None,
+) -> list[Verdict]:
+    """Every rule that has a limit, and those on the float model.
+
+    Args:
+        results: What a benchmark measured.
+        limits: The recipe's.
+        baseline: The results that the latency must not have grown over.
+        known: What the float model's accuracy should be.
+    """
     from pipeline import baseline as baselines
     from pipeline import gate as rules
 
-    verdicts = rules.judge(results, limits)
+    verdicts = rules.judge(results, limits, known)
     if limits.max_latency_regression is not None:
         verdicts += baselines.judge(results, baseline, limits.max_latency_regression)
     return verdicts
+
+
+def known_accuracy(claimed: float | None, limits: GateConfig, run: Path) -> KnownAccuracy | None:
+    """What the recipe's `model.accuracy` says of the float model, else who published its weights; None: nobody."""
+    from pipeline.gate import KnownAccuracy
+
+    if claimed is not None:
+        return KnownAccuracy(claimed, "model.accuracy", limits.max_accuracy_drop)
+    trained = store.read_manifest(run / "train").payload.get("float")
+    published = trained.get("published_accuracy") if isinstance(trained, dict) else None
+    if isinstance(published, float) and 0 <= published <= 1:
+        return KnownAccuracy(published, "who published the weights", PUBLISHED_POINTS)
+    return None
 
 
 def benchmark_on(
@@ -211,7 +239,8 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
     manifest = dependencies.current(config, runs, stage)
     directory = runs / config.name / stage
     results = read_results(directory / RESULTS)
-    verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline))
+    known = known_accuracy(config.model.accuracy, config.gate, runs / config.name)
+    verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline), known)
     if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text():
         # The limits were changed since: the same measurements, judged anew.
         with lock.hold(runs / config.name), store.write_stage(runs / config.name, manifest) as out:
@@ -247,7 +276,8 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         training = recipe.train_config(recipe.from_resolved(store.read_manifest(run / "train").config))
         candidate = store.read_manifest(run / "export").payload["candidate"]
         rows = accuracy_of_each_layer(run / "train", training, candidate, progress)
-    verdicts = judge(results, rules.GateConfig(**manifest.config["gate"]))
+    limits = rules.GateConfig(**manifest.config["gate"])
+    verdicts = judge(results, limits, known=known_accuracy(manifest.config["model"].get("accuracy"), limits, run))
     page = render(run, results, verdicts, rows, _others(run, "benchmark"))
     try:
         out.write_text(page)
@@ -262,16 +292,19 @@ def _write_results(out: Path, run: Path, stage: str, results: dict[str, Any], co
     if engines:
         (out / ENGINES).write_text(json.dumps({"schema_version": 1, "engines": engines}, indent=1, sort_keys=True))
     (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
-    _write_verdict(out, run, stage, results, judge(results, config.gate))
+    known = known_accuracy(config.model.accuracy, config.gate, run)
+    _write_verdict(out, run, stage, results, judge(results, config.gate, known=known))
     return {"device": results["device"], "files": sorted(results["models"])}
 
 
 def _write_verdict(out: Path, run: Path, stage: str, results: dict[str, Any], verdicts: list[Verdict]) -> None:
-    """Write what follows from the verdicts on a benchmark's stage: JUnit XML and the report."""
+    """Write what follows from the verdicts on a benchmark's stage: JUnit XML, JSON and the report."""
     from pipeline import gate as rules
     from pipeline import report
 
     (out / JUNIT).write_text(rules.junit(verdicts, run.name))
+    judged = {"schema_version": 1, "exit_code": rules.exit_code(verdicts), "rules": [asdict(v) for v in verdicts]}
+    (out / VERDICT).write_text(json.dumps(judged, indent=1))
     (out / REPORT).write_text(report.render(run, results, verdicts, others=_others(run, stage)))
 
 
