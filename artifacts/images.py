@@ -19,6 +19,7 @@ Float32 = TypeVar("Float32")
 # More than any camera's picture that a classifier is shown; what is larger is a mistake or a bomb, and not decoded.
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 10**6
+FILTERS = ("bilinear", "bicubic", "lanczos", "nearest")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Preprocessing:
         std: One number per channel, in units of 0..1.
         size: Pixels of an image file's shorter side after resizing; None where images do not come from files.
         crop: Pixels of the square cut out of its centre.
+        interpolation: How the file is resized: "bilinear", "bicubic", "lanczos" or "nearest", as Pillow does it.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: int | None = None
     crop: int | None = None
+    interpolation: str = "bilinear"
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
@@ -48,7 +51,11 @@ class Preprocessing:
             msg = f"a {type(data).__name__}, not an object"
             raise TypeError(msg)
         size, crop = (None if data.get(key) is None else int(data[key]) for key in ("size", "crop"))
-        return cls(tuple(map(float, data["mean"])), tuple(map(float, data["std"])), size, crop)
+        interpolation = str(data.get("interpolation", "bilinear"))
+        if interpolation not in FILTERS:
+            msg = f"interpolation {interpolation!r} is none of {', '.join(FILTERS)}"
+            raise ValueError(msg)
+        return cls(tuple(map(float, data["mean"])), tuple(map(float, data["std"])), size, crop, interpolation)
 
     def constants(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Maximum (255), mean and std as float32 arrays of shape [C, 1, 1].
@@ -76,7 +83,9 @@ def normalize(images: Float32, constants: Sequence[Any]) -> Float32:
     return (images / maximum - mean) / std  # type: ignore[no-any-return]
 
 
-def load_image(path: Path, size: int, crop: int, convert: bool = False) -> npt.NDArray[np.uint8]:
+def load_image(
+    path: Path, size: int, crop: int, convert: bool = False, interpolation: str = "bilinear"
+) -> npt.NDArray[np.uint8]:
     """Decode an image file; see `decode_image`.
 
     Raises:
@@ -85,16 +94,18 @@ def load_image(path: Path, size: int, crop: int, convert: bool = False) -> npt.N
     """
     try:
         with path.open("rb") as file:
-            return decode_image(file, str(path), size, crop, convert)
+            return decode_image(file, str(path), size, crop, convert, interpolation)
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror}; did the folder change meanwhile?"
         raise ToolError(msg) from error
 
 
-def decode_image(file: IO[bytes], name: str, size: int, crop: int, convert: bool = False) -> npt.NDArray[np.uint8]:
+def decode_image(
+    file: IO[bytes], name: str, size: int, crop: int, convert: bool = False, interpolation: str = "bilinear"
+) -> npt.NDArray[np.uint8]:
     """Decode an image, turn it upright by its EXIF tag, resize its shorter side, cut out the centre.
 
-    Bilinear with antialiasing, as Pillow does it on uint8; needs Pillow.
+    With antialiasing, as Pillow does it on uint8; needs Pillow.
 
     Args:
         file: JPEG, PNG, WebP, BMP or whatever else Pillow reads.
@@ -103,6 +114,7 @@ def decode_image(file: IO[bytes], name: str, size: int, crop: int, convert: bool
         crop: Pixels of the square.
         convert: Turn grey, palette and CMYK images into RGB instead of refusing them. Transparency and more than 8
             bits have no agreed meaning in RGB and are refused all the same.
+        interpolation: One of FILTERS.
 
     Returns:
         RGB, uint8 of shape [3, crop, crop].
@@ -138,7 +150,7 @@ def decode_image(file: IO[bytes], name: str, size: int, crop: int, convert: bool
     short = min(image.size)
     if short != size:
         width, height = (max(size, round(side * size / short)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
     left, top = (image.width - crop) // 2, (image.height - crop) // 2
     cropped = np.asarray(image.crop((left, top, left + crop, top + crop)), dtype=np.uint8)
     return np.ascontiguousarray(cropped.transpose(2, 0, 1))

@@ -37,6 +37,8 @@ class DataConfig:
             teacher a weak one; "none" shows both weak ones.
         size: Of stored images (FILE_SOURCES): resize the shorter side to so many pixels; None is 256.
         crop: Of stored images: cut a square of so many pixels out of the centre; None is 224.
+        interpolation: Of stored images: how they are resized; None is "bilinear". With `model.weights: pretrained`,
+            size, crop, interpolation, mean and std that are None are those published with these weights.
         convert: Of stored images: turn grey, palette and CMYK images into RGB instead of refusing them.
         image_column: Of "huggingface"; None takes the only column of images.
         label_column: Of "huggingface"; None takes the only column of class labels, or the one called "label".
@@ -55,6 +57,7 @@ class DataConfig:
     strong: Literal["none", "randaugment"] = "none"
     size: Annotated[int, Range(ge=1)] | None = None
     crop: Annotated[int, Range(ge=1)] | None = None
+    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None
     convert: bool = False
     image_column: str | None = None
     label_column: str | None = None

@@ -52,6 +52,7 @@ class StoredImages(ABC, Generic[Items]):
         crop: Of the square.
         convert: See `artifacts.images.decode_image`.
         device: Where decoded images go.
+        interpolation: See `artifacts.images.decode_image`.
     """
 
     items: Items
@@ -59,6 +60,7 @@ class StoredImages(ABC, Generic[Items]):
     crop: int
     convert: bool
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    interpolation: str = "bilinear"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -109,7 +111,7 @@ class FolderImages(StoredImages[tuple[ImageFile, ...]]):
     def _decode(self, index: int) -> Any:
         file = self.items[index]
         check_unchanged(file.path, (file.size, file.modified))
-        return load_image(file.path, self.size, self.crop, self.convert)
+        return load_image(file.path, self.size, self.crop, self.convert, self.interpolation)
 
 
 def check_unchanged(path: Path, state: tuple[int, int]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.nn import functional
 from artifacts.errors import UsageError
 from artifacts.grid import save_grids
 from artifacts.progress import Progress
-from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, ranks
+from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, published, ranks
 from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat_train.calibration import calibrate
 from crqat_train.checkpoint import write_tensors
@@ -63,7 +63,13 @@ def train(
         distributed.check_sync_bn(device)
     with deterministic(config.seed):
         with distributed.first_rank_first():
+            preparation = [f"images prepared {note}" for note in published.notes(config)]
+            config = replace(config, data=published.data_section(config))
             dataset = data.of_recipe(config.data, progress)
+            missing = data.normalization_note(config.data, dataset.preprocessing)
+        preparation += [] if missing is None else [missing]
+        for note in preparation:
+            progress("normalization", 1, 1, note)
         split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
         ranks.check_images(len(split.train), "data.validation: training images", distributed.world())
         keeper = Keeper(states, save_every, device, progress)
@@ -98,7 +104,10 @@ def train(
         "device": str(device),
         "processes": distributed.world(),
         "compiled": run.compiled,
-        "float": {"validation_accuracy": float_accuracy},
+        "float": {
+            "validation_accuracy": float_accuracy,
+            "published_accuracy": published.published_accuracy(config, len(dataset.class_names)),
+        },
         "candidates": {name: {"validation_accuracy": accuracy} for name, accuracy in accuracies.items()},
         "best": best,
         "validation_images": len(split.validation),
@@ -106,7 +115,8 @@ def train(
         "class_names": list(dataset.class_names),
         "input_shape": list(dataset.train_images.shape[1:]),
         "quantizers": len(specs),
-        "notes": [*dataset.notes, *run.notes, *notes]
+        "preparation": preparation,
+        "notes": [*preparation, *dataset.notes, *run.notes, *notes]
         + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
         "seconds": round(keeper.seconds, 1),
     }
