@@ -11,6 +11,7 @@ Bits = Annotated[int, Range(ge=2, le=8)]
 Target = Literal["onnxruntime", "tensorrt"]
 # Of images in folders, where the recipe does not say: what ImageNet's networks were evaluated with.
 FOLDER_SIZE, FOLDER_CROP = 256, 224
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 FILE_SOURCES = ("imagefolder", "webdataset", "huggingface")
 
 
@@ -57,7 +58,7 @@ class DataConfig:
     strong: Literal["none", "randaugment"] = "none"
     size: Annotated[int, Range(ge=1)] | None = None
     crop: Annotated[int, Range(ge=1)] | None = None
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "nearest"] | None = None
+    interpolation: Interpolation | None = None
     convert: bool = False
     image_column: str | None = None
     label_column: str | None = None

@@ -6,10 +6,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from artifacts.errors import UsageError
-from crqat_train.config import FILE_SOURCES, DataConfig, TrainConfig, source_kind
+from crqat_train.config import FILE_SOURCES, DataConfig, Interpolation, TrainConfig, source_kind
 
 # Pillow's filters by the names of torchvision and timm.
-_FILTERS = {"bilinear": "bilinear", "bicubic": "bicubic", "lanczos": "lanczos", "nearest": "nearest"}
+_FILTERS: dict[str, Interpolation] = {
+    "bilinear": "bilinear",
+    "bicubic": "bicubic",
+    "lanczos": "lanczos",
+    "nearest": "nearest",
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Published:
     std: tuple[float, ...]
     size: int
     crop: int
-    interpolation: str
+    interpolation: Interpolation
     accuracy: float | None = None
     note: str = ""
 
@@ -57,7 +62,7 @@ def _of_torchvision(name: str) -> Published | None:
     accuracy = metrics.get("acc@1")
     return Published(
         tuple(how.mean), tuple(how.std), how.resize_size[0], how.crop_size[0],
-        *_filter(how.interpolation.value), None if accuracy is None else accuracy / 100,
+        _filter(how.interpolation.value), None if accuracy is None else accuracy / 100,
     )  # fmt: skip
 
 
@@ -81,11 +86,11 @@ def _of_timm(name: str) -> Published | None:
     interpolation = _filter(configuration.interpolation or "bicubic")
     mean, std = tuple(configuration.mean), tuple(configuration.std)
     size = int(crop / (configuration.crop_pct or 0.875))
-    return Published(mean, std, size, crop, *interpolation, None, note)
+    return Published(mean, std, size, crop, interpolation, None, note)
 
 
-def _filter(name: str) -> tuple[str]:
-    return (_FILTERS.get(name, "bilinear"),)
+def _filter(name: str) -> Interpolation:
+    return _FILTERS.get(name, "bilinear")
 
 
 def data_section(config: TrainConfig) -> DataConfig:

@@ -252,7 +252,7 @@ def versions(stage: str, config: recipe.Recipe) -> dict[str, str]:
     if "@" in stage:
         return {}
     names = list(_LIBRARIES[stage])
-    found = {}
+    found: dict[str, str] = {}
     if stage == "train":
         for source in (config.data.source, config.data.unlabeled):
             names += _LIBRARIES_OF_SOURCE.get(source_kind(source) or "", ())
@@ -271,7 +271,7 @@ def versions(stage: str, config: recipe.Recipe) -> dict[str, str]:
 
 
 def _installed(names: Iterable[str]) -> dict[str, str]:
-    found = {}
+    found: dict[str, str] = {}
     for name in names:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
