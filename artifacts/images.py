@@ -19,6 +19,7 @@ Float32 = TypeVar("Float32")
 # More than any camera's picture that a classifier is shown; what is larger is a mistake or a bomb, and not decoded.
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 10**6
+FILTERS = ("bilinear", "bicubic", "lanczos", "nearest")
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Preprocessing:
         std: One number per channel, in units of 0..1.
         size: Pixels of an image file's shorter side after resizing; None where images do not come from files.
         crop: Pixels of the square cut out of its centre.
+        interpolation: How the file is resized: "bilinear", "bicubic", "lanczos" or "nearest", as Pillow does it.
     """
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
     size: int | None = None
     crop: int | None = None
+    interpolation: str = "bilinear"
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
@@ -48,7 +51,11 @@ class Preprocessing:
             msg = f"a {type(data).__name__}, not an object"
             raise TypeError(msg)
         size, crop = (None if data.get(key) is None else int(data[key]) for key in ("size", "crop"))
-        return cls(tuple(map(float, data["mean"])), tuple(map(float, data["std"])), size, crop)
+        interpolation = str(data.get("interpolation", "bilinear"))
+        if interpolation not in FILTERS:
+            msg = f"interpolation {interpolation!r} is none of {', '.join(FILTERS)}"
+            raise ValueError(msg)
+        return cls(tuple(map(float, data["mean"])), tuple(map(float, data["std"])), size, crop, interpolation)
 
     @property
     def channels(self) -> int:
@@ -103,7 +110,9 @@ def endings() -> frozenset[str]:
     return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in known)
 
 
-def load_image(path: Path, size: int, crop: int, convert: bool = False, channels: int = 3) -> npt.NDArray[np.uint8]:
+def load_image(
+    path: Path, size: int, crop: int, convert: bool = False, channels: int = 3, interpolation: str = "bilinear"
+) -> npt.NDArray[np.uint8]:
     """Decode an image file; see `decode_image`.
 
     Raises:
@@ -112,18 +121,24 @@ def load_image(path: Path, size: int, crop: int, convert: bool = False, channels
     """
     try:
         with path.open("rb") as file:
-            return decode_image(file, str(path), size, crop, convert, channels)
+            return decode_image(file, str(path), size, crop, convert, channels, interpolation)
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror}; did the folder change meanwhile?"
         raise ToolError(msg) from error
 
 
 def decode_image(
-    file: IO[bytes], name: str, size: int, crop: int, convert: bool = False, channels: int = 3
+    file: IO[bytes],
+    name: str,
+    size: int,
+    crop: int,
+    convert: bool = False,
+    channels: int = 3,
+    interpolation: str = "bilinear",
 ) -> npt.NDArray[np.uint8]:
     """Decode an image, turn it upright by its EXIF tag, resize its shorter side, cut out the centre.
 
-    Bilinear with antialiasing, as Pillow does it on uint8; needs Pillow.
+    With antialiasing, as Pillow does it on uint8; needs Pillow.
 
     Args:
         file: JPEG, PNG, WebP, BMP or whatever else Pillow reads by itself; see `formats`.
@@ -133,6 +148,7 @@ def decode_image(
         convert: Turn images of another mode (grey, palette, CMYK) into RGB, or into grey, instead of refusing them.
             Transparency and more than 8 bits have no agreed meaning there and are refused all the same.
         channels: 3 is RGB, 1 is grey (of colours, ITU-R 601-2 luma).
+        interpolation: One of FILTERS.
 
     Returns:
         uint8 of shape [channels, crop, crop].
@@ -171,7 +187,7 @@ def decode_image(
     short = min(image.size)
     if short != size:
         width, height = (max(size, round(side * size / short)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling.BILINEAR)
+        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
     left, top = (image.width - crop) // 2, (image.height - crop) // 2
     cropped = np.asarray(image.crop((left, top, left + crop, top + crop)), dtype=np.uint8)
     return np.ascontiguousarray(cropped.reshape(crop, crop, channels).transpose(2, 0, 1))

@@ -45,6 +45,8 @@ class Manifest:
         payload: What the stage tells the next one.
         files: Relative file name to SHA-256, filled in when the stage is complete.
         schema_version: Of this file's layout.
+        inputs: What the result depends on beside recipe and parent, by name: versions, files, data; None of a stage
+            that was made before this was noted.
     """
 
     stage: str
@@ -55,6 +57,7 @@ class Manifest:
     payload: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    inputs: dict[str, str] | None = None
 
 
 def sha256_file(path: Path) -> str:
@@ -237,6 +240,11 @@ def read_manifest(directory: Path) -> Manifest:
     if not all(isinstance(value, dict) for value in objects):
         msg = f"{path}: damaged (an object is missing); run the stage again with --force"
         raise UsageError(msg)
+    if manifest.inputs is not None:
+        texts = isinstance(manifest.inputs, dict) and all(isinstance(value, str) for value in manifest.inputs.values())
+        if not texts:
+            msg = f"{path}: damaged (inputs are no texts by name); run the stage again with --force"
+            raise UsageError(msg)
     if not all(isinstance(text, str) for text in (manifest.stage, manifest.key, manifest.parent or "")):
         msg = f"{path}: damaged (stage, key or parent is no text); run the stage again with --force"
         raise UsageError(msg)

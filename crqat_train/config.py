@@ -11,6 +11,7 @@ Bits = Annotated[int, Range(ge=2, le=8)]
 Target = Literal["onnxruntime", "tensorrt"]
 # Of images in folders, where the recipe does not say: what ImageNet's networks were evaluated with.
 FOLDER_SIZE, FOLDER_CROP = 256, 224
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 FILE_SOURCES = ("imagefolder", "webdataset", "huggingface")
 # Sources whose images are RGB unless `data.channels` says otherwise.
 COLOUR_SOURCES = (*FILE_SOURCES, "cifar10", "cifar100")
@@ -40,6 +41,8 @@ class DataConfig:
         size: Of stored images (FILE_SOURCES): resize the shorter side to so many pixels; None is 256.
         crop: Of stored images: cut a square of so many pixels out of the centre; None is 224.
         channels: Of stored images and CIFAR: 3 is RGB, 1 is grey; None is 3.
+        interpolation: Of stored images: how they are resized; None is "bilinear". With `model.weights: pretrained`,
+            size, crop, interpolation, mean and std that are None are those published with these weights.
         convert: Of stored images: turn those of another mode (grey, palette, CMYK; colours where `channels` is 1) into
             RGB or grey instead of refusing them.
         image_column: Of "huggingface"; None takes the only column of images.
@@ -60,6 +63,7 @@ class DataConfig:
     size: Annotated[int, Range(ge=1)] | None = None
     crop: Annotated[int, Range(ge=1)] | None = None
     channels: Literal[1, 3] | None = None
+    interpolation: Interpolation | None = None
     convert: bool = False
     image_column: str | None = None
     label_column: str | None = None
@@ -82,6 +86,8 @@ class ModelConfig:
             place of `weights` and of calibration.
         weights_key: Where in `weights` the state dict lies, such as "state_dict_ema"; None takes the only one that
             fits.
+        accuracy: Share of the test images that the float network is known to answer rightly, such as 0.9173. The gate
+            fails if it is proven to be further below than `gate.max_accuracy_drop`; nothing else depends on it.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -89,6 +95,7 @@ class ModelConfig:
     weights: str | None = None
     nncf: str | None = None
     weights_key: str | None = None
+    accuracy: Annotated[float, Range(gt=0, le=1)] | None = None
 
 
 @dataclass(frozen=True)

@@ -149,6 +149,21 @@ def grey(dataset: Dataset) -> Dataset:
     return replace(dataset, train_images=train, test_images=test, preprocessing=own)
 
 
+def normalization_note(config: DataConfig, preprocessing: Preprocessing) -> str | None:
+    """What the images are normalized with where the recipe does not say it; None where it, or its function, does."""
+    missing = [key for key in ("mean", "std") if getattr(config, key) is None]
+    if not missing or (":" in config.source and not config.source.startswith("huggingface:")):
+        return None
+    keys = " and ".join(f"data.{key}" for key in missing)
+    published = (preprocessing.mean, preprocessing.std) == imagenet(preprocessing.channels)
+    mean, std = ("/".join(f"{value:.4g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
+    whose = "ImageNet's" if published else f"those of {config.source}"
+    return (
+        f"{keys} not given: images are normalized by {whose}, mean {mean}, std {std}; weights that were trained with "
+        "others need theirs"
+    )
+
+
 def load_unlabeled(source: str, config: DataConfig, labeled: Dataset) -> Dataset:
     """The recipe's `data.unlabeled`: its training images go through the same network as the labeled ones.
 
@@ -426,7 +441,7 @@ def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Da
     channels = config.channels or 3
     parts = [FolderImages(files, size, crop, config.convert, channels=channels) for files in (train, test)]
     labels = [torch.tensor([file.label for file in files], dtype=torch.int64) for files in (train, test)]
-    return _stored(names, parts, labels, progress, notes)
+    return _stored(names, parts, labels, config, progress, notes)
 
 
 def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
@@ -436,7 +451,7 @@ def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dat
     names, train, test = list_shards(user_path(root, "data.root"), progress)
     size, crop, channels = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP, config.channels or 3
     parts = [ShardImages(members, size, crop, config.convert, channels=channels) for members in (train, test)]
-    return _stored(names, parts, [torch.from_numpy(members.labels) for members in (train, test)], progress)
+    return _stored(names, parts, [torch.from_numpy(members.labels) for members in (train, test)], config, progress)
 
 
 def _huggingface(source: str, root: str | None, download: bool, config: DataConfig, progress: Progress) -> Dataset:
@@ -450,21 +465,24 @@ def _huggingface(source: str, root: str | None, download: bool, config: DataConf
     names, train, test = open_saved(folder, config.image_column, config.label_column)
     size, crop, channels = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP, config.channels or 3
     parts = [TableImages(rows, size, crop, config.convert, channels=channels) for rows in (train, test)]
-    return _stored(names, parts, [torch.from_numpy(rows.labels) for rows in (train, test)], progress)
+    return _stored(names, parts, [torch.from_numpy(rows.labels) for rows in (train, test)], config, progress)
 
 
 def _stored(
     names: tuple[str, ...],
     parts: Sequence[StoredImages[Any]],
     labels: Sequence[Tensor],
+    config: DataConfig,
     progress: Progress,
     notes: tuple[str, ...] = (),
 ) -> Dataset:
     """The data set of a training and a test part, in memory as far as they fit."""
+    interpolation = config.interpolation or "bilinear"
+    parts = [replace(part, interpolation=interpolation) for part in parts]
     train, test = (
         decode(images, f"{part} images", progress) for images, part in zip(parts, ("training", "test"), strict=True)
     )
-    preprocessing = Preprocessing(*imagenet(parts[0].channels), parts[0].size, parts[0].crop)
+    preprocessing = Preprocessing(*imagenet(parts[0].channels), parts[0].size, parts[0].crop, interpolation)
     return Dataset(train, labels[0], test, labels[1], names, preprocessing, notes)
 
 

@@ -55,6 +55,7 @@ class StoredImages(ABC, Generic[Items]):
         convert: See `artifacts.images.decode_image`.
         device: Where decoded images go.
         channels: 3 (RGB) or 1 (grey).
+        interpolation: See `artifacts.images.decode_image`.
     """
 
     items: Items
@@ -63,6 +64,7 @@ class StoredImages(ABC, Generic[Items]):
     convert: bool
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
     channels: int = 3
+    interpolation: str = "bilinear"
 
     def __len__(self) -> int:
         return len(self.items)
@@ -113,7 +115,7 @@ class FolderImages(StoredImages[tuple[ImageFile, ...]]):
     def _decode(self, index: int) -> Any:
         file = self.items[index]
         check_unchanged(file.path, (file.size, file.modified))
-        return load_image(file.path, self.size, self.crop, self.convert, self.channels)
+        return load_image(file.path, self.size, self.crop, self.convert, self.channels, self.interpolation)
 
 
 def check_unchanged(path: Path, state: tuple[int, int]) -> None:

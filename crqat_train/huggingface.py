@@ -65,7 +65,9 @@ class TableImages(StoredImages[Rows]):
         if content is None:  # a path would be another's word for which file to open
             msg = f"{name}: no image in column {items.column}; fill it in (save_to_disk stores images, not paths)"
             raise UsageError(msg)
-        return decode_image(io.BytesIO(content), name, self.size, self.crop, self.convert, self.channels)
+        return decode_image(
+            io.BytesIO(content), name, self.size, self.crop, self.convert, self.channels, self.interpolation
+        )
 
 
 def _datasets() -> ModuleType:

@@ -25,7 +25,7 @@ from torch import Tensor, fx, nn
 from artifacts import failures
 from artifacts.errors import CrqatError, Told, UsageError
 from artifacts.progress import quiet
-from crqat_train import data, distributed, models, ranks
+from crqat_train import data, distributed, models, published, ranks
 from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat_train.calibration import calibrate
 from crqat_train.config import TrainConfig
@@ -53,7 +53,7 @@ class Work:
 
     def __init__(self, config: TrainConfig, device: torch.device, seed: int) -> None:
         self.config, self.device = config, device
-        self.dataset = data.of_recipe(config.data)
+        self.dataset = data.of_recipe(published.data_section(config))
         self.chosen = data.split(len(self.dataset.train_labels), config.data.validation, config.seed).train
         self.batch = min(config.qat.batch_size, len(self.chosen))
         self.unlabeled = config.data.unlabeled

@@ -86,7 +86,9 @@ class ShardImages(StoredImages[Members]):
             msg = f"{shard.path}: cannot be read any more: {error.strerror}; did the folder change meanwhile?"
             raise ToolError(msg) from error
         name = f"{shard.path}: {_shown(header[:100].split(bytes(1))[0].decode(errors='backslashreplace'))}"
-        return decode_image(io.BytesIO(content), name, self.size, self.crop, self.convert, self.channels)
+        return decode_image(
+            io.BytesIO(content), name, self.size, self.crop, self.convert, self.channels, self.interpolation
+        )
 
 
 def list_shards(root: Path, progress: Progress) -> tuple[tuple[str, ...], Members, Members]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from artifacts.config import user_path
 from artifacts.errors import UsageError
 from artifacts.grid import save_grids
 from artifacts.progress import Progress
-from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, ranks
+from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, published, ranks
 from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat_train.calibration import calibrate
 from crqat_train.checkpoint import write_tensors
@@ -122,7 +122,10 @@ def train(
         "device": str(device),
         "processes": distributed.world(),
         "compiled": run.compiled,
-        "float": {"validation_accuracy": float_accuracy},
+        "float": {
+            "validation_accuracy": float_accuracy,
+            "published_accuracy": published.published_accuracy(config, len(dataset.class_names)),
+        },
         "candidates": {name: {"validation_accuracy": accuracy} for name, accuracy in accuracies.items()},
         "best": best,
         "validation_images": len(split.validation),
@@ -130,7 +133,8 @@ def train(
         "class_names": list(dataset.class_names),
         "input_shape": list(dataset.train_images.shape[1:]),
         "quantizers": len(specs),
-        "notes": [*dataset.notes, *run.notes, *notes]
+        "preparation": run.preparation,
+        "notes": [*run.preparation, *dataset.notes, *run.notes, *notes]
         + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
         "seconds": round(keeper.seconds, 1),
     }
@@ -157,11 +161,18 @@ def _begin(
         distributed.check_sync_bn(device)
     models.check_name(config.model.name)
     with distributed.first_rank_first():
+        preparation = [f"images prepared {note}" for note in published.notes(config)]
+        config = replace(config, data=published.data_section(config))
         dataset = data.of_recipe(config.data, progress)
+        missing = data.normalization_note(config.data, dataset.preprocessing)
+    preparation += [] if missing is None else [missing]
+    for note in preparation:
+        progress("normalization", 1, 1, note)
     split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
     ranks.check_images(len(split.train), "data.validation: training images", distributed.world())
     keeper = Keeper(states, save_every, device, progress)
     run = _Run(config, dataset, split, device, progress, keeper)
+    run.preparation = preparation
     network, trained = run.network()
     if not keeper.found:
         start = Start(network, trained, dataset, split, device, distributed.world())
@@ -190,6 +201,7 @@ class _Run:
         self.generators = Generators.of(config.seed, device)
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.preparation: list[str] = []
         self.compiler = "" if config.compile == "never" else compiler(device)
         self.compiled = self.compiler or (
             "no: the recipe says never" if config.compile == "never" else "no: no compiler"

@@ -7,7 +7,7 @@ from typing import Any
 
 from artifacts.progress import Progress
 from artifacts.store import verify_stage
-from crqat_train import data
+from crqat_train import data, published
 from crqat_train.batches import subset
 from crqat_train.calibration import only
 from crqat_train.config import TrainConfig
@@ -33,7 +33,7 @@ def accuracy_of_each_layer(
     """
     trained = verify_stage(train_dir).payload
     model, specs = rebuild(train_dir, config, trained, candidate)
-    dataset = data.of_recipe(config.data)
+    dataset = data.of_recipe(published.data_section(config))
     chosen = data.split(len(dataset.train_labels), config.data.validation, config.seed).validation
     images, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
     by_edge = {spec.edge: spec for spec in specs}

@@ -19,6 +19,7 @@ from crqat_train import data
 from crqat_train.batches import Images
 from crqat_train.calibration import rounded_weights
 from crqat_train.config import TrainConfig
+from crqat_train.published import data_section
 from crqat_train.rebuild import rebuild, take_float_weights
 from export.codes import expected_codes
 from export.config import ExportConfig
@@ -101,7 +102,7 @@ def export(
         findings[target] = [str(finding) for finding in lint(exported[target].model, target)]
         refuse(exported[target], target, config.allow_lossy, [] if unsafe else findings[target])
         progress("export", len(exported), steps, f"{target}.onnx")
-    dataset = data.of_recipe(train.data, progress)
+    dataset = data.of_recipe(data_section(train), progress)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
     model_float, _ = rebuild(train_dir, train, trained, candidate)
     take_float_weights(model_float, train_dir)

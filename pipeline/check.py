@@ -44,7 +44,7 @@ def check(path: Path, overrides: tuple[str, ...] = (), syntax: bool = False, pro
 
 
 def _check_directory(path: Path) -> list[str]:
-    from pipeline import dependencies
+    from pipeline import dependencies, recipe
 
     if (path / store.MANIFEST).is_file():
         manifest = store.verify_stage(path)
@@ -62,6 +62,11 @@ def _check_directory(path: Path) -> list[str]:
             raise UsageError(msg)
         dependencies.check_parent(path, manifest)
         lines.append(_describe(path / stage, manifest))
+        if manifest.inputs is None:
+            lines.append(f"{path / stage}: {dependencies.OLD}")
+        else:
+            config = recipe.from_resolved(manifest.config)
+            dependencies.check_inputs(config, path.parent, manifest, path / stage)
     return lines
 
 

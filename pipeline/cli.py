@@ -102,7 +102,7 @@ def train(
     max_restarts: int,
 ) -> int:
     """Train the float network if need be, and quantize it; go on where it was interrupted."""
-    from pipeline import launch
+    from pipeline import console, launch
 
     config = load(recipe, overrides)
     if max_restarts and nproc is None:
@@ -123,6 +123,8 @@ def train(
     if payload is None:  # another process of the training tells it
         return 0
     click.echo(f"trained on {payload['device']}; fused: {payload['compiled']}; {payload['seconds']} s")
+    for note in payload.get("preparation", []):
+        click.echo(console.printable(note))
     click.echo(f"best: {payload['best']}; accuracy on the validation split:")
     for name, entry in {"float": payload["float"], **payload["candidates"]}.items():
         click.echo(f"  {name}: {100 * entry['validation_accuracy']:.2f} %")

@@ -191,13 +191,15 @@ def _contradiction(recipe: Recipe) -> str | None:
     problem = _channels(recipe, kinds)
     if problem is not None:
         return problem
-    resized = [key for key in ("size", "crop", "convert") if getattr(recipe.data, key)]
+    resized = [key for key in ("size", "crop", "interpolation", "convert") if getattr(recipe.data, key)]
     if resized and not kinds & set(FILE_SOURCES):
         return f"data.{resized[0]}: only of {', '.join(FILE_SOURCES)}, whose images are files; remove it"
     columns = [key for key in ("image_column", "label_column") if getattr(recipe.data, key) is not None]
     if columns and "huggingface" not in kinds:
         return f"data.{columns[0]}: only of huggingface, whose data sets are tables; remove it"
-    if (recipe.data.crop or FOLDER_CROP) > (recipe.data.size or FOLDER_SIZE):
+    # What is missing beside pretrained weights is known once their library is asked.
+    published = recipe.model.weights == "pretrained" and None in (recipe.data.size, recipe.data.crop)
+    if not published and (recipe.data.crop or FOLDER_CROP) > (recipe.data.size or FOLDER_SIZE):
         return "data.crop: larger than data.size, the shorter side it is cut from; set both"
     for pattern, override in recipe.quantization.overrides.items():
         if override == Override():

@@ -147,3 +147,16 @@ def test_a_file_that_is_gone_is_the_environments_fault(tmp_path: Path) -> None:
 def test_preprocessing_survives_json() -> None:
     for made in (Preprocessing((0.5,), (0.25,)), Preprocessing((0.1, 0.2, 0.3), (1.0, 2.0, 3.0), 256, 224)):
         assert Preprocessing.from_json(json.loads(json.dumps(asdict(made)))) == made
+
+
+def test_the_filter_of_the_weights_is_used_wherever_the_model_runs(tmp_path: Path) -> None:
+    image = Image.fromarray(picture(48, 48))
+    path = saved(tmp_path / "a.png", image)
+    for name in ("bilinear", "bicubic", "lanczos", "nearest"):
+        expected = np.asarray(image.resize((24, 24), Image.Resampling[name.upper()])).transpose(2, 0, 1)
+        np.testing.assert_array_equal(load_image(path, 24, 24, interpolation=name), expected)
+    made = Preprocessing((0.5,), (0.25,), 256, 224, "bicubic")
+    assert Preprocessing.from_json(asdict(made)) == made
+    assert Preprocessing.from_json({"mean": [0.5], "std": [0.25], "size": 4, "crop": 4}).interpolation == "bilinear"
+    with pytest.raises(ValueError, match="interpolation 'cubic' is none of bilinear"):
+        Preprocessing.from_json({**asdict(made), "interpolation": "cubic"})

@@ -484,3 +484,14 @@ def test_no_value_is_read_back_from_the_device() -> None:
     assert [[list(part.shape) for part in batch] for batch in made[:2]] == [[[4, 3, 8, 8], [4, 3, 8, 8], [4]]] * 2
     assert all(part.device == meta for batch in made for part in batch)
     assert next(evaluation_batches(images.to(meta), preprocessing, 4)).device == meta
+
+
+def test_normalization_that_was_not_given_is_told() -> None:
+    note = data.normalization_note(DataConfig("cifar10"), data.CIFAR10_PREPROCESSING) or ""
+    assert note.startswith(
+        "data.mean and data.std not given: images are normalized by ImageNet's, mean 0.485/0.456/0.40"
+    )
+    half = data.normalization_note(DataConfig("digits", mean=(0.3,)), Preprocessing((0.3,), (0.4,))) or ""
+    assert half.startswith("data.std not given: images are normalized by those of digits, mean 0.3, std 0.4")
+    assert data.normalization_note(DataConfig("digits", mean=(0.3,), std=(0.4,)), PLAIN) is None
+    assert data.normalization_note(DataConfig("own:data"), PLAIN) is None, "the function gives its own"

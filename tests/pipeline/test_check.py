@@ -50,7 +50,8 @@ def test_boards_are_part_of_a_run(fakes: Fakes) -> None:
     make_run(fakes)
     with store.write_stage(RUN, store.Manifest("benchmark@orin", "k", store.manifest_hash(RUN / "export"), {}, {})):
         pass
-    assert check(RUN)[-1].startswith(f"{RUN / 'benchmark@orin'}: stage benchmark@orin, ")
+    assert check(RUN)[-2].startswith(f"{RUN / 'benchmark@orin'}: stage benchmark@orin, ")
+    assert check(RUN)[-1].startswith(f"{RUN / 'benchmark@orin'}: made by an older crqat that did not note")
 
 
 def test_altered_run_directory(fakes: Fakes) -> None:
