@@ -524,7 +524,7 @@ def test_a_rebuilt_network_gives_the_same_bits(
     digits = data.load("digits", None, False)
     x = torch.cat(list(evaluation_batches(digits.test_images, digits.preprocessing, 200)))
     torch.manual_seed(1234)  # a rebuilt network is first drawn at random
-    for name, model in zip(("student", "teacher"), delivered, strict=True):
+    for name, model in zip(("calibrated", "student", "teacher"), delivered, strict=True):
         rebuilt, specs = rebuild(tmp_path, config, payload, name)
         assert not rebuilt.training and not model.training
         with torch.no_grad():
