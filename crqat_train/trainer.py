@@ -1,7 +1,8 @@
-"""The `train` stage: a float network, loaded or trained; its quantized copy, calibrated and trained; the better one."""
+"""The `train` stage: a float network, loaded or trained; its quantized copy, calibrated and trained; the best one."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -20,7 +21,7 @@ from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, 
 from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat_train.calibration import calibrate
 from crqat_train.checkpoint import write_tensors
-from crqat_train.config import OptimizerConfig, TrainConfig
+from crqat_train.config import OptimizerConfig, QATConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.evaluation import BATCH, accuracy
 from crqat_train.fit import Fit
@@ -79,7 +80,8 @@ def train(
         precheck: Called on rank 0 before anything is trained, unless there is a state to go on from.
 
     Returns:
-        The manifest's payload: accuracies on the validation split, which candidate is better, and what ran where.
+        The manifest's payload: accuracies on the validation split, which candidate is the best, and what ran where. The
+        calibrated network is one beside what training made of it, so that training delivers nothing worse.
 
     Raises:
         UsageError: The recipe does not fit its data or weights, or training diverged.
@@ -95,26 +97,32 @@ def train(
         float_accuracy = run.validate(float_model)
         progress("float network", 1, 1, f"validation {float_accuracy:.2%}")
         student, specs = run.quantize(float_model)
-        teacher = run.train_quantized(student, float_model)
-        candidates: dict[str, fx.GraphModule] = {"student": student}
-        if teacher is not None:
-            candidates["teacher"] = teacher
+        candidates: dict[str, float] = {}
         notes: list[str] = []
-        accuracies = {}
-        for name, candidate in candidates.items():
-            run.estimate_bn(candidate)
+
+        def finish(name: str, candidate: fx.GraphModule) -> None:
             candidate.to(memory_format=torch.contiguous_format)
-            notes += [
-                f"{name}: {note}"
-                for note in make_representable(candidate, specs, config.targets, config.qat.epochs > 0)
-            ]
-            accuracies[name] = run.validate(candidate)
-            grids = {spec.edge: quantizer_of(candidate, spec).grid() for spec in specs}
+            trained_further = config.qat.epochs > 0 and name != "calibrated"
+            made = make_representable(candidate, specs, config.targets, trained_further)
+            notes.extend(f"{name}: {note}" for note in made)
+            candidates[name] = run.validate(candidate)
             if out is not None:
                 write_tensors(out / f"{name}.safetensors", _state(candidate))
-                save_grids(out / f"{name}.grids.json", grids)
-            progress(f"quantized {name}", 1, 1, f"validation {accuracies[name]:.2%}")
-    best = max(accuracies, key=lambda name: accuracies[name])
+                save_grids(
+                    out / f"{name}.grids.json", {spec.edge: quantizer_of(candidate, spec).grid() for spec in specs}
+                )
+            progress(f"quantized {name}", 1, 1, f"validation {candidates[name]:.2%}")
+
+        if config.qat.epochs:
+            finish("calibrated", copy.deepcopy(student))
+            run.begin_history(candidates["calibrated"])
+        teacher = run.train_quantized(student, float_model)
+        for name, candidate in {"student": student, "teacher": teacher}.items():
+            if candidate is not None:
+                run.estimate_bn(candidate)
+                finish(name, candidate)
+    # Of equal ones the first.
+    best = max((n for n in ("student", "teacher", "calibrated") if n in candidates), key=candidates.__getitem__)
     if out is not None:
         (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in specs], indent=1))
         (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
@@ -126,7 +134,7 @@ def train(
             "validation_accuracy": float_accuracy,
             "published_accuracy": published.published_accuracy(config, len(dataset.class_names)),
         },
-        "candidates": {name: {"validation_accuracy": accuracy} for name, accuracy in accuracies.items()},
+        "candidates": {name: {"validation_accuracy": accuracy} for name, accuracy in candidates.items()},
         "best": best,
         "validation_images": len(split.validation),
         "preprocessing": asdict(dataset.preprocessing),
@@ -136,6 +144,7 @@ def train(
         "preparation": run.preparation,
         "notes": [*run.preparation, *dataset.notes, *run.notes, *notes]
         + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
+        "warnings": [_worse(candidates, config.qat, len(split.validation))] if best == "calibrated" else [],
         "seconds": round(keeper.seconds, 1),
     }
 
@@ -280,6 +289,13 @@ class _Run:
             self.progress("ranges", 1, 1, edges)
         return student, specs
 
+    def begin_history(self, calibrated: float) -> None:
+        """The row from which the training of the quantized network starts: what calibration alone has."""
+        row = {"phase": "qat", "epoch": 0, "validation": calibrated}
+        if self.config.consistency.teacher == "ema":
+            row["validation_teacher"] = calibrated
+        self.history.append(row)
+
     def train_quantized(self, student: fx.GraphModule, float_model: nn.Module) -> fx.GraphModule | None:
         """CR-QAT: returns the EMA teacher, None where there is none."""
         config, consistency = self.config, self.config.consistency
@@ -403,6 +419,16 @@ class _Run:
 
     def _compile(self, model: nn.Module) -> Forward:
         return distributed.wrap(torch.compile(model) if self.compiler else model)
+
+
+def _worse(candidates: dict[str, float], qat: QATConfig, images: int) -> str:
+    """What to say where no trained network is as good as the calibrated one."""
+    trained = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in candidates.items() if name != "calibrated")
+    return (
+        f"training made the network worse: {trained}, calibration alone {candidates['calibrated']:.2%} of {images} "
+        f"validation images, so the calibrated network is the best; try a lower qat.lr (now {qat.lr:g}), "
+        f"more qat.epochs (now {qat.epochs}), or qat.epochs: 0, which saves the time"
+    )
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

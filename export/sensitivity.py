@@ -24,7 +24,7 @@ def accuracy_of_each_layer(
     Args:
         train_dir: A finished train stage; its hashes are verified first.
         config: The recipe it was trained by.
-        candidate: "student" or "teacher".
+        candidate: "student", "teacher" or "calibrated".
         progress: Told of layers.
 
     Returns:

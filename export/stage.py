@@ -67,7 +67,9 @@ def export(
     targets = config.targets or train.targets
     candidate = trained["best"] if config.candidate == "best" else config.candidate
     if candidate not in trained["candidates"]:
-        msg = f"export.candidate: the training has no {candidate}; set consistency.teacher: ema, or candidate: student"
+        msg = f"export.candidate: the training has no {candidate}, only {', '.join(trained['candidates'])}"
+        if candidate == "teacher":
+            msg += "; set consistency.teacher: ema, or candidate: best"
         raise UsageError(msg)
     model, specs = rebuild(train_dir, train, trained, candidate)
     grids = load_grids(train_dir / f"{candidate}.grids.json")

@@ -74,10 +74,11 @@ def run(
         raise UsageError(msg)
     config = load(recipe, overrides)
     with lock.hold(runs / config.name):
-        _run_stage("train", config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
+        trained = _run_stage("train", config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
         for stage in ("export", "benchmark"):
             _run_stage(stage, config, runs, force)
         _show_results(config, runs)
+        _show_warnings(trained)
         return _judge(config, runs)
 
 
@@ -128,6 +129,7 @@ def train(
     click.echo(f"best: {payload['best']}; accuracy on the validation split:")
     for name, entry in {"float": payload["float"], **payload["candidates"]}.items():
         click.echo(f"  {name}: {100 * entry['validation_accuracy']:.2f} %")
+    _show_warnings(payload)
     return 0
 
 
@@ -236,6 +238,11 @@ def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: A
     with failures.explained(stage, run), lock.hold(run), console.show_progress() as progress:
         directory = getattr(stages, stage)(config, runs, force, progress, **further)
     return read_manifest(directory).payload
+
+
+def _show_warnings(trained: dict[str, Any]) -> None:
+    for warning in trained.get("warnings", []):
+        click.echo(f"warning: {warning}")
 
 
 def _show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:

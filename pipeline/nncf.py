@@ -21,7 +21,7 @@ def export(run: Path, candidate: str, out: Path | None) -> None:
 
     Args:
         run: The run's directory.
-        candidate: "best", "student" or "teacher".
+        candidate: "best", "student", "teacher" or "calibrated".
         out: The folder to write; None takes NAME-nncf here.
     """
     from crqat_train import nncf_checkpoint

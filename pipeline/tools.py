@@ -89,7 +89,12 @@ def nncf() -> None:
 
 @nncf.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--candidate", type=click.Choice(["best", "student", "teacher"]), default="best", help="Default: best.")
+@click.option(
+    "--candidate",
+    type=click.Choice(["best", "student", "teacher", "calibrated"]),
+    default="best",
+    help="Default: best.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-nncf.")
 def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
     """Write a finished training as a state dict and a configuration that stock NNCF loads."""

@@ -53,6 +53,7 @@ class Fakes:
             "float": {"validation_accuracy": 0.9},
             "candidates": {"student": {"validation_accuracy": 0.89}, "teacher": {"validation_accuracy": 0.895}},
             "best": "teacher",
+            "warnings": ["training made the network worse"],
         }
 
     def export(

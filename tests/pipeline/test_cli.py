@@ -74,6 +74,7 @@ def test_run_ends_with_table_and_verdict(
     assert re.search(r"onnxruntime\.onnx.*95\.00.*0\.20 \[0\.10, 0\.30\].*99\.00.*0\.500 \[0\.480, 0\.520\]", out)
     assert "\ntensorrt.onnx: latency not run: no CUDA device\n" in out
     assert re.search(r"\npass +onnxruntime\.onnx  accuracy_drop: .*600.*allowed 1", out)
+    assert "\nwarning: training made the network worse\n" in out
     assert out.endswith("\ngate: PASS\n")
 
 
@@ -126,6 +127,7 @@ def test_steps_say_what_came_out(
     captured = capsys.readouterr()
     assert "best: teacher" in captured.out
     assert "  student: 89.00 %" in captured.out
+    assert captured.out.endswith("\nwarning: training made the network worse\n")
     assert "train: 1/1  loss 0.1" in captured.err
     assert crqat(monkeypatch, "export", "recipe.yaml", "--runs", "elsewhere") == 0
     assert "elsewhere/run1/export/onnxruntime.onnx: passed" in capsys.readouterr().out
