@@ -129,7 +129,9 @@ def check_values(model: torch.nn.Module, source: str, why: str = "the file is da
     Raises:
         UsageError: The message names the first tensor, by its module, and what is wrong with it.
     """
-    values = [(name, tensor) for name, tensor in model.named_parameters() if not is_step(name)]
+    values: list[tuple[str, Tensor]] = [
+        (name, tensor) for name, tensor in model.named_parameters() if not is_step(name)
+    ]
     values += [(name, tensor) for name, tensor in model.named_buffers() if name.endswith(_STATISTICS)]
     for name, tensor in values:
         wrong = int((~tensor.isfinite()).sum())
