@@ -28,7 +28,7 @@ from export.lint import lint
 from export.noise import quantizer_noise
 from export.qdq import QDQModel, float_model, qdq_model
 from export.trace import marked_graph
-from export.verify import fusion, verify
+from export.verify import REFUSED, fusion, verify
 
 METADATA_SCHEMA = "1"
 _CHUNK = 256
@@ -123,6 +123,7 @@ def export(
     entries: list[dict[str, Any]] = [{"file": f"{name}.onnx", "target": name} for name in baselines]
     for name, file in exported.items():
         onnx.save(file.model, out / f"{name}.onnx")
+        refused = proof[name]["status"].startswith(REFUSED)
         entries.append(
             {
                 "file": f"{name}.onnx",
@@ -131,12 +132,12 @@ def export(
                 "claims": file.claims(),
                 "macs": node_macs,
                 "verification": proof[name],
-                "fusion": fusion(file.model) if name == "onnxruntime" else None,
+                "fusion": fusion(file.model) if name == "onnxruntime" and not refused else None,
                 "findings": findings[name],
             }
         )
         codes = f"{name}.codes.npz"
-        if name == "onnxruntime" and expected_codes(file, verified, out / codes):
+        if name == "onnxruntime" and not refused and expected_codes(file, verified, out / codes):
             entries[-1]["expected_codes"] = codes
     _write_images(out / "images.npy", dataset.test_images)
     np.save(out / "labels.npy", dataset.test_labels.numpy())

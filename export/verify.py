@@ -31,6 +31,7 @@ from export.simulate import simulate
 from export.simulated import NotSimulated, Simulation
 
 NOT_RUN = "not run: no CUDA device"
+REFUSED = "failed: runtime: ONNX Runtime refuses the file"
 
 
 def verify(
@@ -62,11 +63,23 @@ def verify(
             result[target] = {"status": f"not run: {reason}", "images": len(images), "codes": 0, "differing_codes": 0}
             continue
         links: dict[str, Any] = {"torch": _torch_link(model, specs, grids, file, simulations[target], images)}
-        links["runtime"] = _runtime_link(file, simulations[target], images) if target == "onnxruntime" else NOT_RUN
+        try:
+            links["runtime"] = _runtime_link(file, simulations[target], images) if target == "onnxruntime" else NOT_RUN
+        except Exception as error:
+            if not _by_runtime(error):
+                raise
+            # A file that its runtime does not run is a failed proof, and no error of the export.
+            status = f"{REFUSED} ({' '.join(str(error).split())[:300]})"
+            result[target] = {"status": status, "images": len(images), "codes": 0, "differing_codes": 0}
+            continue
         for other in [other for other in simulations if other != target]:
             links[other] = _target_link(file, exported[other], simulations[other], images)
         result[target] = _summary(links, len(images))
     return result
+
+
+def _by_runtime(error: Exception) -> bool:
+    return type(error).__module__.startswith("onnxruntime.")
 
 
 def _summary(links: dict[str, Any], images: int) -> dict[str, Any]:
