@@ -219,10 +219,9 @@ class _Run:
         elif weights is not None and weights != "pretrained":
             source = f"model.weights: {weights}"
             models.load_weights(model, Path(weights))
-        if source:
-            if not finite(model):
-                msg = f"{source} holds values that are infinite or no number"
-                raise UsageError(msg)
+        if source and not finite(model):
+            msg = f"{source} holds values that are infinite or no number"
+            raise UsageError(msg)
         return model, bool(source)
 
     def float_model(self, model: nn.Module, trained: bool) -> nn.Module:
