@@ -247,10 +247,8 @@ class _Run:
             if said:
                 self.notes.append(f"model.weights: {said}")
                 self.progress("weights", 1, 1, said)
-        if source:
-            check_values(model, source)
-        else:  # a function may have loaded weights of its own
-            check_values(model, f"model.name: {config.model.name}")
+        # A function may have loaded weights of its own.
+        check_values(model, source or f"model.name: {config.model.name}")
         return model, bool(source)
 
     def float_model(self, model: nn.Module, trained: bool) -> nn.Module:
