@@ -31,14 +31,19 @@ SELECTING = ("Max", "Min", "Where", "ReduceMax", "ReduceMin", "GlobalMaxPool")
 _BEHIND_REAL = {"DepthToSpace", "SpaceToDepth", "Tile", "Split", "Resize", "Expand"}
 
 
-def move(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+def move(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
     """Elements in other places: of codes these are codes of the same Grid."""
     value = values[node.input[0]]
     if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
         padding = constants[node.input[2]]
         if padding != (value.zero_point if isinstance(value, Codes) and padding.dtype.kind in "iu" else 0):
-            msg = f"{node.name}: the simulator pads with 0.0 only, not with {padding}"
-            raise NotSimulated(msg)
+            if padding.dtype.kind in "iu":
+                msg = f"{node.name}: the simulator pads codes with 0.0 only, not with the code {padding}"
+                raise NotSimulated(msg)
+            x, stored = as_float(value), out.real(node.input[2], {}, constants)
+            moved, error = _moved(node, x.values, constants), _moved(node, x.error, constants)
+            inside = _moved(node, np.ones(x.values.shape), constants) > 0
+            return Float(np.where(inside, moved, stored.values), np.where(inside, error, stored.error))
     if not isinstance(value, Codes):
         x = as_float(value)
         return Float(_moved(node, x.values, constants), _moved(node, x.error, constants))

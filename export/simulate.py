@@ -68,6 +68,9 @@ def simulate(
         logits = np.maximum(total, 0) if logits.relu else total
     if not isinstance(logits, np.ndarray):
         approximate = as_float(logits)
+        if approximate.error.size and not np.isfinite(approximate.error).any():
+            msg = "logits: float32 leaves nothing of their values, so nothing is proven"
+            raise NotSimulated(msg)
         result.logits_bound = approximate.error + UNIT_ROUNDOFF * np.abs(approximate.values)
         logits = approximate.values
     result.logits = logits.astype(np.float32)

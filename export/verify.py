@@ -31,7 +31,7 @@ from crqat_train.layout import QuantizerSpec
 from export.lower import lower_activation
 from export.qdq import MOVEMENT, QDQModel
 from export.simulate import simulate
-from export.simulated import NotSimulated, Simulation
+from export.simulated import UNIT_ROUNDOFF, NotSimulated, Simulation
 
 NOT_RUN = "not run: no CUDA device"
 
@@ -61,16 +61,15 @@ def verify(
     for target, file in exported.items():
         try:
             errors = {**_rounded_constants(file), **_bias_errors(file)}
-            simulations[target] = simulate(file.model, images, stored_error=errors)
+            simulation = simulate(file.model, images, stored_error=errors)
+            links: dict[str, Any] = {"torch": _torch_link(model, specs, grids, file, simulation, images)}
+            links["runtime"] = _runtime_link(file, grids, simulation, images) if target == "onnxruntime" else NOT_RUN
+            for other, theirs in simulations.items():
+                links[other] = _target_link(file, exported[other], theirs, images)
         except NotSimulated as reason:
             result[target] = {"status": f"not run: {reason}", "images": len(images), "codes": 0, "differing_codes": 0}
             continue
-        links: dict[str, Any] = {"torch": _torch_link(model, specs, grids, file, simulations[target], images)}
-        links["runtime"] = (
-            _runtime_link(file, grids, simulations[target], images) if target == "onnxruntime" else NOT_RUN
-        )
-        for other in [other for other in simulations if other != target]:
-            links[other] = _target_link(file, exported[other], simulations[other], images)
+        simulations[target] = simulation
         result[target] = _summary(links, len(images))
     return result
 
@@ -202,7 +201,8 @@ def _torch_link(
 
 def _outside(values: npt.NDArray[Any], expected: npt.NDArray[Any], bound: npt.NDArray[Any] | float) -> int:
     """How many values are farther from what is expected than the bound, or no numbers."""
-    return int((~(np.abs(values - expected) <= bound)).sum())
+    with np.errstate(invalid="ignore"):  # equal infinities
+        return int((~((values == expected) | (np.abs(values - expected) <= bound))).sum())
 
 
 def _runtime_link(
@@ -274,14 +274,22 @@ def _stored_error(file: QDQModel, edge: str) -> float:
 
 
 def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
-    """How far the file's type moves each constant of the float parts; nothing in float32."""
+    """How far the constants of the float parts lie from the network's own.
+
+    The file's type moves each of them, float32 none. A number such as 1.41421356 that a forward pass writes out is
+    rounded where it is exported, and torch may compute with the number: one of more than 12 bits is taken for such.
+    """
     types = {tensor.name: helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in file.model.graph.initializer}
-    return {
+    result = {}
+    for name, value in file.float_constants.items():
         # Of the constant that was to be written, not of the one in the file: that one is to be proven.
-        name: np.abs(value.astype(types[name]).astype(np.float64) - value)
-        for name, value in file.float_constants.items()
-        if types.get(name, value.dtype) != value.dtype
-    }
+        moved = np.abs(value.astype(types.get(name, value.dtype)).astype(np.float64) - value)
+        if value.size == 1:
+            short = np.ldexp(value.astype(np.float64), 12) % 1 == 0
+            moved = moved + np.where(short, 0.0, UNIT_ROUNDOFF * np.abs(value))
+        if moved.any():
+            result[name] = moved
+    return result
 
 
 def _session(model: bytes, optimized: Path | None = None) -> Any:
@@ -315,8 +323,12 @@ FUSED = {
 # A product of codes whose result stays float, and is no input of a quantizer, as in attention.
 _FLOAT_RESULT = {"MatMul": "MatMulIntegerToFloat"}
 # ONNX Runtime's CPU provider has no integer kernels for these.
-ALWAYS_FLOAT = ("HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization", "ReduceMean",
-                "LayerNormalization")  # fmt: skip
+ALWAYS_FLOAT = (
+    "HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization", "ReduceMean",
+    "LayerNormalization", "LogSoftmax", "InstanceNormalization", "LpNormalization", "Max", "Min", "Sub", "Pow",
+    "Softplus", "Softsign", "Selu", "Celu", "ThresholdedRelu", "Exp", "Log", "Sqrt", "Reciprocal", "Abs", "Neg",
+    "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Einsum",
+)  # fmt: skip
 
 
 def fusion(model: onnx.ModelProto) -> dict[str, Any]:
