@@ -128,7 +128,11 @@ def _selu(a: Attributes, x: Array) -> Array:
 
 
 def _clip(_: Attributes, x: Array, low: Any = -np.inf, high: Any = np.inf) -> Array:
-    return np.minimum(np.maximum(x, low), high)
+    return np.asarray(np.minimum(np.maximum(x, low), high))
+
+
+def _where(_: Attributes, condition: Array, x: Array, y: Array) -> Array:
+    return np.where(condition > 0.5, x, y)
 
 
 def _compared(function: Callable[[Array, Array], Array]) -> Known:
@@ -169,7 +173,7 @@ def _extreme(function: Callable[..., Any]) -> Known:
 
 
 def _norm(x: Array, axis: Any, keepdims: bool) -> Array:
-    return np.sqrt((x * x).sum(axis=axis, keepdims=keepdims))
+    return np.asarray(np.sqrt((x * x).sum(axis=axis, keepdims=keepdims)))
 
 
 def _l2_bound(attributes: Attributes, result: Array, x: Float) -> Array:
@@ -361,7 +365,7 @@ FLOAT_OPERATIONS: dict[str, Known] = {
     "Clip": _elementwise(_clip, _exact),
     "Max": _elementwise(lambda _, *x: np.maximum.reduce(np.broadcast_arrays(*x)), _exact),
     "Min": _elementwise(lambda _, *x: np.minimum.reduce(np.broadcast_arrays(*x)), _exact),
-    "Where": _elementwise(lambda _, c, x, y: np.where(c > 0.5, x, y), _exact),
+    "Where": _elementwise(_where, _exact),
     "Greater": _compared(np.greater),
     "GreaterOrEqual": _compared(np.greater_equal),
     "Less": _compared(np.less),

@@ -39,8 +39,8 @@ def quantize(
     """Codes of anything, rounded as ONNX Runtime's kernel for it rounds."""
     info = np.iinfo(constants[node.input[2]].dtype)
     stored = (constants[node.input[1]], int(constants[node.input[2]]))
-    scale, zero_point = out.grids.get(node.output[0], stored)
-    scale = np.float32(scale)
+    step, zero_point = out.grids.get(node.output[0], stored)
+    scale = np.float32(step)
     value = values[node.input[0]]
     fallback = real_values(value) / float(scale)
     bound: Array = np.asarray(4 * UNIT_ROUNDOFF * np.abs(fallback).max(initial=0.0))

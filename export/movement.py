@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -121,10 +122,11 @@ def resize(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, 
         msg = f"{node.name}: the simulator does not know a Resize of images or channels"
         raise NotSimulated(msg)
     if mode == "nearest":
-        rounding = {
+        roundings: dict[str, Callable[[Array], Array]] = {
             "floor": np.floor, "ceil": np.ceil, "round_prefer_floor": lambda x: np.ceil(x - 0.5),
             "round_prefer_ceil": lambda x: np.floor(x + 0.5),
-        }[nearest]  # fmt: skip
+        }  # fmt: skip
+        rounding = roundings[nearest]
         index = [
             np.clip(rounding(position), 0, own - 1).astype(np.int64)
             for position, own in zip(positions, shape[2:], strict=True)

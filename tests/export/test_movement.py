@@ -107,7 +107,7 @@ CODES_OF_ONE_GRID: list[tuple[Node, dict[str, Any], Any]] = [
     (
         ("Resize", ["x.real", "", "scales"], "out",
          {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}),
-        {"scales": np.float32([1, 1, 2, 2])},
+        {"scales": np.array([1, 1, 2, 2], np.float32)},
         lambda codes: codes.repeat(2, 2).repeat(2, 3),
     ),
     (("Max", ["x.real", "flipped.real"], "out", {}), {}, lambda codes: np.maximum(codes, codes[:, :, :, ::-1])),
