@@ -116,7 +116,7 @@ def train(
         "input_shape": list(dataset.train_images.shape[1:]),
         "quantizers": len(specs),
         "preparation": preparation,
-        "notes": [*preparation, *dataset.notes, *run.notes, *notes]
+        "notes": [*dataset.notes, *preparation, *run.notes, *notes]
         + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
         "seconds": round(keeper.seconds, 1),
     }
