@@ -142,7 +142,7 @@ def train(
         "input_shape": list(dataset.train_images.shape[1:]),
         "quantizers": len(specs),
         "preparation": run.preparation,
-        "notes": [*run.preparation, *dataset.notes, *run.notes, *notes]
+        "notes": [*dataset.notes, *run.preparation, *run.notes, *notes]
         + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
         "warnings": [_worse(candidates, config.qat, len(split.validation))] if best == "calibrated" else [],
         "seconds": round(keeper.seconds, 1),

@@ -146,7 +146,7 @@ def test_a_training_leaves_its_files_and_payload(finished: Run) -> None:
     ]  # fmt: skip
     assert set(payload) == {
         "device", "processes", "compiled", "float", "candidates", "best", "validation_images", "preprocessing",
-        "class_names", "input_shape", "quantizers", "notes", "warnings", "seconds",
+        "class_names", "input_shape", "quantizers", "preparation", "notes", "warnings", "seconds",
     }  # fmt: skip
     assert json.loads(json.dumps(payload)).keys() == payload.keys()
     assert payload["device"] == "cpu" and payload["compiled"] == "no: the recipe says never"
