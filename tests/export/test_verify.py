@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from crqat_train import data
 from crqat_train.calibration import weight_of
 from crqat_train.methods import quantizer_of
+from export import verify as verification
 from export.qdq import QDQModel
 from export.simulate import simulate
-from export.verify import NOT_RUN, fusion, optimized_operations, verify
+from export.verify import NOT_RUN, REFUSED, fusion, optimized_operations, verify
 from tests.export.conftest import Quantized, edited_file, initializer, nodes, quantize, random_images, session
 
 Digits = Callable[[int], Quantized]
@@ -66,6 +67,18 @@ def assert_proven(quantized: Quantized, files: dict[str, QDQModel]) -> None:
     fused = ("QLinearConv", "QLinearAdd", "QGemm", "QLinearGlobalAveragePool")
     assert [operations[operation] for operation in fused] == [19, 9, 1, 1]
     assert not {"Conv", "FusedConv", "Add", "Gemm", "Relu", "DequantizeLinear"} & operations.keys()
+
+
+def test_a_file_that_its_runtime_refuses_is_a_failed_proof(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = copy.deepcopy(digits(8).file("onnxruntime").model)
+    broken.graph.node[0].op_type = "NoSuchOperation"
+    own = verification._session
+    monkeypatch.setattr(verification, "_session", lambda _, *more: own(broken.SerializeToString(), *more))
+    entry = proof_of(digits(8), digits(8).files())["onnxruntime"]
+    assert entry["status"].startswith(REFUSED) and "NoSuchOperation" in entry["status"]
+    monkeypatch.setattr(verification, "_session", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        proof_of(digits(8), digits(8).files())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
