@@ -319,7 +319,7 @@ def test_wrong_use_of_boards(
 def test_a_bug_is_one_line_and_its_traceback_a_file_of_the_run(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipeline.dependencies.input_files", None)
+    monkeypatch.setattr("pipeline.dependencies.inputs", None)
     assert crqat(monkeypatch, "run", "recipe.yaml") == 3
     line = capsys.readouterr().err
     assert re.fullmatch(
