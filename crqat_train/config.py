@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from artifacts.config import STRICT, Range
+from artifacts.targets import TargetName
 
 Bits = Annotated[int, Range(ge=2, le=8)]
-Target = Literal["onnxruntime", "tensorrt"]
+Target = Annotated[str, TargetName()]
 # Of images in folders, where the recipe does not say: what ImageNet's networks were evaluated with.
 FOLDER_SIZE, FOLDER_CROP = 256, 224
 FILE_SOURCES = ("imagefolder", "webdataset", "huggingface")

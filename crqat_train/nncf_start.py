@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from artifacts.progress import Progress
 from crqat_train import data, models
@@ -77,10 +78,12 @@ def _take(quantizer: Quantizer, spec: QuantizerSpec, found: NNCFQuantizer | None
     step = torch.from_numpy(grid.scale.copy()).to(quantizer.scale.device)
     codes = f"{grid.qmin} to {grid.qmax}, here {spec.qmin} to {spec.qmax}"
     point = f"zero point {grid.zero_point}"
-    if grid.zero_point != 0 and ("tensorrt" in targets or spec.kind == "weight"):
-        why = "a weight" if spec.kind == "weight" else "TensorRT"
+    refusing = runtimes.union(targets).without_zero_points
+    if grid.zero_point != 0 and (spec.kind == "weight" or refusing is not None):
+        why = "a weight" if spec.kind == "weight" or refusing is None else refusing.title
+        others = ", ".join(target.name for target in runtimes.TARGETS.values() if target.zero_points)
         msg = f"{spec.edge}: {point}, and {why} takes none but 0; quantize with nncf's preset PERFORMANCE"
-        raise UsageError(msg + ("" if spec.kind == "weight" else ", or set targets: [onnxruntime]"))
+        raise UsageError(msg + ("" if spec.kind == "weight" else f", or set targets: [{others}]"))
     if quantizer.asymmetric:
         low, high = (float(step * (code - grid.zero_point)) for code in (grid.qmin, grid.qmax))
         quantizer.set_range(low, high)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 
+from artifacts import targets as runtimes
 from artifacts.grid import Grid
 from crqat_train.calibration import calibrate, rounded_weights
 from crqat_train.config import QuantizationConfig
@@ -61,8 +62,8 @@ class Quantized:
         return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, described)
 
     def files(self) -> dict[str, QDQModel]:
-        """Both targets' files as they ship."""
-        return {"onnxruntime": self.file("onnxruntime"), "tensorrt": self.file("tensorrt", "float16")}
+        """Every target's file as it ships."""
+        return {name: self.file(name, target.float_types[0]) for name, target in runtimes.TARGETS.items()}
 
 
 def quantize_network(
@@ -77,7 +78,7 @@ def quantize_network(
     Args:
         network: On the CPU; it is not changed, but for being in eval mode afterwards.
         batches: Normalized images, float32 of shape [N, C, H, W] each, from which the ranges start.
-        targets: "onnxruntime", "tensorrt" or both.
+        targets: Names of runtimes; see `artifacts.targets`.
         config: Widths and methods, None for the defaults.
         residual: See `crqat_train.layout.quantize_model`.
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from artifacts.grid import grids_hash, load_grids
 from artifacts.images import Preprocessing
@@ -64,6 +65,7 @@ def export(
     """
     trained = verify_stage(train_dir).payload
     targets = config.targets or train.targets
+    precisions = {target: runtimes.get(target).float_type(config.tensorrt_precision) for target in targets}
     candidate = trained["best"] if config.candidate == "best" else config.candidate
     if candidate not in trained["candidates"]:
         msg = f"export.candidate: the training has no {candidate}; set consistency.teacher: ema, or candidate: student"
@@ -87,16 +89,15 @@ def export(
     exported: dict[str, QDQModel] = {}
     findings: dict[str, list[str]] = {}
     for target in targets:
-        precision = config.tensorrt_precision if target == "tensorrt" else "float32"
         exported[target] = qdq_model(
             graph,
             specs,
             grids,
             latent,
             target,
-            precision,
+            precisions[target],
             {**metadata, "crqat.target": target},
-            config.weights if target == "tensorrt" else "int8",
+            config.weights if runtimes.get(target).float_weights else "int8",
         )
         findings[target] = [str(finding) for finding in lint(exported[target].model, target)]
         _refuse(exported[target], target, config.allow_lossy, [] if unsafe else findings[target])
@@ -107,7 +108,7 @@ def export(
     take_float_weights(model_float, train_dir)
     float_graph = marked_graph(model_float, specs, shape, classes)
     baselines = {"float": "float32"}
-    if "tensorrt" in targets and config.tensorrt_precision == "float16":
+    if "float16" in precisions.values():
         baselines["float16"] = "float16"
     for name, kind in baselines.items():
         baseline = float_model(float_graph, {**metadata, "crqat.target": name}, kind)
@@ -119,21 +120,22 @@ def export(
     progress("export", steps - 1, steps, "; ".join(f"{name}: {entry['status']}" for name, entry in proof.items()))
     entries: list[dict[str, Any]] = [{"file": f"{name}.onnx", "target": name} for name in baselines]
     for name, file in exported.items():
+        executed = runtimes.get(name).not_run is None
         onnx.save(file.model, out / f"{name}.onnx")
         entries.append(
             {
                 "file": f"{name}.onnx",
                 "target": name,
-                "precision": config.tensorrt_precision if name == "tensorrt" else "float32",
+                "precision": precisions[name],
                 "claims": file.claims(),
                 "macs": node_macs,
                 "verification": proof[name],
-                "fusion": fusion(file.model) if name == "onnxruntime" else None,
+                "fusion": fusion(file.model) if executed else None,
                 "findings": findings[name],
             }
         )
         codes = f"{name}.codes.npz"
-        if name == "onnxruntime" and expected_codes(file, verified, out / codes):
+        if executed and expected_codes(file, verified, out / codes):
             entries[-1]["expected_codes"] = codes
     _write_images(out / "images.npy", dataset.test_images)
     np.save(out / "labels.npy", dataset.test_labels.numpy())

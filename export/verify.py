@@ -23,14 +23,13 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
+from artifacts import targets as runtimes
 from artifacts.grid import Grid
 from crqat_train.calibration import Hook, hooked
 from crqat_train.layout import QuantizerSpec
 from export.qdq import MOVEMENT, QDQModel
 from export.simulate import simulate
 from export.simulated import NotSimulated, Simulation
-
-NOT_RUN = "not run: no CUDA device"
 
 
 def verify(
@@ -58,11 +57,12 @@ def verify(
     for target, file in exported.items():
         try:
             simulations[target] = simulate(file.model, images, stored_error=_rounded_constants(file))
-        except NotSimulated as reason:
-            result[target] = {"status": f"not run: {reason}", "images": len(images), "codes": 0, "differing_codes": 0}
+        except NotSimulated as error:
+            result[target] = {"status": f"not run: {error}", "images": len(images), "codes": 0, "differing_codes": 0}
             continue
         links: dict[str, Any] = {"torch": _torch_link(model, specs, grids, file, simulations[target], images)}
-        links["runtime"] = _runtime_link(file, simulations[target], images) if target == "onnxruntime" else NOT_RUN
+        reason = runtimes.get(target).not_run
+        links["runtime"] = _runtime_link(file, simulations[target], images) if reason is None else f"not run: {reason}"
         for other in [other for other in simulations if other != target]:
             links[other] = _target_link(file, exported[other], simulations[other], images)
         result[target] = _summary(links, len(images))
@@ -274,17 +274,9 @@ def optimized_operations(model: onnx.ModelProto) -> dict[str, list[str]]:
     return operations
 
 
-# What each operation of the file is to become.
-FUSED = {
-    "Conv": "QLinearConv", "Gemm": "QGemm", "Add": "QLinearAdd", "Mul": "QLinearMul", "Sigmoid": "QLinearSigmoid",
-    "LeakyRelu": "QLinearLeakyRelu", "AveragePool": "QLinearAveragePool",
-    "GlobalAveragePool": "QLinearGlobalAveragePool", "MatMul": "QLinearMatMul",
-}  # fmt: skip
-# A product of codes whose result stays float, and is no input of a quantizer, as in attention.
-_FLOAT_RESULT = {"MatMul": "MatMulIntegerToFloat"}
-# ONNX Runtime's CPU provider has no integer kernels for these.
-ALWAYS_FLOAT = ("HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization", "ReduceMean",
-                "LayerNormalization")  # fmt: skip
+# What each operation of the file is to become, and which stay float.
+FUSED, _FLOAT_RESULT = runtimes.ONNXRUNTIME.fusions, runtimes.ONNXRUNTIME.float_results
+ALWAYS_FLOAT = runtimes.ONNXRUNTIME.always_float
 
 
 def fusion(model: onnx.ModelProto) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from xml.etree import ElementTree
 
 from artifacts.config import STRICT, Range
+from artifacts.targets import builds_engine
 
 # What is compared with, and has nothing to prove.
 BASELINES = ("float", "float16", "float_openvino")
@@ -98,7 +99,7 @@ def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
             verdicts.append(_verification(file, model["verification"]))
         if model.get("codes_on_this_cpu") is not None:
             verdicts.append(_codes(file, model["codes_on_this_cpu"]))
-        if model["target"] == "tensorrt":
+        if builds_engine(model["target"]):
             verdicts += _engine(file, model.get("engine") or {"status": NO_ENGINE}, config)
         if model["status"] == "measured" and model["versus_float"] is not None:
             baseline = "float_openvino" if model["target"] == "openvino" else "float"

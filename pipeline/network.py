@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from artifacts import targets as runtimes
 from artifacts.errors import CrqatError, ToolError
 from artifacts.progress import quiet
 from crqat_train import data, models
@@ -39,7 +40,7 @@ from export.verify import fusion, verify
 from pipeline.networks import Images
 from runtime_eval import engine, tensorrt_api
 
-TARGETS = ("onnxruntime", "tensorrt")
+TARGETS = runtimes.names()
 CLASSES = 10
 # Images that BN's statistics and the ranges come from, that the step trains on, and that the codes are proven on.
 CALIBRATION_IMAGES, STEP_IMAGES = 8, 4
@@ -77,9 +78,9 @@ def measure(name: str, images: Images) -> dict[str, Any]:
     files = quantized.files()
     clock("export")
     proof = verify(model, specs, quantized.grids, files, batch[: images.verified].numpy())
-    fused = fusion(files["onnxruntime"].model)
+    fused = fusion(files[runtimes.ONNXRUNTIME.name].model)
     clock("verify")
-    report = _engine(files["tensorrt"], macs(quantized.graph))
+    report = _engine(files[runtimes.TENSORRT.name], macs(quantized.graph))
     clock("engine")
     return {
         "parameters": sum(parameter.numel() for parameter in network.parameters()),

@@ -12,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from artifacts.errors import UsageError
+from artifacts.targets import INT16_MAX
 from crqat_train import layout, models, nncf_bridge
 from crqat_train.config import Override, QuantizationConfig, Target
-from crqat_train.layout import INT16_MAX, QuantizerSpec, codes_at, quantize_model, quantizer_node, weight_node
+from crqat_train.layout import QuantizerSpec, codes_at, quantize_model, quantizer_node, weight_node
 from crqat_train.methods import LSQQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")

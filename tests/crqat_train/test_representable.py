@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from artifacts.errors import UsageError
+from artifacts.targets import BIAS_LIMIT
 from crqat_train import data, models
 from crqat_train.batches import evaluation_batches
 from crqat_train.calibration import calibrate
@@ -18,7 +19,7 @@ from crqat_train.config import QuantizationConfig
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
 from crqat_train.methods import LSQQuantizer, quantizer_of
-from crqat_train.representable import BIAS_LIMIT, fold_multiplier, make_representable
+from crqat_train.representable import fold_multiplier, make_representable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = ("onnxruntime", "tensorrt")
