@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from crqat_train.config import ConsistencyConfig
+from crqat_train.quantized_model import QuantizedModel
 
 
 def consistency_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -93,14 +94,14 @@ class ConsistencyTraining:
 
     def __init__(
         self,
-        student: fx.GraphModule,
+        student: QuantizedModel,
         float_model: nn.Module,
         config: ConsistencyConfig,
         compile_model: Callable[[nn.Module], Callable[[Tensor], Tensor]],
     ) -> None:
         self.config = config
         self._student = compile_model(student)
-        self.teacher: fx.GraphModule | None = None
+        self.teacher: QuantizedModel | None = None
         self._teach: Callable[[Tensor], Tensor] | None = None
         if config.teacher == "ema":
             self.teacher = copy.deepcopy(student).eval().requires_grad_(False)

@@ -91,7 +91,7 @@ class _Place:
     consumer: fx.Node | None
 
 
-def quantize_model(
+def insert_quantizers(
     model: nn.Module,
     example: Tensor,
     config: QuantizationConfig,

@@ -16,9 +16,10 @@ from artifacts.errors import UsageError
 from artifacts.progress import Progress
 from crqat_train import data, models
 from crqat_train.config import TrainConfig
-from crqat_train.layout import QuantizerSpec, quantize_model
-from crqat_train.methods import MIN_SCALE, Quantizer, quantizer_maker, quantizer_of
+from crqat_train.layout import QuantizerSpec
+from crqat_train.methods import MIN_SCALE, Quantizer, quantizer_maker, quantizer_of, specs_of
 from crqat_train.nncf_checkpoint import Checkpoint, NNCFQuantizer, read
+from crqat_train.quantized_model import quantize_model
 
 # kept: the same step and zero point. rescaled: the same range in other codes. calibrated: the checkpoint has no range
 # for it. dropped: the checkpoint quantizes an edge that the targets leave in float.
@@ -41,14 +42,11 @@ class Edge:
 
 
 @torch.no_grad()
-def take_ranges(
-    student: fx.GraphModule, specs: Sequence[QuantizerSpec], checkpoint: Checkpoint, targets: Sequence[str]
-) -> list[Edge]:
+def take_ranges(student: fx.GraphModule, checkpoint: Checkpoint, targets: Sequence[str]) -> list[Edge]:
     """Start the quantizers from a checkpoint's ranges; those without one keep what they have.
 
     Args:
         student: The quantized GraphModule, calibrated.
-        specs: Its quantizers.
         checkpoint: Of the same network.
         targets: Of the recipe.
 
@@ -58,6 +56,7 @@ def take_ranges(
     Raises:
         UsageError: A zero point other than 0 where the quantizer or the target takes none.
     """
+    specs = specs_of(student)
     by_hook = {hook: quantizer for quantizer in checkpoint.quantizers for hook in quantizer.hooks}
     edges = []
     for spec in specs:
@@ -123,8 +122,8 @@ def check(path: Path, config: TrainConfig, progress: Progress) -> tuple[Checkpoi
     model = models.build(config.model.name, len(dataset.class_names), shape[0])
     models.fill(model, checkpoint.weights, str(path))
     make = quantizer_maker(config.quantization)
-    student, specs = quantize_model(model.eval(), torch.zeros(2, *shape), config.quantization, config.targets, make)
-    return checkpoint, take_ranges(student, specs, checkpoint, config.targets)
+    student = quantize_model(model.eval(), torch.zeros(2, *shape), config.quantization, config.targets, make)
+    return checkpoint, take_ranges(student, checkpoint, config.targets)
 
 
 def usual_bits(checkpoint: Checkpoint) -> tuple[int, int]:

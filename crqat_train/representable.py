@@ -19,7 +19,7 @@ from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantizer_node
-from crqat_train.methods import quantizer_of
+from crqat_train.methods import quantizer_of, specs_of
 
 
 def fold_multiplier(bn: torch.nn.modules.batchnorm._BatchNorm) -> Tensor:
@@ -36,7 +36,7 @@ def _running(statistics: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def make_representable(model: fx.GraphModule, specs: Sequence[QuantizerSpec], targets: Sequence[str]) -> list[str]:
+def make_representable(model: fx.GraphModule, targets: Sequence[str]) -> list[str]:
     """Round the scales of a quantized model in place; call it before the final evaluation.
 
     Scales are rounded up, so that nothing that fitted is clipped. The change is below one part in a thousand for scales
@@ -44,7 +44,6 @@ def make_representable(model: fx.GraphModule, specs: Sequence[QuantizerSpec], ta
 
     Args:
         model: The quantized GraphModule in its final state.
-        specs: Its quantizers.
         targets: Names of runtimes; see `artifacts.targets`.
 
     Returns:
@@ -54,6 +53,7 @@ def make_representable(model: fx.GraphModule, specs: Sequence[QuantizerSpec], ta
         UsageError: A scale is larger than what a target stores.
     """
     constraints = runtimes.union(targets)
+    specs = specs_of(model)
     scales = {spec.edge: quantizer_of(model, spec).scale for spec in specs}
     for spec in specs:
         if spec.kind == "activation":

@@ -17,17 +17,14 @@ from artifacts.grid import save_grids
 from artifacts.progress import Progress
 from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, ranks
 from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
-from crqat_train.calibration import calibrate
 from crqat_train.checkpoint import write_tensors
 from crqat_train.config import OptimizerConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.evaluation import BATCH, accuracy
 from crqat_train.fit import Fit, finite
-from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.low_bits import LowBitTraining
 from crqat_train.machine import choose_device, compiler, deterministic
-from crqat_train.methods import quantizer_maker, quantizer_of
-from crqat_train.representable import make_representable
+from crqat_train.quantized_model import QuantizedModel, quantize_model
 from crqat_train.resume import SAVE_EVERY, Keeper, Training
 
 Forward = Callable[[Tensor], Tensor]
@@ -73,9 +70,10 @@ def train(
             write_tensors(out / "float.safetensors", _state(float_model))
         float_accuracy = run.validate(float_model)
         progress("float network", 1, 1, f"validation {float_accuracy:.2%}")
-        student, specs = run.quantize(float_model)
+        student = run.quantize(float_model)
+        specs = student.specs
         teacher = run.train_quantized(student, float_model)
-        candidates: dict[str, fx.GraphModule] = {"student": student}
+        candidates: dict[str, QuantizedModel] = {"student": student}
         if teacher is not None:
             candidates["teacher"] = teacher
         notes: list[str] = []
@@ -83,9 +81,9 @@ def train(
         for name, candidate in candidates.items():
             run.estimate_bn(candidate)
             candidate.to(memory_format=torch.contiguous_format)
-            notes += [f"{name}: {note}" for note in make_representable(candidate, specs, config.targets)]
+            notes += [f"{name}: {note}" for note in candidate.finalize()]
             accuracies[name] = run.validate(candidate)
-            grids = {spec.edge: quantizer_of(candidate, spec).grid() for spec in specs}
+            grids = candidate.grids()
             if out is not None:
                 write_tensors(out / f"{name}.safetensors", _state(candidate))
                 save_grids(out / f"{name}.grids.json", grids)
@@ -184,24 +182,21 @@ class _Run:
         self._epochs(training, step, lambda: {"validation": self.validate(model)})
         return model.eval()
 
-    def quantize(self, float_model: nn.Module) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
+    def quantize(self, float_model: nn.Module) -> QuantizedModel:
         """Insert quantizers and start their ranges from training images."""
         config = self.config
         images = self.dataset.train_images[self.split.train[: config.quantization.calibration_images]].to(self.device)
         batches = list(evaluation_batches(images, self.dataset.preprocessing, BATCH))
-        student, specs = quantize_model(
-            float_model, batches[0][:2], config.quantization, config.targets, quantizer_maker(config.quantization)
-        )
-        student = student.to(self.device)
-        calibrate(student, specs, batches, config.quantization.calibration)
-        self.progress("calibration", 1, 1, f"{len(specs)} quantizers from {len(images)} training images")
+        student = quantize_model(float_model, batches[0][:2], config.quantization, config.targets).to(self.device)
+        student.calibrate(batches, config.quantization.calibration)
+        self.progress("calibration", 1, 1, f"{len(student.specs)} quantizers from {len(images)} training images")
         if self.nncf is not None:
-            edges = nncf_start.summary(nncf_start.take_ranges(student, specs, self.nncf, config.targets))
+            edges = nncf_start.summary(nncf_start.take_ranges(student, self.nncf, config.targets))
             self.notes.append(f"{config.model.nncf}: edges: {edges}")
             self.progress("ranges", 1, 1, edges)
-        return student, specs
+        return student
 
-    def train_quantized(self, student: fx.GraphModule, float_model: nn.Module) -> fx.GraphModule | None:
+    def train_quantized(self, student: QuantizedModel, float_model: nn.Module) -> QuantizedModel | None:
         """CR-QAT: returns the EMA teacher, None where there is none."""
         config, consistency = self.config, self.config.consistency
         if config.qat.epochs == 0:

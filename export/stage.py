@@ -70,9 +70,10 @@ def export(
     if candidate not in trained["candidates"]:
         msg = f"export.candidate: the training has no {candidate}; set consistency.teacher: ema, or candidate: student"
         raise UsageError(msg)
-    model, specs = rebuild(train_dir, train, trained, candidate)
+    model = rebuild(train_dir, train, trained, candidate)
+    specs = model.specs
     grids = load_grids(train_dir / f"{candidate}.grids.json")
-    latent = rounded_weights(model, specs)
+    latent = rounded_weights(model)
     preprocessing = Preprocessing.from_json(trained["preprocessing"])
     metadata = {
         "crqat.schema_version": METADATA_SCHEMA,
@@ -83,7 +84,7 @@ def export(
         "crqat.git_revision": git_revision,
     }
     shape, classes = trained["input_shape"], len(trained["class_names"])
-    graph = marked_graph(model, specs, shape, classes)
+    graph = marked_graph(model, shape, classes)
     node_macs = macs(graph)
     steps = 2 + len(targets)
     exported: dict[str, QDQModel] = {}
@@ -104,9 +105,9 @@ def export(
         progress("export", len(exported), steps, f"{target}.onnx")
     dataset = data.of_recipe(train.data, progress)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
-    model_float, _ = rebuild(train_dir, train, trained, candidate)
+    model_float = rebuild(train_dir, train, trained, candidate)
     take_float_weights(model_float, train_dir)
-    float_graph = marked_graph(model_float, specs, shape, classes)
+    float_graph = marked_graph(model_float, shape, classes)
     baselines = {"float": "float32"}
     if "float16" in precisions.values():
         baselines["float16"] = "float16"
@@ -115,8 +116,8 @@ def export(
         onnx.save(baseline, out / f"{name}.onnx")
     chosen = data.split(len(dataset.train_labels), train.data.validation, train.seed).validation[: config.verify_images]
     verified = preprocessing(dataset.train_images[chosen].numpy())
-    proof = verify(model, specs, grids, exported, verified)
-    noise = quantizer_noise(model, specs, verified)
+    proof = verify(model, grids, exported, verified)
+    noise = quantizer_noise(model, verified)
     progress("export", steps - 1, steps, "; ".join(f"{name}: {entry['status']}" for name, entry in proof.items()))
     entries: list[dict[str, Any]] = [{"file": f"{name}.onnx", "target": name} for name in baselines]
     for name, file in exported.items():

@@ -25,7 +25,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
 from artifacts.errors import UsageError
-from crqat_train.layout import QuantizerSpec
+from crqat_train.methods import specs_of
 from export.graph import OPSET, Graph, shapes
 from export.linears import linears_as_gemm, scale_behind_product
 from export.shape_folding import flatten_views, fold_shapes
@@ -52,14 +52,11 @@ class _Marker(nn.Module):
         return _Mark.apply(x, self.edge)  # type: ignore[no-any-return]
 
 
-def marked_graph(
-    model: fx.GraphModule, specs: Sequence[QuantizerSpec], input_shape: Sequence[int], classes: int
-) -> Graph:
+def marked_graph(model: fx.GraphModule, input_shape: Sequence[int], classes: int) -> Graph:
     """Export the network with its quantizers turned into markers, and fold BN into the convolutions.
 
     Args:
         model: Quantized GraphModule on the CPU in eval mode; it is not changed.
-        specs: Its quantizers.
         input_shape: [C, H, W].
         classes: Width of the logits.
 
@@ -67,7 +64,7 @@ def marked_graph(
         The float graph with a `crqat.Edge` node, attribute `edge`, on every quantized edge.
     """
     model = copy.deepcopy(model).eval()
-    for spec in specs:
+    for spec in specs_of(model):
         model.get_submodule("quantizers").add_module(spec.module_name, _Marker(spec.edge))
     buffer = io.BytesIO()
     with warnings.catch_warnings():

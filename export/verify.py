@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from artifacts import targets as runtimes
 from artifacts.grid import Grid
 from crqat_train.calibration import Hook, hooked
 from crqat_train.layout import QuantizerSpec
+from crqat_train.methods import specs_of
 from export.qdq import MOVEMENT, QDQModel
 from export.simulate import simulate
 from export.simulated import NotSimulated, Simulation
@@ -34,7 +35,6 @@ from export.simulated import NotSimulated, Simulation
 
 def verify(
     model: fx.GraphModule,
-    specs: Sequence[QuantizerSpec],
     grids: Mapping[str, Grid],
     exported: Mapping[str, QDQModel],
     images: npt.NDArray[np.float32],
@@ -43,7 +43,6 @@ def verify(
 
     Args:
         model: The delivered quantized network, CPU, eval mode.
-        specs: Its quantizers.
         grids: Edge name to trained Grid.
         exported: Target to its file.
         images: Normalized, float32 of shape [N, C, H, W], from the training set.
@@ -60,7 +59,7 @@ def verify(
         except NotSimulated as error:
             result[target] = {"status": f"not run: {error}", "images": len(images), "codes": 0, "differing_codes": 0}
             continue
-        links: dict[str, Any] = {"torch": _torch_link(model, specs, grids, file, simulations[target], images)}
+        links: dict[str, Any] = {"torch": _torch_link(model, grids, file, simulations[target], images)}
         reason = runtimes.get(target).not_run
         links["runtime"] = _runtime_link(file, simulations[target], images) if reason is None else f"not run: {reason}"
         for other in [other for other in simulations if other != target]:
@@ -148,7 +147,6 @@ def _slack(file: QDQModel, bias_error: Mapping[str, float]) -> dict[str, float]:
 
 def _torch_link(
     model: fx.GraphModule,
-    specs: Sequence[QuantizerSpec],
     grids: Mapping[str, Grid],
     file: QDQModel,
     simulation: Simulation,
@@ -170,7 +168,7 @@ def _torch_link(
 
         return replace
 
-    in_file = [spec for spec in specs if spec.kind == "activation" and spec.edge in file.codes]
+    in_file = [spec for spec in specs_of(model) if spec.kind == "activation" and spec.edge in file.codes]
     with torch.no_grad(), hooked(model, [(spec, replaced_by_the_file(spec)) for spec in in_file]):
         model(torch.from_numpy(images))
     rounded = {edge: weight.bias_error + _stored_error(file, edge) for edge, weight in file.weights.items()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from artifacts.grid import Grid
 from crqat_train.layout import QuantizerSpec
@@ -66,6 +66,11 @@ class Quantizer(nn.Module):
         scale = self.scale.detach().cpu().numpy().astype(np.float32).reshape(-1)
         axis = None if self.spec.channels is None else 0
         return Grid(scale, self.zero_point(), self.spec.qmin, self.spec.qmax, axis)
+
+
+def specs_of(model: fx.GraphModule) -> list[QuantizerSpec]:
+    """The specs of a quantized network's quantizers, in the order of NNCF's layout."""
+    return list(model.meta.get("specs", ()))  # a network that was only traced has none
 
 
 def quantizer_of(model: nn.Module, spec: QuantizerSpec) -> Quantizer:

@@ -10,13 +10,14 @@ import numpy.typing as npt
 import pytest
 import torch
 from scipy.special import log_softmax, rel_entr  # type: ignore[import-untyped]
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
-from crqat_train.config import ConsistencyConfig
+from crqat_train.config import ConsistencyConfig, QuantizationConfig
 from crqat_train.consistency import ConsistencyTraining, EMATeacher, consistency_loss, consistency_weight, ema_alpha
 from crqat_train.layout import QuantizerSpec
 from crqat_train.methods import LSQQuantizer
+from crqat_train.quantized_model import quantize_model
 
 
 def logits(seed: int, n: int = 32, classes: int = 10, spread: float = 4.0) -> Tensor:
@@ -192,7 +193,9 @@ def test_networks_that_differ_are_refused() -> None:
 def test_a_teacher_without_weight_costs_no_forward_pass(teacher: Literal["ema", "float"], weight: float) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 3))
-    student, compiled = fx.symbolic_trace(network), []
+    compiled: list[nn.Module] = []
+    student = quantize_model(network, torch.zeros(2, 4), QuantizationConfig(), ("onnxruntime",))
+    student.calibrate([torch.randn(8, 4)])
 
     def count(model: nn.Module) -> Callable[[Tensor], Tensor]:
         compiled.append(model)

@@ -15,7 +15,7 @@ from artifacts.errors import UsageError
 from artifacts.targets import INT16_MAX
 from crqat_train import layout, models, nncf_bridge
 from crqat_train.config import Override, QuantizationConfig, Target
-from crqat_train.layout import QuantizerSpec, codes_at, quantize_model, quantizer_node, weight_node
+from crqat_train.layout import QuantizerSpec, codes_at, insert_quantizers, quantizer_node, weight_node
 from crqat_train.methods import LSQQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +53,7 @@ def quantized(
     make: Callable[[QuantizerSpec], nn.Module] = identity,
 ) -> Layout:
     torch.manual_seed(0)
-    return quantize_model(model, torch.randn(*shape), config, targets, make)
+    return insert_quantizers(model, torch.randn(*shape), config, targets, make)
 
 
 def specs_of(*args: Any, **kwargs: Any) -> dict[str, QuantizerSpec]:

@@ -95,7 +95,7 @@ def proven(network: nn.Module, targets: tuple[Target, ...]) -> tuple[Quantized, 
     """A quantized network, its proof and what ONNX Runtime fuses."""
     quantized = quantize(network, random_images(8, 3, 16, 16), targets=targets)
     files: dict[str, QDQModel] = {target: quantized.file(target) for target in targets}
-    proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    proof = verify(quantized.model, quantized.grids, files, quantized.images)
     return quantized, proof, fusion(files["onnxruntime"].model)
 
 
@@ -205,5 +205,5 @@ def test_logits_behind_a_pool_have_a_bound_that_can_be_broken(monkeypatch: pytes
         return pooled
 
     monkeypatch.setitem(simulate._OPERATIONS, "GlobalAveragePool", larger)
-    broken = verify(quantized.model, quantized.specs, quantized.grids, {"onnxruntime": file}, quantized.images)
+    broken = verify(quantized.model, quantized.grids, {"onnxruntime": file}, quantized.images)
     assert broken["onnxruntime"]["status"].startswith("failed: runtime")

@@ -17,8 +17,8 @@ from artifacts.errors import UsageError
 from crqat_train import models
 from crqat_train.config import QuantizationConfig
 from crqat_train.graph import trace
-from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
+from crqat_train.quantized_model import quantize_model
 from export.qdq import float_model
 from export.trace import marked_graph
 from tests.export.conftest import Quantized, initializer, nodes, quantize, random_images, sane_bn, session
@@ -83,7 +83,7 @@ def test_operations_have_unique_names_of_their_layers(resnet20: Quantized) -> No
 
 def test_the_model_is_not_changed(resnet20: Quantized) -> None:
     before = {name: tensor.clone() for name, tensor in resnet20.model.state_dict().items()}
-    marked_graph(resnet20.model, resnet20.specs, [3, 32, 32], 10)
+    marked_graph(resnet20.model, [3, 32, 32], 10)
     assert before.keys() == resnet20.model.state_dict().keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in resnet20.model.state_dict().items())
 
@@ -92,8 +92,8 @@ def test_the_model_is_not_changed(resnet20: Quantized) -> None:
 def test_the_float_model_is_the_float_network(name: str) -> None:
     images = random_images(8, 3, 32, 32)
     network = sane_bn(models.build(name, 10, 3), images)
-    model, specs = quantize_model(network, images[:2], QuantizationConfig(), ("tensorrt",), LSQQuantizer)
-    graph = marked_graph(model, specs, [3, 32, 32], 10)
+    model = quantize_model(network, images[:2], QuantizationConfig(), ("tensorrt",), LSQQuantizer)
+    graph = marked_graph(model, [3, 32, 32], 10)
     assert "BatchNormalization" not in {node.op_type for node in graph.nodes}
     assert_same_network(float_model(graph, {}), network, images)
 
@@ -101,7 +101,7 @@ def test_the_float_model_is_the_float_network(name: str) -> None:
 def test_the_comparison_sees_a_weight_off_by_a_thousandth() -> None:
     images = random_images(8, 3, 32, 32)
     network = sane_bn(models.build("cifar/resnet20", 10, 3), images)
-    model = float_model(marked_graph(trace(network), [], [3, 32, 32], 10), {})
+    model = float_model(marked_graph(trace(network), [3, 32, 32], 10), {})
     exact, allowed = rounding(network, images)
     name = nodes(model, "Conv")[15].input[1]
     weight = initializer(model, name).copy()
@@ -167,7 +167,7 @@ def test_a_batch_norm_without_a_convolution_of_its_own_stays() -> None:
 
     images = random_images(4, 3, 4, 4)
     network = sane_bn(Shared(), images)
-    graph = marked_graph(trace(network), [], [3, 4, 4], 12)
+    graph = marked_graph(trace(network), [3, 4, 4], 12)
     assert [node.op_type for node in graph.nodes].count("BatchNormalization") == 1
     assert not graph.fold
     assert_same_network(float_model(graph, {}), network, images)
@@ -176,7 +176,7 @@ def test_a_batch_norm_without_a_convolution_of_its_own_stays() -> None:
 def test_traced_networks_are_exported_as_they_are() -> None:
     """No quantizer at all is a layout too."""
     network = models.build("cifar/resnet20", 10, 1)
-    graph = marked_graph(trace(network.eval()), [], [1, 8, 8], 10)
+    graph = marked_graph(trace(network.eval()), [1, 8, 8], 10)
     assert "Edge" not in {node.op_type for node in graph.nodes}
     assert_same_network(float_model(graph, {}), network, random_images(2, 1, 8, 8))
 

@@ -29,7 +29,7 @@ BEHIND = "post_hooks.layer2/1/relu1/relu/0__0.0"
 
 
 def proof_of(quantized: Quantized, files: dict[str, QDQModel]) -> dict[str, dict[str, Any]]:
-    return verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    return verify(quantized.model, quantized.grids, files, quantized.images)
 
 
 def broken_links(entry: dict[str, Any]) -> set[str]:
