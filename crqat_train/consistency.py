@@ -49,8 +49,9 @@ def ema_alpha(step: int, decay: float) -> float:
 class EMATeacher:
     """theta' <- alpha theta' + (1 - alpha) theta, matched by name.
 
-    Weights, BN affine parameters and quantizer scales are averaged. BN running statistics are averages already and are
-    copied; left alone they would ruin a mean teacher. Integer buffers are copied.
+    Weights, BN affine parameters, quantizer scales and floating-point buffers are averaged, BN running statistics among
+    them: averaged weights with the statistics of the student's last steps are two networks in one. Integer buffers are
+    copied, and so is a buffer that holds infinity, as a mask does: its average would be no number.
 
     Raises:
         ValueError: The networks' tensors differ in name or shape.
@@ -61,12 +62,14 @@ class EMATeacher:
         self._copy: tuple[list[Tensor], list[Tensor]] = ([], [])
         parameters = dict(teacher.named_parameters()), dict(student.named_parameters())
         buffers = dict(teacher.named_buffers()), dict(student.named_buffers())
-        for (own, others), pairs in ((parameters, self._average), (buffers, self._copy)):
+        for own, others in (parameters, buffers):
             shapes = [{(name, tensor.shape) for name, tensor in side.items()} for side in (own, others)]
             if shapes[0] != shapes[1]:
                 msg = f"teacher and student differ: {sorted({name for name, _ in shapes[0] ^ shapes[1]})[:3]}"
                 raise ValueError(msg)
             for name, tensor in own.items():
+                averaged = own is parameters[0] or (tensor.is_floating_point() and bool(tensor.isfinite().all()))
+                pairs = self._average if averaged else self._copy
                 pairs[0].append(tensor.detach())
                 pairs[1].append(others[name].detach())
 

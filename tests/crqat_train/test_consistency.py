@@ -13,6 +13,8 @@ from scipy.special import log_softmax, rel_entr  # type: ignore[import-untyped]
 from torch import Tensor, nn
 from torch.nn import functional
 
+from crqat_train import data
+from crqat_train.batches import evaluation_batches
 from crqat_train.config import ConsistencyConfig, QuantizationConfig
 from crqat_train.consistency import ConsistencyTraining, EMATeacher, consistency_loss, consistency_weight, ema_alpha
 from crqat_train.layout import QuantizerSpec
@@ -99,9 +101,10 @@ def test_alpha_is_an_average_at_first() -> None:
 
 
 class Net(nn.Module):
-    """All kinds of state: weights, BN affine and statistics, a step, an integer buffer, a layer under two names."""
+    """All kinds of state: weights, BN affine and statistics, a step, other buffers, a layer under two names."""
 
     steps: Tensor
+    mask: Tensor
 
     def __init__(self, order: int = 1) -> None:
         super().__init__()
@@ -111,6 +114,7 @@ class Net(nn.Module):
             self.add_module(name, layers[name])
         self.again = self.get_submodule("conv")
         self.register_buffer("steps", torch.zeros(4, dtype=torch.int64))
+        self.register_buffer("mask", torch.tensor([0.0, -math.inf]), persistent=False)
 
 
 def scramble(model: nn.Module, seed: int) -> None:
@@ -129,20 +133,72 @@ def test_the_teacher_is_the_average_by_name(order: int) -> None:
     student, teacher = Net(), Net(order)
     teacher.load_state_dict(student.state_dict())
     average = EMATeacher(teacher, student)
-    names = [name for name, _ in student.named_parameters()]
     slow: dict[str, Any] = {name: tensor.double().clone() for name, tensor in teacher.state_dict().items()}
     for step in range(8):
         scramble(student, step)
         alpha = ema_alpha(step, 0.7)
         average.update(alpha)
         for name, tensor in student.state_dict().items():
-            key = name.replace("again", "conv")
-            slow[name] = alpha * slow[name] + (1 - alpha) * tensor.double() if key in names else tensor.double()
+            averaged = alpha * slow[name] + (1 - alpha) * tensor.double()
+            slow[name] = averaged if tensor.is_floating_point() else tensor.double()
         for name, tensor in teacher.state_dict().items():
             torch.testing.assert_close(tensor.double(), slow[name], rtol=1e-5, atol=1e-6, msg=f"{name} at {step}")
-    for name in ("norm.running_mean", "norm.running_var", "norm.num_batches_tracked", "steps"):
+    for name in ("norm.running_mean", "norm.running_var"):
+        assert not torch.equal(teacher.state_dict()[name], student.state_dict()[name])
+    for name in ("norm.num_batches_tracked", "steps"):
         assert torch.equal(teacher.state_dict()[name], student.state_dict()[name])  # copied, not averaged
     assert teacher.steps.dtype == torch.int64 and teacher.steps.any()
+    assert torch.equal(teacher.mask, torch.tensor([0.0, -math.inf]))  # infinity less infinity is no number
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_teachers_batchnorm_statistics_are_those_of_its_weights() -> None:
+    """Stored statistics against those that all training images give, after 40 steps that shake the student.
+
+    With the student's statistics copied, the mean error of a layer's log variance is 0.39, 0.66 and 0.96, and the
+    teacher knows 78 % of the images instead of 98 %; averaged they are off by 0.14, 0.10 and 0.17.
+    """
+    digits, size = data.load("digits", None, False), 50
+    batches = list(evaluation_batches(digits.train_images, digits.preprocessing, size))[
+        : len(digits.train_images) // size
+    ]
+    labels = digits.train_labels[: size * len(batches)].split(size)
+    torch.manual_seed(0)
+    network = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 10),
+    )  # fmt: skip
+
+    def fit(
+        model: nn.Module, lr: float, steps: int, loss: Callable[[int], Tensor], after: Callable[[int], None]
+    ) -> None:
+        optimizer = torch.optim.SGD(model.parameters(), lr, momentum=0.9)
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss(step % len(batches)).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            after(step)
+
+    fit(network, 0.05, 60, lambda i: functional.cross_entropy(network(batches[i]), labels[i]), lambda _: None)
+    student = fx.symbolic_trace(network).train()
+    training = ConsistencyTraining(student, network, ConsistencyConfig(weight=0.0), lambda model: model)
+    fit(student, 0.3, 40, lambda i: training.loss([batches[i]], labels[i], 0.0), training.after_step)
+    teacher = training.teacher
+    assert teacher is not None
+    anew = copy.deepcopy(teacher)
+    torch.optim.swa_utils.update_bn(batches, anew)
+    norms = [
+        (own, anew.get_submodule(name)) for name, own in teacher.named_modules() if "BatchNorm" in type(own).__name__
+    ]
+    assert len(norms) == 3
+    for own, other in norms:
+        own_variance, variance = own.running_var, other.running_var
+        assert isinstance(own_variance, Tensor) and isinstance(variance, Tensor)
+        assert float((own_variance / variance).log().abs().mean()) < 0.28
+    images, expected = torch.cat(batches), torch.cat(labels)
+    known = [float((model.eval()(images).argmax(1) == expected).float().mean()) for model in (teacher, anew)]
+    assert known[0] > known[1] - 0.02 and known[1] > 0.95
 
 
 def test_the_first_update_makes_the_teacher_the_student() -> None:
