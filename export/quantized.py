@@ -13,9 +13,10 @@ from torch import Tensor, fx, nn
 
 from artifacts import targets as runtimes
 from artifacts.grid import Grid
+from artifacts.targets import Residual
 from crqat_train.calibration import calibrate, rounded_weights
 from crqat_train.config import QuantizationConfig
-from crqat_train.layout import QuantizerSpec, Residual, quantize_model
+from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.methods import quantizer_maker, quantizer_of
 from crqat_train.representable import make_representable
 from export.graph import Graph
