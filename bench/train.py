@@ -30,7 +30,7 @@ from crqat_train.calibration import calibrate
 from crqat_train.config import ConsistencyConfig, OptimizerConfig, QuantizationConfig
 from crqat_train.consistency import ConsistencyTraining
 from crqat_train.fit import Fit
-from crqat_train.methods import METHODS, MIN_SCALE
+from crqat_train.methods import METHODS
 from crqat_train.quantized_model import quantize_model
 from crqat_train.resume import SAVE_EVERY, Keeper, Training
 from pipeline.console import show_table
@@ -91,14 +91,12 @@ class Bench:
         calibrate(student, self.calibration)
         config = ConsistencyConfig(teacher=teacher)  # type: ignore[arg-type]
         training = ConsistencyTraining(student, float_model, config, torch.compile if compiled else lambda m: m)
-        scales = [p.detach() for name, p in student.named_parameters() if name.startswith("quantizers.")]
         optimizer, batches, count = sgd(student), self.endless(training.views), iter(range(1 << 30))
         student.train()
 
         def step() -> None:
             *images, labels = next(batches)
             update(optimizer, training.loss(images, labels, 1.0))
-            torch._foreach_clamp_min_(scales, MIN_SCALE)
             training.after_step(next(count))
 
         return step

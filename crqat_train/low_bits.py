@@ -134,7 +134,7 @@ class OscillationDamping(nn.Module):
         """The sum over all quantized weights, a scalar."""
         terms = []
         for weight, quantizer in self._pairs:
-            scale = quantizer.scale.detach()
+            scale = quantizer.scale.detach().clamp_min(MIN_SCALE)
             inside = torch.clamp(quantizer.values(weight), scale * quantizer.qmin, scale * quantizer.qmax)
             terms.append((quantizer(weight.detach()).detach() - inside).square().sum())
         return torch.stack(terms).sum()

@@ -19,7 +19,7 @@ from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantizer_node
-from crqat_train.methods import quantizer_of, specs_of
+from crqat_train.methods import MIN_SCALE, quantizer_of, specs_of
 
 
 def fold_multiplier(bn: torch.nn.modules.batchnorm._BatchNorm) -> Tensor:
@@ -54,6 +54,7 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str]) -> list[st
     """
     constraints = runtimes.union(targets)
     specs = specs_of(model)
+    torch._foreach_clamp_min_([quantizer_of(model, spec).scale for spec in specs], MIN_SCALE)
     scales = {spec.edge: quantizer_of(model, spec).scale for spec in specs}
     for spec in specs:
         if spec.kind == "activation":

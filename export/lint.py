@@ -114,7 +114,7 @@ def _described(view: _View) -> Iterator[tuple[onnx.NodeProto, runtimes.Node]]:
 def _quantize_node(view: _View, node: onnx.NodeProto) -> runtimes.Node:
     zero_point = view.zero_point(node)
     return runtimes.QuantizeNode(
-        of_weight=node.input[0] in view.tensors,
+        of_constant=node.input[0] in view.tensors,
         zero_point_type=None if zero_point is None else TensorProto.DataType.Name(zero_point.data_type),
         zero_point_is_zero=zero_point is None or not view.array(zero_point.name).any(),
         scalar_scale=view.array(node.input[1]).ndim == 0 if node.input[1] in view.tensors else None,
@@ -122,9 +122,9 @@ def _quantize_node(view: _View, node: onnx.NodeProto) -> runtimes.Node:
 
 
 def _layer_node(view: _View, node: onnx.NodeProto) -> runtimes.Node:
-    quantized = _quantized_operands(view, node)
-    bias = node.input[2] if len(node.input) > 2 else ""
-    plain = runtimes.LayerNode(node.op_type, *quantized, constant_bias=bias in view.tensors)
+    input_quantized, weight_quantized = _quantized_operands(view, node)
+    constant_bias = len(node.input) > 2 and node.input[2] in view.tensors
+    plain = runtimes.LayerNode(node.op_type, input_quantized, weight_quantized, constant_bias=constant_bias)
     x, w = view.producer.get(node.input[0]), view.producer.get(node.input[1])
     if x is None or w is None or x.op_type != "DequantizeLinear" or w.op_type != "DequantizeLinear":
         return plain

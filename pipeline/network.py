@@ -76,9 +76,9 @@ def measure(name: str, images: Images) -> dict[str, Any]:
     files = quantized.files()
     clock("export")
     proof = verify(model, quantized.grids, files, batch[: images.verified].numpy())
-    fused = fusion(files[runtimes.ONNXRUNTIME.name].model)
+    fused = fusion(files[runtimes.executed()].model)
     clock("verify")
-    report = _engine(files[runtimes.TENSORRT.name], macs(quantized.graph))
+    report = _engine(files[next(filter(runtimes.builds_engine, TARGETS))], macs(quantized.graph))
     clock("engine")
     return {
         "parameters": sum(parameter.numel() for parameter in network.parameters()),

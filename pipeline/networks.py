@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from artifacts.errors import ToolError, UsageError
-from artifacts.targets import ONNXRUNTIME
+from artifacts.targets import executed
 from pipeline import console
 
 SCHEMA_VERSION = 1
@@ -174,7 +174,7 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def _codes(proof: Mapping[str, Any]) -> str:
-    runtime = proof[ONNXRUNTIME.name]
+    runtime = proof[executed()]
     text = f"{runtime['differing_codes']} of {runtime['codes']:,}"
     ties = runtime["links"]["runtime"]["inexact_differing"] if "links" in runtime else 0
     text += f", {ties} at ties" if ties else ""

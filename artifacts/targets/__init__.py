@@ -29,7 +29,7 @@ from artifacts.targets.tensorrt import TENSORRT
 
 __all__ = ["BIAS_LIMIT", "INT16_MAX", "ONNXRUNTIME", "TARGETS", "TENSORRT", "BiasType", "Broken", "ClipNode",
            "Constraints", "FloatType", "LayerNode", "Node", "QuantizeNode", "Residual", "Target", "TargetName",
-           "activation_codes", "builds_engine", "find", "get", "is_depthwise", "names", "union",
+           "activation_codes", "builds_engine", "executed", "find", "get", "is_depthwise", "names", "union",
            "weight_codes"]  # fmt: skip
 
 # Every runtime by its name; another one is added here.
@@ -53,6 +53,11 @@ def get(name: str) -> Target:
 def names() -> tuple[str, ...]:
     """The names of all runtimes."""
     return tuple(TARGETS)
+
+
+def executed() -> str:
+    """The name of the runtime that an export runs, to compare codes with its own."""
+    return next(name for name, target in TARGETS.items() if target.not_run is None)
 
 
 def builds_engine(name: str) -> bool:

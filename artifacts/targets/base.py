@@ -43,13 +43,13 @@ class QuantizeNode:
     """A QuantizeLinear or DequantizeLinear, as lint describes it.
 
     Attributes:
-        of_weight: Whether it reads a constant.
+        of_constant: Whether it reads a constant: a weight or a bias, not an activation.
         zero_point_type: ONNX's name of the type, "INT8" or "UINT8"; None without a zero point.
         zero_point_is_zero: Whether every zero point is 0.
         scalar_scale: Whether the scale has no dimension; None if it is no constant.
     """
 
-    of_weight: bool
+    of_constant: bool
     zero_point_type: str | None
     zero_point_is_zero: bool
     scalar_scale: bool | None

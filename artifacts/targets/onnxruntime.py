@@ -11,7 +11,7 @@ from artifacts.targets.base import INT16_MAX, Broken, ClipNode, LayerNode, Node,
 
 def _rules(node: Node) -> Iterator[Broken]:
     if isinstance(node, QuantizeNode):
-        if node.scalar_scale is None or node.of_weight:
+        if node.scalar_scale is None or node.of_constant:
             return
         if not node.scalar_scale:
             yield Broken("a per-tensor scale is a scalar: with shape [1] no Add fuses", "export again")
