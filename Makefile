@@ -19,7 +19,7 @@ CRQAT := $(VENV)/bin/python -m pipeline.cli
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test lint bench-infer bench-train bench-arms bench-residual soak fuzz bench-export
+.PHONY: help install train export benchmark gate test lint models bench-infer bench-train bench-arms bench-residual soak fuzz bench-export
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -62,6 +62,9 @@ bench-residual: $(INSTALLED) ## TensorRT's plan with both inputs of a residual A
 
 bench-export: $(INSTALLED) ## the peers' own ways to a quantized ONNX file and ours, in TensorRT's builder and ONNX Runtime
 	$(VENV)/bin/python -m bench.export $(ARGS)
+
+models: $(INSTALLED) ## write docs/models.md; ARGS="timm/resnet18 --cifar10 DIR --size 64" for some networks and real images
+	$(CRQAT) models $(ARGS) --out docs/models.md
 
 soak: $(INSTALLED) ## kill 200 stages at random instants; ARGS="--kills 20" for fewer
 	$(VENV)/bin/python -m bench.soak $(ARGS)

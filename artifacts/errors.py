@@ -1,7 +1,8 @@
 """Errors that end in one line for the user. Exit codes are part of the command line's contract.
 
-0 pass, 1 the gate failed, 2 usage or recipe, 3 environment or tool, 4 the gate is inconclusive,
-130 interrupted (SIGINT), 143 terminated (SIGTERM).
+0 pass, 1 measured and judged a failure, 2 usage or recipe, 3 environment, tool or internal error, 4 inconclusive,
+130 interrupted (SIGINT), 141 nobody reads the output (SIGPIPE), 143 terminated (SIGTERM). No error ends with 1, though
+Python itself ends with it after an exception: `artifacts.failures` sees to that.
 """
 
 
@@ -30,6 +31,17 @@ class ToolError(CrqatError):
     """The environment is wrong: a tool is missing, a directory cannot be written, a runtime died."""
 
     exit_code = 3
+
+
+class InternalError(ToolError):
+    """An exception that nobody expected, in one line; see `artifacts.failures`."""
+
+    # Of one of several processes of a training: who started them may start them again, which may help.
+    exit_code_of_rank = 70
+
+
+class Told(SystemExit):
+    """The process ends, and what there is to say has been said. Any other SystemExit is somebody else's."""
 
 
 class Interrupted(CrqatError):

@@ -45,6 +45,8 @@ class Manifest:
         payload: What the stage tells the next one.
         files: Relative file name to SHA-256, filled in when the stage is complete.
         schema_version: Of this file's layout.
+        inputs: What the result depends on beside recipe and parent, by name: versions, files, data; None of a stage
+            that was made before this was noted.
     """
 
     stage: str
@@ -55,6 +57,7 @@ class Manifest:
     payload: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
+    inputs: dict[str, str] | None = None
 
 
 def sha256_file(path: Path) -> str:
@@ -123,10 +126,15 @@ def _fill(run: Path, manifest: Manifest, version: Path) -> Iterator[Path]:
         sync(version)
     except BaseException as error:
         shutil.rmtree(version, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno in _PLACE_ERRORS:
+        # One that names a file elsewhere, such as a temporary one, is told as that.
+        if isinstance(error, OSError) and error.errno in _PLACE_ERRORS and _concerns(error, version):
             msg = f"cannot write the stage {manifest.stage} to {run}: {error.strerror}"
             raise ToolError(msg) from error
         raise
+
+
+def _concerns(error: OSError, version: Path) -> bool:
+    return error.filename is None or version.resolve() in Path(os.fsdecode(error.filename)).resolve().parents
 
 
 def _make_current(run: Path, stage: str, version: Path) -> None:
@@ -232,6 +240,11 @@ def read_manifest(directory: Path) -> Manifest:
     if not all(isinstance(value, dict) for value in objects):
         msg = f"{path}: damaged (an object is missing); run the stage again with --force"
         raise UsageError(msg)
+    if manifest.inputs is not None:
+        texts = isinstance(manifest.inputs, dict) and all(isinstance(value, str) for value in manifest.inputs.values())
+        if not texts:
+            msg = f"{path}: damaged (inputs are no texts by name); run the stage again with --force"
+            raise UsageError(msg)
     if not all(isinstance(text, str) for text in (manifest.stage, manifest.key, manifest.parent or "")):
         msg = f"{path}: damaged (stage, key or parent is no text); run the stage again with --force"
         raise UsageError(msg)

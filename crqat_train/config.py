@@ -12,7 +12,10 @@ Bits = Annotated[int, Range(ge=2, le=8)]
 Target = Annotated[str, TargetName()]
 # Of images in folders, where the recipe does not say: what ImageNet's networks were evaluated with.
 FOLDER_SIZE, FOLDER_CROP = 256, 224
+Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 FILE_SOURCES = ("imagefolder", "webdataset", "huggingface")
+# Sources whose images are RGB unless `data.channels` says otherwise.
+COLOUR_SOURCES = (*FILE_SOURCES, "cifar10", "cifar100")
 
 
 def source_kind(source: str | None) -> str | None:
@@ -38,7 +41,11 @@ class DataConfig:
             teacher a weak one; "none" shows both weak ones.
         size: Of stored images (FILE_SOURCES): resize the shorter side to so many pixels; None is 256.
         crop: Of stored images: cut a square of so many pixels out of the centre; None is 224.
-        convert: Of stored images: turn grey, palette and CMYK images into RGB instead of refusing them.
+        channels: Of stored images and CIFAR: 3 is RGB, 1 is grey; None is 3.
+        interpolation: Of stored images: how they are resized; None is "bilinear". With `model.weights: pretrained`,
+            size, crop, interpolation, mean and std that are None are those published with these weights.
+        convert: Of stored images: turn those of another mode (grey, palette, CMYK; colours where `channels` is 1) into
+            RGB or grey instead of refusing them.
         image_column: Of "huggingface"; None takes the only column of images.
         label_column: Of "huggingface"; None takes the only column of class labels, or the one called "label".
         mean: Of each channel, in units of 0..1; None is the source's own.
@@ -56,6 +63,8 @@ class DataConfig:
     strong: Literal["none", "randaugment"] = "none"
     size: Annotated[int, Range(ge=1)] | None = None
     crop: Annotated[int, Range(ge=1)] | None = None
+    channels: Literal[1, 3] | None = None
+    interpolation: Interpolation | None = None
     convert: bool = False
     image_column: str | None = None
     label_column: str | None = None
@@ -68,18 +77,26 @@ class ModelConfig:
     """The float network.
 
     Attributes:
-        name: "cifar/resnet20" and its kin, "torchvision/NAME", "timm/NAME", or "package.module:function", which is
-            called with `classes` and `channels`.
-        weights: A .safetensors file or a .pth state dict; "pretrained" takes what torchvision or timm publish, and
-            trains on by the `float` section if there is one; None trains the float network by the `float` section.
+        name: "cifar/resnet20" and its kin, "torchvision/NAME", "timm/NAME", or "package.module:function", a function or
+            class that is called with `classes` (or `num_classes`) and `channels` (or `in_channels`, `in_chans`), as far
+            as it has such parameters.
+        weights: A checkpoint: .safetensors, .pth, .pt, .th, .ckpt, .bin or .pth.tar; "pretrained" takes what
+            torchvision or timm publish, and trains on by the `float` section if there is one; None trains the float
+            network by the `float` section.
         nncf: A folder of `crqat nncf import`: float weights and ranges of a network that stock NNCF has quantized, in
             place of `weights` and of calibration.
+        weights_key: Where in `weights` the state dict lies, such as "state_dict_ema"; None takes the only one that
+            fits.
+        accuracy: Share of the test images that the float network is known to answer rightly, such as 0.9173. The gate
+            fails if it is proven to be further below than `gate.max_accuracy_drop`; nothing else depends on it.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
     name: str
     weights: str | None = None
     nncf: str | None = None
+    weights_key: str | None = None
+    accuracy: Annotated[float, Range(gt=0, le=1)] | None = None
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from artifacts.errors import CrqatError, ToolError
+from artifacts.errors import CrqatError, Told, ToolError, UsageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -59,7 +59,7 @@ def started(device: str) -> Iterator[None]:
 
     Raises:
         ToolError: They cannot be joined, or one of them has ended.
-        SystemExit: Another rank has told already why all of them end.
+        Told: Another rank has said already why all of them end.
     """
     store = _meet()
     try:
@@ -78,12 +78,20 @@ def started(device: str) -> Iterator[None]:
         # Said before the group is left, which the others notice.
         if _is_first_to_tell(store) or not isinstance(error, (CrqatError, KeyboardInterrupt, SystemExit)):
             raise
-        code = error.exit_code if isinstance(error, CrqatError) else getattr(error, "code", 128 + signal.SIGINT)
-        raise SystemExit(code) from error
+        raise Told(_exit_code(error)) from error
     finally:
         _Group.accelerator = _Group.cpu = None
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, CrqatError):
+        return error.exit_code
+    if isinstance(error, Told):
+        return int(error.code or 0)
+    # By Ctrl-C, or because the user's own code has called sys.exit.
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else UsageError.exit_code
 
 
 def _join(device: str, store: Any) -> None:
@@ -242,6 +250,19 @@ def first_rank_first() -> Iterator[None]:
     yield
     if world() > 1 and not _number("LOCAL_RANK"):
         dist.barrier(group=_Group.cpu)
+
+
+@contextmanager
+def first_rank_alone() -> Iterator[bool]:
+    """Rank 0 gets True and computes as if there were no other rank; the others get False, and wait behind the block."""
+    group, first = (_Group.accelerator, _Group.cpu), rank() == 0
+    if first:
+        _Group.accelerator = _Group.cpu = None
+    try:
+        yield first
+    finally:
+        _Group.accelerator, _Group.cpu = group
+    from_first(True)
 
 
 @torch.no_grad()

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import signal
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +23,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from artifacts.errors import CrqatError, ToolError, UsageError
-from artifacts.images import load_image
+from artifacts.folders import walk
+from artifacts.images import endings, load_image
 from artifacts.progress import Progress
 
-EXTENSIONS = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+USUAL_ENDINGS = ".jpg, .png, .webp, .bmp and what else Pillow reads"
 # Decoded parts up to this size are kept in memory; larger ones are decoded again whenever they are needed.
 IN_MEMORY_BYTES = 2 * 2**30
 _CHUNK = 256
@@ -44,7 +46,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class StoredImages(ABC, Generic[Items]):
-    """Images that are decoded when they are asked for; behaves like a uint8 tensor of shape [N, 3, crop, crop].
+    """Images that are decoded when they are asked for; behaves like a uint8 tensor of shape [N, C, crop, crop].
 
     Attributes:
         items: Where each image lies, in the order of the indices.
@@ -52,6 +54,8 @@ class StoredImages(ABC, Generic[Items]):
         crop: Of the square.
         convert: See `artifacts.images.decode_image`.
         device: Where decoded images go.
+        channels: 3 (RGB) or 1 (grey).
+        interpolation: See `artifacts.images.decode_image`.
     """
 
     items: Items
@@ -59,14 +63,16 @@ class StoredImages(ABC, Generic[Items]):
     crop: int
     convert: bool
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    channels: int = 3
+    interpolation: str = "bilinear"
 
     def __len__(self) -> int:
         return len(self.items)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[N, 3, crop, crop]."""
-        return len(self), 3, self.crop, self.crop
+        """[N, C, crop, crop]."""
+        return len(self), self.channels, self.crop, self.crop
 
     def to(self: Images, device: torch.device) -> Images:
         """The same images, decoded to another device."""
@@ -82,13 +88,13 @@ class StoredImages(ABC, Generic[Items]):
 
     @abstractmethod
     def _decode(self, index: int) -> Any:
-        """One image, uint8 of shape [3, crop, crop]; raises as `__getitem__`."""
+        """One image, uint8 of shape [C, crop, crop]; raises as `__getitem__`."""
 
     def __getitem__(self, chosen: slice | Tensor | Sequence[int]) -> Tensor:
-        """Decode: uint8 of shape [M, 3, crop, crop].
+        """Decode: uint8 of shape [M, C, crop, crop].
 
         Raises:
-            UsageError: An image is no RGB image; see `artifacts.images.decode_image`.
+            UsageError: An image is of another mode; see `artifacts.images.decode_image`.
             ToolError: A file is gone, cannot be read or is another one than when it was listed.
         """
         indices = range(len(self))[chosen] if isinstance(chosen, slice) else [int(index) for index in chosen]
@@ -109,7 +115,7 @@ class FolderImages(StoredImages[tuple[ImageFile, ...]]):
     def _decode(self, index: int) -> Any:
         file = self.items[index]
         check_unchanged(file.path, (file.size, file.modified))
-        return load_image(file.path, self.size, self.crop, self.convert)
+        return load_image(file.path, self.size, self.crop, self.convert, self.channels, self.interpolation)
 
 
 def check_unchanged(path: Path, state: tuple[int, int]) -> None:
@@ -137,8 +143,11 @@ def file_state(path: Path) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def list_folder(root: Path) -> tuple[tuple[str, ...], tuple[ImageFile, ...], tuple[ImageFile, ...]]:
+def list_folder(root: Path) -> tuple[tuple[str, ...], tuple[ImageFile, ...], tuple[ImageFile, ...], str]:
     """Class names (sorted), training files and test files of a data set; each class may hold a tree of folders.
+
+    Links to files and folders are followed. The last of the four values says in one line what was left out, "" if
+    nothing was: hidden files and folders, files with endings that are no image's, files beside the class folders.
 
     Raises:
         UsageError: The folders are not there, a class is empty, or the test part has a class of its own.
@@ -148,54 +157,147 @@ def list_folder(root: Path) -> tuple[tuple[str, ...], tuple[ImageFile, ...], tup
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if not train.is_dir() or test is None:
         msg = f"data.root: imagefolder wants {root}/train/CLASS/* and {root}/test/CLASS/* (or val/), with image files"
-        raise UsageError(msg)
-    names = _classes(train)
-    unknown = [name for name in _classes(test) if name not in names]
+        raise UsageError(msg + _layout_hint(root))
+    left_out = _LeftOut()
+    names, own = _classes(train, left_out), _classes(test, left_out)
+    unknown = [name for name in own if name not in names]
     if unknown:
-        msg = f"{test / unknown[0]}: a class that {train} does not have; remove it or add training images"
+        # A test part with all classes of the training part, and more, is not what a split gives.
+        swapped = "; or are the two parts swapped?" if set(names) < set(own) else ""
+        msg = f"{test / unknown[0]}: a class that {train} does not have; remove it or add training images{swapped}"
         raise UsageError(msg)
-    return names, _files(train, names, every=True), _files(test, names, every=False)
+    if test.name == "test" and (root / "val").is_dir():
+        left_out.add("folder beside test", root / "val")
+    files = [_files(part, names, present, left_out) for part, present in ((train, names), (test, own))]
+    return names, files[0], files[1], str(left_out)
 
 
-def _classes(folder: Path) -> tuple[str, ...]:
+def _layout_hint(root: Path) -> str:
+    """What a folder seems to be that has no training and test part."""
+    if not root.is_dir():
+        return "; there is no such folder"
+    if root.name in ("train", "test", "val") and (root.parent / "train").is_dir():
+        return f"; set data.root to {root.parent}"
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = next((path for path in folders if (path / "train").is_dir()), None)
+    if inside is not None:
+        return f"; {inside}/train has the two levels the other way round, or is the folder itself"
+    names = ", ".join(path.name for path in folders[:5])
+    return f"; {root} has {names}{', ...' if len(folders) > 5 else ''}" if folders else f"; {root} has no folders"
+
+
+class _LeftOut:
+    """What of a data set's folders is not read: how many of each kind, and the first of them."""
+
+    # Each kind in the plural.
+    KINDS: ClassVar[dict[str, str]] = {
+        "hidden file": "hidden files",
+        "hidden folder": "hidden folders",
+        "file with another ending": "files with other endings",
+        "file beside the class folders": "files beside the class folders",
+        "folder beside test": "folders beside test",
+        "link to a folder that is read already": "links to folders that are read already",
+    }
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, Path] = {}
+        self._endings: Counter[str] = Counter()
+
+    def add(self, kind: str, path: Path) -> None:
+        """One more of a kind, one of KINDS."""
+        self._counts[kind] += 1
+        self._first.setdefault(kind, path)
+        if kind == "file with another ending":
+            self._endings[path.suffix.lower() or "without one"] += 1
+
+    def __str__(self) -> str:
+        """All of it on one line, "" if there is nothing."""
+        parts = []
+        for kind, count in self._counts.items():
+            endings = ", ".join(f"{number} {ending}" for ending, number in self._endings.most_common(5))
+            endings = f"{endings}; " if kind == "file with another ending" else ""
+            parts.append(f"{count} {kind if count == 1 else self.KINDS[kind]} ({endings}first {self._first[kind]})")
+        return ", ".join(parts)
+
+
+def _classes(folder: Path, left_out: _LeftOut) -> tuple[str, ...]:
     try:
-        names = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        paths = sorted(folder.iterdir())
+        real = folder.resolve()
+        names = []
+        for path in paths:
+            if path.name.startswith("."):
+                left_out.add("hidden folder" if path.is_dir() else "hidden file", path)
+            elif not path.is_dir():
+                left_out.add("file beside the class folders", path)
+            elif real.is_relative_to(path.resolve()):
+                left_out.add("link to a folder that is read already", path)
+            else:
+                names.append(path.name)
     except OSError as error:
         msg = f"{folder}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
     if not names:
-        msg = f"{folder}: no class folders; put the images of each class into a folder of its name"
+        loose = any(path.suffix.lower() in endings() for path in paths)
+        fact = "its images lie in no class folders" if loose else "no class folders"
+        msg = f"{folder}: {fact}; put the images of each class into a folder of its name"
         raise UsageError(msg)
     return tuple(names)
 
 
-def _files(folder: Path, names: Sequence[str], every: bool) -> tuple[ImageFile, ...]:
-    """All image files below the class folders, sorted; a class folder must not be empty, nor missing if `every`."""
+def _files(folder: Path, names: Sequence[str], present: Sequence[str], left_out: _LeftOut) -> tuple[ImageFile, ...]:
+    """All image files below the class folders that are present, sorted; none of these may be without images."""
 
     def refuse(error: OSError) -> None:
         msg = f"{error.filename}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
 
-    files: list[ImageFile] = []
-    for label, name in enumerate(names):
-        if not every and not (folder / name).is_dir():
-            continue
-        paths = sorted(
-            Path(parent) / file
-            for parent, _, found in os.walk(folder / name, onerror=refuse)
-            for file in found
-            if Path(file).suffix.lower() in EXTENSIONS and not file.startswith(".")
-        )
+    by_class: dict[str, list[Path]] = {}
+    reasons: dict[str, str] = {}
+    for name in present:
+        paths, others = [], list[tuple[str, Path]]()
+        for parent, found, hidden, again in walk(folder / name, hidden=False, refuse=refuse):
+            others += [("hidden folder", parent / below) for below in hidden]
+            others += [("link to a folder that is read already", parent / below) for below in again]
+            for path in (parent / file for file in found):
+                if path.name.startswith("."):
+                    others.append(("hidden file", path))
+                elif path.suffix.lower() in endings():
+                    paths.append(path)
+                else:
+                    others.append(("file with another ending", path))
+        for kind, path in others:
+            left_out.add(kind, path)
+        by_class[name] = sorted(paths)
         if not paths:
-            msg = f"{folder / name}: a class without images ({', '.join(sorted(EXTENSIONS))}); add some or remove it"
-            raise UsageError(msg)
-        files += [ImageFile(path, label, *file_state(path)) for path in paths]
-    return tuple(files)
+            only = _LeftOut()
+            for kind, path in others:
+                only.add(kind, path)
+            reasons[name] = f"it holds only {only}" if others else "it is empty"
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        every = len(reasons) == len(present) > 1
+        what = f"{folder}: none of its {len(present)} class folders has an image" if every else ""
+        what = what or f"{folder / name}: a class without images"
+        remedy = "set data.root to the folder that has the images" if every else "add some or remove it"
+        msg = f"{what} ({USUAL_ENDINGS}): {f'{name}: ' if every else ''}{reason}; {remedy}"
+        raise UsageError(msg)
+    return tuple(
+        ImageFile(path, names.index(name), *_state_of(path)) for name, paths in by_class.items() for path in paths
+    )
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    if path.is_symlink() and not path.exists():
+        msg = f"{path}: a link to a file that is not there; mend or remove it"
+        raise UsageError(msg)
+    return file_state(path)
 
 
 def decode(images: StoredImages[Any], task: str, progress: Progress) -> Tensor | StoredImages[Any]:
-    """The images in memory if they fit, uint8 of shape [N, 3, crop, crop]; else as they are."""
-    if len(images) * 3 * images.crop**2 > IN_MEMORY_BYTES:
+    """The images in memory if they fit, uint8 of shape [N, C, crop, crop]; else as they are."""
+    if math.prod(images.shape) > IN_MEMORY_BYTES:
         return images
     decoded = torch.empty(images.shape, dtype=torch.uint8)
     for start in range(0, len(images), _CHUNK):
@@ -276,7 +378,7 @@ def stream_batches(images: StoredImages[Any], batches: Sequence[Tensor]) -> Iter
         batches: The indices of each batch, int64 of shape [B].
 
     Yields:
-        uint8 of shape [B, 3, crop, crop] on the images' device.
+        uint8 of shape [B, C, crop, crop] on the images' device.
 
     Raises:
         UsageError, ToolError: As `StoredImages.__getitem__`.

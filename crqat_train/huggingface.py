@@ -65,7 +65,9 @@ class TableImages(StoredImages[Rows]):
         if content is None:  # a path would be another's word for which file to open
             msg = f"{name}: no image in column {items.column}; fill it in (save_to_disk stores images, not paths)"
             raise UsageError(msg)
-        return decode_image(io.BytesIO(content), name, self.size, self.crop, self.convert)
+        return decode_image(
+            io.BytesIO(content), name, self.size, self.crop, self.convert, self.channels, self.interpolation
+        )
 
 
 def _datasets() -> ModuleType:
@@ -189,7 +191,9 @@ def _rows(table: Any, image: str, label: str, name: str) -> Rows:
 def _check(rows: Rows, names: tuple[str, ...], label: str) -> None:
     wrong = np.flatnonzero((rows.labels < 0) | (rows.labels >= len(names)))
     if len(wrong):
+        from_one = "; number the classes from 0" if rows.labels.min() == 1 and rows.labels.max() == len(names) else ""
         msg = f"{rows.name}: row {wrong[0]}: {label} {rows.labels[wrong[0]]} is not in 0..{len(names) - 1}, the classes"
+        msg += from_one
         raise UsageError(msg)
     if not len(rows):
         msg = f"{rows.name}: has no rows"

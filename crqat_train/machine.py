@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import numpy as np
 import torch
+from torch import nn
 
 from artifacts.errors import ToolError
+from crqat_train import compilers
 
 
 def choose_device(name: str) -> torch.device:
@@ -27,11 +29,19 @@ def choose_device(name: str) -> torch.device:
 
 
 def compiler(device: torch.device) -> str:
-    """What torch.compile would use on this device, empty if there is nothing."""
+    """What torch.compile uses on this device, empty if there is nothing that can build, as `crqat doctor` says."""
     if device.type == "cuda":
-        return "torch.compile (triton)"
-    name = next((name for name in ("g++", "clang++", "c++") if shutil.which(name)), "")
+        return "torch.compile (triton)" if find_spec("triton") and compilers.triton() else ""
+    name = compilers.cpp()
     return f"torch.compile ({name})" if name else ""
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Put a network's tensors of four dimensions, and no others, into the layout that convolutions like best."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+    return model
 
 
 @contextmanager

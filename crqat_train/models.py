@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import pickle
-import re
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from artifacts.errors import ToolError, UsageError
+from crqat_train import weight_files
 from crqat_train.data import call_function, import_function
 
 # Residual blocks in each of the three stages of a CIFAR ResNet of 6 n + 2 layers.
 CIFAR_BLOCKS = {"cifar/resnet20": 3, "cifar/resnet56": 9}
-SHOWN_KEYS = 3
+RGB = 3
 AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
@@ -123,12 +122,26 @@ CIFAR_STEMS: dict[str, Callable[[int, int], nn.Module]] = {
 }
 
 
+def check_name(name: str) -> None:
+    """See that a network's name is known, or that its function can be called by `build`; nothing is built.
+
+    Raises:
+        UsageError: It is not, or cannot.
+    """
+    if ":" in name:
+        check_callable(name)
+    elif name.startswith("timm/"):
+        _check_timm(name, pretrained=False)
+    elif name not in CIFAR_BLOCKS and name not in CIFAR_STEMS:
+        _check_torchvision(name)
+
+
 def build(name: str, classes: int, channels: int) -> nn.Module:
     """A network with freshly drawn weights (torch's global generator), on the CPU, in training mode.
 
     Args:
         name: "cifar/resnet20", "cifar/resnet56", "cifar/resnet18", "cifar/mobilenet_v2", "torchvision/NAME",
-            "timm/NAME" or "package.module:function".
+            "timm/NAME" or "package.module:function", a function or a class; see `network_arguments`.
         classes: Number of logits.
         channels: Of the images.
 
@@ -140,15 +153,78 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
     if name in CIFAR_STEMS:
         return CIFAR_STEMS[name](classes, channels)
     if ":" in name:
-        arguments = {"classes": classes, "channels": channels}
-        model = call_function(import_function(name, "model.name"), name, "model.name", arguments)
-        if not isinstance(model, nn.Module):
-            msg = f"model.name: {name} must return a torch.nn.Module, got {type(model).__name__}"
-            raise UsageError(msg)
-        return model
+        return _users(name, classes, channels)
     if name.startswith("timm/"):
         return _timm(name, classes, channels, pretrained=False)
     return _torchvision(name, classes, channels)
+
+
+# What functions and classes of a user's call the two numbers, the product's own name first.
+CLASSES_NAMES = ("classes", "num_classes", "n_classes", "nb_classes")
+CHANNELS_NAMES = ("channels", "in_channels", "in_chans", "num_channels", "input_channels")
+
+
+def check_callable(name: str) -> None:
+    """Check that `build` can call what `model.name` names, without calling it; other names than a user's pass.
+
+    Raises:
+        UsageError: It cannot be imported, or has a parameter that is neither number of classes, channels nor optional.
+    """
+    if ":" in name:
+        network_arguments(import_function(name, "model.name"), name, 1, 1)
+
+
+def network_arguments(function: Callable[..., Any], name: str, classes: int, channels: int) -> dict[str, int]:
+    """The arguments that a user's function or class of a network takes, by the names that it has for them.
+
+    Args:
+        function: See `check_callable`.
+        name: As in the recipe, for messages.
+        classes: Number of logits.
+        channels: Of the images.
+
+    Raises:
+        UsageError: See `check_callable`.
+    """
+    short = name.partition(":")[2]
+    if isinstance(function, nn.Module):
+        msg = f"model.name: {name} is a network, not what makes one; name its class, or `def build(): return {short}`"
+        raise UsageError(msg)
+    signature = inspect.signature(function)
+    named = [parameter.name for parameter in signature.parameters.values() if _by_name(parameter)]
+    every = any(parameter.kind == parameter.VAR_KEYWORD for parameter in signature.parameters.values())
+    arguments: dict[str, int] = {}
+    for names, value in ((CLASSES_NAMES, classes), (CHANNELS_NAMES, channels)):
+        taken = next((own for own in names if own in named), None)
+        if taken is not None:
+            arguments[taken] = value
+    if every and not arguments:
+        arguments = {CLASSES_NAMES[0]: classes, CHANNELS_NAMES[0]: channels}
+    try:
+        signature.bind(**arguments)
+    except TypeError as error:
+        msg = (
+            f"model.name: {name} must be callable as {short}(classes=, channels=), {short}(num_classes=) or {short}() "
+            f"({error}); give its other parameters defaults, or name a function of yours that calls it"
+        )
+        raise UsageError(msg) from error
+    return arguments
+
+
+def _by_name(parameter: inspect.Parameter) -> bool:
+    return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+
+
+def _users(name: str, classes: int, channels: int) -> nn.Module:
+    """The network of a user's function or class."""
+    function = import_function(name, "model.name")
+    arguments = network_arguments(function, name, classes, channels)
+    model = call_function(function, name, "model.name", arguments)
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        msg = f"model.name: {name} must return a torch.nn.Module, got {kind}"
+        raise UsageError(msg)
+    return model
 
 
 def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]:
@@ -190,12 +266,29 @@ def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]
         msg = f"model.weights: cannot fetch the weights of {name} ({reason}); check the network, or name a file"
         raise ToolError(msg) from error
     own = model.state_dict()
+    state = {key: _stem_for(value, own.get(key)) for key, value in state.items()} if channels != RGB else state
     fitting = {key: value for key, value in state.items() if key in own and own[key].shape == value.shape}
     model.load_state_dict(fitting, strict=False)
     return model, len(fitting) < len(state)
 
 
+def _stem_for(value: Tensor, own: Tensor | None) -> Tensor:
+    """A published weight of a first convolution for RGB, for as many channels as the network's own has."""
+    if own is None or value.ndim != 4 or value.shape[1] != RGB or own.shape[2:] != value.shape[2:]:
+        return value
+    return of_channels(value, own.shape[1])
+
+
 def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module:
+    _check_timm(name, pretrained)
+    import timm
+
+    short = name.removeprefix("timm/")
+    model: nn.Module = timm.create_model(short, pretrained=pretrained, num_classes=classes, in_chans=channels)
+    return model
+
+
+def _check_timm(name: str, pretrained: bool) -> None:
     try:
         import timm
     except ImportError as error:
@@ -208,11 +301,9 @@ def _timm(name: str, classes: int, channels: int, pretrained: bool) -> nn.Module
         hint = f'; did you mean "timm/{near[0]}"?' if near else ""
         msg = f'model.name: timm has no "{short}"{" with published weights" if pretrained else ""}{hint}'
         raise UsageError(msg)
-    model: nn.Module = timm.create_model(short, pretrained=pretrained, num_classes=classes, in_chans=channels)
-    return model
 
 
-def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+def _check_torchvision(name: str) -> None:
     # Imported here because other networks do without torchvision, which takes a second.
     import torchvision  # type: ignore[import-untyped]
 
@@ -227,28 +318,76 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
         kinds = '"cifar/...", "torchvision/...", "timm/..." or "package.module:function"'
         msg = f'model.name: "{name}" is no {kinds} known here{hint}'
         raise UsageError(msg)
-    if channels != 3:
-        msg = f'model.name: "{name}" takes images of 3 channels, data.source has {channels}; use "cifar/resnet20"'
-        raise UsageError(msg)
+
+
+def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
+    _check_torchvision(name)
+    import torchvision
+
     short = name.removeprefix("torchvision/")
     # The heads that help these two to train from scratch are a second output, and no part of what is delivered.
     further = {"aux_logits": False, "init_weights": True} if short in AUXILIARY_HEADS else {}
     model: nn.Module = torchvision.models.get_model(short, weights=None, num_classes=classes, **further)
+    return model if channels == RGB else _with_channels(model, channels)
+
+
+def _with_channels(model: nn.Module, channels: int) -> nn.Module:
+    """A network of torchvision, whose first convolution reads RGB, for images of other channels; see `of_channels`."""
+    name, first = next(
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Conv2d) and module.in_channels == RGB
+    )
+    made = nn.Conv2d(
+        channels,
+        first.out_channels,
+        first.kernel_size,  # type: ignore[arg-type]
+        first.stride,  # type: ignore[arg-type]
+        first.padding,  # type: ignore[arg-type]
+        bias=first.bias is not None,
+    )
+    with torch.no_grad():
+        made.weight.copy_(of_channels(first.weight, channels))
+        if made.bias is not None and first.bias is not None:
+            made.bias.copy_(first.bias)
+    parent, _, own = name.rpartition(".")
+    setattr(model.get_submodule(parent), own, made)
     return model
 
 
-def load_weights(model: nn.Module, path: Path) -> None:
+def of_channels(weight: Tensor, channels: int) -> Tensor:
+    """A first convolution's weight for RGB, float32 [out, 3, h, w], for images of other channels, as timm does it.
+
+    Of one channel it is the sum: what the convolution gives of a grey image in all three. Of others the three are
+    repeated, scaled by 3 / channels.
+
+    Args:
+        weight: Of the convolution.
+        channels: Of the images.
+    """
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    repeated = weight.repeat(1, -(-channels // RGB), 1, 1)[:, :channels]
+    return repeated * (RGB / channels)
+
+
+def load_weights(model: nn.Module, path: Path, key: str | None = None) -> str:
     """Fill a network with the weights in a file; all of them must fit, and nothing is changed if one does not.
 
     Args:
         model: Changed in place.
-        path: A .safetensors file, or a .pth, .pt or .th file with a state dict, alone or under the key "state_dict" or
-            "model". A leading "module." of a name, left by DataParallel, is ignored.
+        path: See `crqat_train.weight_files.choose`, and there `key`.
+        key: Likewise.
+
+    Returns:
+        What was taken of the file, in one line; "" where there is nothing to say.
 
     Raises:
-        UsageError: The file is missing, damaged, needs code to load, or does not fit the network.
+        UsageError: The file is missing, damaged, needs code to load, does not fit the network, or holds two that do.
     """
-    fill(model, _read_state(path), f"model.weights: {path}")
+    chosen, said = weight_files.choose(path, key, model.state_dict())
+    model.load_state_dict(chosen.state, strict=False)
+    return said
 
 
 def fill(model: nn.Module, values: Mapping[str, Tensor], source: str) -> None:
@@ -257,56 +396,8 @@ def fill(model: nn.Module, values: Mapping[str, Tensor], source: str) -> None:
     Raises:
         UsageError: It does not fit the network.
     """
-    expected = model.state_dict()
-    state = {name if name in expected else name.removeprefix("module."): value for name, value in values.items()}
-    # BN's count of batches is used by no one who does not train with momentum=None; old files lack it.
-    problems = {
-        "missing": [key for key in expected if key not in state and not key.endswith("num_batches_tracked")],
-        "unexpected": [key for key in state if key not in expected],
-        "wrong shape": [
-            f"{key} {list(state[key].shape)} instead of {list(value.shape)}"
-            for key, value in expected.items()
-            if key in state and state[key].shape != value.shape
-        ],
-    }
-    if any(problems.values()):
-        text = "; ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in problems.items() if keys)
-        msg = f"{source} does not fit the network in model.name: {text}"
+    match = weight_files.match(values, model.state_dict())
+    if match.count:
+        msg = f"{source} does not fit the network in model.name: {match}"
         raise UsageError(msg)
-    model.load_state_dict(state, strict=False)
-
-
-def _first(keys: list[str]) -> str:
-    return ", ".join(keys[:SHOWN_KEYS]) + (", ..." if len(keys) > SHOWN_KEYS else "")
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        msg = f"model.weights: no file {path}; correct the path, or leave model.weights out to train the float network"
-        raise UsageError(msg)
-    if path.suffix not in (".safetensors", ".pth", ".pt", ".th"):
-        msg = f"model.weights: {path} is none of .safetensors, .pth, .pt, .th; save model.state_dict() as one of them"
-        raise UsageError(msg)
-    content: Any
-    try:
-        if path.suffix == ".safetensors":
-            content = safetensors.torch.load_file(path)
-        else:
-            content = torch.load(path, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        # torch names the class or function that the file wants to have called.
-        wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
-        problem = f"needs code to load ({wanted[1]})" if wanted else "is not a file of tensors, or needs code to load"
-        msg = f"model.weights: {path} {problem} and is refused; save model.state_dict() alone, best as .safetensors"
-        raise UsageError(msg) from error
-    except Exception as error:  # a damaged file fails in whatever way its bytes lead the reader to
-        reason = " ".join(str(error).partition("\n")[0].partition(". ")[0].split()) or type(error).__name__
-        msg = f"model.weights: {path} is damaged or not a file of tensors ({reason}); fetch or save it again"
-        raise UsageError(msg) from error
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not (isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())):
-        msg = f"model.weights: {path} holds no state dict (names to tensors); save model.state_dict()"
-        raise UsageError(msg)
-    return {str(name): value for name, value in content.items()}
+    model.load_state_dict(match.state, strict=False)

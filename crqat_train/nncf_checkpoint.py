@@ -335,7 +335,7 @@ def export(train_dir: Path, candidate: str, out: Path, network: str) -> Checkpoi
 
     Args:
         train_dir: A train stage; its hashes are verified first.
-        candidate: "student", "teacher", or "best" of them on the validation split.
+        candidate: "student", "teacher", "calibrated", or "best" of them on the validation split.
         out: The folder to write.
         network: What the float network is, for people.
 

@@ -56,8 +56,11 @@ class QuantizedModel(fx.GraphModule):
         """
         calibration.calibrate(self, batches, method)
 
-    def finalize(self) -> list[str]:
+    def finalize(self, trained: bool = True) -> list[str]:
         """Move each scale to a value that every target can store. Calling it again changes nothing.
+
+        Args:
+            trained: Whether the network was trained after calibration; for messages.
 
         Returns:
             One line for each weight some of whose channels had to take a larger scale.
@@ -65,7 +68,7 @@ class QuantizedModel(fx.GraphModule):
         Raises:
             UsageError: A scale is larger than a target can store.
         """
-        return representable.make_representable(self, self.targets)
+        return representable.make_representable(self, self.targets, trained)
 
     def grids(self) -> dict[str, Grid]:
         """Edge name to scale, zero point and integer range."""

@@ -22,7 +22,7 @@ def rebuild(train_dir: Path, config: TrainConfig, payload: dict[str, Any], candi
         train_dir: A verified train directory.
         config: The recipe that it was trained by.
         payload: Of its manifest.
-        candidate: "student" or "teacher".
+        candidate: "student", "teacher" or "calibrated".
 
     Raises:
         UsageError: The checkpoint does not fit the recipe's network.

@@ -12,10 +12,11 @@ import torch
 from torch import fx, nn
 from torch.nn import functional
 
-from artifacts.errors import UsageError
+from artifacts.errors import CrqatError, UsageError
 
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
-_OWN = {"crqat_train.graph", "crqat_train.layout", "crqat_train.attention", "crqat_train.nncf_bridge"}
+_OWN = {"crqat_train.graph", "crqat_train.layout", "crqat_train.attention", "crqat_train.nncf_bridge",
+        "crqat_train.first_step", "crqat_train.fit", "crqat_train.trainer"}  # fmt: skip
 _ADAPTIVE_POOLS: set[Any] = {functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d}
 # Words of the error, and the way out.
 _HINTS = (
@@ -53,9 +54,29 @@ def where(error: BaseException) -> str:
     return frames[-1] if frames else ""
 
 
+def failing_module(network: nn.Module, error: BaseException) -> str:
+    """The innermost part of a network that was running when the error was raised, as "fc (Linear)"; empty if none."""
+    names = {module: name for name, module in network.named_modules() if name}
+    found = ""
+    traceback = error.__traceback__
+    while traceback is not None:
+        module = traceback.tb_frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and module in names:
+            found = f"{names[module]} ({type(module).__name__})"
+        traceback = traceback.tb_next
+    return found
+
+
+def passes_through(error: BaseException) -> bool:
+    """Whether an error says by itself what is wrong, or says nothing of the network: too little memory."""
+    return isinstance(error, (CrqatError, MemoryError, torch.OutOfMemoryError))
+
+
 def forward_of(model: nn.Module) -> str:
     """File and line of a network's forward, as " at file:line"; empty if it has no source."""
     function = inspect.unwrap(type(model).forward)
+    if type(model).__module__.startswith("torch."):  # nn.Sequential's is no line that anybody wrote for this network
+        return ""
     try:
         return f" at {inspect.getsourcefile(function)}:{inspect.getsourcelines(function)[1]}"
     except (OSError, TypeError):
@@ -82,6 +103,10 @@ def check_module(model: nn.Module) -> None:
         UsageError: A part of it is compiled, scripted or spread over devices, or its forward takes something else.
     """
     name = type(model).__name__
+    lazy = next((path for path, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)), None)
+    if lazy is not None:
+        msg = f"model.name: {lazy} has no shape yet; run the network once on a tensor before it is returned"
+        raise UsageError(msg)
     for path, module in model.named_modules():
         kind = _wrapped(module)
         if kind:

@@ -90,6 +90,11 @@ class Keeper:
         return distributed.from_first(self._checkpoints.latest() if distributed.rank() == 0 else None)
 
     @property
+    def found(self) -> bool:
+        """Whether there is a state to go on from; the same on all ranks."""
+        return self._found is not None
+
+    @property
     def seconds(self) -> float:
         """How long the training has taken so far, over all its processes but for what was done twice."""
         return time.monotonic() - self._started

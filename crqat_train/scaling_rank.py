@@ -22,9 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from artifacts.errors import CrqatError, UsageError
+from artifacts import failures
+from artifacts.errors import CrqatError, Told, UsageError
 from artifacts.progress import quiet
-from crqat_train import data, distributed, models, ranks
+from crqat_train import data, distributed, models, published, ranks
 from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat_train.config import TrainConfig
 from crqat_train.consistency import ConsistencyTraining
@@ -50,7 +51,7 @@ class Work:
 
     def __init__(self, config: TrainConfig, device: torch.device, seed: int) -> None:
         self.config, self.device = config, device
-        self.dataset = data.of_recipe(config.data)
+        self.dataset = data.of_recipe(published.data_section(config))
         self.chosen = data.split(len(self.dataset.train_labels), config.data.validation, config.seed).train
         self.batch = min(config.qat.batch_size, len(self.chosen))
         self.unlabeled = config.data.unlabeled
@@ -247,7 +248,7 @@ def together(step: Step, times: int, device: torch.device) -> float:
 
 
 def main() -> int:
-    """Measure what the job says; 0, or 1 with the reason in FOLDER/RANK.error.json."""
+    """Measure what the job says; 0, or 2 or 3 with the reason in FOLDER/RANK.error.json."""
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     job = json.loads((folder / "job.json").read_text())
     try:
@@ -267,11 +268,13 @@ def main() -> int:
                 result = measure_group(Work(config, device, config.seed + rank))
         if rank == 0:
             (folder / "result.json").write_text(json.dumps(result))
-    except Exception as error:  # the parent tells the user; the recipe's own code may raise anything
-        text = str(error) if isinstance(error, CrqatError) else f"{type(error).__name__}: {error}"
-        said = {"text": text, "usage": isinstance(error, UsageError)}
+    except Told:
+        raise
+    except (Exception, SystemExit) as error:  # the parent tells the user; the recipe's own code may raise anything
+        told = error if isinstance(error, CrqatError) else failures.explain(error, "scale")
+        said = {"text": str(told), "usage": isinstance(told, UsageError)}
         (folder / f"{rank}.error.json").write_text(json.dumps(said))
-        return 1
+        return told.exit_code
     return 0
 
 

@@ -19,9 +19,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from artifacts.errors import CrqatError, ToolError, UsageError
-from artifacts.images import MAX_FILE_BYTES, decode_image
+from artifacts.images import MAX_FILE_BYTES, decode_image, endings
 from artifacts.progress import Progress
-from crqat_train.folder import EXTENSIONS, StoredImages, check_unchanged, file_state
+from crqat_train.folder import USUAL_ENDINGS, StoredImages, check_unchanged, file_state
 
 CLASSES = "classes.txt"
 PARTS = {"train": ("train",), "test": ("test", "val", "validation")}
@@ -86,7 +86,9 @@ class ShardImages(StoredImages[Members]):
             msg = f"{shard.path}: cannot be read any more: {error.strerror}; did the folder change meanwhile?"
             raise ToolError(msg) from error
         name = f"{shard.path}: {_shown(header[:100].split(bytes(1))[0].decode(errors='backslashreplace'))}"
-        return decode_image(io.BytesIO(content), name, self.size, self.crop, self.convert)
+        return decode_image(
+            io.BytesIO(content), name, self.size, self.crop, self.convert, self.channels, self.interpolation
+        )
 
 
 def list_shards(root: Path, progress: Progress) -> tuple[tuple[str, ...], Members, Members]:
@@ -161,7 +163,7 @@ def _index(paths: list[Path], task: str, names: tuple[str, ...] | None, progress
         progress(task, number + 1, len(paths))
     offset, length, labels = np.concatenate(columns).T.copy()
     if not len(labels):
-        msg = f"{paths[0]}: no images ({', '.join(sorted(EXTENSIONS))}) in it, nor in other {task}"
+        msg = f"{paths[0]}: no images ({USUAL_ENDINGS}) in it, nor in other {task}"
         raise UsageError(msg)
     return Members(tuple(shards), np.concatenate(numbers), offset, length.astype(np.int32), labels)
 
@@ -188,7 +190,7 @@ def _samples(path: Path, names: tuple[str, ...] | None) -> Iterator[tuple[int, i
         if f"{folder}/{stem}" != key:
             yield from finished()
             key, found = f"{folder}/{stem}", {}
-        kind = "label" if extension == "cls" else "image" if f".{extension.lower()}" in EXTENSIONS else None
+        kind = "label" if extension == "cls" else "image" if f".{extension.lower()}" in endings() else None
         if kind is None:
             continue
         where = f"{path}: {_shown(name)}"
@@ -211,7 +213,8 @@ def _label(text: bytes, where: str, names: tuple[str, ...] | None) -> int:
         raise UsageError(msg)
     label = int(text)
     if names is not None and label >= len(names):
-        msg = f"{where}: label {label} is not in 0..{len(names) - 1}, the classes; correct it, or {CLASSES}"
+        from_one = " (classes are numbered from 0)" if label == len(names) else ""
+        msg = f"{where}: label {label} is not in 0..{len(names) - 1}, the classes{from_one}; correct it, or {CLASSES}"
         raise UsageError(msg)
     return label
 

@@ -1,33 +1,62 @@
-"""The `train` stage: a float network, loaded or trained; its quantized copy, calibrated and trained; the better one."""
+"""The `train` stage: a float network, loaded or trained; its quantized copy, calibrated and trained; the best one."""
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
+from artifacts.config import user_path
 from artifacts.errors import UsageError
 from artifacts.grid import save_grids
 from artifacts.progress import Progress
-from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, ranks
+from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, published, ranks
 from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat_train.checkpoint import write_tensors
-from crqat_train.config import OptimizerConfig, TrainConfig
+from crqat_train.config import OptimizerConfig, QATConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.evaluation import BATCH, accuracy
-from crqat_train.fit import Fit, finite
+from crqat_train.fit import Fit
 from crqat_train.low_bits import LowBitTraining
-from crqat_train.machine import choose_device, compiler, deterministic
+from crqat_train.machine import channels_last, choose_device, compiler, deterministic
 from crqat_train.quantized_model import QuantizedModel, quantize_model
+from crqat_train.refusals import check_module
+from crqat_train.representable import check_values
 from crqat_train.resume import SAVE_EVERY, Keeper, Training
 
 Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from.
+
+    Attributes:
+        network: Float, on the device, with the recipe's weights; not to be changed.
+        trained: Whether it stays as it is, because its weights are those of a file.
+        dataset: The images.
+        split: Which of them train.
+        device: Where training runs.
+        processes: That train together.
+    """
+
+    network: nn.Module
+    trained: bool
+    dataset: data.Dataset
+    split: data.Split
+    device: torch.device
+    processes: int
+
+
+# Raises what is wrong with a start. It draws from no generator that the training draws from.
+Precheck = Callable[[Start], None]
 
 
 def train(
@@ -36,6 +65,7 @@ def train(
     progress: Progress,
     states: Path | None = None,
     save_every: float = SAVE_EVERY,
+    precheck: Precheck | None = None,
 ) -> dict[str, Any]:
     """Run the stage and fill `out` with checkpoints, Grids, the layout and the history.
 
@@ -45,69 +75,115 @@ def train(
         progress: Told of epochs.
         states: Where an interrupted training's states are, and are saved; None saves none. They must be of this recipe.
         save_every: Seconds between two states; each epoch's end is saved, too.
+        precheck: Called on rank 0 before anything is trained, unless there is a state to go on from.
 
     Returns:
-        The manifest's payload: accuracies on the validation split, which candidate is better, and what ran where.
+        The manifest's payload: accuracies on the validation split, which candidate is the best, and what ran where. The
+        calibrated network is one beside what training made of it, so that training delivers nothing worse.
 
     Raises:
         UsageError: The recipe does not fit its data or weights, or training diverged.
         ToolError: The device asked for is not there, or a state cannot be saved.
         Interrupted: By SIGINT or SIGTERM; the state is saved.
     """
-    device = choose_device(config.device)
-    ranks.check(config, distributed.world())
-    if config.qat.sync_bn:
-        distributed.check_sync_bn(device)
     with deterministic(config.seed):
-        with distributed.first_rank_first():
-            dataset = data.of_recipe(config.data, progress)
-        split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
-        ranks.check_images(len(split.train), "data.validation: training images", distributed.world())
-        keeper = Keeper(states, save_every, device, progress)
-        run = _Run(config, dataset, split, device, progress, keeper)
-        float_model = run.float_model()
+        run, network, trained = _begin(config, progress, states, save_every, precheck)
+        dataset, split, device, keeper = run.dataset, run.split, run.device, run.keeper
+        float_model = run.float_model(network, trained)
         if out is not None:
             write_tensors(out / "float.safetensors", _state(float_model))
         float_accuracy = run.validate(float_model)
         progress("float network", 1, 1, f"validation {float_accuracy:.2%}")
         student = run.quantize(float_model)
-        specs = student.specs
-        teacher = run.train_quantized(student, float_model)
-        candidates: dict[str, QuantizedModel] = {"student": student}
-        if teacher is not None:
-            candidates["teacher"] = teacher
+        candidates: dict[str, float] = {}
         notes: list[str] = []
-        accuracies = {}
-        for name, candidate in candidates.items():
-            run.estimate_bn(candidate)
+
+        def finish(name: str, candidate: QuantizedModel) -> None:
             candidate.to(memory_format=torch.contiguous_format)
-            notes += [f"{name}: {note}" for note in candidate.finalize()]
-            accuracies[name] = run.validate(candidate)
-            grids = candidate.grids()
+            made = candidate.finalize(trained=config.qat.epochs > 0 and name != "calibrated")
+            notes.extend(f"{name}: {note}" for note in made)
+            candidates[name] = run.validate(candidate)
             if out is not None:
                 write_tensors(out / f"{name}.safetensors", _state(candidate))
-                save_grids(out / f"{name}.grids.json", grids)
-            progress(f"quantized {name}", 1, 1, f"validation {accuracies[name]:.2%}")
-    best = max(accuracies, key=lambda name: accuracies[name])
+                save_grids(out / f"{name}.grids.json", candidate.grids())
+            progress(f"quantized {name}", 1, 1, f"validation {candidates[name]:.2%}")
+
+        if config.qat.epochs:
+            finish("calibrated", copy.deepcopy(student))
+            run.begin_history(candidates["calibrated"])
+        teacher = run.train_quantized(student, float_model)
+        for name, candidate in {"student": student, "teacher": teacher}.items():
+            if candidate is not None:
+                run.estimate_bn(candidate)
+                finish(name, candidate)
+    # Of equal ones the first.
+    best = max((n for n in ("student", "teacher", "calibrated") if n in candidates), key=candidates.__getitem__)
     if out is not None:
-        (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in specs], indent=1))
+        (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in student.specs], indent=1))
         (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
     return {
         "device": str(device),
         "processes": distributed.world(),
         "compiled": run.compiled,
-        "float": {"validation_accuracy": float_accuracy},
-        "candidates": {name: {"validation_accuracy": accuracy} for name, accuracy in accuracies.items()},
+        "float": {
+            "validation_accuracy": float_accuracy,
+            "published_accuracy": published.published_accuracy(config, len(dataset.class_names)),
+        },
+        "candidates": {name: {"validation_accuracy": accuracy} for name, accuracy in candidates.items()},
         "best": best,
         "validation_images": len(split.validation),
         "preprocessing": asdict(dataset.preprocessing),
         "class_names": list(dataset.class_names),
         "input_shape": list(dataset.train_images.shape[1:]),
-        "quantizers": len(specs),
-        "notes": [*dataset.notes, *run.notes, *notes]
-        + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
+        "quantizers": len(student.specs),
+        "preparation": run.preparation,
+        "notes": [*run.preparation, *dataset.notes, *run.notes, *notes]
+        + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in student.specs if spec.reason],
+        "warnings": [_worse(candidates, config.qat, len(split.validation))] if best == "calibrated" else [],
         "seconds": round(keeper.seconds, 1),
     }
+
+
+def check(config: TrainConfig, progress: Progress, precheck: Precheck) -> None:
+    """Do all that comes before the training, and train nothing.
+
+    Raises:
+        UsageError: As `train`.
+        ToolError: As `train`.
+    """
+    with deterministic(config.seed):
+        _begin(config, progress, None, SAVE_EVERY, precheck)
+
+
+def _begin(
+    config: TrainConfig, progress: Progress, states: Path | None, save_every: float, precheck: Precheck | None
+) -> tuple[_Run, nn.Module, bool]:
+    """Read the data, build the network, check both; see `_Run.network`."""
+    device = choose_device(config.device)
+    ranks.check(config, distributed.world())
+    if config.qat.sync_bn:
+        distributed.check_sync_bn(device)
+    models.check_name(config.model.name)
+    with distributed.first_rank_first():
+        preparation = [f"images prepared {note}" for note in published.notes(config)]
+        config = replace(config, data=published.data_section(config))
+        dataset = data.of_recipe(config.data, progress)
+        missing = data.normalization_note(config.data, dataset.preprocessing)
+    preparation += [] if missing is None else [missing]
+    for note in preparation:
+        progress("normalization", 1, 1, note)
+    split = data.split(len(dataset.train_labels), config.data.validation, config.seed)
+    ranks.check_images(len(split.train), "data.validation: training images", distributed.world())
+    keeper = Keeper(states, save_every, device, progress)
+    run = _Run(config, dataset, split, device, progress, keeper)
+    run.preparation = preparation
+    network, trained = run.network()
+    if not keeper.found:
+        start = Start(network, trained, dataset, split, device, distributed.world())
+        with distributed.first_rank_alone() as first:
+            if first and precheck is not None:
+                precheck(start)
+    return run, network, trained
 
 
 class _Run:
@@ -125,10 +201,11 @@ class _Run:
         self.config, self.dataset, self.split, self.device, self.progress = config, dataset, split, device, progress
         self.keeper = keeper
         nncf = config.model.nncf
-        self.nncf = None if nncf is None else nncf_checkpoint.read(Path(nncf))
+        self.nncf = None if nncf is None else nncf_checkpoint.read(user_path(nncf, "model.nncf"))
         self.generators = Generators.of(config.seed, device)
         self.history: list[dict[str, Any]] = []
         self.notes: list[str] = []
+        self.preparation: list[str] = []
         self.compiler = "" if config.compile == "never" else compiler(device)
         self.compiled = self.compiler or (
             "no: the recipe says never" if config.compile == "never" else "no: no compiler"
@@ -136,8 +213,8 @@ class _Run:
         self.validation_images = subset(dataset.train_images, split.validation).to(device)
         self.validation_labels = dataset.train_labels[split.validation].to(device)
 
-    def float_model(self) -> nn.Module:
-        """The float network, loaded from `model.weights` or trained by the recipe's `float` section; in eval mode."""
+    def network(self) -> tuple[nn.Module, bool]:
+        """The float network as the recipe has it before training, and whether it stays so."""
         config = self.config
         channels = self.dataset.train_images.shape[1]
         classes, weights = len(self.dataset.class_names), config.model.weights
@@ -152,21 +229,29 @@ class _Run:
                 raise UsageError(msg)
         else:
             model = models.build(config.model.name, classes, channels)
+        check_module(model)
         # Never slower than the other layout where it was measured, and a third faster for depthwise convolutions.
-        model = model.to(self.device).to(memory_format=torch.channels_last)
+        model = channels_last(model.to(self.device))
         source = ""
         if self.nncf is not None:
             source = f"model.nncf: {config.model.nncf}"
             models.fill(model, self.nncf.weights, source)
         elif weights is not None and weights != "pretrained":
             source = f"model.weights: {weights}"
-            models.load_weights(model, Path(weights))
+            said = models.load_weights(model, user_path(weights, "model.weights"), config.model.weights_key)
+            if said:
+                self.notes.append(f"model.weights: {said}")
+                self.progress("weights", 1, 1, said)
         if source:
-            if not finite(model):
-                msg = f"{source} holds values that are infinite or no number"
-                raise UsageError(msg)
-            return model.eval()
-        if self.keeper.finished("float", model):
+            check_values(model, source)
+        else:  # a function may have loaded weights of its own
+            check_values(model, f"model.name: {config.model.name}")
+        return model, bool(source)
+
+    def float_model(self, model: nn.Module, trained: bool) -> nn.Module:
+        """The float network in eval mode, trained by the recipe's `float` section unless it is already."""
+        config = self.config
+        if trained or self.keeper.finished("float", model):
             return model.eval()
         batches = self._batches(config.float_training, "float.batch_size", strong=False)
         fit = Fit(model, config.float_training, len(batches), "float", self.device, self.progress)
@@ -195,6 +280,13 @@ class _Run:
             self.notes.append(f"{config.model.nncf}: edges: {edges}")
             self.progress("ranges", 1, 1, edges)
         return student
+
+    def begin_history(self, calibrated: float) -> None:
+        """The row from which the training of the quantized network starts: what calibration alone has."""
+        row = {"phase": "qat", "epoch": 0, "validation": calibrated}
+        if self.config.consistency.teacher == "ema":
+            row["validation_teacher"] = calibrated
+        self.history.append(row)
 
     def train_quantized(self, student: QuantizedModel, float_model: nn.Module) -> QuantizedModel | None:
         """CR-QAT: returns the EMA teacher, None where there is none."""
@@ -266,7 +358,7 @@ class _Run:
                 self.history.append(fit.end_of_epoch(epoch, **measure()))
                 self.keeper.save()
 
-    def estimate_bn(self, model: fx.GraphModule) -> None:
+    def estimate_bn(self, model: QuantizedModel) -> None:
         """Replace BN's running statistics by those of `qat.bn_images` training images; the model ends in eval mode."""
         count, dataset = self.config.qat.bn_images, self.dataset
         if count:
@@ -319,6 +411,16 @@ class _Run:
 
     def _compile(self, model: nn.Module) -> Forward:
         return distributed.wrap(torch.compile(model) if self.compiler else model)
+
+
+def _worse(candidates: dict[str, float], qat: QATConfig, images: int) -> str:
+    """What to say where no trained network is as good as the calibrated one."""
+    trained = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in candidates.items() if name != "calibrated")
+    return (
+        f"training made the network worse: {trained}, calibration alone {candidates['calibrated']:.2%} of {images} "
+        f"validation images, so the calibrated network is the best; try a lower qat.lr (now {qat.lr:g}), "
+        f"more qat.epochs (now {qat.epochs}), or qat.epochs: 0, which saves the time"
+    )
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

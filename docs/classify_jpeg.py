@@ -17,8 +17,11 @@ session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"]
 metadata = session.get_modelmeta().custom_metadata_map
 preprocessing = Preprocessing.from_json(json.loads(metadata["crqat.preprocessing"]))
 side = session.get_inputs()[0].shape[2]  # networks whose images were no files do not say how to resize one
+size, crop = preprocessing.size or side, preprocessing.crop or side
 try:
-    pixels = load_image(Path(photo), preprocessing.size or side, preprocessing.crop or side, convert=True)
+    pixels = load_image(
+        Path(photo), size, crop, True, channels=preprocessing.channels, interpolation=preprocessing.interpolation
+    )
 except CrqatError as error:
     print(error, file=sys.stderr)
     sys.exit(error.exit_code)

@@ -15,7 +15,8 @@ class ExportConfig:
 
     Attributes:
         targets: Runtimes to write a file for; None takes those that the network was trained for.
-        candidate: "student" or its EMA "teacher"; "best" is the one with the higher accuracy on the validation split.
+        candidate: "student", its EMA "teacher", or "calibrated", the network before training; "best" is the one with
+            the highest accuracy on the validation split.
         tensorrt_precision: Type of everything that is not INT8 in tensorrt.onnx. Strongly typed TensorRT runs the
             float parts in the file's own type, so float16 is what a board wants. With it, float16.onnx holds the float
             network in that type, which is what INT8 has to be faster than.
@@ -27,7 +28,7 @@ class ExportConfig:
 
     __pydantic_config__: ClassVar[Any] = STRICT
     targets: tuple[Annotated[str, TargetName()], ...] | None = None
-    candidate: Literal["best", "student", "teacher"] = "best"
+    candidate: Literal["best", "student", "teacher", "calibrated"] = "best"
     tensorrt_precision: Literal["float16", "float32"] = "float16"
     weights: Literal["int8", "float"] = "int8"
     verify_images: Annotated[int, Range(ge=1)] = 32

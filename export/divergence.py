@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from artifacts.progress import Progress
 from artifacts.store import verify_stage
-from crqat_train import data
+from crqat_train import data, published
 from crqat_train.batches import evaluation_batches
 from crqat_train.calibration import observe, only, weight_of
 from crqat_train.config import TrainConfig
@@ -61,7 +61,7 @@ class Divergences:
         self._specs = self._model.specs
         take_float_weights(self._model, train_dir)
         self._asked, self._calibration = {spec.edge: spec for spec in self._specs}, asked.calibration
-        dataset = data.of_recipe(config.data)
+        dataset = data.of_recipe(published.data_section(config))
         chosen = data.split(len(dataset.train_labels), config.data.validation, config.seed).train
         calibrating = dataset.train_images[chosen[: asked.calibration_images]]
         self.images = min(images, len(calibrating))

@@ -59,10 +59,16 @@ class Quantized:
             classes = self.model(torch.from_numpy(self.images[:1])).shape[1]
         return marked_graph(self.model, self.images.shape[1:], classes)
 
-    def file(self, target: str, precision: str = "float32", metadata: Mapping[str, str] | None = None) -> QDQModel:
+    def file(
+        self,
+        target: str,
+        precision: str = "float32",
+        metadata: Mapping[str, str] | None = None,
+        weights: str = "int8",
+    ) -> QDQModel:
         """A target's file; see `export.qdq.qdq_model`."""
         described = {**(metadata or {}), "crqat.target": target}
-        return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, described)
+        return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, described, weights)
 
     def files(self) -> dict[str, QDQModel]:
         """Every target's file as it ships."""

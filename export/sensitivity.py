@@ -7,7 +7,7 @@ from typing import Any
 
 from artifacts.progress import Progress
 from artifacts.store import verify_stage
-from crqat_train import data
+from crqat_train import data, published
 from crqat_train.batches import subset
 from crqat_train.calibration import only
 from crqat_train.config import TrainConfig
@@ -24,7 +24,7 @@ def accuracy_of_each_layer(
     Args:
         train_dir: A finished train stage; its hashes are verified first.
         config: The recipe it was trained by.
-        candidate: "student" or "teacher".
+        candidate: "student", "teacher" or "calibrated".
         progress: Told of layers.
 
     Returns:
@@ -34,7 +34,7 @@ def accuracy_of_each_layer(
     trained = verify_stage(train_dir).payload
     model = rebuild(train_dir, config, trained, candidate)
     specs = model.specs
-    dataset = data.of_recipe(config.data)
+    dataset = data.of_recipe(published.data_section(config))
     chosen = data.split(len(dataset.train_labels), config.data.validation, config.seed).validation
     images, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
     by_edge = {spec.edge: spec for spec in specs}

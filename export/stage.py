@@ -20,6 +20,7 @@ from crqat_train import data
 from crqat_train.batches import Images
 from crqat_train.calibration import rounded_weights
 from crqat_train.config import TrainConfig
+from crqat_train.published import data_section
 from crqat_train.rebuild import rebuild, take_float_weights
 from export.codes import expected_codes
 from export.config import ExportConfig
@@ -68,7 +69,9 @@ def export(
     precisions = {target: runtimes.get(target).float_type(config.tensorrt_precision) for target in targets}
     candidate = trained["best"] if config.candidate == "best" else config.candidate
     if candidate not in trained["candidates"]:
-        msg = f"export.candidate: the training has no {candidate}; set consistency.teacher: ema, or candidate: student"
+        msg = f"export.candidate: the training has no {candidate}, only {', '.join(trained['candidates'])}"
+        if candidate == "teacher":
+            msg += "; set consistency.teacher: ema, or candidate: best"
         raise UsageError(msg)
     model = rebuild(train_dir, train, trained, candidate)
     specs = model.specs
@@ -101,9 +104,9 @@ def export(
             config.weights if runtimes.get(target).float_weights else "int8",
         )
         findings[target] = [str(finding) for finding in lint(exported[target].model, target)]
-        _refuse(exported[target], target, config.allow_lossy, [] if unsafe else findings[target])
+        refuse(exported[target], target, config.allow_lossy, [] if unsafe else findings[target])
         progress("export", len(exported), steps, f"{target}.onnx")
-    dataset = data.of_recipe(train.data, progress)
+    dataset = data.of_recipe(data_section(train), progress)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
     model_float = rebuild(train_dir, train, trained, candidate)
     take_float_weights(model_float, train_dir)
@@ -162,7 +165,8 @@ def _write_images(path: Path, images: Images) -> None:
     array.flush()
 
 
-def _refuse(file: QDQModel, target: str, allow_lossy: bool, findings: Sequence[str]) -> None:
+def refuse(file: QDQModel, target: str, allow_lossy: bool, findings: Sequence[str]) -> None:
+    """Refuse a file that breaks its runtime's rules, or holds a Grid with a loss that nobody allowed."""
     if findings:
         msg = (
             f"{target}.onnx breaks {len(findings)} rules, first: {findings[0]}; "

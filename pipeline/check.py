@@ -7,11 +7,18 @@ from pathlib import Path
 from artifacts import store
 from artifacts.errors import UsageError
 from artifacts.grid import grids_hash, load_grids
+from artifacts.progress import Progress, quiet
 from pipeline.console import printable
 
 
-def check(path: Path) -> list[str]:
+def check(path: Path, overrides: tuple[str, ...] = (), syntax: bool = False, progress: Progress = quiet) -> list[str]:
     """Verify what is there and describe it in lines.
+
+    Args:
+        path: A run directory or a file.
+        overrides: Of a recipe, as --set has them.
+        syntax: Read a recipe, and do not try it.
+        progress: Told of what is tried.
 
     Raises:
         UsageError: It is damaged, or it is nothing that crqat knows.
@@ -22,7 +29,7 @@ def check(path: Path) -> list[str]:
         msg = f"{path}: no such file or directory"
         raise UsageError(msg)
     elif path.suffix in (".yaml", ".yml"):
-        lines = _check_recipe(path)
+        lines = _check_recipe(path, overrides, syntax, progress)
     elif path.suffix == ".onnx":
         lines = [*_check_onnx(path), *_check_hash(path)]
     elif path.name.endswith("grids.json"):
@@ -37,7 +44,7 @@ def check(path: Path) -> list[str]:
 
 
 def _check_directory(path: Path) -> list[str]:
-    from pipeline import dependencies
+    from pipeline import dependencies, recipe
 
     if (path / store.MANIFEST).is_file():
         manifest = store.verify_stage(path)
@@ -55,6 +62,11 @@ def _check_directory(path: Path) -> list[str]:
             raise UsageError(msg)
         dependencies.check_parent(path, manifest)
         lines.append(_describe(path / stage, manifest))
+        if manifest.inputs is None:
+            lines.append(f"{path / stage}: {dependencies.OLD}")
+        else:
+            config = recipe.from_resolved(manifest.config)
+            dependencies.check_inputs(config, path.parent, manifest, path / stage)
     return lines
 
 
@@ -82,11 +94,16 @@ def _check_hash(path: Path) -> list[str]:
     return [f"{path}: as the manifest beside it says"]
 
 
-def _check_recipe(path: Path) -> list[str]:
+def _check_recipe(path: Path, overrides: tuple[str, ...], syntax: bool, progress: Progress) -> list[str]:
     from pipeline import recipe
 
-    config = recipe.load(path)
-    return [f"{path}: recipe {config.name} is valid, for {', '.join(config.targets)}"]
+    config = recipe.load(path, overrides)
+    lines = [f"{path}: recipe {config.name} is valid, for {', '.join(config.targets)}"]
+    if not syntax:
+        from pipeline import precheck
+
+        lines += [f"{path}: untrained: {line}" for line in precheck.check_recipe(config, progress)]
+    return lines
 
 
 def _check_results(path: Path) -> list[str]:

@@ -5,33 +5,53 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from artifacts.errors import CrqatError, UsageError
-from pipeline import tools
+from artifacts import failures
+from artifacts.errors import CrqatError, InternalError, Told, ToolError, UsageError
+from pipeline import streams, tools
 from pipeline.options import board, force_option, load, on_option, recipe_arguments, training_options
 
 if TYPE_CHECKING:
     from pipeline.gate import Verdict
     from pipeline.recipe import Recipe
 
-INTERRUPTED = 130
+INTERRUPTED, NOBODY_READS = 130, 128 + signal.SIGPIPE
 # Where a training takes steps it has a line of its own, which says where it was saved.
 _KEPT = "what was complete or saved still is: the same command goes on from there"
 
 
-@click.group()
+class _Commands(click.Group):
+    """Each command's unexpected exceptions as an error of one line, before click makes something of them."""
+
+    def invoke(self, context: click.Context) -> Any:
+        """Run the command that the arguments name."""
+        try:
+            return super().invoke(context)
+        except (click.ClickException, click.exceptions.Exit, click.Abort, Told, CrqatError):
+            raise
+        except BrokenPipeError as error:
+            if streams.nobody_reads():
+                raise Told(NOBODY_READS) from error
+            raise failures.explain(error, context.invoked_subcommand or "crqat") from error
+        except (Exception, SystemExit) as error:
+            raise failures.explain(error, context.invoked_subcommand or "crqat") from error
+
+
+@click.group(cls=_Commands)
 @click.version_option(package_name="crqat-edge", prog_name="crqat")
 def crqat() -> None:
     """A float image classifier goes in, an INT8 model that is proven on its runtime comes out.
 
     \b
-    Exit codes: 0 pass, 1 the gate failed, 2 usage or recipe,
-    3 environment or tool, 4 the gate is inconclusive,
-    130 interrupted, 143 terminated.
+    Exit codes: 0 pass, 1 measured and judged a failure (gate, run,
+    models), 2 usage, recipe or input, 3 environment, tool or internal
+    error, 4 inconclusive, 130 interrupted, 141 nobody reads the output,
+    143 terminated.
     """  # noqa: D301 - click's mark for lines that stay as they are
 
 
@@ -43,7 +63,9 @@ for _command in tools.COMMANDS:
 @recipe_arguments
 @force_option
 @training_options
-def run(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, restart: bool, save_every: float) -> int:
+def run(
+    recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, restart: bool, unchecked: bool, save_every: float
+) -> int:
     """Train, export, benchmark and judge; exit with the verdict."""
     from pipeline import launch, lock
 
@@ -52,10 +74,11 @@ def run(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, resta
         raise UsageError(msg)
     config = load(recipe, overrides)
     with lock.hold(runs / config.name):
-        _run_stage("train", config, runs, force, restart=restart, save_every=save_every)
+        trained = _run_stage("train", config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
         for stage in ("export", "benchmark"):
             _run_stage(stage, config, runs, force)
         _show_results(config, runs)
+        _show_warnings(trained)
         return _judge(config, runs)
 
 
@@ -74,12 +97,13 @@ def train(
     runs: Path,
     force: bool,
     restart: bool,
+    unchecked: bool,
     save_every: float,
     nproc: int | None,
     max_restarts: int,
 ) -> int:
     """Train the float network if need be, and quantize it; go on where it was interrupted."""
-    from pipeline import launch
+    from pipeline import console, launch
 
     config = load(recipe, overrides)
     if max_restarts and nproc is None:
@@ -89,19 +113,23 @@ def train(
     if nproc is not None and nproc > 1:
         arguments = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
         arguments += [part for override in overrides for part in ("--set", override)]
-        arguments += ["--force"] * force
+        arguments += ["--force"] * force + ["--unchecked"] * unchecked
         launch.check(config, nproc)
         return launch.run(arguments, ["--restart"] * restart, nproc, max_restarts)
     if launch.several():
-        payload = launch.train(config, runs, force, restart, save_every)
+        payload = launch.train(config, runs, force, restart, save_every, unchecked)
     else:
-        payload = _run_stage("train", config, runs, force, restart=restart, save_every=save_every)
+        how: dict[str, Any] = {"restart": restart, "save_every": save_every, "unchecked": unchecked}
+        payload = _run_stage("train", config, runs, force, **how)
     if payload is None:  # another process of the training tells it
         return 0
     click.echo(f"trained on {payload['device']}; fused: {payload['compiled']}; {payload['seconds']} s")
+    for note in payload.get("preparation", []):
+        click.echo(console.printable(note))
     click.echo(f"best: {payload['best']}; accuracy on the validation split:")
     for name, entry in {"float": payload["float"], **payload["candidates"]}.items():
         click.echo(f"  {name}: {100 * entry['validation_accuracy']:.2f} %")
+    _show_warnings(payload)
     return 0
 
 
@@ -124,6 +152,10 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, un
         path = runs / config.name / "export" / model["file"]
         proof = (model.get("verification") or {}).get("status", "the reference")
         click.echo(f"{path}: {proof}")
+        if proof.startswith("failed"):
+            click.echo(
+                f"{path}: the verification failed; the file is written for examination, and the gate fails on it"
+            )
         for finding in model.get("findings", []):
             click.echo(f"{path}: breaks a rule: {finding}")
         if bisect and builds_engine(model["target"]):
@@ -162,7 +194,8 @@ def benchmark(
     from pipeline import console, lock, stages
 
     target = board(address, python, ssh_config)
-    with lock.hold(runs / config.name), console.show_progress() as progress:
+    run = runs / config.name
+    with failures.explained("benchmark", run), lock.hold(run), console.show_progress() as progress:
         stages.benchmark_on(target, config, runs, force, progress, clean)
     _show_results(config, runs, stages.device_stage(target))
 
@@ -203,9 +236,15 @@ def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: A
     from artifacts.store import read_manifest
     from pipeline import console, lock, stages
 
-    with lock.hold(runs / config.name), console.show_progress() as progress:
+    run = runs / config.name
+    with failures.explained(stage, run), lock.hold(run), console.show_progress() as progress:
         directory = getattr(stages, stage)(config, runs, force, progress, **further)
     return read_manifest(directory).payload
+
+
+def _show_warnings(trained: dict[str, Any]) -> None:
+    for warning in trained.get("warnings", []):
+        click.echo(f"warning: {warning}")
 
 
 def _show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
@@ -213,7 +252,7 @@ def _show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
     from pipeline.results_file import read_results, shown
 
     path = runs / config.name / stage / stages.RESULTS
-    with shown(path):
+    with failures.explained("benchmark", runs / config.name), shown(path):
         results.show(read_results(path), path.parent)
 
 
@@ -221,37 +260,59 @@ def _judge(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path 
     from pipeline import gate as rules
     from pipeline import results, stages
 
-    verdicts: list[Verdict] = stages.gate(config, runs, stage, baseline)
+    with failures.explained("gate", runs / config.name):
+        verdicts: list[Verdict] = stages.gate(config, runs, stage, baseline)
     results.show_verdicts(verdicts)
     return rules.exit_code(verdicts)
 
 
 def main() -> None:
     """The `crqat` command."""
+    streams.prepare()
     # A recipe may name the user's own package.module:function; an installed command does not look here by itself.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     before = signal.signal(signal.SIGTERM, _terminate)
     try:
-        code = crqat.main(prog_name="crqat", standalone_mode=False)
-    except CrqatError as error:
-        _say_error(str(error))
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        _say_error(f"interrupted; {_KEPT}")
-        code = INTERRUPTED
-    except _Terminated as ended:
-        _say_error(f"terminated; {_KEPT}")
-        code = ended.code
+        code = _run_command()
     finally:
         signal.signal(signal.SIGTERM, before)
-    sys.exit(code if isinstance(code, int) else 0)
+    left = streams.flush()
+    if left is not None and code == 0:
+        if not isinstance(left, BrokenPipeError):
+            _say_error(f"the output cannot be written: {left.strerror}")
+        code = NOBODY_READS if isinstance(left, BrokenPipeError) else ToolError.exit_code
+    sys.exit(code)
 
 
-class _Terminated(SystemExit):
+def _run_command() -> int:
+    """Run what the arguments say, tell an error in one line, and give the exit code."""
+    try:
+        code = crqat.main(prog_name="crqat", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except CrqatError as error:
+        _say_error(str(error))
+        if isinstance(error, InternalError) and "CRQAT_SAID" in os.environ:
+            return error.exit_code_of_rank
+        return error.exit_code
+    except click.ClickException as error:
+        with suppress(OSError):
+            error.show()
+        return UsageError.exit_code  # click's own is 1 for some
+    except (KeyboardInterrupt, click.Abort):
+        _say_error(f"interrupted; {_KEPT}")
+        return INTERRUPTED
+    except Told as ended:
+        if isinstance(ended, _Terminated):
+            _say_error(f"terminated; {_KEPT}")
+        return ended.code if isinstance(ended.code, int) else 0
+    except (Exception, SystemExit) as error:
+        told = failures.explain(error, "crqat")
+        _say_error(str(told))
+        return told.exit_code
+
+
+class _Terminated(Told):
     """By SIGTERM. What is half written is removed on the way out, as after Ctrl-C."""
 
 
@@ -263,7 +324,8 @@ def _terminate(number: int, _: Any) -> None:
 def _say_error(message: str) -> None:
     if "CRQAT_SAID" in os.environ:  # of `pipeline.launch`, which speaks where no process of a training has
         Path(os.environ["CRQAT_SAID"]).touch()
-    click.echo(f"crqat: error: {message}", err=True)
+    with suppress(OSError):  # nobody reads it, or it goes to a full disk
+        click.echo(f"crqat: error: {message}", err=True)
 
 
 if __name__ == "__main__":

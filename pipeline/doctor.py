@@ -6,11 +6,6 @@ import contextlib
 import importlib
 import io
 import logging
-import os
-import shutil
-import subprocess
-import sysconfig
-import tempfile
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +13,11 @@ from types import ModuleType
 
 import click
 
+from crqat_train import compilers
 from pipeline import console
 from runtime_eval import device
 
 MISSING = 3
-# What torch.compile's CPU code needs: a compiler, and Python's own headers.
-_PROBE = '#include <Python.h>\n#include <cstdio>\nint main() { std::puts("hello"); return 0; }\n'
 # One multiply-accumulate instruction for INT8, on x86 and on ARM.
 _DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
@@ -75,7 +69,8 @@ def examine() -> list[Finding]:
         Finding("OpenVINO", _released("openvino"), "benchmark.openvino", "pip install crqat-edge[openvino]"),
         Finding("scikit-learn", "importable" if sklearn else None, "the embedded data set `digits`", reinstall),
         Finding("datasets", _released("datasets"), "data.source: huggingface", "pip install crqat-edge[huggingface]"),
-        Finding("C++ compiler", _compiler(), "torch.compile; eager otherwise", "install g++ and Python's headers"),
+        Finding("C++ compiler", compilers.cpp(), "torch.compile; eager otherwise", compilers.REMEDY),
+        Finding("C compiler", compilers.triton(), "torch.compile on CUDA; eager otherwise", compilers.REMEDY_C),
         Finding("INT8 dot product", _dot_product(), "speed of INT8 on this CPU", "measure on the target instead"),
         Finding("CUDA device", _cuda(torch), "faster training; TensorRT", "train on the CPU; measure on the target"),
         Finding(
@@ -132,25 +127,6 @@ def _released(name: str) -> str | None:
 
 def _providers(runtime: ModuleType | None) -> str | None:
     return None if runtime is None else f"{_version(runtime)}: {', '.join(runtime.get_available_providers())}"
-
-
-def _compiler() -> str | None:
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and shutil.which(name) and _compiles(name):
-            return name
-    return None
-
-
-def _compiles(compiler: str) -> bool:
-    with tempfile.TemporaryDirectory() as directory:
-        source, program = Path(directory) / "hello.cpp", Path(directory) / "hello.o"
-        source.write_text(_PROBE)
-        command = [compiler, f"-I{sysconfig.get_path('include')}", "-c", str(source), "-o", str(program)]
-        try:
-            result = subprocess.run(command, capture_output=True, timeout=60, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            return False
-        return result.returncode == 0 and program.is_file()
 
 
 def _dot_product() -> str | None:

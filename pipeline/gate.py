@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, Literal
 from xml.etree import ElementTree
 
@@ -17,6 +17,8 @@ from artifacts.targets import builds_engine
 
 # What is compared with, and has nothing to prove.
 BASELINES = ("float", "float16", "float_openvino")
+# The share of the way from chance to always right that a float model must be proven to have gone where no limit is set.
+BEYOND_CHANCE = 0.1
 NO_ENGINE = "not run: the benchmark is of a version that built no engine; run it again"
 Status = Literal["pass", "fail", "inconclusive", "not run", "error"]
 
@@ -28,6 +30,8 @@ class GateConfig:
     Attributes:
         max_accuracy_drop: Percentage points of top-1 accuracy that it may lose against the float model.
         min_agreement: Share of the test images on which it must answer as the float model does.
+        min_accuracy: Share of the test images that it must answer rightly (top-1), such as 0.9; without it the float
+            model must be clearly better than chance.
         max_latency_ratio: Its latency divided by the float model's.
         max_latency_regression: Its latency divided by that of the same file in the baseline that the gate is given.
         max_size_ratio: Its file size divided by the float model's.
@@ -38,6 +42,7 @@ class GateConfig:
     __pydantic_config__: ClassVar[Any] = STRICT
     max_accuracy_drop: Annotated[float, Range(ge=0, le=100)] = 1.0
     min_agreement: Annotated[float, Range(ge=0, le=1)] | None = None
+    min_accuracy: Annotated[float, Range(ge=0, le=1)] | None = None
     max_latency_ratio: Annotated[float, Range(gt=0)] | None = None
     max_latency_regression: Annotated[float, Range(gt=0)] | None = None
     max_size_ratio: Annotated[float, Range(gt=0)] | None = None
@@ -46,12 +51,28 @@ class GateConfig:
 
 
 @dataclass(frozen=True)
+class KnownAccuracy:
+    """What the float model's accuracy is known to be.
+
+    Attributes:
+        share: Of the test images answered rightly.
+        source: Who says so.
+        points: How many percentage points below it are still what was said.
+    """
+
+    share: float
+    source: str
+    points: float
+
+
+@dataclass(frozen=True)
 class Verdict:
     """One rule on one file.
 
     Attributes:
         rule: "measurement", "required", "findings", "verification", "codes_on_this_cpu", "engine", "int8_coverage",
-            "reformat_layers", "accuracy_drop", "agreement", "latency_ratio", "latency_regression" or "size_ratio".
+            "reformat_layers", "accuracy_drop", "agreement", "accuracy", "latency_ratio", "latency_regression" or
+            "size_ratio"; of the float model "float_accuracy" or "known_accuracy".
         file: The model's file.
         status: "error" means that the environment kept the rule from being judged.
         measured: In the rule's own unit; None if there is no number.
@@ -59,6 +80,8 @@ class Verdict:
         allowed: The limit.
         n: Images, inference rounds or codes behind `measured`.
         message: One line.
+        images_needed: Of an inconclusive rule on test images: about how many would decide it if the measured rates
+            stay; None if no number would, or where n counts something else.
     """
 
     rule: str
@@ -69,14 +92,16 @@ class Verdict:
     allowed: float | None
     n: int | None
     message: str
+    images_needed: int | None = None
 
 
-def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
-    """Apply every rule that has a limit to every quantized model, in the order of the results.
+def judge(results: dict[str, Any], config: GateConfig, known: KnownAccuracy | None = None) -> list[Verdict]:
+    """Apply every rule that has a limit to every quantized model, and those without to the float model.
 
     Args:
         results: What `runtime_eval.benchmark` returned or `read_results` read.
         config: The limits.
+        known: What the float model's accuracy should be.
     """
     verdicts = []
     models: dict[str, Any] = results["models"]
@@ -90,6 +115,8 @@ def judge(results: dict[str, Any], config: GateConfig) -> list[Verdict]:
             verdicts.append(
                 _plain("measurement", file, "error", "the float model that it is compared with has no result")
             )
+        if model["target"] == "float" and model["status"] == "measured":
+            verdicts += _float_accuracy(file, model["accuracy"], config, known)
         if model["target"] in BASELINES:
             continue
         if model.get("findings"):
@@ -208,23 +235,94 @@ def _of_coverage(engine: dict[str, Any], allowed: float) -> str:
     return "; ".join([text, *missing])
 
 
+def _float_accuracy(
+    file: str, accuracy: dict[str, Any], config: GateConfig, known: KnownAccuracy | None
+) -> list[Verdict]:
+    """Whether the float model knows anything, and what it is known to know: a small drop from nothing is no success.
+
+    Where the user says what accuracy is enough, `min_accuracy`, it is compared with chance itself.
+    """
+    verdicts = []
+    if accuracy.get("chance") is not None:
+        beyond = BEYOND_CHANCE if config.min_accuracy is None else 0.0
+        allowed = accuracy["chance"] + beyond * (1 - accuracy["chance"])
+        verdict = _at_least("float_accuracy", file, accuracy["top1"], accuracy["n"], allowed)
+        text = f"{_percent(verdict)}; chance is {100 * accuracy['chance']:.2f} %"
+        if verdict.status == "fail":
+            text += (
+                ", and it is hardly better: its weights, data.mean and data.std, or labels are not what they should be"
+            )
+        verdicts.append(_with_images(replace(verdict, message=text)))
+    if known is not None:
+        floor = known.share - known.points / 100
+        verdict = _at_least("known_accuracy", file, accuracy["top1"], accuracy["n"], floor)
+        text = f"{_percent(verdict)}; {known.source} says {100 * known.share:.2f} %"
+        if verdict.status != "fail":  # it would take more images to be sure, and nobody asked for more
+            verdict = replace(verdict, status="pass")
+        else:
+            text += ": data.mean, data.std, data.size, data.crop or the weights are other ones"
+        verdicts.append(replace(verdict, message=text))
+    return verdicts
+
+
+def _percent(verdict: Verdict) -> str:
+    low, high = verdict.interval or (0.0, 1.0)
+    measured = verdict.measured or 0.0
+    return f"{100 * measured:.2f} [{100 * low:.2f}, {100 * high:.2f}] % of {verdict.n} test images"
+
+
+def _at_least(rule: str, file: str, share: float, n: int, allowed: float) -> Verdict:
+    """The verdict on a lower limit of a share of the test images."""
+    from runtime_eval.accuracy import images_for_share, wilson
+
+    low, high = wilson(round(share * n), n)
+    status: Status = "pass" if low >= allowed else "fail" if high < allowed else "inconclusive"
+    needed = images_for_share(share, allowed) if status == "inconclusive" else None
+    message = f"{share:.4f} [{low:.4f}, {high:.4f}] of {n} test images, required {allowed:g}"
+    return Verdict(rule, file, status, share, (low, high), allowed, n, message, needed)
+
+
+def _with_images(verdict: Verdict) -> Verdict:
+    """An inconclusive verdict whose message says how many test images would decide."""
+    if verdict.status != "inconclusive":
+        return replace(verdict, images_needed=None)
+    needed = verdict.images_needed
+    text = "no number of test images would decide: what was measured is the limit itself"
+    if needed is not None:
+        text = f"about {needed:,} test images would decide if the rates stay as they are"
+    return replace(verdict, message=f"{verdict.message}; {text}")
+
+
 def _limits(file: str, model: dict[str, Any], float_unstable: str | bool, config: GateConfig) -> list[Verdict]:
     versus, n = model["versus_float"], model["accuracy"]["n"]
-    verdicts = [
-        at_most(
-            ("accuracy_drop", file, n, "test images"),
-            versus["drop_points"],
-            versus["drop_interval_points"],
-            config.max_accuracy_drop,
-            " points",
-        )
-    ]
+    drop = at_most(
+        ("accuracy_drop", file, n, "test images"),
+        versus["drop_points"],
+        versus["drop_interval_points"],
+        config.max_accuracy_drop,
+        " points",
+    )
+    if "only_float_right" in versus:
+        from runtime_eval.accuracy import images_for_difference
+
+        counts = (versus["only_float_right"], versus["only_this_right"])
+        needed = images_for_difference(*counts, n, config.max_accuracy_drop / 100)
+        drop = _with_images(replace(drop, images_needed=needed))
+    verdicts = [drop]
     if config.min_agreement is not None:
+        from runtime_eval.accuracy import images_for_share
+
         low, high = versus["agreement_interval"]
         allowed = config.min_agreement
         status: Status = "pass" if low >= allowed else "fail" if high < allowed else "inconclusive"
         message = f"{versus['agreement']:.4f} [{low:.4f}, {high:.4f}] of {n} test images, required {allowed:g}"
-        verdicts.append(Verdict("agreement", file, status, versus["agreement"], (low, high), allowed, n, message))
+        needed = images_for_share(versus["agreement"], allowed)
+        interval = (low, high)
+        agreement = Verdict("agreement", file, status, versus["agreement"], interval, allowed, n, message, needed)
+        verdicts.append(_with_images(agreement))
+    if config.min_accuracy is not None:
+        share = model["accuracy"]["top1"]
+        verdicts.append(_with_images(_at_least("accuracy", file, share, n, config.min_accuracy)))
     if config.max_latency_ratio is not None:
         verdicts.append(_latency(file, model, float_unstable, config.max_latency_ratio))
     if config.max_size_ratio is not None:

@@ -42,8 +42,14 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         msg = f"{path}: no such file"
         raise UsageError(msg)
     if path.suffix != ".onnx":
-        for name, report in read(path):
-            show(name, report)
+        reports = read(path)
+        for name, report in reports:
+            if report["status"] == "built":
+                show(name, report)
+        unbuilt = [f"{name}: {report['status']}" for name, report in reports if report["status"] != "built"]
+        if unbuilt:
+            msg = f"{path}: {len(unbuilt)} of {len(reports)} engines were not built, first {unbuilt[0]}"
+            raise UsageError(msg)
         return
     model = onnx_file.read(path)
     onnx_file.check(path, model)
@@ -111,6 +117,9 @@ def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
         data = json_file.read(path)
         if "Layers" in data:
             return [(str(path), of_inspector(path, data))]
+        if data.get("engines") == {}:
+            msg = f"{path}: holds no engine report; none was built in that benchmark"
+            raise UsageError(msg)
         reports = data["engines"] if "engines" in data else {data["model"]: data}
         versions = {report["schema_version"] for report in reports.values()}
         if versions - {engine.SCHEMA_VERSION}:

@@ -14,7 +14,8 @@ from typing import Any
 
 import click
 
-from artifacts.errors import Interrupted, ToolError, UsageError
+from artifacts import failures
+from artifacts.errors import InternalError, Interrupted, ToolError, UsageError
 from artifacts.progress import quiet
 from artifacts.store import read_manifest
 from pipeline import console, lock, recipe, stages
@@ -96,6 +97,8 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
         if not died:
             return min((code for code in codes if code > 0), default=_SIGNALS + signal.SIGTERM)
         how_it_died = f"by signal {-died[0]}" if died[0] < 0 else f"with {died[0]}"
+        if died[0] == InternalError.exit_code_of_rank:
+            how_it_died = "by an internal error"
         what = f"a process of the training ended {how_it_died}"
         if left:
             click.echo(f"crqat: {what}; all start again from the last state ({left} of {max_restarts} left)", err=True)
@@ -119,7 +122,9 @@ def several() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def train(config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_every: float) -> dict[str, Any] | None:
+def train(
+    config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_every: float, unchecked: bool = False
+) -> dict[str, Any] | None:
     """Be one of several processes of a training; give the manifest's payload on rank 0, None on the others.
 
     Rank 0 runs the stage as a single process does, and says whether there is something to train. The others train with
@@ -133,18 +138,19 @@ def train(config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_ev
     _prctl_pr_set_pdeathsig(signal.SIGTERM)  # a killed launcher leaves nobody behind
     # By torchrun, a process that died is started again by the same command, which is not to discard the state.
     restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
-    with distributed.started(config.device):
+    run = runs / config.name
+    with failures.explained("train", run), distributed.started(config.device):
         if distributed.rank() == 0:
-            with lock.hold(runs / config.name), console.show_progress() as progress:
+            with lock.hold(run), console.show_progress() as progress:
                 began: list[bool] = []
 
                 def begin() -> None:
                     began.append(distributed.from_first(True))
 
-                directory = stages.train(config, runs, force, progress, restart, save_every, begin)
+                directory = stages.train(config, runs, force, progress, restart, save_every, begin, unchecked)
                 if not began:
                     distributed.from_first(False)
             return read_manifest(directory).payload
         if distributed.from_first(False):
-            run_training(recipe.train_config(config), None, quiet, runs / config.name, save_every)
+            run_training(recipe.train_config(config), None, quiet, run, save_every)
         return None

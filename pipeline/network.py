@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from artifacts import failures
 from artifacts import targets as runtimes
-from artifacts.errors import CrqatError, ToolError
+from artifacts.errors import CrqatError, InternalError, ToolError, UsageError
 from artifacts.progress import quiet
 from crqat_train import data, models
-from crqat_train.config import OptimizerConfig, QuantizationConfig
+from crqat_train.config import DataConfig, OptimizerConfig, QuantizationConfig
 from crqat_train.fit import Fit, is_step
 from crqat_train.layout import QuantizerSpec
 from crqat_train.quantized_model import quantize_model
@@ -61,7 +62,7 @@ def measure(name: str, images: Images) -> dict[str, Any]:
     """
     clock = _Clock()
     torch.manual_seed(0)
-    network = awake(models.build(name, CLASSES, 3))
+    network = awake(models.build(name, CLASSES, images.channels))
     batch, labels = _load(images)
     network = sane_bn(network, batch)
     clock("build")
@@ -108,12 +109,13 @@ class _Clock:
 
 
 def _load(images: Images) -> tuple[Tensor, Tensor]:
-    """Normalized images of shape [CALIBRATION_IMAGES, 3, size, size], and labels."""
+    """Normalized images of shape [CALIBRATION_IMAGES, C, size, size], and labels."""
     if images.cifar10 is None:
         generator = torch.Generator().manual_seed(0)
-        noise = torch.randn(CALIBRATION_IMAGES, 3, images.size, images.size, generator=generator)
+        noise = torch.randn(CALIBRATION_IMAGES, images.channels, images.size, images.size, generator=generator)
         return noise, torch.arange(CALIBRATION_IMAGES) % CLASSES
-    dataset = data.load("cifar10", str(images.cifar10), False)
+    config = DataConfig("cifar10", channels=1 if images.channels == 1 else 3)
+    dataset = data.load("cifar10", str(images.cifar10), False, config=config)
     small = torch.from_numpy(dataset.preprocessing(dataset.train_images[:CALIBRATION_IMAGES].numpy()))
     size = (images.size, images.size)
     enlarged = functional.interpolate(small, size, mode="bilinear", align_corners=False)
@@ -177,14 +179,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, required=True)
     parser.add_argument("--verified", type=int, required=True)
     parser.add_argument("--cifar10", type=Path)
+    parser.add_argument("--channels", type=int, default=3)
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     try:
-        row = {"status": "measured", **measure(given.name, Images(given.size, given.verified, given.cifar10))}
-    except ToolError as error:
-        row = {"status": f"failed: {' '.join(str(error).split())}"}
-    except CrqatError as error:
-        row = {"status": f"refused: {' '.join(str(error).split())}"}
+        images = Images(given.size, given.verified, given.cifar10, given.channels)
+        row = {"status": "measured", **measure(given.name, images)}
+    except (Exception, SystemExit) as error:
+        told = error if isinstance(error, CrqatError) else failures.explain(error, given.name)
+        kinds = {UsageError: "refused", ToolError: "not run", InternalError: "failed"}
+        row = {"status": f"{kinds[type(told)]}: {told}"}
     given.report.write_text(json.dumps(row, indent=1))
     return 0
 

@@ -12,11 +12,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from artifacts import failures
 from artifacts.errors import ToolError, UsageError
 from artifacts.targets import executed
 from pipeline import console
@@ -59,43 +61,80 @@ class Images:
         size: Height and width, in pixels.
         verified: Images whose codes are compared.
         cifar10: Folder of CIFAR-10, whose training images are enlarged; None is normal noise.
+        channels: 3, or 1 for grey images.
     """
 
     size: int
     verified: int = VERIFIED_IMAGES
     cifar10: Path | None = None
+    channels: int = 3
 
     def __str__(self) -> str:
         source = "normal noise" if self.cifar10 is None else "CIFAR-10, enlarged"
-        return f"{source}, {self.size} px"
+        return f"{source}, {self.size} px{', grey' if self.channels == 1 else ''}"
 
 
-def run(names: Sequence[str], cifar10: Path | None, size: int, out: Path) -> None:
-    """Measure networks one by one, show their table, write it as Markdown and as JSON beside.
+def run(
+    names: Sequence[str], cifar10: Path | None, size: int, out: Path | None, force: bool = False, channels: int = 3
+) -> int:
+    """Measure networks one by one, show their table, and write it as Markdown and as JSON beside.
 
     Args:
         names: As `model.name` of a recipe; none are all of `NETWORKS`.
         cifar10: Folder with cifar-10-batches-py; None is noise.
         size: Height and width, except for networks that take one size alone.
-        out: The Markdown file. Rows of other networks in the JSON beside it stay.
+        out: The Markdown file; None writes nothing. Rows of other networks in the JSON beside it stay.
+        force: Replace files that this command has not written.
+        channels: 3, or 1 for grey images.
+
+    Returns:
+        The exit code of the networks that were measured now; see `exit_code`.
 
     Raises:
-        UsageError: There is no CIFAR-10 where it should be, or the JSON is not one of these.
+        UsageError: There is no CIFAR-10 where it should be, or a file that this command has not written is in the way.
         ToolError: A file cannot be written.
     """
     if cifar10 is not None and not (cifar10 / "cifar-10-batches-py").is_dir():
         msg = f"--cifar10: {cifar10} holds no cifar-10-batches-py; name the folder that does, or leave it out for noise"
         raise UsageError(msg)
-    rows = _read(out.with_suffix(".json"))
+    rows = {} if out is None else _read(out, force)
     chosen = names or NETWORKS
     for index, name in enumerate(chosen, 1):
-        images = Images(SIZES.get(name, size), cifar10=cifar10)
+        images = Images(SIZES.get(name, size), cifar10=cifar10, channels=channels)
         row = measure(name, images)
         rows[name] = row
         console.say(f"{index}/{len(chosen)} {name}: {row['status']} ({row['total_seconds']:.0f} s)")
-        _write(out, rows)
+        if out is not None:
+            _write(out, rows)
     console.show_table("networks", COLUMNS, [cells(name, rows[name]) for name in chosen])
-    console.say(f"wrote {out} and {out.with_suffix('.json')}")
+    if out is None:
+        console.say("nothing is written; --out FILE.md writes the table, and the numbers as JSON beside it")
+    else:
+        console.say(f"wrote {out} and {out.with_suffix('.json')}")
+    return exit_code([rows[name] for name in chosen])
+
+
+def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:
+    """As of all commands: 1 for a network that failed, before 3, 2 and 4.
+
+    A network has failed if its proof, its engine or its training step has, if it breaks a rule, or if it ends its
+    process or takes too long. 3 stands for what the machine lacks, 2 for a network that is refused, 4 for a proof that
+    could not be made.
+    """
+    codes = {_exit_code(row) for row in rows}
+    return next((code for code in (1, 3, 2, 4) if code in codes), 0)
+
+
+def _exit_code(row: Mapping[str, Any]) -> int:
+    status = str(row["status"])
+    if status != "measured":
+        return {"refused": 2, "not run": 3}.get(status.partition(":")[0], 1)
+    proofs = [str(entry["status"]) for entry in row["verification"].values()]
+    engine = str(row["engine"]["status"])
+    broken = any(row["findings"].values()) or row["step"]["unreached"] or not row["step"]["finite"]
+    if broken or any(text.startswith("failed") for text in (*proofs, engine)):
+        return 1
+    return 0 if all(text == "passed" for text in proofs) else 4
 
 
 def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS) -> dict[str, Any]:
@@ -110,7 +149,7 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS) -> dic
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "row.json"
         command = [sys.executable, "-m", "pipeline.network", name, "--report", str(report)]
-        command += ["--size", str(images.size), "--verified", str(images.verified)]
+        command += ["--size", str(images.size), "--verified", str(images.verified), "--channels", str(images.channels)]
         command += ["--cifar10", str(images.cifar10.resolve())] if images.cifar10 else []
         row: dict[str, Any]
         try:
@@ -120,13 +159,19 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS) -> dic
         except subprocess.TimeoutExpired:
             row = {"status": f"failed: not finished after {limit:g} s"}
         else:
-            words = [line.strip() for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
-            named = [line for line in words if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
-            last = (named or words or [f"exit code {ended.returncode}"])[-1]
-            row = json.loads(report.read_text()) if report.is_file() else {"status": f"failed: {last}"}
+            row = json.loads(report.read_text()) if report.is_file() else {"status": _death(ended)}
     seconds = round(time.monotonic() - started, 1)
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
     return {**row, "images": str(images), "machine": machine, "versions": _versions(), "total_seconds": seconds}
+
+
+def _death(ended: subprocess.CompletedProcess[bytes]) -> str:
+    """The status of a network whose process has written no row: the network ended it, or it did not even begin."""
+    if ended.returncode < 0:
+        return f"failed: its process was ended by {failures.signal_name(-ended.returncode)}"
+    words = [line.strip() for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
+    named = [line for line in words if re.match(r"[\w.]+(Error|Exception|Interrupt|Exit)\b", line)]
+    return f"not run: {(named or words or [f'exit code {ended.returncode}'])[-1]}"
 
 
 def _environment() -> dict[str, str]:
@@ -262,18 +307,27 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, ""])
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+def _read(out: Path, force: bool) -> dict[str, Any]:
+    """The rows that this command has written before; none where there is no file, or one to be replaced.
+
+    Raises:
+        UsageError: Something else is in the way.
+    """
+    path = out.with_suffix(".json")
+    if path == out:
+        msg = f"--out {out}: names the Markdown file, beside which the JSON is written; give it another ending"
+        raise UsageError(msg)
+    if not path.exists() and (force or not out.exists()):
         return {}
-    try:
+    with suppress(OSError, ValueError, TypeError, KeyError):
         content = json.loads(path.read_text())
         if content["schema_version"] == SCHEMA_VERSION:
             rows: dict[str, Any] = content["rows"]
             return rows
-    except (ValueError, TypeError, KeyError):
-        pass
-    msg = f"{path}: not written by this version of `crqat models`; remove it, or name another --out"
-    raise UsageError(msg)
+    if force:
+        return {}
+    msg = f"{out if out.exists() else path}: not written by this version of `crqat models`; "
+    raise UsageError(msg + "name another --out, or replace it by --force")
 
 
 def _write(out: Path, rows: Mapping[str, Any]) -> None:

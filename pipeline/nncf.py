@@ -21,7 +21,7 @@ def export(run: Path, candidate: str, out: Path | None) -> None:
 
     Args:
         run: The run's directory.
-        candidate: "best", "student" or "teacher".
+        candidate: "best", "student", "teacher" or "calibrated".
         out: The folder to write; None takes NAME-nncf here.
     """
     from crqat_train import nncf_checkpoint
@@ -55,6 +55,7 @@ def take(path: Path, recipe_path: Path, config: Recipe, out: Path | None, progre
             click.echo(console.printable(f"  {edge.outcome}: {edge.name}: {edge.note}"))
     click.echo(f"edges: {nncf_start.summary(edges)}")
     changes = [f"model.nncf={folder}", "model.weights=null"]
+    changes += ["model.weights_key=null"] * (config.model.weights_key is not None)
     asked = {
         "weights": (weights, config.quantization.weights),
         "activations": (activations, config.quantization.activations),

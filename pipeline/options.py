@@ -32,11 +32,14 @@ def force_option(command: _Command) -> _Command:
 
 
 def training_options(command: _Command) -> _Command:
-    """--save-every and --restart."""
+    """--save-every, --restart and --unchecked."""
     command = click.option(
         "--save-every", type=click.FloatRange(min=0), default=300.0, metavar="SECONDS",
         help="Save the training's state so often, and at each epoch's end. Default: 300.",
     )(command)  # fmt: skip
+    command = click.option(
+        "--unchecked", is_flag=True, help="Train without trying before how far the untrained network comes."
+    )(command)
     return click.option("--restart", is_flag=True, help="Begin an interrupted training anew.")(command)
 
 

@@ -16,6 +16,7 @@ from artifacts import targets as runtimes
 from artifacts.config import STRICT, Range
 from artifacts.errors import UsageError
 from crqat_train.config import (
+    COLOUR_SOURCES,
     FILE_SOURCES,
     FOLDER_CROP,
     FOLDER_SIZE,
@@ -183,16 +184,23 @@ def _contradiction(recipe: Recipe) -> str | None:
             f"name: {json.dumps(recipe.name)} cannot name a directory; "
             "use up to 100 letters, digits, `_`, `-` and `.`, no dot in front"
         )
+    if recipe.export.candidate == "teacher" and (recipe.consistency.teacher != "ema" or not recipe.qat.epochs):
+        return "export.candidate: the training has no teacher; set consistency.teacher: ema, or candidate: student"
     if recipe.data.unlabeled is not None and (recipe.consistency.teacher == "none" or recipe.consistency.weight == 0):
         return "data.unlabeled: feeds the consistency term alone, which is off; set consistency.teacher and .weight"
     kinds = {source_kind(recipe.data.source), source_kind(recipe.data.unlabeled)}
-    resized = [key for key in ("size", "crop", "convert") if getattr(recipe.data, key)]
+    problem = _channels(recipe, kinds)
+    if problem is not None:
+        return problem
+    resized = [key for key in ("size", "crop", "interpolation", "convert") if getattr(recipe.data, key)]
     if resized and not kinds & set(FILE_SOURCES):
         return f"data.{resized[0]}: only of {', '.join(FILE_SOURCES)}, whose images are files; remove it"
     columns = [key for key in ("image_column", "label_column") if getattr(recipe.data, key) is not None]
     if columns and "huggingface" not in kinds:
         return f"data.{columns[0]}: only of huggingface, whose data sets are tables; remove it"
-    if (recipe.data.crop or FOLDER_CROP) > (recipe.data.size or FOLDER_SIZE):
+    # What is missing beside pretrained weights is known once their library is asked.
+    published = recipe.model.weights == "pretrained" and None in (recipe.data.size, recipe.data.crop)
+    if not published and (recipe.data.crop or FOLDER_CROP) > (recipe.data.size or FOLDER_SIZE):
         return "data.crop: larger than data.size, the shorter side it is cut from; set both"
     for pattern, override in recipe.quantization.overrides.items():
         if override == Override():
@@ -212,8 +220,24 @@ def _contradiction(recipe: Recipe) -> str | None:
             )
     if recipe.model.nncf is not None and recipe.model.weights is not None:
         return "model.nncf: brings the float weights, too; leave model.weights out"
+    if recipe.model.weights_key is not None and recipe.model.weights in (None, "pretrained"):
+        return "model.weights_key: says where in the file of model.weights the weights lie; name the file, or remove it"
     if recipe.model.weights is None and recipe.float_training is None and recipe.model.nncf is None:
         return "float: missing; say how to train the float network, or give its weights as model.weights"
+    return None
+
+
+def _channels(recipe: Recipe, kinds: set[str | None]) -> str | None:
+    """What is wrong with `data.channels`, `data.mean` and `data.std`, None if nothing is."""
+    data = recipe.data
+    if data.channels is not None and not kinds & set(COLOUR_SOURCES):
+        return f"data.channels: only of {', '.join(COLOUR_SOURCES)}; other sources bring their own; remove it"
+    if source_kind(data.source) not in COLOUR_SOURCES:
+        return None
+    channels = data.channels or 3
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if values is not None and len(values) != channels:
+            return f"data.{key}: has {len(values)} numbers for {channels} channels (data.channels); give one for each"
     return None
 
 

@@ -72,7 +72,7 @@ def _render(
         columns=COMPARED,
         devices=side_by_side([results, *others]) if others else [],
         tradeoff=_tradeoff(results),
-        curves=_curves(history) if history else "",
+        curves=_curves(history, train.payload["float"]["validation_accuracy"]) if history else "",
     )
 
 
@@ -132,23 +132,29 @@ def _label(file: str) -> str:
     return f"\u200b{text}" if text.startswith("_") else text
 
 
-def _curves(history: list[dict[str, Any]]) -> str:
-    """Training: accuracy on the validation split and lambda, float training and QAT side by side."""
+def _curves(history: list[dict[str, Any]], float_accuracy: float) -> str:
+    """Training: accuracy on the validation split and lambda, float training and QAT side by side.
+
+    QAT's starts with the calibrated network, as epoch 0, and has the float network's accuracy as a level.
+    """
     from matplotlib.ticker import MaxNLocator
 
     phases = list(dict.fromkeys(row["phase"] for row in history))
     figure, all_axes = _figure(6.4, 3.2, columns=len(phases))
     for axes, phase in zip(all_axes if len(phases) > 1 else [all_axes], phases, strict=True):
         rows = [row for row in history if row["phase"] == phase]
-        epochs = [row["epoch"] for row in rows]
         for key, label in (("validation", "student" if phase == "qat" else "float"), ("validation_teacher", "teacher")):
-            if key in rows[0]:
-                axes.plot(epochs, [100 * row[key] for row in rows], ".-", color=_LINES[key], label=label)
+            points = [(row["epoch"], 100 * row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), ".-", color=_LINES[key], label=label)
+        if phase == "qat":
+            axes.axhline(100 * float_accuracy, linestyle=":", color=_COLORS["float"], label="float")
         axes.set_ylabel("validation accuracy, %")
         axes.legend(frameon=False, fontsize=8)
         if any(row.get("lambda") for row in rows):
             weight = axes.twinx()  # on the accuracies' axis it would press them flat
-            weight.plot(epochs, [row["lambda"] for row in rows], "--", color=_LINES["lambda"], linewidth=1)
+            weights = [(row["epoch"], row["lambda"]) for row in rows if "lambda" in row]
+            weight.plot(*zip(*weights, strict=True), "--", color=_LINES["lambda"], linewidth=1)
             weight.set_ylabel("lambda (dashed)", color=_LINES["lambda"])
             weight.set_ylim(bottom=0)
             weight.spines["top"].set_visible(False)

@@ -53,7 +53,8 @@ def show(results: dict[str, Any], directory: Path) -> None:
     console.show_table(console.printable(title), _COLUMNS, [_row(file, model) for file, model in models.items()])
     for line in _remarks(models):
         click.echo(console.printable(line))
-    click.echo(f"written: {', '.join(str(directory / name) for name in ('results.json', 'junit.xml', 'report.html'))}")
+    names = ("results.json", "verdict.json", "junit.xml", "report.html")
+    click.echo(f"written: {', '.join(str(directory / name) for name in names)}")
 
 
 def _row(file: str, model: dict[str, Any]) -> list[str]:

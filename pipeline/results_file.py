@@ -100,6 +100,14 @@ class _Checked:
             raise self._fail(key, f"of type {kind.__name__}")
         return value
 
+    def within(self, name: str, kind: type, low: float, high: float) -> Any:
+        """As `get`, of a number that has bounds."""
+        value = self.get(name, kind)
+        if not low <= value <= high:
+            key = f"{self.key}.{name}".lstrip(".")
+            raise self._fail(key, f"within {low:g} and {high:g}" if high < math.inf else f"at least {low:g}")
+        return value
+
     def must_have(self, name: str) -> None:
         """Check that a value is there, which may be null."""
         if name not in self.data:
@@ -154,7 +162,11 @@ def _check_model(model: _Checked) -> None:
         layers.get("float", list)
     if model.get("status", str) != "measured":
         return
-    model.child("accuracy").get("n", int)
+    accuracy = model.child("accuracy")
+    images = accuracy.within("n", int, 1, math.inf)
+    accuracy.within("top1", float, 0, 1)
+    if accuracy.data.get("chance") is not None:
+        accuracy.within("chance", float, 0, 1)
     latency = model.child("latency")
     timed = latency.get("status", str) == "measured"
     if timed:
@@ -167,6 +179,9 @@ def _check_model(model: _Checked) -> None:
             versus.get(number, float)
         versus.interval("drop_interval_points")
         versus.interval("agreement_interval")
+        if "only_float_right" in versus.data:
+            for count in ("only_float_right", "only_this_right"):
+                versus.within(count, int, 0, images)
         if timed and versus.data.get("latency_ratio", ...) is not None:  # None: float was timed in another runtime
             versus.get("latency_ratio", float)
             versus.interval("latency_ratio_interval")

@@ -15,15 +15,19 @@ from typing import TYPE_CHECKING, Any
 from artifacts import store
 from artifacts.errors import CrqatError, ToolError, UsageError
 from artifacts.progress import Progress
-from pipeline import console, dependencies, lock, recipe
+from pipeline import console, dependencies, disk, lock, recipe
 from pipeline.results_file import read_results
 
 if TYPE_CHECKING:
-    from pipeline.gate import GateConfig, Verdict
+    from crqat_train.trainer import Start
+    from pipeline.gate import GateConfig, KnownAccuracy, Verdict
     from runtime_eval.remote import Board
 
 STATES = ".states"
 RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
+VERDICT = "verdict.json"
+# Below the published accuracy of weights: another decoder of JPEG or version of a library costs less than that.
+PUBLISHED_POINTS = 5.0
 
 
 def train(
@@ -34,6 +38,7 @@ def train(
     restart: bool = False,
     save_every: float = 300.0,
     begin: Callable[[], None] | None = None,
+    unchecked: bool = False,
 ) -> Path:
     """Run the `train` stage unless it is up to date, and return its directory.
 
@@ -45,8 +50,11 @@ def train(
         restart: Do not go on from where an interrupted training of the same recipe was.
         save_every: Seconds between two states of the training.
         begin: Called if there is something to train, before that.
+        unchecked: Train without taking the untrained network through all stages before; see `pipeline.precheck`.
     """
-    inputs = dependencies.input_files(config)
+    inputs = dependencies.inputs("train", config, runs, progress)
+    root = dependencies.data_root(config)
+    data = disk.DiskState({}) if root is None else disk.disk_state(root, runs)
     # Below the key of everything that the result depends on: another recipe never goes on from this one's state.
     states = runs / config.name / STATES / dependencies.key_of("train", config, runs, inputs)[:16]
     if restart:
@@ -55,11 +63,21 @@ def train(
     def fill(out: Path) -> dict[str, Any]:
         from crqat_train.trainer import train as run_training
 
+        def check(start: Start) -> None:
+            from pipeline import precheck
+
+            precheck.before_training(config, progress, start)
+
         if begin is not None:
             begin()
-        return run_training(recipe.train_config(config), out, progress, states, save_every)
+        return run_training(
+            recipe.train_config(config), out, progress, states, save_every, None if unchecked else check
+        )
 
-    directory = _run_stage("train", config, runs, force, inputs, fill)
+    def after() -> dict[str, str]:
+        return dependencies.data_after(config, runs, inputs, data)
+
+    directory = _run_stage("train", config, runs, force, inputs, fill, after)
     shutil.rmtree(states, ignore_errors=True)
     with contextlib.suppress(OSError):
         states.parent.rmdir()  # stays if another recipe's states are in it
@@ -81,7 +99,8 @@ def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, u
         further = {"unsafe": True} if unsafe else {}
         return write_models(directory, training, config.export, out, progress, config.name, revision, **further)
 
-    return _run_stage("export", config, runs, force, {"unsafe": "yes"} if unsafe else {}, fill)
+    inputs = {**dependencies.inputs("export", config, runs), **({"--unsafe": "yes"} if unsafe else {})}
+    return _run_stage("export", config, runs, force, inputs, fill)
 
 
 def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
@@ -95,7 +114,7 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
         return _write_results(out, runs / config.name, "benchmark", results, config)
 
     # Another machine's numbers say nothing of this one; and an engine is built once there is a builder.
-    inputs = {"machine": platform.node(), **_engine_builder(), **_openvino(config)}
+    inputs = {"machine": platform.node(), **dependencies.inputs("benchmark", config, runs)}
     return _run_stage("benchmark", config, runs, force, inputs, fill)
 
 
@@ -110,34 +129,45 @@ def sensitivity(
 
         return measure(config, runs, out, progress, average_bits, images)
 
-    inputs = {"average_bits": f"{average_bits:g}", "images": str(images)}
+    asked = {"--average-bits": f"{average_bits:g}", "--images": str(images)}
+    inputs = {**dependencies.inputs("sensitivity", config, runs), **asked}
     return _run_stage("sensitivity", config, runs, force, inputs, fill)
 
 
-def _engine_builder() -> dict[str, str]:
-    from runtime_eval import tensorrt_api
+def judge(
+    results: dict[str, Any],
+    limits: GateConfig,
+    baseline: dict[str, Any] | None = None,
+    known: KnownAccuracy | None = None,
+) -> list[Verdict]:
+    """Every rule that has a limit, and those on the float model.
 
-    name = tensorrt_api.choose()
-    return {} if name is None else {name: tensorrt_api.installed(name) or ""}
-
-
-def _openvino(config: recipe.Recipe) -> dict[str, str]:
-    """Where the recipe asks for OpenVINO: its version; nothing as long as it is not installed."""
-    asked = config.benchmark.openvino or "openvino" in config.benchmark.require
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return {"openvino": metadata.version("openvino")} if asked else {}
-    return {}
-
-
-def judge(results: dict[str, Any], limits: GateConfig, baseline: dict[str, Any] | None = None) -> list[Verdict]:
-    """Every rule that has a limit; `baseline` is the results that the latency must not have grown over."""
+    Args:
+        results: What a benchmark measured.
+        limits: The recipe's.
+        baseline: The results that the latency must not have grown over.
+        known: What the float model's accuracy should be.
+    """
     from pipeline import baseline as baselines
     from pipeline import gate as rules
 
-    verdicts = rules.judge(results, limits)
+    verdicts = rules.judge(results, limits, known)
     if limits.max_latency_regression is not None:
         verdicts += baselines.judge(results, baseline, limits.max_latency_regression)
     return verdicts
+
+
+def known_accuracy(claimed: float | None, limits: GateConfig, run: Path) -> KnownAccuracy | None:
+    """What the recipe's `model.accuracy` says of the float model, else who published its weights; None: nobody."""
+    from pipeline.gate import KnownAccuracy
+
+    if claimed is not None:
+        return KnownAccuracy(claimed, "model.accuracy", limits.max_accuracy_drop)
+    trained = store.read_manifest(run / "train").payload.get("float")
+    published = trained.get("published_accuracy") if isinstance(trained, dict) else None
+    if isinstance(published, float) and 0 <= published <= 1:
+        return KnownAccuracy(published, "who published the weights", PUBLISHED_POINTS)
+    return None
 
 
 def benchmark_on(
@@ -219,7 +249,8 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
     manifest = dependencies.current(config, runs, stage)
     directory = runs / config.name / stage
     results = read_results(directory / RESULTS)
-    verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline))
+    known = known_accuracy(config.model.accuracy, config.gate, runs / config.name)
+    verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline), known)
     if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text():
         # The limits were changed since: the same measurements, judged anew.
         with lock.hold(runs / config.name), store.write_stage(runs / config.name, manifest) as out:
@@ -255,7 +286,8 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         training = recipe.train_config(recipe.from_resolved(store.read_manifest(run / "train").config))
         candidate = store.read_manifest(run / "export").payload["candidate"]
         rows = accuracy_of_each_layer(run / "train", training, candidate, progress)
-    verdicts = judge(results, rules.GateConfig(**manifest.config["gate"]))
+    limits = rules.GateConfig(**manifest.config["gate"])
+    verdicts = judge(results, limits, known=known_accuracy(manifest.config["model"].get("accuracy"), limits, run))
     page = render(run, results, verdicts, rows, _others(run, "benchmark"))
     try:
         out.write_text(page)
@@ -270,16 +302,19 @@ def _write_results(out: Path, run: Path, stage: str, results: dict[str, Any], co
     if engines:
         (out / ENGINES).write_text(json.dumps({"schema_version": 1, "engines": engines}, indent=1, sort_keys=True))
     (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
-    _write_verdict(out, run, stage, results, judge(results, config.gate))
+    known = known_accuracy(config.model.accuracy, config.gate, run)
+    _write_verdict(out, run, stage, results, judge(results, config.gate, known=known))
     return {"device": results["device"], "files": sorted(results["models"])}
 
 
 def _write_verdict(out: Path, run: Path, stage: str, results: dict[str, Any], verdicts: list[Verdict]) -> None:
-    """Write what follows from the verdicts on a benchmark's stage: JUnit XML and the report."""
+    """Write what follows from the verdicts on a benchmark's stage: JUnit XML, JSON and the report."""
     from pipeline import gate as rules
     from pipeline import report
 
     (out / JUNIT).write_text(rules.junit(verdicts, run.name))
+    judged = {"schema_version": 1, "exit_code": rules.exit_code(verdicts), "rules": [asdict(v) for v in verdicts]}
+    (out / VERDICT).write_text(json.dumps(judged, indent=1))
     (out / REPORT).write_text(report.render(run, results, verdicts, others=_others(run, stage)))
 
 
@@ -304,16 +339,37 @@ def _run_stage(
     force: bool,
     inputs: dict[str, str],
     fill: Callable[[Path], dict[str, Any]],
+    after: Callable[[], dict[str, str]] | None = None,
 ) -> Path:
+    """Make a stage unless it is up to date; say why one that is there is made again, before anything begins.
+
+    Args:
+        stage: Its name.
+        config: The recipe.
+        runs: The directory of all runs.
+        force: Make it in any case.
+        inputs: What its result depends on beside the recipe and the stage before.
+        fill: Fills its directory and returns the manifest's payload.
+        after: The inputs once it is filled, where filling completes them.
+    """
     run, key = runs / config.name, dependencies.key_of(stage, config, runs, inputs)
     directory = run / stage
-    if not force and directory.exists() and store.read_manifest(directory).key == key:
-        store.verify_stage(directory)
-        console.say(f"{stage} is up to date")
-        return directory
+    if directory.exists():
+        reasons = ["--force was given"] if force else []
+        with contextlib.suppress(*([CrqatError] if force else [])):  # whatever is there, --force replaces it
+            made = store.read_manifest(directory)
+            if not force and made.key == key:
+                store.verify_stage(directory)
+                console.say(f"{stage} is up to date")
+                return directory
+            reasons = dependencies.why_again(config, runs, made, key, inputs) or reasons
+        console.say(console.printable(f"{stage}: again, since {', '.join(reasons)}"))
     parent, environment = dependencies.parent_hash(stage, config, runs), dependencies.environment(config)
-    manifest = store.Manifest(stage, key, parent, recipe.resolved(config), environment)
+    manifest = store.Manifest(stage, key, parent, recipe.resolved(config), environment, inputs=inputs)
     with store.write_stage(run, manifest) as out:
         manifest.payload = fill(out)
         manifest.environment["device"] = manifest.payload.get("device", "cpu")
+        if after is not None:
+            manifest.inputs = after()
+            manifest.key = dependencies.key_of(stage, config, runs, manifest.inputs)
     return directory

@@ -38,11 +38,19 @@ def bundle(run: Path, out: Path | None) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-def check(path: Path) -> None:
-    """Verify a run directory, a recipe, an ONNX file, Grids (grids.json) or results.json."""
-    from pipeline import check as checks
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value.")
+@click.option("--syntax", is_flag=True, help="Of a recipe: read it, without its data and network.")
+def check(path: Path, overrides: tuple[str, ...], syntax: bool) -> None:
+    """Verify a run directory, a recipe, an ONNX file, Grids (grids.json) or results.json.
 
-    for line in checks.check(path):
+    A recipe's network is tried on two images, from its data to the proof of its files, untrained.
+    """
+    from pipeline import check as checks
+    from pipeline import console
+
+    with console.show_progress() as progress:
+        lines = checks.check(path, overrides, syntax, progress)
+    for line in lines:
         click.echo(line)
 
 
@@ -81,7 +89,12 @@ def nncf() -> None:
 
 @nncf.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--candidate", type=click.Choice(["best", "student", "teacher"]), default="best", help="Default: best.")
+@click.option(
+    "--candidate",
+    type=click.Choice(["best", "student", "teacher", "calibrated"]),
+    default="best",
+    help="Default: best.",
+)
 @click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-nncf.")
 def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
     """Write a finished training as a state dict and a configuration that stock NNCF loads."""
@@ -110,12 +123,18 @@ def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out:
 @click.argument("names", metavar="[NAMES]...", nargs=-1)
 @click.option("--cifar10", type=click.Path(path_type=Path), help="Folder of CIFAR-10, to be enlarged. Default: noise.")
 @click.option("--size", type=click.IntRange(min=32), default=224, help="Height and width of the images. Default: 224.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("docs/models.md"), help="Default: docs/models.md.")
-def models(names: tuple[str, ...], cifar10: Path | None, size: int, out: Path) -> None:
-    """Take networks through everything and write what is mapped, equal and computed in integers."""
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the table here, as Markdown. Default: show it alone."
+)
+@click.option("--force", is_flag=True, help="Replace a file that this command has not written.")
+@click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="Of the images; 1 is grey. Default: 3.")
+def models(
+    names: tuple[str, ...], cifar10: Path | None, size: int, out: Path | None, force: bool, channels: str
+) -> int:
+    """Take networks through everything and say what is mapped, equal and computed in integers; exit 1 if one fails."""
     from pipeline import networks
 
-    networks.run(names, cifar10, size, out)
+    return networks.run(names, cifar10, size, out, force, int(channels))
 
 
 @click.command()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import signal
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from artifacts.errors import CrqatError, ToolError, UsageError
+from artifacts import failures
+from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress, quiet
 from runtime_eval import bundle as bundles
 from runtime_eval.benchmark import benchmark
@@ -96,7 +99,7 @@ def measure(path: Path, threads: int | None) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit code is 0, or the error's.
+    """Run the command line; the exit code is 0, or as crqat's: 2, 3, 130 or 141.
 
     Args:
         arguments: Without the program's name; None takes the process's own.
@@ -118,9 +121,15 @@ def main(arguments: list[str] | None = None) -> int:
             except OSError as error:
                 msg = f"cannot write {out}: {error.strerror}; choose another place with --out"
                 raise ToolError(msg) from error
-    except CrqatError as error:
-        print(f"runtime_eval: {error}", file=sys.stderr)
-        return error.exit_code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of the table must not become an error of Python's
+        return 128 + signal.SIGPIPE
+    except KeyboardInterrupt:
+        print("runtime_eval: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except Exception as error:
+        return failures.tell(error, "runtime_eval")
     return 0
 
 

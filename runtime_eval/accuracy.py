@@ -70,8 +70,35 @@ def tango(b: int, c: int, n: int) -> tuple[float, float]:
     return _crossing(score, -1.0, observed, Z), _crossing(score, observed, 1.0, -Z)
 
 
+def images_for_share(share: float, limit: float) -> int | None:
+    """From how many images on Wilson's bounds of a share exclude a limit, if the share stays; None: from no number."""
+    if math.isclose(share, limit, abs_tol=1e-12):
+        return None
+    return max(1, math.ceil(Z**2 * limit * (1 - limit) / (share - limit) ** 2))
+
+
+def images_for_difference(b: int, c: int, n: int, limit: float) -> int | None:
+    """From how many pairs on Tango's bounds exclude a limit, if both rates stay; None: from no number.
+
+    The statistic grows with the root of the number of pairs, and the bounds are where it reaches the 95 % point.
+
+    Args:
+        b: Pairs in which only the first succeeds.
+        c: Pairs in which only the second succeeds.
+        n: All pairs, at least one.
+        limit: Of the difference (b - c) / n.
+    """
+    if math.isclose((b - c) / n, limit, abs_tol=1e-12):
+        return None
+    score = _tango_score(b, c, n, limit)
+    return max(1, math.ceil(n * (Z / score) ** 2))
+
+
 def summarize(top: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> dict[str, Any]:
     """A model's accuracy on all images.
+
+    `chance` is the accuracy of the same answers, each as often as the model gives it, dealt out to the images at random
+    (Cohen 1960, Educ. Psychol. Meas. 20, 37): of a model that knows one answer alone it is that class's share.
 
     Args:
         top: Best classes of each image from `top_classes`, int64 [N, at most 5].
@@ -79,11 +106,14 @@ def summarize(top: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> dict
     """
     hits = top == labels[:, None]
     right = int(hits[:, 0].sum())
+    classes = int(max(top.max(), labels.max())) + 1
+    answered, asked = (np.bincount(numbers, minlength=classes) / len(labels) for numbers in (top[:, 0], labels))
     return {
         "n": len(labels),
         "top1": right / len(labels),
         "top5": int(hits.any(axis=1).sum()) / len(labels),
         "top1_interval": list(wilson(right, len(labels))),
+        "chance": float(answered @ asked),
     }
 
 

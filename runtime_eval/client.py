@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import queue
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from artifacts import failures
 from artifacts.errors import ToolError
 from runtime_eval.config import BenchmarkConfig
 
@@ -156,7 +156,7 @@ class Worker:
         """Why a process that ended by itself did."""
         code = self._process.wait()
         cause = (
-            f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process exited with {code}"
+            f"its process was ended by {failures.signal_name(-code)}" if code < 0 else f"its process exited with {code}"
         )
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").split("\n")

@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import json
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -21,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from artifacts import store
-from artifacts.errors import CrqatError, ToolError, UsageError
+from artifacts import failures, store
+from artifacts.errors import ToolError, UsageError
 from runtime_eval import device, engine_report, onnx_metadata, plan, sidecar, tensorrt_api
 from runtime_eval.client import PACKAGES
 from runtime_eval.engine_build import Batch, Build, BuildFailure
@@ -119,7 +118,7 @@ def _run(command: list[str], limit: float) -> str | None:
     last = words[-1] if words else ""
     if code == ToolError.exit_code and last.startswith(f"{_PROGRAM}: "):
         raise ToolError(last.removeprefix(f"{_PROGRAM}: "))
-    cause = f"its process was ended by {signal.Signals(-code).name}" if code < 0 else f"its process exited with {code}"
+    cause = f"its process was ended by {failures.signal_name(-code)}" if code < 0 else f"its process exited with {code}"
     return f"{cause}, last words: {last}" if last else cause
 
 
@@ -276,9 +275,8 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         print(f"{_PROGRAM}: {error.filename}: {error.strerror}", file=sys.stderr)
         return ToolError.exit_code
-    except CrqatError as error:
-        print(f"{_PROGRAM}: {' '.join(str(error).split())}", file=sys.stderr)
-        return error.exit_code
+    except Exception as error:
+        return failures.tell(error, _PROGRAM)
     return 0
 
 

@@ -33,6 +33,8 @@ _POLL_SECONDS = 1.0  # seldom, because a latency is being measured
 _CHUNK = 1 << 20
 # The exit code appears in one step and after everything else: whoever sees it sees a finished job.
 _SCRIPT = 'code=$1; shift; "$@"; echo $? >"$code.part" && mv "$code.part" "$code"'
+# As `artifacts.errors.ToolError`'s, which is not on the board yet. 1 is what Python ends with by itself.
+_FAILED = 3
 _speaking = threading.Lock()
 
 
@@ -43,7 +45,7 @@ def say(message: dict[str, Any]) -> None:
             sys.stdout.write(json.dumps(message) + "\n")
             sys.stdout.flush()
         except OSError:
-            os._exit(1)
+            os._exit(_FAILED)
 
 
 def _heartbeat() -> None:
@@ -245,22 +247,29 @@ def clean(job: Path) -> None:
         shutil.rmtree(job)
 
 
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError | ValueError | tarfile.TarError):
+        return str(error) or type(error).__name__
+    return f"internal error: {type(error).__name__}: {error}"
+
+
 _COMMANDS = {function.__name__: function for function in (state, received, receive, start, follow, fetch, clean)}
 
 
 def main() -> int:
     """Run the command that the arguments name: COMMAND JOB ARGUMENTS."""
-    command, name, *arguments = sys.argv[1:]
     threading.Thread(target=_heartbeat, daemon=True).start()
     try:
+        command, name, *arguments = sys.argv[1:]
         if len(name) != 64 or set(name) - set("0123456789abcdef"):
             msg = f"{name!r} is no job"
             raise ValueError(msg)
         result = _COMMANDS[command](Path.home() / JOBS / name, *arguments)
-    except (OSError, ValueError, tarfile.TarError) as error:
-        text = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        say({"error": text or type(error).__name__})
-        return 1
+    except Exception as error:  # the other side tells the user, in one line
+        say({"error": _reason(error)})
+        return _FAILED
     say({"result": result})
     return 0
 

@@ -149,7 +149,7 @@ def _open(model: Path, runtime: str, provider: str, threads: int, graph: bool) -
 
 
 def main() -> int:
-    """Load the model that the arguments name and serve it; 0, or 1 if the model failed."""
+    """Load the model that the arguments name and serve it; 0, or 3 if the model failed."""
     # Libraries print to descriptor 1 when they like. What they print goes to standard error; answers keep the pipe.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -158,14 +158,14 @@ def main() -> int:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 
-    model, images, runtime, provider, threads, graph = sys.argv[1:]
     try:
+        model, images, runtime, provider, threads, graph = sys.argv[1:]
         with _open(Path(model), runtime, provider, int(threads), graph == "1") as runner:
             serve(runner, np.load(images, mmap_mode="r", allow_pickle=False), answer, Path(model), int(threads))
     except Exception as error:  # the parent tells the user; a runtime may raise anything
         text = str(error) if isinstance(error, CrqatError) else f"{type(error).__name__}: {error}"
         answer({"error": text})
-        return 1
+        return ToolError.exit_code
     return 0
 
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from artifacts.errors import ToolError, UsageError
-from artifacts.images import Preprocessing, load_image
+from artifacts.images import Preprocessing, endings, load_image
 
 torchvision_f = pytest.importorskip("torchvision.transforms.v2.functional")
 
@@ -84,6 +84,28 @@ def test_transparency_and_16_bits_have_no_meaning_in_rgb(tmp_path: Path, convert
             load_image(opaque, 16, 16)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "1", "P", "CMYK"])
+def test_images_become_grey_with_leave(tmp_path: Path, mode: str) -> None:
+    image = Image.fromarray(picture(16, 16)).convert(mode)
+    path = saved(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), image)
+    with pytest.raises(UsageError, match=rf"{mode}, not grey; save it as grey, or set data\.convert: true"):
+        load_image(path, 16, 16, channels=1)
+    with Image.open(path) as again:
+        expected = np.asarray(again.convert("L"))[None]
+    np.testing.assert_array_equal(load_image(path, 16, 16, convert=True, channels=1), expected)
+    with pytest.raises(UsageError, match=r"1 channel .* or 3 .*, and 4 are asked for"):
+        load_image(path, 16, 16, channels=4)
+
+
+def test_no_format_is_read_that_calls_another_program(tmp_path: Path) -> None:
+    """Pillow hands EPS to Ghostscript, whatever the file is called."""
+    path = saved(tmp_path / "a.eps", Image.fromarray(picture(16, 16))).rename(tmp_path / "a.jpg")
+    with pytest.raises(UsageError, match=r"a\.jpg: cannot be decoded as an image \(cannot identify"):
+        load_image(path, 16, 16)
+    assert {".jpg", ".jfif", ".png", ".webp", ".tga"} <= endings()
+    assert not {".eps", ".ps", ".pdf", ".mpg", ".h5", ".wmf"} & endings()
+
+
 def test_what_cannot_be_decoded_is_named_in_one_line(tmp_path: Path) -> None:
     good = saved(tmp_path / "good.jpg", Image.fromarray(picture(200, 200))).read_bytes()
     png = saved(tmp_path / "good.png", Image.fromarray(picture(200, 200))).read_bytes()
@@ -125,3 +147,16 @@ def test_a_file_that_is_gone_is_the_environments_fault(tmp_path: Path) -> None:
 def test_preprocessing_survives_json() -> None:
     for made in (Preprocessing((0.5,), (0.25,)), Preprocessing((0.1, 0.2, 0.3), (1.0, 2.0, 3.0), 256, 224)):
         assert Preprocessing.from_json(json.loads(json.dumps(asdict(made)))) == made
+
+
+def test_the_filter_of_the_weights_is_used_wherever_the_model_runs(tmp_path: Path) -> None:
+    image = Image.fromarray(picture(48, 48))
+    path = saved(tmp_path / "a.png", image)
+    for name in ("bilinear", "bicubic", "lanczos", "nearest"):
+        expected = np.asarray(image.resize((24, 24), Image.Resampling[name.upper()])).transpose(2, 0, 1)
+        np.testing.assert_array_equal(load_image(path, 24, 24, interpolation=name), expected)
+    made = Preprocessing((0.5,), (0.25,), 256, 224, "bicubic")
+    assert Preprocessing.from_json(asdict(made)) == made
+    assert Preprocessing.from_json({"mean": [0.5], "std": [0.25], "size": 4, "crop": 4}).interpolation == "bilinear"
+    with pytest.raises(ValueError, match="interpolation 'cubic' is none of bilinear"):
+        Preprocessing.from_json({**asdict(made), "interpolation": "cubic"})

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision.datasets.cifar  # type: ignore[import-untyped]
+from PIL import Image
 from torch import Tensor
 
 from artifacts.errors import ToolError, UsageError
@@ -203,6 +204,10 @@ def user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_users_function_is_the_source() -> None:
     assert data.load("user_images:no_arguments", "ignored", download=False).train_images[0, 0, 0, 0] == 7
     assert data.load("user_images:with_root", "four", download=False).train_images[0, 0, 0, 0] == 4
+    at_home = data.load("user_images:with_root", "~/x", download=False).train_images[0, 0, 0, 0]
+    assert at_home == len(str(Path.home() / "x"))
+    with pytest.raises(UsageError, match=r"^data\.root: ~no such user/x: there is no home directory for its `~`"):
+        data.load("user_images:with_root", "~no such user/x", download=False)
 
 
 @pytest.mark.usefixtures("user_folder")
@@ -232,7 +237,26 @@ def test_an_unknown_source_names_the_nearest() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"train_images": torch.zeros(3, 1, 4, 4)}, "train_images must be torch.uint8, got torch.float32"),
+        (
+            {"train_images": torch.rand(3, 1, 4, 4)},
+            r"must be torch.uint8, got torch.float32 from .*; .*\(images \* 255\)",
+        ),
+        ({"train_images": torch.full((3, 1, 4, 4), 99.0)}, r"float32 from 99 to 99; .* 0..255: images\.round\(\)\.to"),
+        ({"train_images": torch.full((3, 1, 4, 4), -1.0)}, "from -1 to -1; give the bytes before normalization"),
+        ({"train_images": torch.zeros(3, 1, 4, 4, dtype=torch.int64)}, r"torch\.int64; .* images\.to\(torch\.uint8\)"),
+        ({"train_labels": torch.tensor([1, 3, 2])}, r"must be in 0..2, .* got 1..3; they begin at 1: subtract 1$"),
+        ({"train_labels": torch.eye(3)}, r"train_labels must be torch.int64, .*: labels\.argmax\(1\)"),
+        (
+            {"train_labels": torch.zeros(3, 1, 4, 4), "test_images": torch.zeros(3)},
+            "in each other's places; the order is",
+        ),
+        (
+            {
+                "train_images": torch.zeros(3, 32, 16, 3, dtype=torch.uint8),
+                "test_images": torch.zeros(3, 32, 16, 3, dtype=torch.uint8),
+            },
+            r"got \[32, 16, 3\]; images\.permute\(0, 3, 1, 2\)",
+        ),
         ({"test_images": torch.zeros(3, 4, 4, dtype=torch.uint8)}, "test_images must have 4 dimensions"),
         ({"train_images": np.zeros((3, 1, 4, 4))}, "train_images must be a torch.Tensor, got ndarray"),
         ({"train_images": torch.zeros(0, 1, 4, 4, dtype=torch.uint8)}, "train_images is empty"),
@@ -253,6 +277,34 @@ def test_an_invalid_data_set_is_named(changes: dict[str, Any], message: str) -> 
     data.validate(numbered(3), "here")
     with pytest.raises(UsageError, match=f"^here: .*{message}"):
         data.validate(dataclasses.replace(numbered(3), **changes), "here")
+
+
+def test_swapped_labels_are_told() -> None:
+    few, many = numbered(3), numbered(5)
+    mixed = dataclasses.replace(
+        many, test_images=few.test_images, test_labels=many.test_labels, train_labels=few.train_labels
+    )
+    with pytest.raises(UsageError, match=r"5 train_images but 3 train_labels; train_labels and test_labels seem to be"):
+        data.validate(mixed, "here")
+
+
+def test_what_is_probably_a_mistake_is_a_note() -> None:
+    few, many = numbered(3), numbered(5)
+    assert data.doubts(many) == ()
+    swapped = dataclasses.replace(many, train_images=few.train_images, train_labels=few.train_labels)
+    larger, absent = data.doubts(swapped)
+    assert larger.startswith("more test images (5) than training images (3): are the two parts swapped?")
+    assert absent == "2 classes of the test images have no training image (3, 4)"
+    (dark,) = data.doubts(dataclasses.replace(many, train_images=many.train_images[:].clamp(max=1)))
+    assert dark.startswith("no byte of the training images is above 1 of 255: were they floats in 0..1?")
+
+
+def test_cifar_can_be_grey(cifar100_root: Path) -> None:
+    colour = data.load("cifar100", str(cifar100_root), False)
+    made = data.load("cifar100", str(cifar100_root), False, config=DataConfig("cifar100", channels=1))
+    assert made.train_images.shape == (300, 1, 32, 32) and made.preprocessing.channels == 1
+    image = Image.fromarray(colour.train_images[7:8][0].permute(1, 2, 0).numpy()).convert("L")
+    np.testing.assert_array_equal(made.train_images[7:8][0, 0].numpy(), np.asarray(image))
 
 
 @pytest.mark.usefixtures("user_folder")
@@ -432,3 +484,14 @@ def test_no_value_is_read_back_from_the_device() -> None:
     assert [[list(part.shape) for part in batch] for batch in made[:2]] == [[[4, 3, 8, 8], [4, 3, 8, 8], [4]]] * 2
     assert all(part.device == meta for batch in made for part in batch)
     assert next(evaluation_batches(images.to(meta), preprocessing, 4)).device == meta
+
+
+def test_normalization_that_was_not_given_is_told() -> None:
+    note = data.normalization_note(DataConfig("cifar10"), data.CIFAR10_PREPROCESSING) or ""
+    assert note.startswith(
+        "data.mean and data.std not given: images are normalized by ImageNet's, mean 0.485/0.456/0.40"
+    )
+    half = data.normalization_note(DataConfig("digits", mean=(0.3,)), Preprocessing((0.3,), (0.4,))) or ""
+    assert half.startswith("data.std not given: images are normalized by those of digits, mean 0.3, std 0.4")
+    assert data.normalization_note(DataConfig("digits", mean=(0.3,), std=(0.4,)), PLAIN) is None
+    assert data.normalization_note(DataConfig("own:data"), PLAIN) is None, "the function gives its own"

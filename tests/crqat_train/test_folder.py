@@ -56,7 +56,10 @@ def test_classes_are_the_sorted_folders_and_images_the_files_below(root: Path) -
     np.testing.assert_array_equal(dataset.train_images[0].numpy(), load_image(first, 20, 16))
     preprocessing = dataset.preprocessing
     assert (preprocessing.size, preprocessing.crop, preprocessing.mean[0]) == (20, 16, 0.485)
-    assert dataset.notes == ()
+    assert dataset.notes == (
+        f"left out of {root}: 1 hidden folder (first {root}/train/.hidden), "
+        f"1 file with another ending (1 .db; first {root}/train/cat/Thumbs.db)",
+    )
     own = loaded(root, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 0.5)).preprocessing
     assert own.mean == (0.1, 0.2, 0.3) and own.std == (1.0, 1.0, 0.5) and own.crop == 16
 
@@ -123,7 +126,7 @@ def test_only_the_training_itself_ends_its_workers(root: Path, monkeypatch: pyte
 
 @pytest.mark.parametrize("change", ["gone", "longer", "newer"])
 def test_a_folder_that_changes_while_it_is_read_is_noticed(root: Path, change: str) -> None:
-    _, train, _ = folder.list_folder(root)
+    _, train, _, _ = folder.list_folder(root)
     images = folder.FolderImages(train, 20, 16, False)
     path = train[3].path
     if change == "gone":
@@ -147,17 +150,37 @@ def test_what_is_wrong_with_a_folder_is_said(root: Path, tmp_path: Path) -> None
         return str(caught.value)
 
     (root / "train" / "ape").mkdir()
-    assert refusal().startswith(f"{root}/train/ape: a class without images (.bmp, .jpeg")
-    (root / "train" / "ape").rmdir()
+    assert refusal() == (
+        f"{root}/train/ape: a class without images ({folder.USUAL_ENDINGS}): it is empty; add some or remove it"
+    )
+    (root / "train" / "ape" / "1.npy").touch()
+    assert "(1 .npy; first" in refusal()
+    shutil.rmtree(root / "train" / "ape")
     (root / "test" / "fox").mkdir()
-    assert refusal() == (f"{root}/test/fox: a class that {root}/train does not have; remove it or add training images")
+    assert refusal().startswith(f"{root}/test/fox: a class that {root}/train does not have; remove it or add training")
     (root / "test" / "fox").rmdir()
     shutil.rmtree(root / "test" / "eel")  # a class without test images is no mistake
     assert loaded(root).test_labels.bincount().tolist() == [4, 4]
+    shutil.move(root / "test" / "dog", tmp_path / "dog")
+    (root / "test" / "cat").rename(root / "test" / "moved")
+    (root / "test" / "cat").mkdir()
+    shutil.rmtree(root / "test" / "moved")
+    (root / "test" / "dog").mkdir()
+    assert refusal().startswith(
+        f"{root}/test: none of its 2 class folders has an image ({folder.USUAL_ENDINGS}): cat: it"
+    )
+    shutil.rmtree(root / "test")
+    (root / "test").mkdir()
+    shutil.copy(next((root / "train" / "cat").glob("*.png")), root / "test")
+    assert refusal().startswith(f"{root}/test: its images lie in no class folders")
     shutil.rmtree(root / "test")
     assert refusal().startswith(f"data.root: imagefolder wants {root}/train/CLASS/* and {root}/test/CLASS/* (or val/)")
     (root / "test").mkdir()
     assert refusal().startswith(f"{root}/test: no class folders")
+    with pytest.raises(UsageError, match=f"set data.root to {root}$"):
+        loaded(root / "train")
+    with pytest.raises(UsageError, match=r"there is no such folder$"):
+        loaded(root / "none")
     with pytest.raises(UsageError, match=r"^data\.root: imagefolder needs it"):
         data.load("imagefolder", None, False)
 
@@ -175,27 +198,95 @@ def test_an_image_that_is_not_rgb_needs_leave(root: Path) -> None:
 
 
 def test_duplicates_between_training_and_test_are_found_by_their_bytes(root: Path) -> None:
-    _, train, test = folder.list_folder(root)
+    _, train, test, _ = folder.list_folder(root)
     assert folder.duplicates(train, test) == []
     shutil.copy(train[5].path, root / "test" / "dog" / "copy.png")
     # As long as another one and with the same beginning, but not the same.
     almost = bytearray(train[6].path.read_bytes())
     almost[-1] ^= 1
     (root / "test" / "dog" / "almost.png").write_bytes(bytes(almost))
-    _, train, test = folder.list_folder(root)
+    _, train, test, _ = folder.list_folder(root)
     assert folder.duplicates(train, test) == [(train[5].path, root / "test" / "dog" / "copy.png")]
     said: list[str] = []
     config = DataConfig(**{**CONFIG.__dict__, "root": str(root)})
     (root / "test" / "dog" / "almost.png").unlink()
     notes = data.of_recipe(config, lambda *args: said.append(str(args[-1]))).notes
-    assert len(notes) == 1 and notes[0].startswith("1 of 13 test images are training images too, byte for byte, first")
+    assert len(notes) == 2 and notes[1].startswith("1 of 13 test images are training images too, byte for byte, first")
     assert any(line.startswith("warning: 1 of 13 test images") for line in said)
 
 
 def test_decoding_is_told_of(root: Path) -> None:
-    _, train, _ = folder.list_folder(root)
+    _, train, _, _ = folder.list_folder(root)
     seen: list[tuple[str, int, int]] = []
     images = folder.FolderImages(train, 20, 16, False)
     decoded = folder.decode(images, "training images", lambda task, done, total, *_: seen.append((task, done, total)))
     assert isinstance(decoded, torch.Tensor) and seen == [("training images", 24, 24)]
     assert torch.equal(folder.decode(images, "", quiet)[:], images[:])
+
+
+def test_swapped_parts_are_suspected(root: Path) -> None:
+    shutil.rmtree(root / "test" / "eel")
+    (root / "train").rename(root / "moved")
+    (root / "test").rename(root / "train")
+    (root / "moved").rename(root / "test")
+    with pytest.raises(UsageError, match=r"test/eel: a class that .* or are the two parts swapped\?$"):
+        loaded(root)
+    shutil.rmtree(root / "test" / "eel")
+    assert any(
+        note.startswith("more test images (16) than training images (8): are the two") for note in loaded(root).notes
+    )
+
+
+def test_other_endings_links_and_hidden_files_are_taken_or_named(root: Path, tmp_path: Path) -> None:
+    """Each once, with the first of its kind; a link is followed, and never into a circle."""
+    cat = root / "train" / "cat"
+    png = next(cat.glob("*.png"))
+    Image.open(png).save(cat / "photo.JFIF", "JPEG")
+    Image.open(png).save(cat / "picture.tga")
+    shutil.move(root / "train" / "dog", tmp_path / "elsewhere")
+    (root / "train" / "dog").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "more").mkdir()
+    shutil.copy(png, tmp_path / "more" / "linked.png")
+    (cat / "linked").symlink_to(tmp_path / "more")
+    (cat / "again").symlink_to(cat)
+    (root / "train" / "all").symlink_to(root)
+    (cat / "._photo.jpg").touch()
+    (cat / ".cache").mkdir()
+    shutil.copy(png, cat / ".cache" / "hidden.png")
+    (root / "train" / "list.txt").touch()
+    (root / "val").mkdir()
+    names, train, _, left_out = folder.list_folder(root)
+    assert names == CLASSES
+    assert np.bincount([file.label for file in train]).tolist() == [11, 8, 8]
+    assert {"photo.JFIF", "picture.tga", "linked.png"} <= {file.path.name for file in train}
+    assert left_out.split(", ") == [
+        f"2 hidden folders (first {root}/train/.hidden)",
+        f"2 links to folders that are read already (first {root}/train/all)",
+        f"1 file beside the class folders (first {root}/train/list.txt)",
+        f"1 folder beside test (first {root}/val)",
+        f"1 hidden file (first {cat}/._photo.jpg)",
+        f"1 file with another ending (1 .db; first {cat}/Thumbs.db)",
+    ]
+    assert loaded(root).train_images.shape == (27, 3, 16, 16)
+    (cat / "gone.png").symlink_to(tmp_path / "nothing")
+    with pytest.raises(UsageError, match=r"gone\.png: a link to a file that is not there; mend or remove it$"):
+        loaded(root)
+
+
+def test_grey_images_have_one_channel(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        UsageError, match=r"RGB, not grey; save it as grey, or set data\.convert: true .* leave data\.ch"
+    ):
+        loaded(root, channels=1)
+    dataset = loaded(root, channels=1, convert=True)
+    assert dataset.train_images.shape == (24, 1, 16, 16)
+    assert (dataset.preprocessing.mean, dataset.preprocessing.std) == ((0.449,), (0.226,))
+    first = sorted((root / "train" / "cat").rglob("*.[pj]*g"))[0]
+    with Image.open(first) as image:
+        image.convert("L").save(first.with_suffix(".png"))
+    grey = load_image(first.with_suffix(".png"), 20, 16, channels=1)  # no leave needed
+    assert grey.shape == (1, 16, 16) and grey.std() > 0
+    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 100)
+    images = loaded(root, channels=1, convert=True).train_images
+    assert isinstance(images, folder.StoredImages)
+    assert next(folder.stream_batches(images, [torch.tensor([1, 2])])).shape == (2, 1, 16, 16)

@@ -88,6 +88,8 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
     assert refusal(root) == f"{root}/train: row 1: no label; every image needs its class"
     root = saved(tmp_path, train=table(range(3), datasets.Value("int64"), label=[0, 1, 3]), test=test)
     assert refusal(root) == f"{root}/train: row 2: label 3 is not in 0..2, the classes"
+    root = saved(tmp_path, train=table(range(3), datasets.Value("int64"), label=[1, 2, 3]), test=test)
+    assert refusal(root) == f"{root}/train: row 2: label 3 is not in 0..2, the classes; number the classes from 0"
     root = saved(tmp_path, train=table(range(3)), test=table(range(3), datasets.Value("int64"), label=[0, 7, 0]))
     assert refusal(root) == f"{root}/test: row 1: label 7 is not in 0..2, the classes"
     root = saved(tmp_path, train=table(range(3)), test=test.rename_column("label", "other"))

@@ -88,9 +88,17 @@ def test_a_torchvision_network_by_name() -> None:
         assert list(model(torch.rand(1, 3, 32, 32)).shape) == [1, 7]
 
 
-def test_a_torchvision_network_wants_colour_images() -> None:
-    with pytest.raises(UsageError, match=r'^model\.name: "torchvision/resnet18" takes images of 3 channels'):
-        models.build("torchvision/resnet18", 10, 1)
+def test_a_torchvision_network_of_grey_images_starts_as_the_one_of_three_equal_channels() -> None:
+    built = []
+    for channels in (1, 3):
+        torch.manual_seed(0)
+        built.append(models.build("torchvision/squeezenet1_1", 10, channels).eval())
+    x = torch.rand(2, 1, 48, 48)
+    with torch.inference_mode():
+        torch.testing.assert_close(built[0](x), built[1](x.expand(2, 3, 48, 48)), rtol=1e-4, atol=1e-5)
+    assert built[0](x).shape == (2, 10)
+    weight = torch.rand(2, 3, 1, 1)
+    assert torch.equal(models.of_channels(weight, 4)[:, 3], weight[:, 0] * 0.75)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +130,16 @@ from torch import nn
 
 def network(classes, channels): return nn.Sequential(nn.Flatten(), nn.Linear(channels * 4, classes))
 def wrong(classes, channels): return "network"
-def fewer(classes): return nn.Identity()
+def more(classes, depth): return nn.Identity()
+def nothing(): return network(5, 2)
+def others(width=1, **further): return network(**further)
+def fails(classes): raise KeyError("stem")
+instance = nn.Identity()
+class Net(nn.Module):
+    def __init__(self, in_chans=3, num_classes=1000):
+        super().__init__()
+        self.classifier = nn.Linear(in_chans * 4, num_classes)
+    def forward(self, x): return self.classifier(x.flatten(1))
 """
 
 
@@ -135,8 +152,10 @@ def _user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("_user_folder")
-def test_a_users_function_builds_the_network() -> None:
-    assert list(models.build("user_network:network", 5, 2)(torch.rand(1, 2, 2, 2)).shape) == [1, 5]
+@pytest.mark.parametrize("function", ["network", "nothing", "others", "Net"])
+def test_a_users_function_or_class_builds_the_network(function: str) -> None:
+    models.check_callable(f"user_network:{function}")
+    assert list(models.build(f"user_network:{function}", 5, 2)(torch.rand(1, 2, 2, 2)).shape) == [1, 5]
 
 
 @pytest.mark.usefixtures("_user_folder")
@@ -144,13 +163,29 @@ def test_a_users_function_builds_the_network() -> None:
     ("function", "message"),
     [
         ("wrong", r"must return a torch\.nn\.Module, got str"),
-        ("fewer", r"must be callable as fewer\(classes=, channels=\) \(.*'channels'\)"),
-        ("absent", "has no function 'absent'"),
+        ("fails", r"raised KeyError: 'stem', .*user_network\.py:9$"),
     ],
 )
 def test_a_users_function_that_does_not_fit_is_named(function: str, message: str) -> None:
     with pytest.raises(UsageError, match=rf"^model\.name: .*{message}"):
         models.build(f"user_network:{function}", 5, 2)
+
+
+@pytest.mark.usefixtures("_user_folder")
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (
+            "more",
+            r"must be callable as more\(classes=, channels=\), more\(num_classes=\) or more\(\) \(.*'depth'\); give",
+        ),
+        ("absent", "has no function 'absent'"),
+        ("instance", r"is a network, not what makes one; name its class, or `def build\(\): return instance`"),
+    ],
+)
+def test_what_cannot_be_called_is_told_without_a_call(function: str, message: str) -> None:
+    with pytest.raises(UsageError, match=rf"^model\.name: .*{message}"):
+        models.check_callable(f"user_network:{function}")
 
 
 def without_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -250,6 +285,7 @@ def test_a_truncated_file_is_called_damaged(net: nn.Module, tmp_path: Path, file
 
 def test_other_files_are_refused_by_what_they_are(net: nn.Module, tmp_path: Path) -> None:
     (tmp_path / "page.pth").write_text("<!DOCTYPE html><html>not found</html>")
+    torch.save({"optimizer": {"state": {}}, "epoch": 3}, tmp_path / "unrelated.pth")
     (tmp_path / "net.onnx").write_bytes(b"")
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     torch.save({"epoch": 3}, tmp_path / "numbers.pth")
@@ -258,6 +294,7 @@ def test_other_files_are_refused_by_what_they_are(net: nn.Module, tmp_path: Path
         "net.onnx": "is none of .safetensors, .pth, .pt, .th",
         "list.pth": "holds no state dict",
         "numbers.pth": "holds no state dict",
+        "unrelated.pth": r"holds no state dict .* optimizer \(1 entries\), epoch \(int\)",
         "absent.pth": "correct the path, or leave model.weights out",
     }.items():
         with pytest.raises(UsageError, match=rf"^model\.weights: .*{name}.*{message}"):
@@ -328,6 +365,9 @@ def test_published_weights_leave_the_classifier_of_other_classes_new(
     assert not differing
     assert torch.equal(state["features.18.0.weight"], published["features.18.0.weight"])
     assert state["classifier.1.weight"].shape == (classes, 1280)
+    grey, again = models.pretrained("torchvision/mobilenet_v2", classes, 1)
+    stem = published["features.0.0.weight"].sum(1, keepdim=True)
+    assert again == new and torch.equal(grey.state_dict()["features.0.0.weight"], stem)
 
 
 def test_weights_that_cannot_be_fetched_are_the_environments_fault(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_training_goes_on_from_there(images: Tensor, tmp_path: Path) -> None:
     weight = exported.weights["second.weight"]
     largest = edges["pre_hooks.second/conv2d/0__1.0"].parameters["scale"]
     assert bool((weight.abs() <= largest * (1 + 2.0**-20)).all())
-    with pytest.raises(UsageError, match="--candidate nobody: the training has only student, teacher"):
+    with pytest.raises(UsageError, match="--candidate nobody: the training has only calibrated, student, teacher"):
         nncf_checkpoint.export(directory, "nobody", tmp_path / "none", "a network")
 
 

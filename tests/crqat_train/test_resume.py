@@ -167,7 +167,7 @@ def test_cut_off_in_the_validation_behind_an_epoch_it_ends_with_the_same_bits(
     (tmp_path / "first").mkdir()
 
     def validate(*arguments: Any) -> float:
-        if next(calls) == EPOCHS + 1:  # after the float epochs' and the float network's: QAT's first
+        if next(calls) == EPOCHS + 2:  # after the float epochs', the float and the calibrated network's: QAT's first
             raise Cut
         return accuracy(*arguments)
 

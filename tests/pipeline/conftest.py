@@ -36,7 +36,13 @@ class Fakes:
     trouble: dict[str, BaseException] = field(default_factory=dict)
 
     def train(
-        self, config: Any, out: Path, progress: Progress, states: Path | None = None, save_every: float = 0.0
+        self,
+        config: Any,
+        out: Path,
+        progress: Progress,
+        states: Path | None = None,
+        save_every: float = 0.0,
+        precheck: Any = None,
     ) -> dict[str, Any]:
         self._enter("train", out, "teacher.grids.json")
         progress("train", 1, 1, "loss 0.1")
@@ -47,6 +53,7 @@ class Fakes:
             "float": {"validation_accuracy": 0.9},
             "candidates": {"student": {"validation_accuracy": 0.89}, "teacher": {"validation_accuracy": 0.895}},
             "best": "teacher",
+            "warnings": ["training made the network worse"],
         }
 
     def export(

@@ -50,7 +50,8 @@ def test_boards_are_part_of_a_run(fakes: Fakes) -> None:
     make_run(fakes)
     with store.write_stage(RUN, store.Manifest("benchmark@orin", "k", store.manifest_hash(RUN / "export"), {}, {})):
         pass
-    assert check(RUN)[-1].startswith(f"{RUN / 'benchmark@orin'}: stage benchmark@orin, ")
+    assert check(RUN)[-2].startswith(f"{RUN / 'benchmark@orin'}: stage benchmark@orin, ")
+    assert check(RUN)[-1].startswith(f"{RUN / 'benchmark@orin'}: made by an older crqat that did not note")
 
 
 def test_altered_run_directory(fakes: Fakes) -> None:
@@ -82,7 +83,7 @@ def test_files_that_are_fine(tmp_path: Path, fakes: Fakes) -> None:
     assert check(tmp_path / "grids.json") == [f"{tmp_path}/grids.json: 1 Grids, hash {grids_hash(grids)}"]
     (tmp_path / "results.json").write_text(json.dumps(fakes.results))
     assert check(tmp_path / "results.json")[1].endswith("float.onnx: float, measured")
-    assert check(fakes.recipe) == ["recipe.yaml: recipe run1 is valid, for onnxruntime, tensorrt"]
+    assert check(fakes.recipe, syntax=True) == ["recipe.yaml: recipe run1 is valid, for onnxruntime, tensorrt"]
     path = tmp_path / "m.onnx"
     onnx.save(model(), path)
     assert check(path) == [

@@ -38,7 +38,7 @@ def crqat(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
         (["train", "--help"], 0),
         (["--version"], 0),
         (["init", "new.yaml"], 0),
-        (["check", str(ROOT / "recipes" / "digits.yaml")], 0),
+        (["check", "--syntax", str(ROOT / "recipes" / "digits.yaml")], 0),
         (["train", str(ROOT / "recipes" / "digits.yaml"), "--set", "qat.epoch=1"], 2),
         (["gate", str(ROOT / "recipes" / "digits.yaml")], 2),
     ],
@@ -74,6 +74,7 @@ def test_run_ends_with_table_and_verdict(
     assert re.search(r"onnxruntime\.onnx.*95\.00.*0\.20 \[0\.10, 0\.30\].*99\.00.*0\.500 \[0\.480, 0\.520\]", out)
     assert "\ntensorrt.onnx: latency not run: no CUDA device\n" in out
     assert re.search(r"\npass +onnxruntime\.onnx  accuracy_drop: .*600.*allowed 1", out)
+    assert "\nwarning: training made the network worse\n" in out
     assert out.endswith("\ngate: PASS\n")
 
 
@@ -126,6 +127,7 @@ def test_steps_say_what_came_out(
     captured = capsys.readouterr()
     assert "best: teacher" in captured.out
     assert "  student: 89.00 %" in captured.out
+    assert captured.out.endswith("\nwarning: training made the network worse\n")
     assert "train: 1/1  loss 0.1" in captured.err
     assert crqat(monkeypatch, "export", "recipe.yaml", "--runs", "elsewhere") == 0
     assert "elsewhere/run1/export/onnxruntime.onnx: passed" in capsys.readouterr().out
@@ -313,11 +315,49 @@ def test_wrong_use_of_boards(
     assert message in capsys.readouterr().err
 
 
-def test_bug_keeps_its_traceback(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
-    fakes.trouble["train"] = ZeroDivisionError("a bug")
-    monkeypatch.setattr(sys, "argv", ["crqat", "train", "recipe.yaml"])
-    with pytest.raises(ZeroDivisionError):
-        cli.main()
+def test_a_bug_is_one_line_and_its_traceback_a_file_of_the_run(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("pipeline.dependencies.input_files", None)
+    assert crqat(monkeypatch, "run", "recipe.yaml") == 3
+    line = capsys.readouterr().err
+    assert re.fullmatch(
+        r"crqat: error: internal error in train: TypeError: 'NoneType' object is not callable at pipeline/stages\.py:"
+        r"\d+; traceback in runs/run1/traceback\.txt; report it with that file under the repository's Issues\n",
+        line,
+    )
+    account = Path("runs/run1/traceback.txt").read_text()
+    assert "command: crqat run recipe.yaml\n" in account and "torch " in account
+    assert account.endswith("\nTypeError: 'NoneType' object is not callable\n")
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "words"),
+    [
+        (ZeroDivisionError("a bug"), 2, r"train: your code raised ZeroDivisionError: a bug at \S+conftest\.py:\d+; "),
+        (SystemExit(0), 2, r"train: your code ended the process at \S+conftest\.py:\d+ by sys\.exit\(0\); let it "),
+        (SystemExit(1), 2, r"train: your code ended the process at \S+conftest\.py:\d+ by sys\.exit\(1\); let it "),
+        (OSError(28, "No space left on device", "a/file"), 3, "train: a/file: No space left on device; make room"),
+        (PermissionError(13, "Permission denied", "a/file"), 3, "train: a/file: Permission denied; make room or give "),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), 3, "train: no temporary directory "),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 3, "train: out of memory "),
+        (MemoryError(), 3, r"train: out of memory \(MemoryError\); take a smaller batch_size"),
+        (EOFError("an end"), 2, "train: your code raised EOFError: an end at "),
+    ],
+)
+def test_what_a_user_or_a_machine_causes_is_neither_a_traceback_nor_1(
+    fakes: Fakes,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    trouble: BaseException,
+    code: int,
+    words: str,
+) -> None:
+    """A stage of the tests' own stands for code of the user's."""
+    fakes.trouble["train"] = trouble
+    assert crqat(monkeypatch, "run", "recipe.yaml") == code
+    err = capsys.readouterr().err
+    assert re.match(f"crqat: error: {words}", err) and err.count("\n") == 1, err
 
 
 def test_init_writes_a_valid_recipe_once(
@@ -325,7 +365,7 @@ def test_init_writes_a_valid_recipe_once(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert crqat(monkeypatch, "init") == 0
-    assert crqat(monkeypatch, "check", "recipe.yaml") == 0
+    assert crqat(monkeypatch, "check", "--syntax", "recipe.yaml") == 0
     Path("recipe.yaml").write_text("mine")
     assert crqat(monkeypatch, "init") == 2
     assert "recipe.yaml: exists already" in capsys.readouterr().err

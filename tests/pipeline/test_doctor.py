@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -85,25 +84,6 @@ def test_greetings_of_packages_are_swallowed(
     monkeypatch.syspath_prepend(tmp_path)
     assert doctor._import("greeting_package") is not None
     assert capfd.readouterr() == ("", "")
-
-
-def make_compiler(path: Path, script: str) -> None:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-
-
-def test_compiler_counts_only_if_it_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}/nowhere")
-    assert doctor._compiler() is None
-    make_compiler(tmp_path / "g++", "exit 1")
-    assert doctor._compiler() is None
-    # Stands for a compiler: makes the file behind -o, which is the last argument.
-    make_compiler(tmp_path / "clang++", 'for last; do :; done; echo object > "$last"')
-    assert doctor._compiler() == "clang++"
-    make_compiler(tmp_path / "mine", 'for last; do :; done; echo object > "$last"')
-    monkeypatch.setenv("CXX", "mine")
-    assert doctor._compiler() == "mine"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc/cpuinfo is Linux's")

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,8 +16,9 @@ from pydantic import TypeAdapter, ValidationError
 
 from artifacts.errors import UsageError
 from pipeline import baseline
-from pipeline.gate import GateConfig, Status, Verdict, exit_code, judge, junit
+from pipeline.gate import GateConfig, KnownAccuracy, Status, Verdict, exit_code, judge, junit
 from pipeline.results_file import read_results
+from runtime_eval.accuracy import tango
 
 ALL_RULES = GateConfig(max_accuracy_drop=1.0, min_agreement=0.95, max_latency_ratio=0.8, max_size_ratio=0.5)
 FILE = "onnxruntime.onnx"
@@ -577,3 +579,75 @@ def test_any_results_are_judged_or_refused_in_one_line(data: Any) -> None:
             return
     ElementTree.fromstring(junit(verdicts, "run"))  # noqa: S314 - our own
     assert exit_code(verdicts) in (0, 1, 3, 4)
+
+
+def float_verdicts(top1: float, n: int, known: KnownAccuracy | None = None, **limits: Any) -> dict[str, Verdict]:
+    data = results(model(), accuracy={"n": n, "top1": top1, "chance": 0.1})
+    return {v.rule: v for v in judge(data, GateConfig(**limits), known) if v.file == "float.onnx"}
+
+
+@pytest.mark.parametrize(
+    ("top1", "n", "status"),
+    [
+        (0.1, 10_000, "fail"),
+        (0.13, 10_000, "fail"),
+        (0.33, 10_000, "pass"),
+        (0.3, 20, "inconclusive"),
+        (0.8, 20, "pass"),
+    ],
+)
+def test_a_float_model_at_chance_fails_without_any_limit(top1: float, n: int, status: Status) -> None:
+    verdict = float_verdicts(top1, n)["float_accuracy"]
+    assert verdict.status == status
+    assert f"of {n} test images; chance is 10.00 %" in verdict.message
+    assert ("data.mean" in verdict.message) == (status == "fail")
+    assert (verdict.images_needed is not None) == (status == "inconclusive")
+
+
+def test_whoever_sets_a_minimum_says_what_is_enough() -> None:
+    assert float_verdicts(0.13, 10_000, min_accuracy=0.12)["float_accuracy"].status == "pass"
+    assert float_verdicts(0.1, 10_000, min_accuracy=0.12)["float_accuracy"].status == "inconclusive"
+    assert float_verdicts(0.08, 10_000, min_accuracy=0.05)["float_accuracy"].status == "fail"
+
+
+@pytest.mark.parametrize(
+    ("top1", "n", "status"),
+    [(0.33, 10_000, "fail"), (0.85, 10_000, "fail"), (0.865, 10_000, "pass"), (0.8, 50, "pass")],
+)
+def test_a_float_model_far_below_what_it_is_known_to_do_fails(top1: float, n: int, status: Status) -> None:
+    verdict = float_verdicts(top1, n, KnownAccuracy(0.87, "model.accuracy", 1.0))["known_accuracy"]
+    assert verdict.status == status
+    assert "model.accuracy says 87.00 %" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("allowed", "status"), [(0.93, "pass"), (0.95, "inconclusive"), (0.94, "inconclusive"), (0.97, "fail")]
+)
+def test_a_least_accuracy_is_judged_by_its_interval(allowed: float, status: Status) -> None:
+    verdicts = judge(results(model()), GateConfig(min_accuracy=allowed))
+    (verdict,) = (v for v in verdicts if v.rule == "accuracy")
+    assert (verdict.file, verdict.status, verdict.measured, verdict.n) == (FILE, status, 0.95, 797)
+    assert verdict.message.startswith("0.9500 [0.93")
+    if allowed == 0.95:
+        assert verdict.images_needed is None
+        assert verdict.message.endswith("no number of test images would decide: what was measured is the limit itself")
+
+
+def test_an_inconclusive_drop_says_how_many_images_would_decide() -> None:
+    b, c = 14, 8
+    interval = [100 * bound for bound in tango(b, c, 797)]
+    quantized = model(
+        drop_points=100 * (b - c) / 797, drop_interval_points=interval, only_float_right=b, only_this_right=c
+    )
+    verdict = verdict_on("accuracy_drop", quantized)
+    needed = verdict.images_needed
+    assert (verdict.status, needed is not None) == ("inconclusive", True)
+    assert verdict.message.endswith(f"about {needed:,} test images would decide if the rates stay as they are")
+    factor = (needed or 0) / 797
+    assert (
+        100 * tango(math.ceil(b * factor * 1.01), math.floor(c * factor * 1.01), round(797 * factor * 1.01))[1] < 1.05
+    )
+    assert 100 * tango(round(b * factor * 0.9), round(c * factor * 0.9), round(797 * factor * 0.9))[1] > 1.0
+    agreement = verdict_on("agreement", model(agreement=0.96, agreement_interval=[0.94, 0.97]))
+    assert f"about {agreement.images_needed:,} test images would decide" in agreement.message
+    assert verdict_on("agreement", model()).images_needed is None

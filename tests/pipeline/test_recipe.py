@@ -162,6 +162,16 @@ def test_wrong_values_are_refused_with_path_and_remedy(tmp_path: Path, extra: st
     [
         ("source: digits, size: 40", "FILE: data.size: only of imagefolder, webdataset, "),
         ("source: digits, convert: true", "FILE: data.convert: only of imagefolder"),
+        (
+            "source: digits, channels: 1",
+            "FILE: data.channels: only of imagefolder, webdataset, huggingface, cifar10, ci",
+        ),
+        ("source: cifar10, channels: 2", "FILE: data.channels: should be 1 or 3, not 2"),
+        ("source: imagefolder, channels: 1, mean: [0.1, 0.2, 0.3]", "FILE: data.mean: has 3 numbers for 1 channels"),
+        (
+            "source: cifar10, std: [0.2]",
+            "FILE: data.std: has 1 numbers for 3 channels (data.channels); give one for each",
+        ),
         ("source: webdataset, label_column: x", "FILE: data.label_column: only of huggingface, whose data sets are"),
         ('source: "huggingface:a/b", crop: 300', "FILE: data.crop: larger than data.size"),
         ("source: webdataset, root: x, size: 100", "FILE: data.crop: larger than data.size"),
@@ -171,6 +181,15 @@ def test_wrong_values_are_refused_with_path_and_remedy(tmp_path: Path, extra: st
 )
 def test_sizes_that_do_not_fit_are_refused(tmp_path: Path, section: str, message: str) -> None:
     assert refusal(tmp_path, MINIMAL.replace("source: digits", section)).startswith(message)
+
+
+def test_a_place_in_a_weights_file_needs_the_file(tmp_path: Path) -> None:
+    keyed = MINIMAL.replace("{name: cifar/resnet20}", "{name: cifar/resnet20, weights: WEIGHTS, weights_key: ema}")
+    assert recipe.load(write(tmp_path, keyed.replace("WEIGHTS", "a.pth"))).model.weights_key == "ema"
+    for none in ("null", "pretrained"):
+        assert refusal(tmp_path, keyed.replace("WEIGHTS", none)).startswith(
+            "FILE: model.weights_key: says where in the"
+        )
 
 
 def test_methods_are_mixed_freely(tmp_path: Path) -> None:

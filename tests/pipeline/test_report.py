@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from artifacts.store import Manifest, read_manifest, write_stage
+from pipeline import report
 from pipeline.gate import GateConfig, judge
 from pipeline.report import render
 from tests.pipeline.conftest import measured
@@ -61,8 +62,10 @@ def finished_run(run: Path, name: str) -> dict[str, Any]:
         "device": "cpu",
         "compiled": "no: no compiler",
         "notes": [name],
+        "warnings": [name],
     }
     rows: list[dict[str, Any]] = [{"phase": "float", "epoch": e, "loss": 1 / e, "validation": 0.9} for e in (1, 2, 3)]
+    rows += [{"phase": "qat", "epoch": 0, "validation": 0.8, "validation_teacher": 0.8}]
     rows += [
         {"phase": "qat", "epoch": e, "loss": 0.1, "lambda": 0.5 * e, "validation": 0.9, "validation_teacher": 0.91}
         for e in (1, 2)
@@ -215,6 +218,26 @@ def test_what_stayed_float_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     results["models"]["tensorrt.onnx"]["engine"] = {"status": "not run: no builder"}
     assert '<p class="remark">tensorrt.onnx: not run: no builder</p>' in render(tmp_path / "run", results, [])
     assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import', page), "the page loads something from elsewhere"
+
+
+def test_the_training_starts_at_the_calibrated_network_and_has_floats_level(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = finished_run(tmp_path / "run", "digits")
+    figures: list[Any] = []
+
+    def keep(figure: Any) -> str:
+        figures.append(figure)
+        return ""
+
+    monkeypatch.setattr(report, "_svg", keep)
+    page = render(tmp_path / "run", results, [])
+    assert '<p class="remark">Warning: digits.</p>' in page
+    (qat,) = (axes for figure in figures for axes in figure.axes if axes.get_title() == "qat")
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata())) for line in qat.get_lines()}
+    assert lines.keys() == {"student", "teacher", "float"}
+    assert lines["student"] == ([0, 1, 2], [80.0, 90.0, 90.0]) and lines["teacher"][1] == [80.0, 91.0, 91.0]
+    assert lines["float"][1] == [99.0, 99.0]
 
 
 def test_devices_stand_side_by_side(tmp_path: Path) -> None:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +19,7 @@ from artifacts.errors import CrqatError, UsageError
 from artifacts.progress import quiet
 from artifacts.store import manifest_hash, read_manifest, verify_stage
 from pipeline import dependencies, recipe, stages
+from pipeline.check import check
 from runtime_eval import bundle, remote, tensorrt_api
 from runtime_eval.remote import Board
 
@@ -107,13 +111,15 @@ def test_engines_go_into_a_file_of_their_own(fakes: Fakes) -> None:
     assert "engine.json" in read_manifest(RUN / "benchmark").files
 
 
-def test_a_builder_that_has_come_makes_a_benchmark_stale(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_builder_that_has_come_makes_export_and_benchmark_stale(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tensorrt_api, "choose", lambda: None)
     go(fakes)
     assert go(fakes) == []
     monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt_rtx")
     monkeypatch.setattr(tensorrt_api, "installed", lambda name: "1.7")
-    assert go(fakes) == ["benchmark"]
+    assert go(fakes) == ["export", "benchmark"]
     assert go(fakes) == []
 
 
@@ -382,10 +388,177 @@ def test_a_bundle_is_of_the_export_as_it_was_made(fakes: Fakes) -> None:
         stages.bundle(RUN, None)
 
 
-def test_a_function_in_a_folder_without_init_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = tmp_path / "outer" / "inner" / "own.py"
-    module.parent.mkdir(parents=True)
-    module.touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    assert dependencies.module_file("outer.inner.own") == module
-    assert dependencies.module_file("outer.inner.none") is None
+def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
+    """Have other versions of distributions than are installed."""
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: versions.get(name) or installed(name))
+
+
+@pytest.mark.parametrize(
+    ("library", "first"),
+    [
+        ("torch", "train"),
+        ("nncf", "train"),
+        ("scikit-learn", "train"),
+        ("onnx", "export"),
+        ("onnxruntime", "export"),
+        ("timm", None),
+        ("torchvision", None),
+    ],
+)
+def test_another_version_makes_the_stages_that_use_it_again(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], library: str, first: str | None
+) -> None:
+    go(fakes)
+    change = f"{library} {metadata.version(library)} -> 0.0.1"
+    pretend(monkeypatch, **{library: "0.0.1"})
+    if first is None:
+        assert go(fakes) == []
+    else:
+        with pytest.raises(UsageError, match=f": stale, since {change}; run `crqat"):
+            gate(fakes)
+        capsys.readouterr()
+        assert go(fakes) == list(dependencies.STAGES[dependencies.STAGES.index(first) :])
+        assert f"{first}: again, since {change}\n" in capsys.readouterr().err
+    assert "fail" not in gate(fakes)
+
+
+def test_another_runtime_makes_a_benchmark_again(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(fakes)
+    change = f"onnxruntime {metadata.version('onnxruntime')} -> 1.23.2"
+    pretend(monkeypatch, onnxruntime="1.23.2")
+    go(fakes)
+    assert capsys.readouterr().err.splitlines() == [
+        "train is up to date",
+        f"export: again, since {change}",
+        f"benchmark: again, since export was made anew, {change}",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("network", "library"), [("timm/resnet18", "timm"), ("torchvision/resnet18", "torchvision"), ("own:build", "timm")]
+)
+def test_libraries_that_a_recipe_brings_in_count(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, network: str, library: str
+) -> None:
+    Path("own.py").write_text("import timm\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    train = partial(go, fakes, f"model.name={network}", only=["train"])
+    assert train() == ["train"]
+    pretend(monkeypatch, **{library: "0.0.1"})
+    assert train() == ["train"]
+    assert train() == []
+
+
+def test_versions_of_another_machine_are_not_this_ones(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    go(fakes)
+    monkeypatch.setattr("platform.node", lambda: "another")
+    pretend(monkeypatch, torch="0.0.1", onnxruntime="0.0.1")
+    assert "fail" not in gate(fakes)
+
+
+def test_a_run_that_does_not_say_what_it_depends_on_is_made_again(
+    fakes: Fakes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(fakes)
+    manifest = RUN / "train" / "manifest.json"
+    values = json.loads(manifest.read_text())
+    del values["inputs"]
+    manifest.write_text(json.dumps({**values, "key": "of the older version"}))
+    capsys.readouterr()
+    go(fakes, only=["export", "benchmark"])
+    assert f"{RUN / 'train'}: made by an older crqat that did not note the versions" in capsys.readouterr().err
+    assert check(RUN)[1].startswith(f"{RUN / 'train'}: made by an older crqat that did not note the versions")
+    assert go(fakes, only=["train"]) == ["train"]
+    assert capsys.readouterr().err.startswith("train: again, since it was made by an older crqat that did not note")
+
+
+def test_what_changed_is_said_before_anything_begins(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    go(fakes)
+    capsys.readouterr()
+    said: list[str] = []
+    config = recipe.load(fakes.recipe, ["qat.epochs=3", "model.accuracy=0.9"])
+    stages.train(config, RUNS, False, quiet, begin=lambda: said.append(capsys.readouterr().err))
+    assert said == ["train: again, since qat.epochs 10 -> 3\n"]
+    go(fakes, "qat.epochs=3", only=["train"], force=True)
+    assert capsys.readouterr().err == "train: again, since --force was given\n"
+
+
+def images(root: Path) -> None:
+    for part in ("train", "test"):
+        (root / part / "cat").mkdir(parents=True)
+        (root / part / "cat" / "1.png").write_bytes(b"first")
+
+
+@pytest.mark.parametrize("source", ["imagefolder", "own:data"])
+def test_data_counts_by_its_content_and_never_by_its_times(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], source: str
+) -> None:
+    Path("own.py").write_text("")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    images(Path("pictures"))
+    image = Path("pictures/train/cat/1.png")
+    overrides = [f"data.source={source}", "data.root=pictures"]
+    go(fakes, *overrides)
+    os.utime(image, ns=(1, 1))
+    Path("pictures/.DS_Store").touch()
+    assert go(fakes, *overrides) == []
+    image.write_bytes(b"other")
+    os.utime(image, ns=(1, 1))  # as a tool does that keeps times
+    with pytest.raises(UsageError, match="run1/train: stale, since pictures changed; run `crqat train RECIPE` again"):
+        gate(fakes, *overrides)
+    with pytest.raises(UsageError, match="run1/train: stale, since pictures changed"):
+        check(RUN)
+    capsys.readouterr()
+    assert go(fakes, *overrides, only=["train"]) == ["train"]
+    image.rename(image.with_name("2.png"))
+    assert go(fakes, *overrides, only=["train"]) == ["train"]
+    image.write_bytes(b"first")
+    assert go(fakes, *overrides, only=["train"]) == ["train"]
+    assert capsys.readouterr().err.splitlines() == [
+        "train: again, since pictures changed",
+        "train: again, since pictures changed",
+        "train: again, since pictures changed (2 -> 3 files)",
+    ]
+    go(fakes, *overrides)
+    shutil.rmtree("pictures")
+    assert "fail" not in gate(fakes, *overrides), "what is not here cannot be compared"
+
+
+def test_data_that_its_function_fetched_is_what_was_trained_on(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("own.py").write_text("")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    train = partial(go, fakes, "data.source=own:data", "data.root=pictures", only=["train"])
+
+    def fetch(*arguments: Any, **further: Any) -> dict[str, Any]:
+        if not Path("pictures").exists():
+            images(Path("pictures"))
+        return made(*arguments, **further)
+
+    made = fakes.train
+    monkeypatch.setattr(sys.modules["crqat_train.trainer"], "train", fetch)
+    assert train() == ["train"]
+    assert train() == []
+    Path("pictures/test/cat/1.png").write_bytes(b"other")
+    assert train() == ["train"]
+
+
+def test_modules_that_a_function_imports_count_and_are_not_run(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("own").mkdir()
+    Path("own/net.py").write_text("from . import blocks\nraise SystemExit('must not run')\n")
+    Path("own/blocks.py").write_text("def block():\n    import norms\n")
+    Path("norms.py").write_text("eps = 1\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    go(fakes, "model.name=own.net:build")
+    Path("norms.py").write_text("eps = 2\n")
+    with pytest.raises(UsageError, match="run1/train: stale, since norms changed"):
+        gate(fakes, "model.name=own.net:build")
+    capsys.readouterr()
+    assert go(fakes, "model.name=own.net:build", only=["train"]) == ["train"]
+    assert capsys.readouterr().err == "train: again, since norms changed\n"

@@ -7,7 +7,16 @@ import pytest
 from scipy.optimize import brentq, minimize_scalar  # type: ignore[import-untyped]
 from scipy.stats import norm  # type: ignore[import-untyped]
 
-from runtime_eval.accuracy import Z, compare, summarize, tango, top_classes, wilson
+from runtime_eval.accuracy import (
+    Z,
+    compare,
+    images_for_difference,
+    images_for_share,
+    summarize,
+    tango,
+    top_classes,
+    wilson,
+)
 
 
 def test_top_classes_breaks_ties_by_class_number() -> None:
@@ -137,3 +146,39 @@ def test_compare_makes_the_paired_table() -> None:
     assert result["drop_interval_points"] == pytest.approx([100 * bound for bound in tango(2, 1, 6)])
     # Images 0 and 4; the last one is wrong in both, but not in the same way.
     assert (result["agreement"], result["agreement_interval"]) == (2 / 6, list(wilson(2, 6)))
+
+
+@pytest.mark.parametrize(("b", "c", "limit"), [(14, 8, 0.01), (30, 5, 0.01), (0, 0, 0.001), (5, 9, 0.0)])
+def test_so_many_pairs_decide_and_fewer_do_not(b: int, c: int, limit: float) -> None:
+    needed = images_for_difference(b, c, 1000, limit)
+    assert needed is not None
+    factor = 1000  # so that rounding of the counts to whole pairs does not matter
+    exact = images_for_difference(b * factor, c * factor, 1000 * factor, limit)
+    assert exact == needed
+
+    def decided(pairs: float) -> bool:
+        scaled = [count * pairs / 1000 for count in (b, c, 1000)]
+        low, high = tango(*scaled)  # type: ignore[arg-type]
+        return not low <= limit <= high
+
+    assert decided(1.001 * needed)
+    assert not decided(0.999 * needed - 1)
+    assert images_for_difference(10, 0, 1000, 0.01) is None
+
+
+@pytest.mark.parametrize(("share", "limit"), [(0.96, 0.95), (0.94, 0.95), (0.5, 0.51)])
+def test_so_many_images_decide_a_share_and_fewer_do_not(share: float, limit: float) -> None:
+    needed = images_for_share(share, limit)
+    assert needed is not None
+    for n, decided in ((math.ceil(1.01 * needed), True), (math.floor(0.99 * needed), False)):
+        low, high = wilson(share * n, n)  # type: ignore[arg-type]
+        assert (not low <= limit <= high) == decided
+    assert images_for_share(0.95, 0.95) is None
+
+
+def test_chance_is_what_the_same_answers_dealt_out_at_random_would_get() -> None:
+    labels = np.array([0] * 90 + [1] * 10)
+    always = np.zeros((100, 1), dtype=np.int64)
+    assert summarize(always, labels)["chance"] == pytest.approx(0.9)
+    knows = labels[:, None].copy()
+    assert summarize(knows, labels)["chance"] == pytest.approx(0.82)

@@ -1,0 +1,44 @@
+"""stdout and stderr of the command: no traceback where they are closed, full, without a reader, or of few letters."""
+
+from __future__ import annotations
+
+import os
+import select
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+
+def prepare() -> None:
+    """Have three standard streams that take every letter; a closed one becomes /dev/null: no file gets its number."""
+    for number in range(3):
+        with suppress(OSError):
+            os.fstat(number)
+            continue
+        os.open(os.devnull, os.O_RDWR)
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process lives
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process lives
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def nobody_reads() -> bool:
+    """Whether the other end of stdout or stderr has been closed, as by `| head -1`."""
+    poll = select.poll()
+    for number in (1, 2):
+        poll.register(number, 0)
+    return any(what & select.POLLERR for _, what in poll.poll(0))
+
+
+def flush() -> OSError | None:
+    """Have everything printed; give the last error of it, behind which Python finds nothing left to print."""
+    found: OSError | None = None
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError as error:  # noqa: PERF203 - of two
+            found = error
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return found
