@@ -128,7 +128,8 @@ def _fill(run: Path, manifest: Manifest, version: Path) -> Iterator[Path]:
         shutil.rmtree(version, ignore_errors=True)
         # One that names a file elsewhere, such as a temporary one, is told as that.
         if isinstance(error, OSError) and error.errno in _PLACE_ERRORS and _concerns(error, version):
-            msg = f"cannot write the stage {manifest.stage} to {run}: {error.strerror}"
+            what = f"cannot write the stage {manifest.stage} to {run}: {error.strerror}"
+            msg = f"{what}; make room there, or for temporary files (TMPDIR)"
             raise ToolError(msg) from error
         raise
 

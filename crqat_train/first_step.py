@@ -85,8 +85,8 @@ def check_step(
         network.eval()
     if not torch.isfinite(loss):
         msg = (
-            f"model.name: the loss of {type(network).__name__}{forward_of(network)} is {float(loss.detach())} in the first step "
-            "of training; look for a logarithm, root or quotient of values that may be 0"
+            f"model.name: the loss of {type(network).__name__}{forward_of(network)} is {float(loss.detach())} in the "
+            "first step of training; look for a logarithm, root or quotient of values that may be 0"
         )
         raise UsageError(msg)
 

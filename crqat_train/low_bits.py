@@ -16,7 +16,7 @@ from crqat_train.config import QATConfig
 from crqat_train.fit import Fit
 from crqat_train.graph import parameter
 from crqat_train.layout import codes_at, weight_node
-from crqat_train.methods import LSQQuantizer, Quantizer
+from crqat_train.methods import MIN_SCALE, LSQQuantizer, Quantizer
 
 _Compile = Callable[[nn.Module], Callable[..., Tensor]]
 

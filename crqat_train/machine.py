@@ -40,7 +40,7 @@ def channels_last(model: nn.Module) -> nn.Module:
     """Put a network's tensors of four dimensions, and no others, into the layout that convolutions like best."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim == 4:
-            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
     return model
 
 

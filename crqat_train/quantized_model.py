@@ -158,8 +158,8 @@ def quantize(
         msg = "calibration: it holds no images; pass a DataLoader or a list of batches"
         raise UsageError(msg)
     config = QuantizationConfig(
-        weight_method=weight_method,
-        activation_method=activation_method,
+        weight_method=weight_method,  # type: ignore[arg-type]
+        activation_method=activation_method,  # type: ignore[arg-type]
         weights=weights,
         activations=activations,
         first_layer=first_layer,

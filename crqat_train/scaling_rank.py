@@ -249,6 +249,9 @@ def together(step: Step, times: int, device: torch.device) -> float:
 
 def main() -> int:
     """Measure what the job says; 0, or 2 or 3 with the reason in FOLDER/RANK.error.json."""
+    if len(sys.argv) != 3:
+        print("scaling_rank: started by `crqat scale`, with FOLDER and RANK", file=sys.stderr)
+        return UsageError.exit_code
     folder, rank = Path(sys.argv[1]), int(sys.argv[2])
     job = json.loads((folder / "job.json").read_text())
     try:

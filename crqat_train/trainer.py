@@ -137,7 +137,7 @@ def train(
         "input_shape": list(dataset.train_images.shape[1:]),
         "quantizers": len(student.specs),
         "preparation": run.preparation,
-        "notes": [*run.preparation, *dataset.notes, *run.notes, *notes]
+        "notes": [*dataset.notes, *run.preparation, *run.notes, *notes]
         + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in student.specs if spec.reason],
         "warnings": [_worse(candidates, config.qat, len(split.validation))] if best == "calibrated" else [],
         "seconds": round(keeper.seconds, 1),
@@ -242,10 +242,8 @@ class _Run:
             if said:
                 self.notes.append(f"model.weights: {said}")
                 self.progress("weights", 1, 1, said)
-        if source:
-            check_values(model, source)
-        else:  # a function may have loaded weights of its own
-            check_values(model, f"model.name: {config.model.name}")
+        # A function may have loaded weights of its own.
+        check_values(model, source or f"model.name: {config.model.name}")
         return model, bool(source)
 
     def float_model(self, model: nn.Module, trained: bool) -> nn.Module:

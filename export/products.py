@@ -32,14 +32,16 @@ def conv_or_gemm(
     if node.op_type == "Gemm" and not attributes.get("transB"):
         msg = f"{node.name}: the simulator wants a Gemm with transB"
         raise NotSimulated(msg)
-    if not isinstance(x, Codes) or node.input[1] in constants:
+    if not isinstance(x, Codes) or x.selected or node.input[1] in constants:
         return _float_conv_or_gemm(node, as_float(x), attributes, constants, model, out)
-    weight, weight_scale = _weight(node.input[1], constants, model)
+    weight, weight_scale = _weight(node.input[1], constants, model, out)
     unit = (x.scale * weight_scale).astype(np.float32)
     integers = x.integers.astype(np.float64)
     sums = _sums(integers, weight, attributes, node.op_type)
     magnitude = _sums(np.abs(integers), np.abs(weight), attributes, node.op_type)
-    return Sum(sums, _bias(node, constants, model, unit), unit, magnitude, int(weight[0].size))
+    bias_error = float(out.stored_error.get(node.input[1], np.zeros(())))
+    bias = _bias(node, constants, model, unit, out)
+    return Sum(sums, bias, unit, magnitude, int(weight[0].size), bias_error=bias_error)
 
 
 def _float_conv_or_gemm(
@@ -53,17 +55,18 @@ def _float_conv_or_gemm(
     """A Conv or Gemm that no runtime computes in integers, because its input or its weight is not quantized."""
     if node.input[1] in constants:
         stored = out.real(node.input[1], {}, constants)
-        weight, weight_error = stored.values, stored.error
+        weight, weight_error, bias_error = stored.values, stored.error, np.zeros(len(stored.values))
     else:
-        codes, scale = _weight(node.input[1], constants, model)
+        codes, scale = _weight(node.input[1], constants, model, out)
         weight = codes * scale.astype(np.float64).reshape(-1, *[1] * (codes.ndim - 1))
         weight_error = np.zeros(weight.shape)
-    bias, bias_error = np.zeros(len(weight)), np.zeros(len(weight))
+        bias_error = np.full(len(weight), out.stored_error.get(node.input[1], 0.0))
+    bias = np.zeros(len(weight))
     if len(node.input) > 2 and node.input[2] in constants:
         stored = out.real(node.input[2], {}, constants)
-        bias, bias_error = stored.values, stored.error
+        bias, bias_error = stored.values, bias_error + stored.error
     elif len(node.input) > 2 and node.input[2]:
-        units, scale = _weight(node.input[2], constants, model)
+        units, scale = _weight(node.input[2], constants, model, out)
         bias = units * scale.astype(np.float64)
     sums = _sums(x.values, weight, attributes, node.op_type)
     added = column(bias, sums)
@@ -80,7 +83,7 @@ def matmul(
 ) -> Value:
     """The product of two tensors as in attention; of two tensors of codes it is exact."""
     first, second = (values.get(name) for name in node.input)
-    if isinstance(first, Codes) and isinstance(second, Codes):
+    if isinstance(first, Codes) and isinstance(second, Codes) and not (first.selected or second.selected):
         a, b = first.integers.astype(np.float64), second.integers.astype(np.float64)
         unit = np.asarray([first.scale * second.scale], np.float32)
         return Sum(a @ b, np.zeros(1), unit, np.abs(a) @ np.abs(b), a.shape[-1])
@@ -90,11 +93,12 @@ def matmul(
     return Float(x.values @ y.values, error + rounding * (np.abs(x.values) @ np.abs(y.values)))
 
 
-def _weight(name: str, constants: dict[str, Array], model: onnx.ModelProto) -> tuple[Array, Array]:
+def _weight(name: str, constants: dict[str, Array], model: onnx.ModelProto, out: Simulation) -> tuple[Array, Array]:
     """Codes (float64) and scale (float32) behind the DequantizeLinear that a Conv or Gemm reads."""
     for node in model.graph.node:
         if name in node.output and node.op_type == "DequantizeLinear" and node.input[0] in constants:
-            return constants[node.input[0]].astype(np.float64), constants[node.input[1]].astype(np.float32)
+            scale, _ = out.grids.get(node.input[0], (constants[node.input[1]], 0))
+            return constants[node.input[0]].astype(np.float64), scale.astype(np.float32)
     msg = f"{name}: the simulator wants weights as integers behind a DequantizeLinear"
     raise NotSimulated(msg)
 
@@ -115,7 +119,9 @@ def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> 
     return convolved.numpy()
 
 
-def _bias(node: onnx.NodeProto, constants: dict[str, Array], model: onnx.ModelProto, unit: Array) -> Array:
+def _bias(
+    node: onnx.NodeProto, constants: dict[str, Array], model: onnx.ModelProto, unit: Array, out: Simulation
+) -> Array:
     """The bias in units of s_x s_w, float64: the int32 codes themselves, or a float bias divided by the unit.
 
     The exporter rounds biases to whole units, or to a 64th where low-bit codes are not spread. A float32 bias that is
@@ -127,4 +133,4 @@ def _bias(node: onnx.NodeProto, constants: dict[str, Array], model: onnx.ModelPr
         units = constants[node.input[2]].astype(np.float64) / unit.astype(np.float64)
         whole = np.rint(units * 64) / 64
         return np.where(np.abs(whole - units) <= 2 * UNIT_ROUNDOFF * np.abs(units), whole, units)
-    return _weight(node.input[2], constants, model)[0]
+    return _weight(node.input[2], constants, model, out)[0]

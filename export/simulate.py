@@ -25,6 +25,7 @@ def simulate(
     images: npt.NDArray[np.float32],
     forced: Mapping[str, Array] | None = None,
     stored_error: Mapping[str, Array] | None = None,
+    grids: Mapping[str, tuple[Array, int]] | None = None,
 ) -> Simulation:
     """Run a QDQ file in integers.
 
@@ -33,11 +34,12 @@ def simulate(
         images: Normalized input, float32 of shape [N, C, H, W].
         forced: See `Simulation`; with it, a difference shows where it arises and does not spread (teacher forcing).
         stored_error: See `Simulation`.
+        grids: See `Simulation`.
 
     Raises:
         NotSimulated: The file contains an operation that is not known here.
     """
-    result = Simulation(forced=forced or {}, stored_error=stored_error or {})
+    result = Simulation(forced=forced or {}, stored_error=stored_error or {}, grids=grids or {})
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     values: dict[str, Value] = {"input": images.astype(np.float32)}
     for node in model.graph.node:
@@ -51,11 +53,14 @@ def simulate(
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             continue  # a weight or a bias: read where it is used
         try:
-            values[node.output[0]] = operation(node, values, constants, model, result)
+            computed = operation(node, values, constants, model, result)
         except KeyError as missing:
             msg = f"{node.name}: the simulator does not know {node.op_type} with {missing} as it is here"
             raise NotSimulated(msg) from missing
+        outputs = computed if isinstance(computed, list) else [computed]
+        values.update(zip(node.output, outputs, strict=False))  # outputs that are optional
     logits = values["logits"]
+    result.real_logits = as_float(logits)
     if isinstance(logits, Sum):
         # QGemm: one multiplication of the int32 sum.
         total = (logits.sums + column(logits.bias, logits.sums)).astype(np.float32)
@@ -63,14 +68,17 @@ def simulate(
         logits = np.maximum(total, 0) if logits.relu else total
     if not isinstance(logits, np.ndarray):
         approximate = as_float(logits)
+        if approximate.error.size and not np.isfinite(approximate.error).any():
+            msg = "logits: float32 leaves nothing of their values, so nothing is proven"
+            raise NotSimulated(msg)
         result.logits_bound = approximate.error + UNIT_ROUNDOFF * np.abs(approximate.values)
         logits = approximate.values
     result.logits = logits.astype(np.float32)
     return result
 
 
-_MOVING = ("Slice", "Pad", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Gather")
 _OPERATIONS: dict[str, Any] = {
+    **dict.fromkeys(float_operations.FLOAT_OPERATIONS, float_operations.compute),
     "QuantizeLinear": integer_operations.quantize,
     "DequantizeLinear": integer_operations.dequantize,
     "Clip": integer_operations.clip,
@@ -80,18 +88,12 @@ _OPERATIONS: dict[str, Any] = {
     "Conv": products.conv_or_gemm,
     "Gemm": products.conv_or_gemm,
     "MatMul": products.matmul,
-    "AveragePool": float_operations.average_pool,
-    "ReduceMean": float_operations.reduce_mean,
-    "Mul": float_operations.mul,
-    "Div": float_operations.div,
-    "PRelu": float_operations.prelu,
-    "BatchNormalization": float_operations.batch_norm,
-    "LayerNormalization": float_operations.layer_norm,
-    "Softmax": float_operations.softmax,
-    **dict.fromkeys(float_operations.UNARY, float_operations.unary),
     "Concat": movement.concat,
     "Shape": movement.batch_shape,
     "Expand": movement.expand,
     "Cast": movement.cast,
-    **dict.fromkeys(_MOVING, movement.move),
+    "Split": movement.split,
+    "Resize": movement.resize,
+    **dict.fromkeys(movement.SELECTING, movement.select),
+    **dict.fromkeys(movement.MOVING, movement.move),
 }

@@ -22,11 +22,25 @@ class NotSimulated(Exception):
 
 @dataclass
 class Codes:
-    """Quantized values: integers with the zero point taken off, so that 0 is 0.0."""
+    """Quantized values: integers with the zero point taken off, so that 0 is 0.0.
+
+    Attributes:
+        integers: int32.
+        scale: One for all.
+        zero_point: As stored.
+        real: Whether a DequantizeLinear came before.
+        selected: Whether a runtime selected these values as real ones: what reads them computes in float.
+    """
 
     integers: Array
     scale: np.float32
     zero_point: int
+    real: bool = False
+    selected: bool = False
+
+    def same_grid(self, other: Value) -> bool:
+        """Whether the other's integers stand for the same values."""
+        return isinstance(other, Codes) and (other.scale, other.zero_point) == (self.scale, self.zero_point)
 
 
 @dataclass
@@ -40,6 +54,7 @@ class Sum:
         magnitude: Sum of |code_x code_w| of each element, for the bound of a float computation of the same.
         terms: Products in each sum.
         relu: Whether a ReLU follows.
+        bias_error: How far the bias is known to lie from that of the network, as a real number.
     """
 
     sums: Array
@@ -48,6 +63,7 @@ class Sum:
     magnitude: Array
     terms: int
     relu: bool = False
+    bias_error: float = 0.0
 
 
 @dataclass
@@ -91,30 +107,41 @@ class Simulation:
     Attributes:
         codes: Tensor of codes (zero point taken off, int32) by its name in the file.
         logits: float32 of shape [N, classes].
-        tie_bound: Name of a tensor of codes -> how far from a rounding tie, in codes, two correct float32
-            computations of the same value can lie apart (probabilistic bound of Higham and Mary 2019 with lambda = 8
-            for the sum, plus a handful of single roundings). Codes may differ by one only within this distance.
+        bounds: Name of a tensor of codes -> how far apart, in codes, two correct float32 computations of the same value
+            can lie before they are rounded (probabilistic bound of Higham and Mary 2019 with lambda = 8 for a sum, plus
+            single roundings): one number, or one for each code. Codes may differ only within this distance of a tie.
         before_rounding: Name of a tensor of codes -> values / scale before rounding, float64.
         inexact: Names of tensors of codes that a runtime computes from float values in an order of its own; another
             correct computation may differ from them by one code within `tie_bound` of a tie.
         logits_bound: Bound of the distance of float32 logits, of their shape; None where a runtime's must be the same.
+        real_logits: The logits and the bound of any correct float32 computation of them.
         forced: Name of a tensor of codes -> integers that the operations behind it see instead of the computed ones.
-        stored_error: Name of a constant -> how far its stored values, in float16, lie from those of the network. Bounds
-            then hold for a computation with the network's own values.
+        stored_error: Name of a constant -> how far its stored values, in float16, lie from those of the network; name
+            of a dequantized weight -> how far its operation's bias does. Bounds then hold for a computation with the
+            network's own values.
+        grids: Name of a tensor of codes -> the scale, of one or one per channel, and the zero point that it is to have.
+            They count instead of the file's.
     """
 
     codes: dict[str, Array] = field(default_factory=dict)
     logits: Array = field(default_factory=lambda: np.zeros(0, np.float32))
-    tie_bound: dict[str, float] = field(default_factory=dict)
+    bounds: dict[str, Array] = field(default_factory=dict)
     before_rounding: dict[str, Array] = field(default_factory=dict)
     inexact: set[str] = field(default_factory=set)
     logits_bound: Array | None = None
+    real_logits: Float = field(default_factory=lambda: Float(np.zeros(0), np.zeros(0)))
     forced: Mapping[str, Array] = field(default_factory=dict)
     stored_error: Mapping[str, Array] = field(default_factory=dict)
+    grids: Mapping[str, tuple[Array, int]] = field(default_factory=dict)
 
-    def record(self, name: str, codes: Codes, before: Array, bound: float) -> Codes:
+    @property
+    def tie_bound(self) -> dict[str, float]:
+        """The largest of each of the `bounds`."""
+        return {name: float(np.max(bound, initial=0.0)) for name, bound in self.bounds.items()}
+
+    def record(self, name: str, codes: Codes, before: Array, bound: Array) -> Codes:
         """Keep a quantizer's result and give what goes on from there."""
-        self.codes[name], self.before_rounding[name], self.tie_bound[name] = codes.integers, before, bound
+        self.codes[name], self.before_rounding[name], self.bounds[name] = codes.integers, before, bound
         return replace(codes, integers=self.forced.get(name, codes.integers))
 
     def real(self, name: str, values: Mapping[str, Value], constants: Mapping[str, Array]) -> Float:
@@ -135,6 +162,10 @@ def column(values: Array, like: Array) -> Array:
     return values.reshape(1, -1, *[1] * (like.ndim - 2))
 
 
+def _but_channels(values: Array) -> tuple[int, ...]:
+    return tuple(axis for axis in range(values.ndim) if axis != 1)
+
+
 def real_values(value: Value) -> Array:
     """The real value of anything, float64."""
     return as_float(value).values
@@ -151,7 +182,9 @@ def as_float(value: Value) -> Float:
         unit = column(value.unit, value.sums).astype(np.float64)
         real = (value.sums + column(value.bias, value.sums)) * unit
         spread = (value.magnitude + np.abs(column(value.bias, value.sums))) * unit
-        error = (8 * np.sqrt(value.terms + 1) + 8) * UNIT_ROUNDOFF * spread
+        # The channel's largest: a BatchNorm that is not folded in subtracts the channel's mean from each of its sums.
+        spread = np.broadcast_to(spread.max(axis=_but_channels(spread), keepdims=True, initial=0.0), spread.shape)
+        error = (8 * np.sqrt(value.terms + 1) + 8) * UNIT_ROUNDOFF * spread + value.bias_error
         return Float(np.maximum(real, 0.0) if value.relu else real, error)
     if isinstance(value, Added):
         first, second = real_values(value.first), real_values(value.second)

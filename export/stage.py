@@ -29,7 +29,7 @@ from export.lint import lint
 from export.noise import quantizer_noise
 from export.qdq import QDQModel, float_model, qdq_model
 from export.trace import marked_graph
-from export.verify import fusion, verify
+from export.verify import REFUSED, fusion, verify
 
 METADATA_SCHEMA = "1"
 _CHUNK = 256
@@ -126,6 +126,7 @@ def export(
     for name, file in exported.items():
         executed = runtimes.get(name).not_run is None
         onnx.save(file.model, out / f"{name}.onnx")
+        refused = proof[name]["status"].startswith(REFUSED)
         entries.append(
             {
                 "file": f"{name}.onnx",
@@ -134,12 +135,12 @@ def export(
                 "claims": file.claims(),
                 "macs": node_macs,
                 "verification": proof[name],
-                "fusion": fusion(file.model) if executed else None,
+                "fusion": fusion(file.model) if executed and not refused else None,
                 "findings": findings[name],
             }
         )
         codes = f"{name}.codes.npz"
-        if executed and expected_codes(file, verified, out / codes):
+        if executed and not refused and expected_codes(file, verified, out / codes):
             entries[-1]["expected_codes"] = codes
     _write_images(out / "images.npy", dataset.test_images)
     np.save(out / "labels.npy", dataset.test_labels.numpy())

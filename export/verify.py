@@ -1,9 +1,11 @@
 """The proof, in integer codes: torch = integer simulator = runtime, and one target = the other.
 
-1. torch's fake quantization (BN unfolded, each quantizer fed with the simulator's codes) = simulator: up to one code,
-   and only where the simulator's value lies within a stated bound of a rounding tie.
-2. simulator = ONNX Runtime with all optimizations: not one differing code, the logits bit for bit. Where the file
-   leaves operations in float (a SiLU between its quantizers), the codes behind them fall under the rule of link 1.
+1. torch's fake quantization on the trained Grids (BN unfolded, each quantizer fed with the simulator's codes) =
+   simulator of the file: codes differ only where the simulator's value lies within a derived bound of a rounding tie,
+   logits by no more than a derived bound.
+2. simulator on the trained Grids' scales = ONNX Runtime with all optimizations: not one differing code, the logits bit
+   for bit. Where the file leaves operations in float (a SiLU between its quantizers), the codes behind them fall under
+   the rule of link 1, with the bounds of `export.float_operations`.
 3. simulator of one target = simulator of the other, operation by operation, under the rule of link 1.
 """
 
@@ -28,9 +30,12 @@ from artifacts.grid import Grid
 from crqat_train.calibration import Hook, hooked
 from crqat_train.layout import QuantizerSpec
 from crqat_train.methods import specs_of
+from export.lower import lower_activation
 from export.qdq import MOVEMENT, QDQModel
 from export.simulate import simulate
-from export.simulated import NotSimulated, Simulation
+from export.simulated import UNIT_ROUNDOFF, NotSimulated, Simulation
+
+REFUSED = "failed: runtime: ONNX Runtime refuses the file"
 
 
 def verify(
@@ -55,17 +60,32 @@ def verify(
     simulations: dict[str, Simulation] = {}
     for target, file in exported.items():
         try:
-            simulations[target] = simulate(file.model, images, stored_error=_rounded_constants(file))
-        except NotSimulated as error:
-            result[target] = {"status": f"not run: {error}", "images": len(images), "codes": 0, "differing_codes": 0}
+            errors = {**_rounded_constants(file), **_bias_errors(file)}
+            simulation = simulate(file.model, images, stored_error=errors)
+            links: dict[str, Any] = {"torch": _torch_link(model, grids, file, simulation, images)}
+            missing = runtimes.get(target).not_run
+            links["runtime"] = (
+                _runtime_link(file, grids, simulation, images) if missing is None else f"not run: {missing}"
+            )
+            for other, theirs in simulations.items():
+                links[other] = _target_link(file, exported[other], theirs, images)
+        except NotSimulated as reason:
+            result[target] = {"status": f"not run: {reason}", "images": len(images), "codes": 0, "differing_codes": 0}
             continue
-        links: dict[str, Any] = {"torch": _torch_link(model, grids, file, simulations[target], images)}
-        reason = runtimes.get(target).not_run
-        links["runtime"] = _runtime_link(file, simulations[target], images) if reason is None else f"not run: {reason}"
-        for other in [other for other in simulations if other != target]:
-            links[other] = _target_link(file, exported[other], simulations[other], images)
+        except Exception as error:
+            if not _by_runtime(error):
+                raise
+            # A file that its runtime does not run is a failed proof, and no error of the export.
+            status = f"{REFUSED} ({' '.join(str(error).split())[:300]})"
+            result[target] = {"status": status, "images": len(images), "codes": 0, "differing_codes": 0}
+            continue
+        simulations[target] = simulation
         result[target] = _summary(links, len(images))
     return result
+
+
+def _by_runtime(error: Exception) -> bool:
+    return type(error).__module__.startswith("onnxruntime.")
 
 
 def _summary(links: dict[str, Any], images: int) -> dict[str, Any]:
@@ -81,15 +101,12 @@ def _summary(links: dict[str, Any], images: int) -> dict[str, Any]:
     }
 
 
-def _compare(
-    pairs: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], simulation: Simulation, slack: Mapping[str, float]
-) -> dict[str, Any]:
-    """Count codes that differ, and those that differ by more than one or away from a tie.
+def _compare(pairs: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], simulation: Simulation) -> dict[str, Any]:
+    """Count codes that differ, and those of them that no rounding within the bound gives.
 
     Args:
         pairs: Tensor name to (codes of the simulator, codes of the other).
         simulation: Of the first.
-        slack: Tensor name to a known difference of the two values before rounding, in codes.
     """
     codes = differing = violations = 0
     widest, where = 0.0, ""
@@ -101,48 +118,62 @@ def _compare(
             continue
         differing += count
         before = simulation.before_rounding[name].reshape(own.shape)[different]
-        distance = np.abs(np.abs(before - np.floor(before)) - 0.5)
-        allowed = simulation.tie_bound[name] + slack.get(name, 0.0)
-        bad = (np.abs(own.astype(np.int64) - other)[different] > 1) | (distance > allowed)
-        violations += int(bad.sum())
+        bound = simulation.bounds[name]
+        allowed = bound.reshape(own.shape)[different] if bound.ndim else bound
+        # A code that differs by one lies half a code and the distance of the tie away.
+        distance = np.abs(other[different] - before) - 0.5
+        steps = np.abs(own.astype(np.int64) - other)[different]
+        violations += int((~((distance <= allowed) & (steps <= np.maximum(1, np.ceil(allowed))))).sum())
         if float(distance.max()) > widest:
             widest, where = float(distance.max()), name
-    bound = max((simulation.tie_bound[name] + slack.get(name, 0.0) for name in pairs), default=0.0)
     return {
         "codes": codes,
         "differing": differing,
         "violations": violations,
         "farthest_from_tie": widest,
         "at": where,
-        "largest_bound": bound,
+        "largest_bound": max((simulation.tie_bound[name] for name in pairs), default=0.0),
     }
 
 
-def _slack(file: QDQModel, bias_error: Mapping[str, float]) -> dict[str, float]:
-    """How far the biases in front of each tensor of codes are known to be off, in codes.
+def _bias_errors(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
+    """How far each bias lies from the trained one, by the name of its operation's weight, as a real number."""
+    return {
+        f"{edge}.dequantized": np.asarray(weight.bias_error + _stored_error(file, edge))
+        for edge, weight in file.weights.items()
+    }
 
-    Args:
-        file: The target's file.
-        bias_error: Weight edge name to the largest error of its operation's bias, as a real number.
-    """
-    producer = {output: node for node in file.model.graph.node for output in node.output}
-    scales = {tensor.name: tensor for tensor in file.model.graph.initializer}
 
-    def error(name: str) -> float:
-        node = producer.get(name)
-        if node is None or node.op_type == "DequantizeLinear":
-            return 0.0
-        if node.op_type in {"Conv", "Gemm"}:
-            return bias_error.get(node.input[1].removesuffix(".dequantized"), 0.0)
-        return sum(error(name) for name in node.input)
-
-    result = {}
-    for node in file.model.graph.node:
-        if node.op_type == "QuantizeLinear" and node.input[0] not in scales:  # not a weight that is stored as float
-            slack = error(node.input[0]) / float(onnx.numpy_helper.to_array(scales[node.input[1]]))
-            for output in [node.output[0], *(n.output[0] for n in file.model.graph.node if node.output[0] in n.input)]:
-                result[output] = slack
+def _trained_grids(file: QDQModel, grids: Mapping[str, Grid], target: str) -> dict[str, tuple[npt.NDArray[Any], int]]:
+    """Scale and zero point that each tensor of codes is to have; see `Simulation.grids`."""
+    result: dict[str, tuple[npt.NDArray[Any], int]] = {}
+    for edge, names in file.codes.items():
+        lowered = (
+            file.activations[edge] if file.activations[edge].claim == "lossy" else lower_activation(grids[edge], target)
+        )
+        for name in names:
+            own = (lowered.grid.scale[0], int(lowered.grid.zero_point))
+            result[name] = result[f"{name.removesuffix('.codes')}.unclipped"] = own
+    for edge, weight in file.weights.items():
+        result[f"{edge}.codes"] = (weight.scale, 0)
     return result
+
+
+def _stores(model: onnx.ModelProto, grids: Mapping[str, tuple[npt.NDArray[Any], int]]) -> bool:
+    """Whether all of a file's quantizers have the scale and the zero point that their codes are to have."""
+    producer = {output: node for node in model.graph.node for output in node.output}
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
+            continue
+        name = node.output[0] if node.op_type == "QuantizeLinear" else node.input[0]
+        while name not in grids and name in producer:  # codes that were moved
+            name = producer[name].input[0]
+        if name in grids:
+            scale, zero_point = grids[name]
+            if not np.array_equal(constants[node.input[1]], scale) or (constants[node.input[2]] != zero_point).any():
+                return False
+    return True
 
 
 def _torch_link(
@@ -170,12 +201,26 @@ def _torch_link(
 
     in_file = [spec for spec in specs_of(model) if spec.kind == "activation" and spec.edge in file.codes]
     with torch.no_grad(), hooked(model, [(spec, replaced_by_the_file(spec)) for spec in in_file]):
-        model(torch.from_numpy(images))
-    rounded = {edge: weight.bias_error + _stored_error(file, edge) for edge, weight in file.weights.items()}
-    return _compare(pairs, simulation, _slack(file, rounded))
+        logits = model(torch.from_numpy(images)).double().numpy()
+    link = _compare(pairs, simulation)
+    # Behind the last quantizer, too, the scales are those of the trained Grids. Lossy ones differ, as is claimed.
+    exact = all(claim["claim"] == "exact" for claim in file.claims().values())
+    link["differing_logits"] = (
+        _outside(logits, simulation.real_logits.values, simulation.real_logits.error) if exact else 0
+    )
+    link["violations"] += link["differing_logits"]
+    return link
 
 
-def _runtime_link(file: QDQModel, simulation: Simulation, images: npt.NDArray[np.float32]) -> dict[str, Any]:
+def _outside(values: npt.NDArray[Any], expected: npt.NDArray[Any], bound: npt.NDArray[Any] | float) -> int:
+    """How many values are farther from what is expected than the bound, or no numbers."""
+    with np.errstate(invalid="ignore"):  # equal infinities
+        return int((~((values == expected) | (np.abs(values - expected) <= bound))).sum())
+
+
+def _runtime_link(
+    file: QDQModel, grids: Mapping[str, Grid], simulation: Simulation, images: npt.NDArray[np.float32]
+) -> dict[str, Any]:
     names = [name for names in file.codes.values() for name in names]
     tapped = onnx.ModelProto()
     tapped.CopyFrom(file.model)
@@ -186,16 +231,18 @@ def _runtime_link(file: QDQModel, simulation: Simulation, images: npt.NDArray[np
     logits, *codes = _session(tapped.SerializeToString()).run(["logits", *names], {"input": images})
     zero_points = {name: file.activations[edge].grid.zero_point for edge, own in file.codes.items() for name in own}
     theirs = {name: own.astype(np.int64) - zero_points[name] for name, own in zip(names, codes, strict=True)}
-    if simulation.inexact:
+    trained = _trained_grids(file, grids, runtimes.executed())
+    if simulation.inexact or simulation.logits_bound is not None or not _stores(file.model, trained):
         # Each quantizer is fed with the runtime's codes: a difference shows where it arises and does not spread.
-        simulation = simulate(file.model, images, theirs)
+        forced = theirs if simulation.inexact else None
+        simulation = simulate(file.model, images, forced, grids=trained)
     exact = {name: codes for name, codes in theirs.items() if name not in simulation.inexact}
     wrong = {name: int((simulation.codes[name] != codes).sum()) for name, codes in exact.items()}
     near = _compare(
-        {name: (simulation.codes[name], theirs[name]) for name in names if name in simulation.inexact}, simulation, {}
+        {name: (simulation.codes[name], theirs[name]) for name in names if name in simulation.inexact}, simulation
     )
     allowed = 0.0 if simulation.logits_bound is None else simulation.logits_bound
-    differing_logits = int((np.abs(logits.astype(np.float64) - simulation.logits) > allowed).sum())
+    differing_logits = _outside(logits.astype(np.float64), simulation.logits, allowed)
     # Looking at the codes must not have changed what is computed.
     observed = any(len(before[op]) != len(after[op]) for op in computing)
     return {
@@ -222,10 +269,10 @@ def _target_link(
         for own, theirs in zip(file.codes[edge], other.codes[edge], strict=True)
     }  # fmt: skip
     forced = {own: other_simulation.codes[theirs] for own, theirs in tensors.items()}
-    simulation = simulate(file.model, images, forced, stored_error=_rounded_constants(file))
+    stored = {f"{edge}.dequantized": np.asarray(_stored_error(file, edge)) for edge in file.weights}
+    simulation = simulate(file.model, images, forced, stored_error={**_rounded_constants(file), **stored})
     pairs = {own: (simulation.codes[own], forced[own]) for own in tensors}
-    stored = {edge: _stored_error(file, edge) for edge in file.weights}
-    return _compare(pairs, simulation, _slack(file, stored))
+    return _compare(pairs, simulation)
 
 
 def _stored_error(file: QDQModel, edge: str) -> float:
@@ -240,14 +287,22 @@ def _stored_error(file: QDQModel, edge: str) -> float:
 
 
 def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
-    """How far the file's type moves each constant of the float parts; nothing in float32."""
+    """How far the constants of the float parts lie from the network's own.
+
+    The file's type moves each of them, float32 none. A number such as 1.41421356 that a forward pass writes out is
+    rounded where it is exported, and torch may compute with the number: one of more than 12 bits is taken for such.
+    """
     types = {tensor.name: helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in file.model.graph.initializer}
-    return {
+    result = {}
+    for name, value in file.float_constants.items():
         # Of the constant that was to be written, not of the one in the file: that one is to be proven.
-        name: np.abs(value.astype(types[name]).astype(np.float64) - value)
-        for name, value in file.float_constants.items()
-        if types.get(name, value.dtype) != value.dtype
-    }
+        moved = np.abs(value.astype(types.get(name, value.dtype)).astype(np.float64) - value)
+        if value.size == 1:
+            short = np.ldexp(value.astype(np.float64), 12) % 1 == 0
+            moved = moved + np.where(short, 0.0, UNIT_ROUNDOFF * np.abs(value))
+        if moved.any():
+            result[name] = moved
+    return result
 
 
 def _session(model: bytes, optimized: Path | None = None) -> Any:

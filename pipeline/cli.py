@@ -307,6 +307,8 @@ def _run_command() -> int:
             _say_error(f"terminated; {_KEPT}")
         return ended.code if isinstance(ended.code, int) else 0
     except (Exception, SystemExit) as error:
+        if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # click exits by 1
+            return NOBODY_READS
         told = failures.explain(error, "crqat")
         _say_error(str(told))
         return told.exit_code

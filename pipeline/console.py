@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import time
@@ -38,6 +39,13 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
+class _Console(Console):
+    """Rich's own ends the process with exit code 1 where nobody reads its output."""
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """A table on stdout. Cells are shown as they are; square brackets are no markup."""
     click.echo(title)  # not the table's own, which would be cut at the table's width
@@ -47,7 +55,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     terminal = drawn(sys.stdout)
-    Console(file=sys.stdout, width=None if terminal else _LOG_WIDTH, force_terminal=terminal).print(table)
+    _Console(file=sys.stdout, width=None if terminal else _LOG_WIDTH, force_terminal=terminal).print(table)
 
 
 @contextmanager

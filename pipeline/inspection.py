@@ -39,7 +39,7 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         ToolError: There is no builder, or a file cannot be written.
     """
     if not path.is_file():
-        msg = f"{path}: no such file"
+        msg = f"{path}: {'a directory; name an .onnx file in it' if path.is_dir() else 'no such file'}"
         raise UsageError(msg)
     if path.suffix != ".onnx":
         reports = read(path)

@@ -15,7 +15,7 @@ from typing import Any
 
 import filelock
 
-from artifacts.errors import ToolError
+from artifacts.errors import ToolError, UsageError
 
 LOCK, HOLDER = ".lock", ".lock-holder.json"
 # For so long a killed process's own children may keep its lock: data workers look for their parent every five seconds.
@@ -32,8 +32,14 @@ def hold(run: Path) -> Iterator[None]:
         run: Made if need be.
 
     Raises:
+        UsageError: Its name is no UTF-8 text.
         ToolError: Another process has it, or it cannot be written to.
     """
+    try:
+        os.fspath(run).encode()
+    except UnicodeEncodeError as error:
+        msg = f"--runs {run}: not UTF-8 text, which safetensors cannot open; choose another name"
+        raise UsageError(msg) from error
     try:
         run.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(run.resolve() / LOCK, is_singleton=True)

@@ -336,7 +336,7 @@ def _write(out: Path, rows: Mapping[str, Any]) -> None:
         out.with_suffix(".json").write_text(
             json.dumps({"schema_version": SCHEMA_VERSION, "rows": rows}, indent=1) + "\n"
         )
-        out.write_text(document(rows))
+        out.write_text(document(rows), "utf-8")
     except OSError as error:
         msg = f"{out}: cannot be written: {error.strerror}"
         raise ToolError(msg) from error

@@ -251,7 +251,7 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
     results = read_results(directory / RESULTS)
     known = known_accuracy(config.model.accuracy, config.gate, runs / config.name)
     verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline), known)
-    if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text():
+    if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text("utf-8"):
         # The limits were changed since: the same measurements, judged anew.
         with lock.hold(runs / config.name), store.write_stage(runs / config.name, manifest) as out:
             shutil.copytree(directory, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(store.MANIFEST))
@@ -290,7 +290,7 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
     verdicts = judge(results, limits, known=known_accuracy(manifest.config["model"].get("accuracy"), limits, run))
     page = render(run, results, verdicts, rows, _others(run, "benchmark"))
     try:
-        out.write_text(page)
+        out.write_text(page, "utf-8")
     except OSError as error:
         msg = f"{out}: cannot be written: {error.strerror}"
         raise ToolError(msg) from error
@@ -312,10 +312,10 @@ def _write_verdict(out: Path, run: Path, stage: str, results: dict[str, Any], ve
     from pipeline import gate as rules
     from pipeline import report
 
-    (out / JUNIT).write_text(rules.junit(verdicts, run.name))
+    (out / JUNIT).write_text(rules.junit(verdicts, run.name), "utf-8")
     judged = {"schema_version": 1, "exit_code": rules.exit_code(verdicts), "rules": [asdict(v) for v in verdicts]}
-    (out / VERDICT).write_text(json.dumps(judged, indent=1))
-    (out / REPORT).write_text(report.render(run, results, verdicts, others=_others(run, stage)))
+    (out / VERDICT).write_text(json.dumps(judged, indent=1), "utf-8")
+    (out / REPORT).write_text(report.render(run, results, verdicts, others=_others(run, stage)), "utf-8")
 
 
 def _others(run: Path, own: str) -> list[dict[str, Any]]:

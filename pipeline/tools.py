@@ -173,8 +173,8 @@ def doctor() -> int:
 def init(path: Path) -> None:
     """Write a commented recipe."""
     try:
-        with path.open("x") as file:
-            file.write(TEMPLATE.read_text())
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE.read_text("utf-8"))
     except FileExistsError as error:
         msg = f"{path}: exists already; name another file"
         raise UsageError(msg) from error

@@ -82,6 +82,9 @@ def measure(path: Path, threads: int | None) -> dict[str, Any]:
     Raises:
         CrqatError: It is none of these, or is damaged.
     """
+    if not path.exists():
+        msg = f"{path}: no such file or directory; give a run's `export` directory, or a bundle"
+        raise UsageError(msg)
     changes: dict[str, Any] = {} if threads is None else {"threads": threads}
     if path.is_dir() and not (path / bundles.MANIFEST).exists():
         return benchmark(path, BenchmarkConfig(**changes), quiet)

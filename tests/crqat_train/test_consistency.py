@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 from scipy.special import log_softmax, rel_entr  # type: ignore[import-untyped]
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from crqat_train import data
@@ -180,7 +180,7 @@ def test_the_teachers_batchnorm_statistics_are_those_of_its_weights() -> None:
             after(step)
 
     fit(network, 0.05, 60, lambda i: functional.cross_entropy(network(batches[i]), labels[i]), lambda _: None)
-    student = fx.symbolic_trace(network).train()
+    student: Any = fx.symbolic_trace(network).train()
     training = ConsistencyTraining(student, network, ConsistencyConfig(weight=0.0), lambda model: model)
     fit(student, 0.3, 40, lambda i: training.loss([batches[i]], labels[i], 0.0), training.after_step)
     teacher = training.teacher

@@ -315,6 +315,26 @@ def test_a_weight_with_two_quantizers_gets_each_call_its_own_bias() -> None:
     assert [round(quantizer_of(model, spec).scale[0].item(), 4) for spec in weights] == [1e-4, 9.3132]
 
 
+@pytest.mark.parametrize("targets", [["onnxruntime"], BOTH])
+def test_the_true_cause_is_named_by_its_module(targets: Sequence[str]) -> None:
+    model = network(targets)
+    norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    name, norm = next(iter(norms.items()))
+    assert norm.running_var is not None
+    right = norm.running_var.clone()
+    norm.running_var[1] = -0.25
+    with pytest.raises(UsageError, match=rf"^the network: {name}\.running_var is negative in 1 of \d+ .*-0\.25"):
+        make_representable(model, targets, trained=False)
+    norm.running_var[1] = float("nan")
+    with pytest.raises(UsageError, match=rf"1 of \d+ in {name}\.running_var; and nothing was trained"):
+        make_representable(model, targets, trained=False)
+    norm.running_var.copy_(right)
+    quantizer_of(model, model.specs[0]).scale.data.fill_(float("nan"))
+    for trained, words in ((False, "and nothing was trained"), (True, "training diverged; lower qat.lr")):
+        with pytest.raises(UsageError, match=rf"scale of its \w+ is infinite or no number: {words}"):
+            make_representable(model, targets, trained)
+
+
 def test_a_scale_beyond_float16_is_a_users_error() -> None:
     for edge in ("post_hooks.x__0.0", "pre_hooks.fc/linear/0__1.0"):
         model = network(BOTH)

@@ -146,7 +146,7 @@ def test_a_training_leaves_its_files_and_payload(finished: Run) -> None:
     ]  # fmt: skip
     assert set(payload) == {
         "device", "processes", "compiled", "float", "candidates", "best", "validation_images", "preprocessing",
-        "class_names", "input_shape", "quantizers", "notes", "warnings", "seconds",
+        "class_names", "input_shape", "quantizers", "preparation", "notes", "warnings", "seconds",
     }  # fmt: skip
     assert json.loads(json.dumps(payload)).keys() == payload.keys()
     assert payload["device"] == "cpu" and payload["compiled"] == "no: the recipe says never"
@@ -737,7 +737,7 @@ def test_bn_is_estimated_anew_with_the_quantizers_on(
     seen: list[Tensor] = []
     estimate = trainer._Run.estimate_bn
 
-    def spy(run: Any, model: fx.GraphModule) -> None:
+    def spy(run: Any, model: Any) -> None:
         model.to(memory_format=torch.contiguous_format)
         before.append((model, {name: value.clone() for name, value in model.state_dict().items()}))
         handle = model.get_submodule("bn1").register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
@@ -802,7 +802,7 @@ def test_published_weights_of_other_classes_need_a_float_section(
 ) -> None:
     made = Net(10, 1)
     monkeypatch.setattr(models, "pretrained", lambda *_: (copy.deepcopy(made), True))
-    asked = ModelConfig("timm/anything", "pretrained")
+    asked = ModelConfig("timm/resnet18", "pretrained")
     with pytest.raises(UsageError, match=r"^model\.weights: .* not for 10 classes; add a `float` section"):
         train(recipe(model=asked, float_training=OptimizerConfig(0)), tmp_path, quiet)
     run = _run_of(recipe(model=asked, float_training=OptimizerConfig(1, BATCH, 0.01)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from export import float_operations, simulate
 from export.qdq import QDQModel
 from export.simulated import Pooled
 from export.verify import fusion, verify
-from tests.export.conftest import BOTH, Quantized, quantize, random_images
+from tests.export.conftest import BOTH, Quantized, edited_file, initializer, quantize, random_images
 
 ALONE: tuple[Target, ...] = ("onnxruntime",)
 
@@ -79,6 +80,19 @@ class SqueezeExcite(Net):
         return x * torch.sigmoid(self.up(F.relu(self.down(F.adaptive_avg_pool2d(x, 1)))))
 
 
+class JoinedBy(Net):
+    """A tensor and its convolution, joined by a function of two."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__(nn.ReLU())
+        self.join, self.conv3 = join, nn.Conv2d(8, 8, 1)
+
+    def middle(self, x: Tensor) -> Tensor:
+        """As above."""
+        x = super().middle(x)
+        return self.join(x, self.conv3(x))
+
+
 class EndsInPool(Net):
     """Like SqueezeNet: the logits are means of a convolution's output."""
 
@@ -89,6 +103,18 @@ class EndsInPool(Net):
     def forward(self, x: Tensor) -> Tensor:
         """As above."""
         return torch.flatten(F.adaptive_avg_pool2d(F.relu(self.last(self.middle(x))), 1), 1)
+
+
+class EndsIn(Net):
+    """Behind the last layer comes a function."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(nn.ReLU())
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As above."""
+        return self.end(super().forward(x))
 
 
 def proven(network: nn.Module, targets: tuple[Target, ...]) -> tuple[Quantized, dict[str, Any], dict[str, Any]]:
@@ -161,6 +187,55 @@ def test_these_stay_float_with_a_reason_and_a_bound(name: str, targets: tuple[Ta
         assert link["inexact_farthest_from_tie"] <= link["inexact_largest_bound"] < 0.02
 
 
+COMPUTED: dict[str, Callable[[], nn.Module]] = {
+    "log softmax at the end": lambda: EndsIn(nn.LogSoftmax(1)),
+    "normalized at the end": lambda: EndsIn(lambda x: F.normalize(x, dim=1)),
+    "layer norm by hand at the end": lambda: EndsIn(
+        lambda x: (x + 30 - (x + 30).mean(1, True)) / torch.sqrt(((x - x.mean(1, True)) ** 2).mean(1, True) + 1e-5)
+    ),
+    "instance norm": lambda: Net(lambda x: F.relu(F.instance_norm(x))),
+    "max": lambda: JoinedBy(torch.maximum),
+    "subtraction": lambda: JoinedBy(torch.sub),
+    "quotient": lambda: JoinedBy(lambda a, b: a / (1 + b.abs())),
+    "power": lambda: Net(lambda x: F.relu(x) ** 1.5),
+    "mish": lambda: Net(nn.Mish()),
+    "softshrink": lambda: Net(nn.Softshrink(0.3)),
+    "bilinear": lambda: Net(lambda x: F.interpolate(F.relu(x), scale_factor=2, mode="bilinear")),
+    "pad": lambda: Net(lambda x: F.pad(F.relu(x), (1, 1, 1, 1), value=-1.0)),
+    "pixel shuffle": lambda: Net(lambda x: F.pixel_shuffle(F.relu(x).repeat(1, 4, 1, 1), 2)),
+    "split": lambda: Net(lambda x: torch.cat(torch.split(F.relu(x), [2, 6], 1)[::-1], 1)),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_the_table_knows_is_proven_for_both_targets(name: str) -> None:
+    torch.manual_seed(0)
+    _, proof, _ = proven(COMPUTED[name](), BOTH)
+    assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(BOTH, "passed")
+
+
+def test_a_scale_behind_the_last_quantizer_is_found() -> None:
+    """Logits have no quantizer behind them that would show it."""
+    torch.manual_seed(0)
+    quantized = quantize(EndsIn(nn.LogSoftmax(1)), random_images(8, 3, 16, 16))
+    files = quantized.files()
+    (edge,) = [edge for edge in files["onnxruntime"].weights if "fc" in edge]
+    for target, file in files.items():
+        scale = initializer(file.model, f"{edge}.scale")
+        wrong = edited_file(file, f"{edge}.scale", (scale * 1.01).astype(scale.dtype))
+        proof = verify(quantized.model, quantized.grids, {target: wrong}, quantized.images)
+        link = proof[target]["links"]["torch"]
+        assert proof[target]["status"].startswith("failed: torch: ") and link["differing_logits"] > 0
+        assert target == "tensorrt" or proof[target]["links"]["runtime"]["differing_logits"] > 0
+
+
+def test_a_bound_that_nothing_can_break_is_no_proof() -> None:
+    """Values of 1e9 whose difference is quantized: float32 leaves nothing of it."""
+    torch.manual_seed(0)
+    _, proof, _ = proven(Net(lambda x: F.relu((x + 1e9) - 1e9 + x * 0)), ALONE)
+    assert proof["onnxruntime"]["status"].startswith("not run: ")
+
+
 def test_what_only_helps_fusion_has_eight_bits_and_is_not_there_for_tensorrt_alone() -> None:
     config = QuantizationConfig(weights=4, activations=4)
     images = random_images(8, 3, 16, 16)
@@ -179,9 +254,9 @@ def test_a_simulator_that_is_wrong_by_a_thousandth_fails(
     monkeypatch: pytest.MonkeyPatch, name: str, operation: str
 ) -> None:
     """The rule of the tie is narrow enough to find what is no rounding."""
-    function, stretch = float_operations.UNARY[operation]
-    wrong = (lambda x, attributes: function(x, attributes) * 1.001, stretch)
-    monkeypatch.setitem(float_operations.UNARY, operation, wrong)
+    known = float_operations.FLOAT_OPERATIONS[operation]
+    wrong = replace(known, function=lambda attributes, x: known.function(attributes, x) * 1.001)
+    monkeypatch.setitem(float_operations.FLOAT_OPERATIONS, operation, wrong)
     torch.manual_seed(0)
     _, proof, _ = proven(FLOAT[name][0](), ALONE)
     assert proof["onnxruntime"]["status"].startswith("failed: ")
@@ -206,4 +281,4 @@ def test_logits_behind_a_pool_have_a_bound_that_can_be_broken(monkeypatch: pytes
 
     monkeypatch.setitem(simulate._OPERATIONS, "GlobalAveragePool", larger)
     broken = verify(quantized.model, quantized.grids, {"onnxruntime": file}, quantized.images)
-    assert broken["onnxruntime"]["status"].startswith("failed: runtime")
+    assert "runtime: " in broken["onnxruntime"]["status"]

@@ -57,7 +57,7 @@ def test_what_is_not_simulated_is_named() -> None:
     coded = [quantize("x", "input"), dequantize("x", "x", "x.real")]
     weight = {"w": np.ones((2, 2, 1, 1), np.int8), "w.scale": np.ones(2, np.float32), "w.zero": np.zeros(2, np.int8)}
     read: Node = ("DequantizeLinear", ["w", "w.scale", "w.zero"], "w.real", {"axis": 0})
-    assert refused([("Softplus", ["input"], "logits", {})]) == "logits/Softplus: the simulator does not know Softplus"
+    assert refused([("Det", ["input"], "logits", {})]) == "logits/Det: the simulator does not know Det"
     message = refused([*coded, ("Add", ["x.real", "none"], "logits", {})])
     assert message.startswith("logits/Add: the simulator does not know Add with 'none'")
     for attributes in ({"dilations": [2, 2]}, {"pads": [0, 0, 1, 1]}, {"auto_pad": "SAME_UPPER"}):

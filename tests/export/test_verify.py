@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from crqat_train import data
 from crqat_train.calibration import weight_of
 from crqat_train.methods import quantizer_of
+from export import verify as verification
 from export.qdq import QDQModel
 from export.simulate import simulate
-from export.verify import fusion, optimized_operations, verify
+from export.verify import REFUSED, fusion, optimized_operations, verify
 from tests.export.conftest import Quantized, edited_file, initializer, nodes, quantize, random_images, session
 
 Digits = Callable[[int], Quantized]
@@ -66,6 +67,18 @@ def assert_proven(quantized: Quantized, files: dict[str, QDQModel]) -> None:
     fused = ("QLinearConv", "QLinearAdd", "QGemm", "QLinearGlobalAveragePool")
     assert [operations[operation] for operation in fused] == [19, 9, 1, 1]
     assert not {"Conv", "FusedConv", "Add", "Gemm", "Relu", "DequantizeLinear"} & operations.keys()
+
+
+def test_a_file_that_its_runtime_refuses_is_a_failed_proof(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = copy.deepcopy(digits(8).file("onnxruntime").model)
+    broken.graph.node[0].op_type = "NoSuchOperation"
+    own = verification._session
+    monkeypatch.setattr(verification, "_session", lambda _, *more: own(broken.SerializeToString(), *more))
+    entry = proof_of(digits(8), digits(8).files())["onnxruntime"]
+    assert entry["status"].startswith(REFUSED) and "NoSuchOperation" in entry["status"]
+    monkeypatch.setattr(verification, "_session", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        proof_of(digits(8), digits(8).files())
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -237,11 +250,11 @@ def test_what_cannot_be_simulated_is_not_run_and_said(digits: Digits) -> None:
     model = onnx.ModelProto()
     model.CopyFrom(files["tensorrt"].model)
     node = nodes(model, "Relu")[0]
-    node.op_type = "Abs"
+    node.op_type = "Det"
     proof = proof_of(quantized, {**files, "tensorrt": replace(files["tensorrt"], model=model)})
     assert proof["onnxruntime"]["status"] == "passed"
     entry = proof["tensorrt"]
-    assert entry["status"] == f"not run: {node.name}: the simulator does not know Abs"
+    assert entry["status"] == f"not run: {node.name}: the simulator does not know Det"
     assert (entry["images"], entry["codes"], entry["differing_codes"]) == (len(quantized.images), 0, 0)
 
 

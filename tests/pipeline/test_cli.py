@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import re
@@ -318,7 +319,7 @@ def test_wrong_use_of_boards(
 def test_a_bug_is_one_line_and_its_traceback_a_file_of_the_run(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipeline.dependencies.input_files", None)
+    monkeypatch.setattr("pipeline.dependencies.inputs", None)
     assert crqat(monkeypatch, "run", "recipe.yaml") == 3
     line = capsys.readouterr().err
     assert re.fullmatch(
@@ -358,6 +359,53 @@ def test_what_a_user_or_a_machine_causes_is_neither_a_traceback_nor_1(
     assert crqat(monkeypatch, "run", "recipe.yaml") == code
     err = capsys.readouterr().err
     assert re.match(f"crqat: error: {words}", err) and err.count("\n") == 1, err
+
+
+def test_an_export_whose_verification_failed_is_written_and_the_gate_fails_on_it(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = fakes.export
+
+    def export(*arguments: Any, **further: Any) -> dict[str, Any]:
+        payload = written(*arguments, **further)
+        payload["models"][1]["verification"] = {"status": "failed: runtime: 3 codes"}
+        return payload
+
+    monkeypatch.setattr(sys.modules["export.stage"], "export", export)
+    proof = fakes.results["models"]["onnxruntime.onnx"]
+    proof["verification"] = {**proof["verification"], "status": "failed: runtime: 3 codes", "differing_codes": 3}
+    assert crqat(monkeypatch, "train", "recipe.yaml") == 0
+    assert crqat(monkeypatch, "export", "recipe.yaml") == 0
+    assert "onnxruntime.onnx: the verification failed; the file is written" in capsys.readouterr().out
+    assert crqat(monkeypatch, "benchmark", "recipe.yaml") == 0
+    assert crqat(monkeypatch, "gate", "recipe.yaml") == 1
+
+
+def test_output_that_nobody_reads_or_that_cannot_be_written_is_no_verdict(tmp_path: Path) -> None:
+    """By a pipe whose reader is gone, on a full disk, and without any stream at all."""
+    command = [sys.executable, "-m", "pipeline.cli", "check", str(ROOT / "recipes" / "digits.yaml")]
+    reader, writer = os.pipe()
+    os.close(reader)
+    ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(command, cwd=ROOT, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 3 and ended.stderr.startswith("crqat: error: check: No space left on device")
+    shell = ["sh", "-c", 'exec "$@" >&- 2>&- <&-', "sh"]
+    assert subprocess.run([*shell, *command], cwd=ROOT, check=False).returncode == 0
+    assert subprocess.run([*shell, *command[:-1], "none.yaml"], cwd=ROOT, check=False).returncode == 2
+
+
+def test_a_table_that_nobody_reads_ends_nothing_by_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone(io.StringIO):
+        def write(self, _: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("click.echo", lambda _: None)
+    monkeypatch.setattr(sys, "stdout", Gone())
+    with pytest.raises(BrokenPipeError):
+        console.show_table("title", ["column"], [["cell"]])
 
 
 def test_init_writes_a_valid_recipe_once(

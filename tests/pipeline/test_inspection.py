@@ -159,6 +159,17 @@ def test_what_is_no_engine(here: Path, name: str, content: str | None, words: st
     assert name in str(caught.value)
 
 
+def test_an_engine_that_was_not_built_is_no_success(here: Path) -> None:
+    report = {"model": "a.onnx", "schema_version": 1, "status": "failed: parse: a rule", "coverage": None}
+    report |= {"counts": None, "layers": [], "builder": {"name": "tensorrt_rtx", "version": "1"}}
+    Path("engine.json").write_text(json.dumps({"schema_version": 1, "engines": {"tensorrt.onnx": report}}))
+    with pytest.raises(UsageError, match=r"1 of 1 engines were not built, first tensorrt.onnx: failed: parse: a rule"):
+        inspect("engine.json")
+    Path("engine.json").write_text('{"schema_version": 1, "engines": {}}')
+    with pytest.raises(UsageError, match="holds no engine report"):
+        inspect("engine.json")
+
+
 def test_without_a_builder_the_message_says_what_to_install(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_api, "installed", lambda module: None)
     with pytest.raises(ToolError, match=r"tensorrt_rtx is not installed.*pip install crqat-edge\[tensorrt-cpu\]"):

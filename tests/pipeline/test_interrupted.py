@@ -157,7 +157,8 @@ def test_a_full_disk_leaves_the_export_before(disk: Path) -> None:
     filler = fill(disk)
     again = ["export", "recipe.yaml", *EPOCHS, "--set", "float.epochs=1", "--force"]
     assert soak.crqat(folder, *again) == 3
-    assert log(folder)[-1] == "crqat: error: cannot write the stage export to runs/soak: No space left on device"
+    what = "crqat: error: cannot write the stage export to runs/soak: No space left on device"
+    assert log(folder)[-1] == f"{what}; make room there, or for temporary files (TMPDIR)"
     assert {path.name: path.read_bytes() for path in (disk / "soak" / "export").iterdir()} == files
     filler.unlink()
     assert soak.crqat(folder, *again) == 0

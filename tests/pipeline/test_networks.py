@@ -66,6 +66,60 @@ def test_a_network_that_is_refused_or_never_ends_has_a_row_that_says_so(tmp_path
     assert "did you mean" in page and page.count("\n| torchvision/") == 1
 
 
+def test_the_exit_code_tells_a_failure_from_an_error() -> None:
+    row = next(row for row in ROWS.values() if row["status"] == "measured")
+
+    def proof(status: str) -> dict[str, Any]:
+        return {**row, "verification": {**row["verification"], "onnxruntime": {"status": status}}}
+
+    assert networks.exit_code([row]) == 0
+    refused, lacking = {"status": "refused: model.name: unknown"}, {"status": "not run: it needs timm"}
+    assert networks.exit_code([row, refused]) == 2
+    assert networks.exit_code([row, refused, lacking]) == 3
+    assert networks.exit_code([row, proof("not run: an operation")]) == 4
+    for failed in (
+        {"status": "failed: its process was ended by SIGSEGV"},
+        proof("failed: runtime: 3 codes"),
+        {**row, "engine": {**row["engine"], "status": "failed: parse"}},
+        {**row, "findings": {"tensorrt": ["a rule"]}},
+        {**row, "step": {**row["step"], "unreached": ["conv.weight"]}},
+    ):
+        assert networks.exit_code([lacking, failed, refused]) == 1
+
+
+def test_models_overwrites_nothing_that_it_has_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = {**next(iter(ROWS.values())), "total_seconds": 1.0}
+    measured: list[str] = []
+
+    def measure(name: str, _: networks.Images) -> dict[str, Any]:
+        measured.append(name)
+        return {**row, "images": "noise"}
+
+    monkeypatch.setattr(networks, "measure", measure)
+    monkeypatch.chdir(tmp_path)
+    page = tmp_path / "docs" / "models.md"
+    page.parent.mkdir()
+    page.write_text("mine")
+
+    def models(*options: str) -> Any:
+        arguments = ["models", "timm/resnet18", *options]
+        return CliRunner().invoke(crqat, arguments, standalone_mode=False)
+
+    assert models().return_value == 0
+    assert page.read_text() == "mine" and [path.name for path in page.parent.iterdir()] == ["models.md"]
+    del measured[:]
+    refused = models("--out", "docs/models.md").exception
+    assert isinstance(refused, UsageError) and "or replace it by --force" in str(refused)
+    assert measured == [] and page.read_text() == "mine"
+    assert models("--out", "docs/models.md", "--force").return_value == 0
+    assert page.read_text().startswith("# Networks")
+    assert models("--out", "docs/models.md").return_value == 0, "its own it goes on with"
+    row |= {"status": "failed: killed"}
+    assert models().return_value == 1
+
+
 def test_rows_of_other_networks_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {**next(iter(ROWS.values())), "total_seconds": 1.0}
     monkeypatch.setattr(networks, "measure", lambda name, images: {**row, "images": str(images)})

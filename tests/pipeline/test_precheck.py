@@ -81,7 +81,12 @@ def test_a_recipe_is_tried_and_nothing_is_trained(of: Callable[..., Path], monke
     path = of("Dropping")
     keys: list[str] = []
     step = Fit.step
-    monkeypatch.setattr(Fit, "step", lambda self, loss: (keys.append(self.name), step(self, loss))[1])
+
+    def counted(self: Fit, loss: Tensor) -> None:
+        keys.append(self.name)
+        step(self, loss)
+
+    monkeypatch.setattr(Fit, "step", counted)
     lines = check(path)
     assert keys == ["float", "qat"]  # one of each, on copies
     assert lines[1:] == [
@@ -108,7 +113,8 @@ def test_an_error_that_no_stage_expects_is_a_refusal(
     stage: str, of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(*_: object, **__: object) -> None:
-        raise ValueError("odd shape")
+        msg = "odd shape"
+        raise ValueError(msg)
 
     place = {"layout": "quantize_model", "export": "_file", "proof": "verify"}[stage]
     monkeypatch.setattr(precheck, place, broken)
