@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class Graph:
         fold: For each weight edge, what BN folding multiplied each output channel by, float32 of shape [C].
         input_shape: [C, H, W].
         classes: Width of the logits.
+        float_layers: Nodes of the layers that the recipe keeps in float, to the layers' names.
     """
 
     nodes: list[onnx.NodeProto]
@@ -31,6 +32,7 @@ class Graph:
     fold: dict[str, npt.NDArray[np.float32]]
     input_shape: list[int]
     classes: int
+    float_layers: dict[str, str] = field(default_factory=dict)
 
     def producers(self) -> dict[str, onnx.NodeProto]:
         """Tensor name -> the node that writes it."""
@@ -111,6 +113,14 @@ def macs(graph: Graph) -> dict[str, int]:
         weight = graph.constants[node.input[1] if producer is None else producer.input[0]]
         # Each element of the output takes one multiplication per weight of its channel. A sequence's rows are images'.
         result[node.name] = int(np.prod(sizes[node.output[0]])) * int(weight.size // weight.shape[0])
+    return result
+
+
+def float_layer_macs(graph: Graph) -> dict[str, int]:
+    """Multiply-accumulates of each layer that the recipe keeps in float, for one image, by the layer's name."""
+    amounts, result = macs(graph), dict.fromkeys(graph.float_layers.values(), 0)
+    for node, name in graph.float_layers.items():
+        result[name] += amounts[node]
     return result
 
 

@@ -37,7 +37,7 @@ def _layer(node: LayerNode) -> Iterator[Broken]:
                 f"16-bit sums saturate on x86 without VNNI: {sums}",
                 "train with `targets: [onnxruntime]`, which limits this weight to 7 bits",
             )
-    if node.operation == "Gemm" and node.constant_bias:
+    if node.operation == "Gemm" and node.constant_bias and node.input_quantized and node.weight_quantized:
         yield Broken("QGemm needs an int32 bias behind a DequantizeLinear", "export again")
 
 
