@@ -103,7 +103,7 @@ def _stored(
     if target is not None:
         msg = (
             f"{spec.operation}: a scale of {scale.max():g} is more than {target.title}'s "
-            f"{np.dtype(target.scale_type)} holds, so training diverged; lower qat.lr, or take {target.name} out of "
+            f"{target.scale_type} holds, so training diverged; lower qat.lr, or take {target.name} out of "
             "`targets`"
         )
         raise UsageError(msg)

@@ -116,12 +116,18 @@ def macs(graph: Graph) -> dict[str, int]:
     return result
 
 
-def float_layer_macs(graph: Graph) -> dict[str, int]:
-    """Multiply-accumulates of each layer that the recipe keeps in float, for one image, by the layer's name."""
-    amounts, result = macs(graph), dict.fromkeys(graph.float_layers.values(), 0)
+def split_macs(graph: Graph) -> tuple[dict[str, int], dict[str, Any]]:
+    """The multiply-accumulates that INT8 is asked of, and what `float_layers` costs.
+
+    Returns:
+        `macs` without the nodes of layers that the recipe keeps in float; and {"macs": layer name to its own, "share":
+        theirs of all, 0 to 1}.
+    """
+    amounts = macs(graph)
+    total, kept = sum(amounts.values()), dict.fromkeys(graph.float_layers.values(), 0)
     for node, name in graph.float_layers.items():
-        result[name] += amounts[node]
-    return result
+        kept[name] += amounts.pop(node)
+    return amounts, {"macs": kept, "share": sum(kept.values()) / total if total else 0.0}
 
 
 def _size(graph: Graph, sizes: dict[str, list[int]], name: str) -> list[int]:

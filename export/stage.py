@@ -23,7 +23,7 @@ from crqat_train.config import TrainConfig
 from crqat_train.rebuild import rebuild, take_float_weights
 from export.codes import expected_codes
 from export.config import ExportConfig
-from export.graph import float_layer_macs, macs
+from export.graph import split_macs
 from export.lint import lint
 from export.noise import quantizer_noise
 from export.qdq import QDQModel, float_model, qdq_model
@@ -84,9 +84,7 @@ def export(
     }
     shape, classes = trained["input_shape"], len(trained["class_names"])
     graph = marked_graph(model, specs, shape, classes)
-    node_macs = macs(graph)
-    total_macs, in_float = sum(node_macs.values()), float_layer_macs(graph)
-    asked_macs = {node: amount for node, amount in node_macs.items() if node not in graph.float_layers}
+    node_macs, in_float = split_macs(graph)
     steps = 2 + len(targets)
     exported: dict[str, QDQModel] = {}
     findings: dict[str, list[str]] = {}
@@ -130,8 +128,8 @@ def export(
                 "target": name,
                 "precision": precisions[name],
                 "claims": file.claims(),
-                "macs": asked_macs,
-                "float_layers": {"macs": in_float, "share": sum(in_float.values()) / total_macs if total_macs else 0.0},
+                "macs": node_macs,
+                "float_layers": in_float,
                 "verification": proof[name],
                 "fusion": fusion(file.model) if executed else None,
                 "findings": findings[name],

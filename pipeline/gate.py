@@ -13,7 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from xml.etree import ElementTree
 
 from artifacts.config import STRICT, Range
-from artifacts.targets import builds_engine
+from artifacts.targets import TARGETS, builds_engine
 
 # What is compared with, and has nothing to prove.
 BASELINES = ("float", "float16", "float_openvino")
@@ -114,7 +114,8 @@ def _required(models: dict[str, Any], runtimes: Sequence[str]) -> list[Verdict]:
     for runtime in runtimes:
         found = {file: model for file, model in models.items() if model["target"] == runtime}
         if not found:
-            target = "onnxruntime" if runtime == "openvino" else runtime  # whose file it runs
+            # Whose file it runs.
+            target = next((name for name, target in TARGETS.items() if runtime in target.runs_also), runtime)
             message = f"no file for {runtime}, which benchmark.require names; add {target} to export.targets"
             verdicts.append(_plain("required", runtime, "error", message))
         for file, model in found.items():

@@ -179,8 +179,8 @@ def _engine(engine: dict[str, Any] | None) -> str:
 
 
 def float_layers(entry: dict[str, Any]) -> str:
-    """What `quantization.float_layers` costs: the layers' names and their share of the multiply-accumulates."""
-    names = list(entry["macs"])
+    """What `quantization.float_layers` costs: the layers, largest first, and their share of the MACs."""
+    names = sorted(entry["macs"], key=lambda name: -entry["macs"][name])
     more = f" and {len(names) - _SHOWN_LAYERS} more" if len(names) > _SHOWN_LAYERS else ""
     shown = ", ".join(names[:_SHOWN_LAYERS]) + more
     return f"kept in float by float_layers: {shown}, {100 * entry['share']:.2f} % of the MACs"

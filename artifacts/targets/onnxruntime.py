@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from artifacts.targets.base import INT16_MAX, Broken, ClipNode, LayerNode, Node, QuantizeNode, Target
 
 
@@ -45,7 +43,7 @@ ONNXRUNTIME = Target(
     name="onnxruntime",
     title="ONNX Runtime",
     # x86 kernels for signed activations are slower than float; unsigned ones take any zero point.
-    activation_type=np.uint8,
+    activation_type="uint8",
     zero_points=True,
     # The u8*s8 kernels of x86 without VNNI add two products in 16 bits, and saturate silently.
     sum_limit=INT16_MAX,

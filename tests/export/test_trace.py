@@ -19,7 +19,7 @@ from crqat_train.config import QuantizationConfig
 from crqat_train.graph import trace
 from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
-from export.graph import float_layer_macs, macs
+from export.graph import macs, split_macs
 from export.lint import left_in_float, lint
 from export.qdq import float_model
 from export.trace import marked_graph
@@ -222,7 +222,9 @@ def test_a_layer_that_is_kept_in_float_is_named_priced_and_verified(pattern: str
     made = quantize(sane_bn(Shared(), images), images, config=config)
     amounts = {"stem": 64 * 8 * 27, "branch": 64 * 8 * 72, "side": 64 * 8 * 8, "fc": 80}
     assert macs(made.graph) == amounts
-    assert float_layer_macs(made.graph) == {pattern: amounts[pattern]}
+    asked, kept = split_macs(made.graph)
+    assert asked == {name: amount for name, amount in amounts.items() if name != pattern}
+    assert kept == {"macs": {pattern: amounts[pattern]}, "share": amounts[pattern] / sum(amounts.values())}
     files = made.files()
     for target, file in files.items():
         assert lint(file.model, target) == []
