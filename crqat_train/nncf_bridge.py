@@ -85,10 +85,10 @@ def ask_layout(model: nn.Module, example: Tensor, in_float: Sequence[str] = ()) 
     algorithm = MinMaxQuantization(
         preset=QuantizationPreset.PERFORMANCE,
         target_device=nncf.TargetDevice.ANY,
+        ignored_scope=nncf.IgnoredScope(names=list(in_float)),
         overflow_fix=OverflowFix.DISABLE,
         activations_quantization_params=QuantizationParameters(per_channel=False),
     )
-    algorithm._ignored_scope = nncf.IgnoredScope(names=list(in_float))
     algorithm._set_backend_entity(wrapper)
     algorithm._reset_cache()
     points, unified = algorithm._get_quantization_target_points(wrapper, graph)
