@@ -17,6 +17,7 @@ from torch import Tensor, fx, nn
 from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from artifacts.targets import Residual, is_depthwise
+from crqat_train import overrides
 from crqat_train.config import QuantizationConfig
 from crqat_train.graph import (
     batch_norm_after,
@@ -33,8 +34,10 @@ from crqat_train.graph import (
     trace,
 )
 from crqat_train.nncf_bridge import Hooks, ask_layout, name_operations
-from crqat_train.overrides import Layer, widths
 from crqat_train.refusals import check_module, check_pools
+
+# Key of an FX node's `meta`: NNCF's name of a layer that the recipe keeps in float.
+FLOAT_LAYER = "crqat_float_layer"
 
 
 @dataclass(frozen=True)
@@ -75,10 +78,11 @@ class QuantizerSpec:
     @property
     def operation(self) -> str:
         """The module path or operation that the edge belongs to, for people: "layer1.0.conv1"."""
-        return _operation(self.edge)
+        return operation_of(self.edge)
 
 
-def _operation(edge: str) -> str:
+def operation_of(edge: str) -> str:
+    """The module path or operation that an edge belongs to, for people."""
     name = edge.split(".", 1)[1].rsplit("__", 1)[0]
     return ".".join(name.split("/")[:-2]) or name
 
@@ -123,8 +127,14 @@ def insert_quantizers(
     check_module(model)
     model = copy.deepcopy(model).eval()
     hooks = ask_layout(model, example)
+    in_float = _in_float(hooks, config, targets)
+    if in_float:
+        hooks = ask_layout(model, example, in_float)
     graph_module = trace(model)
     names_of_nodes, places = _map_hooks(graph_module, model, example, hooks)
+    for node, name in names_of_nodes.items():
+        if name in in_float:
+            node.meta[FLOAT_LAYER] = name
     groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
     # NNCF quantizes the weight of a LayerNorm, too: no runtime computes one in integers, it would only cost accuracy.
     groups = [group for group in groups if not (group[2] and is_layer_norm(_reader(group[3][0])))]
@@ -148,6 +158,14 @@ def insert_quantizers(
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, specs
+
+
+def _in_float(hooks: Hooks, config: QuantizationConfig, targets: Sequence[str]) -> list[str]:
+    """NNCF's names of the operations that `float_layers` keeps in float."""
+    edges = [names[0] for names, _, weight in hooks.groups if weight]
+    layers = {edge.split(".", 1)[1].rsplit("__", 1)[0].replace(":", "."): operation_of(edge) for edge in edges}
+    chosen = overrides.in_float(config.float_layers, targets, sorted(layers.values()))
+    return [operation for operation, name in layers.items() if name in chosen]
 
 
 def _map_hooks(
@@ -220,7 +238,7 @@ def _before_activations(
             continue
         source = activation.all_input_nodes[0]
         producer = source.all_input_nodes[0] if is_batch_norm(graph_module, source) else source
-        if is_matmul(producer) and source not in quantized:
+        if is_matmul(producer) and source not in quantized and FLOAT_LAYER not in producer.meta:
             quantized.add(source)
             name = f"post_hooks.{names_of_nodes[source].replace('.', ':')}__0.0"
             groups.append(((name,), None, False, [_Place(source, None)]))
@@ -290,9 +308,9 @@ def _constrain(
 
     last_input = edge_into(matmuls[-1]) if matmuls else None
     readers = [(names[0], _reader(places[0])) for names, _, weight, places in groups if weight]
-    layers = [Layer(edge, _operation(edge), edge_into(node)) for edge, node in readers if is_matmul(node)]
+    layers = [overrides.Layer(edge, operation_of(edge), edge_into(node)) for edge, node in readers if is_matmul(node)]
     free = [names[0] for names, _, weight, places in groups if not weight and not feeds_float(places)]
-    overridden = widths(config.overrides, layers, {edge: _operation(edge) for edge in free})
+    overridden = overrides.widths(config.overrides, layers, {edge: operation_of(edge) for edge in free})
     specs: dict[str, QuantizerSpec] = {}
     for names, _, weight, places in groups:
         if weight:

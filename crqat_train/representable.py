@@ -147,7 +147,7 @@ def _stored(
     if target is not None:
         msg = (
             f"{spec.operation}: a scale of {scale.max():g} is more than {target.title}'s "
-            f"{np.dtype(target.scale_type)} holds: {why}, or take {target.name} out of `targets`"
+            f"{target.scale_type} holds: {why}, or take {target.name} out of `targets`"
         )
         raise UsageError(msg)
     return constraints.scale_up(scale)

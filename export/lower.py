@@ -15,6 +15,7 @@ from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from artifacts.grid import Grid
 
+_STORED: dict[str, type[np.int8] | type[np.uint8]] = {"int8": np.int8, "uint8": np.uint8}
 Claim = Literal["exact", "lossy"]
 
 # Largest magnitude that low-bit weight codes are spread to. The int32 bias rounds to units of s_x s_w: the larger the
@@ -76,11 +77,11 @@ def lower_activation(grid: Grid, target: str) -> Activation:
         UsageError: The target is to take a zero point other than 0 and takes none.
     """
     rules = runtimes.get(target)
-    low, high = rules.code_range
+    stored, (low, high) = _STORED[rules.activation_type], rules.code_range
     if rules.zero_points:
         shift = low - grid.qmin
         shifted = Grid(grid.scale, grid.zero_point + shift, low, grid.qmax + shift)
-        return Activation(shifted, rules.activation_type, None if shifted.qmax == high else (low, shifted.qmax))
+        return Activation(shifted, stored, None if shifted.qmax == high else (low, shifted.qmax))
     if grid.zero_point != 0:
         others = [other.name for other in runtimes.TARGETS.values() if other.zero_points]
         msg = (
@@ -92,9 +93,9 @@ def lower_activation(grid: Grid, target: str) -> Activation:
     if grid.qmax > high:
         halved = Grid(grid.scale * np.float32(grid.qmax / high), 0, 0, high)
         note = f"{rules.title} has no unsigned INT8: {high + 1} codes instead of {grid.qmax + 1}"
-        return Activation(halved, rules.activation_type, None, "lossy", note)
+        return Activation(halved, stored, None, "lossy", note)
     full = grid.qmin in (low, 0) and grid.qmax == high  # with qmin 0 the tensor itself has no negative value
-    return Activation(grid, rules.activation_type, None if full else (grid.qmin, grid.qmax))
+    return Activation(grid, stored, None if full else (grid.qmin, grid.qmax))
 
 
 def lower_weight(

@@ -192,6 +192,17 @@ class _Writer:
             self._constant(name, value, self.float_type if value.dtype == np.float32 else value.dtype)
         return name
 
+    def _operand(self, name: str) -> str:
+        """As `_read`, and the image in the type of the float parts."""
+        read = self._read(name)
+        if read != "input" or self.float_type is np.float32:
+            return read
+        if not any(node.name == "input/Cast" for node in self.nodes):
+            self.nodes.append(
+                helper.make_node("Cast", ["input"], ["input.float16"], "input/Cast", to=TensorProto.FLOAT16)
+            )
+        return "input.float16"
+
     def _edge(self, node: onnx.NodeProto) -> None:
         edge = node.attribute[0].s.decode()
         if self.specs[edge].kind == "activation":
@@ -294,9 +305,9 @@ class _Writer:
             and self.specs[weight_marker.attribute[0].s.decode()].kind == "weight"
         )
         if is_weight and weight_marker is not None:
-            inputs = [self._read(node.input[0]), *self._weight(node, weight_marker.attribute[0].s.decode())]
+            inputs = [self._operand(node.input[0]), *self._weight(node, weight_marker.attribute[0].s.decode())]
         else:
-            inputs = [self._read(name) if name else "" for name in node.input]
+            inputs = [self._operand(name) if name else "" for name in node.input]
         self.nodes.append(_copy(node, inputs))
 
     def _weight(self, node: onnx.NodeProto, edge: str) -> list[str]:

@@ -24,7 +24,7 @@ from crqat_train.published import data_section
 from crqat_train.rebuild import rebuild, take_float_weights
 from export.codes import expected_codes
 from export.config import ExportConfig
-from export.graph import macs
+from export.graph import split_macs
 from export.lint import lint
 from export.noise import quantizer_noise
 from export.qdq import QDQModel, float_model, qdq_model
@@ -88,7 +88,7 @@ def export(
     }
     shape, classes = trained["input_shape"], len(trained["class_names"])
     graph = marked_graph(model, shape, classes)
-    node_macs = macs(graph)
+    node_macs, in_float = split_macs(graph)
     steps = 2 + len(targets)
     exported: dict[str, QDQModel] = {}
     findings: dict[str, list[str]] = {}
@@ -134,6 +134,7 @@ def export(
                 "precision": precisions[name],
                 "claims": file.claims(),
                 "macs": node_macs,
+                "float_layers": in_float,
                 "verification": proof[name],
                 "fusion": fusion(file.model) if executed and not refused else None,
                 "findings": findings[name],

@@ -146,7 +146,7 @@ def _override(data: dict[str, Any], text: str) -> str:
 
 def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
     """One validation error of pydantic's as a user reads it."""
-    place = ".".join(str(part) for part in detail["loc"])
+    place = ".".join(str(part) for part in detail["loc"] if part != "[key]")
     from_option = any(f"{place}.".startswith(f"{key}.") for key in overridden)
     where = f"--set {place}" if from_option else f"{path}: {place}"
     if detail["type"] == "unexpected_keyword_argument":

@@ -14,7 +14,7 @@ from artifacts import json_file
 from artifacts import targets as runtimes
 from artifacts.store import Manifest, read_manifest
 from pipeline.gate import Verdict, exit_code
-from pipeline.results import COMPARED, side_by_side
+from pipeline.results import COMPARED, float_layers, side_by_side
 from pipeline.results_file import shown
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -60,7 +60,9 @@ def _render(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(percent=_percent, number=_number, interval=_interval, kib=_kib)
+    environment.filters.update(
+        percent=_percent, number=_number, interval=_interval, kib=_kib, float_layers=float_layers
+    )
     return environment.get_template("report.html.j2").render(
         results=results,
         verdicts=verdicts,

@@ -320,6 +320,7 @@ def _result(
         "fusion": model.entry.get("fusion"),
         "codes_on_this_cpu": model.codes,
         "findings": model.entry.get("findings", []),
+        "float_layers": model.entry.get("float_layers"),
         "engine": _engine_summary(model),
         "int8_layers": model.int8_layers,
     }

@@ -27,10 +27,10 @@ from artifacts.targets.constraints import Constraints
 from artifacts.targets.onnxruntime import ONNXRUNTIME
 from artifacts.targets.tensorrt import TENSORRT
 
-__all__ = ["BIAS_LIMIT", "INT16_MAX", "ONNXRUNTIME", "TARGETS", "TENSORRT", "BiasType", "Broken", "ClipNode",
-           "Constraints", "FloatType", "LayerNode", "Node", "QuantizeNode", "Residual", "Target", "TargetName",
-           "activation_codes", "builds_engine", "executed", "find", "get", "is_depthwise", "names", "union",
-           "weight_codes"]  # fmt: skip
+__all__ = ["ALL", "BIAS_LIMIT", "INT16_MAX", "ONNXRUNTIME", "TARGETS", "TENSORRT", "BiasType", "Broken", "ByTarget",
+           "ClipNode", "Constraints", "FloatType", "LayerNode", "Node", "QuantizeNode", "Residual", "Target",
+           "TargetName", "activation_codes", "builds_engine", "executed", "find", "get", "is_depthwise", "names",
+           "union", "weight_codes"]  # fmt: skip
 
 # Every runtime by its name; another one is added here.
 TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, TENSORRT)}
@@ -77,6 +77,36 @@ def union(names: Iterable[str]) -> Constraints:
         UsageError: One of them is unknown.
     """
     return Constraints(tuple(get(name) for name in names))
+
+
+ALL = "all"
+
+
+def _for_all(value: Any) -> Any:
+    """A recipe's list as a mapping, and lists in a mapping as tuples; what is neither is refused after this."""
+    if type(value) is list:
+        value = {ALL: value} if value else {}
+    if type(value) is dict:
+        return {key: tuple(item) if type(item) is list else item for key, item in value.items()}
+    return value
+
+
+class ByTarget:
+    """For use in an ``Annotated`` type of a mapping from a runtime's name, or `ALL`, to names of layers.
+
+    A list in a recipe is what is asked for all runtimes.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        """Allow a list and the names that are registered by now; pydantic calls this."""
+        del source, handler
+        patterns = {"type": "tuple", "items_schema": [{"type": "str"}], "variadic_item_index": 0}
+        keys = {"type": "literal", "expected": [*TARGETS, ALL]}
+        return {
+            "type": "function-before",
+            "function": {"type": "no-info", "function": _for_all},
+            "schema": {"type": "dict", "keys_schema": keys, "values_schema": patterns},
+        }
 
 
 class TargetName:

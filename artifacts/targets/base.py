@@ -1,28 +1,34 @@
 """What the product asks of a runtime: its rules as data, and as functions of numbers.
 
 A Target knows no graph. Placement (torch), lowering and lint (onnx) and the runners read it and apply it to graphs of
-their own; lint hands it plain descriptions of nodes.
+their own; lint hands it plain descriptions of nodes. numpy is imported where it computes, so that checking a recipe
+takes no time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-import numpy as np
-import numpy.typing as npt
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
+CodeType = Literal["int8", "uint8"]
 FloatType = Literal["float32", "float16"]
 BiasType = Literal["int32", "float"]
 # Which inputs of a residual Add carry quantizers: both, the skip connection alone, or none.
 Residual = Literal["none", "skip", "both"]
-Codes = type[np.signedinteger[Any]] | type[np.unsignedinteger[Any]]
 
 # Kernels with 16-bit sums add two products: max(code) * (|w1| + |w2|) has to stay within this.
 INT16_MAX = 32767
 # |bias| / (s_x s_w) stays below this where a bias is int32: half of the type's range.
 BIAS_LIMIT = 2.0**30
+_CODE_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
+# The smallest positive number and the largest. float16's are 2^-24 apart below 2^-14, where scales get coarse; float32
+# holds whatever was trained in it.
+_SCALE_RANGES = {"float16": (2.0**-24, 65504.0), "float32": (0.0, 3.4028234663852886e38)}
 
 
 @dataclass(frozen=True)
@@ -136,11 +142,11 @@ class Target:
 
     name: str
     title: str
-    activation_type: Codes
+    activation_type: CodeType
     zero_points: bool
     sum_limit: int | None = None
     float_types: tuple[FloatType, ...] = ("float32",)
-    scale_type: type[np.floating[Any]] = np.float32
+    scale_type: FloatType = "float32"
     bias_type: BiasType = "float"
     float_weights: bool = False
     residual: Residual = "skip"
@@ -158,8 +164,7 @@ class Target:
     @property
     def code_range(self) -> tuple[int, int]:
         """Smallest and largest code of `activation_type`."""
-        limits = np.iinfo(self.activation_type)
-        return int(limits.min), int(limits.max)
+        return _CODE_RANGES[self.activation_type]
 
     @property
     def largest_nonnegative(self) -> int:
@@ -185,18 +190,20 @@ class Target:
     @property
     def smallest_scale(self) -> float:
         """The smallest scale that is stored as something else than 0; 0 where float32 is stored, which holds any."""
-        return 0.0 if self.scale_type is np.float32 else float(np.finfo(self.scale_type).smallest_subnormal)
+        return _SCALE_RANGES[self.scale_type][0]
 
     @property
     def largest_scale(self) -> float:
         """The largest scale that is stored as a finite number."""
-        return float(np.finfo(self.scale_type).max)
+        return _SCALE_RANGES[self.scale_type][1]
 
     def scale_up(self, scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """The smallest stored values that are not below scales; none is above `largest_scale`. Any shape, float32."""
+        import numpy as np
+
         stored = scale.astype(self.scale_type)
         below = stored.astype(np.float32) < scale
-        raised = np.where(below, np.nextafter(stored, self.scale_type(np.inf)), stored)
+        raised = np.where(below, np.nextafter(stored, stored.dtype.type(np.inf)), stored)
         result: npt.NDArray[np.float32] = raised.astype(np.float32)
         return result
 

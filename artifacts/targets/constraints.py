@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
+from typing import TYPE_CHECKING
 
 from artifacts.targets.base import BIAS_LIMIT, Residual, Target, activation_codes, weight_codes
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 _RESIDUALS: tuple[Residual, ...] = ("none", "skip", "both")
 
@@ -81,7 +83,7 @@ class Constraints:
 
     @property
     def _narrow(self) -> Sequence[Target]:
-        return [target for target in self.targets if target.scale_type is not np.float32]
+        return [target for target in self.targets if target.scale_type != "float32"]
 
     def weight_scale(
         self,
@@ -102,6 +104,8 @@ class Constraints:
             The folded scales before they are rounded to stored values, and which channels had to be raised. A channel
             that BN multiplies by 0 has codes 0 whatever its scale; it keeps the one it has.
         """
+        import numpy as np
+
         folded = scale * np.abs(multiplier)
         smallest = np.full_like(folded, max(target.smallest_scale for target in self.targets))
         if input_scale is not None and any(target.bias_type == "int32" for target in self.targets):
@@ -117,6 +121,8 @@ class Constraints:
         raised: npt.NDArray[np.bool_],
     ) -> npt.NDArray[np.float32]:
         """The trained scales that fold to stored ones, float32 of shape [C]; see `weight_scale` for the arguments."""
+        import numpy as np
+
         changed = (multiplier != 0) if self._narrow else raised
         # The division's rounding alone must not make a scale smaller.
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from artifacts.targets.base import INT16_MAX, Broken, ClipNode, LayerNode, Node, QuantizeNode, Target
 
 
@@ -37,7 +35,7 @@ def _layer(node: LayerNode) -> Iterator[Broken]:
                 f"16-bit sums saturate on x86 without VNNI: {sums}",
                 "train with `targets: [onnxruntime]`, which limits this weight to 7 bits",
             )
-    if node.operation == "Gemm" and node.constant_bias:
+    if node.operation == "Gemm" and node.constant_bias and node.input_quantized and node.weight_quantized:
         yield Broken("QGemm needs an int32 bias behind a DequantizeLinear", "export again")
 
 
@@ -45,7 +43,7 @@ ONNXRUNTIME = Target(
     name="onnxruntime",
     title="ONNX Runtime",
     # x86 kernels for signed activations are slower than float; unsigned ones take any zero point.
-    activation_type=np.uint8,
+    activation_type="uint8",
     zero_points=True,
     # The u8*s8 kernels of x86 without VNNI add two products in 16 bits, and saturate silently.
     sum_limit=INT16_MAX,

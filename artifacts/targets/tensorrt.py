@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from artifacts.targets.base import Broken, LayerNode, Node, QuantizeNode, Target
 
 
@@ -33,11 +31,11 @@ TENSORRT = Target(
     name="tensorrt",
     title="TensorRT",
     # It has no unsigned INT8: it reads UINT8 as INT8 with the same scale and silently clips half of the range.
-    activation_type=np.int8,
+    activation_type="int8",
     zero_points=False,
     # Strongly typed, it runs the float parts in the file's own type; float16 is what a board wants.
     float_types=("float16", "float32"),
-    scale_type=np.float16,
+    scale_type="float16",
     bias_type="float",
     float_weights=True,
     # It fuses an Add with the convolution before it, where a quantizer only adds work.

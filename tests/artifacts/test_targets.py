@@ -105,6 +105,7 @@ GOOD_ACTIVATION = {"of_constant": False, "zero_point_is_zero": True, "scalar_sca
         ("onnxruntime", LayerNode("Conv", True, True, True, 255, 65, depthwise=True), ""),
         ("onnxruntime", LayerNode("Conv", True, True, False), "weights are stored as integers"),
         ("onnxruntime", LayerNode("Gemm", True, True, True, 127, 127, constant_bias=True), "int32 bias"),
+        ("onnxruntime", LayerNode("Gemm", False, False, constant_bias=True), ""),
         ("onnxruntime", ClipNode(True), "a float Clip before a quantizer"),
         ("tensorrt", QuantizeNode(zero_point_type="INT8", **GOOD_ACTIVATION), ""),
         ("tensorrt", QuantizeNode(zero_point_type="UINT8", **GOOD_ACTIVATION), "reads UINT8"),

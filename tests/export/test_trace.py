@@ -19,8 +19,11 @@ from crqat_train.config import QuantizationConfig
 from crqat_train.graph import trace
 from crqat_train.methods import LSQQuantizer
 from crqat_train.quantized_model import quantize_model
+from export.graph import macs, split_macs
+from export.lint import left_in_float, lint
 from export.qdq import float_model
 from export.trace import marked_graph
+from export.verify import verify
 from tests.export.conftest import Quantized, initializer, nodes, quantize, random_images, sane_bn, session
 
 # A float32 computation of these networks is off by as much as torch's own is, seen from float64; another order of the
@@ -195,3 +198,37 @@ def test_what_the_exporter_cannot_write_is_said_in_a_sentence(capfd: pytest.Capt
     with pytest.raises(UsageError, match=r"^model\.name: torch's ONNX exporter cannot write .*bessel_j0.*Replace that"):
         quantized.file("onnxruntime")
     assert "graph(" not in capfd.readouterr().out
+
+
+class Shared(nn.Module):
+    """Two layers and an Add read one tensor; a linear layer after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.branch, self.side = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.stem(x)))
+        x = torch.relu(self.branch(x) + self.side(x) + x)
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("pattern", ["stem", "branch", "fc"])
+def test_a_layer_that_is_kept_in_float_is_named_priced_and_verified(pattern: str) -> None:
+    images = random_images(4, 3, 8, 8)
+    config = QuantizationConfig(float_layers={"all": (pattern,)})
+    made = quantize(sane_bn(Shared(), images), images, config=config)
+    amounts = {"stem": 64 * 8 * 27, "branch": 64 * 8 * 72, "side": 64 * 8 * 8, "fc": 80}
+    assert macs(made.graph) == amounts
+    asked, kept = split_macs(made.graph)
+    assert asked == {name: amount for name, amount in amounts.items() if name != pattern}
+    assert kept == {"macs": {pattern: amounts[pattern]}, "share": amounts[pattern] / sum(amounts.values())}
+    files = made.files()
+    for target, file in files.items():
+        assert lint(file.model, target) == []
+        assert left_in_float(file.model) == {pattern: "input and weight"}
+    for entry in verify(made.model, made.grids, files, images.numpy()).values():
+        assert entry["status"] == "passed"
+        assert entry["codes"] > 0
