@@ -30,8 +30,8 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from torch import nn
 
 from artifacts.images import Preprocessing
+from artifacts.targets import Residual
 from crqat_train import data, models
-from crqat_train.layout import Residual
 from export.qdq import float_model
 from export.quantized import Quantized, quantize_network
 from export.simulate import simulate

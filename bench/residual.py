@@ -19,8 +19,8 @@ from typing import Any, get_args
 import numpy as np
 import onnx
 
+from artifacts.targets import Residual
 from bench.infer import METADATA, Case, calibrated, cases
-from crqat_train.layout import Residual
 from export.graph import macs
 from pipeline.console import show_table
 from runtime_eval.client import Worker

@@ -30,8 +30,8 @@ from crqat_train.calibration import calibrate
 from crqat_train.config import ConsistencyConfig, OptimizerConfig, QuantizationConfig
 from crqat_train.consistency import ConsistencyTraining
 from crqat_train.fit import Fit
-from crqat_train.layout import quantize_model
-from crqat_train.methods import METHODS, MIN_SCALE
+from crqat_train.methods import METHODS
+from crqat_train.quantized_model import quantize_model
 from crqat_train.resume import SAVE_EVERY, Keeper, Training
 from pipeline.console import show_table
 from runtime_eval import device
@@ -85,20 +85,18 @@ class Bench:
     def ours_step(self, teacher: str, compiled: bool) -> Step:
         """QAT ("none") or CR-QAT ("ema")."""
         float_model = copy.deepcopy(self.network).eval()
-        student, specs = quantize_model(
+        student = quantize_model(
             float_model, self.calibration[0][:2], QuantizationConfig(), ("onnxruntime",), METHODS["lsq"]
         )
-        calibrate(student, specs, self.calibration)
+        calibrate(student, self.calibration)
         config = ConsistencyConfig(teacher=teacher)  # type: ignore[arg-type]
         training = ConsistencyTraining(student, float_model, config, torch.compile if compiled else lambda m: m)
-        scales = [p.detach() for name, p in student.named_parameters() if name.startswith("quantizers.")]
         optimizer, batches, count = sgd(student), self.endless(training.views), iter(range(1 << 30))
         student.train()
 
         def step() -> None:
             *images, labels = next(batches)
             update(optimizer, training.loss(images, labels, 1.0))
-            torch._foreach_clamp_min_(scales, MIN_SCALE)
             training.after_step(next(count))
 
         return step
@@ -106,7 +104,7 @@ class Bench:
     def save(self, states: Path) -> Step:
         """One state of a CR-QAT training: three networks, momentum, the place in the images."""
         float_model = copy.deepcopy(self.network).eval()
-        student, _ = quantize_model(
+        student = quantize_model(
             float_model, self.calibration[0][:2], QuantizationConfig(), ("onnxruntime",), METHODS["lsq"]
         )
         cpu, generators = torch.device("cpu"), Generators.of(0, torch.device("cpu"))

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from crqat_train import distributed
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, weight_node
-from crqat_train.methods import ActivationObserver, calibrate_weight, quantizer_of
+from crqat_train.methods import ActivationObserver, calibrate_weight, quantizer_of, specs_of
 
 Hook = Callable[[Any, tuple[Tensor], Tensor], Tensor | None]
 
@@ -38,23 +38,21 @@ def _pass_through(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
 
 
 @contextmanager
-def only(model: fx.GraphModule, specs: Sequence[QuantizerSpec], active: Sequence[QuantizerSpec]) -> Iterator[None]:
+def only(model: fx.GraphModule, active: Sequence[QuantizerSpec]) -> Iterator[None]:
     """Within the context every quantizer but the active ones passes its input through."""
-    with hooked(model, [(spec, _pass_through) for spec in specs if spec not in active]):
+    with hooked(model, [(spec, _pass_through) for spec in specs_of(model) if spec not in active]):
         yield
 
 
 @torch.no_grad()
-def observe(
-    model: fx.GraphModule, specs: Sequence[QuantizerSpec], batches: Iterable[Tensor]
-) -> dict[str, ActivationObserver]:
+def observe(model: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, ActivationObserver]:
     """What every activation's quantizer reads in the float network, by edge; over all ranks.
 
     Args:
         model: Quantized, in eval mode.
-        specs: Its quantizers.
         batches: Normalized images, float32 of shape [N, C, H, W] each.
     """
+    specs = specs_of(model)
     observers = {spec.edge: ActivationObserver() for spec in specs if spec.kind == "activation"}
 
     def look_at(spec: QuantizerSpec) -> Hook:
@@ -64,7 +62,7 @@ def observe(
         return look
 
     looks = [(spec, look_at(spec)) for spec in specs if spec.kind == "activation"]
-    with hooked(model, looks), only(model, specs, []):
+    with hooked(model, looks), only(model, []):
         for batch in batches:
             own = distributed.share(batch)
             if len(own):
@@ -75,19 +73,16 @@ def observe(
 
 
 @torch.no_grad()
-def calibrate(
-    model: fx.GraphModule, specs: Sequence[QuantizerSpec], batches: Iterable[Tensor], calibration: str = "mse"
-) -> None:
+def calibrate(model: fx.GraphModule, batches: Iterable[Tensor], calibration: str = "mse") -> None:
     """Start every range from training images.
 
     Args:
         model: Quantized, in eval mode.
-        specs: Its quantizers.
         batches: Normalized training images, float32 of shape [N, C, H, W] each.
         calibration: See `crqat_train.config.QuantizationConfig`.
     """
-    observers = observe(model, specs, batches)
-    for spec in specs:
+    observers = observe(model, batches)
+    for spec in specs_of(model):
         if spec.kind == "activation":
             observers[spec.edge].calibrate(quantizer_of(model, spec), calibration)
         else:
@@ -99,7 +94,7 @@ def weight_of(model: fx.GraphModule, spec: QuantizerSpec) -> Tensor:
     return parameter(model, weight_node(model, spec))
 
 
-def rounded_weights(model: fx.GraphModule, specs: Sequence[QuantizerSpec]) -> dict[str, npt.NDArray[np.float32]]:
+def rounded_weights(model: fx.GraphModule) -> dict[str, npt.NDArray[np.float32]]:
     """Weight edge name to what its Grid rounds: the latent weight, or what the method makes of it."""
-    weights = [spec for spec in specs if spec.kind == "weight"]
+    weights = [spec for spec in specs_of(model) if spec.kind == "weight"]
     return {s.edge: quantizer_of(model, s).values(weight_of(model, s)).detach().numpy() for s in weights}

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -105,9 +106,23 @@ class Checkpoints:
                 path.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
     """Write a safetensors file. A full disk is an OSError here, which safetensors' own function does not raise."""
-    path.write_bytes(safetensors.torch.save(tensors))
+    path.write_bytes(safetensors.torch.save(tensors, header))
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The texts that a safetensors file was written with; empty if there are none.
+
+    Raises:
+        UsageError: It is missing or is no safetensors file; the message names it.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        msg = f"{path}: not a readable safetensors file ({error})"
+        raise UsageError(msg) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

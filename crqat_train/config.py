@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
 from artifacts.config import STRICT, Range
+from artifacts.targets import ByTarget, TargetName
 
 Bits = Annotated[int, Range(ge=2, le=8)]
-Target = Literal["onnxruntime", "tensorrt"]
+Target = Annotated[str, TargetName()]
 # Of images in folders, where the recipe does not say: what ImageNet's networks were evaluated with.
 FOLDER_SIZE, FOLDER_CROP = 256, 224
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
@@ -181,6 +182,10 @@ class QuantizationConfig:
         last_layer: Bits of the last layer's input and weights.
         overrides: Widths by layer, before all of the above: a layer's name such as "layer1.0.conv1", or a pattern with
             `*`, `?` and `[...]`. The longest pattern counts; see `crqat_train.overrides`.
+        float_layers: Convolutions and linear layers that carry no quantizers, on their input neither, by name or
+            pattern as in `overrides`. A list is for all targets; a mapping gives one for each target by name. One
+            placement serves all files, so a layer that is named for any target of the recipe is float in training and
+            in every file.
         calibration: Where ranges start: "mse" at the smallest mean squared rounding error, "minmax" at the largest
             value seen, "percentile" where 99.99 % of an activation's values that are not 0 fit, weights as "minmax".
         calibration_images: Training images from which the ranges start.
@@ -194,6 +199,7 @@ class QuantizationConfig:
     first_layer: Bits = 8
     last_layer: Bits = 8
     overrides: dict[str, Override] = field(default_factory=dict)
+    float_layers: Annotated[dict[str, tuple[str, ...]], ByTarget()] = field(default_factory=dict)
     calibration: Literal["mse", "minmax", "percentile"] = "mse"
     calibration_images: Annotated[int, Range(ge=1)] = 512
 

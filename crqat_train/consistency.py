@@ -8,15 +8,18 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from crqat_train.config import ConsistencyConfig
+from crqat_train.distributed import unwrapped
+from crqat_train.quantized_model import QuantizedModel
 
 
-def consistency_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def consistency_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
     """KL(teacher || student) of softened predictions, averaged over the batch, times the temperature squared.
 
     Args:
@@ -45,7 +48,7 @@ def ema_alpha(step: int, decay: float) -> float:
     return min(1.0 - 1.0 / (step + 1), decay)
 
 
-class EMATeacher:
+class WeightAverage:
     """theta' <- alpha theta' + (1 - alpha) theta, matched by name.
 
     Weights, BN affine parameters, quantizer scales and floating-point buffers are averaged, BN running statistics among
@@ -80,6 +83,45 @@ class EMATeacher:
             torch._foreach_copy_(self._copy[0], self._copy[1])
 
 
+class EMATeacher:
+    """A copy of a network whose tensors follow the network's as an exponential moving average.
+
+    Call it on the weakly augmented view of a batch, and `update` after each optimizer step. It counts its own steps:
+    step t uses alpha = min(1 - 1/(t + 1), decay), so the first update copies the student.
+
+    Args:
+        student: The network that is trained; DistributedDataParallel and torch.compile wrappers are looked through.
+        decay: Largest alpha of theta' <- alpha theta' + (1 - alpha) theta.
+
+    Attributes:
+        model: The teacher's network, in eval mode, without gradients. It is what to export.
+        steps: Updates so far; set it when a training is resumed.
+
+    Raises:
+        ValueError: `decay` is not in [0, 1).
+    """
+
+    def __init__(self, student: nn.Module, decay: float = 0.99) -> None:
+        if not 0 <= decay < 1:
+            msg = f"decay is {decay:g}, not in [0, 1)"
+            raise ValueError(msg)
+        inner = unwrapped(student)
+        self.model: Any = copy.deepcopy(inner).eval().requires_grad_(False)
+        self.decay, self.steps = decay, 0
+        self._average = WeightAverage(self.model, inner)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The teacher's logits of shape [N, classes], without gradient, for images of shape [N, C, H, W]."""
+        with torch.no_grad():
+            logits: Tensor = self.model(images)
+        return logits
+
+    def update(self) -> None:
+        """Move the teacher towards the student; nothing waits for the device."""
+        self._average.update(ema_alpha(self.steps, self.decay))
+        self.steps += 1
+
+
 class ConsistencyTraining:
     """What a step of QAT minimizes, with the teacher that belongs to it; plain QAT is the one without a teacher.
 
@@ -96,18 +138,18 @@ class ConsistencyTraining:
 
     def __init__(
         self,
-        student: fx.GraphModule,
+        student: QuantizedModel,
         float_model: nn.Module,
         config: ConsistencyConfig,
         compile_model: Callable[[nn.Module], Callable[[Tensor], Tensor]],
     ) -> None:
         self.config = config
         self._student = compile_model(student)
-        self.teacher: fx.GraphModule | None = None
+        self.teacher: QuantizedModel | None = None
         self._teach: Callable[[Tensor], Tensor] | None = None
         if config.teacher == "ema":
-            self.teacher = copy.deepcopy(student).eval().requires_grad_(False)
-            self._average = EMATeacher(self.teacher, student)
+            self._average = EMATeacher(student, config.ema_decay)
+            self.teacher = self._average.model
         # With weight 0 the teacher is an average of the student's weights and nothing else: it costs no forward pass.
         if self.teacher is not None and config.weight > 0:
             self._teach = compile_model(self.teacher)
@@ -134,4 +176,5 @@ class ConsistencyTraining:
     def after_step(self, step: int) -> None:
         """Move the teacher after optimizer step `step`, from 0."""
         if self.teacher is not None:
-            self._average.update(ema_alpha(step, self.config.ema_decay))
+            self._average.steps = step  # a resumed training counts on
+            self._average.update()

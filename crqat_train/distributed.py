@@ -320,3 +320,14 @@ def synchronized_norms(model: nn.Module, on: bool) -> Iterator[None]:
     finally:
         for name, norm in norms.items():
             model.set_submodule(name, norm)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The network inside DistributedDataParallel, DataParallel or torch.compile wrappers."""
+    while True:
+        inner = getattr(model, "_orig_mod", None)
+        if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner

@@ -14,9 +14,37 @@ from artifacts.errors import UsageError
 from artifacts.progress import Progress
 from crqat_train import distributed
 from crqat_train.config import OptimizerConfig
-from crqat_train.methods import MIN_SCALE, Quantizer
+from crqat_train.methods import Quantizer
 
 _WARM_UP = 0.05
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer.
+
+    Convolution and linear weights are decayed; biases and BatchNorm parameters are not, and neither are the quantizers'
+    scales, which have as many dimensions as the weights that they belong to. PACT's clipping levels are decayed, as in
+    its paper (arXiv 1805.06085).
+
+    Args:
+        model: A float or quantized network.
+        weight_decay: Of the decayed groups.
+
+    Returns:
+        Four groups, some of which may be empty: the network's weights, its other parameters, the quantizers' parameters
+        and PACT's levels.
+    """
+    model = distributed.unwrapped(model)
+    levels = {f"{n}.scale" for n, m in model.named_modules() if isinstance(m, Quantizer) and m.decays_scale}
+    network = [p for n, p in model.named_parameters() if not is_step(n)]
+    quantizers = [(n, p) for n, p in model.named_parameters() if is_step(n)]
+    groups = [
+        (weight_decay, [p for p in network if p.ndim > 1]),
+        (0.0, [p for p in network if p.ndim <= 1]),
+        (0.0, [p for n, p in quantizers if n not in levels]),
+        (weight_decay, [p for n, p in quantizers if n in levels]),
+    ]
+    return [{"params": params, "weight_decay": decay} for decay, params in groups]
 
 
 class Fit:
@@ -33,19 +61,8 @@ class Fit:
     ) -> None:
         self.model, self.section, self.name, self.device, self.progress = model, section, name, device, progress
         self.steps, self.steps_done, self.epochs_done = section.epochs * steps_per_epoch, 0, 0
-        # PACT's L2 on its clipping levels is the weight decay that weights have.
-        levels = {f"{n}.scale" for n, m in model.named_modules() if isinstance(m, Quantizer) and m.decays_scale}
-        network = [p for n, p in model.named_parameters() if not is_step(n)]
-        quantizers = [(n, p) for n, p in model.named_parameters() if is_step(n)]
-        decayed = [
-            (section.weight_decay, [p for p in network if p.ndim > 1]),
-            (0.0, [p for p in network if p.ndim <= 1]),
-            (0.0, [p for n, p in quantizers if n not in levels]),
-            (section.weight_decay, [p for n, p in quantizers if n in levels]),
-        ]
-        groups = [{"params": params, "weight_decay": decay, "factor": 1.0} for decay, params in decayed]
+        groups = [{**group, "factor": 1.0} for group in parameter_groups(model, section.weight_decay)]
         self.optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=0.9, nesterov=True)
-        self._scales = [parameter.detach() for name, parameter in model.named_parameters() if is_scale(name)]
         self.loss_sum = torch.zeros((), device=device)
         self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
 
@@ -68,7 +85,7 @@ class Fit:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
     def step(self, loss: Tensor) -> None:
-        """One optimizer step on a scalar loss; scales stay positive, and nothing in here waits for the device."""
+        """One optimizer step on a scalar loss; nothing in here waits for the device."""
         warm_up = max(1.0, _WARM_UP * self.steps)
         cosine = 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
         for group in self.optimizer.param_groups:
@@ -76,8 +93,6 @@ class Fit:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
-        if self._scales:
-            torch._foreach_clamp_min_(self._scales, MIN_SCALE)
         distributed.average_statistics(self.model)
         self.loss_sum += loss.detach()
         self.steps_done += 1

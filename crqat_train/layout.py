@@ -11,12 +11,13 @@ import copy
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor, fx, nn
-from torch.nn import functional
 
+from artifacts import targets as runtimes
 from artifacts.errors import UsageError
+from artifacts.targets import Residual, is_depthwise
+from crqat_train import overrides
 from crqat_train.config import QuantizationConfig
 from crqat_train.graph import (
     batch_norm_after,
@@ -33,12 +34,10 @@ from crqat_train.graph import (
     trace,
 )
 from crqat_train.nncf_bridge import Hooks, ask_layout, name_operations
-from crqat_train.overrides import Layer, widths
 from crqat_train.refusals import check_module, check_pools
 
-Residual = Literal["both", "skip", "none"]
-# The u8*s8 kernels of x86 without VNNI add two products in 16 bits: max(code) * (|w1| + |w2|) has to stay within this.
-INT16_MAX = 32767
+# Key of an FX node's `meta`: NNCF's name of a layer that the recipe keeps in float.
+FLOAT_LAYER = "crqat_float_layer"
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,11 @@ class QuantizerSpec:
     @property
     def operation(self) -> str:
         """The module path or operation that the edge belongs to, for people: "layer1.0.conv1"."""
-        return _operation(self.edge)
+        return operation_of(self.edge)
 
 
-def _operation(edge: str) -> str:
+def operation_of(edge: str) -> str:
+    """The module path or operation that an edge belongs to, for people."""
     name = edge.split(".", 1)[1].rsplit("__", 1)[0]
     return ".".join(name.split("/")[:-2]) or name
 
@@ -95,7 +95,7 @@ class _Place:
     consumer: fx.Node | None
 
 
-def quantize_model(
+def insert_quantizers(
     model: nn.Module,
     example: Tensor,
     config: QuantizationConfig,
@@ -109,10 +109,9 @@ def quantize_model(
         model: Float network; it is not changed.
         example: Input of shape [N, C, H, W], float32.
         config: Widths.
-        targets: "onnxruntime", "tensorrt" or both.
+        targets: Names of runtimes; see `artifacts.targets`.
         make_quantizer: Called once for each spec.
-        residual: Which inputs of a residual Add are quantized; None takes what the targets want: ONNX Runtime fuses an
-            Add only with both, TensorRT fuses it with the convolution before it, where a quantizer only adds work.
+        residual: Which inputs of a residual Add are quantized; None takes what the targets want.
 
     Returns:
         A GraphModule that keeps the model's state dict keys and has the quantizers under `quantizers.NAME`, and their
@@ -128,20 +127,27 @@ def quantize_model(
     check_module(model)
     model = copy.deepcopy(model).eval()
     hooks = ask_layout(model, example)
+    in_float = _in_float(hooks, config, targets)
+    if in_float:
+        hooks = ask_layout(model, example, in_float)
     graph_module = trace(model)
     names_of_nodes, places = _map_hooks(graph_module, model, example, hooks)
+    for node, name in names_of_nodes.items():
+        if name in in_float:
+            node.meta[FLOAT_LAYER] = name
     groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
     # NNCF quantizes the weight of a LayerNorm, too: no runtime computes one in integers, it would only cost accuracy.
     groups = [group for group in groups if not (group[2] and is_layer_norm(_reader(group[3][0])))]
-    if "onnxruntime" in targets:
+    constraints = runtimes.union(targets)
+    if constraints.quantize_before_activation:
         groups += _before_activations(graph_module, names_of_nodes, places)
-    residual = residual or ("both" if "onnxruntime" in targets else "skip")
+    residual = residual or constraints.residual
     if residual != "both":
         dropped = _conv_branches(graph_module, groups)
         groups = [group for group in groups if group[0][0] not in dropped]
     if residual == "none":
         groups = _without_skips(groups)
-    specs = _constrain(graph_module, example, groups, config, targets)
+    specs = _constrain(graph_module, example, groups, config, constraints)
     holder = nn.ModuleDict({spec.module_name: make_quantizer(spec) for spec in specs})
     if len(holder) != len(specs):
         msg = f"model.name: {type(model).__name__} has operations whose names differ only in punctuation; rename one"
@@ -152,6 +158,14 @@ def quantize_model(
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, specs
+
+
+def _in_float(hooks: Hooks, config: QuantizationConfig, targets: Sequence[str]) -> list[str]:
+    """NNCF's names of the operations that `float_layers` keeps in float."""
+    edges = [names[0] for names, _, weight in hooks.groups if weight]
+    layers = {edge.split(".", 1)[1].rsplit("__", 1)[0].replace(":", "."): operation_of(edge) for edge in edges}
+    chosen = overrides.in_float(config.float_layers, targets, sorted(layers.values()))
+    return [operation for operation, name in layers.items() if name in chosen]
 
 
 def _map_hooks(
@@ -213,7 +227,7 @@ _Groups = list[tuple[tuple[str, ...], "int | None", bool, list[_Place]]]
 def _before_activations(
     graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], places: dict[str, _Place]
 ) -> _Groups:
-    """Quantizers that NNCF does not ask for: between a convolution and an activation that ONNX Runtime does not fuse.
+    """Quantizers that NNCF does not ask for: between a convolution and an activation that is not fused with it.
 
     Without them the convolution itself would run in float.
     """
@@ -224,7 +238,7 @@ def _before_activations(
             continue
         source = activation.all_input_nodes[0]
         producer = source.all_input_nodes[0] if is_batch_norm(graph_module, source) else source
-        if is_matmul(producer) and source not in quantized:
+        if is_matmul(producer) and source not in quantized and FLOAT_LAYER not in producer.meta:
             quantized.add(source)
             name = f"post_hooks.{names_of_nodes[source].replace('.', ':')}__0.0"
             groups.append(((name,), None, False, [_Place(source, None)]))
@@ -269,7 +283,7 @@ def _constrain(
     example: Tensor,
     groups: _Groups,
     config: QuantizationConfig,
-    targets: Sequence[str],
+    constraints: runtimes.Constraints,
 ) -> list[QuantizerSpec]:
     """The codes of each quantizer: signedness from the graph, widths from the recipe, within the targets' limits."""
     activation_at = {place: names[0] for names, _, weight, places in groups if not weight for place in places}
@@ -294,9 +308,9 @@ def _constrain(
 
     last_input = edge_into(matmuls[-1]) if matmuls else None
     readers = [(names[0], _reader(places[0])) for names, _, weight, places in groups if weight]
-    layers = [Layer(edge, _operation(edge), edge_into(node)) for edge, node in readers if is_matmul(node)]
+    layers = [overrides.Layer(edge, operation_of(edge), edge_into(node)) for edge, node in readers if is_matmul(node)]
     free = [names[0] for names, _, weight, places in groups if not weight and not feeds_float(places)]
-    overridden = widths(config.overrides, layers, {edge: _operation(edge) for edge in free})
+    overridden = overrides.widths(config.overrides, layers, {edge: operation_of(edge) for edge in free})
     specs: dict[str, QuantizerSpec] = {}
     for names, _, weight, places in groups:
         if weight:
@@ -309,12 +323,8 @@ def _constrain(
         elif feeds_float(places):
             bits = 8  # what it feeds is computed in float: fewer bits would only cost accuracy
         bits = overridden.get(names[0], bits)
-        if all(is_nonnegative(graph_module, place.source) for place in places):
-            # TensorRT has no unsigned INT8: for it, 8 bits are the upper half of the signed range. ONNX Runtime alone
-            # takes all of them: then its file needs no Clip behind a ReLU, and the weights that follow get 7 bits.
-            qmin, qmax = 0, min(2**bits - 1, 127 if "tensorrt" in targets else 255)
-        else:
-            qmin, qmax = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+        nonnegative = all(is_nonnegative(graph_module, place.source) for place in places)
+        qmin, qmax = constraints.activation_codes(bits, nonnegative)
         specs[names[0]] = QuantizerSpec(names[0], names, "activation", bits, qmin, qmax, None, example.ndim)
     ordered = []
     for names, channels, weight, places in groups:
@@ -332,19 +342,12 @@ def _constrain(
         elif node is matmuls[-1]:
             bits = config.last_layer
         bits = overridden.get(names[0], bits)
-        asked, input_edge = bits, edge_into(node)
+        input_edge = edge_into(node)
         fed = specs.get(input_edge or "")
-        depthwise = bool(
-            node.target != functional.linear
-            and weights.ndim == 4
-            and weights.shape[1] == 1
-            and (weights.shape[0] == convolution_groups(node))
-        )
-        if "onnxruntime" in targets and fed is not None and not depthwise:
-            while 2 * (fed.qmax - fed.qmin) * _weight_range(bits)[1] > INT16_MAX:
-                bits -= 1
-        qmin, qmax = _weight_range(bits)
-        reason = "" if bits == asked else f"{asked} bits could saturate ONNX Runtime's 16-bit sums behind its input"
+        depthwise = is_depthwise(weights.shape, convolution_groups(node))
+        codes = None if fed is None else fed.qmax - fed.qmin
+        bits, reason = constraints.weight_bits(bits, codes, depthwise)
+        qmin, qmax = runtimes.weight_codes(bits)
         ordered.append(
             QuantizerSpec(
                 names[0],
@@ -363,17 +366,13 @@ def _constrain(
     return ordered
 
 
-def _weight_range(bits: int) -> tuple[int, int]:
-    return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-
-
 def codes_at(spec: QuantizerSpec, bits: int) -> tuple[int, int]:
     """Smallest and largest code of a quantizer at another width than its own, whatever the targets say of it."""
     if bits == spec.bits:
         return spec.qmin, spec.qmax
     if spec.kind == "weight":
-        return _weight_range(bits)
-    return (0, 2**bits - 1) if spec.qmin == 0 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        return runtimes.weight_codes(bits)
+    return runtimes.activation_codes(bits, spec.qmin == 0)
 
 
 def _insert(graph: fx.Graph, target: str, places: list[_Place]) -> None:

@@ -16,7 +16,7 @@ from crqat_train.config import QATConfig
 from crqat_train.fit import Fit
 from crqat_train.graph import parameter
 from crqat_train.layout import codes_at, weight_node
-from crqat_train.methods import LSQQuantizer, Quantizer
+from crqat_train.methods import MIN_SCALE, LSQQuantizer, Quantizer
 
 _Compile = Callable[[nn.Module], Callable[..., Tensor]]
 
@@ -134,7 +134,7 @@ class OscillationDamping(nn.Module):
         """The sum over all quantized weights, a scalar."""
         terms = []
         for weight, quantizer in self._pairs:
-            scale = quantizer.scale.detach()
+            scale = quantizer.scale.detach().clamp_min(MIN_SCALE)
             inside = torch.clamp(quantizer.values(weight), scale * quantizer.qmin, scale * quantizer.qmax)
             terms.append((quantizer(weight.detach()).detach() - inside).square().sum())
         return torch.stack(terms).sum()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -49,12 +50,13 @@ class _Chain(nn.Module):
         return input
 
 
-def ask_layout(model: nn.Module, example: Tensor) -> Hooks:
+def ask_layout(model: nn.Module, example: Tensor, in_float: Sequence[str] = ()) -> Hooks:
     """Ask NNCF's own placement algorithm, with all activations per tensor; one eval forward, nothing is calibrated.
 
     Args:
         model: Float network in eval mode; it is not changed.
         example: Input of shape [N, C, H, W], float32.
+        in_float: Names of operations, as in the answer, that are not to be quantized: NNCF's ignored scope.
 
     Raises:
         UsageError: The network's forward fails on the example; the message names file and line.
@@ -83,6 +85,7 @@ def ask_layout(model: nn.Module, example: Tensor) -> Hooks:
     algorithm = MinMaxQuantization(
         preset=QuantizationPreset.PERFORMANCE,
         target_device=nncf.TargetDevice.ANY,
+        ignored_scope=nncf.IgnoredScope(names=list(in_float)),
         overflow_fix=OverflowFix.DISABLE,
         activations_quantization_params=QuantizationParameters(per_channel=False),
     )

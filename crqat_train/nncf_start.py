@@ -11,13 +11,15 @@ from typing import Literal
 import torch
 from torch import Tensor, fx
 
+from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from artifacts.progress import Progress
 from crqat_train import data, models
 from crqat_train.config import TrainConfig
-from crqat_train.layout import QuantizerSpec, quantize_model
-from crqat_train.methods import MIN_SCALE, Quantizer, quantizer_maker, quantizer_of
+from crqat_train.layout import QuantizerSpec
+from crqat_train.methods import MIN_SCALE, Quantizer, quantizer_maker, quantizer_of, specs_of
 from crqat_train.nncf_checkpoint import Checkpoint, NNCFQuantizer, read
+from crqat_train.quantized_model import quantize_model
 
 # kept: the same step and zero point. rescaled: the same range in other codes. calibrated: the checkpoint has no range
 # for it. dropped: the checkpoint quantizes an edge that the targets leave in float.
@@ -40,14 +42,11 @@ class Edge:
 
 
 @torch.no_grad()
-def take_ranges(
-    student: fx.GraphModule, specs: Sequence[QuantizerSpec], checkpoint: Checkpoint, targets: Sequence[str]
-) -> list[Edge]:
+def take_ranges(student: fx.GraphModule, checkpoint: Checkpoint, targets: Sequence[str]) -> list[Edge]:
     """Start the quantizers from a checkpoint's ranges; those without one keep what they have.
 
     Args:
         student: The quantized GraphModule, calibrated.
-        specs: Its quantizers.
         checkpoint: Of the same network.
         targets: Of the recipe.
 
@@ -57,6 +56,7 @@ def take_ranges(
     Raises:
         UsageError: A zero point other than 0 where the quantizer or the target takes none.
     """
+    specs = specs_of(student)
     by_hook = {hook: quantizer for quantizer in checkpoint.quantizers for hook in quantizer.hooks}
     edges = []
     for spec in specs:
@@ -77,10 +77,12 @@ def _take(quantizer: Quantizer, spec: QuantizerSpec, found: NNCFQuantizer | None
     step = torch.from_numpy(grid.scale.copy()).to(quantizer.scale.device)
     codes = f"{grid.qmin} to {grid.qmax}, here {spec.qmin} to {spec.qmax}"
     point = f"zero point {grid.zero_point}"
-    if grid.zero_point != 0 and ("tensorrt" in targets or spec.kind == "weight"):
-        why = "a weight" if spec.kind == "weight" else "TensorRT"
+    refusing = runtimes.union(targets).without_zero_points
+    if grid.zero_point != 0 and (spec.kind == "weight" or refusing is not None):
+        why = "a weight" if spec.kind == "weight" or refusing is None else refusing.title
+        others = ", ".join(target.name for target in runtimes.TARGETS.values() if target.zero_points)
         msg = f"{spec.edge}: {point}, and {why} takes none but 0; quantize with nncf's preset PERFORMANCE"
-        raise UsageError(msg + ("" if spec.kind == "weight" else ", or set targets: [onnxruntime]"))
+        raise UsageError(msg + ("" if spec.kind == "weight" else f", or set targets: [{others}]"))
     if quantizer.asymmetric:
         low, high = (float(step * (code - grid.zero_point)) for code in (grid.qmin, grid.qmax))
         quantizer.set_range(low, high)
@@ -120,8 +122,8 @@ def check(path: Path, config: TrainConfig, progress: Progress) -> tuple[Checkpoi
     model = models.build(config.model.name, len(dataset.class_names), shape[0])
     models.fill(model, checkpoint.weights, str(path))
     make = quantizer_maker(config.quantization)
-    student, specs = quantize_model(model.eval(), torch.zeros(2, *shape), config.quantization, config.targets, make)
-    return checkpoint, take_ranges(student, specs, checkpoint, config.targets)
+    student = quantize_model(model.eval(), torch.zeros(2, *shape), config.quantization, config.targets, make)
+    return checkpoint, take_ranges(student, checkpoint, config.targets)
 
 
 def usual_bits(checkpoint: Checkpoint) -> tuple[int, int]:

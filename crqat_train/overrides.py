@@ -1,4 +1,4 @@
-"""Widths by name: what `quantization.overrides` of a recipe says of single layers.
+"""Layers by name: what `quantization.overrides` and `quantization.float_layers` of a recipe say of single layers.
 
 A layer's `activations` are the ones that it reads, because those are what its kernel multiplies. An activation that no
 layer reads, such as the input of an Add, goes by its own name.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from artifacts.errors import UsageError
+from artifacts.targets import ALL
 from crqat_train.config import Override
 
 
@@ -84,6 +85,29 @@ def widths(
                 names = {layer.name for layer in layers} | (set(unread.values()) if key == "activations" else set())
                 raise UsageError(_no_match(pattern, key, sorted(names)))
     return result
+
+
+def in_float(asked: Mapping[str, Sequence[str]], targets: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The layers that `quantization.float_layers` keeps in float for any of a recipe's targets.
+
+    Args:
+        asked: Target, or `ALL`, to names and patterns.
+        targets: Of the recipe.
+        names: Every layer that would be quantized.
+
+    Raises:
+        UsageError: A pattern matches no layer.
+    """
+    found: set[str] = set()
+    for target in (ALL, *targets):
+        for pattern in asked.get(target, ()):
+            matching = {name for name in names if fnmatchcase(name, pattern)}
+            if not matching:
+                near = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)) or "none"
+                msg = f"quantization.float_layers: {pattern} matches no layer that is quantized; the nearest are {near}"
+                raise UsageError(msg)
+            found |= matching
+    return found
 
 
 def _no_match(pattern: str, key: str, names: Sequence[str]) -> str:

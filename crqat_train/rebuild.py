@@ -12,13 +12,10 @@ from artifacts.errors import UsageError
 from crqat_train import models
 from crqat_train.checkpoint import read_tensors
 from crqat_train.config import TrainConfig
-from crqat_train.layout import QuantizerSpec, quantize_model
-from crqat_train.methods import quantizer_maker
+from crqat_train.quantized_model import QuantizedModel, quantize_model
 
 
-def rebuild(
-    train_dir: Path, config: TrainConfig, payload: dict[str, Any], candidate: str
-) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
+def rebuild(train_dir: Path, config: TrainConfig, payload: dict[str, Any], candidate: str) -> QuantizedModel:
     """A quantized network of a finished train stage, on the CPU in eval mode.
 
     Args:
@@ -32,15 +29,13 @@ def rebuild(
     """
     model = models.build(config.model.name, len(payload["class_names"]), payload["input_shape"][0]).eval()
     example = torch.zeros(2, *payload["input_shape"])
-    student, specs = quantize_model(
-        model, example, config.quantization, config.targets, quantizer_maker(config.quantization)
-    )
+    student = quantize_model(model, example, config.quantization, config.targets)
     try:
         student.load_state_dict(read_tensors(train_dir / f"{candidate}.safetensors"))
     except RuntimeError as error:
         msg = f"{train_dir}: the checkpoint is not of {config.model.name} as it is now; train again with --force"
         raise UsageError(msg) from error
-    return student.eval(), specs
+    return student.eval()
 
 
 def take_float_weights(student: fx.GraphModule, train_dir: Path) -> None:

@@ -1,29 +1,27 @@
 """Moves trained scales onto values that every target can store, before the delivered model is evaluated.
 
 After this the lowering to each target is exact: what torch evaluated is what the files contain. Two limits matter.
-TensorRT's float16 files hold scales in float16, and what a file holds of a weight is the scale after BN folding,
-s |gamma / sigma|. ONNX Runtime holds a bias as int32 in units of s_x s_w; a smaller product overflows silently.
+Scales may be stored in float16, and what a file holds of a weight is the scale after BN folding, s |gamma / sigma|. A
+bias may be stored as int32 in units of s_x s_w; a smaller product overflows silently. `artifacts.targets` knows which
+of them hold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, fx
 
+from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from crqat_train.fit import is_step
 from crqat_train.graph import parameter
 from crqat_train.layout import QuantizerSpec, quantizer_node
-from crqat_train.methods import quantizer_of
+from crqat_train.methods import MIN_SCALE, quantizer_of, specs_of
 
-# |bias| / (s_x s_w) stays below this, half of int32's range.
-BIAS_LIMIT = 2.0**30
-# float16's smallest positive number, and the spacing of its numbers below 2^-14, where scales so get coarse; the codes
-# follow.
-_FLOAT16_TINY = 2.0**-24
-_FLOAT16_MAX = 65504.0
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -41,9 +39,7 @@ def _running(statistics: Tensor | None) -> Tensor:
 
 
 @torch.no_grad()
-def make_representable(
-    model: fx.GraphModule, specs: Sequence[QuantizerSpec], targets: Sequence[str], trained: bool = True
-) -> list[str]:
+def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: bool = True) -> list[str]:
     """Round the scales of a quantized model in place; call it before the final evaluation.
 
     Scales are rounded up, so that nothing that fitted is clipped. The change is below one part in a thousand for scales
@@ -51,47 +47,42 @@ def make_representable(
 
     Args:
         model: The quantized GraphModule in its final state.
-        specs: Its quantizers.
-        targets: "onnxruntime", "tensorrt" or both.
+        targets: Names of runtimes; see `artifacts.targets`.
         trained: Whether it was trained after calibration; for messages.
 
     Returns:
         One line for each weight some of whose channels had to be raised to a larger scale.
 
     Raises:
-        UsageError: A BatchNorm or a scale holds what no network can compute with, or a scale is larger than float16's
-            largest number, with TensorRT in the targets.
+        UsageError: A BatchNorm or a scale holds what no network can compute with, or a scale is larger than what a
+            target stores.
     """
     why = "training diverged; lower qat.lr" if trained else "and nothing was trained: look at weights and images"
     check_values(model, "the network", why)
+    constraints = runtimes.union(targets)
+    specs = specs_of(model)
+    torch._foreach_clamp_min_([quantizer_of(model, spec).scale for spec in specs], MIN_SCALE)
     scales = {spec.edge: quantizer_of(model, spec).scale for spec in specs}
     for spec in specs:
         if not bool(scales[spec.edge].isfinite().all()):
             msg = f"{spec.operation}: the scale of its {spec.kind} is infinite or no number: {why}"
             raise UsageError(msg)
     for spec in specs:
-        if spec.kind == "activation" and "tensorrt" in targets:
-            scales[spec.edge].copy_(_up_to_float16(scales[spec.edge], spec, why))
+        if spec.kind == "activation":
+            scale = scales[spec.edge]
+            scale.copy_(_like(scale, _stored(constraints, _numbers(scale), spec, why)))
     notes = []
     for spec in specs:
         if spec.kind != "weight":
             continue
         scale = scales[spec.edge]
-        multiplier, bias = _folded(model, spec, scale)
-        folded = scale.reshape(-1) * multiplier.abs()
-        smallest = torch.full_like(folded, _FLOAT16_TINY if "tensorrt" in targets else 0.0)
-        if "onnxruntime" in targets and spec.input_edge is not None:
-            smallest = torch.maximum(smallest, bias.abs() / BIAS_LIMIT / scales[spec.input_edge])
-        # A channel that BN multiplies by 0 has codes 0 whatever its scale; it keeps the one it has.
-        raised = (folded < smallest) & (multiplier != 0)
-        folded = torch.where(raised, smallest, folded)
-        if "tensorrt" in targets:
-            folded = _up_to_float16(folded, spec, why)
-        changed = (multiplier != 0) if "tensorrt" in targets else raised
-        # The division's rounding alone must not make a scale smaller.
-        final = torch.maximum(folded / multiplier.abs(), scale.reshape(-1))
-        scale.copy_(torch.where(changed, final, scale.reshape(-1)).reshape(scale.shape))
-        if bool(raised.any()):
+        asked = _numbers(scale).reshape(-1)
+        multiplier, bias = (_numbers(tensor) for tensor in _folded(model, spec, scale))
+        fed = None if spec.input_edge is None else np.float32(scales[spec.input_edge].item())
+        folded, raised = constraints.weight_scale(asked, multiplier, bias, fed)
+        folded = _stored(constraints, folded, spec, why)
+        scale.copy_(_like(scale, constraints.unfolded(folded, asked, multiplier, raised)))
+        if raised.any():
             notes.append(
                 f"{spec.operation}: scale of {int(raised.sum())} channels raised to what the targets can store"
             )
@@ -148,15 +139,24 @@ def check_values(model: torch.nn.Module, source: str, why: str = "the file is da
             raise UsageError(msg)
 
 
-def _up_to_float16(scale: Tensor, spec: QuantizerSpec, why: str) -> Tensor:
-    """The smallest float16 that is not below `scale`, as float32; at least float16's smallest number."""
-    largest = float(scale.amax())
-    if not largest <= _FLOAT16_MAX:
+def _stored(
+    constraints: runtimes.Constraints, scale: npt.NDArray[np.float32], spec: QuantizerSpec, why: str
+) -> npt.NDArray[np.float32]:
+    """The smallest scales that all targets store and that are not below `scale`."""
+    target = constraints.too_large(scale)
+    if target is not None:
         msg = (
-            f"{spec.operation}: a scale of {largest:g} is more than TensorRT's float16 holds: {why}, "
-            "or take tensorrt out of `targets`"
+            f"{spec.operation}: a scale of {scale.max():g} is more than {target.title}'s "
+            f"{target.scale_type} holds: {why}, or take {target.name} out of `targets`"
         )
         raise UsageError(msg)
-    rounded = scale.half()
-    below = rounded.float() < scale
-    return torch.where(below, torch.nextafter(rounded, torch.full_like(rounded, torch.inf)), rounded).float()
+    return constraints.scale_up(scale)
+
+
+def _numbers(tensor: Tensor) -> npt.NDArray[np.float32]:
+    numbers: npt.NDArray[np.float32] = tensor.detach().cpu().numpy()
+    return numbers
+
+
+def _like(tensor: Tensor, numbers: npt.NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(numbers).to(tensor.device).reshape(tensor.shape)

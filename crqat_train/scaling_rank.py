@@ -20,21 +20,19 @@ from typing import Any
 import pydantic
 import torch
 import torch.distributed as dist
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from artifacts import failures
 from artifacts.errors import CrqatError, Told, UsageError
 from artifacts.progress import quiet
 from crqat_train import data, distributed, models, published, ranks
 from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
-from crqat_train.calibration import calibrate
 from crqat_train.config import TrainConfig
 from crqat_train.consistency import ConsistencyTraining
 from crqat_train.fit import Fit
 from crqat_train.folder import workers
-from crqat_train.layout import quantize_model
 from crqat_train.machine import choose_device, compiler
-from crqat_train.methods import quantizer_maker
+from crqat_train.quantized_model import QuantizedModel, quantize_model
 from crqat_train.scaling import default_processes, local_batches
 
 ROUNDS = 7
@@ -114,16 +112,13 @@ class Work:
 
         return run
 
-    def _quantize(self) -> fx.GraphModule:
+    def _quantize(self) -> QuantizedModel:
         """The quantized network, calibrated on a few images."""
         quantization = self.config.quantization
         images = self.dataset.train_images[self.chosen[:_CALIBRATION]].to(self.device)
         batches = list(evaluation_batches(images, self.dataset.preprocessing, _CALIBRATION))
-        student, specs = quantize_model(
-            self.network, batches[0][:2], quantization, self.config.targets, quantizer_maker(quantization)
-        )
-        student = student.to(self.device)
-        calibrate(student, specs, batches, quantization.calibration)
+        student = quantize_model(self.network, batches[0][:2], quantization, self.config.targets).to(self.device)
+        student.calibrate(batches, quantization.calibration)
         return student
 
     def _compile(self, model: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from artifacts.config import user_path
@@ -19,18 +19,16 @@ from artifacts.grid import save_grids
 from artifacts.progress import Progress
 from crqat_train import data, distributed, models, nncf_checkpoint, nncf_start, published, ranks
 from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
-from crqat_train.calibration import calibrate
 from crqat_train.checkpoint import write_tensors
 from crqat_train.config import OptimizerConfig, QATConfig, TrainConfig
 from crqat_train.consistency import ConsistencyTraining, consistency_weight
 from crqat_train.evaluation import BATCH, accuracy
 from crqat_train.fit import Fit
-from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.low_bits import LowBitTraining
 from crqat_train.machine import channels_last, choose_device, compiler, deterministic
-from crqat_train.methods import quantizer_maker, quantizer_of
+from crqat_train.quantized_model import QuantizedModel, quantize_model
 from crqat_train.refusals import check_module
-from crqat_train.representable import check_values, make_representable
+from crqat_train.representable import check_values
 from crqat_train.resume import SAVE_EVERY, Keeper, Training
 
 Forward = Callable[[Tensor], Tensor]
@@ -96,21 +94,18 @@ def train(
             write_tensors(out / "float.safetensors", _state(float_model))
         float_accuracy = run.validate(float_model)
         progress("float network", 1, 1, f"validation {float_accuracy:.2%}")
-        student, specs = run.quantize(float_model)
+        student = run.quantize(float_model)
         candidates: dict[str, float] = {}
         notes: list[str] = []
 
-        def finish(name: str, candidate: fx.GraphModule) -> None:
+        def finish(name: str, candidate: QuantizedModel) -> None:
             candidate.to(memory_format=torch.contiguous_format)
-            trained_further = config.qat.epochs > 0 and name != "calibrated"
-            made = make_representable(candidate, specs, config.targets, trained_further)
+            made = candidate.finalize(trained=config.qat.epochs > 0 and name != "calibrated")
             notes.extend(f"{name}: {note}" for note in made)
             candidates[name] = run.validate(candidate)
             if out is not None:
                 write_tensors(out / f"{name}.safetensors", _state(candidate))
-                save_grids(
-                    out / f"{name}.grids.json", {spec.edge: quantizer_of(candidate, spec).grid() for spec in specs}
-                )
+                save_grids(out / f"{name}.grids.json", candidate.grids())
             progress(f"quantized {name}", 1, 1, f"validation {candidates[name]:.2%}")
 
         if config.qat.epochs:
@@ -124,7 +119,7 @@ def train(
     # Of equal ones the first.
     best = max((n for n in ("student", "teacher", "calibrated") if n in candidates), key=candidates.__getitem__)
     if out is not None:
-        (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in specs], indent=1))
+        (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in student.specs], indent=1))
         (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
     return {
         "device": str(device),
@@ -140,10 +135,10 @@ def train(
         "preprocessing": asdict(dataset.preprocessing),
         "class_names": list(dataset.class_names),
         "input_shape": list(dataset.train_images.shape[1:]),
-        "quantizers": len(specs),
+        "quantizers": len(student.specs),
         "preparation": run.preparation,
         "notes": [*dataset.notes, *run.preparation, *run.notes, *notes]
-        + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in specs if spec.reason],
+        + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in student.specs if spec.reason],
         "warnings": [_worse(candidates, config.qat, len(split.validation))] if best == "calibrated" else [],
         "seconds": round(keeper.seconds, 1),
     }
@@ -270,22 +265,19 @@ class _Run:
         self._epochs(training, step, lambda: {"validation": self.validate(model)})
         return model.eval()
 
-    def quantize(self, float_model: nn.Module) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
+    def quantize(self, float_model: nn.Module) -> QuantizedModel:
         """Insert quantizers and start their ranges from training images."""
         config = self.config
         images = self.dataset.train_images[self.split.train[: config.quantization.calibration_images]].to(self.device)
         batches = list(evaluation_batches(images, self.dataset.preprocessing, BATCH))
-        student, specs = quantize_model(
-            float_model, batches[0][:2], config.quantization, config.targets, quantizer_maker(config.quantization)
-        )
-        student = student.to(self.device)
-        calibrate(student, specs, batches, config.quantization.calibration)
-        self.progress("calibration", 1, 1, f"{len(specs)} quantizers from {len(images)} training images")
+        student = quantize_model(float_model, batches[0][:2], config.quantization, config.targets).to(self.device)
+        student.calibrate(batches, config.quantization.calibration)
+        self.progress("calibration", 1, 1, f"{len(student.specs)} quantizers from {len(images)} training images")
         if self.nncf is not None:
-            edges = nncf_start.summary(nncf_start.take_ranges(student, specs, self.nncf, config.targets))
+            edges = nncf_start.summary(nncf_start.take_ranges(student, self.nncf, config.targets))
             self.notes.append(f"{config.model.nncf}: edges: {edges}")
             self.progress("ranges", 1, 1, edges)
-        return student, specs
+        return student
 
     def begin_history(self, calibrated: float) -> None:
         """The row from which the training of the quantized network starts: what calibration alone has."""
@@ -294,7 +286,7 @@ class _Run:
             row["validation_teacher"] = calibrated
         self.history.append(row)
 
-    def train_quantized(self, student: fx.GraphModule, float_model: nn.Module) -> fx.GraphModule | None:
+    def train_quantized(self, student: QuantizedModel, float_model: nn.Module) -> QuantizedModel | None:
         """CR-QAT: returns the EMA teacher, None where there is none."""
         config, consistency = self.config, self.config.consistency
         if config.qat.epochs == 0:
@@ -364,7 +356,7 @@ class _Run:
                 self.history.append(fit.end_of_epoch(epoch, **measure()))
                 self.keeper.save()
 
-    def estimate_bn(self, model: fx.GraphModule) -> None:
+    def estimate_bn(self, model: QuantizedModel) -> None:
         """Replace BN's running statistics by those of `qat.bn_images` training images; the model ends in eval mode."""
         count, dataset = self.config.qat.bn_images, self.dataset
         if count:

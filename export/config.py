@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from artifacts.config import STRICT, Range
+from artifacts.targets import TargetName
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ExportConfig:
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
-    targets: tuple[Literal["onnxruntime", "tensorrt"], ...] | None = None
+    targets: tuple[Annotated[str, TargetName()], ...] | None = None
     candidate: Literal["best", "student", "teacher", "calibrated"] = "best"
     tensorrt_precision: Literal["float16", "float32"] = "float16"
     weights: Literal["int8", "float"] = "int8"

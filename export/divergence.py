@@ -57,7 +57,8 @@ class Divergences:
         asked = config.quantization
         # At 8 bits the targets' limits show; no narrower width meets one.
         widest = replace(asked, weights=8, activations=8, first_layer=8, last_layer=8, overrides={})
-        self._model, self._specs = rebuild(train_dir, replace(config, quantization=widest), trained, "student")
+        self._model = rebuild(train_dir, replace(config, quantization=widest), trained, "student")
+        self._specs = self._model.specs
         take_float_weights(self._model, train_dir)
         self._asked, self._calibration = {spec.edge: spec for spec in self._specs}, asked.calibration
         dataset = data.of_recipe(published.data_section(config))
@@ -65,15 +66,13 @@ class Divergences:
         calibrating = dataset.train_images[chosen[: asked.calibration_images]]
         self.images = min(images, len(calibrating))
         self._batches = list(evaluation_batches(calibrating[: self.images], dataset.preprocessing, _BATCH))
-        self._observers = observe(
-            self._model, self._specs, evaluation_batches(calibrating, dataset.preprocessing, _BATCH)
-        )
+        self._observers = observe(self._model, evaluation_batches(calibrating, dataset.preprocessing, _BATCH))
         self._layers: dict[str, list[QuantizerSpec]] = {}
         for spec in self._specs:
             if spec.kind == "weight":
                 source = self._asked.get(spec.input_edge or "")
                 self._layers.setdefault(spec.operation, []).extend([spec] if source is None else [spec, source])
-        with only(self._model, self._specs, []):
+        with only(self._model, []):
             self._float = self._log_probabilities()
 
     def one_layer_at_a_time(self, progress: Progress, widths: Sequence[int] = WIDTHS) -> list[LayerDivergence]:
@@ -117,7 +116,7 @@ class Divergences:
                 self._observers[edge].calibrate(quantizer, self._calibration)
 
     def _divergence(self, active: Sequence[QuantizerSpec]) -> float:
-        with only(self._model, self._specs, active):
+        with only(self._model, active):
             quantized = self._log_probabilities()
         return float(functional.kl_div(quantized, self._float, reduction="batchmean", log_target=True))
 

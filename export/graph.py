@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ class Graph:
         fold: For each weight edge, what BN folding multiplied each output channel by, float32 of shape [C].
         input_shape: [C, H, W].
         classes: Width of the logits.
+        float_layers: Nodes of the layers that the recipe keeps in float, to the layers' names.
     """
 
     nodes: list[onnx.NodeProto]
@@ -31,6 +32,7 @@ class Graph:
     fold: dict[str, npt.NDArray[np.float32]]
     input_shape: list[int]
     classes: int
+    float_layers: dict[str, str] = field(default_factory=dict)
 
     def producers(self) -> dict[str, onnx.NodeProto]:
         """Tensor name -> the node that writes it."""
@@ -112,6 +114,20 @@ def macs(graph: Graph) -> dict[str, int]:
         # Each element of the output takes one multiplication per weight of its channel. A sequence's rows are images'.
         result[node.name] = int(np.prod(sizes[node.output[0]])) * int(weight.size // weight.shape[0])
     return result
+
+
+def split_macs(graph: Graph) -> tuple[dict[str, int], dict[str, Any]]:
+    """The multiply-accumulates that INT8 is asked of, and what `float_layers` costs.
+
+    Returns:
+        `macs` without the nodes of layers that the recipe keeps in float; and {"macs": layer name to its own, "share":
+        theirs of all, 0 to 1}.
+    """
+    amounts = macs(graph)
+    total, kept = sum(amounts.values()), dict.fromkeys(graph.float_layers.values(), 0)
+    for node, name in graph.float_layers.items():
+        kept[name] += amounts.pop(node)
+    return amounts, {"macs": kept, "share": sum(kept.values()) / total if total else 0.0}
 
 
 def _size(graph: Graph, sizes: dict[str, list[int]], name: str) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from crqat_train.layout import INT16_MAX
+from artifacts import targets as runtimes
 from export.trace import DOMAIN
 
 # TensorRT moves a DequantizeLinear behind these.
@@ -42,7 +42,7 @@ def lint(model: onnx.ModelProto, target: str) -> list[Finding]:
 
     Args:
         model: With its initializers inside.
-        target: "float", "float16", "onnxruntime" or "tensorrt".
+        target: Name of a runtime, or "float" or "float16".
     """
     view = _View(model)
     findings = [
@@ -53,10 +53,13 @@ def lint(model: onnx.ModelProto, target: str) -> list[Finding]:
     if findings:
         return findings  # the other rules look at values, and these are somewhere else
     findings += _common(view)
-    if target == "tensorrt":
-        findings += _tensorrt(view)
-    if target == "onnxruntime":
-        findings += _onnxruntime(view)
+    rules = runtimes.find(target)
+    if rules is not None:
+        findings += [
+            Finding(node.name, broken.rule, broken.fix)
+            for node, plain in _described(view)
+            for broken in rules.rules(plain)
+        ]
     return findings
 
 
@@ -98,34 +101,44 @@ def _common(view: _View) -> Iterator[Finding]:
             yield Finding(node.name, "every scale is finite and positive", "train again; a channel may have died")
 
 
-def _tensorrt(view: _View) -> Iterator[Finding]:
+def _described(view: _View) -> Iterator[tuple[onnx.NodeProto, runtimes.Node]]:
     for node in view.qdq():
-        zero_point = view.zero_point(node)
-        if zero_point is None or zero_point.data_type != TensorProto.INT8:
-            kind = "none" if zero_point is None else TensorProto.DataType.Name(zero_point.data_type)
-            yield Finding(
-                node.name,
-                f"TensorRT's INT8 is signed; it reads {kind} with the same scale and clips half of the range",
-                "export with `targets: [tensorrt]`",
-            )
-        elif view.array(zero_point.name).any():
-            yield Finding(node.name, "TensorRT refuses a zero point other than 0", "export with `targets: [tensorrt]`")
+        yield node, _quantize_node(view, node)
     for node in view.nodes:
         if node.op_type in {"Conv", "Gemm"}:
-            yield from _left_in_float(view, node)
+            yield node, _layer_node(view, node)
+        elif node.op_type == "Clip":
+            yield node, runtimes.ClipNode(_float_clip_before_quantizer(view, node))
 
 
-def _left_in_float(view: _View, node: onnx.NodeProto) -> Iterator[Finding]:
-    """TensorRT multiplies in INT8 where both operands come out of a DequantizeLinear.
+def _quantize_node(view: _View, node: onnx.NodeProto) -> runtimes.Node:
+    zero_point = view.zero_point(node)
+    return runtimes.QuantizeNode(
+        of_constant=node.input[0] in view.tensors,
+        zero_point_type=None if zero_point is None else TensorProto.DataType.Name(zero_point.data_type),
+        zero_point_is_zero=zero_point is None or not view.array(zero_point.name).any(),
+        scalar_scale=view.array(node.input[1]).ndim == 0 if node.input[1] in view.tensors else None,
+    )
 
-    Where neither does, the layout wants the layer in float, as NNCF does in squeeze-and-excitation; the gate's
-    `min_int8_coverage` weighs that.
-    """
-    quantized = _quantized_operands(view, node)
-    if quantized in ([True, False], [False, True]):
-        missing, there = ("weight", "input") if quantized[0] else ("input", "weight")
-        rule = f"its {missing} is not quantized though its {there} is, so TensorRT runs it in float"
-        yield Finding(node.name, rule, "quantize it, or leave tensorrt out of `export.targets`")
+
+def _layer_node(view: _View, node: onnx.NodeProto) -> runtimes.Node:
+    input_quantized, weight_quantized = _quantized_operands(view, node)
+    constant_bias = len(node.input) > 2 and node.input[2] in view.tensors
+    plain = runtimes.LayerNode(node.op_type, input_quantized, weight_quantized, constant_bias=constant_bias)
+    x, w = view.producer.get(node.input[0]), view.producer.get(node.input[1])
+    if x is None or w is None or x.op_type != "DequantizeLinear" or w.op_type != "DequantizeLinear":
+        return plain
+    if w.input[0] not in view.tensors:
+        return replace(plain, stored_as_codes=False)
+    weight = view.array(w.input[0]).astype(np.int64)
+    group = next((a.i for a in node.attribute if a.name == "group"), 1)
+    return replace(
+        plain,
+        stored_as_codes=True,
+        largest_input=_largest_code(view, x.input[0]),
+        largest_weight=int(np.abs(weight).max(initial=0)),
+        depthwise=runtimes.is_depthwise(weight.shape, group),
+    )
 
 
 def _quantized_operands(view: _View, node: onnx.NodeProto) -> list[bool]:
@@ -152,51 +165,6 @@ def left_in_float(model: onnx.ModelProto) -> dict[str, str]:
             if missing:
                 result[node.name] = " and ".join(missing)
     return result
-
-
-def _onnxruntime(view: _View) -> Iterator[Finding]:
-    for node in view.qdq():
-        if node.input[1] not in view.tensors:
-            continue
-        weight = node.input[0] in view.tensors
-        zero_point = view.zero_point(node)
-        if not weight and view.array(node.input[1]).ndim:
-            yield Finding(node.name, "a per-tensor scale is a scalar: with shape [1] no Add fuses", "export again")
-        if not weight and (zero_point is None or zero_point.data_type != TensorProto.UINT8):
-            yield Finding(
-                node.name,
-                "activations are UINT8: x86 kernels for signed ones are slower than float",
-                "export with `targets: [onnxruntime]`",
-            )
-    for node in view.nodes:
-        if node.op_type in {"Conv", "Gemm"}:
-            yield from _saturation(view, node)
-        if node.op_type == "Gemm" and len(node.input) > 2 and node.input[2] in view.tensors:
-            yield Finding(node.name, "QGemm needs an int32 bias behind a DequantizeLinear", "export again")
-        if node.op_type == "Clip" and _float_clip_before_quantizer(view, node):
-            yield Finding(node.name, "a float Clip before a quantizer keeps its Conv in float", "export again")
-
-
-def _saturation(view: _View, node: onnx.NodeProto) -> Iterator[Finding]:
-    """x86 without VNNI adds two u8*s8 products in 16 bits."""
-    x, w = view.producer.get(node.input[0]), view.producer.get(node.input[1])
-    if x is None or w is None or x.op_type != "DequantizeLinear" or w.op_type != "DequantizeLinear":
-        return
-    if w.input[0] not in view.tensors:
-        yield Finding(node.name, "weights are stored as integers", "export again")
-        return
-    weight = view.array(w.input[0]).astype(np.int64)
-    group = next((a.i for a in node.attribute if a.name == "group"), 1)
-    if group == weight.shape[0] and weight.shape[1] == 1:
-        return
-    largest = _largest_code(view, x.input[0])
-    worst = largest * 2 * int(np.abs(weight).max(initial=0))
-    if worst > INT16_MAX:
-        yield Finding(
-            node.name,
-            f"16-bit sums saturate on x86 without VNNI: {largest} * 2 * {worst // (2 * largest)} > {INT16_MAX}",
-            "train with `targets: [onnxruntime]`, which limits this weight to 7 bits",
-        )
 
 
 def _largest_code(view: _View, name: str) -> int:

@@ -11,10 +11,11 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from artifacts.grid import Grid
-from crqat_train.layout import INT16_MAX
 
+_STORED: dict[str, type[np.int8] | type[np.uint8]] = {"int8": np.int8, "uint8": np.uint8}
 Claim = Literal["exact", "lossy"]
 
 # Largest magnitude that low-bit weight codes are spread to. The int32 bias rounds to units of s_x s_w: the larger the
@@ -69,26 +70,32 @@ class Weight:
 def lower_activation(grid: Grid, target: str) -> Activation:
     """Encode an activation's trained Grid for a target.
 
-    TensorRT has no unsigned INT8, so its codes are those of training. ONNX Runtime's x86 kernels want unsigned codes: a
-    Grid without negative codes keeps them, a signed one is shifted by its smallest code, its zero point with it.
+    Where the target takes zero points, the Grid is shifted so that its smallest code is the type's. Elsewhere its codes
+    are those of training.
 
     Raises:
-        UsageError: TensorRT is to take a zero point other than 0.
+        UsageError: The target is to take a zero point other than 0 and takes none.
     """
-    if target == "tensorrt":
-        if grid.zero_point != 0:
-            msg = (
-                f"export.targets: TensorRT refuses zero points other than 0, and a trained Grid has {grid.zero_point}; "
-                "export for onnxruntime alone, or train with quantization.activation_method: lsq"
-            )
-            raise UsageError(msg)
-        if grid.qmax > 127:
-            halved = Grid(grid.scale * np.float32(grid.qmax / 127), 0, 0, 127)
-            return Activation(halved, np.int8, None, "lossy", "TensorRT has no unsigned INT8: 128 codes instead of 256")
-        full = grid.qmin in (-128, 0) and grid.qmax == 127  # with qmin 0 the tensor itself has no negative value
-        return Activation(grid, np.int8, None if full else (grid.qmin, grid.qmax))
-    shifted = Grid(grid.scale, grid.zero_point - grid.qmin, 0, grid.qmax - grid.qmin)
-    return Activation(shifted, np.uint8, None if shifted.qmax == 255 else (0, shifted.qmax))
+    rules = runtimes.get(target)
+    stored, (low, high) = _STORED[rules.activation_type], rules.code_range
+    if rules.zero_points:
+        shift = low - grid.qmin
+        shifted = Grid(grid.scale, grid.zero_point + shift, low, grid.qmax + shift)
+        return Activation(shifted, stored, None if shifted.qmax == high else (low, shifted.qmax))
+    if grid.zero_point != 0:
+        others = [other.name for other in runtimes.TARGETS.values() if other.zero_points]
+        msg = (
+            f"export.targets: {rules.title} refuses zero points other than 0, and a trained Grid has "
+            f"{grid.zero_point}; export for {' or '.join(others)} alone, or train with quantization.activation_method: "
+            "lsq"
+        )
+        raise UsageError(msg)
+    if grid.qmax > high:
+        halved = Grid(grid.scale * np.float32(grid.qmax / high), 0, 0, high)
+        note = f"{rules.title} has no unsigned INT8: {high + 1} codes instead of {grid.qmax + 1}"
+        return Activation(halved, stored, None, "lossy", note)
+    full = grid.qmin in (low, 0) and grid.qmax == high  # with qmin 0 the tensor itself has no negative value
+    return Activation(grid, stored, None if full else (grid.qmin, grid.qmax))
 
 
 def lower_weight(
@@ -110,9 +117,10 @@ def lower_weight(
         multiplier: m = gamma / sigma of each channel, float32 of shape [C]; ones without BN.
         bias: Folded bias, float32 of shape [C].
         input_activation: The lowered activation that the weight meets, None if that is not quantized.
-        depthwise: One filter per channel: those kernels have no 16-bit sums.
-        target: "onnxruntime" or "tensorrt".
+        depthwise: See `artifacts.targets.is_depthwise`.
+        target: Name of a runtime; see `artifacts.targets`.
     """
+    rules = runtimes.get(target)
     column = (-1,) + (1,) * (weight.ndim - 1)
     sign = np.sign(multiplier).astype(np.int32).reshape(column)
     codes = grid.quantize(weight) * sign
@@ -125,10 +133,11 @@ def lower_weight(
     used = codes.reshape(len(scale), -1).any(axis=1)
     scale = np.where(used, scale, _UNUSED_SCALE).astype(np.float32)
     claim, note = "exact", ""
-    if target == "onnxruntime" and input_activation is not None:
+    if input_activation is not None:
         largest = max(abs(grid.qmin), grid.qmax)
-        fitting = INT16_MAX // (2 * input_activation.grid.qmax)
-        if largest > fitting and not depthwise:
+        fed = input_activation.grid
+        fitting = rules.largest_weight(fed.qmax - fed.qmin, depthwise)
+        if fitting is not None and largest > fitting:
             ratio = largest / fitting
             codes = np.rint(codes / ratio).astype(np.int32)
             scale = (scale * np.float32(ratio)).astype(np.float32)
@@ -138,15 +147,16 @@ def lower_weight(
             )
     spread = _spread(grid)
     unit_bias_scale = scale / np.float32(spread)
-    if target == "onnxruntime":
+    if rules.bias_type == "int32":
         codes, scale = codes * spread, unit_bias_scale
     input_scale = np.float32(1) if input_activation is None else input_activation.grid.scale[0]
     unit = np.maximum(input_scale * unit_bias_scale, np.finfo(np.float32).smallest_subnormal).astype(np.float32)
     wanted, limit = np.rint(bias.astype(np.float64) / unit), 2.0**31 - 1
     if (np.abs(wanted) > limit).any():
+        others = " or ".join(other.name for other in runtimes.TARGETS.values() if other.bias_type == "int32")
         claim, note = (
             "lossy",
-            "the bias does not fit int32 in units of s_x s_w; train for onnxruntime to raise the scale",
+            f"the bias does not fit int32 in units of s_x s_w; train for {others} to raise the scale",
         )
     bias_codes = np.clip(wanted, -limit, limit).astype(np.int32)
     rounded = (bias_codes * unit.astype(np.float64)).astype(np.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -11,23 +10,20 @@ import torch
 from torch import Tensor, fx
 
 from crqat_train.calibration import Hook, hooked
-from crqat_train.layout import QuantizerSpec
-from crqat_train.methods import Quantizer
+from crqat_train.methods import Quantizer, specs_of
 
 
-def quantizer_noise(
-    model: fx.GraphModule, specs: Sequence[QuantizerSpec], images: npt.NDArray[np.float32]
-) -> dict[str, float | None]:
+def quantizer_noise(model: fx.GraphModule, images: npt.NDArray[np.float32]) -> dict[str, float | None]:
     """10 log10(sum x^2 / sum (x - q(x))^2) of each quantizer, in dB, inside the quantized network.
 
     Args:
         model: Quantized network on the CPU in eval mode.
-        specs: Its quantizers.
         images: Normalized, float32 of shape [N, C, H, W].
 
     Returns:
         Edge name to dB; None where nothing is lost or nothing is there to lose.
     """
+    specs = specs_of(model)
     sums: dict[str, list[float]] = {spec.edge: [0.0, 0.0] for spec in specs}
 
     def counted(own: list[float]) -> Hook:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
+from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from artifacts.grid import Grid
 from crqat_train.layout import QuantizerSpec
@@ -111,7 +112,7 @@ def qdq_model(
         specs: Quantizers of the layout.
         grids: Edge name to trained Grid.
         latent: Weight edge name to the unfolded float32 weight.
-        target: "onnxruntime" or "tensorrt".
+        target: Name of a runtime; see `artifacts.targets`.
         precision: "float32" or "float16": the type of everything that is not INT8. Input and output stay float32.
         metadata: For the file's metadata_props.
         weights: "int8" or "float": see `ExportConfig`.
@@ -139,6 +140,7 @@ class _Writer:
         weights: str,
     ) -> None:
         self.graph, self.target, self.grids, self.latent, self.weights = graph, target, grids, latent, weights
+        self.rules = runtimes.get(target)
         self.specs = {spec.edge: spec for spec in specs}
         self.float_type = np.float16 if precision == "float16" else np.float32
         self.onnx_type = TensorProto.FLOAT16 if precision == "float16" else TensorProto.FLOAT
@@ -155,11 +157,11 @@ class _Writer:
         for node in self.graph.nodes:
             if node.op_type == "Edge":
                 self._edge(node)
-            elif self._moves(node) and node.input[0] in self.coded and self.target == "onnxruntime":
+            elif self._moves(node) and node.input[0] in self.coded and self.rules.moves_codes:
                 self._move_codes(node)
-            elif node.op_type == "Concat" and self.target == "onnxruntime" and self._same_edge(node.input):
+            elif node.op_type == "Concat" and self.rules.moves_codes and self._same_edge(node.input):
                 self._concat_codes(node)
-            elif node.op_type == "Clip" and self.target == "onnxruntime" and self._becomes_integer(node, consumers):
+            elif node.op_type == "Clip" and self.rules.integer_clip and self._becomes_integer(node, consumers):
                 self.alias[node.output[0]] = self.alias.get(node.input[0], node.input[0])
             else:
                 self._float_node(node)
@@ -189,6 +191,17 @@ class _Writer:
                 self.result.float_constants[name] = value
             self._constant(name, value, self.float_type if value.dtype == np.float32 else value.dtype)
         return name
+
+    def _operand(self, name: str) -> str:
+        """As `_read`, and the image in the type of the float parts."""
+        read = self._read(name)
+        if read != "input" or self.float_type is np.float32:
+            return read
+        if not any(node.name == "input/Cast" for node in self.nodes):
+            self.nodes.append(
+                helper.make_node("Cast", ["input"], ["input.float16"], "input/Cast", to=TensorProto.FLOAT16)
+            )
+        return "input.float16"
 
     def _edge(self, node: onnx.NodeProto) -> None:
         edge = node.attribute[0].s.decode()
@@ -276,10 +289,7 @@ class _Writer:
         self.coded[node.output[0]] = (moved.output[0], edge)
 
     def _becomes_integer(self, node: onnx.NodeProto, consumers: Mapping[str, list[onnx.NodeProto]]) -> bool:
-        """Whether a float Clip(0, high) is followed by its quantizer alone: then an integer Clip does the same.
-
-        ONNX Runtime would fuse the float Clip into a float Conv and lose the integer one.
-        """
+        """Whether a float Clip(0, high) is followed by its quantizer alone: then an integer Clip does the same."""
         readers = consumers[node.output[0]]
         low = self.graph.constants.get(node.input[1])
         if len(readers) != 1 or readers[0].op_type != "Edge" or low is None or float(low) != 0.0:
@@ -295,9 +305,9 @@ class _Writer:
             and self.specs[weight_marker.attribute[0].s.decode()].kind == "weight"
         )
         if is_weight and weight_marker is not None:
-            inputs = [self._read(node.input[0]), *self._weight(node, weight_marker.attribute[0].s.decode())]
+            inputs = [self._operand(node.input[0]), *self._weight(node, weight_marker.attribute[0].s.decode())]
         else:
-            inputs = [self._read(name) if name else "" for name in node.input]
+            inputs = [self._operand(name) if name else "" for name in node.input]
         self.nodes.append(_copy(node, inputs))
 
     def _weight(self, node: onnx.NodeProto, edge: str) -> list[str]:
@@ -308,7 +318,7 @@ class _Writer:
         has_bias = len(node.input) > 2
         bias = self.graph.constants[node.input[2]] if has_bias else np.zeros(channels, np.float32)
         group = next((a.i for a in node.attribute if a.name == "group"), 1)
-        depthwise = group == channels and weight.shape[1] == 1
+        depthwise = runtimes.is_depthwise(weight.shape, group)
         fed = self.result.activations.get(self._input_edge(node.input[0]) or "")
         lowered = lower_weight(self.grids[edge], weight, multiplier, bias, fed, depthwise, self.target)
         lowered = self.result.weights[edge] = self._stored(lowered, lowered.scale)
@@ -332,9 +342,8 @@ class _Writer:
         self.nodes.append(helper.make_node("DequantizeLinear", names, [output], f"{edge}/DequantizeLinear", axis=0))
         if not has_bias:
             return [output]
-        if self.target == "tensorrt" or fed is None:
+        if self.rules.bias_type == "float" or fed is None:
             return [output, self._constant(f"{edge}.bias", lowered.bias, self.float_type)]
-        # QGemm needs its bias as int32 in units of s_x s_w; QLinearConv would make the same of a float one.
         unit = (fed.grid.scale[0] * lowered.scale).astype(np.float32)
         names = [
             self._constant(f"{edge}.bias_codes", lowered.bias_codes, np.int32),

@@ -9,14 +9,15 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from artifacts import targets as runtimes
 from artifacts.grid import Grid
-from crqat_train.calibration import calibrate, rounded_weights
+from artifacts.targets import Residual
+from crqat_train.calibration import rounded_weights
 from crqat_train.config import QuantizationConfig
-from crqat_train.layout import QuantizerSpec, Residual, quantize_model
-from crqat_train.methods import quantizer_maker, quantizer_of
-from crqat_train.representable import make_representable
+from crqat_train.layout import QuantizerSpec
+from crqat_train.quantized_model import QuantizedModel, quantize_model
 from export.graph import Graph
 from export.qdq import QDQModel, qdq_model
 from export.trace import marked_graph
@@ -28,32 +29,35 @@ class Quantized:
 
     Attributes:
         model: CPU, eval mode. Its graph is exported once: after a change, make a new one by `dataclasses.replace`.
-        specs: Its quantizers.
         grids: Edge name to Grid.
         images: Normalized float32 images of shape [N, C, H, W], of which the graph takes the size.
     """
 
-    model: fx.GraphModule
-    specs: list[QuantizerSpec]
+    model: QuantizedModel
     grids: dict[str, Grid]
     images: npt.NDArray[np.float32]
 
     @classmethod
-    def of(cls, model: fx.GraphModule, specs: list[QuantizerSpec], images: Tensor) -> Quantized:
+    def of(cls, model: QuantizedModel, images: Tensor) -> Quantized:
         """With the Grids that its quantizers have."""
-        return cls(model, specs, {spec.edge: quantizer_of(model, spec).grid() for spec in specs}, images.numpy())
+        return cls(model, model.grids(), images.numpy())
+
+    @property
+    def specs(self) -> list[QuantizerSpec]:
+        """The model's quantizers."""
+        return self.model.specs
 
     @property
     def latent(self) -> dict[str, npt.NDArray[np.float32]]:
         """Weight edge name to the unfolded weight."""
-        return rounded_weights(self.model, self.specs)
+        return rounded_weights(self.model)
 
     @cached_property
     def graph(self) -> Graph:
         """The marked float graph."""
         with torch.no_grad():
             classes = self.model(torch.from_numpy(self.images[:1])).shape[1]
-        return marked_graph(self.model, self.specs, self.images.shape[1:], classes)
+        return marked_graph(self.model, self.images.shape[1:], classes)
 
     def file(
         self,
@@ -67,8 +71,8 @@ class Quantized:
         return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, described, weights)
 
     def files(self) -> dict[str, QDQModel]:
-        """Both targets' files as they ship."""
-        return {"onnxruntime": self.file("onnxruntime"), "tensorrt": self.file("tensorrt", "float16")}
+        """Every target's file as it ships."""
+        return {name: self.file(name, target.float_types[0]) for name, target in runtimes.TARGETS.items()}
 
 
 def quantize_network(
@@ -83,7 +87,7 @@ def quantize_network(
     Args:
         network: On the CPU; it is not changed, but for being in eval mode afterwards.
         batches: Normalized images, float32 of shape [N, C, H, W] each, from which the ranges start.
-        targets: "onnxruntime", "tensorrt" or both.
+        targets: Names of runtimes; see `artifacts.targets`.
         config: Widths and methods, None for the defaults.
         residual: See `crqat_train.layout.quantize_model`.
 
@@ -91,7 +95,7 @@ def quantize_network(
         UsageError: See `crqat_train.layout.quantize_model`.
     """
     config = config or QuantizationConfig()
-    model, specs = quantize_model(network.eval(), batches[0][:2], config, targets, quantizer_maker(config), residual)
-    calibrate(model, specs, list(batches), config.calibration)
-    make_representable(model, specs, targets)
-    return Quantized.of(model.eval(), specs, torch.cat(list(batches)))
+    model = quantize_model(network.eval(), batches[0][:2], config, targets, residual=residual)
+    model.calibrate(list(batches), config.calibration)
+    model.finalize()
+    return Quantized.of(model.eval(), torch.cat(list(batches)))

@@ -32,7 +32,8 @@ def accuracy_of_each_layer(
         off, and "all". After training "none" is not the float network but the latent weights behind the quantizers.
     """
     trained = verify_stage(train_dir).payload
-    model, specs = rebuild(train_dir, config, trained, candidate)
+    model = rebuild(train_dir, config, trained, candidate)
+    specs = model.specs
     dataset = data.of_recipe(published.data_section(config))
     chosen = data.split(len(dataset.train_labels), config.data.validation, config.seed).validation
     images, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
@@ -44,7 +45,7 @@ def accuracy_of_each_layer(
             source = by_edge.get(spec.input_edge or "")
             layers.append((spec.operation, [spec] if source is None else [spec, source]))
     for number, (layer, active) in enumerate(layers, start=1):
-        with only(model, specs, active):
+        with only(model, active):
             share = accuracy(model, images, labels, dataset.preprocessing)
         bits = "/".join(str(spec.bits) for spec in active) if layer not in ("none", "all") else ""
         rows.append({"layer": layer, "accuracy": share, "bits": bits})

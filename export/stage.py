@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
+from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from artifacts.grid import grids_hash, load_grids
 from artifacts.images import Preprocessing
@@ -23,7 +24,7 @@ from crqat_train.published import data_section
 from crqat_train.rebuild import rebuild, take_float_weights
 from export.codes import expected_codes
 from export.config import ExportConfig
-from export.graph import macs
+from export.graph import split_macs
 from export.lint import lint
 from export.noise import quantizer_noise
 from export.qdq import QDQModel, float_model, qdq_model
@@ -65,15 +66,17 @@ def export(
     """
     trained = verify_stage(train_dir).payload
     targets = config.targets or train.targets
+    precisions = {target: runtimes.get(target).float_type(config.tensorrt_precision) for target in targets}
     candidate = trained["best"] if config.candidate == "best" else config.candidate
     if candidate not in trained["candidates"]:
         msg = f"export.candidate: the training has no {candidate}, only {', '.join(trained['candidates'])}"
         if candidate == "teacher":
             msg += "; set consistency.teacher: ema, or candidate: best"
         raise UsageError(msg)
-    model, specs = rebuild(train_dir, train, trained, candidate)
+    model = rebuild(train_dir, train, trained, candidate)
+    specs = model.specs
     grids = load_grids(train_dir / f"{candidate}.grids.json")
-    latent = rounded_weights(model, specs)
+    latent = rounded_weights(model)
     preprocessing = Preprocessing.from_json(trained["preprocessing"])
     metadata = {
         "crqat.schema_version": METADATA_SCHEMA,
@@ -84,60 +87,61 @@ def export(
         "crqat.git_revision": git_revision,
     }
     shape, classes = trained["input_shape"], len(trained["class_names"])
-    graph = marked_graph(model, specs, shape, classes)
-    node_macs = macs(graph)
+    graph = marked_graph(model, shape, classes)
+    node_macs, in_float = split_macs(graph)
     steps = 2 + len(targets)
     exported: dict[str, QDQModel] = {}
     findings: dict[str, list[str]] = {}
     for target in targets:
-        precision = config.tensorrt_precision if target == "tensorrt" else "float32"
         exported[target] = qdq_model(
             graph,
             specs,
             grids,
             latent,
             target,
-            precision,
+            precisions[target],
             {**metadata, "crqat.target": target},
-            config.weights if target == "tensorrt" else "int8",
+            config.weights if runtimes.get(target).float_weights else "int8",
         )
         findings[target] = [str(finding) for finding in lint(exported[target].model, target)]
         refuse(exported[target], target, config.allow_lossy, [] if unsafe else findings[target])
         progress("export", len(exported), steps, f"{target}.onnx")
     dataset = data.of_recipe(data_section(train), progress)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
-    model_float, _ = rebuild(train_dir, train, trained, candidate)
+    model_float = rebuild(train_dir, train, trained, candidate)
     take_float_weights(model_float, train_dir)
-    float_graph = marked_graph(model_float, specs, shape, classes)
+    float_graph = marked_graph(model_float, shape, classes)
     baselines = {"float": "float32"}
-    if "tensorrt" in targets and config.tensorrt_precision == "float16":
+    if "float16" in precisions.values():
         baselines["float16"] = "float16"
     for name, kind in baselines.items():
         baseline = float_model(float_graph, {**metadata, "crqat.target": name}, kind)
         onnx.save(baseline, out / f"{name}.onnx")
     chosen = data.split(len(dataset.train_labels), train.data.validation, train.seed).validation[: config.verify_images]
     verified = preprocessing(dataset.train_images[chosen].numpy())
-    proof = verify(model, specs, grids, exported, verified)
-    noise = quantizer_noise(model, specs, verified)
+    proof = verify(model, grids, exported, verified)
+    noise = quantizer_noise(model, verified)
     progress("export", steps - 1, steps, "; ".join(f"{name}: {entry['status']}" for name, entry in proof.items()))
     entries: list[dict[str, Any]] = [{"file": f"{name}.onnx", "target": name} for name in baselines]
     for name, file in exported.items():
+        executed = runtimes.get(name).not_run is None
         onnx.save(file.model, out / f"{name}.onnx")
         refused = proof[name]["status"].startswith(REFUSED)
         entries.append(
             {
                 "file": f"{name}.onnx",
                 "target": name,
-                "precision": config.tensorrt_precision if name == "tensorrt" else "float32",
+                "precision": precisions[name],
                 "claims": file.claims(),
                 "macs": node_macs,
+                "float_layers": in_float,
                 "verification": proof[name],
-                "fusion": fusion(file.model) if name == "onnxruntime" and not refused else None,
+                "fusion": fusion(file.model) if executed and not refused else None,
                 "findings": findings[name],
             }
         )
         codes = f"{name}.codes.npz"
-        if name == "onnxruntime" and not refused and expected_codes(file, verified, out / codes):
+        if executed and not refused and expected_codes(file, verified, out / codes):
             entries[-1]["expected_codes"] = codes
     _write_images(out / "images.npy", dataset.test_images)
     np.save(out / "labels.npy", dataset.test_labels.numpy())

@@ -25,7 +25,8 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
 from artifacts.errors import UsageError
-from crqat_train.layout import QuantizerSpec
+from crqat_train.layout import FLOAT_LAYER, operation_of
+from crqat_train.methods import specs_of
 from export.graph import OPSET, Graph, shapes
 from export.linears import linears_as_gemm, scale_behind_product
 from export.shape_folding import flatten_views, fold_shapes
@@ -52,14 +53,11 @@ class _Marker(nn.Module):
         return _Mark.apply(x, self.edge)  # type: ignore[no-any-return]
 
 
-def marked_graph(
-    model: fx.GraphModule, specs: Sequence[QuantizerSpec], input_shape: Sequence[int], classes: int
-) -> Graph:
+def marked_graph(model: fx.GraphModule, input_shape: Sequence[int], classes: int) -> Graph:
     """Export the network with its quantizers turned into markers, and fold BN into the convolutions.
 
     Args:
         model: Quantized GraphModule on the CPU in eval mode; it is not changed.
-        specs: Its quantizers.
         input_shape: [C, H, W].
         classes: Width of the logits.
 
@@ -67,8 +65,9 @@ def marked_graph(
         The float graph with a `crqat.Edge` node, attribute `edge`, on every quantized edge.
     """
     model = copy.deepcopy(model).eval()
-    for spec in specs:
+    for spec in specs_of(model):
         model.get_submodule("quantizers").add_module(spec.module_name, _Marker(spec.edge))
+    _mark_float_layers(model)
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         # The TorchScript exporter is deprecated and works; the other one has no hook for unknown operations without
@@ -96,7 +95,32 @@ def marked_graph(
     _pool_means(graph)
     _fold_bn(graph)
     _name_operations(graph)
+    _take_float_markers(graph)
     return graph
+
+
+def _mark_float_layers(model: fx.GraphModule) -> None:
+    """Markers on the weights of layers that the recipe keeps in float, so that their nodes are found and named, too."""
+    layers = [node for node in model.graph.nodes if FLOAT_LAYER in node.meta]
+    for index, node in enumerate(layers):
+        weight = node.args[1]
+        model.add_module(f"{FLOAT_LAYER}_{index}", _Marker(f"{FLOAT_LAYER}.{node.meta[FLOAT_LAYER]}__1.0"))
+        with model.graph.inserting_after(weight):
+            marked = model.graph.call_module(f"{FLOAT_LAYER}_{index}", (weight,))
+        node.replace_input_with(weight, marked)
+    if layers:
+        model.recompile()
+
+
+def _take_float_markers(graph: Graph) -> None:
+    """Remove what `_mark_float_layers` put there, and remember which nodes it was about."""
+    for node in graph.nodes:
+        edge = _weight_edge(graph, node) if node.op_type in {"Conv", "Gemm", "MatMul"} else None
+        if edge is not None and edge.startswith(f"{FLOAT_LAYER}."):
+            graph.float_layers[node.name] = operation_of(edge)
+            graph.fold.pop(edge, None)
+            node.input[1] = graph.producers()[node.input[1]].input[0]
+    graph.drop_unused()
 
 
 @contextlib.contextmanager

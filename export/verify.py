@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,21 @@ import torch
 from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
+from artifacts import targets as runtimes
 from artifacts.grid import Grid
 from crqat_train.calibration import Hook, hooked
 from crqat_train.layout import QuantizerSpec
+from crqat_train.methods import specs_of
 from export.lower import lower_activation
 from export.qdq import MOVEMENT, QDQModel
 from export.simulate import simulate
 from export.simulated import UNIT_ROUNDOFF, NotSimulated, Simulation
 
-NOT_RUN = "not run: no CUDA device"
 REFUSED = "failed: runtime: ONNX Runtime refuses the file"
 
 
 def verify(
     model: fx.GraphModule,
-    specs: Sequence[QuantizerSpec],
     grids: Mapping[str, Grid],
     exported: Mapping[str, QDQModel],
     images: npt.NDArray[np.float32],
@@ -48,7 +48,6 @@ def verify(
 
     Args:
         model: The delivered quantized network, CPU, eval mode.
-        specs: Its quantizers.
         grids: Edge name to trained Grid.
         exported: Target to its file.
         images: Normalized, float32 of shape [N, C, H, W], from the training set.
@@ -63,8 +62,11 @@ def verify(
         try:
             errors = {**_rounded_constants(file), **_bias_errors(file)}
             simulation = simulate(file.model, images, stored_error=errors)
-            links: dict[str, Any] = {"torch": _torch_link(model, specs, grids, file, simulation, images)}
-            links["runtime"] = _runtime_link(file, grids, simulation, images) if target == "onnxruntime" else NOT_RUN
+            links: dict[str, Any] = {"torch": _torch_link(model, grids, file, simulation, images)}
+            missing = runtimes.get(target).not_run
+            links["runtime"] = (
+                _runtime_link(file, grids, simulation, images) if missing is None else f"not run: {missing}"
+            )
             for other, theirs in simulations.items():
                 links[other] = _target_link(file, exported[other], theirs, images)
         except NotSimulated as reason:
@@ -176,7 +178,6 @@ def _stores(model: onnx.ModelProto, grids: Mapping[str, tuple[npt.NDArray[Any], 
 
 def _torch_link(
     model: fx.GraphModule,
-    specs: Sequence[QuantizerSpec],
     grids: Mapping[str, Grid],
     file: QDQModel,
     simulation: Simulation,
@@ -198,7 +199,7 @@ def _torch_link(
 
         return replace
 
-    in_file = [spec for spec in specs if spec.kind == "activation" and spec.edge in file.codes]
+    in_file = [spec for spec in specs_of(model) if spec.kind == "activation" and spec.edge in file.codes]
     with torch.no_grad(), hooked(model, [(spec, replaced_by_the_file(spec)) for spec in in_file]):
         logits = model(torch.from_numpy(images)).double().numpy()
     link = _compare(pairs, simulation)
@@ -230,7 +231,7 @@ def _runtime_link(
     logits, *codes = _session(tapped.SerializeToString()).run(["logits", *names], {"input": images})
     zero_points = {name: file.activations[edge].grid.zero_point for edge, own in file.codes.items() for name in own}
     theirs = {name: own.astype(np.int64) - zero_points[name] for name, own in zip(names, codes, strict=True)}
-    trained = _trained_grids(file, grids, "onnxruntime")
+    trained = _trained_grids(file, grids, runtimes.executed())
     if simulation.inexact or simulation.logits_bound is not None or not _stores(file.model, trained):
         # Each quantizer is fed with the runtime's codes: a difference shows where it arises and does not spread.
         forced = theirs if simulation.inexact else None
@@ -326,21 +327,9 @@ def optimized_operations(model: onnx.ModelProto) -> dict[str, list[str]]:
     return operations
 
 
-# What each operation of the file is to become.
-FUSED = {
-    "Conv": "QLinearConv", "Gemm": "QGemm", "Add": "QLinearAdd", "Mul": "QLinearMul", "Sigmoid": "QLinearSigmoid",
-    "LeakyRelu": "QLinearLeakyRelu", "AveragePool": "QLinearAveragePool",
-    "GlobalAveragePool": "QLinearGlobalAveragePool", "MatMul": "QLinearMatMul",
-}  # fmt: skip
-# A product of codes whose result stays float, and is no input of a quantizer, as in attention.
-_FLOAT_RESULT = {"MatMul": "MatMulIntegerToFloat"}
-# ONNX Runtime's CPU provider has no integer kernels for these.
-ALWAYS_FLOAT = (
-    "HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization", "ReduceMean",
-    "LayerNormalization", "LogSoftmax", "InstanceNormalization", "LpNormalization", "Max", "Min", "Sub", "Pow",
-    "Softplus", "Softsign", "Selu", "Celu", "ThresholdedRelu", "Exp", "Log", "Sqrt", "Reciprocal", "Abs", "Neg",
-    "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Einsum",
-)  # fmt: skip
+# What each operation of the file is to become, and which stay float.
+FUSED, _FLOAT_RESULT = runtimes.ONNXRUNTIME.fusions, runtimes.ONNXRUNTIME.float_results
+ALWAYS_FLOAT = runtimes.ONNXRUNTIME.always_float
 
 
 def fusion(model: onnx.ModelProto) -> dict[str, Any]:

@@ -144,6 +144,8 @@ def train(
 )
 def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, unsafe: bool, bisect: bool) -> None:
     """Write one ONNX file per target and prove it."""
+    from artifacts.targets import builds_engine
+
     config = load(recipe, overrides)
     payload = _run_stage("export", config, runs, force, **({"unsafe": True} if unsafe else {}))
     for model in payload["models"]:
@@ -156,7 +158,7 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, un
             )
         for finding in model.get("findings", []):
             click.echo(f"{path}: breaks a rule: {finding}")
-        if bisect and model["target"] == "tensorrt":
+        if bisect and builds_engine(model["target"]):
             from pipeline import inspection
             from runtime_eval.engine import EngineOptions
 

@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from xml.etree import ElementTree
 
 from artifacts.config import STRICT, Range
+from artifacts.targets import TARGETS, builds_engine
 
 # What is compared with, and has nothing to prove.
 BASELINES = ("float", "float16", "float_openvino")
@@ -125,8 +126,9 @@ def judge(results: dict[str, Any], config: GateConfig, known: KnownAccuracy | No
             verdicts.append(_verification(file, model["verification"]))
         if model.get("codes_on_this_cpu") is not None:
             verdicts.append(_codes(file, model["codes_on_this_cpu"]))
-        if model["target"] == "tensorrt":
-            verdicts += _engine(file, model.get("engine") or {"status": NO_ENGINE}, config)
+        if builds_engine(model["target"]):
+            engine = model.get("engine") or {"status": NO_ENGINE}
+            verdicts += _engine(file, engine, (model.get("float_layers") or {}).get("share", 0.0), config)
         if model["status"] == "measured" and model["versus_float"] is not None:
             baseline = "float_openvino" if model["target"] == "openvino" else "float"
             verdicts += _limits(file, model, float_latencies.get(baseline, {}).get("unstable", False), config)
@@ -139,7 +141,8 @@ def _required(models: dict[str, Any], runtimes: Sequence[str]) -> list[Verdict]:
     for runtime in runtimes:
         found = {file: model for file, model in models.items() if model["target"] == runtime}
         if not found:
-            target = "onnxruntime" if runtime == "openvino" else runtime  # whose file it runs
+            # Whose file it runs.
+            target = next((name for name, target in TARGETS.items() if runtime in target.runs_also), runtime)
             message = f"no file for {runtime}, which benchmark.require names; add {target} to export.targets"
             verdicts.append(_plain("required", runtime, "error", message))
         for file, model in found.items():
@@ -176,8 +179,10 @@ def _codes(file: str, counted: dict[str, Any]) -> Verdict:
     return Verdict("codes_on_this_cpu", file, status, counted["differing"], None, None, counted["codes"], message)
 
 
-def _engine(file: str, engine: dict[str, Any], config: GateConfig) -> list[Verdict]:
+def _engine(file: str, engine: dict[str, Any], in_float: float, config: GateConfig) -> list[Verdict]:
     """The rules on a TensorRT engine: that it was built as the file says, and what its plan is.
+
+    INT8 is asked of all layers but those that `quantization.float_layers` names: `in_float` is their share of the MACs.
 
     Where none was built because the builder is missing, nothing passes and nothing fails. A builder that died or was
     stopped says nothing of the file.
@@ -198,7 +203,7 @@ def _engine(file: str, engine: dict[str, Any], config: GateConfig) -> list[Verdi
             verdicts.append(Verdict("int8_coverage", file, "not run", None, None, allowed, None, why))
         else:
             status: Status = "pass" if share >= allowed else "fail"
-            message = _of_coverage(engine, allowed)
+            message = _of_coverage(engine, allowed, in_float)
             nodes = engine["coverage"]["nodes"]
             verdicts.append(Verdict("int8_coverage", file, status, share, None, allowed, nodes, message))
     if config.max_reformat_layers is not None:
@@ -224,11 +229,12 @@ def _of_engine(engine: dict[str, Any]) -> str:
     return f"built by {by}, but {wrong[0]['message']} ({wrong[0]['count']} times{at})"
 
 
-def _of_coverage(engine: dict[str, Any], allowed: float) -> str:
+def _of_coverage(engine: dict[str, Any], allowed: float, in_float: float) -> str:
     covered = engine["coverage"]
+    asked = f"; besides, float_layers keeps {100 * in_float:.2f} % of the network's in float" if in_float else ""
     text = (
         f"{100 * covered['by_macs']:.2f} % of the MACs, {covered['int8_nodes']} of {covered['nodes']} Conv and Gemm, "
-        f"required {100 * allowed:g} %"
+        f"required {100 * allowed:g} %{asked}"
     )
     missing = [f"{entry['node']} {entry['reason']}" for entry in engine["uncovered"][:1]]
     return "; ".join([text, *missing])

@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from artifacts import failures
+from artifacts import targets as runtimes
 from artifacts.errors import CrqatError, InternalError, ToolError, UsageError
 from artifacts.progress import quiet
 from crqat_train import data, models
-from crqat_train.calibration import calibrate
 from crqat_train.config import DataConfig, OptimizerConfig, QuantizationConfig
 from crqat_train.fit import Fit, is_step
-from crqat_train.layout import QuantizerSpec, quantize_model
-from crqat_train.methods import METHODS
-from crqat_train.representable import make_representable
+from crqat_train.layout import QuantizerSpec
+from crqat_train.quantized_model import quantize_model
 from crqat_train.untrained import awake, sane_bn
 from export.graph import macs
 from export.lint import left_in_float, lint
@@ -40,7 +39,7 @@ from export.verify import fusion, verify
 from pipeline.networks import Images
 from runtime_eval import engine, tensorrt_api
 
-TARGETS = ("onnxruntime", "tensorrt")
+TARGETS = runtimes.names()
 CLASSES = 10
 # Images that BN's statistics and the ranges come from, that the step trains on, and that the codes are proven on.
 CALIBRATION_IMAGES, STEP_IMAGES = 8, 4
@@ -67,24 +66,24 @@ def measure(name: str, images: Images) -> dict[str, Any]:
     batch, labels = _load(images)
     network = sane_bn(network, batch)
     clock("build")
-    model, specs = quantize_model(network, batch[:2], QuantizationConfig(), TARGETS, METHODS["lsq"])
+    model = quantize_model(network, batch[:2], QuantizationConfig(), TARGETS)
     clock("layout")
-    calibrate(model, specs, [batch])
+    model.calibrate([batch])
     clock("calibrate")
     step = _train_one_step(model, batch[:STEP_IMAGES], labels[:STEP_IMAGES])
-    notes = make_representable(model, specs, TARGETS)
+    notes = model.finalize()
     clock("train")
-    quantized = Quantized.of(model, specs, batch)
+    quantized = Quantized.of(model, batch)
     files = quantized.files()
     clock("export")
-    proof = verify(model, specs, quantized.grids, files, batch[: images.verified].numpy())
-    fused = fusion(files["onnxruntime"].model)
+    proof = verify(model, quantized.grids, files, batch[: images.verified].numpy())
+    fused = fusion(files[runtimes.executed()].model)
     clock("verify")
-    report = _engine(files["tensorrt"], macs(quantized.graph))
+    report = _engine(files[next(filter(runtimes.builds_engine, TARGETS))], macs(quantized.graph))
     clock("engine")
     return {
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
-        "mapped": _mapped(specs),
+        "mapped": _mapped(model.specs),
         "step": step,
         "notes": notes,
         "claims": {target: dict(Counter(c["claim"] for c in file.claims().values())) for target, file in files.items()},

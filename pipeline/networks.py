@@ -20,6 +20,7 @@ from typing import Any
 
 from artifacts import failures
 from artifacts.errors import ToolError, UsageError
+from artifacts.targets import executed
 from pipeline import console
 
 SCHEMA_VERSION = 1
@@ -218,7 +219,7 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
 
 
 def _codes(proof: Mapping[str, Any]) -> str:
-    runtime = proof["onnxruntime"]
+    runtime = proof[executed()]
     text = f"{runtime['differing_codes']} of {runtime['codes']:,}"
     ties = runtime["links"]["runtime"]["inexact_differing"] if "links" in runtime else 0
     text += f", {ties} at ties" if ties else ""

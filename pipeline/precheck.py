@@ -20,17 +20,16 @@ import onnxruntime
 import torch
 from torch import Tensor, fx, nn
 
+from artifacts import targets as runtimes
 from artifacts.errors import UsageError
 from artifacts.progress import Progress
 from crqat_train import trainer
 from crqat_train.batches import evaluation_batches
-from crqat_train.calibration import calibrate
 from crqat_train.config import TrainConfig
 from crqat_train.first_step import check_forward, check_statistics, check_step, one_line_of
-from crqat_train.layout import QuantizerSpec, quantize_model
-from crqat_train.methods import quantizer_maker, quantizer_of
+from crqat_train.layout import QuantizerSpec
+from crqat_train.quantized_model import QuantizedModel, quantize_model
 from crqat_train.refusals import forward_of, passes_through, source_line
-from crqat_train.representable import make_representable
 from crqat_train.untrained import awake, sane_bn
 from export import stage as export_stage
 from export.config import ExportConfig
@@ -123,21 +122,21 @@ class _Check:
                 network = sane_bn(network, self.images)
         self._at("layout")
         with self._telling("layout"):
-            model, specs = layout(network, self.images[:IMAGES], self.training)
+            model = layout(network, self.images[:IMAGES], self.training)
         self._at("calibration")
         with self._telling("calibration"):
-            calibrate_on_few(model.to(self.start.device), specs, self.images, self.training)
+            calibrate_on_few(model.to(self.start.device), self.images, self.training)
         if self.training.qat.epochs:
             self._step(copy.deepcopy(model), "qat")
         if count := min(self.training.qat.bn_images, self.training.qat.batch_size, IMAGES):
             check_statistics(copy.deepcopy(model), self.images[:count], "qat.bn_images and qat.batch_size")
         self._at("export")
-        quantized, files = export(model, specs, self.images, self.training, self.config.export)
+        quantized, files = export(model, self.images, self.training, self.config.export)
         self._at("lint")
         refuse_findings(files, self.config.export)
         self._at("proof")
         proof = prove(quantized, files, self.images[:IMAGES].cpu())
-        return [f"{len(specs)} quantizers, {', '.join(f'{name}.onnx' for name in files)}", *proof]
+        return [f"{len(model.specs)} quantizers, {', '.join(f'{name}.onnx' for name in files)}", *proof]
 
     def _at(self, stage: str) -> None:
         self._progress("check", self._done, self._total, stage)
@@ -178,19 +177,18 @@ class _Check:
             raise UsageError(msg) from error
 
 
-def layout(network: nn.Module, images: Tensor, training: TrainConfig) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
-    """Insert quantizers into a copy; see `crqat_train.layout.quantize_model`."""
-    quantization = training.quantization
-    return quantize_model(network, images, quantization, training.targets, quantizer_maker(quantization))
+def layout(network: nn.Module, images: Tensor, training: TrainConfig) -> QuantizedModel:
+    """Insert quantizers into a copy; see `crqat_train.quantized_model.quantize_model`."""
+    return quantize_model(network, images, training.quantization, training.targets)
 
 
-def calibrate_on_few(model: fx.GraphModule, specs: list[QuantizerSpec], images: Tensor, training: TrainConfig) -> None:
+def calibrate_on_few(model: QuantizedModel, images: Tensor, training: TrainConfig) -> None:
     """Start the ranges from a few images, and run the quantized network on them.
 
     Raises:
         UsageError: What it gives is no number.
     """
-    calibrate(model, specs, [images], training.quantization.calibration)
+    model.calibrate([images], training.quantization.calibration)
     broken: list[str] = []
 
     def look_at(spec: QuantizerSpec) -> Callable[..., None]:
@@ -200,7 +198,7 @@ def calibrate_on_few(model: fx.GraphModule, specs: list[QuantizerSpec], images: 
 
         return look
 
-    handles = [quantizer_of(model, spec).register_forward_hook(look_at(spec)) for spec in specs]
+    handles = [model.quantizer(spec).register_forward_hook(look_at(spec)) for spec in model.specs]
     with torch.no_grad():
         finite = bool(torch.isfinite(model(images)).all())
     for handle in handles:
@@ -215,7 +213,7 @@ def calibrate_on_few(model: fx.GraphModule, specs: list[QuantizerSpec], images: 
 
 
 def export(
-    model: fx.GraphModule, specs: list[QuantizerSpec], images: Tensor, training: TrainConfig, config: ExportConfig
+    model: QuantizedModel, images: Tensor, training: TrainConfig, config: ExportConfig
 ) -> tuple[Quantized, dict[str, QDQModel]]:
     """Make all files in memory, as the `export` stage does: each target's, and the float ones, which must load.
 
@@ -223,13 +221,14 @@ def export(
         UsageError: One of them cannot be made; the message names the operation, and what helps.
     """
     model.eval().cpu().to(memory_format=torch.contiguous_format)
-    make_representable(model, specs, training.targets)
-    quantized = Quantized.of(model, specs, images.cpu())
+    model.finalize(trained=False)
+    quantized = Quantized.of(model, images.cpu())
     _load(float_model(quantized.graph, {}))
     files: dict[str, QDQModel] = {}
     for target in config.targets or training.targets:
-        weights = config.weights if target == "tensorrt" else "int8"
-        precision = config.tensorrt_precision if target == "tensorrt" else "float32"
+        runtime = runtimes.get(target)
+        precision = runtime.float_type(config.tensorrt_precision)
+        weights = config.weights if runtime.float_weights else "int8"
         try:
             files[target] = _file(quantized, target, precision, weights)
         except Exception as error:
@@ -324,7 +323,7 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
     """
     proof: dict[str, dict[str, Any]]
     try:
-        proof = verify(quantized.model, quantized.specs, quantized.grids, files, images.numpy())
+        proof = verify(quantized.model, quantized.grids, files, images.numpy())
     except Exception as error:
         if passes_through(error):
             raise
@@ -341,12 +340,13 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
             raise UsageError(msg)
         if status != "passed":
             lines.append(f"{target}.onnx: {status}; the gate will be inconclusive")
-    if "onnxruntime" in files:
-        odd = [entry for entry in fusion(files["onnxruntime"].model)["float"] if entry["reason"] == UNEXPLAINED]
+    executed = runtimes.executed()
+    if executed in files:
+        odd = [entry for entry in fusion(files[executed].model)["float"] if entry["reason"] == UNEXPLAINED]
         if odd:
             names = ", ".join(entry["node"] for entry in odd[:3])
             lines.append(
-                f"onnxruntime.onnx: ONNX Runtime computes {names} in float and not in integers; where that rounds "
+                f"{executed}.onnx: ONNX Runtime computes {names} in float and not in integers; where that rounds "
                 "otherwise the gate will fail"
             )
     return lines or [f"codes equal on {len(images)} images"]

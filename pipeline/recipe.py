@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import pydantic
 
+from artifacts import targets as runtimes
 from artifacts.config import STRICT, Range
 from artifacts.errors import UsageError
 from crqat_train.config import (
@@ -145,7 +146,7 @@ def _override(data: dict[str, Any], text: str) -> str:
 
 def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
     """One validation error of pydantic's as a user reads it."""
-    place = ".".join(str(part) for part in detail["loc"])
+    place = ".".join(str(part) for part in detail["loc"] if part != "[key]")
     from_option = any(f"{place}.".startswith(f"{key}.") for key in overridden)
     where = f"--set {place}" if from_option else f"{path}: {place}"
     if detail["type"] == "unexpected_keyword_argument":
@@ -210,10 +211,12 @@ def _contradiction(recipe: Recipe) -> str | None:
     for key, targets in (("targets", recipe.targets), ("export.targets", recipe.export.targets)):
         if targets is not None and (not targets or len(set(targets)) != len(targets)):
             return f"{key}: list each runtime once, at least one"
-        if "tensorrt" in (targets or ()) and recipe.quantization.activation_method == "lsq+":
+        refusing = runtimes.union(targets or ()).without_zero_points
+        if refusing is not None and recipe.quantization.activation_method == "lsq+":
+            others = ", ".join(target.name for target in runtimes.TARGETS.values() if target.zero_points)
             return (
-                f"{key}: TensorRT refuses zero points other than 0, which activation_method `lsq+` learns; set {key} "
-                "to [onnxruntime], or quantization.activation_method to lsq"
+                f"{key}: {refusing.title} refuses zero points other than 0, which activation_method `lsq+` learns; set "
+                f"{key} to [{others}], or quantization.activation_method to lsq"
             )
     if recipe.model.nncf is not None and recipe.model.weights is not None:
         return "model.nncf: brings the float weights, too; leave model.weights out"

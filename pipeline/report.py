@@ -11,15 +11,17 @@ from typing import Any
 import jinja2
 
 from artifacts import json_file
+from artifacts import targets as runtimes
 from artifacts.store import Manifest, read_manifest
 from pipeline.gate import Verdict, exit_code
-from pipeline.results import COMPARED, side_by_side
+from pipeline.results import COMPARED, float_layers, side_by_side
 from pipeline.results_file import shown
 
 TEMPLATES = Path(__file__).parent / "templates"
 WORDS = {0: "pass", 1: "fail", 3: "not judged", 4: "inconclusive"}
 # Readable on white and on near-black.
-_COLORS = {"float": "#8a8f98", "onnxruntime": "#2f81d6", "tensorrt": "#4f9d3a", "openvino": "#8957c9"}
+_PALETTE = ("#8a8f98", "#8957c9", "#2f81d6", "#4f9d3a", "#d9822b", "#c0392b")
+_COLORS = dict(zip(("float", "openvino", *runtimes.names()), _PALETTE, strict=False))
 _LINES = {"validation": "#2f81d6", "validation_teacher": "#d9822b", "lambda": "#4f9d3a"}
 
 
@@ -58,7 +60,9 @@ def _render(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters.update(percent=_percent, number=_number, interval=_interval, kib=_kib)
+    environment.filters.update(
+        percent=_percent, number=_number, interval=_interval, kib=_kib, float_layers=float_layers
+    )
     return environment.get_template("report.html.j2").render(
         results=results,
         verdicts=verdicts,

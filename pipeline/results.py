@@ -37,6 +37,7 @@ COMPARED = (
     "x float",
     "latency is",
 )
+_SHOWN_LAYERS = 3
 _VERDICTS = {0: "PASS", 1: "FAIL", 3: "NOT JUDGED: something the gate needs did not work", 4: "INCONCLUSIVE"}
 
 
@@ -95,6 +96,8 @@ def _remarks(models: dict[str, Any]) -> Iterable[str]:
         engine = _engine(model.get("engine"))
         if engine:
             yield f"{file}: engine {engine}"
+        if (model.get("float_layers") or {}).get("macs"):
+            yield f"{file}: {float_layers(model['float_layers'])}"
         layers = model.get("int8_layers")
         if layers and model["target"] not in BASELINES:
             others = f"; not {', '.join(layers['float'])}" if layers["float"] else ""
@@ -174,6 +177,14 @@ def _engine(engine: dict[str, Any] | None) -> str:
         f"built by {builder['name']} {builder['version']}: {share} of the MACs in INT8, {number['layers']} layers, "
         f"{number['pointwise']} pointwise, {number['reformat']} reformat"
     )
+
+
+def float_layers(entry: dict[str, Any]) -> str:
+    """What `quantization.float_layers` costs: the layers, largest first, and their share of the MACs."""
+    names = sorted(entry["macs"], key=lambda name: -entry["macs"][name])
+    more = f" and {len(names) - _SHOWN_LAYERS} more" if len(names) > _SHOWN_LAYERS else ""
+    shown = ", ".join(names[:_SHOWN_LAYERS]) + more
+    return f"kept in float by float_layers: {shown}, {100 * entry['share']:.2f} % of the MACs"
 
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> None:

@@ -153,6 +153,10 @@ def _check_model(model: _Checked) -> None:
             counted.get(count, int)
     if model.data.get("findings") is not None:
         model.texts("findings")
+    if model.data.get("float_layers") is not None:
+        layers = model.child("float_layers")
+        layers.get("macs", dict)
+        layers.get("share", float)
     if model.data.get("engine") is not None:
         _check_engine(model.child("engine"))
     if model.data.get("int8_layers") is not None:

@@ -17,19 +17,17 @@ import numpy.typing as npt
 from artifacts.errors import ToolError, UsageError
 from artifacts.progress import Progress
 from artifacts.store import Manifest, manifest_hash, sha256_file, verify_stage
+from artifacts.targets import TARGETS, TENSORRT, builds_engine
 from runtime_eval import accuracy, device, engine, engine_report, latency, onnx_metadata, tensorrt_api
 from runtime_eval.client import OPENVINO, RUNTIME, Worker
 from runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
 from runtime_eval.jetson import Watch
 
 SCHEMA_VERSION = 1
-FLOAT, FLOAT16, TENSORRT = "float", "float16", "tensorrt"
-# What TensorRT is to run, where it can: the file for it, and the two that INT8 has to be faster than.
-FOR_TENSORRT = (TENSORRT, FLOAT16, FLOAT)
-# What OpenVINO runs, too, and as which targets. It takes the codes of the file for ONNX Runtime as they are, with an
-# integer Clip fused behind the convolution: measured, all of a ResNet-20's layers were INT8.
+FLOAT, FLOAT16 = "float", "float16"
+# What OpenVINO runs, too, and as which targets: the float file, and that of a target which says so.
 FLOAT_OPENVINO = "float_openvino"
-FOR_OPENVINO = {FLOAT: FLOAT_OPENVINO, RUNTIME: OPENVINO}
+FOR_OPENVINO = {FLOAT: FLOAT_OPENVINO} | {name: OPENVINO for name, t in TARGETS.items() if OPENVINO in t.runs_also}
 # Kernels are chosen by times that are measured once, so engines of one file differ; they are measured in turns.
 BUILDS = 3
 
@@ -62,7 +60,7 @@ class _Model:
         """What runs it."""
         if self.entry["target"] in FOR_OPENVINO.values():
             return OPENVINO
-        return TENSORRT if self.plans else RUNTIME
+        return TENSORRT.name if self.plans else RUNTIME
 
     @property
     def name(self) -> str:
@@ -202,7 +200,8 @@ def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Prog
     for model in models:
         if builder is None:
             model.engine_failure = f"not run: {missing} is not installed; {tensorrt_api.INSTALL_HINTS[missing]}"
-        if builder is None or model.entry["target"] not in (FOR_TENSORRT if runs else (TENSORRT,)):
+        wanted = _for_engine(model) if runs else builds_engine(model.entry["target"])
+        if builder is None or not wanted:
             continue
         task, plans = f"engine of {model.entry['file']}", []
         for number in range(BUILDS if runs else 1):
@@ -221,9 +220,14 @@ def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Prog
         progress(task, 1, 1, model.engine_failure if model.engine is None else model.engine["status"])
 
 
+def _for_engine(model: _Model) -> bool:
+    """Whether TensorRT is to run it, where it can: the file for it, and the two that INT8 has to be faster than."""
+    return model.entry["target"] in (FLOAT, FLOAT16) or builds_engine(model.entry["target"])
+
+
 def _engine_summary(model: _Model) -> dict[str, Any] | None:
     """A model's entry `engine` in the results; None of what is not for TensorRT."""
-    if model.entry["target"] != TENSORRT:
+    if not builds_engine(model.entry["target"]):
         return None
     return {"status": model.engine_failure} if model.engine is None else engine_report.headline(model.engine)
 
@@ -288,7 +292,7 @@ def _is_timed(model: _Model, config: BenchmarkConfig) -> bool:
     if model.runtime == OPENVINO:
         return True
     by_tensorrt = bool(model.plans) or config.provider in TENSORRT_PROVIDERS
-    return model.entry["target"] in (FOR_TENSORRT if by_tensorrt else (FLOAT, RUNTIME))
+    return _for_engine(model) if by_tensorrt else model.entry["target"] in (FLOAT, model.runtime)
 
 
 def _result(
@@ -316,6 +320,7 @@ def _result(
         "fusion": model.entry.get("fusion"),
         "codes_on_this_cpu": model.codes,
         "findings": model.entry.get("findings", []),
+        "float_layers": model.entry.get("float_layers"),
         "engine": _engine_summary(model),
         "int8_layers": model.int8_layers,
     }
@@ -344,7 +349,7 @@ def _result(
             "size_ratio": model.size / baseline.size,
         }
     half = next((other for other in models if other.entry["target"] == FLOAT16), None)
-    if half is not None and model.entry["target"] == TENSORRT and half.rounds and model.rounds:
+    if half is not None and builds_engine(model.entry["target"]) and half.rounds and model.rounds:
         result["versus_float16"] = latency.compare(half.rounds, model.rounds)
     return result
 
@@ -374,7 +379,7 @@ def _obstacle(model: _Model) -> str | None:
 
 def _not_run(model: _Model) -> str:
     """Why the latency of a file that was not made for ONNX Runtime's provider is not measured."""
-    if model.entry["target"] not in (TENSORRT, FLOAT16):
+    if model.entry["target"] != FLOAT16 and not builds_engine(model.entry["target"]):
         return "not run: the file is for another execution provider"
     if not device.cuda_device():
         return "not run: no CUDA device"

@@ -25,9 +25,9 @@ def test_the_page_adds_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), page)  # noqa: S102
     assert page["losses"][-1] < 0.8 * page["losses"][0]
-    model, specs, grids = page["model"], page["specs"], page["grids"]
-    assert all(type(quantizer_of(model, spec)) is page["SofterQuantizer"] for spec in specs)
-    for spec in specs:
+    model, grids = page["model"], page["grids"]
+    assert all(type(quantizer_of(model, spec)) is page["SofterQuantizer"] for spec in model.specs)
+    for spec in model.specs:
         shape = (3, 4) if spec.channels is None else (spec.channels, *[4] * (spec.ndim - 1))
         x = torch.randn(*shape) if spec.qmin < 0 else torch.rand(*shape)
         out = quantizer_of(model, spec)(x).detach().numpy()

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from crqat_train.config import QuantizationConfig
 from crqat_train.layout import QuantizerSpec
-from crqat_train.methods.base import MIN_SCALE, Quantizer, quantizer_of
+from crqat_train.methods.base import MIN_SCALE, Quantizer, quantizer_of, specs_of
 from crqat_train.methods.calibration import PERCENTILE, ActivationObserver, calibrate_weight
 from crqat_train.methods.dorefa import DoReFaQuantizer
 from crqat_train.methods.lsq import LSQQuantizer
@@ -44,6 +44,7 @@ __all__ = [
     "calibrate_weight",
     "quantizer_maker",
     "quantizer_of",
+    "specs_of",
 ]
 
 

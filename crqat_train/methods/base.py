@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from artifacts.grid import Grid
 from crqat_train.layout import QuantizerSpec
 
-# No scale gets smaller: ONNX Runtime's int32 bias overflows near 1e-10, and a scale of 0 is no Grid.
+# No scale gets smaller: ONNX Runtime's int32 bias overflows near 1e-10, and a scale of 0 is no Grid. Each method clamps
+# the scale where it uses it and lets the gradient through, so that any optimizer may step beyond and come back.
 MIN_SCALE = 1e-8
 
 
@@ -63,9 +64,14 @@ class Quantizer(nn.Module):
 
     def grid(self) -> Grid:
         """The Grid that training arrived at."""
-        scale = self.scale.detach().cpu().numpy().astype(np.float32).reshape(-1)
+        scale = self.scale.detach().clamp_min(MIN_SCALE).cpu().numpy().astype(np.float32).reshape(-1)
         axis = None if self.spec.channels is None else 0
         return Grid(scale, self.zero_point(), self.spec.qmin, self.spec.qmax, axis)
+
+
+def specs_of(model: fx.GraphModule) -> list[QuantizerSpec]:
+    """The specs of a quantized network's quantizers, in the order of NNCF's layout."""
+    return list(model.meta.get("specs", ()))  # a network that was only traced has none
 
 
 def quantizer_of(model: nn.Module, spec: QuantizerSpec) -> Quantizer:

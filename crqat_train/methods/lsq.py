@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from crqat_train.layout import QuantizerSpec
-from crqat_train.methods.base import Quantizer
+from crqat_train.methods.base import MIN_SCALE, Quantizer
 
 
 class _LSQ(torch.autograd.Function):
@@ -17,6 +17,7 @@ class _LSQ(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: float, qmax: float, grad_scale: float) -> Tensor:
+        scale = scale.clamp_min(MIN_SCALE)
         ctx.save_for_backward(x, scale)
         ctx.bounds = (qmin, qmax, grad_scale)
         return torch.round(torch.clamp(x / scale, qmin, qmax)) * scale

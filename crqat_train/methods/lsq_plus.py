@@ -29,6 +29,7 @@ class _LSQPlus(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, scale: Tensor, offset: Tensor, bounds: tuple[float, float], factors: tuple[float, float]
     ) -> Tensor:
+        scale = scale.clamp_min(MIN_SCALE)
         ctx.save_for_backward(x, scale, offset)
         ctx.bounds, ctx.factors = bounds, factors
         zero_point = _zero_point(scale, offset, *bounds)
@@ -93,4 +94,4 @@ class LSQPlusQuantizer(LSQQuantizer):
         """See `Quantizer.zero_point`."""
         if self.offset is None:
             return 0
-        return int(_zero_point(self.scale.detach(), self.offset.detach(), self.qmin, self.qmax))
+        return int(_zero_point(self.scale.detach().clamp_min(MIN_SCALE), self.offset.detach(), self.qmin, self.qmax))

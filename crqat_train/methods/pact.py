@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from crqat_train.layout import QuantizerSpec
-from crqat_train.methods.base import Quantizer
+from crqat_train.methods.base import MIN_SCALE, Quantizer
 
 
 class _PACT(torch.autograd.Function):
@@ -20,6 +20,7 @@ class _PACT(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: float, qmax: float) -> Tensor:
+        scale = scale.clamp_min(MIN_SCALE)
         ctx.save_for_backward(x, scale)
         ctx.bounds = (qmin, qmax)
         return torch.round(torch.clamp(x / scale, qmin, qmax)) * scale

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from artifacts.errors import UsageError
 from crqat_train.attention import self_attention
 from crqat_train.config import QuantizationConfig
-from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
+from crqat_train.quantized_model import quantize_model
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -62,7 +62,8 @@ class Tokens(nn.Module):
 def test_projections_queries_and_keys_are_quantized_and_values_are_not() -> None:
     torch.manual_seed(0)
     model, x = Tokens().eval(), torch.randn(2, 3, 8, 8)
-    graph, specs = quantize_model(model, x, QuantizationConfig(), ("onnxruntime", "tensorrt"), LSQQuantizer)
+    graph = quantize_model(model, x, QuantizationConfig(), ("onnxruntime", "tensorrt"), LSQQuantizer)
+    specs = graph.specs
     inside = {spec.edge: spec.kind for spec in specs if "attention/" in spec.edge}
     assert inside == {
         "pre_hooks.attention/linear/0__1.0": "weight",

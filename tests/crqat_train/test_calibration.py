@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from crqat_train.calibration import calibrate, hooked, observe, only
 from crqat_train.config import QuantizationConfig
-from crqat_train.layout import QuantizerSpec, quantize_model
 from crqat_train.methods import METHODS, quantizer_of
-
-Quantized = tuple[fx.GraphModule, list[QuantizerSpec]]
+from crqat_train.quantized_model import QuantizedModel, quantize_model
 
 
 @pytest.fixture
@@ -21,15 +19,15 @@ def network() -> nn.Sequential:
 
 
 @pytest.fixture
-def quantized(network: nn.Sequential) -> Quantized:
+def quantized(network: nn.Sequential) -> QuantizedModel:
     x = torch.randn(100, 4)
-    model, specs = quantize_model(network, x, QuantizationConfig(), ("onnxruntime",), METHODS["lsq"])
-    calibrate(model, specs, [x])
-    return model, specs
+    model = quantize_model(network, x, QuantizationConfig(), ("onnxruntime",), METHODS["lsq"])
+    calibrate(model, [x])
+    return model
 
 
-def test_a_hook_replaces_the_output_within_its_context_alone(quantized: Quantized) -> None:
-    model, specs = quantized
+def test_a_hook_replaces_the_output_within_its_context_alone(quantized: QuantizedModel) -> None:
+    model, specs = quantized, quantized.specs
     x = torch.randn(6, 4)
 
     def zeros(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
@@ -44,20 +42,20 @@ def test_a_hook_replaces_the_output_within_its_context_alone(quantized: Quantize
     assert torch.equal(model(x), before)
 
 
-def test_only_the_active_quantizers_round(quantized: Quantized) -> None:
-    model, specs = quantized
+def test_only_the_active_quantizers_round(quantized: QuantizedModel) -> None:
+    model, specs = quantized, quantized.specs
     x = torch.randn(6, 4)
     activations = [spec for spec in specs if spec.kind == "activation"]
-    with only(model, specs, activations[:1]):
+    with only(model, activations[:1]):
         for spec in activations:
             assert torch.equal(quantizer_of(model, spec)(x), x) is (spec is not activations[0]), spec.edge
     assert not any(torch.equal(quantizer_of(model, spec)(x), x) for spec in activations)
 
 
-def test_what_is_observed_is_the_float_network(quantized: Quantized, network: nn.Sequential) -> None:
-    model, specs = quantized
+def test_what_is_observed_is_the_float_network(quantized: QuantizedModel, network: nn.Sequential) -> None:
+    model, specs = quantized, quantized.specs
     batches = [torch.randn(6, 4), 3 * torch.randn(6, 4)]
-    observers = observe(model, specs, batches)
+    observers = observe(model, batches)
     assert observers.keys() == {spec.edge for spec in specs if spec.kind == "activation"}
     hidden = network[1](network[0](torch.cat(batches)))
     ends = {(float(values.min().clamp(max=0)), float(values.max())) for values in (torch.cat(batches), hidden)}

@@ -15,10 +15,11 @@ from torch.nn import functional
 
 from crqat_train import data
 from crqat_train.batches import evaluation_batches
-from crqat_train.config import ConsistencyConfig
-from crqat_train.consistency import ConsistencyTraining, EMATeacher, consistency_loss, consistency_weight, ema_alpha
+from crqat_train.config import ConsistencyConfig, QuantizationConfig
+from crqat_train.consistency import ConsistencyTraining, WeightAverage, consistency_loss, consistency_weight, ema_alpha
 from crqat_train.layout import QuantizerSpec
 from crqat_train.methods import LSQQuantizer
+from crqat_train.quantized_model import quantize_model
 
 
 def logits(seed: int, n: int = 32, classes: int = 10, spread: float = 4.0) -> Tensor:
@@ -131,7 +132,7 @@ def test_the_teacher_is_the_average_by_name(order: int) -> None:
     """A teacher whose layers were registered in another order: pairing tensors by position would mix them up."""
     student, teacher = Net(), Net(order)
     teacher.load_state_dict(student.state_dict())
-    average = EMATeacher(teacher, student)
+    average = WeightAverage(teacher, student)
     slow: dict[str, Any] = {name: tensor.double().clone() for name, tensor in teacher.state_dict().items()}
     for step in range(8):
         scramble(student, step)
@@ -179,7 +180,7 @@ def test_the_teachers_batchnorm_statistics_are_those_of_its_weights() -> None:
             after(step)
 
     fit(network, 0.05, 60, lambda i: functional.cross_entropy(network(batches[i]), labels[i]), lambda _: None)
-    student = fx.symbolic_trace(network).train()
+    student: Any = fx.symbolic_trace(network).train()
     training = ConsistencyTraining(student, network, ConsistencyConfig(weight=0.0), lambda model: model)
     fit(student, 0.3, 40, lambda i: training.loss([batches[i]], labels[i], 0.0), training.after_step)
     teacher = training.teacher
@@ -202,7 +203,7 @@ def test_the_teachers_batchnorm_statistics_are_those_of_its_weights() -> None:
 def test_the_first_update_makes_the_teacher_the_student() -> None:
     student = Net()
     teacher = copy.deepcopy(student)
-    average = EMATeacher(teacher, student)
+    average = WeightAverage(teacher, student)
     scramble(student, 0)
     average.update(ema_alpha(0, 0.99))
     assert all(torch.equal(tensor, student.state_dict()[name]) for name, tensor in teacher.state_dict().items())
@@ -211,7 +212,7 @@ def test_the_first_update_makes_the_teacher_the_student() -> None:
 def test_an_update_changes_the_teacher_alone_and_follows_the_optimizer() -> None:
     student = Net()
     teacher = copy.deepcopy(student).requires_grad_(False)
-    average = EMATeacher(teacher, student)
+    average = WeightAverage(teacher, student)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     for parameter in student.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -239,7 +240,7 @@ def test_networks_that_differ_are_refused() -> None:
     for kind, name in names.items():
         for pair in ((other[kind], Net()), (Net(), other[kind])):
             with pytest.raises(ValueError, match=rf"^teacher and student differ: \['{name}'\]$"):
-                EMATeacher(*pair)
+                WeightAverage(*pair)
 
 
 @pytest.mark.parametrize("teacher", ["ema", "float"])
@@ -247,7 +248,9 @@ def test_networks_that_differ_are_refused() -> None:
 def test_a_teacher_without_weight_costs_no_forward_pass(teacher: Literal["ema", "float"], weight: float) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(4, 3))
-    student, compiled = fx.symbolic_trace(network), []
+    compiled: list[nn.Module] = []
+    student = quantize_model(network, torch.zeros(2, 4), QuantizationConfig(), ("onnxruntime",))
+    student.calibrate([torch.randn(8, 4)])
 
     def count(model: nn.Module) -> Callable[[Tensor], Tensor]:
         compiled.append(model)

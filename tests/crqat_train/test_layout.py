@@ -4,6 +4,7 @@ import inspect
 import os
 import re
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
@@ -12,9 +13,11 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from artifacts.errors import UsageError
+from artifacts.targets import INT16_MAX
 from crqat_train import layout, models, nncf_bridge
 from crqat_train.config import Override, QuantizationConfig, Target
-from crqat_train.layout import INT16_MAX, QuantizerSpec, codes_at, quantize_model, quantizer_node, weight_node
+from crqat_train.graph import through_movement
+from crqat_train.layout import QuantizerSpec, codes_at, insert_quantizers, quantizer_node, weight_node
 from crqat_train.methods import LSQQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -29,10 +32,10 @@ def _placement_once() -> Any:
     answers: dict[tuple[str, ...], Any] = {}
     ask = nncf_bridge.ask_layout
 
-    def remember(model: nn.Module, example: Tensor) -> Any:
-        key = (str(model), str(tuple(example.shape)))
+    def remember(model: nn.Module, example: Tensor, in_float: Sequence[str] = ()) -> Any:
+        key = (str(model), str(tuple(example.shape)), *in_float)
         if key not in answers:
-            answers[key] = ask(model, example)
+            answers[key] = ask(model, example, in_float)
         return answers[key]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -52,7 +55,7 @@ def quantized(
     make: Callable[[QuantizerSpec], nn.Module] = identity,
 ) -> Layout:
     torch.manual_seed(0)
-    return quantize_model(model, torch.randn(*shape), config, targets, make)
+    return insert_quantizers(model, torch.randn(*shape), config, targets, make)
 
 
 def specs_of(*args: Any, **kwargs: Any) -> dict[str, QuantizerSpec]:
@@ -497,3 +500,37 @@ def test_codes_at_another_width() -> None:
     # At its own width a quantizer has its own codes, which the targets may have limited.
     unsigned = QuantizerSpec("post_hooks.a__0.0", (), "activation", 8, 0, 127, None, 4)
     assert [codes_at(unsigned, bits) for bits in (3, 8)] == [(0, 7), (0, 127)]
+
+
+@pytest.mark.parametrize("targets", [BOTH, ("tensorrt",)])
+@pytest.mark.parametrize("pattern", ["conv1", "linear", "layer2.0.conv1", "layer1.1.*"])
+def test_float_layers_carry_no_quantizers(pattern: str, targets: Sequence[str]) -> None:
+    """Not on the weight and not on what they read, even where others read the same in codes."""
+    network = models.build("cifar/resnet20", 10, 3).eval()
+    usual = {spec.edge: spec for spec in quantized(network, targets)[1] if spec.kind == "weight"}
+    config = QuantizationConfig(float_layers={"tensorrt": (pattern,)})
+    graph_module, specs = quantized(network, targets, config)
+    named = {edge for edge, spec in usual.items() if fnmatchcase(spec.operation, pattern)}
+    assert named
+    kept = {spec.edge: spec for spec in specs if spec.kind == "weight"}
+    assert kept.keys() == usual.keys() - named
+    found = [node for node in graph_module.graph.nodes if layout.FLOAT_LAYER in node.meta]
+    assert len(found) == len(named)
+    for node in found:
+        for source in node.all_input_nodes:
+            through = [moved.target for moved in through_movement(graph_module, source)]
+            assert not any("quantizers." in str(target) for target in through)
+
+
+def test_float_layers_of_another_target_do_not_count() -> None:
+    network = models.build("cifar/resnet20", 10, 3).eval()
+    config = QuantizationConfig(float_layers={"tensorrt": ("linear",)})
+    assert quantized(network, ("onnxruntime",), config)[1] == quantized(network, ("onnxruntime",))[1]
+
+
+def test_float_layers_that_match_nothing_are_refused_with_the_nearest() -> None:
+    network = models.build("cifar/resnet20", 10, 3).eval()
+    with pytest.raises(UsageError) as caught:
+        quantized(network, BOTH, QuantizationConfig(float_layers={"all": ("layer1.*", "liner")}))
+    assert str(caught.value).startswith("quantization.float_layers: liner matches no layer that is quantized")
+    assert "the nearest are linear" in str(caught.value)

@@ -31,7 +31,7 @@ from crqat_train.config import (
     TrainConfig,
 )
 from crqat_train.fit import Fit
-from crqat_train.layout import QuantizerSpec, quantize_model
+from crqat_train.layout import QuantizerSpec
 from crqat_train.low_bits import (
     LowBitTraining,
     OscillationDamping,
@@ -41,6 +41,7 @@ from crqat_train.low_bits import (
     width_of_step,
 )
 from crqat_train.methods import LSQQuantizer, MinMaxQuantizer
+from crqat_train.quantized_model import quantize_model
 from crqat_train.trainer import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -178,8 +179,8 @@ def test_scales_have_a_learning_rate_of_their_own(trained: Callable[..., Trained
 def quantized(make: Callable[[QuantizerSpec], nn.Module] = LSQQuantizer) -> fx.GraphModule:
     torch.manual_seed(0)
     images = torch.randn(16, 1, 8, 8)
-    model, specs = quantize_model(Depthwise(10, 1).eval(), images, W3A4, ("onnxruntime", "tensorrt"), make)
-    calibrate(model, specs, [images])
+    model = quantize_model(Depthwise(10, 1).eval(), images, W3A4, ("onnxruntime", "tensorrt"), make)
+    calibrate(model, [images])
     return model
 
 

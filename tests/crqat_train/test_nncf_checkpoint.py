@@ -22,10 +22,11 @@ from crqat_train import data, models, nncf_bridge, nncf_checkpoint
 from crqat_train.batches import evaluation_batches
 from crqat_train.calibration import calibrate
 from crqat_train.config import QuantizationConfig, Target
-from crqat_train.layout import QuantizerSpec, quantize_model
+from crqat_train.layout import QuantizerSpec
 from crqat_train.methods import MinMaxQuantizer, quantizer_of
 from crqat_train.nncf_bridge import ask_layout
 from crqat_train.nncf_checkpoint import Checkpoint, NNCFQuantizer, of_grid, read, write
+from crqat_train.quantized_model import quantize_model
 from tests.crqat_train import stock_nncf
 
 IMAGES = 64
@@ -134,8 +135,9 @@ def quantized(
     network: nn.Module, images: Tensor, bits: int, targets: tuple[Target, ...]
 ) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
     config = QuantizationConfig(weights=bits, activations=bits, first_layer=bits, last_layer=bits)
-    model, specs = quantize_model(network, images[:2], config, targets, MinMaxQuantizer)
-    calibrate(model, specs, [images])
+    model = quantize_model(network, images[:2], config, targets, MinMaxQuantizer)
+    specs = model.specs
+    calibrate(model, [images])
     return model.eval(), specs
 
 

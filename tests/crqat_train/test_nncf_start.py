@@ -25,9 +25,9 @@ from crqat_train.config import (
     Target,
     TrainConfig,
 )
-from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer, quantizer_maker, quantizer_of
 from crqat_train.nncf_checkpoint import Checkpoint, of_grid, read
+from crqat_train.quantized_model import quantize_model
 from crqat_train.trainer import train
 from tests.crqat_train import stock_nncf
 
@@ -156,8 +156,8 @@ def test_what_differs_is_named(images: Tensor, tmp_path: Path) -> None:
 
 
 def take(checkpoint: Checkpoint, images: Tensor, targets: tuple[Target, ...]) -> list[nncf_start.Edge]:
-    model, specs = quantize_model(small(10, 1).eval(), images[:2], QuantizationConfig(), targets, LSQQuantizer)
-    return nncf_start.take_ranges(model, specs, checkpoint, targets)
+    model = quantize_model(small(10, 1).eval(), images[:2], QuantizationConfig(), targets, LSQQuantizer)
+    return nncf_start.take_ranges(model, checkpoint, targets)
 
 
 def test_zero_points_are_refused_for_tensorrt(images: Tensor, tmp_path: Path) -> None:
@@ -173,8 +173,9 @@ def test_zero_points_are_refused_for_tensorrt(images: Tensor, tmp_path: Path) ->
 def test_a_method_with_a_zero_point_keeps_it(images: Tensor, tmp_path: Path) -> None:
     checkpoint = read(stock(images, "mixed", tmp_path / "stock.pt"))
     section = QuantizationConfig(activation_method="lsq+")
-    model, specs = quantize_model(small(10, 1).eval(), images[:2], section, ("onnxruntime",), quantizer_maker(section))
-    edges = {edge.name: edge for edge in nncf_start.take_ranges(model, specs, checkpoint, ("onnxruntime",))}
+    model = quantize_model(small(10, 1).eval(), images[:2], section, ("onnxruntime",), quantizer_maker(section))
+    specs = model.specs
+    edges = {edge.name: edge for edge in nncf_start.take_ranges(model, checkpoint, ("onnxruntime",))}
     grids = {q.hooks[0]: q.grid() for q in checkpoint.quantizers}
     moved = [spec for spec in specs if grids[spec.edge].zero_point != 0]
     assert moved
@@ -189,9 +190,10 @@ def test_a_method_with_a_zero_point_keeps_it(images: Tensor, tmp_path: Path) -> 
 
 def test_a_zero_points_range_is_covered_without_one(images: Tensor) -> None:
     grid = Grid(np.array([0.1], np.float32), 200, 0, 255)  # -20 to 5.5
-    model, specs = quantize_model(small(10, 1).eval(), images[:2], QuantizationConfig(), ("onnxruntime",), LSQQuantizer)
+    model = quantize_model(small(10, 1).eval(), images[:2], QuantizationConfig(), ("onnxruntime",), LSQQuantizer)
+    specs = model.specs
     spec = next(spec for spec in specs if spec.qmin < 0 and spec.kind == "activation")
-    nncf_start.take_ranges(model, specs, Checkpoint({}, [of_grid([spec.edge], grid, 4)]), ("onnxruntime",))
+    nncf_start.take_ranges(model, Checkpoint({}, [of_grid([spec.edge], grid, 4)]), ("onnxruntime",))
     assert quantizer_of(model, spec).scale.item() * 128 == pytest.approx(20.0)
 
 

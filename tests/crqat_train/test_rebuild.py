@@ -9,8 +9,8 @@ from torch import nn
 
 from crqat_train.checkpoint import write_tensors
 from crqat_train.config import QuantizationConfig
-from crqat_train.layout import quantize_model
 from crqat_train.methods import METHODS
+from crqat_train.quantized_model import quantize_model
 from crqat_train.rebuild import take_float_weights
 
 
@@ -27,7 +27,8 @@ class Spare(nn.Module):
 
 def test_float_weights_come_back_below_quantizers_that_stay(tmp_path: Path) -> None:
     network = Spare().eval()
-    model, specs = quantize_model(network, torch.randn(2, 4), QuantizationConfig(), ("onnxruntime",), METHODS["lsq"])
+    model = quantize_model(network, torch.randn(2, 4), QuantizationConfig(), ("onnxruntime",), METHODS["lsq"])
+    specs = model.specs
     write_tensors(
         tmp_path / "float.safetensors", {name: tensor.clone() for name, tensor in network.state_dict().items()}
     )

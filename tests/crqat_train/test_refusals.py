@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from artifacts.errors import UsageError
 from crqat_train.config import QuantizationConfig
-from crqat_train.layout import quantize_model
+from crqat_train.quantized_model import quantize_model
 
 
 class Own(nn.Module):
@@ -39,9 +39,7 @@ class Own(nn.Module):
 def quantized(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     targets = ("onnxruntime", "tensorrt")
-    return quantize_model(
-        model.eval(), torch.randn(2, 3, 8, 8), QuantizationConfig(), targets, lambda _: nn.Identity()
-    )[0]
+    return quantize_model(model.eval(), torch.randn(2, 3, 8, 8), QuantizationConfig(), targets)
 
 
 def line_of(function: Callable[..., Any], text: str) -> str:

@@ -7,22 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from artifacts.errors import UsageError
+from artifacts.targets import BIAS_LIMIT
 from crqat_train import data, models
 from crqat_train.batches import evaluation_batches
 from crqat_train.calibration import calibrate
 from crqat_train.config import QuantizationConfig
 from crqat_train.graph import parameter
-from crqat_train.layout import QuantizerSpec, quantize_model, weight_node
+from crqat_train.layout import weight_node
 from crqat_train.methods import LSQQuantizer, quantizer_of
-from crqat_train.representable import BIAS_LIMIT, fold_multiplier, make_representable
+from crqat_train.quantized_model import QuantizedModel, quantize_model
+from crqat_train.representable import fold_multiplier, make_representable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = ("onnxruntime", "tensorrt")
-Quantized = tuple[fx.GraphModule, list[QuantizerSpec]]
 
 
 class Net(nn.Module):
@@ -47,7 +48,7 @@ def images(n: int = 200) -> Tensor:
     return batch
 
 
-def network(targets: Sequence[str] = BOTH, bits: int = 8, **norm: Sequence[float]) -> Quantized:
+def network(targets: Sequence[str] = BOTH, bits: int = 8, **norm: Sequence[float]) -> QuantizedModel:
     """Net on digits with statistics of its own, calibrated; `norm` sets the first entries of a tensor of bn1."""
     torch.manual_seed(0)
     model, x = Net(), images()
@@ -60,19 +61,19 @@ def network(targets: Sequence[str] = BOTH, bits: int = 8, **norm: Sequence[float
         for name, values in norm.items():
             getattr(model.bn1, name)[: len(values)] = torch.tensor(values)
     config = QuantizationConfig(weights=bits, activations=bits)
-    student, specs = quantize_model(model.eval(), x[:2], config, targets, LSQQuantizer)
-    calibrate(student, specs, [x])
-    return student, specs
+    student = quantize_model(model.eval(), x[:2], config, targets, LSQQuantizer)
+    student.calibrate([x])
+    return student
 
 
-def scales(quantized: Quantized) -> dict[str, Tensor]:
-    model, specs = quantized
+def scales(quantized: QuantizedModel) -> dict[str, Tensor]:
+    model, specs = quantized, quantized.specs
     return {spec.edge: quantizer_of(model, spec).scale.detach().clone().flatten() for spec in specs}
 
 
-def folded(quantized: Quantized) -> dict[str, tuple[Tensor, Tensor]]:
+def folded(quantized: QuantizedModel) -> dict[str, tuple[Tensor, Tensor]]:
     """Edge of each weight -> BN's multiplier and the folded bias, from the network's own layers."""
-    model, specs = quantized
+    model, specs = quantized, quantized.specs
     result = {}
     for spec in specs:
         if spec.kind != "weight":
@@ -95,9 +96,9 @@ def is_float16(values: Tensor, ulps: int = 0) -> Tensor:
     return nearest.isfinite() & ((nearest - values).abs() <= ulps * 2.0**-23 * values)
 
 
-def logits(quantized: Quantized) -> Tensor:
+def logits(quantized: QuantizedModel) -> Tensor:
     with torch.no_grad():
-        result: Tensor = quantized[0](images())
+        result: Tensor = quantized(images())
     return result
 
 
@@ -111,9 +112,9 @@ VARIANCE = (1.0, 1.0, 1.0, 1.0, 1.0, 0.0, 1e-12, 3e8)
 def test_what_tensorrt_stores_is_float16_and_no_scale_got_smaller(bits: int, norm: dict[str, Sequence[float]]) -> None:
     quantized = network(BOTH, bits, **norm)
     before = scales(quantized)
-    make_representable(*quantized, BOTH)
+    make_representable(quantized, BOTH)
     after, fold = scales(quantized), folded(quantized)
-    for spec in quantized[1]:
+    for spec in quantized.specs:
         new, old = after[spec.edge], before[spec.edge]
         assert new.isfinite().all() and (new >= old).all(), spec.edge
         if spec.kind == "activation":
@@ -133,10 +134,10 @@ def test_what_tensorrt_stores_is_float16_and_no_scale_got_smaller(bits: int, nor
 def test_the_bias_fits_int32_in_units_of_the_scales(targets: Sequence[str]) -> None:
     quantized = network(targets, weight=GAMMA, running_var=VARIANCE, bias=(3.0, 2.0, -5.0, 40.0, 0.7))
     before = scales(quantized)
-    notes = make_representable(*quantized, targets)
+    notes = make_representable(quantized, targets)
     after, fold = scales(quantized), folded(quantized)
     needed = 0
-    for spec in quantized[1]:
+    for spec in quantized.specs:
         if spec.kind != "weight":
             continue
         assert spec.input_edge is not None
@@ -152,14 +153,14 @@ def test_the_bias_fits_int32_in_units_of_the_scales(targets: Sequence[str]) -> N
 
 def test_a_bias_outside_of_bn_counts_too() -> None:
     quantized = network(("onnxruntime",))
-    model, specs = quantized
+    model, specs = quantized, quantized.specs
     (spec,) = [spec for spec in specs if spec.operation == "fc"]
     with torch.no_grad():
         model.get_parameter("fc.weight")[3] *= 1e-6
         model.get_parameter("fc.bias")[3] = 1e4
         quantizer_of(model, spec).scale[3] = 1e-8
     assert spec.input_edge is not None
-    assert make_representable(model, specs, ("onnxruntime",)) == [
+    assert make_representable(model, ("onnxruntime",)) == [
         "fc: scale of 1 channels raised to what the targets can store"
     ]
     after = scales(quantized)
@@ -168,10 +169,10 @@ def test_a_bias_outside_of_bn_counts_too() -> None:
 
 def test_bns_running_mean_is_part_of_the_bias() -> None:
     quantized = network(("onnxruntime",), running_mean=(1e5,), bias=(0.0,))
-    model, specs = quantized
+    model, specs = quantized, quantized.specs
     (spec,) = [spec for spec in specs if spec.operation == "conv1" and spec.kind == "weight"]
     quantizer_of(model, spec).scale.data[0] = 1e-8
-    make_representable(model, specs, ("onnxruntime",))
+    make_representable(model, ("onnxruntime",))
     after = scales(quantized)
     assert spec.input_edge is not None
     # |bias| / |m| is the mean: the scale before folding does not depend on gamma.
@@ -181,7 +182,7 @@ def test_bns_running_mean_is_part_of_the_bias() -> None:
 def test_without_tensorrt_nothing_that_fits_is_touched() -> None:
     quantized = network(("onnxruntime",))
     before = scales(quantized)
-    assert make_representable(*quantized, ("onnxruntime",)) == []
+    assert make_representable(quantized, ("onnxruntime",)) == []
     after = scales(quantized)
     assert all(torch.equal(after[edge], before[edge]) for edge in before)
     assert not all(is_float16(scale).all() for scale in after.values())
@@ -189,14 +190,14 @@ def test_without_tensorrt_nothing_that_fits_is_touched() -> None:
 
 def test_without_onnxruntime_no_bias_raises_a_scale() -> None:
     quantized = network(("tensorrt",), bias=(1e6,))
-    assert make_representable(*quantized, ("tensorrt",)) == []
+    assert make_representable(quantized, ("tensorrt",)) == []
 
 
 def test_done_twice_is_done_once() -> None:
     quantized = network(BOTH, weight=GAMMA, running_var=VARIANCE)
-    make_representable(*quantized, BOTH)
+    make_representable(quantized, BOTH)
     first = scales(quantized)
-    make_representable(*quantized, BOTH)
+    make_representable(quantized, BOTH)
     for edge, scale in scales(quantized).items():
         assert (scale >= first[edge]).all(), edge
         torch.testing.assert_close(scale, first[edge], rtol=2.0**-22, atol=0, msg=edge)
@@ -205,7 +206,7 @@ def test_done_twice_is_done_once() -> None:
 def test_not_even_a_rounding_makes_a_scale_smaller() -> None:
     """A scale one unit above the representable one: the folded scale can round to the same float16."""
     quantized = network(BOTH)
-    model, specs = quantized
+    model, specs = quantized, quantized.specs
     # Factors and scales for which it does: the folded scale is just above a power of two, where units are large beside
     # the value, the scale itself just below one, where they are small.
     bn = model.get_submodule("bn1")
@@ -213,12 +214,12 @@ def test_not_even_a_rounding_makes_a_scale_smaller() -> None:
     bn.weight.data = 0.505 * (bn.running_var + bn.eps).sqrt()
     first = next(spec for spec in specs if spec.bn == "bn1")
     quantizer_of(model, first).scale.data.fill_(2.0**-6 / 0.505)
-    make_representable(*quantized, BOTH)
+    make_representable(quantized, BOTH)
     for spec in specs:
         scale = quantizer_of(model, spec).scale.data
         scale.copy_(torch.nextafter(scale, torch.full_like(scale, torch.inf)))
     before = scales(quantized)
-    make_representable(*quantized, BOTH)
+    make_representable(quantized, BOTH)
     after = scales(quantized)
     assert all((after[edge] >= before[edge]).all() for edge in before)
     assert (after[first.edge] == before[first.edge]).any()  # there were such
@@ -226,12 +227,11 @@ def test_not_even_a_rounding_makes_a_scale_smaller() -> None:
 
 def test_channels_that_bn_switches_off_or_nearly_so_keep_their_output() -> None:
     """Their codes may all become 0; what they add to the network is BN's bias, before and after."""
-    quantized = network(BOTH, weight=GAMMA)
-    model, specs = quantized
+    quantized = model = network(BOTH, weight=GAMMA)
     seen: list[Tensor] = []
     model.get_submodule("bn1").register_forward_hook(lambda _, __, output: seen.append(output.detach()))
     logits(quantized)
-    make_representable(model, specs, BOTH)
+    make_representable(model, BOTH)
     logits(quantized)
     torch.testing.assert_close(seen[0][:, 1:5], seen[1][:, 1:5], rtol=0, atol=1e-9)
     torch.testing.assert_close(
@@ -248,7 +248,7 @@ def test_each_quantizer_changes_its_values_by_less_than_the_theory_allows(bits: 
     stay what they were.
     """
     quantized = network(BOTH, bits)
-    model, specs = quantized
+    model, specs = quantized, quantized.specs
     inputs: dict[str, Tensor] = {}
     for spec in specs:
         quantizer_of(model, spec).register_forward_hook(
@@ -257,7 +257,7 @@ def test_each_quantizer_changes_its_values_by_less_than_the_theory_allows(bits: 
     logits(quantized)
     seen = dict(inputs)
     grids = {spec.edge: quantizer_of(model, spec).grid() for spec in specs}
-    make_representable(model, specs, BOTH)
+    make_representable(model, BOTH)
     for spec in specs:
         values, old, new = seen[spec.edge].numpy(), grids[spec.edge], quantizer_of(model, spec).grid()
         codes, moved = old.quantize(values), new.quantize(values)
@@ -276,11 +276,11 @@ def test_the_predictions_of_a_real_network_stay(cifar10_root: Path, shared_data:
     models.load_weights(model, shared_data / "weights" / "resnet20-12fca82f.th")
     model.eval()
     batches = list(evaluation_batches(dataset.train_images[:300], dataset.preprocessing, 150))
-    student, specs = quantize_model(model, batches[0][:2], QuantizationConfig(), BOTH, LSQQuantizer)
-    calibrate(student, specs, batches[:1])
+    student = quantize_model(model, batches[0][:2], QuantizationConfig(), BOTH, LSQQuantizer)
+    calibrate(student, batches[:1])
     with torch.no_grad():
         exact, before = model(batches[1]), student(batches[1])
-        notes = make_representable(student, specs, BOTH)
+        notes = make_representable(student, BOTH)
         after = student(batches[1])
     # Some channels of these weights are dead behind their BN; only they have scales that no file could hold.
     assert all(note.endswith("scale of 1 channels raised to what the targets can store") for note in notes)
@@ -303,46 +303,47 @@ def test_a_weight_with_two_quantizers_gets_each_call_its_own_bias() -> None:
             b = functional.relu(functional.conv2d(x * 2, self.weight, bias=self.large))
             return self.fc((a + b).mean((2, 3)))  # type: ignore[no-any-return]
 
-    model, specs = quantize_model(Twice().eval(), images(2), QuantizationConfig(), ("onnxruntime",), LSQQuantizer)
+    model = quantize_model(Twice().eval(), images(2), QuantizationConfig(), ("onnxruntime",), LSQQuantizer)
+    specs = model.specs
     for spec in specs:
         quantizer_of(model, spec).scale.data.fill_(1e-4)
     weights = [spec for spec in specs if spec.kind == "weight" and spec.ndim == 4]
     assert weight_node(model, weights[0]) is weight_node(model, weights[1])
     assert parameter(model, weight_node(model, weights[0])) is model.get_parameter("weight")
-    make_representable(model, specs, ("onnxruntime",))
+    make_representable(model, ("onnxruntime",))
     # 1e6 / 2^30 / 1e-4 = 9.3 in the call with the large bias alone, though both share the weight.
     assert [round(quantizer_of(model, spec).scale[0].item(), 4) for spec in weights] == [1e-4, 9.3132]
 
 
 @pytest.mark.parametrize("targets", [["onnxruntime"], BOTH])
 def test_the_true_cause_is_named_by_its_module(targets: Sequence[str]) -> None:
-    quantized = network(targets)
-    model, specs = quantized
+    model = network(targets)
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
     name, norm = next(iter(norms.items()))
     assert norm.running_var is not None
     right = norm.running_var.clone()
     norm.running_var[1] = -0.25
     with pytest.raises(UsageError, match=rf"^the network: {name}\.running_var is negative in 1 of \d+ .*-0\.25"):
-        make_representable(model, specs, targets, trained=False)
+        make_representable(model, targets, trained=False)
     norm.running_var[1] = float("nan")
     with pytest.raises(UsageError, match=rf"1 of \d+ in {name}\.running_var; and nothing was trained"):
-        make_representable(model, specs, targets, trained=False)
+        make_representable(model, targets, trained=False)
     norm.running_var.copy_(right)
-    quantizer_of(model, specs[0]).scale.data.fill_(float("nan"))
+    quantizer_of(model, model.specs[0]).scale.data.fill_(float("nan"))
     for trained, words in ((False, "and nothing was trained"), (True, "training diverged; lower qat.lr")):
         with pytest.raises(UsageError, match=rf"scale of its \w+ is infinite or no number: {words}"):
-            make_representable(model, specs, targets, trained)
+            make_representable(model, targets, trained)
 
 
 def test_a_scale_beyond_float16_is_a_users_error() -> None:
     for edge in ("post_hooks.x__0.0", "pre_hooks.fc/linear/0__1.0"):
-        model, specs = network(BOTH)
+        model = network(BOTH)
+        specs = model.specs
         (spec,) = [spec for spec in specs if spec.edge == edge]
         quantizer_of(model, spec).scale.data.fill_(7e4)
         with pytest.raises(UsageError, match=rf"^{spec.operation}: a scale of 70000 is more than .*; lower qat\.lr"):
-            make_representable(model, specs, BOTH)
-        assert make_representable(model, specs, ("onnxruntime",)) == []
+            make_representable(model, BOTH)
+        assert make_representable(model, ("onnxruntime",)) == []
 
 
 def test_bn_without_affine_parameters_folds_by_its_statistics() -> None:

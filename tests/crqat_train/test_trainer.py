@@ -376,16 +376,16 @@ def test_training_sees_the_training_part_alone(
     calibrated: list[Tensor] = []
     evaluated: list[Tensor] = []
 
-    def spy_calibrate(student: fx.GraphModule, specs: Any, batches: list[Tensor], calibration: str) -> None:
+    def spy_calibrate(student: fx.GraphModule, batches: list[Tensor], calibration: str) -> None:
         calibrated.extend(batches)
-        calibrate(student, specs, batches, calibration)
+        calibrate(student, batches, calibration)
 
     def spy_accuracy(model: nn.Module, images: Tensor, labels: Tensor, preprocessing: Any) -> float:
         assert torch.equal(labels, digits.train_labels[part.validation])
         evaluated.append(images)
         return accuracy(model, images, labels, preprocessing)
 
-    monkeypatch.setattr(trainer, "calibrate", spy_calibrate)
+    monkeypatch.setattr("crqat_train.calibration.calibrate", spy_calibrate)
     monkeypatch.setattr(trainer, "accuracy", spy_accuracy)
     # The labeled source as its own unlabeled one: its validation part stays unseen there too.
     train(tuned(data=DataConfig("digits", crop_padding=1, flip=False, unlabeled="digits")), tmp_path, quiet)
@@ -519,14 +519,15 @@ def test_a_rebuilt_network_gives_the_same_bits(
         delivered.append(model)
         return make_representable(model, *args)
 
-    monkeypatch.setattr("crqat_train.trainer.make_representable", spy)
+    monkeypatch.setattr("crqat_train.representable.make_representable", spy)
     config = tuned()
     payload = train(config, tmp_path, quiet)
     digits = data.load("digits", None, False)
     x = torch.cat(list(evaluation_batches(digits.test_images, digits.preprocessing, 200)))
     torch.manual_seed(1234)  # a rebuilt network is first drawn at random
     for name, model in zip(("calibrated", "student", "teacher"), delivered, strict=True):
-        rebuilt, specs = rebuild(tmp_path, config, payload, name)
+        rebuilt = rebuild(tmp_path, config, payload, name)
+        specs = rebuilt.specs
         assert not rebuilt.training and not model.training
         with torch.no_grad():
             assert torch.equal(rebuilt(x), model(x))
@@ -655,13 +656,13 @@ def test_calibration_observes_the_float_network_and_leaves_the_quantizers_on(
     digits = data.load("digits", None, False)
     run = trainer._Run(tuned(), digits, data.split(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
     model = run.float_model(*run.network())
-    student, specs = run.quantize(model)
+    student = run.quantize(model)
     (x,) = evaluation_batches(digits.train_images[run.split.train[:256]], digits.preprocessing, 256)
     assert isinstance(model, Net)
     with torch.no_grad():
         first = functional.relu(model.bn1(model.conv1(x)))
         second = functional.relu(model.bn2(model.conv2(first)))
-    by_edge = {spec.edge: spec for spec in specs}
+    by_edge = {spec.edge: spec for spec in student.specs}
     for edge, values in {"post_hooks.x__0.0": x, "post_hooks./relu/1__0.0": second}.items():
         found = quantizer_of(student, by_edge[edge])
         expected, observer = copy.deepcopy(found), ActivationObserver()
@@ -736,7 +737,7 @@ def test_bn_is_estimated_anew_with_the_quantizers_on(
     seen: list[Tensor] = []
     estimate = trainer._Run.estimate_bn
 
-    def spy(run: Any, model: fx.GraphModule) -> None:
+    def spy(run: Any, model: Any) -> None:
         model.to(memory_format=torch.contiguous_format)
         before.append((model, {name: value.clone() for name, value in model.state_dict().items()}))
         handle = model.get_submodule("bn1").register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
@@ -744,7 +745,7 @@ def test_bn_is_estimated_anew_with_the_quantizers_on(
         handle.remove()
 
     monkeypatch.setattr(trainer._Run, "estimate_bn", spy)
-    monkeypatch.setattr("crqat_train.trainer.make_representable", lambda *_: [])
+    monkeypatch.setattr("crqat_train.representable.make_representable", lambda *_: [])
     train(tuned(qat=QATConfig(1, 100, 0.002, bn_images=350), consistency=ConsistencyConfig("none")), tmp_path, quiet)
     ((model, old),) = before
     assert [len(x) for x in seen] == [100, 100, 100]

@@ -9,7 +9,7 @@ from torch.nn import functional
 from torchvision.ops import StochasticDepth  # type: ignore[import-untyped]
 
 from crqat_train.config import QuantizationConfig
-from crqat_train.layout import quantize_model
+from crqat_train.quantized_model import quantize_model
 
 
 class Dropping(nn.Module):
@@ -35,7 +35,7 @@ class Dropping(nn.Module):
 def test_what_is_dropped_in_training_is_the_same_as_in_the_network(kind: str) -> None:
     torch.manual_seed(0)
     model, x = Dropping(kind).eval(), torch.randn(8, 3, 6, 6)
-    graph, _ = quantize_model(model, x, QuantizationConfig(), ("onnxruntime",), lambda _: nn.Identity())
+    graph = quantize_model(model, x, QuantizationConfig(), ("onnxruntime",), lambda _: nn.Identity())
     assert torch.equal(graph(x), model(x))
     outputs = []
     for network in (model.train(), graph.train()):

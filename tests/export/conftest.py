@@ -155,12 +155,12 @@ def digits(trained: Callable[..., tuple[Path, TrainConfig]]) -> Callable[[int], 
             quantization = replace(DIGITS.quantization, weights=bits, activations=bits)
             directory, config = trained(quantization=quantization)
             payload = read_manifest(directory).payload
-            model, specs = rebuild(directory, config, payload, payload["best"])
+            model = rebuild(directory, config, payload, payload["best"])
             images = data.load("digits", None, False).train_images
             chosen = data.split(len(images), config.data.validation, config.seed).validation[:32]
             preprocessing = Preprocessing.from_json(payload["preprocessing"])
             grids = load_grids(directory / f"{payload['best']}.grids.json")
-            made[bits] = Quantized(model, specs, grids, preprocessing(images[chosen].numpy()))
+            made[bits] = Quantized(model, grids, preprocessing(images[chosen].numpy()))
         return made[bits]
 
     return of

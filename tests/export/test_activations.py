@@ -121,7 +121,7 @@ def proven(network: nn.Module, targets: tuple[Target, ...]) -> tuple[Quantized, 
     """A quantized network, its proof and what ONNX Runtime fuses."""
     quantized = quantize(network, random_images(8, 3, 16, 16), targets=targets)
     files: dict[str, QDQModel] = {target: quantized.file(target) for target in targets}
-    proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    proof = verify(quantized.model, quantized.grids, files, quantized.images)
     return quantized, proof, fusion(files["onnxruntime"].model)
 
 
@@ -223,7 +223,7 @@ def test_a_scale_behind_the_last_quantizer_is_found() -> None:
     for target, file in files.items():
         scale = initializer(file.model, f"{edge}.scale")
         wrong = edited_file(file, f"{edge}.scale", (scale * 1.01).astype(scale.dtype))
-        proof = verify(quantized.model, quantized.specs, quantized.grids, {target: wrong}, quantized.images)
+        proof = verify(quantized.model, quantized.grids, {target: wrong}, quantized.images)
         link = proof[target]["links"]["torch"]
         assert proof[target]["status"].startswith("failed: torch: ") and link["differing_logits"] > 0
         assert target == "tensorrt" or proof[target]["links"]["runtime"]["differing_logits"] > 0
@@ -280,5 +280,5 @@ def test_logits_behind_a_pool_have_a_bound_that_can_be_broken(monkeypatch: pytes
         return pooled
 
     monkeypatch.setitem(simulate._OPERATIONS, "GlobalAveragePool", larger)
-    broken = verify(quantized.model, quantized.specs, quantized.grids, {"onnxruntime": file}, quantized.images)
+    broken = verify(quantized.model, quantized.grids, {"onnxruntime": file}, quantized.images)
     assert "runtime: " in broken["onnxruntime"]["status"]

@@ -17,8 +17,8 @@ from artifacts.store import read_manifest
 from crqat_train import data, models
 from crqat_train.calibration import calibrate, only
 from crqat_train.config import QuantizationConfig, TrainConfig
-from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
+from crqat_train.quantized_model import quantize_model
 from export.divergence import Divergences, LayerDivergence
 
 Trained = Callable[..., tuple[Path, TrainConfig]]
@@ -56,11 +56,12 @@ def test_one_value_is_that_of_a_network_quantized_the_ordinary_way(
     chosen = data.split(len(dataset.train_labels), config.data.validation, config.seed).train
     images = torch.from_numpy(dataset.preprocessing(dataset.train_images[chosen[:128]].numpy()))
     two = QuantizationConfig(weights=2, activations=2)
-    quantized, specs = quantize_model(model.eval(), images[:2], two, config.targets, LSQQuantizer)
-    calibrate(quantized, specs, list(torch.split(images, 64)))
+    quantized = quantize_model(model.eval(), images[:2], two, config.targets, LSQQuantizer)
+    specs = quantized.specs
+    calibrate(quantized, list(torch.split(images, 64)))
     weight = next(spec for spec in specs if spec.operation == "layer2.0.conv1" and spec.kind == "weight")
     active = [weight, next(spec for spec in specs if spec.edge == weight.input_edge)]
-    with torch.no_grad(), only(quantized, specs, active):
+    with torch.no_grad(), only(quantized, active):
         logits = quantized(images[:IMAGES]).double().numpy()
         reference = model(images[:IMAGES]).double().numpy()
     expected = rel_entr(softmax(reference, axis=1), np.exp(log_softmax(logits, axis=1))).sum(axis=1).mean()

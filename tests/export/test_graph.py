@@ -6,8 +6,8 @@ import torch
 
 from crqat_train import models
 from crqat_train.config import QuantizationConfig
-from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
+from crqat_train.quantized_model import quantize_model
 from export.graph import Graph, macs
 from export.trace import marked_graph
 
@@ -15,8 +15,8 @@ from export.trace import marked_graph
 def graph_of(name: str, size: int, classes: int = 1000) -> Graph:
     network = models.build(name, classes, 3).eval()
     example = torch.zeros(2, 3, size, size)
-    model, specs = quantize_model(network, example, QuantizationConfig(), ("onnxruntime",), LSQQuantizer)
-    return marked_graph(model, specs, [3, size, size], classes)
+    model = quantize_model(network, example, QuantizationConfig(), ("onnxruntime",), LSQQuantizer)
+    return marked_graph(model, [3, size, size], classes)
 
 
 def test_macs_of_resnet18() -> None:

@@ -74,7 +74,7 @@ def test_all_linear_layers_are_gemm_and_only_attention_multiplies_two_tensors(en
 def test_no_code_differs_and_what_stays_float_has_a_reason(encoder: Quantized) -> None:
     files = encoder.files()
     grids = encoder.grids
-    result = verify(encoder.model, encoder.specs, grids, files, encoder.images)
+    result = verify(encoder.model, grids, files, encoder.images)
     assert {target: entry["status"] for target, entry in result.items()} == {
         "onnxruntime": "passed",
         "tensorrt": "passed",
@@ -93,5 +93,5 @@ def test_a_damaged_constant_of_the_float_parts_is_found(encoder: Quantized) -> N
     damaged = (np.full(16, 1.02)).astype(np.float16)  # gamma is 1
     assert (initializer(files["tensorrt"].model, gammas[1]) == 1).all()
     files["tensorrt"] = edited_file(files["tensorrt"], gammas[1], damaged)
-    result = verify(encoder.model, encoder.specs, encoder.grids, files, encoder.images)
+    result = verify(encoder.model, encoder.grids, files, encoder.images)
     assert result["tensorrt"]["status"].startswith("failed: ")

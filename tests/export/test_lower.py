@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from artifacts.grid import Grid
-from crqat_train.layout import INT16_MAX
+from artifacts.targets import INT16_MAX
 from export.lower import SPREAD_LIMIT, Activation, Weight, clip_bound, lower_activation, lower_weight
 
 TARGETS = ("onnxruntime", "tensorrt")

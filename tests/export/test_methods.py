@@ -56,7 +56,7 @@ def proof_of(quantized: Quantized, targets: tuple[Target, ...]) -> dict[str, Any
     files: dict[str, QDQModel] = {target: quantized.file(target) for target in targets}
     for target, file in files.items():
         assert lint(file.model, target) == []
-    return verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    return verify(quantized.model, quantized.grids, files, quantized.images)
 
 
 @pytest.mark.parametrize("bits", [8, 4])

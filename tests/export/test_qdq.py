@@ -199,7 +199,7 @@ def test_networks_fuse_completely(name: str, bits: int, fused: tuple[int, ...]) 
     assert not {"Conv", "FusedConv", "Add", "Gemm", "Relu"} & operations.keys()
     assert (operations["QuantizeLinear"], operations.get("DequantizeLinear", 0)) == (1, 0)
     assert differing(files["onnxruntime"], quantized.images) == 0
-    proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    proof = verify(quantized.model, quantized.grids, files, quantized.images)
     assert {name: entry["status"] for name, entry in proof.items()} == dict.fromkeys(files, "passed")
     if name.endswith("mobilenet_v2"):
         # ReLU6 is the integer Clip's upper bound, and the float one is gone; TensorRT keeps it.
@@ -258,7 +258,7 @@ def test_pads_of_zeros_and_of_values_run_on_codes(mode: str) -> None:
     network = Between(between)
     quantized = quantize(network, random_images(4, 3, 8, 8))
     files = quantized.files()
-    proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    proof = verify(quantized.model, quantized.grids, files, quantized.images)
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
     assert fusion(files["onnxruntime"].model)["operations"]["QLinearConv"] == 2
 
@@ -291,7 +291,7 @@ def test_what_stands_between_convolutions(between: Callable[[Tensor], Tensor], t
     files: dict[str, QDQModel] = {
         target: quantized.file(target, "float16" if target == "tensorrt" else "float32") for target in targets
     }
-    proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    proof = verify(quantized.model, quantized.grids, files, quantized.images)
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
 
 
@@ -303,7 +303,7 @@ def test_a_squeezed_tensor_is_a_quantized_one() -> None:
 
     quantized = quantize(Squeezed(nn.Identity()), random_images(8, 3, 8, 8))
     files = quantized.files()
-    proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    proof = verify(quantized.model, quantized.grids, files, quantized.images)
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
     assert fusion(files["onnxruntime"].model)["complete"]
 
@@ -313,7 +313,7 @@ def test_a_linear_layer_without_a_bias_is_an_integer_gemm() -> None:
     network.linear = nn.Linear(5, 5, bias=False)
     quantized = quantize(network, random_images(4, 3, 8, 8))
     files = quantized.files()
-    proof = verify(quantized.model, quantized.specs, quantized.grids, files, quantized.images)
+    proof = verify(quantized.model, quantized.grids, files, quantized.images)
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
     assert fusion(files["onnxruntime"].model)["operations"]["QGemm"] == 1
 
@@ -402,7 +402,7 @@ def test_every_way_to_the_classifier_is_fused_and_exact(step: Callable[[Tensor],
     torch.manual_seed(0)
     quantized = quantize(Head(step, features), random_images(8, 3, 8, 8))
     file = quantized.file("onnxruntime")
-    proof = verify(quantized.model, quantized.specs, quantized.grids, {"onnxruntime": file}, quantized.images)
+    proof = verify(quantized.model, quantized.grids, {"onnxruntime": file}, quantized.images)
     assert proof["onnxruntime"]["status"] == "passed"
     assert proof["onnxruntime"]["differing_codes"] == 0 < proof["onnxruntime"]["codes"]
     assert fusion(file.model)["float"] == []

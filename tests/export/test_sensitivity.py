@@ -51,13 +51,14 @@ def test_the_layer_that_costs_the_accuracy_comes_first(spoiled: tuple[Path, Trai
 
 def test_only_the_active_quantizers_round(trained: Trained) -> None:
     directory, config = trained()
-    model, specs = rebuild(directory, config, read_manifest(directory).payload, "student")
+    model = rebuild(directory, config, read_manifest(directory).payload, "student")
+    specs = model.specs
     weight = next(spec for spec in specs if spec.edge == SPOILED)
     other = next(spec for spec in specs if spec.kind == "weight" and spec is not weight)
     weights = [model.get_parameter(f"{spec.operation}.weight").detach() for spec in (weight, other)]
     rounded = [quantizer_of(model, spec)(w) for spec, w in zip((weight, other), weights, strict=True)]
     assert not any(torch.equal(a, b) for a, b in zip(weights, rounded, strict=True))
-    with only(model, specs, [weight]):
+    with only(model, [weight]):
         assert torch.equal(quantizer_of(model, weight)(weights[0]), rounded[0])
         assert torch.equal(quantizer_of(model, other)(weights[1]), weights[1])
     assert torch.equal(quantizer_of(model, other)(weights[1]), rounded[1])

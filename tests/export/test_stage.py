@@ -75,6 +75,7 @@ def test_the_payload_is_what_the_next_stages_read(exported: tuple[Path, dict[str
         assert entry["verification"]["codes"] > 0
         assert entry["claims"].keys() == grids.keys()
         assert entry["findings"] == []
+        assert entry["float_layers"] == {"macs": {}, "share": 0.0}
         assert {claim["claim"] for claim in entry["claims"].values()} == {"exact"}
         model = onnx.load(out / entry["file"])
         operations = {node.name for node in model.graph.node if node.op_type in ("Conv", "Gemm")}

@@ -17,10 +17,13 @@ from artifacts.errors import UsageError
 from crqat_train import models
 from crqat_train.config import QuantizationConfig
 from crqat_train.graph import trace
-from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
+from crqat_train.quantized_model import quantize_model
+from export.graph import macs, split_macs
+from export.lint import left_in_float, lint
 from export.qdq import float_model
 from export.trace import marked_graph
+from export.verify import verify
 from tests.export.conftest import Quantized, initializer, nodes, quantize, random_images, sane_bn, session
 
 # A float32 computation of these networks is off by as much as torch's own is, seen from float64; another order of the
@@ -83,7 +86,7 @@ def test_operations_have_unique_names_of_their_layers(resnet20: Quantized) -> No
 
 def test_the_model_is_not_changed(resnet20: Quantized) -> None:
     before = {name: tensor.clone() for name, tensor in resnet20.model.state_dict().items()}
-    marked_graph(resnet20.model, resnet20.specs, [3, 32, 32], 10)
+    marked_graph(resnet20.model, [3, 32, 32], 10)
     assert before.keys() == resnet20.model.state_dict().keys()
     assert all(torch.equal(before[name], tensor) for name, tensor in resnet20.model.state_dict().items())
 
@@ -92,8 +95,8 @@ def test_the_model_is_not_changed(resnet20: Quantized) -> None:
 def test_the_float_model_is_the_float_network(name: str) -> None:
     images = random_images(8, 3, 32, 32)
     network = sane_bn(models.build(name, 10, 3), images)
-    model, specs = quantize_model(network, images[:2], QuantizationConfig(), ("tensorrt",), LSQQuantizer)
-    graph = marked_graph(model, specs, [3, 32, 32], 10)
+    model = quantize_model(network, images[:2], QuantizationConfig(), ("tensorrt",), LSQQuantizer)
+    graph = marked_graph(model, [3, 32, 32], 10)
     assert "BatchNormalization" not in {node.op_type for node in graph.nodes}
     assert_same_network(float_model(graph, {}), network, images)
 
@@ -101,7 +104,7 @@ def test_the_float_model_is_the_float_network(name: str) -> None:
 def test_the_comparison_sees_a_weight_off_by_a_thousandth() -> None:
     images = random_images(8, 3, 32, 32)
     network = sane_bn(models.build("cifar/resnet20", 10, 3), images)
-    model = float_model(marked_graph(trace(network), [], [3, 32, 32], 10), {})
+    model = float_model(marked_graph(trace(network), [3, 32, 32], 10), {})
     exact, allowed = rounding(network, images)
     name = nodes(model, "Conv")[15].input[1]
     weight = initializer(model, name).copy()
@@ -167,7 +170,7 @@ def test_a_batch_norm_without_a_convolution_of_its_own_stays() -> None:
 
     images = random_images(4, 3, 4, 4)
     network = sane_bn(Shared(), images)
-    graph = marked_graph(trace(network), [], [3, 4, 4], 12)
+    graph = marked_graph(trace(network), [3, 4, 4], 12)
     assert [node.op_type for node in graph.nodes].count("BatchNormalization") == 1
     assert not graph.fold
     assert_same_network(float_model(graph, {}), network, images)
@@ -176,7 +179,7 @@ def test_a_batch_norm_without_a_convolution_of_its_own_stays() -> None:
 def test_traced_networks_are_exported_as_they_are() -> None:
     """No quantizer at all is a layout too."""
     network = models.build("cifar/resnet20", 10, 1)
-    graph = marked_graph(trace(network.eval()), [], [1, 8, 8], 10)
+    graph = marked_graph(trace(network.eval()), [1, 8, 8], 10)
     assert "Edge" not in {node.op_type for node in graph.nodes}
     assert_same_network(float_model(graph, {}), network, random_images(2, 1, 8, 8))
 
@@ -195,3 +198,37 @@ def test_what_the_exporter_cannot_write_is_said_in_a_sentence(capfd: pytest.Capt
     with pytest.raises(UsageError, match=r"^model\.name: torch's ONNX exporter cannot write .*bessel_j0.*Replace that"):
         quantized.file("onnxruntime")
     assert "graph(" not in capfd.readouterr().out
+
+
+class Shared(nn.Module):
+    """Two layers and an Add read one tensor; a linear layer after them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.bn = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
+        self.branch, self.side = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 1)
+        self.fc = nn.Linear(8, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.bn(self.stem(x)))
+        x = torch.relu(self.branch(x) + self.side(x) + x)
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("pattern", ["stem", "branch", "fc"])
+def test_a_layer_that_is_kept_in_float_is_named_priced_and_verified(pattern: str) -> None:
+    images = random_images(4, 3, 8, 8)
+    config = QuantizationConfig(float_layers={"all": (pattern,)})
+    made = quantize(sane_bn(Shared(), images), images, config=config)
+    amounts = {"stem": 64 * 8 * 27, "branch": 64 * 8 * 72, "side": 64 * 8 * 8, "fc": 80}
+    assert macs(made.graph) == amounts
+    asked, kept = split_macs(made.graph)
+    assert asked == {name: amount for name, amount in amounts.items() if name != pattern}
+    assert kept == {"macs": {pattern: amounts[pattern]}, "share": amounts[pattern] / sum(amounts.values())}
+    files = made.files()
+    for target, file in files.items():
+        assert lint(file.model, target) == []
+        assert left_in_float(file.model) == {pattern: "input and weight"}
+    for entry in verify(made.model, made.grids, files, images.numpy()).values():
+        assert entry["status"] == "passed"
+        assert entry["codes"] > 0

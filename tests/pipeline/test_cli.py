@@ -121,6 +121,17 @@ def test_an_engine_is_a_line_below_the_table(
     assert "\ntensorrt.onnx: engine not run: no builder\n" in capsys.readouterr().out
 
 
+def test_what_float_layers_cost_is_a_line_below_the_table(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = {"macs": {"conv1": 5, "layer1.conv1": 9, "layer1.conv2": 8, "fc": 1}, "share": 0.0291}
+    fakes.results["models"]["tensorrt.onnx"]["float_layers"] = kept
+    assert crqat(monkeypatch, "run", "recipe.yaml") == 0
+    names = "layer1.conv1, layer1.conv2, conv1 and 1 more"
+    line = f"tensorrt.onnx: kept in float by float_layers: {names}, 2.91 % of the MACs"
+    assert line in capsys.readouterr().out.splitlines()
+
+
 def test_steps_say_what_came_out(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

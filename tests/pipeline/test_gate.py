@@ -274,6 +274,14 @@ def on_engine(summary: dict[str, Any] | None, config: GateConfig | None = None, 
     return {v.rule: v for v in verdicts if v.rule in ("findings", "engine", "int8_coverage", "reformat_layers")}
 
 
+def test_what_float_layers_cost_is_said_beside_the_coverage_of_all_others() -> None:
+    kept = {"macs": {"fc": 5}, "share": 0.0291}
+    verdict = on_engine(engine(), float_layers=kept)["int8_coverage"]
+    assert verdict.status == "pass"
+    assert "required 100 %; besides, float_layers keeps 2.91 % of the network's in float" in verdict.message
+    assert "float_layers" not in on_engine(engine())["int8_coverage"].message
+
+
 def test_a_good_engine_passes() -> None:
     verdicts = on_engine(engine())
     assert {rule: v.status for rule, v in verdicts.items()} == dict.fromkeys(

@@ -393,3 +393,29 @@ def test_what_an_older_run_does_not_record_is_the_default_of_today(tmp_path: Pat
 
 def has_default(item: Field[Any]) -> bool:
     return item.default is not MISSING or item.default_factory is not MISSING
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[]", {}),
+        ("[linear, 'layer1.*']", {"all": ("linear", "layer1.*")}),
+        ("{tensorrt: [linear]}", {"tensorrt": ("linear",)}),
+    ],
+)
+def test_float_layers_for_all_targets_or_for_one(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
+    loaded = recipe.load(write(tmp_path, f"{MINIMAL}quantization: {{float_layers: {text}}}\n"))
+    assert loaded.quantization.float_layers == expected
+    assert recipe.from_resolved(recipe.resolved(loaded)) == loaded
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("linear", "quantization.float_layers: should be a section"),
+        ("[1]", "quantization.float_layers.all.0: should be a valid string, not 1"),
+        ("{tensort: [linear]}", "quantization.float_layers.tensort: should be .*; did you mean `tensorrt`"),
+    ],
+)
+def test_wrong_float_layers(tmp_path: Path, text: str, message: str) -> None:
+    assert re.search(message, refusal(tmp_path, f"{MINIMAL}quantization: {{float_layers: {text}}}\n"))

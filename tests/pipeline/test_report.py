@@ -264,3 +264,11 @@ def test_layers_are_shown_on_request_worst_first(browser: Any, tmp_path: Path) -
     heading = browser.find_element("xpath", "//h2[text()='One layer at a time']")
     cells = heading.find_elements("xpath", "following::table[1]//tr[4]/td")
     assert [cell.text for cell in cells] == ["layer1.0.<b>conv1</b>", "4/8", "92.50", "-2.50"]
+
+
+def test_what_float_layers_cost_stands_in_the_report_and_is_no_markup(tmp_path: Path) -> None:
+    results = finished_run(tmp_path / "run", "a run")
+    results["models"]["tensorrt.onnx"]["float_layers"] = {"macs": {"fc<b>": 1, "conv1": 5}, "share": 0.0291}
+    page = render(tmp_path / "run", results, judge(results, GateConfig()))
+    assert "tensorrt.onnx: kept in float by float_layers: conv1, fc&lt;b&gt;, 2.91 % of the MACs." in page
+    assert "onnxruntime.onnx: kept in float" not in page

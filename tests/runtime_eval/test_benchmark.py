@@ -147,8 +147,9 @@ def test_the_engine_of_the_file_for_tensorrt(write_export: WriteExport, monkeypa
     monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt_rtx")
     models = [
         {"file": "float.onnx", "target": "float"},
-        {"file": "tensorrt.onnx", "target": "tensorrt", "macs": {"node_of_y0": 2048, "node_of_logits": 320}},
-    ]
+        {"file": "tensorrt.onnx", "target": "tensorrt", "macs": {"node_of_y0": 2048, "node_of_logits": 320},
+         "float_layers": {"macs": {}, "share": 0.0}},
+    ]  # fmt: skip
     steps: list[tuple[str, int, str]] = []
     results = benchmark(
         write_export(payload={"models": models}),
@@ -162,6 +163,7 @@ def test_the_engine_of_the_file_for_tensorrt(write_export: WriteExport, monkeypa
     assert (summary["coverage"]["by_macs"], summary["coverage"]["macs"], summary["batch"]) == (1.0, 2368, [1, 1, 100])
     assert [layer["type"] for layer in report["layers"] if layer["kind"] == "matmul"] == ["gemm", "gemm"]
     assert results["models"]["float.onnx"]["engine"] is None
+    assert results["models"]["tensorrt.onnx"]["float_layers"] == {"macs": {}, "share": 0.0}
     assert steps[:2] == [("engine of tensorrt.onnx", 0, ""), ("engine of tensorrt.onnx", 1, "built")]
 
 

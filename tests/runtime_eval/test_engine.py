@@ -23,8 +23,8 @@ from artifacts.progress import quiet
 from artifacts.store import Manifest, write_stage
 from crqat_train import models
 from crqat_train.config import OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
-from crqat_train.layout import quantize_model
 from crqat_train.methods import LSQQuantizer
+from crqat_train.quantized_model import quantize_model
 from export import qdq, stage
 from export.config import ExportConfig
 from export.graph import macs
@@ -69,8 +69,9 @@ def uncalibrated(network: torch.nn.Module, bits: int = 8) -> Quantized:
     images = random_images(2, 3, 32, 32)
     targets: tuple[Any, ...] = ("tensorrt",)
     config = QuantizationConfig(weights=bits, activations=bits)
-    model, specs = quantize_model(sane_bn(network, images), images, config, targets, LSQQuantizer)
-    result = Quantized(model.eval(), specs, {}, images.numpy())
+    model = quantize_model(sane_bn(network, images), images, config, targets, LSQQuantizer)
+    specs = model.specs
+    result = Quantized(model.eval(), {}, images.numpy())
     weights = result.latent
     for spec in specs:
         scale = np.full(spec.channels or 1, 0.0625, np.float32)

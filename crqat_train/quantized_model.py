@@ -1,0 +1,283 @@
+"""A network with its quantizers: one object that every stage builds once and hands on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from artifacts.errors import UsageError
+from artifacts.grid import Grid
+from artifacts.targets import Residual
+from crqat_train import calibration, representable
+from crqat_train.checkpoint import read_header, read_tensors, write_tensors
+from crqat_train.config import Override, QuantizationConfig
+from crqat_train.layout import QuantizerSpec, insert_quantizers
+from crqat_train.methods import Quantizer, quantizer_maker, quantizer_of, specs_of
+
+
+class QuantizedModel(fx.GraphModule):
+    """A float network's graph with quantizers on the edges that its targets need quantized.
+
+    It is an `nn.Module` like any other: `train()`, `eval()`, `to()`, `state_dict()`, `copy.deepcopy` and
+    `torch.compile` mean what they always mean. Its state dict has the keys of the float network, and the quantizers'
+    under `quantizers.NAME`. `quantize_model` makes it.
+
+    Attributes:
+        targets: The runtimes whose limits it keeps to.
+        specs: Edge, bit width and integer range of each quantizer, in the order of NNCF's layout.
+    """
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The runtimes whose limits it keeps to."""
+        return tuple(self.meta["targets"])
+
+    @property
+    def specs(self) -> list[QuantizerSpec]:
+        """Edge, bit width and integer range of each quantizer."""
+        return specs_of(self)
+
+    def quantizer(self, spec: QuantizerSpec) -> Quantizer:
+        """The quantizer of one of `specs`."""
+        return quantizer_of(self, spec)
+
+    def calibrate(self, batches: Iterable[Tensor], method: str = "mse") -> None:
+        """Set every quantizer's range from images; call it in eval mode.
+
+        Args:
+            batches: Normalized images, float32 of shape [N, C, H, W] each.
+            method: "mse", "minmax" or "percentile"; see `QuantizationConfig.calibration`.
+        """
+        calibration.calibrate(self, batches, method)
+
+    def finalize(self, trained: bool = True) -> list[str]:
+        """Move each scale to a value that every target can store. Calling it again changes nothing.
+
+        Args:
+            trained: Whether the network was trained after calibration; for messages.
+
+        Returns:
+            One line for each weight some of whose channels had to take a larger scale.
+
+        Raises:
+            UsageError: A scale is larger than a target can store.
+        """
+        return representable.make_representable(self, self.targets, trained)
+
+    def grids(self) -> dict[str, Grid]:
+        """Edge name to scale, zero point and integer range."""
+        return {spec.edge: self.quantizer(spec).grid() for spec in self.specs}
+
+
+def quantize_model(
+    model: nn.Module,
+    example: Tensor,
+    config: QuantizationConfig,
+    targets: Sequence[str],
+    make_quantizer: Callable[[QuantizerSpec], nn.Module] | None = None,
+    residual: Residual | None = None,
+) -> QuantizedModel:
+    """Insert quantizers into a copy of the model, where NNCF would put them and as the targets need them.
+
+    Args:
+        model: Float network; it is not changed.
+        example: Input of shape [N, C, H, W], float32.
+        config: Bit widths and methods.
+        targets: Names of runtimes; see `artifacts.targets`.
+        make_quantizer: Called once for each spec; None makes the quantizers of the config's methods.
+        residual: Which inputs of a residual Add are quantized; None takes what the targets want.
+
+    Returns:
+        The network with uncalibrated quantizers, in eval mode.
+
+    Raises:
+        UsageError: See `crqat_train.layout.insert_quantizers`.
+    """
+    make = make_quantizer or quantizer_maker(config)
+    inserted, specs = insert_quantizers(model, example, config, targets, make, residual)
+    quantized = QuantizedModel(inserted, inserted.graph)
+    # fx.GraphModule copies `meta` when it is copied; other attributes would be lost.
+    quantized.meta.update(specs=specs, targets=tuple(targets))
+    return quantized
+
+
+CALIBRATION_IMAGES = 512
+_FORMAT = "1"
+
+
+def quantize(
+    net: nn.Module,
+    calibration: Iterable[Any],
+    *,
+    weights: int = 8,
+    activations: int = 8,
+    first_layer: int = 8,
+    last_layer: int = 8,
+    overrides: Mapping[str, Override] | None = None,
+    weight_method: str = "lsq",
+    activation_method: str = "lsq",
+    calibration_method: str = "mse",
+    calibration_images: int = CALIBRATION_IMAGES,
+    targets: Sequence[str] = ("onnxruntime", "tensorrt"),
+) -> QuantizedModel:
+    """Put quantizers into a copy of a float network and set their ranges from images.
+
+    The result is an `nn.Module` to train, or to export as it is (post-training quantization).
+
+    Args:
+        net: The float network. It is not changed; the copy stays on its device.
+        calibration: A DataLoader or any iterable of batches: tensors of images, or tuples that begin with one. Images
+            are what the network takes: float32 of shape [N, C, H, W], normalized by your own code.
+        weights: Bit width of the weights, 2 to 8.
+        activations: Bit width of the activations, 2 to 8.
+        first_layer: Bit width of the network's input and of the first layer's weights.
+        last_layer: Bit width of the last layer's input and weights.
+        overrides: Bit widths of single layers by name or pattern, before all of the above.
+        weight_method: How weights learn their scales; docs/methods.md has each method.
+        activation_method: Likewise for activations.
+        calibration_method: "mse", "minmax" or "percentile".
+        calibration_images: At most this many images are taken from `calibration`.
+        targets: Names of the runtimes that the network must run on; see `crqat.targets()`.
+
+    Returns:
+        The quantized network, calibrated, in eval mode.
+
+    Raises:
+        UsageError: There are no images, they are of another type or shape, or the network cannot be quantized; the
+            message names the layer.
+    """
+    device = next((tensor.device for tensor in net.parameters()), torch.device("cpu"))
+    batches = [batch.to(device) for batch in _images(calibration, calibration_images)]
+    if not batches:
+        msg = "calibration: it holds no images; pass a DataLoader or a list of batches"
+        raise UsageError(msg)
+    config = QuantizationConfig(
+        weight_method=weight_method,  # type: ignore[arg-type]
+        activation_method=activation_method,  # type: ignore[arg-type]
+        weights=weights,
+        activations=activations,
+        first_layer=first_layer,
+        last_layer=last_layer,
+        overrides=dict(overrides or {}),
+        calibration=calibration_method,  # type: ignore[arg-type]
+    )
+    config = checked(config)
+    example = batches[0][:2]
+    if len(example) < 2:
+        example = example.repeat(2, *[1] * (example.ndim - 1))
+    model = quantize_model(net, example, config, targets).to(device)
+    model.meta["quantization"] = asdict(config)
+    model.meta["float_weights"] = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
+    model.meta["input_shape"] = list(example.shape[1:])
+    model.calibrate(batches, config.calibration)
+    return model
+
+
+def checked(config: QuantizationConfig) -> QuantizationConfig:
+    """The configuration, its values held against their types and bounds, as a recipe's are.
+
+    Raises:
+        UsageError: A value is of another type or out of bounds; the message names the argument.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(QuantizationConfig).validate_python(asdict(config))
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(map(str, first["loc"])) or "quantization"
+        name = {"calibration": "calibration_method"}.get(name, name)
+        msg = f"{name}: {first['msg']}, not {first['input']!r}"
+        raise UsageError(msg) from error
+
+
+def _images(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:
+    """The images of each batch, `limit` of them in all."""
+    left = limit
+    for batch in batches:
+        images = batch[0] if isinstance(batch, (tuple, list)) else batch
+        if not isinstance(images, Tensor) or not images.is_floating_point():
+            found = f"{images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+            msg = (
+                f"calibration: a batch begins with {found}; expected normalized images, float32 of shape [N, C, H, W], "
+                "or a tuple that begins with them"
+            )
+            raise UsageError(msg)
+        yield images[:left].float()
+        left -= len(images)
+        if left <= 0:
+            return
+
+
+def save(model: QuantizedModel, path: str | Path) -> None:
+    """Write a quantized network made by `quantize` as one safetensors file: weights, scales and how it was quantized.
+
+    Args:
+        model: The network; a teacher is saved by `save(teacher.model, path)`.
+        path: The file; a directory that it lies in is made.
+
+    Raises:
+        UsageError: The network was not made by `quantize`.
+    """
+    if "quantization" not in model.meta:
+        msg = "save: the network was not made by crqat.quantize; a train stage keeps its networks itself"
+        raise UsageError(msg)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {f"quantized.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors.update({f"float.{name}": tensor for name, tensor in model.meta["float_weights"].items()})
+    header = {key: json.dumps(model.meta[key]) for key in ("quantization", "targets", "input_shape")}
+    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_tensors(path, own, {"crqat.format": _FORMAT, **header})
+
+
+def load(path: str | Path, net: nn.Module) -> QuantizedModel:
+    """Read what `save` wrote.
+
+    Args:
+        path: The file. Nothing in it is executed.
+        net: The float network that was quantized; its weights do not matter.
+
+    Returns:
+        The quantized network on the CPU, in eval mode.
+
+    Raises:
+        UsageError: The file is missing, damaged, of another network, or none of `save`.
+    """
+    path = Path(path)
+    header, tensors = read_header(path), read_tensors(path)
+    try:
+        if header["crqat.format"] != _FORMAT:
+            msg = f"{path}: format {header['crqat.format']}; this version of crqat reads format {_FORMAT}"
+            raise UsageError(msg)
+        values = {key: json.loads(header[key]) for key in ("quantization", "targets", "input_shape")}
+        config = checked(_config_of(values["quantization"]))
+        example = torch.zeros(2, *map(int, values["input_shape"]))
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"{path}: not written by crqat.save ({type(error).__name__}: {error})"
+        raise UsageError(msg) from error
+    model = quantize_model(net.cpu(), example, config, values["targets"])
+    groups = {kind: {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)} for kind in _KINDS}
+    try:
+        model.load_state_dict(groups["quantized."])
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        msg = f"{path}: of another network than {type(net).__name__}: {reason[:300]}"
+        raise UsageError(msg) from error
+    values["targets"] = tuple(values["targets"])
+    model.meta.update(values, quantization=asdict(config), float_weights=groups["float."])
+    return model.eval()
+
+
+_KINDS = ("quantized.", "float.")
+
+
+def _config_of(values: Mapping[str, Any]) -> QuantizationConfig:
+    overrides = {name: Override(**override) for name, override in values["overrides"].items()}
+    return QuantizationConfig(**{**values, "overrides": overrides})
