@@ -14,8 +14,9 @@ INSTALLED := $(VENV)/bin/crqat
 endif
 endif
 
-# With -m this directory's packages come first, wherever the environment's own crqat may point.
-CRQAT := $(VENV)/bin/python -m pipeline.cli
+# This directory's crqat comes first, wherever the environment's own may point.
+export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
+CRQAT := $(VENV)/bin/python -m crqat
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
@@ -46,32 +47,32 @@ lint: $(INSTALLED) ## ruff and mypy --strict
 	$(VENV)/bin/python -m ruff format --check .
 	$(VENV)/bin/python -m tests.typing_stubs  # TensorRT's, for mypy
 	$(VENV)/bin/python -m mypy
-	$(VENV)/bin/python -m mypy --python-version 3.10 -p artifacts -p runtime_eval  # what runs on a board
+	$(VENV)/bin/python -m mypy --python-version 3.10 -p crqat.core -p crqat.runtime_eval  # what runs on a board
 
 bench-train: $(INSTALLED) ## seconds of a training step: float, QAT, CR-QAT and the peers that are installed
-	$(VENV)/bin/python -m bench.train $(ARGS)
+	$(VENV)/bin/python -m bench.step_time $(ARGS)
 
 bench-arms: $(INSTALLED) ## PTQ, QAT, distillation and CR-QAT of RECIPE side by side; ARGS="--seeds 0,1" for several
-	$(VENV)/bin/python -m bench.arms $(RECIPE) $(ARGS)
+	$(VENV)/bin/python -m bench.training_methods $(RECIPE) $(ARGS)
 
 bench-infer: $(INSTALLED) ## float, ours and ONNX Runtime's own quantization; ARGS="--cifar10 DIR --weights FILE" for accuracy
-	$(VENV)/bin/python -m bench.infer $(ARGS)
+	$(VENV)/bin/python -m bench.vs_onnxruntime $(ARGS)
 
 bench-residual: $(INSTALLED) ## TensorRT's plan with both inputs of a residual Add quantized, the skip branch alone, or none
-	$(VENV)/bin/python -m bench.residual $(ARGS)
+	$(VENV)/bin/python -m bench.residual_add $(ARGS)
 
 bench-export: $(INSTALLED) ## the peers' own ways to a quantized ONNX file and ours, in TensorRT's builder and ONNX Runtime
-	$(VENV)/bin/python -m bench.export $(ARGS)
+	$(VENV)/bin/python -m bench.vs_exporters $(ARGS)
 
 models: $(INSTALLED) ## write docs/models.md; ARGS="timm/resnet18 --cifar10 DIR --size 64" for some networks and real images
 	$(CRQAT) models $(ARGS) --out docs/models.md
 
 soak: $(INSTALLED) ## kill 200 stages at random instants; ARGS="--kills 20" for fewer
-	$(VENV)/bin/python -m bench.soak $(ARGS)
+	$(VENV)/bin/python -m bench.kill_and_resume $(ARGS)
 
 fuzz: $(INSTALLED) ## every reader under a coverage-guided fuzzer; ARGS="--runs 1000000"
 	$(VENV)/bin/python -c 'import atheris' || $(VENV)/bin/python -m pip install --disable-pip-version-check -e '.[fuzz]'
-	$(VENV)/bin/python -m bench.fuzz $(ARGS)
+	$(VENV)/bin/python -m bench.fuzz_readers $(ARGS)
 
 $(VENV)/.crqat-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

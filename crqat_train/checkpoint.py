@@ -14,9 +14,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from artifacts.errors import ToolError, UsageError
-from artifacts.progress import Progress
-from artifacts.store import hash_json, replace_file, sync
+from crqat.core.errors import ToolError, UsageError
+from crqat.core.progress import Progress
+from crqat.core.run_directory import hash_json, replace_file, sync
 
 FORMAT = 1
 KEPT = 2

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from artifacts.config import STRICT, Range
-from artifacts.targets import ByTarget, TargetName
+from crqat.core.field_bounds import STRICT, Range
+from crqat.core.targets import ByTarget, TargetName
 
 Bits = Annotated[int, Range(ge=2, le=8)]
 Target = Annotated[str, TargetName()]
@@ -29,7 +29,7 @@ class DataConfig:
 
     Attributes:
         source: "digits", "cifar10", "cifar100", "imagefolder", "webdataset", "huggingface", "huggingface:NAME", or
-            "package.module:function" that returns a `crqat_train.data.Dataset`.
+            "package.module:function" that returns a `crqat.train.data.sources.Dataset`.
         root: Folder of an on-disk source; of "imagefolder" the one with train/CLASS/* and test/CLASS/* (or val/), of
             "webdataset" the one with train-*.tar and test-*.tar, of "huggingface" one that `save_to_disk` wrote.
         download: Fetch the data set into `root` if it is not there.
@@ -37,7 +37,7 @@ class DataConfig:
         validation: Share of the training images held out for selection, drawn with the recipe's seed.
         crop_padding: Random crop after padding each side by this many pixels; 0 switches it off.
         flip: Random horizontal flip.
-        strong: "randaugment" shows the student a strongly changed view in QAT (`crqat_train.views.strong_view`), the
+        strong: "randaugment" shows the student a strongly changed view in QAT (`train.data.augment.strong_view`), the
             teacher a weak one; "none" shows both weak ones.
         size: Of stored images (FILE_SOURCES): resize the shorter side to so many pixels; None is 256.
         crop: Of stored images: cut a square of so many pixels out of the centre; None is 224.
@@ -181,7 +181,7 @@ class QuantizationConfig:
         first_layer: Bits of the network's input and of the first layer's weights.
         last_layer: Bits of the last layer's input and weights.
         overrides: Widths by layer, before all of the above: a layer's name such as "layer1.0.conv1", or a pattern with
-            `*`, `?` and `[...]`. The longest pattern counts; see `crqat_train.overrides`.
+            `*`, `?` and `[...]`. The longest pattern counts; see `crqat.train.placement.overrides`.
         float_layers: Convolutions and linear layers that carry no quantizers, on their input neither, by name or
             pattern as in `overrides`. A list is for all targets; a mapping gives one for each target by name. One
             placement serves all files, so a layer that is named for any target of the recipe is float in training and
@@ -226,7 +226,7 @@ class ConsistencyConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything the `train` stage depends on; `pipeline.recipe` puts it together from a recipe's sections.
+    """Everything the `train` stage depends on; `pipeline.recipe.recipe` puts it together from a recipe's sections.
 
     Attributes:
         seed: Of the split, the initial weights, the order of images and the augmentation.

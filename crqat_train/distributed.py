@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from artifacts.errors import CrqatError, Told, ToolError, UsageError
+from crqat.core.errors import CrqatError, Told, ToolError, UsageError
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from artifacts.errors import UsageError
-from artifacts.grid import Grid
-from artifacts.targets import Residual
-from crqat_train import calibration, representable
-from crqat_train.checkpoint import read_header, read_tensors, write_tensors
-from crqat_train.config import Override, QuantizationConfig
-from crqat_train.layout import QuantizerSpec, insert_quantizers
-from crqat_train.methods import Quantizer, quantizer_maker, quantizer_of, specs_of
+from crqat.core.errors import UsageError
+from crqat.core.grid import Grid
+from crqat.core.targets import Residual
+from crqat.train.checkpoint import read_header, read_tensors, write_tensors
+from crqat.train.config import Override, QuantizationConfig
+from crqat.train.placement.insert import QuantizerSpec, insert_quantizers
+from crqat.train.quantizers import Quantizer, calibration, quantizer_maker, quantizer_of, specs_of
+from crqat.train.quantizers import finalize as representable
 
 
 class QuantizedModel(fx.GraphModule):
@@ -89,7 +89,7 @@ def quantize_model(
         model: Float network; it is not changed.
         example: Input of shape [N, C, H, W], float32.
         config: Bit widths and methods.
-        targets: Names of runtimes; see `artifacts.targets`.
+        targets: Names of runtimes; see `crqat.core.targets`.
         make_quantizer: Called once for each spec; None makes the quantizers of the config's methods.
         residual: Which inputs of a residual Add are quantized; None takes what the targets want.
 
@@ -97,7 +97,7 @@ def quantize_model(
         The network with uncalibrated quantizers, in eval mode.
 
     Raises:
-        UsageError: See `crqat_train.layout.insert_quantizers`.
+        UsageError: See `crqat.train.placement.insert.insert_quantizers`.
     """
     make = make_quantizer or quantizer_maker(config)
     inserted, specs = insert_quantizers(model, example, config, targets, make, residual)

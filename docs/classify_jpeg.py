@@ -9,8 +9,8 @@ from pathlib import Path
 
 import onnxruntime
 
-from artifacts.errors import CrqatError
-from artifacts.images import Preprocessing, load_image
+from crqat.core.errors import CrqatError
+from crqat.core.preprocessing import Preprocessing, load_image
 
 model, photo = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])

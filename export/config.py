@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from artifacts.config import STRICT, Range
-from artifacts.targets import TargetName
+from crqat.core.field_bounds import STRICT, Range
+from crqat.core.targets import TargetName
 
 
 @dataclass(frozen=True)

@@ -10,26 +10,26 @@ from typing import Any
 import numpy as np
 import onnx
 
-from artifacts import targets as runtimes
-from artifacts.errors import UsageError
-from artifacts.grid import grids_hash, load_grids
-from artifacts.images import Preprocessing
-from artifacts.progress import Progress
-from artifacts.store import verify_stage
-from crqat_train import data
-from crqat_train.batches import Images
-from crqat_train.calibration import rounded_weights
-from crqat_train.config import TrainConfig
-from crqat_train.published import data_section
-from crqat_train.rebuild import rebuild, take_float_weights
-from export.codes import expected_codes
-from export.config import ExportConfig
-from export.graph import split_macs
-from export.lint import lint
-from export.noise import quantizer_noise
-from export.qdq import QDQModel, float_model, qdq_model
-from export.trace import marked_graph
-from export.verify import REFUSED, fusion, verify
+from crqat.core import targets as runtimes
+from crqat.core.errors import UsageError
+from crqat.core.grid import grids_hash, load_grids
+from crqat.core.preprocessing import Preprocessing
+from crqat.core.progress import Progress
+from crqat.core.run_directory import verify_stage
+from crqat.export.analysis.sqnr import quantizer_noise
+from crqat.export.config import ExportConfig
+from crqat.export.graph.from_torch import marked_graph
+from crqat.export.graph.onnx_graph import split_macs
+from crqat.export.qdq.lint import lint
+from crqat.export.qdq.write import QDQModel, float_model, qdq_model
+from crqat.export.verification.expected_codes import expected_codes
+from crqat.export.verification.links import REFUSED, fusion, verify
+from crqat.train.config import TrainConfig
+from crqat.train.data import sources
+from crqat.train.data.batches import Images
+from crqat.train.load_trained import rebuild, take_float_weights
+from crqat.train.models.published import data_section
+from crqat.train.quantizers.calibration import rounded_weights
 
 METADATA_SCHEMA = "1"
 _CHUNK = 256
@@ -106,7 +106,7 @@ def export(
         findings[target] = [str(finding) for finding in lint(exported[target].model, target)]
         refuse(exported[target], target, config.allow_lossy, [] if unsafe else findings[target])
         progress("export", len(exported), steps, f"{target}.onnx")
-    dataset = data.of_recipe(data_section(train), progress)
+    dataset = sources.of_recipe(data_section(train), progress)
     # The baseline is the float network as it was before quantization, not the latent weights behind the quantizers.
     model_float = rebuild(train_dir, train, trained, candidate)
     take_float_weights(model_float, train_dir)
@@ -117,7 +117,9 @@ def export(
     for name, kind in baselines.items():
         baseline = float_model(float_graph, {**metadata, "crqat.target": name}, kind)
         onnx.save(baseline, out / f"{name}.onnx")
-    chosen = data.split(len(dataset.train_labels), train.data.validation, train.seed).validation[: config.verify_images]
+    chosen = sources.split(len(dataset.train_labels), train.data.validation, train.seed).validation[
+        : config.verify_images
+    ]
     verified = preprocessing(dataset.train_images[chosen].numpy())
     proof = verify(model, grids, exported, verified)
     noise = quantizer_noise(model, verified)

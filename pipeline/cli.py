@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from artifacts import failures
-from artifacts.errors import CrqatError, InternalError, Told, ToolError, UsageError
-from pipeline import streams, tools
-from pipeline.options import board, force_option, load, on_option, recipe_arguments, training_options
+from crqat.core import failures
+from crqat.core.errors import CrqatError, InternalError, Told, ToolError, UsageError
+from crqat.pipeline import cli_tools, streams
+from crqat.pipeline.cli_options import board, force_option, load, on_option, recipe_arguments, training_options
 
 if TYPE_CHECKING:
-    from pipeline.gate import Verdict
-    from pipeline.recipe import Recipe
+    from crqat.pipeline.gate.rules import Verdict
+    from crqat.pipeline.recipe.recipe import Recipe
 
 INTERRUPTED, NOBODY_READS = 130, 128 + signal.SIGPIPE
 # Where a training takes steps it has a line of its own, which says where it was saved.
@@ -55,7 +55,7 @@ def crqat() -> None:
     """  # noqa: D301 - click's mark for lines that stay as they are
 
 
-for _command in tools.COMMANDS:
+for _command in cli_tools.COMMANDS:
     crqat.add_command(_command)
 
 
@@ -67,7 +67,7 @@ def run(
     recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, restart: bool, unchecked: bool, save_every: float
 ) -> int:
     """Train, export, benchmark and judge; exit with the verdict."""
-    from pipeline import launch, lock
+    from crqat.pipeline.stages import launch, lock
 
     if launch.several():
         msg = "run: is of one process; start `train` by torchrun, and `crqat run` once when that has ended"
@@ -103,7 +103,8 @@ def train(
     max_restarts: int,
 ) -> int:
     """Train the float network if need be, and quantize it; go on where it was interrupted."""
-    from pipeline import console, launch
+    from crqat.pipeline import console
+    from crqat.pipeline.stages import launch
 
     config = load(recipe, overrides)
     if max_restarts and nproc is None:
@@ -144,7 +145,7 @@ def train(
 )
 def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, unsafe: bool, bisect: bool) -> None:
     """Write one ONNX file per target and prove it."""
-    from artifacts.targets import builds_engine
+    from crqat.core.targets import builds_engine
 
     config = load(recipe, overrides)
     payload = _run_stage("export", config, runs, force, **({"unsafe": True} if unsafe else {}))
@@ -159,10 +160,10 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, un
         for finding in model.get("findings", []):
             click.echo(f"{path}: breaks a rule: {finding}")
         if bisect and builds_engine(model["target"]):
-            from pipeline import inspection
-            from runtime_eval.engine import EngineOptions
+            from crqat.pipeline.commands import inspect_engine
+            from crqat.runtime_eval.trt.engine import EngineOptions
 
-            inspection.inspect(path, EngineOptions(), bisect=True, out=None)
+            inspect_engine.inspect(path, EngineOptions(), bisect=True, out=None)
 
 
 @crqat.command()
@@ -191,7 +192,9 @@ def benchmark(
         _run_stage("benchmark", config, runs, force)
         _show_results(config, runs)
         return
-    from pipeline import console, lock, stages
+    from crqat.pipeline import console
+    from crqat.pipeline.stages import lock
+    from crqat.pipeline.stages import run as stages
 
     target = board(address, python, ssh_config)
     run = runs / config.name
@@ -208,7 +211,7 @@ def benchmark(
 )
 def gate(recipe: Path, overrides: tuple[str, ...], runs: Path, address: str | None, baseline: Path | None) -> int:
     """Judge the benchmark's results, this machine's or a board's; exit with the verdict."""
-    from pipeline import stages
+    from crqat.pipeline.stages import run as stages
 
     config = load(recipe, overrides)
     return _judge(config, runs, stages.device_stage(board(address) if address else None), baseline)
@@ -225,7 +228,7 @@ def sensitivity(
     recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, average_bits: float, images: int
 ) -> None:
     """Measure what fewer bits cost each layer of a trained run, and propose a recipe of mixed widths."""
-    from pipeline import sensitivity as proposal
+    from crqat.pipeline.commands import mixed_precision as proposal
 
     config = load(recipe, overrides)
     _run_stage("sensitivity", config, runs, force, average_bits=average_bits, images=images)
@@ -233,8 +236,10 @@ def sensitivity(
 
 
 def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> dict[str, Any]:
-    from artifacts.store import read_manifest
-    from pipeline import console, lock, stages
+    from crqat.core.run_directory import read_manifest
+    from crqat.pipeline import console
+    from crqat.pipeline.stages import lock
+    from crqat.pipeline.stages import run as stages
 
     run = runs / config.name
     with failures.explained(stage, run), lock.hold(run), console.show_progress() as progress:
@@ -248,8 +253,9 @@ def _show_warnings(trained: dict[str, Any]) -> None:
 
 
 def _show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
-    from pipeline import results, stages
-    from pipeline.results_file import read_results, shown
+    from crqat.pipeline.report import tables as results
+    from crqat.pipeline.report.read_results import read_results, shown
+    from crqat.pipeline.stages import run as stages
 
     path = runs / config.name / stage / stages.RESULTS
     with failures.explained("benchmark", runs / config.name), shown(path):
@@ -257,8 +263,9 @@ def _show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
 
 
 def _judge(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:
-    from pipeline import gate as rules
-    from pipeline import results, stages
+    from crqat.pipeline.gate import rules
+    from crqat.pipeline.report import tables as results
+    from crqat.pipeline.stages import run as stages
 
     with failures.explained("gate", runs / config.name):
         verdicts: list[Verdict] = stages.gate(config, runs, stage, baseline)
@@ -324,7 +331,7 @@ def _terminate(number: int, _: Any) -> None:
 
 
 def _say_error(message: str) -> None:
-    if "CRQAT_SAID" in os.environ:  # of `pipeline.launch`, which speaks where no process of a training has
+    if "CRQAT_SAID" in os.environ:  # of `crqat.pipeline.stages.launch`, which speaks where no process of a training has
         Path(os.environ["CRQAT_SAID"]).touch()
     with suppress(OSError):  # nobody reads it, or it goes to a full disk
         click.echo(f"crqat: error: {message}", err=True)

@@ -17,7 +17,7 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from artifacts.progress import Progress
+from crqat.core.progress import Progress
 
 _SECONDS_BETWEEN_LINES = 10.0
 # Wider than any table: a log has no edge to wrap at, and a wrapped number is not a number.
@@ -98,7 +98,7 @@ class PlainProgress:
         self._ended: set[str] = set()
 
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        """A `artifacts.progress.Progress`."""
+        """A `crqat.core.progress.Progress`."""
         now = time.monotonic()
         first, end = task not in self._started, done >= total
         due = now - self._printed.get(task, now) >= _SECONDS_BETWEEN_LINES

@@ -1,4 +1,4 @@
-"""`python -m runtime_eval PATH`: a bundle or an export measured, on a board that has numpy and a runtime only."""
+"""`python -m crqat.runtime_eval PATH`: a bundle or an export measured, on a board that has numpy and a runtime only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from artifacts import failures
-from artifacts.errors import ToolError, UsageError
-from artifacts.progress import Progress, quiet
-from runtime_eval import bundle as bundles
-from runtime_eval.benchmark import benchmark
-from runtime_eval.config import BenchmarkConfig, of_json
+from crqat.core import failures
+from crqat.core.errors import ToolError, UsageError
+from crqat.core.progress import Progress, quiet
+from crqat.runtime_eval.benchmark import benchmark
+from crqat.runtime_eval.board import bundle as bundles
+from crqat.runtime_eval.config import BenchmarkConfig, of_json
 
 
 def table(results: dict[str, Any]) -> str:

@@ -14,14 +14,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.errors import ToolError, UsageError
-from artifacts.progress import Progress
-from artifacts.store import Manifest, manifest_hash, sha256_file, verify_stage
-from artifacts.targets import TARGETS, TENSORRT, builds_engine
-from runtime_eval import accuracy, device, engine, engine_report, latency, onnx_metadata, tensorrt_api
-from runtime_eval.client import OPENVINO, RUNTIME, Worker
-from runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
-from runtime_eval.jetson import Watch
+from crqat.core.errors import ToolError, UsageError
+from crqat.core.progress import Progress
+from crqat.core.run_directory import Manifest, manifest_hash, sha256_file, verify_stage
+from crqat.core.targets import TARGETS, TENSORRT, builds_engine
+from crqat.runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
+from crqat.runtime_eval.machine import host
+from crqat.runtime_eval.machine.jetson import Watch
+from crqat.runtime_eval.measure import accuracy, latency
+from crqat.runtime_eval.measure.worker_client import OPENVINO, RUNTIME, Worker
+from crqat.runtime_eval.runners import onnx_header
+from crqat.runtime_eval.trt import coverage, engine
+from crqat.runtime_eval.trt import versions as tensorrt_api
 
 SCHEMA_VERSION = 1
 FLOAT, FLOAT16 = "float", "float16"
@@ -102,8 +106,8 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
     export_dir = export_dir.resolve()  # a new export that becomes current meanwhile must not mix with this one
     manifest, parent = verify_stage(export_dir), manifest_hash(export_dir)
     entries, images, labels = _read_payload(export_dir, manifest)
-    machine = device.describe()
-    load_at_start = device.load_average()
+    machine = host.describe()
+    load_at_start = host.load_average()
     watch = Watch()
     if config.openvino or OPENVINO in config.require:
         entries += [
@@ -118,7 +122,7 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
         _measure(models, export_dir / manifest.payload["images"], labels, config, progress, watch)
         watch.look()
         by_name = {model.name: _result(model, models, labels, config, watch) for model in models}
-    load = {"start": load_at_start, "end": device.load_average()}
+    load = {"start": load_at_start, "end": host.load_average()}
     return {
         "schema_version": SCHEMA_VERSION,
         "run": manifest.payload["run"],
@@ -170,7 +174,7 @@ def _read_payload(
 
 def _refuse_external_data(path: Path) -> None:
     try:
-        tensor = onnx_metadata.external_tensor(path)
+        tensor = onnx_header.external_tensor(path)
     except UsageError:
         return  # no runtime will load it, and why becomes this model's result
     if tensor is not None:
@@ -195,7 +199,7 @@ def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Prog
     """
     builder = tensorrt_api.choose()
     runs = builder == tensorrt_api.TENSORRT
-    missing = tensorrt_api.TENSORRT if device.cuda_device() else tensorrt_api.RTX
+    missing = tensorrt_api.TENSORRT if host.cuda_device() else tensorrt_api.RTX
     batch = (1, 1, max(2, config.accuracy_batch))
     for model in models:
         if builder is None:
@@ -229,7 +233,7 @@ def _engine_summary(model: _Model) -> dict[str, Any] | None:
     """A model's entry `engine` in the results; None of what is not for TensorRT."""
     if not builds_engine(model.entry["target"]):
         return None
-    return {"status": model.engine_failure} if model.engine is None else engine_report.headline(model.engine)
+    return {"status": model.engine_failure} if model.engine is None else coverage.headline(model.engine)
 
 
 def _measure(
@@ -367,10 +371,10 @@ def _obstacle(model: _Model) -> str | None:
     """Why a file cannot be measured here: its runtime is missing, or ONNX Runtime gets something else than TensorRT."""
     if model.runtime == OPENVINO:
         return None if importlib.util.find_spec(OPENVINO) else "not run: openvino is not installed"
-    version = device.onnxruntime_version()
+    version = host.onnxruntime_version()
     if version is None:  # a board with TensorRT alone
         return "not run: onnxruntime is not installed"
-    from runtime_eval.runners.onnxruntime import float16_is_rounded
+    from crqat.runtime_eval.runners.onnxruntime import float16_is_rounded
 
     if model.entry.get("precision") != "float16" or float16_is_rounded():
         return None
@@ -381,6 +385,6 @@ def _not_run(model: _Model) -> str:
     """Why the latency of a file that was not made for ONNX Runtime's provider is not measured."""
     if model.entry["target"] != FLOAT16 and not builds_engine(model.entry["target"]):
         return "not run: the file is for another execution provider"
-    if not device.cuda_device():
+    if not host.cuda_device():
         return "not run: no CUDA device"
     return "not run: no engine was built from this file"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, ClassVar, Literal
 
-from artifacts.config import STRICT, Range
+from crqat.core.field_bounds import STRICT, Range
 
 # What a session is asserted to run on. Names of ONNX Runtime's own.
 Provider = Literal[

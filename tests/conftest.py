@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+SOURCES = Path(__file__).parents[1] / "src"
+# Processes that tests start take this checkout's crqat, too, wherever the environment's own may point.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(SOURCES), *filter(None, [os.environ.get("PYTHONPATH")])])
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:

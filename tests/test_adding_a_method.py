@@ -10,15 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from crqat_train import methods
-from crqat_train.methods import quantizer_of
+from crqat.train import quantizers
+from crqat.train.quantizers import quantizer_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding_a_method.md"
 
 
 def test_the_page_adds_a_method(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("METHODS", "WEIGHT_METHODS", "ACTIVATION_METHODS"):
-        monkeypatch.setitem(getattr(methods, name), "softer", methods.MinMaxQuantizer)  # taken out again at the end
+        monkeypatch.setitem(
+            getattr(quantizers, name), "softer", quantizers.MinMaxQuantizer
+        )  # taken out again at the end
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.S | re.M)
     assert len(blocks) == 3
     page: dict[str, Any] = {"__name__": "page"}

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from onnx import numpy_helper
 
-from artifacts.errors import UsageError
-from artifacts.targets import INT16_MAX, TARGETS
-from pipeline import recipe
+from crqat.core.errors import UsageError
+from crqat.core.targets import INT16_MAX, TARGETS
+from crqat.pipeline.recipe import recipe
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding_a_target.md"
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from pipeline.cli import crqat
+from crqat.pipeline.cli import crqat
 
 FLOAT_ACCURACY = 0.9173
 RECIPE = Path(__file__).parent.parent / "recipes" / "cifar10_resnet20_w8a8.yaml"

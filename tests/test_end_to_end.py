@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from artifacts.store import MANIFEST, read_manifest, verify_stage, write_stage
+from crqat.core.run_directory import MANIFEST, read_manifest, verify_stage, write_stage
 
 # Measured: drops of 0.1 and 0.0 points with upper bounds of 0.7, agreements of 0.99 with lower bounds of 0.98.
 RECIPE = """
@@ -36,7 +36,7 @@ gate: {max_accuracy_drop: 5.0, min_agreement: 0.9, max_size_ratio: 0.8}
 
 def crqat(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The command in a process of its own, as a user starts it."""
-    command = [sys.executable, "-m", "pipeline.cli", *arguments]
+    command = [sys.executable, "-m", "crqat", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
     return subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from artifacts.images import Preprocessing
-from artifacts.store import read_manifest
+from crqat.core.preprocessing import Preprocessing
+from crqat.core.run_directory import read_manifest
 
 ROOT = Path(__file__).parent.parent
 RECIPE = """
@@ -44,7 +44,7 @@ class Net(nn.Sequential):
 
 def run(folder: Path, *command: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HOME": str(folder)}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = str(ROOT / "src")
     ended = subprocess.run(
         [sys.executable, *command],
         cwd=folder,
@@ -72,7 +72,7 @@ def test_a_folder_of_grey_images_runs_to_its_verdict(tmp_path: Path) -> None:
     exec(NETWORK, module)  # noqa: S102 - the text above
     last, average = (module["Net"](1, 3).state_dict() for _ in range(2))
     torch.save({"last": last, "ema": average}, tmp_path / "net.ckpt")
-    said = run(tmp_path, "-m", "pipeline.cli", "run", "recipe.yaml")
+    said = run(tmp_path, "-m", "crqat", "run", "recipe.yaml")
     assert f"{tmp_path}/net.ckpt: `ema`, not last" in said
     judged = json.loads((tmp_path / "runs/grey/benchmark/verdict.json").read_text())
     assert {rule["rule"] for rule in judged["rules"] if rule["status"] != "pass"} <= {"float_accuracy"}

@@ -20,9 +20,10 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from artifacts import store
-from pipeline import cli, dependencies
-from runtime_eval import tensorrt_api
+from crqat.core import run_directory
+from crqat.pipeline import cli
+from crqat.pipeline.stages import staleness
+from crqat.runtime_eval.trt import versions as tensorrt_api
 
 ROOT = Path(__file__).parent.parent
 FROZEN = sorted((ROOT / "tests" / "frozen").glob("v*"))
@@ -91,9 +92,9 @@ def refusal(ended: Ended) -> str:
 def sealed(stage: Path, name: str, content: bytes) -> None:
     """Replace a file of a stage as whoever made the stage could: its hash in the manifest is right."""
     (stage / name).write_bytes(content)
-    path = stage / store.MANIFEST
+    path = stage / run_directory.MANIFEST
     manifest = json.loads(path.read_text())
-    manifest["files"][name] = store.sha256_file(stage / name)
+    manifest["files"][name] = run_directory.sha256_file(stage / name)
     path.write_text(json.dumps(manifest))
 
 
@@ -104,8 +105,9 @@ def sealed(stage: Path, name: str, content: bytes) -> None:
 def test_every_reader_reads_a_frozen_run(
     version: Path, tmp_path: Path, crqat: Crqat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from runtime_eval import bundle, sidecar
-    from runtime_eval.runners.onnxruntime import OnnxRuntimeRunner
+    from crqat.runtime_eval.board import bundle
+    from crqat.runtime_eval.runners.onnxruntime import OnnxRuntimeRunner
+    from crqat.runtime_eval.trt import plan_file
 
     shutil.copytree(version, tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
@@ -125,7 +127,7 @@ def test_every_reader_reads_a_frozen_run(
     assert crqat("bundle", "frozen", "--out", "new.tar.gz").code == 0
     (tmp_path / "unpacked").mkdir()
     assert bundle.unpack(Path("bundle.tar.gz"), tmp_path / "unpacked").run == "frozen"
-    assert sidecar.load(Path("model.plan"), "tensorrt", "10.3.0", (8, 7))[0] == b"no real plan"
+    assert plan_file.load(Path("model.plan"), "tensorrt", "10.3.0", (8, 7))[0] == b"no real plan"
     images = np.load("frozen/export/images.npy").astype(np.float32)
     with OnnxRuntimeRunner(Path("frozen/export/onnxruntime.onnx"), "CPUExecutionProvider", 1) as runner:
         assert runner.infer(images).shape == (32, 10)
@@ -147,13 +149,13 @@ def truncate(path: Path) -> None:
 
 
 def swap(path: Path) -> None:
-    others = sorted(other.read_bytes() for other in path.parent.iterdir() if other.name != store.MANIFEST)
+    others = sorted(other.read_bytes() for other in path.parent.iterdir() if other.name != run_directory.MANIFEST)
     path.write_bytes(next(content for content in others if content != path.read_bytes()))
 
 
 @pytest.mark.parametrize("damage", [flip, truncate, swap, Path.unlink])
 def test_a_damaged_file_is_named_whichever_it_is(folder: Path, crqat: Crqat, damage: Callable[[Path], None]) -> None:
-    files = [path for path in Path("frozen").rglob("*") if path.is_file() and path.name != store.MANIFEST]
+    files = [path for path in Path("frozen").rglob("*") if path.is_file() and path.name != run_directory.MANIFEST]
     assert len(files) == 18
     for path in files:
         content = path.read_bytes()
@@ -279,12 +281,12 @@ def test_results_with_a_value_of_another_kind(folder: Path, crqat: Crqat, path: 
 
 @pytest.mark.parametrize("stage", ["train", "export"])
 def test_a_manifest_without_what_the_report_shows(folder: Path, crqat: Crqat, stage: str) -> None:
-    for changed in dependencies.STAGES:
+    for changed in staleness.STAGES:
         path = Path("frozen", changed, "manifest.json")
         manifest = json.loads(path.read_text())
         manifest["payload"] = {} if changed == stage else manifest["payload"]
-        parent = dependencies.PARENTS[changed]
-        manifest["parent"] = parent and store.manifest_hash(Path("frozen", parent))
+        parent = staleness.PARENTS[changed]
+        manifest["parent"] = parent and run_directory.manifest_hash(Path("frozen", parent))
         path.write_text(json.dumps(manifest))
     line = refusal(crqat("report", "frozen"))
     assert "frozen" in line and "damaged" in line
@@ -338,9 +340,11 @@ def test_a_recipe_of_100_mb_is_refused_before_it_is_parsed(tmp_path: Path) -> No
     path = tmp_path / "large.yaml"
     path.write_bytes(b"name: a\n" * (100 * 2**20 // 8))
     code = "import resource, sys; resource.setrlimit(resource.RLIMIT_DATA, (2**29, 2**29))\n"
-    code += "sys.argv = ['crqat', 'run', sys.argv[1]]; from pipeline.cli import main; main()"
+    code += "sys.argv = ['crqat', 'run', sys.argv[1]]; from crqat.pipeline.cli import main; main()"
     start = time.monotonic()
-    result = subprocess.run([sys.executable, "-c", code, path], cwd=ROOT, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        [sys.executable, "-c", code, path], cwd=ROOT / "src", capture_output=True, text=True, check=False
+    )
     assert (result.returncode, result.stderr) == (2, f"crqat: error: {path}: larger than 64 KiB, which no recipe is\n")
     assert time.monotonic() - start < 20
 
@@ -491,8 +495,8 @@ def test_external_data_is_refused_by_the_benchmark(folder: Path, crqat: Crqat, k
     sealed(export, "onnxruntime.onnx", hostile_onnx()[kind][0])
     line = refusal(crqat("benchmark", "recipe.yaml", "--runs", ".", "--force"))
     assert "onnxruntime.onnx" in line and "external data is refused" in line
-    board = [sys.executable, "-m", "runtime_eval", str(export)]
-    result = subprocess.run(board, cwd=ROOT, capture_output=True, text=True, check=False)
+    board = [sys.executable, "-m", "crqat.runtime_eval", str(export)]
+    result = subprocess.run(board, cwd=ROOT / "src", capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
     assert "onnxruntime.onnx: the tensor w lies in another file" in result.stderr
 
@@ -520,7 +524,8 @@ def test_a_shape_of_terabytes_costs_its_own_process_alone(folder: Path, crqat: C
 
 TROUBLE = """
 import os, sys, time
-if "runtime_eval.worker" in sys.orig_argv and any(word.endswith("/onnxruntime.onnx") for word in sys.orig_argv):
+words = sys.orig_argv
+if "crqat.runtime_eval.measure.worker" in words and any(word.endswith("/onnxruntime.onnx") for word in words):
     import onnxruntime
     onnxruntime.InferenceSession.run = lambda *_, **__: {action}
 """

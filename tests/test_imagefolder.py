@@ -15,9 +15,9 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from artifacts.images import Preprocessing, load_image
-from artifacts.store import read_manifest
-from crqat_train import data
+from crqat.core.preprocessing import Preprocessing, load_image
+from crqat.core.run_directory import read_manifest
+from crqat.train.data import sources
 
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = 40, 20  # of each class
@@ -35,7 +35,13 @@ gate: {{max_accuracy_drop: 6.0, min_agreement: 0.85, max_size_ratio: 0.8}}
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "NO_COLOR": "1",
+        "COLUMNS": "200",
+        "PYTHONPATH": str(ROOT / "src"),
+    }
     return subprocess.run(
         [sys.executable, *command],
         cwd=folder,
@@ -51,7 +57,7 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 def folder(cifar10_root: Path, shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """CIFAR-10 images as PNG and JPEG files of several shapes, a recipe, and its finished run."""
     folder = tmp_path_factory.mktemp("folder")
-    cifar = data.load("cifar10", str(cifar10_root), False)
+    cifar = sources.load("cifar10", str(cifar10_root), False)
     for part, images, labels, count in (
         ("train", cifar.train_images[:], cifar.train_labels, TRAIN),
         ("test", cifar.test_images[:], cifar.test_labels, TEST),
@@ -66,7 +72,7 @@ def folder(cifar10_root: Path, shared_data: Path, tmp_path_factory: pytest.TempP
                 else:
                     image.save(place / f"{index}.png")
     (folder / "recipe.yaml").write_text(RECIPE.format(weights=shared_data / "weights" / "resnet20-12fca82f.th"))
-    process = run(folder, "-m", "pipeline.cli", "run", "recipe.yaml")
+    process = run(folder, "-m", "crqat", "run", "recipe.yaml")
     assert process.returncode == 0, process.stdout + process.stderr
     return folder
 
@@ -101,11 +107,11 @@ def test_the_script_sees_the_bits_that_were_evaluated(folder: Path, kind: str) -
 
 def test_a_changed_folder_trains_anew_and_a_broken_image_ends_in_one_line(folder: Path) -> None:
     before = read_manifest(folder / "runs/folder/train").key
-    again = run(folder, "-m", "pipeline.cli", "train", "recipe.yaml")
+    again = run(folder, "-m", "crqat", "train", "recipe.yaml")
     assert "train is up to date" in again.stdout + again.stderr
     broken = folder / "images" / "train" / "cat" / "broken.jpg"
     broken.write_bytes(b"no image")
-    process = run(folder, "-m", "pipeline.cli", "train", "recipe.yaml")
+    process = run(folder, "-m", "crqat", "train", "recipe.yaml")
     assert process.returncode == 2
     lines = process.stderr.strip().splitlines()
     assert lines[-1].startswith("crqat: error: images/train/cat/broken.jpg: cannot be decoded as an image")
@@ -113,7 +119,7 @@ def test_a_changed_folder_trains_anew_and_a_broken_image_ends_in_one_line(folder
     assert read_manifest(folder / "runs/folder/train").key == before  # what was there is untouched
     broken.unlink()
     shutil.copy(next((folder / "images/train/cat").glob("*.png")), folder / "images/test/cat/copied.png")
-    process = run(folder, "-m", "pipeline.cli", "train", "recipe.yaml", "--set", "qat.epochs=0")
+    process = run(folder, "-m", "crqat", "train", "recipe.yaml", "--set", "qat.epochs=0")
     assert process.returncode == 0
     assert "1 of 201 test images are training images too" in process.stdout + process.stderr
     assert "1 of 201 test images" in read_manifest(folder / "runs/folder/train").payload["notes"][0]

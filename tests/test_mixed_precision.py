@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from artifacts.store import verify_stage
-from pipeline.cli import crqat
+from crqat.core.run_directory import verify_stage
+from crqat.pipeline.cli import crqat
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "cifar10_resnet20_w4a4.yaml"
 

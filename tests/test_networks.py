@@ -11,8 +11,9 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-from crqat_train import data, models
-from pipeline.cli import crqat
+from crqat.pipeline.cli import crqat
+from crqat.train.data import sources
+from crqat.train.models import build as models
 from tests.export.conftest import sane_bn
 
 # Networks that were hardly trained: what counts is that every stage takes them and that the codes are right.
@@ -37,12 +38,12 @@ NETWORKS = {
 }
 
 
-def few_images(root: str) -> data.Dataset:
+def few_images(root: str) -> sources.Dataset:
     """200 training and 50 test images of CIFAR-10, every second pixel."""
-    whole = data.load("cifar10", root, False)
+    whole = sources.load("cifar10", root, False)
     images = (part[:, :, ::2, ::2].contiguous() for part in (whole.train_images[:200], whole.test_images[:50]))
     train, test = images
-    return data.Dataset(
+    return sources.Dataset(
         train, whole.train_labels[:200], test, whole.test_labels[:50], whole.class_names, whole.preprocessing
     )
 
@@ -79,7 +80,7 @@ def test_from_recipe_to_verdict(cifar10_root: Path, tmp_path: Path, model: str) 
 
 
 # Integer convolutions and linear layers, and those left in float, of networks that are not trained but for one step.
-# The rest of `pipeline.networks.NETWORKS` is too slow for each test run; docs/models.md has all of them.
+# The rest of `pipeline.commands.model_survey.NETWORKS` is too slow for each test run; docs/models.md has all of them.
 STEPPED = {
     "torchvision/squeezenet1_1": (26, 0),
     "torchvision/shufflenet_v2_x1_0": (57, 0),
@@ -107,12 +108,13 @@ def small_vit(classes: int, channels: int) -> torch.nn.Module:
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_mapped_stepped_exported_and_equal(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import network, networks
+    from crqat.pipeline.commands import model_survey
+    from crqat.pipeline.commands import model_survey_worker as network
 
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
-    row = {"status": "measured", **network.measure(name, networks.Images(64))}
-    assert networks.unexplained(row) == []
-    assert networks.multiplications(row) == STEPPED[name]
+    row = {"status": "measured", **network.measure(name, model_survey.Images(64))}
+    assert model_survey.unexplained(row) == []
+    assert model_survey.multiplications(row) == STEPPED[name]
     assert row["verification"]["onnxruntime"]["differing_codes"] == 0
     assert row["verification"]["onnxruntime"]["codes"] > 50_000
     assert row["step"]["unreached"] == []

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from crqat_train import nncf_bridge
-from pipeline.cli import crqat
+from crqat.pipeline.cli import crqat
+from crqat.train.placement import nncf_layout
 
 PAGE = (Path(__file__).parent.parent / "docs" / "nncf.md").read_text()
 RECIPE = """\
@@ -28,7 +28,7 @@ qat: {epochs: 1, batch_size: 256}
 def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    nncf_bridge.without_extension()
+    nncf_layout.without_extension()
     Path("recipe.yaml").write_text(RECIPE)
     blocks = re.findall(r"```(python|sh)\n(.*?)```", PAGE, re.DOTALL)
     assert [kind for kind, _ in blocks] == ["python", "sh", "sh", "python"]

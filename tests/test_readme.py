@@ -8,9 +8,9 @@ import subprocess
 from dataclasses import fields
 from pathlib import Path
 
-from pipeline.cli import crqat
-from pipeline.gate import GateConfig
-from pipeline.recipe import Recipe
+from crqat.pipeline.cli import crqat
+from crqat.pipeline.gate.rules import GateConfig
+from crqat.pipeline.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

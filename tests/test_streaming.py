@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from artifacts.store import read_manifest
-from crqat_train import data, folder
-from crqat_train.batches import Batches, Feed, Generators, evaluation_batches, subset
-from crqat_train.config import DataConfig
-from crqat_train.fit import Fit
-from pipeline import cli
+from crqat.core.run_directory import read_manifest
+from crqat.pipeline import cli
+from crqat.train.config import DataConfig
+from crqat.train.data import imagefolder, sources
+from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
+from crqat.train.training.optimizer import Fit
 from tests.crqat_train.stored_sets import PER_SHARD, write_saved, write_shards
 
 TRAIN, TEST = 3000, 60
@@ -41,15 +41,15 @@ qat: {{epochs: 1, batch_size: 60, lr: 0.01}}
 
 
 @pytest.fixture(scope="module")
-def cifar(cifar10_root: Path) -> data.Dataset:
-    whole = data.load("cifar10", str(cifar10_root), False)
+def cifar(cifar10_root: Path) -> sources.Dataset:
+    whole = sources.load("cifar10", str(cifar10_root), False)
     parts = {f"train_{kind}": getattr(whole, f"train_{kind}")[:TRAIN].clone() for kind in ("images", "labels")}
     parts |= {f"test_{kind}": getattr(whole, f"test_{kind}")[:TEST].clone() for kind in ("images", "labels")}
     return replace(whole, **parts)
 
 
 @pytest.fixture(scope="module")
-def roots(cifar: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def roots(cifar: sources.Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("sets")
     return {
         "webdataset": write_shards(place / "shards", cifar, TRAIN, TEST),
@@ -60,16 +60,16 @@ def roots(cifar: data.Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few images would be decoded once and kept."""
-    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 0)
 
 
-def loaded(source: str, root: Path) -> data.Dataset:
-    dataset = data.of_recipe(DataConfig(source, str(root), size=32, crop=32))
-    assert isinstance(dataset.train_images, folder.StoredImages)
+def loaded(source: str, root: Path) -> sources.Dataset:
+    dataset = sources.of_recipe(DataConfig(source, str(root), size=32, crop=32))
+    assert isinstance(dataset.train_images, imagefolder.StoredImages)
     return dataset
 
 
-def feed(dataset: data.Dataset, chosen: Tensor, seed: int, size: int = 32) -> tuple[Feed, Generators]:
+def feed(dataset: sources.Dataset, chosen: Tensor, seed: int, size: int = 32) -> tuple[Feed, Generators]:
     generators = Generators.of(seed, torch.device("cpu"))
     images, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
     batches = Batches(images, labels, dataset.preprocessing, size, 4, True, torch.device("cpu"), strong=True)
@@ -78,7 +78,9 @@ def feed(dataset: data.Dataset, chosen: Tensor, seed: int, size: int = 32) -> tu
 
 @pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("source", SOURCES)
-def test_two_views_have_the_bits_of_those_from_memory(cifar: data.Dataset, roots: dict[str, Path], source: str) -> None:
+def test_two_views_have_the_bits_of_those_from_memory(
+    cifar: sources.Dataset, roots: dict[str, Path], source: str
+) -> None:
     """Same permutation, same augmentation; worker processes decode. Both normalize as ImageNet's networks want it."""
     dataset = loaded(source, roots[source])
     assert dataset.class_names == cifar.class_names and dataset.preprocessing.mean == cifar.preprocessing.mean
@@ -94,11 +96,11 @@ def test_two_views_have_the_bits_of_those_from_memory(cifar: data.Dataset, roots
     assert torch.equal(tests, expected) and torch.equal(dataset.test_labels, cifar.test_labels[:TEST])
 
 
-def test_webdataset_reads_the_same(cifar: data.Dataset, roots: dict[str, Path]) -> None:
+def test_webdataset_reads_the_same(cifar: sources.Dataset, roots: dict[str, Path]) -> None:
     """Its writer made the shards; its reader gives the same images and labels, in the same order."""
     import webdataset
 
-    dataset = data.of_recipe(DataConfig("webdataset", str(roots["webdataset"]), size=32, crop=32))
+    dataset = sources.of_recipe(DataConfig("webdataset", str(roots["webdataset"]), size=32, crop=32))
     images = dataset.train_images[:]
     assert torch.equal(images, cifar.train_images[:TRAIN])
     urls = [f"file:{path}" for path in sorted(roots["webdataset"].glob("train-*.tar"))[:5]]
@@ -150,7 +152,7 @@ def test_memory_is_flat_over_an_epoch(roots: dict[str, Path], source: str) -> No
     From batch 100 to the end within 5 %; from 300 on far from what the images between would take.
     """
     side, seen, count = 64, [], 0
-    dataset = data.of_recipe(DataConfig(source, str(roots[source]), size=side, crop=side))
+    dataset = sources.of_recipe(DataConfig(source, str(roots[source]), size=side, crop=side))
     batches = Batches(
         dataset.train_images, dataset.train_labels, dataset.preprocessing, 8, 0, True, torch.device("cpu")
     )
@@ -174,7 +176,7 @@ def crqat(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.mark.usefixtures("streamed")
 def test_a_training_from_recipe_to_weights(
-    cifar: data.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cifar: sources.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Interrupted in the middle of an epoch and continued, it ends with the same bits; a damaged set is one line."""
     monkeypatch.chdir(tmp_path)

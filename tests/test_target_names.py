@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from artifacts.targets import TARGETS
+from crqat.core.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("artifacts", "crqat_train", "export", "runtime_eval", "pipeline")
+PACKAGES = ("src/crqat/core", "crqat_train", "export", "runtime_eval", "pipeline")
 # A runtime's rules, and what loads it.
-OWN = ("artifacts/targets/", "runtime_eval/runners/")
+OWN = ("src/crqat/core/targets/", "runtime_eval/runners/")
 # Not runtimes: the Python package that builds an engine, tensorrt or tensorrt_rtx, and versions of installed packages.
 OTHERS = ("tensorrt_api.TENSORRT", "device['onnxruntime']")
 LOOK_UPS = ("get", "pop", "setdefault", "startswith", "endswith", "count", "index", "__eq__", "__contains__")
@@ -75,7 +75,7 @@ def test_nobody_compares_the_names_of_runtimes() -> None:
     known = constants(list(trees.values()))
     found = [f"{path.relative_to(ROOT)}:{text}" for path, tree in trees.items() for text in comparisons(tree, known)]
     # What is installed here (device.py), and how each builder is installed (tensorrt_api.py), by package.
-    allowed = ("runtime_eval/device.py", "runtime_eval/tensorrt_api.py")
+    allowed = ("runtime_eval/machine/host.py", "runtime_eval/trt/versions.py")
     assert [text for text in found if not text.startswith(allowed)] == []
 
 

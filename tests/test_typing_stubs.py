@@ -49,7 +49,7 @@ def test_only_broken_signatures_are_changed() -> None:
 def test_mypy_checks_against_them(stubs: Path, tmp_path: Path) -> None:
     (tmp_path / "snippet.py").write_text(SOURCE)
     configuration = tmp_path / "pyproject.toml"
-    configuration.write_text((ROOT / "pyproject.toml").read_text().replace('".stubs"', f'"{stubs}"'))
+    configuration.write_text((ROOT / "pyproject.toml").read_text().replace("src:.stubs", str(stubs)))
     command = [sys.executable, "-m", "mypy", "--config-file", str(configuration), "--follow-imports", "silent"]
     result = subprocess.run([*command, "snippet.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     lines = [line for line in result.stdout.splitlines() if ": error:" in line]

@@ -10,7 +10,7 @@ import click
 import pytest
 import yaml
 
-from pipeline.cli import crqat
+from crqat.pipeline.cli import crqat
 
 ROOT = Path(__file__).parent.parent
 TEXTS = {

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
-from artifacts.errors import ToolError
+from crqat.core.errors import ToolError
 
 # Rounds a Conv's float bias to int32 in units of s_x s_w. In a float16 file, such as TensorRT gets, that product
 # underflows and the bias is lost: a CIFAR-10 ResNet-20 fell from 91.6 % to 89.3 % (ONNX Runtime 1.32, 1,000 images).

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import openvino
 
-from artifacts.errors import ToolError
-from runtime_eval import onnx_metadata
+from crqat.core.errors import ToolError
+from crqat.runtime_eval.runners import onnx_header
 
 DEVICE = "CPU"
 # What the plugin calls the layers that multiply, and the precisions that count as INT8.
@@ -39,7 +39,7 @@ class OpenVINORunner:
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "f32",
         }
-        self._metadata = onnx_metadata.read(path)
+        self._metadata = onnx_header.read(path)
         try:
             core = openvino.Core()
             self._model = core.compile_model(core.read_model(path), DEVICE, properties)

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from artifacts.errors import ToolError
-from runtime_eval import sidecar
-from runtime_eval.device import cuda_device
+from crqat.core.errors import ToolError
+from crqat.runtime_eval.machine.host import cuda_device
+from crqat.runtime_eval.trt import plan_file
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -48,7 +48,7 @@ class TensorRTRunner:
         self._path, self._graph = path, graph
         self._cuda = _Cuda()
         try:
-            plan, self._sidecar = sidecar.load(path, "tensorrt", version, self._cuda.capability)
+            plan, self._sidecar = plan_file.load(path, "tensorrt", version, self._cuda.capability)
             self._open(plan)
         except BaseException:
             self._close()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from crqat_train.nncf_checkpoint import CONFIG, STATE
+from crqat.train.nncf.checkpoint import CONFIG, STATE
 
 
 def quantize(network: nn.Module, images: Tensor, preset: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from artifacts.errors import ToolError, UsageError
-from artifacts.progress import quiet
-from crqat_train.checkpoint import Checkpoints, State, read_tensors
+from crqat.core.errors import ToolError, UsageError
+from crqat.core.progress import quiet
+from crqat.train.checkpoint import Checkpoints, State, read_tensors
 
 
 def state(number: float) -> State:

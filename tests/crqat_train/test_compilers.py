@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from crqat_train import compilers, machine
-from pipeline import doctor
+from crqat.pipeline.commands import doctor
+from crqat.train import compilers, device
 
 # Stands for a compiler: makes the file behind -o, which is the last argument.
 BUILDS = 'for last; do :; done; echo library > "$last"'
@@ -38,7 +38,7 @@ def test_doctor_and_training_take_the_compiler_of_torch_if_it_builds(
 ) -> None:
     def found() -> str | None:
         told = next(item for item in doctor.examine() if item.what == "C++ compiler").found
-        assert machine.compiler(torch.device("cpu")) == (f"torch.compile ({told})" if told else "")
+        assert device.compiler(torch.device("cpu")) == (f"torch.compile ({told})" if told else "")
         return told
 
     assert found() is None
@@ -55,14 +55,14 @@ def test_doctor_and_training_take_the_compiler_of_torch_if_it_builds(
 
 
 def test_on_cuda_triton_needs_a_c_compiler_that_builds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "find_spec", lambda _: object())
-    assert machine.compiler(torch.device("cuda")) == ""
+    monkeypatch.setattr(device, "find_spec", lambda _: object())
+    assert device.compiler(torch.device("cuda")) == ""
     make_compiler(folder / "gcc", NO_HEADERS)
-    assert machine.compiler(torch.device("cuda")) == ""
+    assert device.compiler(torch.device("cuda")) == ""
     make_compiler(folder / "gcc", BUILDS)
-    assert machine.compiler(torch.device("cuda")) == "torch.compile (triton)"
-    monkeypatch.setattr(machine, "find_spec", lambda _: None)
-    assert machine.compiler(torch.device("cuda")) == ""
+    assert device.compiler(torch.device("cuda")) == "torch.compile (triton)"
+    monkeypatch.setattr(device, "find_spec", lambda _: None)
+    assert device.compiler(torch.device("cuda")) == ""
 
 
 def test_the_probe_is_refused_without_a_place_for_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

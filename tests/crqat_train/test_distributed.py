@@ -20,15 +20,18 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
-from artifacts.errors import ToolError, UsageError
-from artifacts.progress import quiet
-from crqat_train import data, distributed, models, ranks
-from crqat_train.batches import Batches
-from crqat_train.checkpoint import read_tensors
-from crqat_train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
-from crqat_train.fit import Fit
-from crqat_train.methods import ActivationObserver
-from crqat_train.trainer import _Run, train
+from crqat.core.errors import ToolError, UsageError
+from crqat.core.progress import quiet
+from crqat.train import distributed
+from crqat.train import shares as ranks
+from crqat.train.checkpoint import read_tensors
+from crqat.train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
+from crqat.train.data import sources
+from crqat.train.data.batches import Batches
+from crqat.train.models import build as models
+from crqat.train.quantizers import ActivationObserver
+from crqat.train.training.loop import _Run, train
+from crqat.train.training.optimizer import Fit
 
 ROOT = Path(__file__).parents[2]
 STEPS = 27
@@ -75,9 +78,9 @@ from pathlib import Path
 import torch
 sys.path.append({tests!r})
 import test_distributed as tests
-from artifacts.progress import quiet
-from crqat_train import distributed
-from crqat_train.trainer import train
+from crqat.core.progress import quiet
+from crqat.train import distributed
+from crqat.train.training.loop import train
 
 folder = Path(sys.argv[1])
 with distributed.started("cpu"):
@@ -151,7 +154,7 @@ def observed(share: Any) -> ActivationObserver:
 
 def estimated(config: TrainConfig) -> list[float]:
     """BN's statistics of a network that draws, each rank something else."""
-    dataset, split = data.load("digits", None, False), data.split(1000, 0.1, 0)
+    dataset, split = sources.load("digits", None, False), sources.split(1000, 0.1, 0)
     config = replace(config, qat=replace(config.qat, bn_images=200))
     run = SimpleNamespace(config=config, dataset=dataset, split=split, device=torch.device("cpu"))
     norm = nn.BatchNorm2d(1)
@@ -171,7 +174,7 @@ def turn(folder: Path) -> bool:
 
 
 def start(command: list[str], folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run(
         [sys.executable, "-m", *command],
         cwd=folder, env=variables, capture_output=True, text=True, timeout=400, check=False,
@@ -291,7 +294,7 @@ def trained(folder: Path, *options: str, **environment: str) -> tuple[dict[str, 
     """Train in two processes; give each file's SHA-256, of the history without the times, and stderr."""
     (folder / "net.py").write_text(NETWORK)
     (folder / "recipe.yaml").write_text(RECIPE)
-    ended = start(["pipeline.cli", "train", "recipe.yaml", "--nproc", "2", *options], folder, **environment)
+    ended = start(["crqat", "train", "recipe.yaml", "--nproc", "2", *options], folder, **environment)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("best: ") == 1
     digests = {}
@@ -319,6 +322,6 @@ def test_a_killed_process_restarts_all_from_the_last_state_with_the_same_bits_an
     assert not (tmp_path / "killed/runs/net/.states").exists()
     manifest = json.loads((tmp_path / "whole/runs/net/train/manifest.json").read_text())
     assert manifest["payload"]["processes"] == 2
-    again = start(["pipeline.cli", "export", "recipe.yaml"], tmp_path / "whole")
+    again = start(["crqat", "export", "recipe.yaml"], tmp_path / "whole")
     assert again.returncode == 0, again.stderr
     assert "onnxruntime.onnx" in again.stdout

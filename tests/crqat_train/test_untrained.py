@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from crqat_train.untrained import awake, sane_bn
+from crqat.train.untrained import awake, sane_bn
 
 
 def test_batch_norms_have_the_statistics_of_the_images() -> None:

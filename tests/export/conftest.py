@@ -15,12 +15,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from artifacts.grid import load_grids
-from artifacts.images import Preprocessing
-from artifacts.progress import quiet
-from artifacts.store import Manifest, read_manifest, write_stage
-from crqat_train import data, models
-from crqat_train.config import (
+from crqat.core.grid import load_grids
+from crqat.core.preprocessing import Preprocessing
+from crqat.core.progress import quiet
+from crqat.core.run_directory import Manifest, read_manifest, write_stage
+from crqat.export.qdq.write import QDQModel
+from crqat.export.to_onnx import Quantized as Quantized
+from crqat.export.to_onnx import quantize_network
+from crqat.train.config import (
     ConsistencyConfig,
     DataConfig,
     ModelConfig,
@@ -30,12 +32,11 @@ from crqat_train.config import (
     Target,
     TrainConfig,
 )
-from crqat_train.rebuild import rebuild
-from crqat_train.trainer import train
-from crqat_train.untrained import sane_bn as sane_bn
-from export.qdq import QDQModel
-from export.quantized import Quantized as Quantized
-from export.quantized import quantize_network
+from crqat.train.data import sources
+from crqat.train.load_trained import rebuild
+from crqat.train.models import build as models
+from crqat.train.training.loop import train
+from crqat.train.untrained import sane_bn as sane_bn
 
 BOTH: tuple[Target, ...] = ("onnxruntime", "tensorrt")
 
@@ -156,8 +157,8 @@ def digits(trained: Callable[..., tuple[Path, TrainConfig]]) -> Callable[[int], 
             directory, config = trained(quantization=quantization)
             payload = read_manifest(directory).payload
             model = rebuild(directory, config, payload, payload["best"])
-            images = data.load("digits", None, False).train_images
-            chosen = data.split(len(images), config.data.validation, config.seed).validation[:32]
+            images = sources.load("digits", None, False).train_images
+            chosen = sources.split(len(images), config.data.validation, config.seed).validation[:32]
             preprocessing = Preprocessing.from_json(payload["preprocessing"])
             grids = load_grids(directory / f"{payload['best']}.grids.json")
             made[bits] = Quantized(model, grids, preprocessing(images[chosen].numpy()))
@@ -169,7 +170,7 @@ def digits(trained: Callable[..., tuple[Path, TrainConfig]]) -> Callable[[int], 
 @pytest.fixture(scope="session")
 def published_resnet20(shared_data: Path, cifar10_root: Path) -> Callable[[int], Quantized]:
     """The published CIFAR-10 ResNet-20, quantized after training from 128 training images; the last 32 to check on."""
-    images = data.load("cifar10", str(cifar10_root), False)
+    images = sources.load("cifar10", str(cifar10_root), False)
     batch = torch.from_numpy(images.preprocessing(images.train_images[:128].numpy()))
 
     made: dict[int, Quantized] = {}

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from artifacts.errors import UsageError
-from crqat_train.config import QuantizationConfig, Target
-from export.lint import lint
-from export.lower import lower_activation
-from export.qdq import QDQModel
-from export.verify import fusion, verify
+from crqat.core.errors import UsageError
+from crqat.export.qdq.lint import lint
+from crqat.export.qdq.lower import lower_activation
+from crqat.export.qdq.write import QDQModel
+from crqat.export.verification.links import fusion, verify
+from crqat.train.config import QuantizationConfig, Target
 from tests.export.conftest import Quantized, quantize, random_images, sane_bn
 
 ALONE: tuple[Target, ...] = ("onnxruntime",)

@@ -11,13 +11,13 @@ from typing import Any
 import onnx
 import pytest
 
-from artifacts.progress import quiet
-from artifacts.store import read_manifest
-from crqat_train.config import Override, QuantizationConfig, TrainConfig
-from export import stage
-from export.config import ExportConfig
-from runtime_eval import tensorrt_api
-from runtime_eval.engine import EngineOptions, build
+from crqat.core.progress import quiet
+from crqat.core.run_directory import read_manifest
+from crqat.export import stage
+from crqat.export.config import ExportConfig
+from crqat.runtime_eval.trt import versions as tensorrt_api
+from crqat.runtime_eval.trt.engine import EngineOptions, build
+from crqat.train.config import Override, QuantizationConfig, TrainConfig
 from tests.export.conftest import DIGITS, nodes
 
 rtx = pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")

@@ -12,15 +12,15 @@ import numpy as np
 import onnx
 import pytest
 
-from artifacts.errors import UsageError
-from artifacts.grid import grids_hash, load_grids
-from artifacts.progress import quiet
-from artifacts.store import MANIFEST, Manifest, read_manifest, verify_stage, write_stage
-from crqat_train import data
-from crqat_train.config import TrainConfig
-from export import stage
-from export.config import ExportConfig
-from export.lint import lint
+from crqat.core.errors import UsageError
+from crqat.core.grid import grids_hash, load_grids
+from crqat.core.progress import quiet
+from crqat.core.run_directory import MANIFEST, Manifest, read_manifest, verify_stage, write_stage
+from crqat.export import stage
+from crqat.export.config import ExportConfig
+from crqat.export.qdq.lint import lint
+from crqat.train.config import TrainConfig
+from crqat.train.data import sources
 from tests.export.conftest import BOTH, nodes, session
 
 Trained = Callable[..., tuple[Path, TrainConfig]]
@@ -48,7 +48,7 @@ def test_the_directory_is_complete(exported: tuple[Path, dict[str, Any]], traine
     targets = ["float", "float16", "onnxruntime", "tensorrt"]
     assert [entry["file"] for entry in payload["models"]] == [f"{target}.onnx" for target in targets]
     assert [entry["target"] for entry in payload["models"]] == targets
-    test = data.load("digits", None, False)
+    test = sources.load("digits", None, False)
     images, labels = (np.load(out / payload[key], allow_pickle=False) for key in ("images", "labels"))
     np.testing.assert_array_equal(images, test.test_images[:].numpy())
     np.testing.assert_array_equal(labels, test.test_labels.numpy())
@@ -117,7 +117,7 @@ def test_the_baseline_is_the_float_network_before_quantization(
     np.testing.assert_array_equal(weight, load_file(directory / "float.safetensors")["linear.weight"])
     assert (weight != load_file(directory / "student.safetensors")["linear.weight"]).any()
     assert not [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
-    test = data.load("digits", None, False)
+    test = sources.load("digits", None, False)
     logits = session(model).run(["logits"], {"input": test.preprocessing(test.test_images[:].numpy())})[0]
     assert (logits.argmax(axis=1) == test.test_labels.numpy()).mean() > 0.8
 
@@ -133,8 +133,8 @@ def test_verification_does_not_see_test_images(trained: Trained, tmp_path: Path,
     monkeypatch.setattr(stage, "verify", verify)
     training = trained()
     export(training, tmp_path, ExportConfig(verify_images=5))
-    dataset = data.load("digits", None, False)
-    split = data.split(len(dataset.train_labels), training[1].data.validation, training[1].seed)
+    dataset = sources.load("digits", None, False)
+    split = sources.split(len(dataset.train_labels), training[1].data.validation, training[1].seed)
     expected = dataset.preprocessing(dataset.train_images[split.validation[:5]].numpy())
     np.testing.assert_array_equal(seen[0], expected)
 
@@ -248,7 +248,7 @@ def test_a_failed_export_leaves_the_one_before(trained: Trained, tmp_path: Path)
 
 
 def test_a_file_that_breaks_a_rule_is_not_written(trained: Trained, tmp_path: Path, monkeypatch: Any) -> None:
-    from export.lint import Finding
+    from crqat.export.qdq.lint import Finding
 
     monkeypatch.setattr(stage, "lint", lambda model, target: [Finding("conv1", "a rule", "a fix")] * 2)
     with pytest.raises(
@@ -259,7 +259,7 @@ def test_a_file_that_breaks_a_rule_is_not_written(trained: Trained, tmp_path: Pa
 
 
 def test_unsafe_writes_it_all_the_same_and_records_why(trained: Trained, tmp_path: Path, monkeypatch: Any) -> None:
-    from export.lint import Finding
+    from crqat.export.qdq.lint import Finding
 
     monkeypatch.setattr(stage, "lint", lambda model, target: [Finding(target, "a rule", "a fix")])
     directory, config = trained()

@@ -15,13 +15,13 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from artifacts.images import Preprocessing
-from crqat_train.data import Dataset
-from runtime_eval import sidecar
+from crqat.core.preprocessing import Preprocessing
+from crqat.runtime_eval.trt import plan_file
+from crqat.train.data.sources import Dataset
 
 FOLDER = Path(__file__).parent
 # The command, on a machine without a name.
-CRQAT = "import platform; platform.node = lambda: 'frozen'; from pipeline.cli import main; main()"
+CRQAT = "import platform; platform.node = lambda: 'frozen'; from crqat.pipeline.cli import main; main()"
 RECIPE = """
 name: frozen
 compile: never
@@ -63,7 +63,7 @@ def main() -> None:
             subprocess.run([sys.executable, "-c", CRQAT, *command], check=True)
         for stage in ("train", "export", "benchmark"):
             shutil.copytree(f"{scratch}/frozen/{stage}", target / "frozen" / stage)
-    sidecar.save(
+    plan_file.save(
         target / "model.plan",
         b"no real plan",
         builder="tensorrt",

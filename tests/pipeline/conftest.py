@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from artifacts.progress import Progress
+from crqat.core.progress import Progress
 
 RECIPE = "name: run1\ndata: {source: digits}\nmodel: {name: cifar/resnet20}\nfloat: {epochs: 1}\n"
 
@@ -93,7 +93,7 @@ class Fakes:
 
 
 def measured(drop: float, interval: tuple[float, float]) -> dict[str, Any]:
-    """Results in the layout of `runtime_eval.benchmark`, with one quantized model that loses `drop` points."""
+    """Results in the layout of `crqat.runtime_eval.benchmark`, with one quantized model that loses `drop` points."""
     latency = {"status": "measured", "p50_ms": 1.0, "rounds": 10, "unstable": False}
     accuracy = {"n": 600, "top1": 0.95, "top5": 1.0, "top1_interval": [0.93, 0.96]}
     common = {
@@ -144,18 +144,18 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
     recipe.write_text(RECIPE)
     made = Fakes(recipe, measured(0.2, (0.1, 0.3)))
     functions: dict[str, tuple[str, Callable[..., Any]]] = {
-        "crqat_train.trainer": ("train", made.train),
-        "export.stage": ("export", made.export),
-        "runtime_eval.benchmark": ("benchmark", made.benchmark),
+        "crqat.train.training.loop": ("train", made.train),
+        "crqat.export.stage": ("export", made.export),
+        "crqat.runtime_eval.benchmark": ("benchmark", made.benchmark),
     }
     for name, (function, fake) in functions.items():
         module = ModuleType(name)
         setattr(module, function, fake)
         monkeypatch.setitem(sys.modules, name, module)
-    # The page needs a whole run; tests/pipeline/test_report.py has one.
+    # The page needs a whole run; tests/pipeline/report/test_html.py has one.
 
     def page(run: Path, results: dict[str, Any], verdicts: list[Any], others: list[Any]) -> str:
         return f"<p>{len(verdicts)} rules, {len(others)} other devices</p>"
 
-    monkeypatch.setattr("pipeline.report.render", page)
+    monkeypatch.setattr("crqat.pipeline.report.html.render", page)
     return made

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from artifacts.errors import ToolError, UsageError
-from pipeline import cli, console
+from crqat.core.errors import ToolError, UsageError
+from crqat.pipeline import cli, console
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Fakes
@@ -47,12 +47,12 @@ def crqat(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 def test_nothing_heavy_is_imported_without_need(tmp_path: Path, arguments: list[str], code: int) -> None:
     program = (
         "import sys\n"
-        "from pipeline import cli\n"
+        "from crqat.pipeline import cli\n"
         f"sys.argv = {['crqat', *arguments]!r}\n"
         "try:\n    cli.main()\n"
         f"finally:\n    print('heavy:', [name for name in {HEAVY!r} if name in sys.modules])\n"
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     result = subprocess.run(
         [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
@@ -92,7 +92,8 @@ def test_unsafe_says_what_is_broken(
 def test_bisect_looks_at_the_file_for_tensorrt(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[str, bool]] = []
     monkeypatch.setattr(
-        "pipeline.inspection.inspect", lambda path, options, bisect, out: seen.append((path.name, bisect))
+        "crqat.pipeline.commands.inspect_engine.inspect",
+        lambda path, options, bisect, out: seen.append((path.name, bisect)),
     )
     crqat(monkeypatch, "train", "recipe.yaml")
     assert crqat(monkeypatch, "export", "recipe.yaml", "--bisect") == 0
@@ -227,7 +228,7 @@ def test_what_an_engine_adds_is_shown(
 
 
 def test_layers_that_openvino_runs_in_float_are_named() -> None:
-    from pipeline import results
+    from crqat.pipeline.report import tables as results
     from tests.pipeline.conftest import measured
 
     models = measured(0.2, (0.1, 0.3))["models"]
@@ -330,7 +331,7 @@ def test_wrong_use_of_boards(
 def test_a_bug_is_one_line_and_its_traceback_a_file_of_the_run(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("pipeline.dependencies.inputs", None)
+    monkeypatch.setattr("crqat.pipeline.stages.staleness.inputs", None)
     assert crqat(monkeypatch, "run", "recipe.yaml") == 3
     line = capsys.readouterr().err
     assert re.fullmatch(
@@ -382,7 +383,7 @@ def test_an_export_whose_verification_failed_is_written_and_the_gate_fails_on_it
         payload["models"][1]["verification"] = {"status": "failed: runtime: 3 codes"}
         return payload
 
-    monkeypatch.setattr(sys.modules["export.stage"], "export", export)
+    monkeypatch.setattr(sys.modules["crqat.export.stage"], "export", export)
     proof = fakes.results["models"]["onnxruntime.onnx"]
     proof["verification"] = {**proof["verification"], "status": "failed: runtime: 3 codes", "differing_codes": 3}
     assert crqat(monkeypatch, "train", "recipe.yaml") == 0
@@ -394,7 +395,7 @@ def test_an_export_whose_verification_failed_is_written_and_the_gate_fails_on_it
 
 def test_output_that_nobody_reads_or_that_cannot_be_written_is_no_verdict(tmp_path: Path) -> None:
     """By a pipe whose reader is gone, on a full disk, and without any stream at all."""
-    command = [sys.executable, "-m", "pipeline.cli", "check", "--syntax", str(ROOT / "recipes" / "digits.yaml")]
+    command = [sys.executable, "-m", "crqat", "check", "--syntax", str(ROOT / "recipes" / "digits.yaml")]
     reader, writer = os.pipe()
     os.close(reader)
     ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
@@ -489,7 +490,7 @@ def test_make_runs_the_stages_one_after_the_other_even_in_parallel(tmp_path: Pat
     python.chmod(0o755)
     stages = ("train", "export", "benchmark", "gate")
     lines = make("-j8", *stages, f"VENV={tmp_path}", "RECIPE=r.yaml")
-    assert lines == [line for stage in stages for line in (f"begin -m pipeline.cli {stage} r.yaml", f"end {stage}")], (
+    assert lines == [line for stage in stages for line in (f"begin -m crqat {stage} r.yaml", f"end {stage}")], (
         "an environment that is given and has crqat is used as it is"
     )
 
@@ -501,7 +502,7 @@ def test_make_installs_into_a_new_environment_once(tmp_path: Path) -> None:
     assert plan[1].endswith(" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'")
     # For mypy, and without its dependencies, which are TensorRT itself.
     assert "--no-deps tensorrt-stubs==" in plan[2]
-    assert [line.split(" -m pipeline.cli ")[-1] for line in plan[4:]] == [
+    assert [line.split(" -m crqat ")[-1] for line in plan[4:]] == [
         "train r.yaml",
         "gate r.yaml",
     ]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from bench import soak
-from crqat_train import trainer
-from pipeline import cli
+from bench import kill_and_resume
+from crqat.pipeline import cli
+from crqat.train.training import loop as trainer
 
 EPOCHS = ("--set", "float.epochs=40", "--set", "qat.epochs=1")
 
@@ -30,8 +30,8 @@ def log(folder: Path) -> list[str]:
     return (folder / "log").read_text().splitlines()
 
 
-def train(folder: Path, *options: str) -> soak.Command:
-    return soak.Command(folder, ["train", "recipe.yaml", *EPOCHS, *options])
+def train(folder: Path, *options: str) -> kill_and_resume.Command:
+    return kill_and_resume.Command(folder, ["train", "recipe.yaml", *EPOCHS, *options])
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -55,8 +55,8 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[str, str]:
     """The hashes of a training that was left alone."""
-    folder = soak.prepare(tmp_path_factory.mktemp("whole") / "run")
-    assert train(folder).wait(soak.SECONDS) == 0
+    folder = kill_and_resume.prepare(tmp_path_factory.mktemp("whole") / "run")
+    assert train(folder).wait(kill_and_resume.SECONDS) == 0
     assert states(folder) == [] and not (folder / "runs" / "soak" / ".states").exists()
     return hashes(folder)
 
@@ -65,15 +65,15 @@ def whole(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> dict[st
 def test_a_signal_saves_and_the_same_command_goes_on(
     tmp_path: Path, whole: dict[str, str], number: signal.Signals, code: int
 ) -> None:
-    folder = soak.prepare(tmp_path / "run")
+    folder = kill_and_resume.prepare(tmp_path / "run")
     first = train(folder)
     until(lambda: len(states(folder)) > 1)
     os.kill(first.pid, number)
-    assert first.wait(soak.SECONDS) == code
+    assert first.wait(kill_and_resume.SECONDS) == code
     last = log(folder)[-1]
     assert last.startswith("crqat: error: interrupted; saved at float epoch ")
     assert last.endswith(": the same command goes on from there")
-    assert train(folder).wait(soak.SECONDS) == 0
+    assert train(folder).wait(kill_and_resume.SECONDS) == 0
     place = last.split("saved at ")[1].split(": the same")[0]
     assert any(line.startswith(f"continued: 1/1  from {place}") for line in log(folder))
     assert hashes(folder) == whole
@@ -81,36 +81,36 @@ def test_a_signal_saves_and_the_same_command_goes_on(
 
 
 def test_restart_and_another_recipe_do_not_go_on(tmp_path: Path, whole: dict[str, str]) -> None:
-    folder = soak.prepare(tmp_path / "run")
+    folder = kill_and_resume.prepare(tmp_path / "run")
     first = train(folder)
     until(lambda: len(states(folder)) > 1)
     first.kill()
-    assert train(folder, "--set", "seed=1", "--set", "float.epochs=1").wait(soak.SECONDS) == 0
+    assert train(folder, "--set", "seed=1", "--set", "float.epochs=1").wait(kill_and_resume.SECONDS) == 0
     assert hashes(folder) != whole
     assert len(states(folder)) == 2  # of the first recipe, which can still go on
-    assert train(folder, "--restart").wait(soak.SECONDS) == 0
+    assert train(folder, "--restart").wait(kill_and_resume.SECONDS) == 0
     assert not any(line.startswith("continued") for line in log(folder))
     assert hashes(folder) == whole
 
 
 def test_the_second_process_is_told_of_the_first(tmp_path: Path) -> None:
-    folder = soak.prepare(tmp_path / "run")
+    folder = kill_and_resume.prepare(tmp_path / "run")
     first = train(folder)
     until(lambda: len(states(folder)) > 0)
     for stage in ("train", "run"):
-        assert soak.crqat(folder, stage, "recipe.yaml") == 3
+        assert kill_and_resume.crqat(folder, stage, "recipe.yaml") == 3
         line = log(folder)[-1]
         assert line.startswith(f"crqat: error: runs/soak: in use by process {first.pid} on ")
         assert "(crqat train recipe.yaml --set float.epochs=40" in line
     first.kill()
-    assert train(folder, "--set", "float.epochs=1").wait(soak.SECONDS) == 0
+    assert train(folder, "--set", "float.epochs=1").wait(kill_and_resume.SECONDS) == 0
 
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own of 8 MB, as the folder of all runs."""
     place = tmp_path / "run" / "runs"
-    soak.prepare(tmp_path / "run")
+    kill_and_resume.prepare(tmp_path / "run")
     place.mkdir()
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, text=True, check=False
@@ -137,31 +137,31 @@ def test_a_full_disk(disk: Path, whole: dict[str, str]) -> None:
     first = train(folder)
     until(lambda: len(states(folder)) > 1)
     filler = fill(disk)
-    assert first.wait(soak.SECONDS) == 3
+    assert first.wait(kill_and_resume.SECONDS) == 3
     line = log(folder)[-1]
     assert line.startswith("crqat: error: cannot save the training's state to runs/soak/.states/")
     assert "No space left on device" in line and "the same command goes on from the last state" in line
-    assert train(folder).wait(soak.SECONDS) == 3  # still full
+    assert train(folder).wait(kill_and_resume.SECONDS) == 3  # still full
     filler.unlink()
-    assert train(folder).wait(soak.SECONDS) == 0
+    assert train(folder).wait(kill_and_resume.SECONDS) == 0
     assert any(line.startswith("continued: 1/1  from float epoch ") for line in log(folder))
     assert hashes(folder) == whole
 
 
 def test_a_full_disk_leaves_the_export_before(disk: Path) -> None:
     folder = disk.parent
-    assert train(folder, "--set", "float.epochs=1").wait(soak.SECONDS) == 0
-    export = soak.Command(folder, ["export", "recipe.yaml", *EPOCHS, "--set", "float.epochs=1"])
-    assert export.wait(soak.SECONDS) == 0
+    assert train(folder, "--set", "float.epochs=1").wait(kill_and_resume.SECONDS) == 0
+    export = kill_and_resume.Command(folder, ["export", "recipe.yaml", *EPOCHS, "--set", "float.epochs=1"])
+    assert export.wait(kill_and_resume.SECONDS) == 0
     files = {path.name: path.read_bytes() for path in (disk / "soak" / "export").iterdir()}
     filler = fill(disk)
     again = ["export", "recipe.yaml", *EPOCHS, "--set", "float.epochs=1", "--force"]
-    assert soak.crqat(folder, *again) == 3
+    assert kill_and_resume.crqat(folder, *again) == 3
     what = "crqat: error: cannot write the stage export to runs/soak: No space left on device"
     assert log(folder)[-1] == f"{what}; make room there, or for temporary files (TMPDIR)"
     assert {path.name: path.read_bytes() for path in (disk / "soak" / "export").iterdir()} == files
     filler.unlink()
-    assert soak.crqat(folder, *again) == 0
+    assert kill_and_resume.crqat(folder, *again) == 0
 
 
 def test_a_disk_that_turns_read_only(disk: Path, whole: dict[str, str]) -> None:
@@ -170,12 +170,12 @@ def test_a_disk_that_turns_read_only(disk: Path, whole: dict[str, str]) -> None:
     until(lambda: len(states(folder)) > 1)
     first.kill()
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
-    assert train(folder).wait(soak.SECONDS) == 3
+    assert train(folder).wait(kill_and_resume.SECONDS) == 3
     assert log(folder)[-1] == (
         "crqat: error: cannot write to runs/soak: Read-only file system; choose another place with --runs"
     )
     subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
-    assert train(folder).wait(soak.SECONDS) == 0
+    assert train(folder).wait(kill_and_resume.SECONDS) == 0
     assert any(line.startswith("continued: 1/1  from float epoch ") for line in log(folder))
     assert hashes(folder) == whole
 
@@ -194,7 +194,7 @@ def test_between_two_phases_a_signal_ends_with_how_to_go_on_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int, code: int
 ) -> None:
     """In the calibration, behind the state of the last float epoch."""
-    folder = soak.prepare(tmp_path / "run")
+    folder = kill_and_resume.prepare(tmp_path / "run")
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "argv", ["crqat", "train", "recipe.yaml", "--set", "qat.epochs=1"])

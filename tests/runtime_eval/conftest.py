@@ -19,9 +19,9 @@ from onnx import TensorProto, helper, numpy_helper
 from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
-from artifacts.images import Preprocessing
-from artifacts.store import Manifest, write_stage
-from runtime_eval.config import BenchmarkConfig
+from crqat.core.preprocessing import Preprocessing
+from crqat.core.run_directory import Manifest, write_stage
+from crqat.runtime_eval.config import BenchmarkConfig
 
 TRAINING_IMAGES = 1000
 PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.4,))

@@ -15,14 +15,16 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from artifacts.errors import ToolError, UsageError
-from artifacts.progress import Progress, quiet
-from artifacts.store import manifest_hash
-from pipeline.gate import GateConfig, judge
-from runtime_eval import device, engine, engine_report, jetson, sidecar, tensorrt_api
-from runtime_eval.benchmark import _is_timed, _Model, _not_run, benchmark
-from runtime_eval.client import Worker
-from runtime_eval.runners.onnxruntime import float16_is_rounded
+from crqat.core.errors import ToolError, UsageError
+from crqat.core.progress import Progress, quiet
+from crqat.core.run_directory import manifest_hash
+from crqat.pipeline.gate.rules import GateConfig, judge
+from crqat.runtime_eval.benchmark import _is_timed, _Model, _not_run, benchmark
+from crqat.runtime_eval.machine import host, jetson
+from crqat.runtime_eval.measure.worker_client import Worker
+from crqat.runtime_eval.runners.onnxruntime import float16_is_rounded
+from crqat.runtime_eval.trt import coverage, engine, plan_file
+from crqat.runtime_eval.trt import versions as tensorrt_api
 from tests.runtime_eval.conftest import (
     PREPROCESSING,
     QUICK,
@@ -32,7 +34,7 @@ from tests.runtime_eval.conftest import (
     metadata,
     onnx_bytes,
 )
-from tests.runtime_eval.fake_cuda import PLAN, FakeTensorRT
+from tests.runtime_eval.runners.fake_cuda import PLAN, FakeTensorRT
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +59,11 @@ def worker_of(file: str) -> int | None:
             parent = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("PPid:"))
         except OSError:  # it has just ended
             continue
-        if "runtime_eval.worker" in arguments and int(parent) == os.getpid() and Path(arguments[3]).name == file:
+        if (
+            "crqat.runtime_eval.measure.worker" in arguments
+            and int(parent) == os.getpid()
+            and Path(arguments[3]).name == file
+        ):
             return int(status.parent.name)
     return None
 
@@ -80,7 +86,7 @@ def without(values: dict[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def test_results(write_export: WriteExport, digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "CUDA_DEVICES", ())
+    monkeypatch.setattr(host, "CUDA_DEVICES", ())
     export = write_export()
     steps: list[tuple[str, int, int]] = []
     turns: list[str] = []
@@ -184,7 +190,7 @@ def test_a_builder_that_does_not_start_costs_the_engine_alone(
 def test_tensorrt_latency_is_never_taken_from_another_runtime(
     write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device, "CUDA_DEVICES", ("/dev/null",))
+    monkeypatch.setattr(host, "CUDA_DEVICES", ("/dev/null",))
     latency = benchmark(write_export(), QUICK, quiet)["models"]["tensorrt.onnx"]["latency"]
     assert latency == {"status": "not run: no engine was built from this file"}
 
@@ -192,9 +198,9 @@ def test_tensorrt_latency_is_never_taken_from_another_runtime(
 # Puts the fake device into the model's process, which starts with it.
 SITE = """
 import sys
-from tests.runtime_eval.fake_cuda import FakeCuda, FakeTensorRT
-from runtime_eval import device
-from runtime_eval.runners import tensorrt
+from tests.runtime_eval.runners.fake_cuda import FakeCuda, FakeTensorRT
+from crqat.runtime_eval import device
+from crqat.runtime_eval.runners import tensorrt
 sys.modules["tensorrt"] = FakeTensorRT("tensorrt")
 device.CUDA_DEVICES = ("/dev/null",)
 tensorrt._Cuda = FakeCuda
@@ -203,7 +209,7 @@ tensorrt._Cuda = FakeCuda
 
 def write_plan(path: Path, precision: str, target: str) -> Path:
     preprocess = {"crqat.preprocessing": json.dumps({"mean": [0.5] * 3, "std": [0.5] * 3})}
-    sidecar.save(
+    plan_file.save(
         path,
         PLAN,
         builder="tensorrt",
@@ -220,7 +226,7 @@ def build_plan(model: Path, options: Any, macs: Any, path: Path | None) -> dict[
     target = model.stem
     if path is not None and target != "onnxruntime":
         write_plan(path, "int8" if target == "tensorrt" else "float32", target)
-    return engine.report_of(model, options, "tensorrt", **engine_report.summarize([], macs))
+    return engine.report_of(model, options, "tensorrt", **coverage.summarize([], macs))
 
 
 def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
@@ -228,7 +234,7 @@ def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
 ) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2])]))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2] / "src")]))
     images = np.random.default_rng(0).integers(0, 256, (50, 3, 2, 2)).astype(np.uint8)
     labels = images.sum(axis=(2, 3), dtype=np.int64).argmax(axis=1)
     labels[:5] = (labels[:5] + 1) % 3  # which the fake engine gets wrong
@@ -269,7 +275,7 @@ def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
 def test_a_plan_where_there_is_no_cuda_device_is_a_failure_with_that_reason(
     write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if device.cuda_device():
+    if host.cuda_device():
         pytest.skip("there is a CUDA device")
     monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt")
     monkeypatch.setattr(engine, "build", build_plan)
@@ -447,7 +453,7 @@ def test_float16_is_not_measured_where_it_is_truncated(
         {"file": "tensorrt.onnx", "target": "tensorrt", "precision": "float16", "verification": VERIFICATION},
     ]
     export = write_export(payload={"models": models})
-    monkeypatch.setattr("runtime_eval.runners.onnxruntime.float16_is_rounded", lambda: False)
+    monkeypatch.setattr("crqat.runtime_eval.runners.onnxruntime.float16_is_rounded", lambda: False)
     measured = benchmark(export, QUICK, quiet)["models"]
     assert measured["float.onnx"]["status"] == "measured"
     model = measured["tensorrt.onnx"]

@@ -9,37 +9,37 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime_eval.__main__ import main
+from crqat.runtime_eval.__main__ import main
 from tests.runtime_eval.conftest import Digits, WriteExport
 
-ROOT = Path(__file__).resolve().parents[2]
+SOURCES = Path(__file__).parents[2] / "src"
 HEAVY = ("torch", "onnx", "nncf", "pydantic", "click")
 # What a board may have and loads only where it is used.
 LAZY = (*HEAVY, "tensorrt", "pycuda", "cuda")
 MODULES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts)
-    for package in ("artifacts", "runtime_eval")
-    for path in (ROOT / package).rglob("*.py")
+    ".".join(path.relative_to(SOURCES).with_suffix("").parts)
+    for package in ("core", "runtime_eval")
+    for path in (SOURCES / "crqat" / package).rglob("*.py")
     if path.stem not in ("__init__", "__main__")
 )
 
 
 def test_no_module_pulls_in_what_a_board_does_not_have() -> None:
     code = f"import sys\nfor name in {MODULES}: __import__(name)\nprint(*(m for m in {LAZY} if m in sys.modules))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert "runtime_eval.runners.onnxruntime" in MODULES
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=SOURCES)
+    assert "crqat.runtime_eval.runners.onnxruntime" in MODULES
     assert result.stdout.strip() == ""
 
 
 def test_it_runs_on_a_board(board: Path, write_export: WriteExport, digits: Digits, tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
     for name in HEAVY:
         command = [str(board), "-c", f"import {name}"]
         result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert "ModuleNotFoundError" in result.stderr
     out = tmp_path / "results.json"
     result = subprocess.run(
-        [board, "-m", "runtime_eval", write_export(), "--out", out],
+        [board, "-m", "crqat.runtime_eval", write_export(), "--out", out],
         env=environment,
         cwd=tmp_path,
         capture_output=True,
@@ -57,8 +57,8 @@ def test_it_runs_on_a_board(board: Path, write_export: WriteExport, digits: Digi
 def test_without_onnxruntime_nothing_is_run_and_that_is_said(write_export: WriteExport, tmp_path: Path) -> None:
     """A board may have TensorRT alone."""
     (tmp_path / "onnxruntime.py").write_text("raise ImportError('not here')")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
-    command = [sys.executable, "-m", "runtime_eval", str(write_export()), "--out", str(tmp_path / "results.json")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(SOURCES)])}
+    command = [sys.executable, "-m", "crqat.runtime_eval", str(write_export()), "--out", str(tmp_path / "results.json")]
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (result.returncode, "Traceback" in result.stderr) == (0, False)
     models = json.loads((tmp_path / "results.json").read_text())["models"]

@@ -21,7 +21,7 @@ SCRIPT = """
 import ctypes, gc, os, sys
 from pathlib import Path
 import numpy as np
-from runtime_eval.runners.onnxruntime import OnnxRuntimeRunner
+from crqat.runtime_eval.runners.onnxruntime import OnnxRuntimeRunner
 
 path, images, warm_up, cycles = Path(sys.argv[1]), np.load(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 

@@ -10,12 +10,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from artifacts.errors import ToolError
-from artifacts.progress import quiet
-from pipeline.gate import GateConfig, judge
-from runtime_eval import tensorrt_api
-from runtime_eval.benchmark import benchmark
-from runtime_eval.client import Worker
+from crqat.core.errors import ToolError
+from crqat.core.progress import quiet
+from crqat.pipeline.gate.rules import GateConfig, judge
+from crqat.runtime_eval.benchmark import benchmark
+from crqat.runtime_eval.measure.worker_client import Worker
+from crqat.runtime_eval.trt import versions as tensorrt_api
 from tests.runtime_eval.conftest import (
     PREPROCESSING,
     QUICK,
@@ -36,7 +36,7 @@ TOLD = {
 }
 
 openvino = pytest.importorskip("openvino", reason="openvino is not installed (pip install crqat-edge[openvino])")
-from runtime_eval.runners.openvino import OpenVINORunner  # noqa: E402
+from crqat.runtime_eval.runners.openvino import OpenVINORunner  # noqa: E402
 
 
 def test_the_runner_says_what_it_is_and_computes_the_networks_logits(write_export: WriteExport, digits: Digits) -> None:

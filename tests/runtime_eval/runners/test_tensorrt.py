@@ -14,11 +14,12 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from artifacts.errors import ToolError, UsageError
-from runtime_eval import device, sidecar
-from runtime_eval.runners import tensorrt as runner_module
-from runtime_eval.runners.tensorrt import TensorRTRunner, _Cuda, device_capability, tensorrt_version
-from tests.runtime_eval.fake_cuda import PLAN, FakeCuda, FakeEngine, FakeTensorRT
+from crqat.core.errors import ToolError, UsageError
+from crqat.runtime_eval.machine import host
+from crqat.runtime_eval.runners import tensorrt as runner_module
+from crqat.runtime_eval.runners.tensorrt import TensorRTRunner, _Cuda, device_capability, tensorrt_version
+from crqat.runtime_eval.trt import plan_file
+from tests.runtime_eval.runners.fake_cuda import PLAN, FakeCuda, FakeEngine, FakeTensorRT
 
 ROOT = Path(__file__).parents[3]
 RUNNER = ROOT / "runtime_eval" / "runners" / "tensorrt.py"
@@ -41,14 +42,14 @@ def write(path: Path, **changes: Any) -> Path:
         "metadata": {"crqat.target": "tensorrt"},
     }
     plan = changes.pop("plan", PLAN)
-    sidecar.save(path, plan, **(values | changes))
+    plan_file.save(path, plan, **(values | changes))
     return path
 
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a CUDA device and TensorRT 10.3."""
-    monkeypatch.setattr(device, "CUDA_DEVICES", ("/dev/null",))
+    monkeypatch.setattr(host, "CUDA_DEVICES", ("/dev/null",))
     monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("tensorrt"))
     monkeypatch.setattr(runner_module, "_Cuda", FakeCuda)
 
@@ -115,7 +116,7 @@ def test_a_graph_is_captured_once_for_each_shape_after_a_first_run(plan: Path) -
 
 
 def test_without_a_cuda_device_that_is_the_reason(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "CUDA_DEVICES", ())
+    monkeypatch.setattr(host, "CUDA_DEVICES", ())
     with pytest.raises(ToolError, match=r"^no CUDA device$"):
         TensorRTRunner(plan)
     with pytest.raises(ToolError, match=r"^no CUDA device$"):
@@ -201,7 +202,7 @@ def test_a_plan_of_something_else_is_refused(
 
 def test_a_refusal_of_the_real_runtime_is_told_with_its_cause(plan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trt = rtx()
-    monkeypatch.setattr(device, "CUDA_DEVICES", ("/dev/null",))
+    monkeypatch.setattr(host, "CUDA_DEVICES", ("/dev/null",))
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setattr(runner_module, "_Cuda", FakeCuda)
     write(plan, version=trt.__version__)
@@ -240,7 +241,7 @@ def test_without_pycuda_or_with_a_driver_that_does_not_start(monkeypatch: pytest
 
 def test_a_graph_that_cannot_be_captured_is_told_by_the_real_cuda_python() -> None:
     pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
-    if device.cuda_device():
+    if host.cuda_device():
         pytest.skip("CUDA works here; this is about the driver's error code")
     boundary = object.__new__(_Cuda)
     boundary.stream, boundary._graphs = 1, []

@@ -1,0 +1,176 @@
+"""The ways from a float network to a quantized ONNX file: NNCF's, Model-Optimizer's and ONNX Runtime's own.
+
+Each peer goes the way that its documentation shows for convolutional networks, with its defaults, on the images that
+ours is calibrated on. Each runs in a process of its own: Model-Optimizer replaces parts of ONNX Runtime's quantizer in
+the process that uses it, and a peer that dies or hangs takes nothing else along.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import importlib
+import importlib.util
+import multiprocessing
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import nn
+
+from crqat.train.placement.nncf_layout import without_extension
+
+BATCH = 64  # of the calibration images
+TIME_LIMIT_SECONDS = 1200.0
+
+
+@dataclass(frozen=True)
+class Source:
+    """What every way starts from.
+
+    Attributes:
+        network: Float, eval mode.
+        images: Calibration images, normalized, float32 [N, C, H, W].
+        float_file: The network as ONNX, BN folded, with "input" and "logits" and a dynamic batch.
+    """
+
+    network: nn.Module
+    images: npt.NDArray[np.float32]
+    float_file: Path
+
+    def batches(self) -> list[npt.NDArray[np.float32]]:
+        """The images in batches."""
+        return [self.images[start : start + BATCH] for start in range(0, len(self.images), BATCH)]
+
+
+@dataclass(frozen=True)
+class Way:
+    """A peer's way.
+
+    Attributes:
+        write: Gets the source and the path of the file to write.
+        modules: What must be importable for it.
+    """
+
+    write: Callable[[Source, Path], None]
+    modules: tuple[str, ...] = ()
+
+
+def nncf_way(source: Source, out: Path, preset: str) -> None:
+    """nncf.quantize, strip to torch's own fake quantization, torch.onnx.export.
+
+    The exporter is the one that can write these modules; the newer one (dynamo) refuses them.
+    """
+    import nncf
+
+    without_extension()
+    example = torch.from_numpy(source.images[:1])
+    batches = [torch.from_numpy(batch) for batch in source.batches()]
+    quantized = nncf.quantize(
+        copy.deepcopy(source.network),
+        nncf.Dataset(batches),
+        preset=nncf.QuantizationPreset(preset),
+        subset_size=len(batches),
+    )
+    native = nncf.strip(quantized, strip_format=nncf.StripFormat.NATIVE, example_input=example)
+    dynamic = {"input": {0: "batch"}, "logits": {0: "batch"}}
+    torch.onnx.export(
+        native, (example,), str(out), dynamo=False, input_names=["input"], output_names=["logits"], dynamic_axes=dynamic
+    )
+
+
+def modelopt_way(source: Source, out: Path, precision: str) -> None:
+    """modelopt.onnx.quantization.quantize on the ONNX file; entropy calibration and float16 are its defaults."""
+    # TensorRT's type stubs import as an empty package, which Model-Optimizer takes for TensorRT itself.
+    if _has("tensorrt") and not hasattr(importlib.import_module("tensorrt"), "__version__"):
+        sys.modules["tensorrt"] = None  # type: ignore[assignment]
+    from modelopt.onnx.quantization import quantize
+
+    quantize(
+        str(source.float_file),
+        quantize_mode="int8",
+        calibration_data={"input": source.images},
+        calibration_eps=["cpu"],
+        high_precision_dtype=precision,
+        output_path=str(out),
+        log_level="ERROR",
+    )
+
+
+def onnxruntime_way(source: Source, out: Path, signed: bool, quantize_bias: bool = True) -> None:
+    """quantize_static, QDQ, per channel: U8S8, or symmetric S8S8, what TensorRT wants, which takes no int32 bias."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter([{"input": batch} for batch in source.batches()])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    quantize_static(
+        str(source.float_file), str(out), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QInt8 if signed else QuantType.QUInt8, weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": signed, "WeightSymmetric": True, "QuantizeBias": quantize_bias},
+    )  # fmt: skip
+
+
+_MODELOPT = ("modelopt", "onnx_graphsurgeon", "onnxslim", "lief", "onnxscript")
+WAYS = {
+    "NNCF, PERFORMANCE": Way(functools.partial(nncf_way, preset="performance"), ("nncf", "torchao")),
+    "NNCF, MIXED": Way(functools.partial(nncf_way, preset="mixed"), ("nncf", "torchao")),
+    "Model-Optimizer, fp16": Way(functools.partial(modelopt_way, precision="fp16"), _MODELOPT),
+    "Model-Optimizer, fp32": Way(functools.partial(modelopt_way, precision="fp32"), _MODELOPT),
+    "ONNX Runtime, U8S8": Way(functools.partial(onnxruntime_way, signed=False)),
+    "ONNX Runtime, S8S8": Way(functools.partial(onnxruntime_way, signed=True)),
+    "ONNX Runtime, S8S8, float bias": Way(functools.partial(onnxruntime_way, signed=True, quantize_bias=False)),
+}
+
+
+def write(name: str, source: Source, out: Path, metadata: dict[str, str]) -> str | None:
+    """Go a way in a process of its own.
+
+    Args:
+        name: Of `WAYS`.
+        source: Where it starts.
+        out: The file to write.
+        metadata: For the file's metadata_props.
+
+    Returns:
+        None if the file is there, else the reason in one line.
+    """
+    missing = [module for module in WAYS[name].modules if not _has(module)]
+    if missing:
+        return f"not run: not installed ({', '.join(missing)})"
+    reason = out.with_suffix(".reason")
+    arguments = (name, source, out, metadata, reason)
+    process = multiprocessing.get_context("spawn").Process(target=_write_here, args=arguments)
+    process.start()
+    process.join(TIME_LIMIT_SECONDS)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        return f"failed: not finished after {TIME_LIMIT_SECONDS:g} s"
+    if reason.is_file():
+        return f"failed: {reason.read_text()}"
+    return None if process.exitcode == 0 else f"failed: its process ended with {process.exitcode}"
+
+
+def _write_here(name: str, source: Source, out: Path, metadata: dict[str, str], reason: Path) -> None:
+    try:
+        WAYS[name].write(source, out)
+        model = onnx.load(out)
+        onnx.helper.set_model_props(model, {**{p.key: p.value for p in model.metadata_props}, **metadata})
+        onnx.save(model, out)
+    except Exception as error:  # a peer may raise anything
+        reason.write_text(" ".join(f"{type(error).__name__}: {error}".split())[:300])
+
+
+def _has(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None

@@ -1,0 +1,257 @@
+"""How fast and how right is the file? Float, ours, and ONNX Runtime's own static quantization of the same float file.
+
+Writes bench-out/infer.json with the rows: model, float_ms, int8_ms, peer_ms, time_ratio_to_peer, interval,
+wrong_codes, peer_wrong_codes, accuracy, peer_accuracy. A code is wrong if it is not the integer simulator's. U8S8
+kernels are exact on CPUs with VNNI and saturate without: where qemu-x86_64 is installed, codes are counted on an
+emulated CPU without it too.
+
+    python -m bench.vs_onnxruntime [--rounds 10] [--cifar10 data/cifar10 --weights resnet20-12fca82f.th]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import TensorProto, helper
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+from torch import nn
+
+from crqat.core.preprocessing import Preprocessing
+from crqat.core.targets import Residual
+from crqat.export.qdq.write import float_model
+from crqat.export.simulator.run import simulate
+from crqat.export.simulator.values import NotSimulated
+from crqat.export.to_onnx import Quantized, quantize_network
+from crqat.pipeline.console import show_table
+from crqat.runtime_eval.config import BenchmarkConfig
+from crqat.runtime_eval.machine import host
+from crqat.runtime_eval.measure.latency import compare
+from crqat.runtime_eval.measure.worker_client import Worker
+from crqat.train.data import sources
+from crqat.train.models import build as models
+
+IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+METADATA = {"crqat.preprocessing": json.dumps({"mean": IMAGENET.mean, "std": IMAGENET.std})}
+TARGETS = ("onnxruntime",)
+OUT = Path("bench-out/infer.json")
+# Prints how many of a file's outputs differ from the expected ones.
+CHECK = """
+import json, sys, numpy, onnxruntime
+names, arrays = json.loads(sys.argv[3]), numpy.load(sys.argv[2])
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+outputs = session.run(names, {"input": arrays["input"]})
+print(sum(int((a.astype("int64") != arrays[f"expected{i}"]).sum()) for i, a in enumerate(outputs)))
+"""
+
+
+@dataclass
+class Case:
+    """A float network with the images that it is calibrated and measured on.
+
+    Attributes:
+        name: For the table.
+        network: Float, eval mode.
+        images: Calibration images, uint8 [N, C, H, W]; the first ones are those of the timing and of the codes.
+        weights: Where its weights come from.
+        test: Test images and labels, None where the weights are random and accuracy says nothing.
+    """
+
+    name: str
+    network: nn.Module
+    images: npt.NDArray[np.uint8]
+    weights: str
+    test: tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]] | None = None
+
+
+def cases(cifar10: Path | None, weights: Path | None) -> Iterator[Case]:
+    """CIFAR ResNet-20 with trained weights if they are given, then three ImageNet networks at 224 px."""
+    dataset = sources.load("cifar10", str(cifar10), False) if cifar10 else sources.load("digits", None, False)
+    small = dataset.train_images[:64]
+    large = nn.functional.interpolate(small[:16].float().expand(-1, 3, -1, -1), 224).byte().numpy()
+    if cifar10 and weights:
+        network = models.build("cifar/resnet20", 10, 3)
+        models.load_weights(network, weights)
+        test = dataset.test_images[:].numpy(), dataset.test_labels.numpy()
+        yield Case("cifar/resnet20", network.eval(), dataset.train_images[:512].numpy(), weights.name, test)
+    for name in ("resnet18", "resnet50", "mobilenet_v2"):
+        torch.manual_seed(0)
+        network = models.build(f"torchvision/{name}", 1000, 3)
+        # Random weights: timing and codes do not depend on them, as long as BN statistics fit the activations.
+        with torch.no_grad():
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = 1.0
+            network.train()(torch.from_numpy(IMAGENET(large)))
+        yield Case(f"torchvision/{name}", network.eval(), large, "random, BN statistics of 16 images")
+
+
+def calibrated(case: Case, targets: tuple[str, ...], residual: Residual | None = None) -> Quantized:
+    """The network of a case, quantized after training on its images."""
+    batches = torch.split(torch.from_numpy(IMAGENET(case.images)), 64)
+    return quantize_network(case.network, batches, targets, residual=residual)
+
+
+def export(case: Case, folder: Path) -> dict[str, Path]:
+    """Write float.onnx, ours.onnx and peer.onnx."""
+    quantized, images = calibrated(case, TARGETS), IMAGENET(case.images)
+    paths = {name: folder / f"{name}.onnx" for name in ("float", "ours", "peer")}
+    onnx.save(float_model(quantized.graph, METADATA), paths["float"])
+    onnx.save(quantized.file("onnxruntime", metadata=METADATA).model, paths["ours"])
+
+    class Reader(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches = iter([{"input": images[start : start + 64]} for start in range(0, len(images), 64)])
+
+        def get_next(self) -> dict[str, Any] | None:
+            return next(self.batches, None)
+
+    quantize_static(
+        str(paths["float"]), str(paths["peer"]), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+    )  # fmt: skip
+    peer = onnx.load(paths["peer"])
+    helper.set_model_props(peer, METADATA)
+    onnx.save(peer, paths["peer"])
+    return paths
+
+
+def wrong_codes(path: Path, images: npt.NDArray[np.float32], folder: Path, cpu: str | None) -> int | None:
+    """How many activation codes ONNX Runtime computes otherwise than the simulator; None where it cannot be told.
+
+    Args:
+        path: A QDQ file.
+        images: Normalized.
+        folder: For scratch files.
+        cpu: A CPU model of qemu, None for this one.
+    """
+    if cpu is not None and shutil.which("qemu-x86_64") is None:
+        return None
+    model = onnx.load(path)
+    try:
+        simulation = simulate(model, images)
+    except NotSimulated as reason:
+        print(f"{path.name}: {reason}", file=sys.stderr)
+        return None
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    arrays: dict[str, Any] = {"input": images}
+    names: list[str] = []
+    for node in list(model.graph.node):
+        if node.op_type == "QuantizeLinear" and node.output[0] in simulation.codes:
+            arrays[f"expected{len(names)}"] = simulation.codes[node.output[0]] + int(constants[node.input[2]])
+            names.append(node.output[0])
+            model.graph.output.append(helper.make_tensor_value_info(node.output[0], TensorProto.UINT8, None))
+    onnx.save(model, folder / "tapped.onnx")
+    np.savez(folder / "expected.npz", **arrays)
+    emulator = [] if cpu is None else ["qemu-x86_64", "-cpu", cpu]
+    arguments = [str(folder / "tapped.onnx"), str(folder / "expected.npz"), json.dumps(names)]
+    command = [*emulator, sys.executable, "-c", CHECK, *arguments]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
+def interleaved(
+    paths: Mapping[str, Path], images: Path, config: BenchmarkConfig, rounds: int, seconds: float = 1.0
+) -> dict[str, list[list[float]]]:
+    """Seconds of each inference of each file, by round; each round is a new process, and the order rotates.
+
+    Args:
+        paths: Name to ONNX file.
+        images: .npy, uint8; the first image is the one that is inferred.
+        config: Threads and limits.
+        rounds: How many.
+        seconds: Of each file in each round, after a third of it to warm up.
+    """
+    times: dict[str, list[list[float]]] = {name: [] for name in paths}
+    names = list(paths)
+    for turn in range(rounds):
+        first = turn % len(names)
+        for name in names[first:] + names[:first]:
+            with Worker(paths[name], images, config) as worker:
+                times[name].append(worker.latency(0.3 * seconds, seconds)[0])
+    return times
+
+
+def predicted(path: Path, images: Path, config: BenchmarkConfig) -> npt.NDArray[np.int64]:
+    """A file's best classes for all images of an .npy file, as `accuracy.top_classes` gives them."""
+    with tempfile.TemporaryDirectory() as folder, Worker(path, images, config) as worker:
+        top = Path(folder) / "top.npy"
+        worker.accuracy(100, top, lambda done, total: None)
+        result: npt.NDArray[np.int64] = np.load(top)
+        return result
+
+
+def measure(case: Case, rounds: int) -> dict[str, Any]:
+    """One row: times, codes and, for trained weights, accuracy."""
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        paths = export(case, folder)
+        images = folder / "images.npy"
+        np.save(images, case.images[:1])
+        config = BenchmarkConfig(threads=1)
+        times = interleaved(paths, images, config, rounds)
+        ratio = compare(times["peer"], times["ours"])
+        few = IMAGENET(case.images[:2])
+        row: dict[str, Any] = {
+            "model": case.name,
+            "weights": case.weights,
+            **{f"{key}_ms": 1e3 * float(np.median([np.median(r) for r in times[name]]))
+               for key, name in (("float", "float"), ("int8", "ours"), ("peer", "peer"))},
+            "time_ratio_to_float": compare(times["float"], times["ours"])["latency_ratio"],
+            "time_ratio_to_peer": ratio["latency_ratio"],
+            "interval": ratio["latency_ratio_interval"],
+            "coverage": ratio["latency_ratio_coverage"],
+            "rounds": rounds,
+            "wrong_codes": wrong_codes(paths["ours"], few, folder, None),
+            "peer_wrong_codes": wrong_codes(paths["peer"], few, folder, None),
+            "wrong_codes_without_vnni": wrong_codes(paths["ours"], few, folder, "Haswell"),
+            "peer_wrong_codes_without_vnni": wrong_codes(paths["peer"], few, folder, "Haswell"),
+            "accuracy": None,
+            "peer_accuracy": None,
+        }  # fmt: skip
+        if case.test is not None:
+            np.save(images, case.test[0])
+            for key, name in (("float_accuracy", "float"), ("accuracy", "ours"), ("peer_accuracy", "peer")):
+                row[key] = float((predicted(paths[name], images, config)[:, 0] == case.test[1]).mean())
+        return row
+
+
+def main() -> None:
+    """Measure all cases, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--cifar10", type=Path, help="folder with cifar-10-batches-py")
+    parser.add_argument("--weights", type=Path, help="ResNet-20's float weights")
+    arguments = parser.parse_args()
+    rows = []
+    for case in cases(arguments.cifar10, arguments.weights):
+        rows.append(measure(case, arguments.rounds))
+        print(f"{case.name}: {rows[-1]['time_ratio_to_peer']:.3f} of the peer's time", file=sys.stderr)
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps({"device": host.describe(), "rows": rows}, indent=1))
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    show_table("infer", columns, [[_text(row.get(key)) for key in columns] for row in rows])
+    print(f"written: {OUT}")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return ", ".join(f"{v:.3f}" for v in value) if isinstance(value, list) else "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    main()

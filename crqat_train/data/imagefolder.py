@@ -1,0 +1,400 @@
+"""Images in class folders, root/train/CLASS/... and root/test/CLASS/..., and how stored images are decoded."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import signal
+import sys
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from crqat.core.errors import CrqatError, ToolError, UsageError
+from crqat.core.folders import walk
+from crqat.core.preprocessing import endings, load_image
+from crqat.core.progress import Progress
+
+USUAL_ENDINGS = ".jpg, .png, .webp, .bmp and what else Pillow reads"
+# Decoded parts up to this size are kept in memory; larger ones are decoded again whenever they are needed.
+IN_MEMORY_BYTES = 2 * 2**30
+_CHUNK = 256
+Items = TypeVar("Items", bound=Sized)
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """A file as it was when the folder was listed."""
+
+    path: Path
+    label: int
+    size: int
+    modified: int
+
+
+@dataclass(frozen=True)
+class StoredImages(ABC, Generic[Items]):
+    """Images that are decoded when they are asked for; behaves like a uint8 tensor of shape [N, C, crop, crop].
+
+    Attributes:
+        items: Where each image lies, in the order of the indices.
+        size: Of the shorter side after resizing.
+        crop: Of the square.
+        convert: See `crqat.core.preprocessing.decode_image`.
+        device: Where decoded images go.
+        channels: 3 (RGB) or 1 (grey).
+        interpolation: See `crqat.core.preprocessing.decode_image`.
+    """
+
+    items: Items
+    size: int
+    crop: int
+    convert: bool
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    channels: int = 3
+    interpolation: str = "bilinear"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[N, C, crop, crop]."""
+        return len(self), self.channels, self.crop, self.crop
+
+    def to(self: Images, device: torch.device) -> Images:
+        """The same images, decoded to another device."""
+        return replace(self, device=device)
+
+    def subset(self: Images, chosen: Tensor) -> Images:
+        """Some of the images, not decoded; `chosen` is int64 of shape [M]."""
+        return replace(self, items=self._items_of(chosen))
+
+    @abstractmethod
+    def _items_of(self, chosen: Tensor) -> Items:
+        """Some of the items."""
+
+    @abstractmethod
+    def _decode(self, index: int) -> Any:
+        """One image, uint8 of shape [C, crop, crop]; raises as `__getitem__`."""
+
+    def __getitem__(self, chosen: slice | Tensor | Sequence[int]) -> Tensor:
+        """Decode: uint8 of shape [M, C, crop, crop].
+
+        Raises:
+            UsageError: An image is of another mode; see `crqat.core.preprocessing.decode_image`.
+            ToolError: A file is gone, cannot be read or is another one than when it was listed.
+        """
+        indices = range(len(self))[chosen] if isinstance(chosen, slice) else [int(index) for index in chosen]
+        with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
+            arrays = list(pool.map(self._decode, indices))
+        return torch.from_numpy(np.stack(arrays)).to(self.device)
+
+
+Images = TypeVar("Images", bound=StoredImages[Any])
+
+
+class FolderImages(StoredImages[tuple[ImageFile, ...]]):
+    """Image files."""
+
+    def _items_of(self, chosen: Tensor) -> tuple[ImageFile, ...]:
+        return tuple(self.items[index] for index in chosen.tolist())
+
+    def _decode(self, index: int) -> Any:
+        file = self.items[index]
+        check_unchanged(file.path, (file.size, file.modified))
+        return load_image(file.path, self.size, self.crop, self.convert, self.channels, self.interpolation)
+
+
+def check_unchanged(path: Path, state: tuple[int, int]) -> None:
+    """Compare a file with what `file_state` said of it.
+
+    Raises:
+        ToolError: It is gone or another one.
+    """
+    if file_state(path) != state:
+        msg = f"{path}: changed while the data set was read; leave the folder alone and start again"
+        raise ToolError(msg)
+
+
+def file_state(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of the last change in ns.
+
+    Raises:
+        ToolError: It cannot be read.
+    """
+    try:
+        status = path.stat()
+    except OSError as error:
+        msg = f"{path}: cannot be read any more: {error.strerror}; did the folder change meanwhile?"
+        raise ToolError(msg) from error
+    return status.st_size, status.st_mtime_ns
+
+
+def list_folder(root: Path) -> tuple[tuple[str, ...], tuple[ImageFile, ...], tuple[ImageFile, ...], str]:
+    """Class names (sorted), training files and test files of a data set; each class may hold a tree of folders.
+
+    Links to files and folders are followed. The last of the four values says in one line what was left out, "" if
+    nothing was: hidden files and folders, files with endings that are no image's, files beside the class folders.
+
+    Raises:
+        UsageError: The folders are not there, a class is empty, or the test part has a class of its own.
+        ToolError: A folder cannot be read.
+    """
+    train = root / "train"
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
+    if not train.is_dir() or test is None:
+        msg = f"data.root: imagefolder wants {root}/train/CLASS/* and {root}/test/CLASS/* (or val/), with image files"
+        raise UsageError(msg + _layout_hint(root))
+    left_out = _LeftOut()
+    names, own = _classes(train, left_out), _classes(test, left_out)
+    unknown = [name for name in own if name not in names]
+    if unknown:
+        # A test part with all classes of the training part, and more, is not what a split gives.
+        swapped = "; or are the two parts swapped?" if set(names) < set(own) else ""
+        msg = f"{test / unknown[0]}: a class that {train} does not have; remove it or add training images{swapped}"
+        raise UsageError(msg)
+    if test.name == "test" and (root / "val").is_dir():
+        left_out.add("folder beside test", root / "val")
+    files = [_files(part, names, present, left_out) for part, present in ((train, names), (test, own))]
+    return names, files[0], files[1], str(left_out)
+
+
+def _layout_hint(root: Path) -> str:
+    """What a folder seems to be that has no training and test part."""
+    if not root.is_dir():
+        return "; there is no such folder"
+    if root.name in ("train", "test", "val") and (root.parent / "train").is_dir():
+        return f"; set data.root to {root.parent}"
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    inside = next((path for path in folders if (path / "train").is_dir()), None)
+    if inside is not None:
+        return f"; {inside}/train has the two levels the other way round, or is the folder itself"
+    names = ", ".join(path.name for path in folders[:5])
+    return f"; {root} has {names}{', ...' if len(folders) > 5 else ''}" if folders else f"; {root} has no folders"
+
+
+class _LeftOut:
+    """What of a data set's folders is not read: how many of each kind, and the first of them."""
+
+    # Each kind in the plural.
+    KINDS: ClassVar[dict[str, str]] = {
+        "hidden file": "hidden files",
+        "hidden folder": "hidden folders",
+        "file with another ending": "files with other endings",
+        "file beside the class folders": "files beside the class folders",
+        "folder beside test": "folders beside test",
+        "link to a folder that is read already": "links to folders that are read already",
+    }
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: dict[str, Path] = {}
+        self._endings: Counter[str] = Counter()
+
+    def add(self, kind: str, path: Path) -> None:
+        """One more of a kind, one of KINDS."""
+        self._counts[kind] += 1
+        self._first.setdefault(kind, path)
+        if kind == "file with another ending":
+            self._endings[path.suffix.lower() or "without one"] += 1
+
+    def __str__(self) -> str:
+        """All of it on one line, "" if there is nothing."""
+        parts = []
+        for kind, count in self._counts.items():
+            endings = ", ".join(f"{number} {ending}" for ending, number in self._endings.most_common(5))
+            endings = f"{endings}; " if kind == "file with another ending" else ""
+            parts.append(f"{count} {kind if count == 1 else self.KINDS[kind]} ({endings}first {self._first[kind]})")
+        return ", ".join(parts)
+
+
+def _classes(folder: Path, left_out: _LeftOut) -> tuple[str, ...]:
+    try:
+        paths = sorted(folder.iterdir())
+        real = folder.resolve()
+        names = []
+        for path in paths:
+            if path.name.startswith("."):
+                left_out.add("hidden folder" if path.is_dir() else "hidden file", path)
+            elif not path.is_dir():
+                left_out.add("file beside the class folders", path)
+            elif real.is_relative_to(path.resolve()):
+                left_out.add("link to a folder that is read already", path)
+            else:
+                names.append(path.name)
+    except OSError as error:
+        msg = f"{folder}: cannot be read: {error.strerror}"
+        raise ToolError(msg) from error
+    if not names:
+        loose = any(path.suffix.lower() in endings() for path in paths)
+        fact = "its images lie in no class folders" if loose else "no class folders"
+        msg = f"{folder}: {fact}; put the images of each class into a folder of its name"
+        raise UsageError(msg)
+    return tuple(names)
+
+
+def _files(folder: Path, names: Sequence[str], present: Sequence[str], left_out: _LeftOut) -> tuple[ImageFile, ...]:
+    """All image files below the class folders that are present, sorted; none of these may be without images."""
+
+    def refuse(error: OSError) -> None:
+        msg = f"{error.filename}: cannot be read: {error.strerror}"
+        raise ToolError(msg) from error
+
+    by_class: dict[str, list[Path]] = {}
+    reasons: dict[str, str] = {}
+    for name in present:
+        paths, others = [], list[tuple[str, Path]]()
+        for parent, found, hidden, again in walk(folder / name, hidden=False, refuse=refuse):
+            others += [("hidden folder", parent / below) for below in hidden]
+            others += [("link to a folder that is read already", parent / below) for below in again]
+            for path in (parent / file for file in found):
+                if path.name.startswith("."):
+                    others.append(("hidden file", path))
+                elif path.suffix.lower() in endings():
+                    paths.append(path)
+                else:
+                    others.append(("file with another ending", path))
+        for kind, path in others:
+            left_out.add(kind, path)
+        by_class[name] = sorted(paths)
+        if not paths:
+            only = _LeftOut()
+            for kind, path in others:
+                only.add(kind, path)
+            reasons[name] = f"it holds only {only}" if others else "it is empty"
+    if reasons:
+        name, reason = next(iter(reasons.items()))
+        every = len(reasons) == len(present) > 1
+        what = f"{folder}: none of its {len(present)} class folders has an image" if every else ""
+        what = what or f"{folder / name}: a class without images"
+        remedy = "set data.root to the folder that has the images" if every else "add some or remove it"
+        msg = f"{what} ({USUAL_ENDINGS}): {f'{name}: ' if every else ''}{reason}; {remedy}"
+        raise UsageError(msg)
+    return tuple(
+        ImageFile(path, names.index(name), *_state_of(path)) for name, paths in by_class.items() for path in paths
+    )
+
+
+def _state_of(path: Path) -> tuple[int, int]:
+    if path.is_symlink() and not path.exists():
+        msg = f"{path}: a link to a file that is not there; mend or remove it"
+        raise UsageError(msg)
+    return file_state(path)
+
+
+def decode(images: StoredImages[Any], task: str, progress: Progress) -> Tensor | StoredImages[Any]:
+    """The images in memory if they fit, uint8 of shape [N, C, crop, crop]; else as they are."""
+    if math.prod(images.shape) > IN_MEMORY_BYTES:
+        return images
+    decoded = torch.empty(images.shape, dtype=torch.uint8)
+    for start in range(0, len(images), _CHUNK):
+        decoded[start : start + _CHUNK] = images[start : start + _CHUNK]
+        progress(task, min(start + _CHUNK, len(images)), len(images))
+    return decoded
+
+
+def duplicates(train: Sequence[ImageFile], test: Sequence[ImageFile]) -> list[tuple[Path, Path]]:
+    """Pairs of a training and a test file with the same bytes; one pair for each such test file."""
+    by_start: dict[tuple[int, bytes], list[Path]] = defaultdict(list)
+    lengths = {file.size for file in test}
+    for file in train:
+        if file.size in lengths:
+            by_start[file.size, _digest(file.path, 4096)].append(file.path)
+    pairs = []
+    for file in test:
+        candidates = by_start.get((file.size, _digest(file.path, 4096)), ())
+        own = _digest(file.path) if candidates else b""
+        same = next((path for path in candidates if _digest(path) == own), None)
+        if same is not None:
+            pairs.append((same, file.path))
+    return pairs
+
+
+def _digest(path: Path, length: int = -1) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return hashlib.sha256(file.read(length)).digest()
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}; did the folder change meanwhile?"
+        raise ToolError(msg) from error
+
+
+class _Decoder(torch.utils.data.Dataset[Any]):
+    """What a worker process gets: lists of indices. An exception's message would come back with a traceback in it."""
+
+    def __init__(self, images: StoredImages[Any]) -> None:
+        self.images = images
+
+    def __getitem__(self, chosen: list[int]) -> Tensor | CrqatError:
+        try:
+            return self.images[chosen]
+        except CrqatError as error:
+            return error
+
+
+def _leave_signals(_: int) -> None:
+    """Signals are the training's to answer, and it ends its workers by SIGTERM: what others send is ignored.
+
+    Ctrl-C reaches every process of a terminal, torchrun's SIGTERM a process's group, and SLURM's all of a job. A worker
+    that ended of it would end the training before its state is saved.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if sys.platform == "linux":  # elsewhere nobody tells who sent it
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def workers() -> int:
+    """How many processes decode batches, each a whole one."""
+    return min(8, os.cpu_count() or 1)
+
+
+def stream_batches(images: StoredImages[Any], batches: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Decode batches in worker processes, ahead of the training, in the order given.
+
+    Args:
+        images: All of them.
+        batches: The indices of each batch, int64 of shape [B].
+
+    Yields:
+        uint8 of shape [B, C, crop, crop] on the images' device.
+
+    Raises:
+        UsageError, ToolError: As `StoredImages.__getitem__`.
+    """
+    on_gpu = images.device.type == "cuda"
+    loader = DataLoader(
+        _Decoder(images.to(torch.device("cpu"))),
+        sampler=[batch.tolist() for batch in batches],
+        batch_size=None,
+        num_workers=workers(),
+        pin_memory=on_gpu,
+        worker_init_fn=_leave_signals,
+        # Its own, which draws nothing that training sees: an epoch may be read in two parts.
+        generator=torch.Generator(),
+    )
+    for batch in loader:
+        if isinstance(batch, CrqatError):
+            raise batch
+        yield batch.to(images.device, non_blocking=on_gpu)

@@ -1,0 +1,58 @@
+"""Where a training runs: the device, the compiler, and the settings that make it repeatable."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import numpy as np
+import torch
+from torch import nn
+
+from crqat.core.errors import ToolError
+from crqat.train import compilers
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a recipe's `device` stands for.
+
+    Raises:
+        ToolError: It is not there.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        msg = "device: cuda is asked for and torch sees no CUDA device; set `device: auto`, or see crqat doctor"
+        raise ToolError(msg)
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def compiler(device: torch.device) -> str:
+    """What torch.compile uses on this device, empty if there is nothing that can build, as `crqat doctor` says."""
+    if device.type == "cuda":
+        return "torch.compile (triton)" if find_spec("triton") and compilers.triton() else ""
+    name = compilers.cpp()
+    return f"torch.compile ({name})" if name else ""
+
+
+def channels_last(model: nn.Module) -> nn.Module:
+    """Put a network's tensors of four dimensions, and no others, into the layout that convolutions like best."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.ndim == 4:
+            tensor.data = tensor.data.to(memory_format=torch.channels_last)
+    return model
+
+
+@contextmanager
+def deterministic(seed: int) -> Iterator[None]:
+    """Same seed, same bits on a CPU; the settings before are restored."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - a user's own modules may draw from it
+    torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])

@@ -1,0 +1,235 @@
+"""What the passes ask of a torch.fx graph: tracing, and what an operation does to the values that quantizers see."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional
+
+from crqat.core.errors import UsageError
+from crqat.train.graph.attention import self_attention
+from crqat.train.graph.explain import forward_of, hint, one_line, where
+from crqat.train.graph.train_eval_diff import HOLDER, keep_dropouts
+
+_MATMULS = {functional.conv2d, functional.conv1d, functional.linear, torch.conv2d, torch.conv1d}
+# Values pass through these unchanged, so a quantizer before them still holds behind them.
+_MOVEMENT_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd, nn.ZeroPad2d,
+                     nn.ChannelShuffle, nn.ReflectionPad2d, nn.ReplicationPad2d)  # fmt: skip
+# They drop whole samples in training, torchvision's and timm's; to be seen as one operation, and to pass values on.
+_STOCHASTIC_DEPTH = {"StochasticDepth", "DropPath"}
+_MOVEMENT_FUNCTIONS: set[Any] = {
+    functional.max_pool2d, torch.max_pool2d, torch.flatten, functional.pad, functional.dropout, torch.reshape,
+    torch.chunk, torch.split, torch.transpose, torch.permute, torch.squeeze, torch.unsqueeze, "chunk", "split",
+    "flatten", "unflatten", "reshape", "view", "contiguous", "permute", "transpose", "squeeze", "unsqueeze",
+    "__getitem__",
+}  # fmt: skip
+_NONNEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
+_NONNEGATIVE_FUNCTIONS = {functional.relu, functional.relu6, torch.relu, torch.sigmoid, functional.hardsigmoid, "relu"}
+# ONNX Runtime fuses a convolution with what follows it only if that is a quantizer, or a ReLU or ReLU6 before one.
+_UNFUSED_MODULES = (nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.Hardsigmoid, nn.GELU, nn.ELU, nn.Tanh, nn.PReLU,
+                    nn.Hardtanh, nn.Mish)  # fmt: skip
+_UNFUSED_FUNCTIONS: set[Any] = {
+    functional.silu, functional.hardswish, functional.leaky_relu, torch.sigmoid, functional.sigmoid,
+    functional.hardsigmoid, functional.gelu, functional.elu, torch.tanh, functional.tanh, functional.prelu,
+    functional.hardtanh, functional.mish, "sigmoid", "tanh",
+}  # fmt: skip
+_SIGN_KEEPING_MODULES = (nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+_SIGN_KEEPING_FUNCTIONS: set[Any] = {
+    functional.adaptive_avg_pool2d, functional.avg_pool2d, torch.cat, torch.mean, "mean",
+}  # fmt: skip
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """The model as a GraphModule in which weights are edges of their own; keys of the state dict stay the same.
+
+    Args:
+        model: The float network in eval mode. Its modules become the graph's; see `_Tracer.call_module`.
+
+    Raises:
+        UsageError: torch.fx cannot trace the model; the message says where.
+    """
+    # Tracing replaces some modules, so each of the two modes traces a network of its own.
+    training = copy.deepcopy(model).train()
+    graph = _graph(model)
+    dropouts = keep_dropouts(model, graph, lambda: _graph(training))
+    if dropouts:
+        model.add_module(HOLDER, nn.Sequential(*dropouts.values()).eval())
+    (output,) = graph.find_nodes(op="output")
+    if not isinstance(output.args[0], fx.Node):
+        kind = type(output.args[0]).__name__.replace("immutable_", "")
+        msg = (
+            f"model.name: the forward of {type(model).__name__}{forward_of(model)} returns a {kind}; wrap it in a "
+            "module whose forward returns the logits alone"
+        )
+        raise UsageError(msg)
+    return fx.GraphModule(model, graph)
+
+
+def _graph(model: nn.Module) -> fx.Graph:
+    try:
+        return _Tracer().trace(model)
+    except Exception as error:  # the forward is the user's: it may raise anything when it gets a Proxy
+        msg = f"model.name: torch.fx cannot trace {type(model).__name__}{where(error)}: {one_line(error)}{hint(error)}"
+        raise UsageError(msg) from error
+
+
+class _Tracer(fx.Tracer):
+    """Traces into convolutions and linear layers, so that their weights become edges that a quantizer can sit on."""
+
+    record_stack_traces = True
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm, nn.MultiheadAttention)):
+            return False
+        # timm derives from BatchNorm; traced into, its `self.training` would be fixed at the value of today.
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) or type(m).__name__ in _STOCHASTIC_DEPTH:
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A BatchNormAct2d of timm becomes a BatchNorm2d and, as a node of its own, the activation that it holds.
+
+        Inside of one node the activation would be hidden from what asks for signs and for places of quantizers. An
+        attention is written out.
+        """
+        if isinstance(m, nn.MultiheadAttention):
+            forward = partial(self_attention, m)
+        result = super().call_module(m, forward, args, kwargs)
+        if isinstance(m, nn.BatchNorm2d) and type(m) is not nn.BatchNorm2d and hasattr(m, "act"):
+            m.__class__ = nn.BatchNorm2d  # the same tensors under the same names
+            path = self.path_of_module(m)
+            self.module_stack[path] = (path, nn.BatchNorm2d)
+            for module in (m.get_submodule("drop"), m.get_submodule("act")):
+                result = self.call_module(module, module.forward, (result,), {})
+            del self.module_stack[path]
+        return result
+
+
+def _is(graph_module: fx.GraphModule, node: fx.Node, modules: tuple[type, ...], functions: set[Any]) -> bool:
+    if node.op == "call_module":
+        return isinstance(graph_module.get_submodule(str(node.target)), modules)
+    if node.op == "call_method":
+        return str(node.target).rstrip("_") in functions
+    return node.op == "call_function" and (node.target in functions or f"__{_name(node)}__" in functions)
+
+
+def moves_values(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node's values are those of its first input, in other places, apart from zeros."""
+    if node.op != "call_module" and _name(node) == "pad":
+        value: Any = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
+        mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
+        return bool(mode != "constant" or not value)
+    if node.op == "call_module" and type(graph_module.get_submodule(str(node.target))).__name__ in _STOCHASTIC_DEPTH:
+        return True
+    return _is(graph_module, node, _MOVEMENT_MODULES, _MOVEMENT_FUNCTIONS)
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def is_matmul(node: fx.Node) -> bool:
+    """Whether the node is a convolution or a linear layer."""
+    return node.op == "call_function" and (node.target in _MATMULS or _name(node) in {"conv2d", "conv1d", "linear"})
+
+
+def is_layer_norm(node: fx.Node) -> bool:
+    """Whether the node is a LayerNorm."""
+    return node.op == "call_function" and node.target in {functional.layer_norm, torch.layer_norm}
+
+
+def is_batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is a BatchNorm module."""
+    return _is(graph_module, node, (nn.modules.batchnorm._BatchNorm,), set())
+
+
+def is_add(node: fx.Node) -> bool:
+    """Whether the node adds two tensors."""
+    return node.op in ("call_function", "call_method") and _name(node).strip("_") in {"add", "iadd"}
+
+
+def is_concat(node: fx.Node) -> bool:
+    """Whether the node joins tensors."""
+    return node.op == "call_function" and node.target in {torch.cat, torch.concat, torch.concatenate}
+
+
+def is_unfused_activation(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is an activation that ONNX Runtime cannot take into the convolution before it."""
+    # torchvision's and timm's ReLU6 is a Hardtanh by class.
+    if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), nn.ReLU6):
+        return False
+    return _is(graph_module, node, _UNFUSED_MODULES, _UNFUSED_FUNCTIONS)
+
+
+def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether no value of the node can be negative, for any input of the network."""
+    if _is(graph_module, node, _NONNEGATIVE_MODULES, _NONNEGATIVE_FUNCTIONS):
+        return True
+    sources: list[Any] = []
+    if moves_values(graph_module, node):
+        sources = node.all_input_nodes[:1]
+    elif is_add(node) or node.target is torch.mul:
+        sources = [*node.args, *node.kwargs.values()]  # numbers as well: x + y * alpha, x * -1
+    elif _is(graph_module, node, _SIGN_KEEPING_MODULES, _SIGN_KEEPING_FUNCTIONS):
+        sources = node.all_input_nodes
+    return bool(sources) and all(
+        is_nonnegative(graph_module, source)
+        if isinstance(source, fx.Node)
+        else isinstance(source, (int, float)) and source >= 0
+        for source in sources
+    )
+
+
+def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
+    """The node and those behind it as long as values only move."""
+    yield node
+    while moves_values(graph_module, node) and node.all_input_nodes:
+        node = node.all_input_nodes[0]
+        yield node
+
+
+def batch_norm_after(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
+    """Name of the BatchNorm that alone reads a convolution, None if there is none.
+
+    A BatchNorm behind a linear layer is not folded: no exporter does it, so it stays an operation of its own.
+
+    Raises:
+        UsageError: It cannot be folded, because it has no running statistics.
+    """
+    users = list(node.users)
+    if _name(node) == "linear" or len(users) != 1 or not is_batch_norm(graph_module, users[0]):
+        return None
+    name = str(users[0].target)
+    if graph_module.get_submodule(name).running_var is None:
+        msg = f"model.name: {name} is a BatchNorm without running statistics; use track_running_stats=True"
+        raise UsageError(msg)
+    return name
+
+
+def convolution_groups(node: fx.Node) -> int:
+    """The `groups` argument of a convolution."""
+    if "groups" in node.kwargs:
+        return int(node.kwargs["groups"])  # type: ignore[arg-type]
+    return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
+
+
+def parameter(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """The stored tensor that a get_attr node stands for.
+
+    Raises:
+        UsageError: It is not one.
+    """
+    value: Any = graph_module if node.op == "get_attr" else None
+    for part in str(node.target).split("."):
+        value = getattr(value, part, None)
+    if not isinstance(value, Tensor):
+        msg = f"model.name: the weight {node.target} is computed in the forward pass; only stored weights are quantized"
+        raise UsageError(msg)
+    return value

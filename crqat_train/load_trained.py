@@ -1,0 +1,45 @@
+"""The networks of a finished train stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from crqat.core.errors import UsageError
+from crqat.train.checkpoint import read_tensors
+from crqat.train.config import TrainConfig
+from crqat.train.models import build as models
+from crqat.train.quantized_model import QuantizedModel, quantize_model
+
+
+def rebuild(train_dir: Path, config: TrainConfig, payload: dict[str, Any], candidate: str) -> QuantizedModel:
+    """A quantized network of a finished train stage, on the CPU in eval mode.
+
+    Args:
+        train_dir: A verified train directory.
+        config: The recipe that it was trained by.
+        payload: Of its manifest.
+        candidate: "student", "teacher" or "calibrated".
+
+    Raises:
+        UsageError: The checkpoint does not fit the recipe's network.
+    """
+    model = models.build(config.model.name, len(payload["class_names"]), payload["input_shape"][0]).eval()
+    example = torch.zeros(2, *payload["input_shape"])
+    student = quantize_model(model, example, config.quantization, config.targets)
+    try:
+        student.load_state_dict(read_tensors(train_dir / f"{candidate}.safetensors"))
+    except RuntimeError as error:
+        msg = f"{train_dir}: the checkpoint is not of {config.model.name} as it is now; train again with --force"
+        raise UsageError(msg) from error
+    return student.eval()
+
+
+def take_float_weights(student: fx.GraphModule, train_dir: Path) -> None:
+    """Give a quantized network the weights of the float one as it was before quantization; quantizers stay."""
+    own, saved = student.state_dict(), read_tensors(train_dir / "float.safetensors")
+    # The graph leaves out what the network has and never uses.
+    student.load_state_dict({**own, **{name: tensor for name, tensor in saved.items() if name in own}})

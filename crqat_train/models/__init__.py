@@ -1,0 +1,1 @@
+"""Float networks by name, and their weights."""

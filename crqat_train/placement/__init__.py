@@ -1,0 +1,1 @@
+"""Which edges carry quantizers, and of which range."""

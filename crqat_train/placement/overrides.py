@@ -1,0 +1,115 @@
+"""Layers by name: what `quantization.overrides` and `quantization.float_layers` of a recipe say of single layers.
+
+A layer's `activations` are the ones that it reads, because those are what its kernel multiplies. An activation that no
+layer reads, such as the input of an Add, goes by its own name.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from crqat.core.errors import UsageError
+from crqat.core.targets import ALL
+from crqat.train.config import Override
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer, as overrides see it.
+
+    Attributes:
+        edge: Of its weight.
+        name: For people, what patterns are compared with: "layer1.0.conv1".
+        input_edge: The activation that it reads, None if that is not quantized, or by more than one quantizer.
+    """
+
+    edge: str
+    name: str
+    input_edge: str | None
+
+
+def widths(
+    overrides: Mapping[str, Override], layers: Sequence[Layer], activations: Mapping[str, str]
+) -> dict[str, int]:
+    """The width of each edge that an override speaks of.
+
+    Where several patterns match a name, the name itself counts before a pattern, and a longer pattern before a shorter
+    one. Of layers that read the same activation and ask for different widths, the largest is taken.
+
+    Args:
+        overrides: Pattern to widths, as the recipe has them.
+        layers: Every quantized layer.
+        activations: Edge to name of every quantized activation whose width may change.
+
+    Raises:
+        UsageError: A pattern has no effect, or two of them contradict each other.
+    """
+    used: set[tuple[str, str]] = set()
+
+    def asked(name: str, key: str) -> int | None:
+        found = {
+            pattern: bits
+            for pattern, override in overrides.items()
+            if (bits := getattr(override, key)) is not None and fnmatchcase(name, pattern)
+        }
+        used.update((pattern, key) for pattern in found)
+        ranks = {pattern: (pattern == name, len(pattern)) for pattern in found}
+        best = [pattern for pattern in found if ranks[pattern] == max(ranks.values())]
+        if len({found[pattern] for pattern in best}) > 1:
+            msg = (
+                f"quantization.overrides: {' and '.join(best)} give {name} different {key}; remove one, or name {name}"
+            )
+            raise UsageError(msg)
+        return found[best[0]] if best else None
+
+    result: dict[str, int] = {}
+    read = {layer.input_edge for layer in layers}
+    for layer in layers:
+        bits = asked(layer.name, "weights")
+        if bits is not None:
+            result[layer.edge] = bits
+        bits = None if layer.input_edge is None else asked(layer.name, "activations")
+        if bits is not None and layer.input_edge is not None:
+            result[layer.input_edge] = max(bits, result.get(layer.input_edge, 0))
+    unread = {edge: name for edge, name in activations.items() if edge not in read}
+    for edge, name in unread.items():
+        bits = asked(name, "activations")
+        if bits is not None:
+            result[edge] = bits
+    for pattern, override in overrides.items():
+        for key in ("weights", "activations"):
+            if getattr(override, key) is not None and (pattern, key) not in used:
+                names = {layer.name for layer in layers} | (set(unread.values()) if key == "activations" else set())
+                raise UsageError(_no_match(pattern, key, sorted(names)))
+    return result
+
+
+def in_float(asked: Mapping[str, Sequence[str]], targets: Sequence[str], names: Sequence[str]) -> set[str]:
+    """The layers that `quantization.float_layers` keeps in float for any of a recipe's targets.
+
+    Args:
+        asked: Target, or `ALL`, to names and patterns.
+        targets: Of the recipe.
+        names: Every layer that would be quantized.
+
+    Raises:
+        UsageError: A pattern matches no layer.
+    """
+    found: set[str] = set()
+    for target in (ALL, *targets):
+        for pattern in asked.get(target, ()):
+            matching = {name for name in names if fnmatchcase(name, pattern)}
+            if not matching:
+                near = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)) or "none"
+                msg = f"quantization.float_layers: {pattern} matches no layer that is quantized; the nearest are {near}"
+                raise UsageError(msg)
+            found |= matching
+    return found
+
+
+def _no_match(pattern: str, key: str, names: Sequence[str]) -> str:
+    near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.0)
+    return f"quantization.overrides.{pattern}: matches no layer that has {key}; the nearest are {', '.join(near)}"

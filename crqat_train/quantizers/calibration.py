@@ -1,0 +1,100 @@
+"""Ranges from images: what each quantizer would read in the float network, and the steps that follow from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx, nn
+
+from crqat.train import distributed
+from crqat.train.graph.operations import parameter
+from crqat.train.placement.insert import QuantizerSpec, weight_node
+from crqat.train.quantizers import ActivationObserver, calibrate_weight, quantizer_of, specs_of
+
+Hook = Callable[[Any, tuple[Tensor], Tensor], Tensor | None]
+
+
+@contextmanager
+def hooked(model: fx.GraphModule, hooks: Iterable[tuple[QuantizerSpec, Hook]]) -> Iterator[None]:
+    """Within the context each quantizer's hook is called with the quantizer, its input and its output.
+
+    What a hook returns, if it is not None, takes the output's place.
+    """
+    handles = [quantizer_of(model, spec).register_forward_hook(hook) for spec, hook in hooks]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _pass_through(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
+    return inputs[0]
+
+
+@contextmanager
+def only(model: fx.GraphModule, active: Sequence[QuantizerSpec]) -> Iterator[None]:
+    """Within the context every quantizer but the active ones passes its input through."""
+    with hooked(model, [(spec, _pass_through) for spec in specs_of(model) if spec not in active]):
+        yield
+
+
+@torch.no_grad()
+def observe(model: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, ActivationObserver]:
+    """What every activation's quantizer reads in the float network, by edge; over all ranks.
+
+    Args:
+        model: Quantized, in eval mode.
+        batches: Normalized images, float32 of shape [N, C, H, W] each.
+    """
+    specs = specs_of(model)
+    observers = {spec.edge: ActivationObserver() for spec in specs if spec.kind == "activation"}
+
+    def look_at(spec: QuantizerSpec) -> Hook:
+        def look(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> None:
+            observers[spec.edge].update(inputs[0])
+
+        return look
+
+    looks = [(spec, look_at(spec)) for spec in specs if spec.kind == "activation"]
+    with hooked(model, looks), only(model, []):
+        for batch in batches:
+            own = distributed.share(batch)
+            if len(own):
+                model(own)
+    for observer in observers.values():
+        observer.reduce()
+    return observers
+
+
+@torch.no_grad()
+def calibrate(model: fx.GraphModule, batches: Iterable[Tensor], calibration: str = "mse") -> None:
+    """Start every range from training images.
+
+    Args:
+        model: Quantized, in eval mode.
+        batches: Normalized training images, float32 of shape [N, C, H, W] each.
+        calibration: See `crqat.train.config.QuantizationConfig`.
+    """
+    observers = observe(model, batches)
+    for spec in specs_of(model):
+        if spec.kind == "activation":
+            observers[spec.edge].calibrate(quantizer_of(model, spec), calibration)
+        else:
+            calibrate_weight(quantizer_of(model, spec), weight_of(model, spec), calibration)
+
+
+def weight_of(model: fx.GraphModule, spec: QuantizerSpec) -> Tensor:
+    """The float tensor that a weight's quantizer sits on."""
+    return parameter(model, weight_node(model, spec))
+
+
+def rounded_weights(model: fx.GraphModule) -> dict[str, npt.NDArray[np.float32]]:
+    """Weight edge name to what its Grid rounds: the latent weight, or what the method makes of it."""
+    weights = [spec for spec in specs_of(model) if spec.kind == "weight"]
+    return {s.edge: quantizer_of(model, s).values(weight_of(model, s)).detach().numpy() for s in weights}

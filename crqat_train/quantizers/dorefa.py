@@ -1,0 +1,43 @@
+"""DoReFa: weights are squeezed by tanh before they are rounded (arXiv 1606.06160)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.quantizers.minmax import MinMaxQuantizer
+
+_TINY = torch.finfo(torch.float32).tiny
+
+
+class DoReFaQuantizer(MinMaxQuantizer):
+    """Rounds limit * tanh(w) / max|tanh(w)| of weights, and activations within a calibrated range.
+
+    Attributes:
+        limit: Largest weight at the start, float32 of shape [1], which stays: the paper's 1, so that layers without BN
+            keep their size.
+    """
+
+    limit: Tensor
+
+    def __init__(self, spec: QuantizerSpec) -> None:
+        super().__init__(spec)
+        if spec.kind == "weight":
+            self.register_buffer("limit", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Quantizer.forward`."""
+        return super().forward(self.values(x))
+
+    def values(self, x: Tensor) -> Tensor:
+        """See `Quantizer.values`."""
+        if self.spec.kind != "weight":
+            return x.float()
+        squeezed = torch.tanh(x.float())
+        return squeezed * (self.limit / squeezed.abs().amax().clamp_min(_TINY))
+
+    def start_weight(self, weight: Tensor) -> Tensor:
+        """One step for all channels, which takes the largest code to the largest weight."""
+        self.limit.fill_(weight.abs().amax())
+        return (self.limit / self.qmax).expand(self.scale.numel())

@@ -1,0 +1,162 @@
+"""Moves trained scales onto values that every target can store, before the delivered model is evaluated.
+
+After this the lowering to each target is exact: what torch evaluated is what the files contain. Two limits matter.
+Scales may be stored in float16, and what a file holds of a weight is the scale after BN folding, s |gamma / sigma|. A
+bias may be stored as int32 in units of s_x s_w; a smaller product overflows silently. `crqat.core.targets` knows which
+of them hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, fx
+
+from crqat.core import targets as runtimes
+from crqat.core.errors import UsageError
+from crqat.train.graph.operations import parameter
+from crqat.train.placement.insert import QuantizerSpec, quantizer_node
+from crqat.train.quantizers import MIN_SCALE, quantizer_of, specs_of
+from crqat.train.training.optimizer import is_step
+
+_STATISTICS = ("running_mean", "running_var")
+
+
+def fold_multiplier(bn: torch.nn.modules.batchnorm._BatchNorm) -> Tensor:
+    """What BN multiplies each channel of a convolution by: gamma / sqrt(running_var + eps), float32 of shape [C]."""
+    gamma = bn.weight if bn.weight is not None else torch.ones_like(_running(bn.running_var))
+    return gamma.detach() / torch.sqrt(_running(bn.running_var) + bn.eps)
+
+
+def _running(statistics: Tensor | None) -> Tensor:
+    if statistics is None:
+        msg = "a BatchNorm without running statistics cannot be folded"
+        raise ValueError(msg)
+    return statistics
+
+
+@torch.no_grad()
+def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: bool = True) -> list[str]:
+    """Round the scales of a quantized model in place; call it before the final evaluation.
+
+    Scales are rounded up, so that nothing that fitted is clipped. The change is below one part in a thousand for scales
+    that float16 holds as normal numbers.
+
+    Args:
+        model: The quantized GraphModule in its final state.
+        targets: Names of runtimes; see `crqat.core.targets`.
+        trained: Whether it was trained after calibration; for messages.
+
+    Returns:
+        One line for each weight some of whose channels had to be raised to a larger scale.
+
+    Raises:
+        UsageError: A BatchNorm or a scale holds what no network can compute with, or a scale is larger than what a
+            target stores.
+    """
+    why = "training diverged; lower qat.lr" if trained else "and nothing was trained: look at weights and images"
+    check_values(model, "the network", why)
+    constraints = runtimes.union(targets)
+    specs = specs_of(model)
+    torch._foreach_clamp_min_([quantizer_of(model, spec).scale for spec in specs], MIN_SCALE)
+    scales = {spec.edge: quantizer_of(model, spec).scale for spec in specs}
+    for spec in specs:
+        if not bool(scales[spec.edge].isfinite().all()):
+            msg = f"{spec.operation}: the scale of its {spec.kind} is infinite or no number: {why}"
+            raise UsageError(msg)
+    for spec in specs:
+        if spec.kind == "activation":
+            scale = scales[spec.edge]
+            scale.copy_(_like(scale, _stored(constraints, _numbers(scale), spec, why)))
+    notes = []
+    for spec in specs:
+        if spec.kind != "weight":
+            continue
+        scale = scales[spec.edge]
+        asked = _numbers(scale).reshape(-1)
+        multiplier, bias = (_numbers(tensor) for tensor in _folded(model, spec, scale))
+        fed = None if spec.input_edge is None else np.float32(scales[spec.input_edge].item())
+        folded, raised = constraints.weight_scale(asked, multiplier, bias, fed)
+        folded = _stored(constraints, folded, spec, why)
+        scale.copy_(_like(scale, constraints.unfolded(folded, asked, multiplier, raised)))
+        if raised.any():
+            notes.append(
+                f"{spec.operation}: scale of {int(raised.sum())} channels raised to what the targets can store"
+            )
+    return notes
+
+
+def _folded(model: fx.GraphModule, spec: QuantizerSpec, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """BN's multiplier and the folded bias of the operation that a weight belongs to, both of shape [channels]."""
+    operation = next(iter(quantizer_node(model, spec).users))
+    argument = operation.args[2] if len(operation.args) > 2 else operation.kwargs.get("bias")
+    bias = torch.zeros(scale.numel(), device=scale.device)
+    if isinstance(argument, fx.Node):
+        bias = parameter(model, argument).detach()
+    if spec.bn is None:
+        return torch.ones_like(bias), bias
+    bn = model.get_submodule(spec.bn)
+    if not isinstance(bn, torch.nn.modules.batchnorm._BatchNorm):
+        msg = f"{spec.bn}: {type(bn).__name__} cannot be folded"
+        raise TypeError(msg)
+    multiplier = fold_multiplier(bn)
+    shift = bn.bias.detach() if bn.bias is not None else torch.zeros_like(multiplier)
+    return multiplier, shift + (bias - _running(bn.running_mean)) * multiplier
+
+
+def check_values(model: torch.nn.Module, source: str, why: str = "the file is damaged") -> None:
+    """See that a network's weights and statistics are numbers, and that no BatchNorm takes the root of a negative one.
+
+    Quantizers' steps and buffers of other kinds, such as a mask of infinities, are not looked at.
+
+    Args:
+        model: In any state.
+        source: Where its values come from, for the message.
+        why: What to say of values that are no numbers.
+
+    Raises:
+        UsageError: The message names the first tensor, by its module, and what is wrong with it.
+    """
+    values: list[tuple[str, Tensor]] = [
+        (name, tensor) for name, tensor in model.named_parameters() if not is_step(name)
+    ]
+    values += [(name, tensor) for name, tensor in model.named_buffers() if name.endswith(_STATISTICS)]
+    for name, tensor in values:
+        wrong = int((~tensor.isfinite()).sum())
+        if wrong:
+            msg = f"{source} holds values that are infinite or no number: {wrong} of {tensor.numel()} in {name}; {why}"
+            raise UsageError(msg)
+    for name, variance in values:
+        if name.endswith("running_var") and bool((variance < 0).any()):
+            channels, least = int((variance < 0).sum()), float(variance.min())
+            msg = (
+                f"{source}: {name} is negative in {channels} of {variance.numel()} channels (down to {least:g}), which "
+                "no variance is; the weights are damaged, or not this network's"
+            )
+            raise UsageError(msg)
+
+
+def _stored(
+    constraints: runtimes.Constraints, scale: npt.NDArray[np.float32], spec: QuantizerSpec, why: str
+) -> npt.NDArray[np.float32]:
+    """The smallest scales that all targets store and that are not below `scale`."""
+    target = constraints.too_large(scale)
+    if target is not None:
+        msg = (
+            f"{spec.operation}: a scale of {scale.max():g} is more than {target.title}'s "
+            f"{target.scale_type} holds: {why}, or take {target.name} out of `targets`"
+        )
+        raise UsageError(msg)
+    return constraints.scale_up(scale)
+
+
+def _numbers(tensor: Tensor) -> npt.NDArray[np.float32]:
+    numbers: npt.NDArray[np.float32] = tensor.detach().cpu().numpy()
+    return numbers
+
+
+def _like(tensor: Tensor, numbers: npt.NDArray[np.float32]) -> Tensor:
+    return torch.from_numpy(numbers).to(tensor.device).reshape(tensor.shape)

@@ -1,0 +1,38 @@
+"""Min-max: the range that calibration found stays; the straight-through gradient trains the rest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.quantizers.base import Quantizer
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Fake quantization whose gradient is 1 within the range, its ends included, and 0 outside."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: float, qmax: float) -> Tensor:
+        v = x / scale
+        ctx.save_for_backward((v >= qmin) & (v <= qmax))
+        return torch.round(torch.clamp(v, qmin, qmax)) * scale
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors
+        return torch.where(inside, grad_outputs[0], torch.zeros_like(grad_outputs[0])), None, None, None
+
+
+class MinMaxQuantizer(Quantizer):
+    """Fake-quantizes within the range that calibration found, which stays; a straight-through gradient for the rest."""
+
+    def __init__(self, spec: QuantizerSpec) -> None:
+        super().__init__(spec)
+        self.register_buffer("scale", self.initial_scale())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See `Quantizer.forward`."""
+        return _StraightThrough.apply(x.float(), self.scale, self.qmin, self.qmax)  # type: ignore[no-any-return]

@@ -1,0 +1,1 @@
+"""How fast a training would be in several processes."""

@@ -1,0 +1,380 @@
+"""How CR-QAT training scales under data parallelism: a formula of the step time, its constants measured here.
+
+    step(P)       = max(compute + all-reduce, data)
+    compute       = a + b ceil(B / P)                              B images a step in all, P processes
+    all-reduce    = 2 (P - 1) latency + 2 (P - 1) / P G / bandwidth    G bytes of gradients around a ring
+    data          = share ceil(B / P) D / rate                     D bytes an image, `share` processes on one source
+
+DistributedDataParallel overlaps the all-reduce with the backward pass where there is more than one bucket of gradients,
+so this is an upper bound there. Nothing here is assumed: a constant is measured, counted, or given by the user.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.optimize import nnls  # type: ignore[import-untyped]
+
+from crqat.core.errors import ToolError, UsageError
+from crqat.core.progress import Progress
+from crqat.train.config import TrainConfig
+
+SCHEMA_VERSION = 1
+_PACKAGES = Path(__file__).parents[3]
+# Of one group of processes, compilation included: longer is a hang.
+_TIME_LIMIT = 1800.0
+_SMALLEST_DEFAULT = 4  # images a process; fewer are a question that the user has to ask
+_MOST_MACHINES = 8
+
+
+@dataclass(frozen=True)
+class Link:
+    """What the gradients travel over.
+
+    Attributes:
+        latency: Seconds of one step of the ring.
+        bandwidth: Bytes a second of one process.
+    """
+
+    latency: float
+    bandwidth: float
+
+
+@dataclass(frozen=True)
+class Constants:
+    """Everything that the formula needs.
+
+    Attributes:
+        batch: Images a step, over all processes.
+        gradient_bytes: Of all trained parameters.
+        image_bytes: What the source delivers for one image of a step.
+        step_seconds: a, what a step costs whatever its batch.
+        image_seconds: b, what each image of a process adds.
+        data_rate: Bytes a second of the recipe's source.
+        holds: Processes that one machine like this one holds.
+        local: The link between processes of one machine; None if it was not measured.
+        between: The link between machines; None if it was not given.
+    """
+
+    batch: int
+    gradient_bytes: int
+    image_bytes: int
+    step_seconds: float
+    image_seconds: float
+    data_rate: float
+    holds: int
+    local: Link | None
+    between: Link | None
+
+
+def all_reduce_terms(processes: int, size: float) -> tuple[float, float]:
+    """What a ring all-reduce of `size` bytes takes: steps, and bytes that each process sends."""
+    return 2.0 * (processes - 1), 2.0 * (processes - 1) / processes * size
+
+
+def predict(constants: Constants, processes: int) -> dict[str, Any]:
+    """The formula, filled in.
+
+    Args:
+        constants: Of a machine and a recipe.
+        processes: P.
+
+    Returns:
+        Seconds of the parts and of the step, images a second, efficiency (speed-up over P, in 0..1) and what limits
+        it; or the reason under `not_predicted`.
+    """
+    row: dict[str, Any] = {"processes": processes, "machines": math.ceil(processes / constants.holds)}
+    link = constants.local if row["machines"] == 1 else constants.between
+    if processes > 1 and link is None:
+        where = "on one machine was not measured" if row["machines"] == 1 else "between machines was not given"
+        return {**row, "not_predicted": f"the link {where}; see --bandwidth and --latency"}
+    local = math.ceil(constants.batch / processes)
+    compute = constants.step_seconds + constants.image_seconds * local
+    steps, sent = all_reduce_terms(processes, constants.gradient_bytes)
+    exchange = 0.0 if link is None or processes == 1 else steps * link.latency + sent / link.bandwidth
+    share = min(processes, constants.holds)
+    data = share * local * constants.image_bytes / constants.data_rate
+    step = max(compute + exchange, data)
+    alone = step if processes == 1 else predict(constants, 1)["step_seconds"]
+    return {
+        **row,
+        "local_batch": local,
+        "compute_seconds": compute,
+        "all_reduce_seconds": exchange,
+        "data_seconds": data,
+        "step_seconds": step,
+        "images_per_second": constants.batch / step,
+        "efficiency": alone / (processes * step),
+        "limit": "data" if data > compute + exchange else "all-reduce" if exchange > compute else "compute",
+    }
+
+
+def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
+    """The non-negative constants c of `seconds = terms @ c` whose relative errors have the smallest squares.
+
+    Args:
+        terms: One row for each measured time.
+        seconds: The times, above 0.
+    """
+    times = np.asarray(seconds)
+    rows = np.asarray(terms) / times[:, None]
+    # Columns of one size: a byte and a second are orders of magnitude apart.
+    scale = rows.max(axis=0)
+    solution, _ = nnls(rows / scale, np.ones(len(times)))
+    return tuple(float(value) for value in solution / scale)
+
+
+def quartiles(values: Sequence[float]) -> dict[str, Any]:
+    """Median, the middle half's ends and how many values there are."""
+    low, middle, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
+    return {"median": middle, "quartiles": [low, high], "n": len(values)}
+
+
+def fit_rounds(terms: Sequence[Sequence[float]], rounds: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
+    """Each constant, fitted to the medians over the rounds, with the quartiles of the fits of single rounds.
+
+    Args:
+        terms: See `fit`.
+        rounds: For each row of `terms`, its seconds by round.
+    """
+    values = fit(terms, [float(np.median(seconds)) for seconds in rounds])
+    single = [fit(terms, seconds) for seconds in zip(*rounds, strict=True)]
+    return [
+        {"value": value, "quartiles": quartiles(column)["quartiles"], "n": len(column)}
+        for value, column in zip(values, zip(*single, strict=True), strict=True)
+    ]
+
+
+def default_processes(holds: int, batch: int, between: bool) -> list[int]:
+    """Powers of two up to what this machine holds; with a link between machines, up to eight of them."""
+    numbers = [2**power for power in range(holds.bit_length()) if 2**power <= holds]
+    if between:
+        machines = [2**power for power in range(1, _MOST_MACHINES.bit_length())]
+        numbers += [holds * number for number in machines]
+    return [
+        number for number in numbers if number == 1 or (batch % number == 0 and batch / number >= _SMALLEST_DEFAULT)
+    ]
+
+
+def local_batches(batch: int, processes: Sequence[int]) -> list[int]:
+    """The sizes at which compute is measured: that of one process, that of the most, and one between."""
+    smallest = math.ceil(batch / max(processes)) if max(processes) > 1 else math.ceil(batch / 2)
+    if batch == 1:
+        return [1, 2]
+    return sorted({smallest, round(math.sqrt(smallest * batch)), batch})
+
+
+def measure(config: TrainConfig, processes: Sequence[int], between: Link | None, progress: Progress) -> dict[str, Any]:
+    """Measure the constants in processes of their own and fill the formula in.
+
+    Args:
+        config: The recipe's; what a step is, is its `qat` and `consistency` sections'.
+        processes: The P to predict; empty takes `default_processes`.
+        between: The link between machines, given by the user.
+        progress: Told of what is measured.
+
+    Returns:
+        JSON: constants with spread and n, `predictions`, and the `check` of one of them on this machine.
+
+    Raises:
+        UsageError: The recipe trains nothing or does not fit its data, or more processes than images are asked for.
+        ToolError: A process died or took too long.
+    """
+    if config.qat.epochs == 0:
+        msg = "qat.epochs: 0 trains nothing, there is no step to measure; --set qat.epochs=1"
+        raise UsageError(msg)
+    holds, threads = _machine(config.device)
+    job = {
+        "config": asdict(config),
+        "holds": holds,
+        "processes": list(processes),
+        "between": between is not None,
+    }
+    progress("measuring", 0, 2, "steps of one process, and its data")
+    alone = _run_processes(1, job, threads)
+    asked = alone["processes"]
+    world = max([number for number in asked if number <= holds], default=1)
+    group = None
+    if world > 1:
+        progress("measuring", 1, 2, f"all-reduce and steps of {world} processes")
+        group = _run_processes(world, job, threads)
+    progress("measuring", 2, 2)
+    return assemble(alone, group, world, holds, threads, between)
+
+
+def assemble(
+    alone: Mapping[str, Any],
+    group: Mapping[str, Any] | None,
+    world: int,
+    holds: int,
+    threads: int,
+    between: Link | None,
+) -> dict[str, Any]:
+    """What `measure` returns, from what the processes measured.
+
+    Args:
+        alone: Of one process; see `crqat.train.scaling.worker`.
+        group: Of `world` processes at once; None if this machine holds one.
+        world: How many.
+        holds: Processes that this machine holds.
+        threads: Of each process.
+        between: The link between machines, if it was given.
+
+    Raises:
+        ToolError: An all-reduce took no longer for more bytes.
+    """
+    points = alone["compute"]
+    step, image = fit_rounds([(1.0, point["local_batch"]) for point in points], [p["seconds"] for p in points])
+    rate = quartiles([size / seconds for size, seconds in alone["data"]])
+    constants: dict[str, Any] = {
+        "batch": alone["batch"],
+        "gradient_bytes": alone["gradient_bytes"],
+        "image_bytes": alone["image_bytes"],
+        "holds": holds,
+        "step_seconds": step,
+        "image_seconds": image,
+        "data_rate": {"value": rate["median"], "quartiles": rate["quartiles"], "n": rate["n"]},
+        "local": None,
+        "between": None if between is None else {**asdict(between), "source": "given by the user, not measured"},
+    }
+    local = None
+    measured: dict[str, Any] = {
+        "compute": [{"local_batch": point["local_batch"], **quartiles(point["seconds"])} for point in points]
+    }
+    if group is not None:
+        terms = [all_reduce_terms(world, point["bytes"]) for point in group["all_reduce"]]
+        latency, per_byte = fit_rounds(terms, [point["seconds"] for point in group["all_reduce"]])
+        if per_byte["value"] == 0:
+            msg = "an all-reduce took no longer for more bytes: something else keeps this machine busy; try again"
+            raise ToolError(msg)
+        local = Link(latency["value"], 1 / per_byte["value"])
+        constants["local"] = {"latency": latency, "bandwidth": _inverse(per_byte), "processes": world}
+        measured["all_reduce"] = [
+            {"bytes": point["bytes"], **quartiles(point["seconds"])} for point in group["all_reduce"]
+        ]
+    filled = Constants(
+        batch=alone["batch"],
+        gradient_bytes=alone["gradient_bytes"],
+        image_bytes=alone["image_bytes"],
+        step_seconds=step["value"],
+        image_seconds=image["value"],
+        data_rate=rate["median"],
+        holds=holds,
+        local=local,
+        between=between,
+    )
+    check: dict[str, Any] = {"status": f"not run: this machine holds {holds} process{'es' * (holds > 1)}"}
+    if group is not None:
+        predicted, real = predict(filled, world), quartiles(group["step"])
+        check = {
+            "status": "measured",
+            "processes": world,
+            "predicted_seconds": predicted["step_seconds"],
+            "measured_seconds": real,
+            "measured_to_predicted": real["median"] / predicted["step_seconds"],
+            # The formula takes processes on one machine not to slow each other; this says whether they do.
+            "predicted_compute_seconds": predicted["compute_seconds"],
+            "measured_compute_seconds": quartiles(group["compute"]),
+        }
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "device": alone["device"],
+        "backend": None if group is None else group["backend"],
+        "compiled": alone["compiled"],
+        "threads": threads,
+        "constants": constants,
+        "measured": measured,
+        "predictions": [predict(filled, number) for number in alone["processes"]],
+        "check": check,
+    }
+
+
+def _inverse(constant: Mapping[str, Any]) -> dict[str, Any]:
+    """A constant's inverse; a round in which it is 0 has none."""
+    low, high = constant["quartiles"]
+    ends = [1 / high if high else None, 1 / low if low else None]
+    return {"value": 1 / constant["value"], "quartiles": ends, "n": constant["n"]}
+
+
+def _machine(device: str) -> tuple[int, int]:
+    """How many processes this machine holds, and the threads of each.
+
+    One process a CUDA device; on the CPU as many as its cores have threads for. OMP_NUM_THREADS counts, and is 1 if it
+    is not set, as under torchrun.
+    """
+    import torch
+
+    # OpenMP's list, for nested regions, begins with the number that counts; it ignores what is no such number.
+    given = re.match(r"\s*0*([1-9]\d*)\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""))
+    threads = 1 if given is None else int(given[1])
+    if device != "cpu" and torch.cuda.is_available():
+        return torch.cuda.device_count(), threads
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // threads), threads
+
+
+def _run_processes(world: int, job: Mapping[str, Any], threads: int) -> dict[str, Any]:
+    """Run `crqat.train.scaling.worker` as `world` processes; give what rank 0 measured."""
+    path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    if sys.platform == "linux":
+        environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all of them are here; a host's name may not resolve
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "job.json").write_text(json.dumps({**job, "world": world}))
+        ranks: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(world):
+                command = [sys.executable, "-m", "crqat.train.scaling.worker", str(folder), str(rank)]
+                own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                with (folder / f"{rank}.log").open("wb") as log:
+                    ranks.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=own))
+            _wait(ranks, folder)
+        finally:
+            for process in ranks:
+                process.kill()
+                process.wait()
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return result
+
+
+def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
+    """Return when all have ended well; one that has not ends the wait.
+
+    Raises:
+        UsageError: The first that failed says so of the recipe.
+        ToolError: It failed otherwise, or the time limit is over.
+    """
+    end = time.monotonic() + _TIME_LIMIT
+    while any(process.poll() is None for process in ranks):
+        if time.monotonic() > end:
+            msg = f"the measurement of {len(ranks)} processes takes longer than {_TIME_LIMIT:.0f} s; take a smaller one"
+            raise ToolError(msg)
+        if any(process.poll() for process in ranks):
+            break
+        time.sleep(0.05)
+    # One of them tells, the others end because of it.
+    for said in sorted(folder.glob("*.error.json")):
+        error = json.loads(said.read_text())
+        raise (UsageError if error["usage"] else ToolError)(error["text"])
+    for rank, process in enumerate(ranks):
+        if process.poll():
+            lines = (folder / f"{rank}.log").read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+            msg = f"process {rank} of {len(ranks)} ended with {process.returncode}: {lines[-1]}"
+            raise ToolError(msg)

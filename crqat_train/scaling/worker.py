@@ -1,0 +1,288 @@
+"""One process of `crqat.train.scaling.model`: `python -m crqat.train.scaling.worker FOLDER RANK`.
+
+FOLDER/job.json says what to measure; rank 0 writes FOLDER/result.json. One process measures its steps and its data,
+several the all-reduce and their common step.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from crqat.core import failures
+from crqat.core.errors import CrqatError, Told, UsageError
+from crqat.core.progress import quiet
+from crqat.train import distributed, shares
+from crqat.train.config import TrainConfig
+from crqat.train.data import sources
+from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
+from crqat.train.data.imagefolder import workers
+from crqat.train.device import choose_device, compiler
+from crqat.train.models import build as models
+from crqat.train.models import published
+from crqat.train.quantized_model import QuantizedModel, quantize_model
+from crqat.train.scaling.model import default_processes, local_batches
+from crqat.train.training.consistency import ConsistencyTraining
+from crqat.train.training.optimizer import Fit
+
+ROUNDS = 7
+_ROUND_SECONDS = 0.1
+_WARM_UP = 3
+_REPEATS = 5  # of one all-reduce in a round
+_LONG_MESSAGE = 1 << 26  # bytes; the gradients of a small network travel faster than a clock tells
+_CALIBRATION = 32  # images: ranges must be sensible, not good
+_MANY_STEPS = 1_000_000  # so that the learning rate stays in its warm-up, however long is measured
+
+Step = Callable[[], object]
+
+
+class Work:
+    """The images and the network of a recipe, for steps of any batch."""
+
+    def __init__(self, config: TrainConfig, device: torch.device, seed: int) -> None:
+        self.config, self.device = config, device
+        self.dataset = sources.of_recipe(published.data_section(config))
+        self.chosen = sources.split(len(self.dataset.train_labels), config.data.validation, config.seed).train
+        self.batch = min(config.qat.batch_size, len(self.chosen))
+        self.unlabeled = config.data.unlabeled
+        self.generators = Generators.of(seed, device)
+        # A step takes as long whatever the weights are: none are loaded, none trained.
+        channels, classes = self.dataset.train_images.shape[1], len(self.dataset.class_names)
+        self.network = models.build(config.model.name, classes, channels)
+        self.network = self.network.to(device).to(memory_format=torch.channels_last).eval()
+        self.compiler = "" if config.compile == "never" else compiler(device)
+        self.student = self._quantize()
+
+    @property
+    def image_bytes(self) -> int:
+        """What the source delivers for one image of a step: its pixels, and those of an unlabeled one beside it."""
+        own = math.prod(self.dataset.train_images.shape[1:])
+        return own * (2 if self.unlabeled is not None else 1)
+
+    def batches(self, size: int, in_memory: bool) -> Batches:
+        """The recipe's training batches: of `size` images that are in memory, or of all from their source."""
+        config = self.config.data
+        chosen = self.chosen[:size] if in_memory else self.chosen
+        images = subset(self.dataset.train_images, chosen)
+        if in_memory and not isinstance(images, Tensor):
+            images = images[:size]
+        labels = self.dataset.train_labels[chosen]
+        strong = config.strong != "none"
+        return Batches(
+            images, labels, self.dataset.preprocessing, size, config.crop_padding, config.flip, self.device, strong
+        )
+
+    def step(self, size: int, share_gradients: bool = True) -> Step:
+        """One step of the recipe's QAT on `size` images of all processes together, their augmentation included.
+
+        Args:
+            size: Images.
+            share_gradients: As training does it; without, processes compute the same and tell each other BN's
+                statistics alone.
+        """
+        student = copy.deepcopy(self.student)
+        faster = self._wrap if share_gradients else self._compile
+        training = ConsistencyTraining(student, self.network, self.config.consistency, faster)
+        fit = Fit(student, self.config.qat, _MANY_STEPS, "qat", self.device, quiet)
+        batches = endless(self.batches(size, in_memory=True), self.generators.augmentation, training.views)
+        # Of unlabeled images, as many again; other ones would take as long.
+        unlabeled = None
+        if self.unlabeled is not None and training.views == 2:
+            unlabeled = Feed(self.batches(size, in_memory=True), self.generators, views=2).stream()
+        student.train()
+
+        def run() -> None:
+            *images, labels = next(batches)
+            if unlabeled is not None:
+                images = [torch.cat(pair) for pair in zip(images, next(unlabeled), strict=True)]
+            with fit.autocast():
+                loss = training.loss(images, labels, self.config.consistency.weight)
+            fit.step(loss)
+            training.after_step(fit.steps_done - 1)
+
+        return run
+
+    def _quantize(self) -> QuantizedModel:
+        """The quantized network, calibrated on a few images."""
+        quantization = self.config.quantization
+        images = self.dataset.train_images[self.chosen[:_CALIBRATION]].to(self.device)
+        batches = list(evaluation_batches(images, self.dataset.preprocessing, _CALIBRATION))
+        student = quantize_model(self.network, batches[0][:2], quantization, self.config.targets).to(self.device)
+        student.calibrate(batches, quantization.calibration)
+        return student
+
+    def _compile(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        # Not dynamic: in training there is one shape, here are several that must not meet in one graph.
+        return torch.compile(model, dynamic=False) if self.compiler else model
+
+    def _wrap(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
+        return distributed.wrap(self._compile(model))
+
+
+def gradient_bytes(model: nn.Module) -> int:
+    """Bytes of the gradients of one step: of every parameter that is trained, quantizers' steps included."""
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def endless(batches: Batches, generator: torch.Generator, views: int) -> Iterator[tuple[Tensor, ...]]:
+    """Epochs without end; with 0 views the images are fetched and nothing is made of them."""
+    while True:
+        yield from batches.epoch(generator, views)
+
+
+def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of steps by local batch, and bytes and seconds of what the source delivers.
+
+    Raises:
+        UsageError: More processes than images of a step are asked for.
+    """
+    processes = sorted(set(job["processes"])) or default_processes(job["holds"], work.batch, job["between"])
+    if processes[-1] > work.batch:
+        msg = f"--processes {processes[-1]}: a step has {work.batch} images (qat.batch_size, of the training split)"
+        raise UsageError(msg)
+    for number in processes:
+        shares.check_batch(work.batch, "qat.batch_size", number)
+    sizes = local_batches(work.batch, processes)
+    steps = [work.step(size) for size in sizes]
+    for step in steps:
+        timed(step, _WARM_UP, work.device)
+    repeats = [max(1, math.ceil(_ROUND_SECONDS / timed(step, 1, work.device))) for step in steps]
+    # The sizes take turns: a machine that slows down does so for all of them.
+    rounds = [
+        [timed(step, number, work.device) for step, number in zip(steps, repeats, strict=True)] for _ in range(ROUNDS)
+    ]
+    return {
+        "device": str(work.device),
+        "batch": work.batch,
+        "processes": processes,
+        "gradient_bytes": gradient_bytes(work.student),
+        "image_bytes": work.image_bytes,
+        "compiled": work.compiler or "no",
+        "compute": [
+            {"local_batch": size, "seconds": list(seconds)}
+            for size, seconds in zip(sizes, zip(*rounds, strict=True), strict=True)
+        ],
+        "data": measure_data(work),
+    }
+
+
+def measure_data(work: Work) -> list[tuple[int, float]]:
+    """Bytes and seconds of batches of the recipe's source, one pair a round."""
+    delivered = endless(work.batches(work.batch, in_memory=False), work.generators.augmentation, 0)
+    own = math.prod(work.dataset.train_images.shape[1:]) * work.batch
+
+    def draw() -> None:
+        next(delivered)
+
+    # Decoding workers deliver all at once and then make one wait: a round takes as many batches from each of them.
+    burst = 1 if isinstance(work.dataset.train_images, Tensor) else workers()
+    seconds = timed(draw, max(_WARM_UP, 2 * burst), work.device)
+    number = burst * max(1, math.ceil(_ROUND_SECONDS / (burst * seconds)))
+    return [(own, timed(draw, number, work.device)) for _ in range(ROUNDS)]
+
+
+def message_sizes(gradients: int) -> list[int]:
+    """Bytes of the all-reduces that are measured: a small one for the latency, the gradients', and longer ones."""
+    longest = max(2 * gradients, min(16 * gradients, _LONG_MESSAGE))
+    sizes = (gradients // 16, gradients, round(math.sqrt(gradients * longest)), longest)
+    return [max(4, size // 4 * 4) for size in sizes]
+
+
+def measure_group(work: Work) -> dict[str, Any]:
+    """Seconds by round: of all-reduces by message size, of the common step, and of it without its all-reduce."""
+    size = gradient_bytes(work.student)
+    messages = [torch.zeros(number // 4, device=work.device) for number in message_sizes(size)]
+    exchanges: list[Step] = [partial(dist.all_reduce, message) for message in messages]
+    step, alone = work.step(work.batch), work.step(work.batch, share_gradients=False)
+    for send in exchanges:
+        together(send, _WARM_UP, work.device)
+    for warm in (step, alone):
+        together(warm, _WARM_UP, work.device)
+    # The slowest process' count is everyone's: each step is a collective.
+    slowest = torch.tensor([together(step, 1, work.device)], device=work.device)
+    dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    repeats = max(1, math.ceil(_ROUND_SECONDS / float(slowest)))
+    seconds: list[list[float]] = [[] for _ in messages]
+    common, apart = [], []
+    for _ in range(ROUNDS):
+        for row, send in zip(seconds, exchanges, strict=True):
+            row.append(statistics.median(together(send, 1, work.device) for _ in range(_REPEATS)))
+        common.append(together(step, repeats, work.device))
+        apart.append(together(alone, repeats, work.device))
+    return {
+        "backend": dist.get_backend(),
+        "all_reduce": [
+            {"bytes": message.numel() * 4, "seconds": row} for message, row in zip(messages, seconds, strict=True)
+        ],
+        "step": common,
+        "compute": apart,
+    }
+
+
+def timed(step: Step, times: int, device: torch.device) -> float:
+    """Seconds of one of `times` calls, the device's work included."""
+    start = time.perf_counter()
+    for _ in range(times):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - start) / times
+
+
+def together(step: Step, times: int, device: torch.device) -> float:
+    """As `timed`, begun by all processes at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    dist.barrier()
+    return timed(step, times, device)
+
+
+def main() -> int:
+    """Measure what the job says; 0, or 2 or 3 with the reason in FOLDER/RANK.error.json."""
+    if len(sys.argv) != 3:
+        print("scaling_rank: started by `crqat scale`, with FOLDER and RANK", file=sys.stderr)
+        return UsageError.exit_code
+    folder, rank = Path(sys.argv[1]), int(sys.argv[2])
+    job = json.loads((folder / "job.json").read_text())
+    try:
+        config = pydantic.TypeAdapter(TrainConfig).validate_json(json.dumps(job["config"]), strict=True)
+        world = job["world"]
+        device = choose_device(config.device)
+        cuda = device.type == "cuda"
+        if cuda:
+            device = torch.device("cuda", rank)
+            torch.cuda.set_device(device)
+        torch.manual_seed(config.seed)
+        torch.use_deterministic_algorithms(True, warn_only=cuda)  # as training does, which takes its time
+        if world == 1:
+            result = measure_alone(Work(config, device, config.seed), job)
+        else:
+            with distributed.started(config.device):
+                result = measure_group(Work(config, device, config.seed + rank))
+        if rank == 0:
+            (folder / "result.json").write_text(json.dumps(result))
+    except Told:
+        raise
+    except (Exception, SystemExit) as error:  # the parent tells the user; the recipe's own code may raise anything
+        told = error if isinstance(error, CrqatError) else failures.explain(error, "scale")
+        said = {"text": str(told), "usage": isinstance(told, UsageError)}
+        (folder / f"{rank}.error.json").write_text(json.dumps(said))
+        return told.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""The consistency term of CR-QAT (arXiv 2402.13497), its teacher and its schedule.
+
+L = CE(f(A1(x)), y) + lambda(t) mean KL(softmax(f'(A2(x)) / T) || softmax(f(A1(x)) / T)) T^2
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from crqat.train.config import ConsistencyConfig
+from crqat.train.distributed import unwrapped
+from crqat.train.quantized_model import QuantizedModel
+
+
+def consistency_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of softened predictions, averaged over the batch, times the temperature squared.
+
+    Args:
+        student: Logits of shape [N, classes] that get the gradient.
+        teacher: Logits of the same images under another augmentation; no gradient flows into them.
+        temperature: Of both softmaxes.
+
+    Returns:
+        A scalar. The factor T^2 keeps the gradient's size independent of T.
+    """
+    target = functional.log_softmax(teacher.detach() / temperature, dim=1)
+    prediction = functional.log_softmax(student / temperature, dim=1)
+    return functional.kl_div(prediction, target, reduction="batchmean", log_target=True) * temperature**2
+
+
+def consistency_weight(step: int, steps: int, config: ConsistencyConfig) -> float:
+    """lambda(t): sigmoid-shaped ramp-up to `weight` over the first `ramp_up` share of the steps, then constant."""
+    ramp = config.ramp_up * steps
+    if step >= ramp:
+        return config.weight
+    return config.weight * math.exp(-5.0 * (1.0 - step / ramp) ** 2)
+
+
+def ema_alpha(step: int, decay: float) -> float:
+    """The teacher's alpha after step `step` (from 0): min(1 - 1/(t+1), decay), an average at first."""
+    return min(1.0 - 1.0 / (step + 1), decay)
+
+
+class WeightAverage:
+    """theta' <- alpha theta' + (1 - alpha) theta, matched by name.
+
+    Weights, BN affine parameters, quantizer scales and floating-point buffers are averaged, BN running statistics among
+    them: averaged weights with the statistics of the student's last steps are two networks in one. Integer buffers are
+    copied, and so is a buffer that holds infinity, as a mask does: its average would be no number.
+
+    Raises:
+        ValueError: The networks' tensors differ in name or shape.
+    """
+
+    def __init__(self, teacher: nn.Module, student: nn.Module) -> None:
+        self._average: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._copy: tuple[list[Tensor], list[Tensor]] = ([], [])
+        parameters = dict(teacher.named_parameters()), dict(student.named_parameters())
+        buffers = dict(teacher.named_buffers()), dict(student.named_buffers())
+        for own, others in (parameters, buffers):
+            shapes = [{(name, tensor.shape) for name, tensor in side.items()} for side in (own, others)]
+            if shapes[0] != shapes[1]:
+                msg = f"teacher and student differ: {sorted({name for name, _ in shapes[0] ^ shapes[1]})[:3]}"
+                raise ValueError(msg)
+            for name, tensor in own.items():
+                averaged = own is parameters[0] or (tensor.is_floating_point() and bool(tensor.isfinite().all()))
+                pairs = self._average if averaged else self._copy
+                pairs[0].append(tensor.detach())
+                pairs[1].append(others[name].detach())
+
+    @torch.no_grad()
+    def update(self, alpha: float) -> None:
+        """Move the teacher; two fused calls over all tensors, no host synchronization."""
+        torch._foreach_lerp_(self._average[0], self._average[1], 1.0 - alpha)
+        if self._copy[0]:  # a network without BN has no buffers
+            torch._foreach_copy_(self._copy[0], self._copy[1])
+
+
+class EMATeacher:
+    """A copy of a network whose tensors follow the network's as an exponential moving average.
+
+    Call it on the weakly augmented view of a batch, and `update` after each optimizer step. It counts its own steps:
+    step t uses alpha = min(1 - 1/(t + 1), decay), so the first update copies the student.
+
+    Args:
+        student: The network that is trained; DistributedDataParallel and torch.compile wrappers are looked through.
+        decay: Largest alpha of theta' <- alpha theta' + (1 - alpha) theta.
+
+    Attributes:
+        model: The teacher's network, in eval mode, without gradients. It is what to export.
+        steps: Updates so far; set it when a training is resumed.
+
+    Raises:
+        ValueError: `decay` is not in [0, 1).
+    """
+
+    def __init__(self, student: nn.Module, decay: float = 0.99) -> None:
+        if not 0 <= decay < 1:
+            msg = f"decay is {decay:g}, not in [0, 1)"
+            raise ValueError(msg)
+        inner = unwrapped(student)
+        self.model: Any = copy.deepcopy(inner).eval().requires_grad_(False)
+        self.decay, self.steps = decay, 0
+        self._average = WeightAverage(self.model, inner)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The teacher's logits of shape [N, classes], without gradient, for images of shape [N, C, H, W]."""
+        with torch.no_grad():
+            logits: Tensor = self.model(images)
+        return logits
+
+    def update(self) -> None:
+        """Move the teacher towards the student; nothing waits for the device."""
+        self._average.update(ema_alpha(self.steps, self.decay))
+        self.steps += 1
+
+
+class ConsistencyTraining:
+    """What a step of QAT minimizes, with the teacher that belongs to it; plain QAT is the one without a teacher.
+
+    Args:
+        student: The quantized network.
+        float_model: The network that it was quantized from.
+        config: Which teacher, and how much it counts.
+        compile_model: Makes a network's forward pass faster, or returns it as it is.
+
+    Attributes:
+        teacher: The EMA teacher, None unless the recipe asks for one.
+        views: How many augmentations of each image a step needs.
+    """
+
+    def __init__(
+        self,
+        student: QuantizedModel,
+        float_model: nn.Module,
+        config: ConsistencyConfig,
+        compile_model: Callable[[nn.Module], Callable[[Tensor], Tensor]],
+    ) -> None:
+        self.config = config
+        self._student = compile_model(student)
+        self.teacher: QuantizedModel | None = None
+        self._teach: Callable[[Tensor], Tensor] | None = None
+        if config.teacher == "ema":
+            self._average = EMATeacher(student, config.ema_decay)
+            self.teacher = self._average.model
+        # With weight 0 the teacher is an average of the student's weights and nothing else: it costs no forward pass.
+        if self.teacher is not None and config.weight > 0:
+            self._teach = compile_model(self.teacher)
+        elif config.teacher == "float" and config.weight > 0:
+            self._teach = compile_model(copy.deepcopy(float_model).eval().requires_grad_(False))
+        self.views = 1 if self._teach is None else 2
+
+    def loss(self, images: Sequence[Tensor], labels: Tensor, weight: float) -> Tensor:
+        """The scalar of one step; see the module.
+
+        Args:
+            images: `views` augmentations, float32 of shape [N, C, H, W] each; the first B images are labeled.
+            labels: int64 of shape [B].
+            weight: lambda(t).
+        """
+        logits = self._student(images[0])
+        loss = functional.cross_entropy(logits[: len(labels)], labels)
+        if self._teach is None:
+            return loss
+        with torch.no_grad():
+            target = self._teach(images[1])
+        return loss + weight * consistency_loss(logits, target, self.config.temperature)
+
+    def after_step(self, step: int) -> None:
+        """Move the teacher after optimizer step `step`, from 0."""
+        if self.teacher is not None:
+            self._average.steps = step  # a resumed training counts on
+            self._average.update()

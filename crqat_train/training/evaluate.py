@@ -1,0 +1,38 @@
+"""Accuracy of a network in torch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from crqat.core.preprocessing import Preprocessing
+from crqat.train import distributed
+from crqat.train.data.batches import Images, evaluation_batches, subset
+
+# Images a batch.
+BATCH = 500
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, images: Images, labels: Tensor, preprocessing: Preprocessing) -> float:
+    """Share of images whose largest logit is the label's, in 0..1; the model is in eval mode meanwhile.
+
+    Several ranks each look at their part of the images.
+
+    Args:
+        model: Maps normalized float32 [N, C, H, W] to logits [N, classes].
+        images: uint8 of shape [N, C, H, W], or files.
+        labels: int64 of shape [N].
+        preprocessing: Of the network's input.
+    """
+    was_training, count = model.training, len(labels)
+    model.eval()
+    if distributed.world() > 1:
+        own = distributed.share(torch.arange(count))
+        images, labels = subset(images, own), labels[own]
+    correct = torch.zeros((), dtype=torch.int64, device=images.device)
+    for number, batch in enumerate(evaluation_batches(images, preprocessing, BATCH)):
+        expected = labels[number * BATCH :][: len(batch)]
+        correct += (model(batch).argmax(dim=1) == expected).sum()
+    model.train(was_training)
+    return int(distributed.total(correct.cpu())) / count

@@ -1,0 +1,194 @@
+"""The first forward and the first training step of a network, before any training: what fails there, and why."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from crqat.core.errors import UsageError
+from crqat.core.progress import quiet
+from crqat.train.config import OptimizerConfig
+from crqat.train.graph.explain import check_module, failing_module, forward_of, one_line, passes_through, where
+from crqat.train.training.optimizer import Fit
+
+# Sizes and channels that are tried to say what a network takes that does not take the data, and for how long.
+_SIZES, _CHANNELS, _SECONDS = (224, 32, 28, 64, 299, 256, 384, 96, 128), (1, 3), 5.0
+_FEW_VALUES = "more than 1 value per channel"
+_LEARNING_RATE = 1e-3
+
+
+def check_forward(network: nn.Module, images: Tensor, classes: int) -> None:
+    """Run a network in eval mode and compare its result with what the data asks for.
+
+    Args:
+        network: Float; only its mode changes, to that of evaluation.
+        images: Normalized, float32 of shape [N, C, H, W], on the network's device.
+        classes: Of the data.
+
+    Raises:
+        UsageError: It raises, or it does not give one float number for each image and class.
+    """
+    check_module(network)
+    network.eval()
+    with torch.no_grad():
+        try:
+            logits = network(images)
+        except Exception as error:  # the forward is the user's: it may raise anything
+            if passes_through(error):
+                raise
+            shape = list(images.shape[1:])
+            msg = (
+                f"model.name: {_fails(network, error)} on images of shape {shape}{one_line_of(error)}; "
+                f"{_what_it_takes(network, images)}"
+            )
+            raise UsageError(msg) from error
+    _check_logits(network, logits, len(images), classes, "")
+
+
+def check_step(
+    network: nn.Module, images: Tensor, labels: Tensor, section: OptimizerConfig, key: str, processes: int = 1
+) -> None:
+    """Train a network for one step, eagerly.
+
+    Args:
+        network: Float or quantized; it is changed.
+        images: Normalized, float32 of shape [N, C, H, W], on the network's device. One batch of a process at most.
+        labels: int64 of shape [N].
+        section: Of the training.
+        key: The section's name in the recipe.
+        processes: That share the batch.
+
+    Raises:
+        UsageError: The forward or the backward pass raises, gives no logits or values that are no numbers.
+    """
+    fit = Fit(network, replace(section, epochs=1, lr=_LEARNING_RATE), 1, key, images.device, quiet)
+    network.train()
+    try:
+        with fit.autocast():
+            logits = network(images)
+            _check_logits(network, logits, len(images), None, " in training")
+            loss = functional.cross_entropy(logits, labels)
+        fit.step(loss)
+    except Exception as error:
+        if passes_through(error):
+            raise
+        _refuse_one_image(network, images, error, f"{key}.batch_size", 2 * processes)
+        msg = f"model.name: {_fails(network, error)} in the first step of training{one_line_of(error)}"
+        raise UsageError(msg) from error
+    finally:
+        network.eval()
+    if not torch.isfinite(loss):
+        msg = (
+            f"model.name: the loss of {type(network).__name__}{forward_of(network)} is {float(loss.detach())} in the "
+            "first step of training; look for a logarithm, root or quotient of values that may be 0"
+        )
+        raise UsageError(msg)
+
+
+def check_statistics(network: nn.Module, images: Tensor, key: str) -> None:
+    """Run a network as when BatchNorm's statistics are estimated anew.
+
+    Args:
+        network: It is changed.
+        images: Normalized, float32 of shape [N, C, H, W]: as many as are estimated from at once.
+        key: What their number is called in the recipe.
+
+    Raises:
+        UsageError: They are too few.
+    """
+    try:
+        with torch.no_grad():
+            network.train()(images)
+    except ValueError as error:
+        _refuse_one_image(network, images, error, key, 2)
+        raise
+    finally:
+        network.eval()
+
+
+def _refuse_one_image(network: nn.Module, images: Tensor, error: Exception, key: str, least: int) -> None:
+    if len(images) == 1 and _FEW_VALUES in str(error):
+        msg = (
+            f"{key}: {failing_module(network, error) or 'a BatchNorm'} has one value for each channel of one image, "
+            f"and no statistics of it; take at least {least}"
+        )
+        raise UsageError(msg) from error
+
+
+def one_line_of(error: BaseException) -> str:
+    """The kind of an error and its text, as " (RuntimeError: ...)"."""
+    kind, text = type(error).__name__, one_line(error)
+    return f" ({kind})" if text == kind else f" ({kind}: {text})"
+
+
+def _fails(network: nn.Module, error: BaseException) -> str:
+    module = failing_module(network, error)
+    part = f" in {module}" if module else ""
+    return f"the forward of {type(network).__name__} fails{part}{where(error) or forward_of(network)}"
+
+
+def _check_logits(network: nn.Module, logits: object, images: int, classes: int | None, when: str) -> None:
+    what = f"model.name: the forward of {type(network).__name__}{forward_of(network)}"
+    if not isinstance(logits, Tensor):
+        kind = type(logits).__name__
+        if isinstance(logits, (tuple, list, Mapping)):
+            kind += f" of {len(logits)}"
+        remedy = "leave auxiliary heads out (they are no part of what is delivered)" if when else "return them alone"
+        msg = (
+            f"{what} returns a {kind}{when} instead of the logits; {remedy}, or wrap the network in a module that "
+            "returns the logits"
+        )
+        raise UsageError(msg)
+    if not logits.is_floating_point():
+        msg = f"{what} returns {logits.dtype}{when}; return the logits, which are floating-point numbers"
+        raise UsageError(msg)
+    if logits.ndim != 2 or len(logits) != images:
+        msg = (
+            f"{what} gives {list(logits.shape)}{when} for {images} images; logits have one row for each image and one "
+            "column for each class"
+        )
+        raise UsageError(msg)
+    if classes is not None and logits.shape[1] != classes:
+        msg = (
+            f"model.name: the network gives {logits.shape[1]} logits, the data has {classes} classes; let the last "
+            f"layer of {type(network).__name__}{forward_of(network)} have as many outputs as the data has classes"
+        )
+        raise UsageError(msg)
+
+
+def _what_it_takes(network: nn.Module, images: Tensor) -> str:
+    """Which channels or size it takes in place of those of the images; found by trying."""
+    _, channels, height, width = images.shape
+    end = time.monotonic() + _SECONDS
+    try:
+        twin = copy.deepcopy(network)
+    except Exception:  # some tensors cannot be copied; what is tried changes nothing in eval mode but odd networks
+        return "correct it, or choose another network"
+
+    def runs(shape: tuple[int, int, int]) -> bool:
+        try:
+            twin(images.new_zeros(2, *shape))
+        except Exception:
+            return False
+        return True
+
+    for other in _CHANNELS:
+        if other != channels and runs((other, height, width)):
+            one = "channel" if other == 1 else "channels"
+            return (
+                f"it takes images of {other} {one} and the data has {channels}: build it for {channels}, or convert "
+                "the images"
+            )
+    for size in _SIZES:
+        if (size, size) != (height, width) and time.monotonic() < end and runs((channels, size, size)):
+            return (
+                f"it takes images of {size} x {size} pixels and the data has {height} x {width}: resize the images "
+                "(data.size and data.crop of stored images), or choose a network for theirs"
+            )
+    return "correct it, or choose another network"

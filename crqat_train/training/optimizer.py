@@ -1,0 +1,164 @@
+"""One training's optimizer, learning rate and record; no step of it waits for the device."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crqat.core.errors import UsageError
+from crqat.core.progress import Progress
+from crqat.train import distributed
+from crqat.train.config import OptimizerConfig
+from crqat.train.quantizers import Quantizer
+
+_WARM_UP = 0.05
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups for any torch optimizer.
+
+    Convolution and linear weights are decayed; biases and BatchNorm parameters are not, and neither are the quantizers'
+    scales, which have as many dimensions as the weights that they belong to. PACT's clipping levels are decayed, as in
+    its paper (arXiv 1805.06085).
+
+    Args:
+        model: A float or quantized network.
+        weight_decay: Of the decayed groups.
+
+    Returns:
+        Four groups, some of which may be empty: the network's weights, its other parameters, the quantizers' parameters
+        and PACT's levels.
+    """
+    model = distributed.unwrapped(model)
+    levels = {f"{n}.scale" for n, m in model.named_modules() if isinstance(m, Quantizer) and m.decays_scale}
+    network = [p for n, p in model.named_parameters() if not is_step(n)]
+    quantizers = [(n, p) for n, p in model.named_parameters() if is_step(n)]
+    groups = [
+        (weight_decay, [p for p in network if p.ndim > 1]),
+        (0.0, [p for p in network if p.ndim <= 1]),
+        (0.0, [p for n, p in quantizers if n not in levels]),
+        (weight_decay, [p for n, p in quantizers if n in levels]),
+    ]
+    return [{"params": params, "weight_decay": decay} for decay, params in groups]
+
+
+class Fit:
+    """One training's optimizer and learning rate: linear warm-up over 5 % of the steps, then cosine to zero."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        section: OptimizerConfig,
+        steps_per_epoch: int,
+        name: str,
+        device: torch.device,
+        progress: Progress,
+    ) -> None:
+        self.model, self.section, self.name, self.device, self.progress = model, section, name, device, progress
+        self.steps, self.steps_done, self.epochs_done = section.epochs * steps_per_epoch, 0, 0
+        groups = [{**group, "factor": 1.0} for group in parameter_groups(model, section.weight_decay)]
+        self.optimizer = torch.optim.SGD(groups, lr=section.lr, momentum=0.9, nesterov=True)
+        self.loss_sum = torch.zeros((), device=device)
+        self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
+
+    def epochs(self) -> Iterator[int]:
+        """Epoch numbers from 1, or from the one that a loaded state is in; each ends by `end_of_epoch`."""
+        while self.epochs_done < self.section.epochs:
+            if self.steps_in_epoch == 0:
+                self.loss_sum.zero_()
+                self.epoch_started = time.monotonic()
+            yield self.epochs_done + 1
+
+    def scale_lr(self, factor: float) -> None:
+        """Multiply the quantizers' learning rate from now on; at 0 they stay as they are."""
+        for group in self.optimizer.param_groups[2:]:  # behind the network's own
+            group["factor"] = factor
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass and its loss."""
+        bfloat16 = self.section.precision == "bfloat16"
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+
+    def step(self, loss: Tensor) -> None:
+        """One optimizer step on a scalar loss; nothing in here waits for the device."""
+        warm_up = max(1.0, _WARM_UP * self.steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.section.lr * min(1.0, (self.steps_done + 1) / warm_up) * cosine * group["factor"]
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        distributed.average_statistics(self.model)
+        self.loss_sum += loss.detach()
+        self.steps_done += 1
+        self.steps_in_epoch += 1
+
+    def end_of_epoch(self, epoch: int, **row: float) -> dict[str, Any]:
+        """One row of history. Loss and weights are looked at here, once an epoch, not in every step.
+
+        Raises:
+            UsageError: They are not finite.
+        """
+        loss = float(distributed.mean(self.loss_sum)) / self.steps_in_epoch
+        if not (math.isfinite(loss) and finite(self.model)):
+            what = "weights are not finite" if math.isfinite(loss) else f"the loss is {loss}"
+            msg = f"{self.name}.lr: {what} in epoch {epoch}; lower {self.name}.lr (now {self.section.lr:g})"
+            raise UsageError(msg)
+        seconds = time.monotonic() - self.epoch_started
+        self.epochs_done, self.steps_in_epoch = epoch, 0
+        shown = " ".join(f"{key} {value:.4f}" for key, value in {"loss": loss, **row}.items())
+        self.progress(f"{self.name} epochs", epoch, self.section.epochs, f"{shown} ({seconds:.1f} s)")
+        return {"phase": self.name, "epoch": epoch, "loss": loss, **row, "seconds": round(seconds, 3)}
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What changes from step to step, but for the network: tensors, and what JSON holds."""
+        tensors = {"loss_sum": self.loss_sum}
+        values: dict[str, Any] = {"optimizer": {}}
+        for index, parameter in enumerate(self._parameters()):
+            for key, value in self.optimizer.state.get(parameter, {}).items():
+                name = f"optimizer.{index}.{key}"
+                (tensors if isinstance(value, Tensor) else values["optimizer"])[name] = value
+        for name in ("steps_done", "epochs_done", "steps_in_epoch"):
+            values[name] = getattr(self, name)
+        return tensors, {**values, "epoch_seconds": time.monotonic() - self.epoch_started}
+
+    def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+        """Take on what `state` gave, in another process."""
+        self.loss_sum.copy_(tensors["loss_sum"])
+        for name in ("steps_done", "epochs_done", "steps_in_epoch"):
+            setattr(self, name, values[name])
+        self.epoch_started = time.monotonic() - values["epoch_seconds"]
+        parameters = self._parameters()
+        for name, value in {**tensors, **values["optimizer"]}.items():
+            kind, _, rest = name.partition(".")
+            if kind != "optimizer":
+                continue
+            index, _, key = rest.partition(".")
+            parameter = parameters[int(index)]
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                # In the parameter's memory layout, as it was: another one takes other kernels.
+                value = torch.empty_like(parameter, requires_grad=False).copy_(value)
+            self.optimizer.state[parameter][key] = value
+
+    def _parameters(self) -> list[Tensor]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+
+def is_step(name: str) -> bool:
+    """Whether a parameter's name is that of a quantizer's; a network may have a `scale` of its own."""
+    return name.startswith("quantizers.")
+
+
+def is_scale(name: str) -> bool:
+    """Whether a parameter's name is that of a quantizer's step, which stays positive; an offset need not."""
+    return is_step(name) and name.endswith(".scale")
+
+
+def finite(model: nn.Module) -> bool:
+    """Whether all values of a network's state are numbers."""
+    return bool(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all())

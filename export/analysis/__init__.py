@@ -1,0 +1,1 @@
+"""What a bit width costs, and which part of a network fails."""

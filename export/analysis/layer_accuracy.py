@@ -1,0 +1,54 @@
+"""Where the accuracy goes, layer by layer: the network with one layer quantized and all others in float."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from crqat.core.progress import Progress
+from crqat.core.run_directory import verify_stage
+from crqat.train.config import TrainConfig
+from crqat.train.data import sources
+from crqat.train.data.batches import subset
+from crqat.train.load_trained import rebuild
+from crqat.train.models import published
+from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.quantizers.calibration import only
+from crqat.train.training.evaluate import accuracy
+
+
+def accuracy_of_each_layer(
+    train_dir: Path, config: TrainConfig, candidate: str, progress: Progress
+) -> list[dict[str, Any]]:
+    """Accuracy on the validation split with one layer at a time quantized, weights and input; worst first.
+
+    Args:
+        train_dir: A finished train stage; its hashes are verified first.
+        config: The recipe it was trained by.
+        candidate: "student", "teacher" or "calibrated".
+        progress: Told of layers.
+
+    Returns:
+        Rows of `layer`, `accuracy` in 0..1 and `bits` as "weights/input"; the first two are "none", every quantizer
+        off, and "all". After training "none" is not the float network but the latent weights behind the quantizers.
+    """
+    trained = verify_stage(train_dir).payload
+    model = rebuild(train_dir, config, trained, candidate)
+    specs = model.specs
+    dataset = sources.of_recipe(published.data_section(config))
+    chosen = sources.split(len(dataset.train_labels), config.data.validation, config.seed).validation
+    images, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
+    by_edge = {spec.edge: spec for spec in specs}
+    rows: list[dict[str, Any]] = []
+    layers: list[tuple[str, list[QuantizerSpec]]] = [("none", []), ("all", list(specs))]
+    for spec in specs:
+        if spec.kind == "weight":
+            source = by_edge.get(spec.input_edge or "")
+            layers.append((spec.operation, [spec] if source is None else [spec, source]))
+    for number, (layer, active) in enumerate(layers, start=1):
+        with only(model, active):
+            share = accuracy(model, images, labels, dataset.preprocessing)
+        bits = "/".join(str(spec.bits) for spec in active) if layer not in ("none", "all") else ""
+        rows.append({"layer": layer, "accuracy": share, "bits": bits})
+        progress("one layer at a time", number, len(layers), f"{layer}: {share:.2%}")
+    return rows[:2] + sorted(rows[2:], key=lambda row: row["accuracy"])

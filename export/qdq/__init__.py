@@ -1,0 +1,1 @@
+"""A graph with QuantizeLinear and DequantizeLinear, and the rules it keeps."""

@@ -1,0 +1,175 @@
+"""A trained Grid in a target's encoding, with the claim that it makes.
+
+exact: the same representable values. lossy: other values, which needs `export.allow_lossy`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from crqat.core import targets as runtimes
+from crqat.core.errors import UsageError
+from crqat.core.grid import Grid
+
+_STORED: dict[str, type[np.int8] | type[np.uint8]] = {"int8": np.int8, "uint8": np.uint8}
+Claim = Literal["exact", "lossy"]
+
+# Largest magnitude that low-bit weight codes are spread to. The int32 bias rounds to units of s_x s_w: the larger the
+# codes, the smaller the unit. 64 keeps 255 * (64 + 64) within 16 bits.
+SPREAD_LIMIT = 64
+# The scale of a channel whose codes are all 0. Any positive one represents it, but its bias is stored in units of it.
+_UNUSED_SCALE = np.float32(2.0**-10)
+
+
+@dataclass(frozen=True)
+class Activation:
+    """An activation's Grid as a target stores it.
+
+    Attributes:
+        grid: Codes of the stored type, zero point included.
+        dtype: np.int8 or np.uint8.
+        clip: Bounds of the integer Clip behind QuantizeLinear, None where the type's own saturation is the bound.
+        claim: See the module.
+        note: What a user should know, empty if nothing.
+    """
+
+    grid: Grid
+    dtype: type[np.signedinteger[Any]] | type[np.unsignedinteger[Any]]
+    clip: tuple[int, int] | None
+    claim: Claim = "exact"
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight's codes and Grid as a target stores them, BN folded in.
+
+    Attributes:
+        codes: int8, of the weight's shape.
+        scale: float32 of shape [C], positive.
+        bias: float32 of shape [C]: the folded bias rounded to a multiple of the unit s_x s_w, the same for all targets.
+        bias_codes: The multiples, int32 of shape [C].
+        bias_error: Largest change of the bias by that rounding, in units of the real bias.
+        claim: See the module.
+        note: What a user should know, empty if nothing.
+    """
+
+    codes: npt.NDArray[np.int8]
+    scale: npt.NDArray[np.float32]
+    bias: npt.NDArray[np.float32]
+    bias_codes: npt.NDArray[np.int32]
+    bias_error: float
+    claim: Claim = "exact"
+    note: str = ""
+
+
+def lower_activation(grid: Grid, target: str) -> Activation:
+    """Encode an activation's trained Grid for a target.
+
+    Where the target takes zero points, the Grid is shifted so that its smallest code is the type's. Elsewhere its codes
+    are those of training.
+
+    Raises:
+        UsageError: The target is to take a zero point other than 0 and takes none.
+    """
+    rules = runtimes.get(target)
+    stored, (low, high) = _STORED[rules.activation_type], rules.code_range
+    if rules.zero_points:
+        shift = low - grid.qmin
+        shifted = Grid(grid.scale, grid.zero_point + shift, low, grid.qmax + shift)
+        return Activation(shifted, stored, None if shifted.qmax == high else (low, shifted.qmax))
+    if grid.zero_point != 0:
+        others = [other.name for other in runtimes.TARGETS.values() if other.zero_points]
+        msg = (
+            f"export.targets: {rules.title} refuses zero points other than 0, and a trained Grid has "
+            f"{grid.zero_point}; export for {' or '.join(others)} alone, or train with quantization.activation_method: "
+            "lsq"
+        )
+        raise UsageError(msg)
+    if grid.qmax > high:
+        halved = Grid(grid.scale * np.float32(grid.qmax / high), 0, 0, high)
+        note = f"{rules.title} has no unsigned INT8: {high + 1} codes instead of {grid.qmax + 1}"
+        return Activation(halved, stored, None, "lossy", note)
+    full = grid.qmin in (low, 0) and grid.qmax == high  # with qmin 0 the tensor itself has no negative value
+    return Activation(grid, stored, None if full else (grid.qmin, grid.qmax))
+
+
+def lower_weight(
+    grid: Grid,
+    weight: npt.NDArray[np.float32],
+    multiplier: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32],
+    input_activation: Activation | None,
+    depthwise: bool,
+    target: str,
+) -> Weight:
+    """Encode a weight for a target, with BN folded into the scale: codes are not rounded again.
+
+    Folding multiplies a channel's scale by |m| and flips the sign of its codes where m < 0; where m = 0 codes are 0.
+
+    Args:
+        grid: Trained per-channel Grid of the unfolded weight.
+        weight: The unfolded latent weight, float32 of shape [C, ...].
+        multiplier: m = gamma / sigma of each channel, float32 of shape [C]; ones without BN.
+        bias: Folded bias, float32 of shape [C].
+        input_activation: The lowered activation that the weight meets, None if that is not quantized.
+        depthwise: See `crqat.core.targets.is_depthwise`.
+        target: Name of a runtime; see `crqat.core.targets`.
+    """
+    rules = runtimes.get(target)
+    column = (-1,) + (1,) * (weight.ndim - 1)
+    sign = np.sign(multiplier).astype(np.int32).reshape(column)
+    codes = grid.quantize(weight) * sign
+    scale = np.broadcast_to(grid.scale, multiplier.shape).astype(np.float32) * np.abs(multiplier)
+    # The trained scale was chosen so that the folded one is a float16; take the product's last rounding back.
+    half = scale.astype(np.float16).astype(np.float32)
+    rounded_to = (np.abs(multiplier) != 1) & (np.abs(half - scale) <= scale * 2.0**-21)
+    scale = np.where(rounded_to, half, scale).astype(np.float32)
+    codes = np.where(scale.reshape(column) == 0, 0, codes)  # the product may underflow
+    used = codes.reshape(len(scale), -1).any(axis=1)
+    scale = np.where(used, scale, _UNUSED_SCALE).astype(np.float32)
+    claim, note = "exact", ""
+    if input_activation is not None:
+        largest = max(abs(grid.qmin), grid.qmax)
+        fed = input_activation.grid
+        fitting = rules.largest_weight(fed.qmax - fed.qmin, depthwise)
+        if fitting is not None and largest > fitting:
+            ratio = largest / fitting
+            codes = np.rint(codes / ratio).astype(np.int32)
+            scale = (scale * np.float32(ratio)).astype(np.float32)
+            claim, note = (
+                "lossy",
+                f"codes reduced to +-{fitting}: larger ones saturate 16-bit sums behind its input",
+            )
+    spread = _spread(grid)
+    unit_bias_scale = scale / np.float32(spread)
+    if rules.bias_type == "int32":
+        codes, scale = codes * spread, unit_bias_scale
+    input_scale = np.float32(1) if input_activation is None else input_activation.grid.scale[0]
+    unit = np.maximum(input_scale * unit_bias_scale, np.finfo(np.float32).smallest_subnormal).astype(np.float32)
+    wanted, limit = np.rint(bias.astype(np.float64) / unit), 2.0**31 - 1
+    if (np.abs(wanted) > limit).any():
+        others = " or ".join(other.name for other in runtimes.TARGETS.values() if other.bias_type == "int32")
+        claim, note = (
+            "lossy",
+            f"the bias does not fit int32 in units of s_x s_w; train for {others} to raise the scale",
+        )
+    bias_codes = np.clip(wanted, -limit, limit).astype(np.int32)
+    rounded = (bias_codes * unit.astype(np.float64)).astype(np.float32)
+    error = float(np.abs(rounded.astype(np.float64) - bias).max())
+    return Weight(codes.astype(np.int8), scale, rounded, bias_codes, error, claim, note)  # type: ignore[arg-type]
+
+
+def _spread(grid: Grid) -> int:
+    """The largest power of two that keeps low-bit codes within SPREAD_LIMIT; 1 for 7 and 8 bits."""
+    largest = max(abs(grid.qmin), grid.qmax)
+    return 1 if largest >= SPREAD_LIMIT else 1 << int(np.log2(SPREAD_LIMIT / largest))
+
+
+def clip_bound(high: float, grid: Grid) -> int:
+    """The largest code of ``rint(min(x, high) / scale)``: what an integer Clip needs to replace a float one (ReLU6)."""
+    return min(grid.qmax, int(np.rint(np.float32(high) / grid.scale[0])) + grid.zero_point)

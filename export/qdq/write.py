@@ -1,0 +1,361 @@
+"""Float graph + Grids -> a target's ONNX file with QuantizeLinear and DequantizeLinear nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from crqat.core import targets as runtimes
+from crqat.core.errors import UsageError
+from crqat.core.grid import Grid
+from crqat.export.graph.onnx_graph import OPSET, Graph, build_model
+from crqat.export.qdq.lower import Activation, Weight, clip_bound, lower_activation, lower_weight
+from crqat.train.placement.insert import QuantizerSpec
+
+# QuantizeLinear takes float16 scales from opset 19 on.
+OPSET_FLOAT16 = 19
+# Values pass through these unchanged, so they can run on codes: one DequantizeLinear behind them is enough, and ONNX
+# Runtime finds it right before the Add or Conv that it wants to fuse.
+MOVEMENT = {"Slice", "Pad", "MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Gather"}
+
+_Lowered = TypeVar("_Lowered", Activation, Weight)
+
+
+@dataclass
+class QDQModel:
+    """A target's file and what is claimed of it.
+
+    Attributes:
+        model: The ONNX model.
+        activations: Edge name to the lowered activation.
+        weights: Edge name to the lowered weight.
+        codes: Activation edge name to the tensors that hold its codes, in the order in which the network computes them;
+            more than one where edges share a quantizer.
+        float_constants: Constants of the float parts, as they are before the file's type rounds them.
+    """
+
+    model: onnx.ModelProto
+    activations: dict[str, Activation] = field(default_factory=dict)
+    weights: dict[str, Weight] = field(default_factory=dict)
+    codes: dict[str, list[str]] = field(default_factory=dict)
+    float_constants: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+
+    def claims(self) -> dict[str, dict[str, Any]]:
+        """Edge name to its claim, for the manifest."""
+        result: dict[str, dict[str, Any]] = {}
+        for edge, activation in self.activations.items():
+            result[edge] = {"claim": activation.claim, "note": activation.note}
+        for edge, weight in self.weights.items():
+            result[edge] = {"claim": weight.claim, "note": weight.note, "bias_error": weight.bias_error}
+        return {edge: {key: value for key, value in claim.items() if value != ""} for edge, claim in result.items()}
+
+
+def float_model(graph: Graph, metadata: Mapping[str, str], precision: str = "float32") -> onnx.ModelProto:
+    """The float network without markers, BN folded: the baseline that every runtime is compared with.
+
+    Args:
+        graph: The marked float graph.
+        metadata: For the file's metadata_props.
+        precision: "float32" or "float16", of weights and values; input and output stay float32.
+    """
+    alias: dict[str, str] = {}
+    nodes = []
+    for node in graph.nodes:
+        copied = _copy(node, [alias.get(name, name) for name in node.input])
+        if node.op_type == "Edge":
+            alias[node.output[0]] = copied.input[0]
+        else:
+            nodes.append(copied)
+    if precision == "float32":
+        return build_model(nodes, graph.constants, graph, dict(metadata), OPSET)
+    for node in nodes:
+        _rename(node.input, "input", "input.float16")
+        _rename(node.output, "logits", "logits.float16")
+    nodes = [
+        helper.make_node("Cast", ["input"], ["input.float16"], "input/Cast", to=TensorProto.FLOAT16),
+        *nodes,
+        helper.make_node("Cast", ["logits.float16"], ["logits"], "logits/Cast", to=TensorProto.FLOAT),
+    ]
+    constants = {
+        name: value.astype(np.float16) if value.dtype == np.float32 else value
+        for name, value in graph.constants.items()
+    }
+    return build_model(nodes, constants, graph, dict(metadata), OPSET_FLOAT16)
+
+
+def _rename(names: Any, old: str, new: str) -> None:
+    for index, name in enumerate(names):
+        if name == old:
+            names[index] = new
+
+
+def qdq_model(
+    graph: Graph,
+    specs: Sequence[QuantizerSpec],
+    grids: Mapping[str, Grid],
+    latent: Mapping[str, npt.NDArray[np.float32]],
+    target: str,
+    precision: str,
+    metadata: Mapping[str, str],
+    weights: str = "int8",
+) -> QDQModel:
+    """Write a target's file.
+
+    Args:
+        graph: The marked float graph.
+        specs: Quantizers of the layout.
+        grids: Edge name to trained Grid.
+        latent: Weight edge name to the unfolded float32 weight.
+        target: Name of a runtime; see `crqat.core.targets`.
+        precision: "float32" or "float16": the type of everything that is not INT8. Input and output stay float32.
+        metadata: For the file's metadata_props.
+        weights: "int8" or "float": see `ExportConfig`.
+    """
+    return _Writer(graph, specs, grids, latent, target, precision, weights).write(metadata)
+
+
+def _copy(node: onnx.NodeProto, inputs: Sequence[str]) -> onnx.NodeProto:
+    copied = onnx.NodeProto()
+    copied.CopyFrom(node)
+    del copied.input[:]
+    copied.input.extend(inputs)
+    return copied
+
+
+class _Writer:
+    def __init__(
+        self,
+        graph: Graph,
+        specs: Sequence[QuantizerSpec],
+        grids: Mapping[str, Grid],
+        latent: Mapping[str, npt.NDArray[np.float32]],
+        target: str,
+        precision: str,
+        weights: str,
+    ) -> None:
+        self.graph, self.target, self.grids, self.latent, self.weights = graph, target, grids, latent, weights
+        self.rules = runtimes.get(target)
+        self.specs = {spec.edge: spec for spec in specs}
+        self.float_type = np.float16 if precision == "float16" else np.float32
+        self.onnx_type = TensorProto.FLOAT16 if precision == "float16" else TensorProto.FLOAT
+        self.nodes: list[onnx.NodeProto] = []
+        self.constants: dict[str, npt.NDArray[Any]] = {}
+        self.alias: dict[str, str] = {}
+        # Tensor of the float graph -> (tensor of codes, edge) where this tensor exists as codes.
+        self.coded: dict[str, tuple[str, str]] = {}
+        self.dequantized: dict[str, str] = {}
+        self.result = QDQModel(onnx.ModelProto())
+
+    def write(self, metadata: Mapping[str, str]) -> QDQModel:
+        consumers = self.graph.consumers()
+        for node in self.graph.nodes:
+            if node.op_type == "Edge":
+                self._edge(node)
+            elif self._moves(node) and node.input[0] in self.coded and self.rules.moves_codes:
+                self._move_codes(node)
+            elif node.op_type == "Concat" and self.rules.moves_codes and self._same_edge(node.input):
+                self._concat_codes(node)
+            elif node.op_type == "Clip" and self.rules.integer_clip and self._becomes_integer(node, consumers):
+                self.alias[node.output[0]] = self.alias.get(node.input[0], node.input[0])
+            else:
+                self._float_node(node)
+        self._cast_output()
+        opset = OPSET_FLOAT16 if self.float_type is np.float16 else OPSET
+        self.result.model = build_model(self.nodes, self.constants, self.graph, dict(metadata), opset)
+        return self.result
+
+    def _constant(self, name: str, value: Any, dtype: Any) -> str:
+        self.constants[name] = np.asarray(value, dtype=dtype)
+        return name
+
+    def _read(self, name: str) -> str:
+        """The float tensor for a name of the float graph: dequantized, of a removed node's input, or as it is."""
+        name = self.alias.get(name, name)
+        if name in self.coded:
+            codes, edge = self.coded[name]
+            if codes not in self.dequantized:
+                output = f"{codes}.dequantized"
+                inputs = [codes, f"{edge}.scale", f"{edge}.zero_point"]
+                self.nodes.append(helper.make_node("DequantizeLinear", inputs, [output], f"{codes}/DequantizeLinear"))
+                self.dequantized[codes] = output
+            return self.dequantized[codes]
+        if name in self.graph.constants and name not in self.constants:
+            value = self.graph.constants[name]
+            if value.dtype == np.float32:
+                self.result.float_constants[name] = value
+            self._constant(name, value, self.float_type if value.dtype == np.float32 else value.dtype)
+        return name
+
+    def _operand(self, name: str) -> str:
+        """As `_read`, and the image in the type of the float parts."""
+        read = self._read(name)
+        if read != "input" or self.float_type is np.float32:
+            return read
+        if not any(node.name == "input/Cast" for node in self.nodes):
+            self.nodes.append(
+                helper.make_node("Cast", ["input"], ["input.float16"], "input/Cast", to=TensorProto.FLOAT16)
+            )
+        return "input.float16"
+
+    def _edge(self, node: onnx.NodeProto) -> None:
+        edge = node.attribute[0].s.decode()
+        if self.specs[edge].kind == "activation":
+            self._activation(edge, node)
+            return
+        # A weight is written with the Conv or Gemm that it belongs to, because its bias needs both scales.
+        readers = [reader for reader in self.graph.nodes if node.output[0] in reader.input]
+        if any(reader.op_type not in {"Conv", "Gemm"} for reader in readers):
+            kinds = ", ".join(sorted({reader.op_type for reader in readers}))
+            msg = f"model.name: {self.specs[edge].operation}: its weight feeds {kinds}; give the linear layer a bias"
+            raise UsageError(msg)
+
+    def _activation(self, edge: str, node: onnx.NodeProto) -> None:
+        lowered = lower_activation(self.grids[edge], self.target)
+        clip = lowered.clip
+        producer = self.graph.producers().get(node.input[0])
+        if producer is not None and producer.op_type == "Clip" and producer.output[0] in self.alias:
+            bound = clip_bound(float(self.graph.constants[producer.input[2]]), lowered.grid)
+            clip = (0, bound) if bound < np.iinfo(lowered.dtype).max else None
+        lowered = self._stored(lowered, lowered.grid.scale)
+        self._constant(f"{edge}.scale", lowered.grid.scale[0], self.float_type)
+        zero_point = self._constant(f"{edge}.zero_point", lowered.grid.zero_point, lowered.dtype)
+        scale = f"{edge}.scale"
+        if node.input[0] == "input" and self.float_type is np.float16:
+            # The image is quantized in float32: rounding it to float16 first would move codes.
+            scale = self._constant(f"{edge}.input_scale", lowered.grid.scale[0], np.float32)
+        tensors = self.result.codes.setdefault(edge, [])
+        base = f"{edge}.{len(tensors)}" if tensors else edge
+        codes = f"{base}.codes"
+        inputs = [self._read(node.input[0]), scale, zero_point]
+        raw = codes if clip is None else f"{base}.unclipped"
+        self.nodes.append(helper.make_node("QuantizeLinear", inputs, [raw], f"{base}/QuantizeLinear"))
+        if clip is not None:
+            bounds = [
+                self._constant(f"{base}.qm{n}", v, lowered.dtype) for n, v in zip(("in", "ax"), clip, strict=True)
+            ]
+            self.nodes.append(helper.make_node("Clip", [raw, *bounds], [codes], f"{base}/Clip"))
+        self.coded[node.output[0]] = (codes, edge)
+        self.result.activations[edge] = lowered
+        tensors.append(codes)
+
+    def _stored(self, lowered: _Lowered, scale: npt.NDArray[np.float32]) -> _Lowered:
+        """The claim after the scale is written in the file's type; training for TensorRT chooses scales that fit."""
+        if (scale.astype(self.float_type).astype(np.float32) == scale).all():
+            return lowered
+        return replace(lowered, claim="lossy", note="float16 does not hold its scale")
+
+    def _moves(self, node: onnx.NodeProto) -> bool:
+        """Whether the node's values are those of its first input, in other places, apart from zeros."""
+        padding = self.graph.constants.get(node.input[2]) if node.op_type == "Pad" and len(node.input) > 2 else None
+        return node.op_type in MOVEMENT and (padding is None or not padding.any())
+
+    def _same_edge(self, names: Sequence[str]) -> bool:
+        """Whether all these tensors are codes of one quantizer, as NNCF wants it for what is joined before a layer."""
+        return all(name in self.coded for name in names) and len({self.coded[name][1] for name in names}) == 1
+
+    def _concat_codes(self, node: onnx.NodeProto) -> None:
+        codes = [self.coded[name][0] for name in node.input]
+        joined = _copy(node, codes)
+        joined.output[0] = f"{node.output[0]}.codes"
+        self.nodes.append(joined)
+        self.coded[node.output[0]] = (joined.output[0], self.coded[node.input[0]][1])
+
+    def _input_edge(self, name: str) -> str | None:
+        """The edge whose codes stand behind a tensor of the float graph, None if it is not quantized."""
+        producers = self.graph.producers()
+        node = producers.get(name)
+        while node is not None and self._moves(node):
+            node = producers.get(node.input[0])
+        if node is not None and node.op_type == "Concat":
+            edges = {self._input_edge(part) for part in node.input}
+            return edges.pop() if len(edges) == 1 else None
+        return node.attribute[0].s.decode() if node is not None and node.op_type == "Edge" else None
+
+    def _move_codes(self, node: onnx.NodeProto) -> None:
+        codes, edge = self.coded[node.input[0]]
+        moved = _copy(node, [codes, *(self._read(name) if name else "" for name in node.input[1:])])
+        if node.op_type == "Pad":
+            # What a float graph pads with 0.0 is padded with the code of 0.0.
+            del moved.input[2:]
+            moved.input.append(f"{edge}.zero_point")
+        moved.output[0] = f"{node.output[0]}.codes"
+        self.nodes.append(moved)
+        self.coded[node.output[0]] = (moved.output[0], edge)
+
+    def _becomes_integer(self, node: onnx.NodeProto, consumers: Mapping[str, list[onnx.NodeProto]]) -> bool:
+        """Whether a float Clip(0, high) is followed by its quantizer alone: then an integer Clip does the same."""
+        readers = consumers[node.output[0]]
+        low = self.graph.constants.get(node.input[1])
+        if len(readers) != 1 or readers[0].op_type != "Edge" or low is None or float(low) != 0.0:
+            return False
+        grid = self.grids[readers[0].attribute[0].s.decode()]
+        return grid.qmin == 0 and len(node.input) > 2 and node.input[2] in self.graph.constants
+
+    def _float_node(self, node: onnx.NodeProto) -> None:
+        weight_marker = self.graph.producers().get(node.input[1]) if len(node.input) > 1 else None
+        is_weight = (
+            weight_marker is not None
+            and weight_marker.op_type == "Edge"
+            and self.specs[weight_marker.attribute[0].s.decode()].kind == "weight"
+        )
+        if is_weight and weight_marker is not None:
+            inputs = [self._operand(node.input[0]), *self._weight(node, weight_marker.attribute[0].s.decode())]
+        else:
+            inputs = [self._operand(name) if name else "" for name in node.input]
+        self.nodes.append(_copy(node, inputs))
+
+    def _weight(self, node: onnx.NodeProto, edge: str) -> list[str]:
+        """Emit a Conv or Gemm's weight and bias; returns the tensor names."""
+        weight = self.latent[edge]
+        channels = weight.shape[0]
+        multiplier = self.graph.fold.get(edge, np.ones(channels, np.float32))
+        has_bias = len(node.input) > 2
+        bias = self.graph.constants[node.input[2]] if has_bias else np.zeros(channels, np.float32)
+        group = next((a.i for a in node.attribute if a.name == "group"), 1)
+        depthwise = runtimes.is_depthwise(weight.shape, group)
+        fed = self.result.activations.get(self._input_edge(node.input[0]) or "")
+        lowered = lower_weight(self.grids[edge], weight, multiplier, bias, fed, depthwise, self.target)
+        lowered = self.result.weights[edge] = self._stored(lowered, lowered.scale)
+        # A scale per channel needs a zero point per channel.
+        grid = [
+            self._constant(f"{edge}.scale", lowered.scale, self.float_type),
+            self._constant(f"{edge}.zero_point", np.zeros(channels), np.int8),
+        ]
+        codes = f"{edge}.codes"
+        if self.weights == "float":
+            # code * scale rounds by less than half a step, in float16 too, so the codes come back.
+            scale = lowered.scale.reshape(-1, *[1] * (weight.ndim - 1))
+            values = self._constant(f"{edge}.values", lowered.codes * scale, self.float_type)
+            self.nodes.append(
+                helper.make_node("QuantizeLinear", [values, *grid], [codes], f"{edge}/QuantizeLinear", axis=0)
+            )
+        else:
+            self._constant(codes, lowered.codes, np.int8)
+        names = [codes, *grid]
+        output = f"{edge}.dequantized"
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [output], f"{edge}/DequantizeLinear", axis=0))
+        if not has_bias:
+            return [output]
+        if self.rules.bias_type == "float" or fed is None:
+            return [output, self._constant(f"{edge}.bias", lowered.bias, self.float_type)]
+        unit = (fed.grid.scale[0] * lowered.scale).astype(np.float32)
+        names = [
+            self._constant(f"{edge}.bias_codes", lowered.bias_codes, np.int32),
+            self._constant(f"{edge}.bias_scale", unit, np.float32),
+        ]
+        name = f"{edge}.bias/DequantizeLinear"
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{edge}.bias"], name, axis=0))
+        return [output, f"{edge}.bias"]
+
+    def _cast_output(self) -> None:
+        if self.float_type is np.float32:
+            return
+        last = next(node for node in self.nodes if "logits" in node.output)
+        last.output[list(last.output).index("logits")] = "logits.float16"
+        self.nodes.append(helper.make_node("Cast", ["logits.float16"], ["logits"], "logits/Cast", to=TensorProto.FLOAT))

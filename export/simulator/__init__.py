@@ -1,0 +1,1 @@
+"""An ONNX file's integer codes in numpy."""

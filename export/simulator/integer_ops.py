@@ -1,0 +1,152 @@
+"""Operations that the integer simulator computes on codes, with the roundings of ONNX Runtime's CPU kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+
+from crqat.export.simulator.float_ops import compute
+from crqat.export.simulator.values import (
+    UNIT_ROUNDOFF,
+    Added,
+    Array,
+    Codes,
+    Float,
+    NotSimulated,
+    Pooled,
+    Simulation,
+    Sum,
+    Value,
+    column,
+    real_values,
+)
+
+
+def quantized_constant(values: Array, scale: Array, zero_point: Array) -> Array:
+    """The codes of a weight that is stored as float values, with a scale per channel of its first axis."""
+    info = np.iinfo(zero_point.dtype)
+    column = scale.astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
+    codes: Array = np.clip(np.rint(values.astype(np.float32) / column), info.min, info.max).astype(zero_point.dtype)
+    return codes
+
+
+def quantize(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Codes:
+    """Codes of anything, rounded as ONNX Runtime's kernel for it rounds."""
+    info = np.iinfo(constants[node.input[2]].dtype)
+    stored = (constants[node.input[1]], int(constants[node.input[2]]))
+    step, zero_point = out.grids.get(node.output[0], stored)
+    scale = np.float32(step)
+    value = values[node.input[0]]
+    fallback = real_values(value) / float(scale)
+    bound: Array = np.asarray(4 * UNIT_ROUNDOFF * np.abs(fallback).max(initial=0.0))
+    if isinstance(value, Sum):
+        total = (value.sums + column(value.bias, value.sums)).astype(np.float32)
+        rounded = np.rint(total * column((value.unit / scale).astype(np.float32), total))
+        spread = (value.magnitude + np.abs(column(value.bias, value.sums))) * column(value.unit, value.sums) / scale
+        bound = bound + (8 * np.sqrt(value.terms + 1) + 8) * UNIT_ROUNDOFF * float(spread.max(initial=0.0))
+        bound = bound + value.bias_error / float(scale)
+    elif isinstance(value, Added):
+        rounded = _qlinear_add(value, scale, zero_point)
+        both = np.abs(real_values(value.first)) + np.abs(real_values(value.second))
+        bound = bound + 8 * UNIT_ROUNDOFF * float(both.max(initial=0.0)) / float(scale)
+    elif isinstance(value, Pooled):
+        rounded = np.rint(
+            value.sums.astype(np.float32) * np.float32(value.scale / np.float32(scale * np.float32(value.count)))
+        )
+        bound = bound + 8 * np.sqrt(value.count) * UNIT_ROUNDOFF * float(np.abs(fallback).max(initial=0.0))
+    elif isinstance(value, Codes):
+        rounded = np.rint(value.integers.astype(np.float32) * value.scale / scale)
+    elif isinstance(value, np.ndarray) and value.dtype == np.float32:
+        rounded = np.rint(value / scale)
+    else:
+        rounded = np.rint(fallback)
+        if isinstance(value, Float):
+            bound = 4 * UNIT_ROUNDOFF * np.abs(fallback) + value.error / float(scale)
+            _demand_proof(node, value, bound)
+            out.inexact.add(node.output[0])
+    lowest = 0 if isinstance(value, (Sum, Added)) and value.relu else info.min - zero_point
+    integers = np.clip(rounded, lowest, info.max - zero_point).astype(np.int32)
+    return out.record(node.output[0], Codes(integers, scale, zero_point), fallback, bound)
+
+
+def _demand_proof(node: onnx.NodeProto, value: Float, bound: Array) -> None:
+    """A bound that no code can break is no proof."""
+    if np.isnan(value.values).any():
+        msg = f"{node.name}: the operation in front of it gives values that are no numbers"
+        raise NotSimulated(msg)
+    if bound.size and (bound >= 0.5).all():
+        msg = f"{node.name}: float32 leaves none of its values within half a code, so nothing is proven"
+        raise NotSimulated(msg)
+
+
+def _qlinear_add(value: Added, scale: np.float32, zero_point: int) -> Array:
+    """rint(fma(rA, A, fma(rB, B, c))) on raw codes, as ONNX Runtime's AVX2 kernel orders it; zero point taken off."""
+    a, b = value.first, value.second
+    ratio_a, ratio_b = np.float32(a.scale / scale), np.float32(b.scale / scale)
+    offset = np.float32(ratio_a * np.float32(a.zero_point)) + np.float32(ratio_b * np.float32(b.zero_point))
+    constant = np.float32(np.float32(zero_point) - np.float32(offset))
+    raw_a, raw_b = (v.integers.astype(np.float64) + v.zero_point for v in (a, b))
+    # A float64 holds the product of a float32 and an 8-bit code exactly, so rounding once to float32 is an fma.
+    inner = (float(ratio_b) * raw_b + float(constant)).astype(np.float32)
+    return np.rint((float(ratio_a) * raw_a + inner).astype(np.float32)) - zero_point
+
+
+def dequantize(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
+    """Codes stay codes: what reads them decides how it computes."""
+    value = values[node.input[0]]
+    if not isinstance(value, Codes):
+        msg = f"{node.name}: the simulator wants codes in front of a DequantizeLinear"
+        raise NotSimulated(msg)
+    if out.grids:
+        return replace(value, real=True)
+    # The file's own: a scale or a zero point that is not that of the codes shows behind.
+    zero_point = int(constants[node.input[2]]) if len(node.input) > 2 and node.input[2] else 0
+    integers = value.integers + (value.zero_point - zero_point)
+    return Codes(integers, np.float32(constants[node.input[1]]), zero_point, real=True)
+
+
+def clip(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
+) -> Value:
+    """A Clip of codes in their own type, or of real values."""
+    value = values[node.input[0]]
+    low, high = (constants.get(name) for name in [*node.input, "", ""][1:3])
+    if isinstance(value, Codes) and low is not None and high is not None and low.dtype in (np.uint8, np.int8):
+        clipped = np.clip(value.integers, int(low) - value.zero_point, int(high) - value.zero_point)
+        before, bound = out.before_rounding[node.input[0]], out.bounds[node.input[0]]
+        if node.input[0] in out.inexact:
+            out.inexact.add(node.output[0])
+        return out.record(node.output[0], Codes(clipped, value.scale, value.zero_point), before, bound)
+    return compute(node, values, constants, model, out)
+
+
+def relu(node: onnx.NodeProto, values: dict[str, Value], *further: Any) -> Value:
+    """Rounding is monotone, so a ReLU before it is a bound of the codes behind it."""
+    value = values[node.input[0]]
+    if isinstance(value, (Sum, Added)):
+        return replace(value, relu=True)
+    return compute(node, values, *further)
+
+
+def add(node: onnx.NodeProto, values: dict[str, Value], *further: Any) -> Value:
+    """The sum of two tensors; of two tensors of codes it is rounded together with the quantizer behind."""
+    first, second = (values.get(name) for name in node.input)
+    if isinstance(first, Codes) and isinstance(second, Codes) and not (first.selected or second.selected):
+        return Added(first, second)
+    return compute(node, values, *further)
+
+
+def global_average_pool(node: onnx.NodeProto, values: dict[str, Value], *further: Any) -> Value:
+    """The mean over the pixels; of codes it is rounded together with the quantizer behind."""
+    value = values[node.input[0]]
+    if not isinstance(value, Codes) or value.selected:
+        return compute(node, values, *further)
+    sums = value.integers.astype(np.float64).sum(axis=(2, 3), keepdims=True)
+    return Pooled(sums, int(np.prod(value.integers.shape[2:])), value.scale)

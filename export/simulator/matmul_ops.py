@@ -1,0 +1,136 @@
+"""Convolutions and matrix products in the integer simulator: of codes as exact sums, of real values with a bound."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from crqat.export.simulator.float_ops import operands
+from crqat.export.simulator.values import (
+    UNIT_ROUNDOFF,
+    Array,
+    Codes,
+    Float,
+    NotSimulated,
+    Simulation,
+    Sum,
+    Value,
+    as_float,
+    attributes_of,
+    column,
+)
+
+
+def conv_or_gemm(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
+) -> Value:
+    """A Conv or Gemm; of codes its sums are exact."""
+    x, attributes = values[node.input[0]], attributes_of(node)
+    if node.op_type == "Gemm" and not attributes.get("transB"):
+        msg = f"{node.name}: the simulator wants a Gemm with transB"
+        raise NotSimulated(msg)
+    if not isinstance(x, Codes) or x.selected or node.input[1] in constants:
+        return _float_conv_or_gemm(node, as_float(x), attributes, constants, model, out)
+    weight, weight_scale = _weight(node.input[1], constants, model, out)
+    unit = (x.scale * weight_scale).astype(np.float32)
+    integers = x.integers.astype(np.float64)
+    sums = _sums(integers, weight, attributes, node.op_type)
+    magnitude = _sums(np.abs(integers), np.abs(weight), attributes, node.op_type)
+    bias_error = float(out.stored_error.get(node.input[1], np.zeros(())))
+    bias = _bias(node, constants, model, unit, out)
+    return Sum(sums, bias, unit, magnitude, int(weight[0].size), bias_error=bias_error)
+
+
+def _float_conv_or_gemm(
+    node: onnx.NodeProto,
+    x: Float,
+    attributes: dict[str, Any],
+    constants: dict[str, Array],
+    model: onnx.ModelProto,
+    out: Simulation,
+) -> Value:
+    """A Conv or Gemm that no runtime computes in integers, because its input or its weight is not quantized."""
+    if node.input[1] in constants:
+        stored = out.real(node.input[1], {}, constants)
+        weight, weight_error, bias_error = stored.values, stored.error, np.zeros(len(stored.values))
+    else:
+        codes, scale = _weight(node.input[1], constants, model, out)
+        weight = codes * scale.astype(np.float64).reshape(-1, *[1] * (codes.ndim - 1))
+        weight_error = np.zeros(weight.shape)
+        bias_error = np.full(len(weight), out.stored_error.get(node.input[1], 0.0))
+    bias = np.zeros(len(weight))
+    if len(node.input) > 2 and node.input[2] in constants:
+        stored = out.real(node.input[2], {}, constants)
+        bias, bias_error = stored.values, bias_error + stored.error
+    elif len(node.input) > 2 and node.input[2]:
+        units, scale = _weight(node.input[2], constants, model, out)
+        bias = units * scale.astype(np.float64)
+    sums = _sums(x.values, weight, attributes, node.op_type)
+    added = column(bias, sums)
+    spread = _sums(np.abs(x.values), np.abs(weight), attributes, node.op_type) + np.abs(added)
+    carried = _sums(x.error, np.abs(weight), attributes, node.op_type)
+    if weight_error.any():
+        carried = carried + _sums(np.abs(x.values) + x.error, weight_error, attributes, node.op_type)
+    carried = carried + column(bias_error, sums)
+    return Float(sums + added, carried + (8 * np.sqrt(weight[0].size + 1) + 8) * UNIT_ROUNDOFF * spread)
+
+
+def matmul(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
+    """The product of two tensors as in attention; of two tensors of codes it is exact."""
+    first, second = (values.get(name) for name in node.input)
+    if isinstance(first, Codes) and isinstance(second, Codes) and not (first.selected or second.selected):
+        a, b = first.integers.astype(np.float64), second.integers.astype(np.float64)
+        unit = np.asarray([first.scale * second.scale], np.float32)
+        return Sum(a @ b, np.zeros(1), unit, np.abs(a) @ np.abs(b), a.shape[-1])
+    x, y = operands(node, values, constants, out)
+    error = np.abs(x.values) @ y.error + x.error @ np.abs(y.values) + x.error @ y.error
+    rounding = (8 * np.sqrt(x.values.shape[-1]) + 8) * UNIT_ROUNDOFF
+    return Float(x.values @ y.values, error + rounding * (np.abs(x.values) @ np.abs(y.values)))
+
+
+def _weight(name: str, constants: dict[str, Array], model: onnx.ModelProto, out: Simulation) -> tuple[Array, Array]:
+    """Codes (float64) and scale (float32) behind the DequantizeLinear that a Conv or Gemm reads."""
+    for node in model.graph.node:
+        if name in node.output and node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            scale, _ = out.grids.get(node.input[0], (constants[node.input[1]], 0))
+            return constants[node.input[0]].astype(np.float64), scale.astype(np.float32)
+    msg = f"{name}: the simulator wants weights as integers behind a DequantizeLinear"
+    raise NotSimulated(msg)
+
+
+def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> Array:
+    """Exact integer sums: float64 holds them all."""
+    if op_type == "Gemm":
+        return x @ weight.T
+    pads = attributes.get("pads", [0, 0, 0, 0])
+    padded = np.pad(x, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
+    convolved = torch.nn.functional.conv2d(
+        torch.from_numpy(padded),
+        torch.from_numpy(weight),
+        stride=attributes.get("strides", [1, 1]),
+        dilation=attributes.get("dilations", [1, 1]),
+        groups=attributes.get("group", 1),
+    )
+    return convolved.numpy()
+
+
+def _bias(
+    node: onnx.NodeProto, constants: dict[str, Array], model: onnx.ModelProto, unit: Array, out: Simulation
+) -> Array:
+    """The bias in units of s_x s_w, float64: the int32 codes themselves, or a float bias divided by the unit.
+
+    The exporter rounds biases to whole units, or to a 64th where low-bit codes are not spread. A float32 bias that is
+    one within its own rounding is taken for it; a float16 one is what it is.
+    """
+    if len(node.input) < 3 or not node.input[2]:
+        return np.zeros(unit.shape)
+    if node.input[2] in constants:
+        units = constants[node.input[2]].astype(np.float64) / unit.astype(np.float64)
+        whole = np.rint(units * 64) / 64
+        return np.where(np.abs(whole - units) <= 2 * UNIT_ROUNDOFF * np.abs(units), whole, units)
+    return _weight(node.input[2], constants, model, out)[0]

@@ -1,0 +1,273 @@
+"""Operations of the integer simulator that move or select elements and compute no new values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+
+from crqat.export.simulator.float_ops import compute
+from crqat.export.simulator.values import (
+    UNIT_ROUNDOFF,
+    Array,
+    Codes,
+    Float,
+    NotSimulated,
+    Simulation,
+    Value,
+    as_float,
+    attributes_of,
+)
+
+# The exporter lets these move codes themselves where it can.
+MOVING = ("Slice", "Pad", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Gather",
+          "DepthToSpace", "SpaceToDepth", "Tile")  # fmt: skip
+# Of several tensors of codes on the same Grid they select codes; of others they are computed on real values.
+SELECTING = ("Max", "Min", "Where", "ReduceMax", "ReduceMin", "GlobalMaxPool")
+# ONNX Runtime has no rule to move a DequantizeLinear behind these: what reads them reads real values.
+_BEHIND_REAL = {"DepthToSpace", "SpaceToDepth", "Tile", "Split", "Resize", "Expand"}
+
+
+def move(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
+    """Elements in other places: of codes these are codes of the same Grid."""
+    value = values[node.input[0]]
+    if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
+        padding = constants[node.input[2]]
+        if padding != (value.zero_point if isinstance(value, Codes) and padding.dtype.kind in "iu" else 0):
+            if padding.dtype.kind in "iu":
+                msg = f"{node.name}: the simulator pads codes with 0.0 only, not with the code {padding}"
+                raise NotSimulated(msg)
+            x, stored = as_float(value), out.real(node.input[2], {}, constants)
+            moved, error = _moved(node, x.values, constants), _moved(node, x.error, constants)
+            inside = _moved(node, np.ones(x.values.shape), constants) > 0
+            return Float(np.where(inside, moved, stored.values), np.where(inside, error, stored.error))
+    if not isinstance(value, Codes):
+        x = as_float(value)
+        return Float(_moved(node, x.values, constants), _moved(node, x.error, constants))
+    return _same_grid(node, value, _moved(node, value.integers, constants))
+
+
+def _same_grid(node: onnx.NodeProto, value: Codes, integers: Array) -> Codes:
+    selected = value.selected or (value.real and node.op_type in (*_BEHIND_REAL, *SELECTING))
+    return replace(value, integers=integers, selected=selected)
+
+
+def select(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
+) -> Value:
+    """The larger of two tensors and the like: of codes on one Grid these are codes of that Grid."""
+    chosen = node.input[1:] if node.op_type == "Where" else node.input[:1] if "Reduce" in node.op_type else node.input
+    parts = [values.get(name) for name in chosen]
+    first = parts[0]
+    condition = values.get(node.input[0])
+    open_choice = node.op_type == "Where" and isinstance(condition, Float) and bool(condition.error.any())
+    if (
+        not isinstance(first, Codes)
+        or open_choice
+        or not all(first.same_grid(part) for part in parts if part is not None)
+    ):
+        return compute(node, values, constants, model, out)
+    if any(part is None for part in parts):
+        return compute(node, values, constants, model, out)
+    exact: dict[str, Value] = {
+        name: Float(part.integers.astype(np.float64), np.zeros(part.integers.shape))
+        for name, part in zip(chosen, parts, strict=True) if isinstance(part, Codes)
+    }  # fmt: skip
+    result = as_float(compute(node, {**values, **exact}, constants, model, out))
+    return _same_grid(node, first, result.values.astype(np.int32))
+
+
+def split(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> list[Value]:
+    """A tensor in parts along an axis."""
+    value, axis = values[node.input[0]], attributes_of(node).get("axis", 0)
+    whole = value.integers if isinstance(value, Codes) else as_float(value).values
+    sizes = [whole.shape[axis] // len(node.output)] * len(node.output)
+    if len(node.input) > 1 and node.input[1]:
+        sizes = [int(size) for size in constants[node.input[1]]]
+    if sum(sizes) != whole.shape[axis]:
+        msg = f"{node.name}: the simulator does not know a Split into parts that are not equal"
+        raise NotSimulated(msg)
+    ends = np.cumsum(sizes)[:-1]
+    if isinstance(value, Codes):
+        return [_same_grid(node, value, part) for part in np.split(value.integers, ends, axis)]
+    real = as_float(value)
+    parts = zip(np.split(real.values, ends, axis), np.split(real.error, ends, axis), strict=True)
+    return [Float(values_, error) for values_, error in parts]
+
+
+def resize(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+    """An image of another size: the nearest pixels are moved, between two is interpolated."""
+    value, attributes = values[node.input[0]], attributes_of(node)
+    shape = (value.integers if isinstance(value, Codes) else as_float(value).values).shape
+    if len(node.input) > 3 and node.input[3]:
+        sizes = [int(size) for size in constants[node.input[3]]]
+        scales = [size / own for size, own in zip(sizes, shape, strict=True)]
+    else:
+        scales = [float(scale) for scale in constants[node.input[2]]]
+        sizes = [int(np.floor(own * scale)) for own, scale in zip(shape, scales, strict=True)]
+    mode = attributes.get("mode", b"nearest").decode()
+    where = attributes.get("coordinate_transformation_mode", b"half_pixel").decode()
+    nearest = attributes.get("nearest_mode", b"round_prefer_floor").decode()
+    if mode not in ("nearest", "linear") or where == "tf_crop_and_resize" or attributes.get("antialias"):
+        msg = f"{node.name}: the simulator does not know a Resize of mode {mode}, {where}"
+        raise NotSimulated(msg)
+    positions = [
+        _positions(own, size, scale, where) for own, size, scale in zip(shape[2:], sizes[2:], scales[2:], strict=True)
+    ]
+    if sizes[:2] != list(shape[:2]):
+        msg = f"{node.name}: the simulator does not know a Resize of images or channels"
+        raise NotSimulated(msg)
+    if mode == "nearest":
+        roundings: dict[str, Callable[[Array], Array]] = {
+            "floor": np.floor, "ceil": np.ceil, "round_prefer_floor": lambda x: np.ceil(x - 0.5),
+            "round_prefer_ceil": lambda x: np.floor(x + 0.5),
+        }  # fmt: skip
+        rounding = roundings[nearest]
+        index = [
+            np.clip(rounding(position), 0, own - 1).astype(np.int64)
+            for position, own in zip(positions, shape[2:], strict=True)
+        ]
+        picked = np.ix_(*(np.arange(n) for n in shape[:2]), *index)
+        if isinstance(value, Codes):
+            return _same_grid(node, value, value.integers[picked])
+        real = as_float(value)
+        return Float(real.values[picked], real.error[picked])
+    real = as_float(value)
+    result, error, magnitude = real.values, real.error, np.abs(real.values)
+    moved = np.zeros(())
+    for axis, (position, own) in enumerate(zip(positions, shape[2:], strict=True), start=2):
+        position = np.clip(position, 0, own - 1)
+        # A position is rounded four times, relative to the size; the value moves by the neighbours' difference.
+        spread = np.abs(magnitude).max(axis=axis, keepdims=True, initial=0.0)
+        result, error, magnitude = (_between(array, position, axis) for array in (result, error, magnitude))
+        moved = moved + 2 * 4 * own * spread.max(axis=tuple(range(2, spread.ndim)), keepdims=True, initial=0.0)
+    # A weight, a product and a sum for each of the two neighbours on each axis.
+    return Float(result, error + UNIT_ROUNDOFF * (moved + 4 * (len(shape) - 2) * magnitude))
+
+
+def _positions(own: int, size: int, scale: float, where: str) -> Array:
+    """Where each pixel of the result lies in the input."""
+    pixel = np.arange(size, dtype=np.float64)
+    if where == "align_corners":
+        return pixel * (own - 1) / max(size - 1, 1)
+    if where == "asymmetric":
+        return pixel / scale
+    if where == "pytorch_half_pixel" and size == 1:
+        return np.zeros(1)
+    return (pixel + 0.5) / scale - 0.5
+
+
+def _between(array: Array, position: Array, axis: int) -> Array:
+    low = np.floor(position).astype(np.int64)
+    high = np.minimum(low + 1, array.shape[axis] - 1)
+    share = (position - low).reshape(-1, *[1] * (array.ndim - 1 - axis))
+    return np.asarray(np.take(array, low, axis) * (1 - share) + np.take(array, high, axis) * share)
+
+
+def _moved(node: onnx.NodeProto, array: Array, constants: dict[str, Array]) -> Array:
+    attributes = attributes_of(node)
+    if node.op_type == "Slice":
+        starts, ends, axes = (constants[name].reshape(-1) for name in node.input[1:4])
+        steps = constants[node.input[4]].reshape(-1) if len(node.input) > 4 else np.ones_like(starts)
+        index: list[slice] = [slice(None)] * array.ndim
+        for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
+            index[int(axis)] = slice(int(start), min(int(end), array.shape[int(axis)]), int(step))
+        return array[tuple(index)]
+    if node.op_type == "Pad":
+        pads, mode = constants[node.input[1]].reshape(2, -1).T, attributes.get("mode", b"constant").decode()
+        if pads.min() < 0 or mode not in ("constant", "reflect", "edge"):
+            msg = f"{node.name}: the simulator does not know a Pad of {pads.tolist()} in mode {mode}"
+            raise NotSimulated(msg)
+        return np.pad(array, [(int(before), int(after)) for before, after in pads], mode)
+    if node.op_type == "Flatten":
+        return array.reshape(array.shape[0], -1)
+    if node.op_type == "Reshape":
+        shape = [array.shape[0] if i == 0 and s in (0, 2) else int(s) for i, s in enumerate(constants[node.input[1]])]
+        return array.reshape(shape)
+    if node.op_type == "Gather":
+        return np.take(array, constants[node.input[1]].astype(np.int64), attributes.get("axis", 0))
+    if node.op_type == "Squeeze":
+        return array.squeeze(tuple(int(axis) for axis in constants[node.input[1]]))
+    if node.op_type == "Unsqueeze":
+        return np.expand_dims(array, tuple(int(axis) for axis in constants[node.input[1]]))
+    if node.op_type == "Transpose":
+        return array.transpose(attributes["perm"])
+    if node.op_type == "Tile":
+        return np.tile(array, constants[node.input[1]])
+    if node.op_type in ("DepthToSpace", "SpaceToDepth"):
+        return _pixel_shuffled(array, node.op_type, attributes)
+    if node.op_type == "MaxPool":
+        tensor = torch.from_numpy(array.astype(np.float64))
+        kernel, pads = attributes["kernel_shape"], attributes.get("pads", [0, 0, 0, 0])
+        tensor = torch.nn.functional.pad(tensor, (pads[1], pads[3], pads[0], pads[2]), value=-np.inf)
+        pooled = torch.nn.functional.max_pool2d(
+            tensor, kernel, attributes.get("strides", [1, 1]), dilation=attributes.get("dilations", [1, 1]),
+            ceil_mode=bool(attributes.get("ceil_mode", 0)),
+        )  # fmt: skip
+        return pooled.numpy().astype(array.dtype)
+    msg = f"{node.name}: the simulator does not know {node.op_type}"
+    raise NotSimulated(msg)
+
+
+def _pixel_shuffled(array: Array, op_type: str, attributes: dict[str, Any]) -> Array:
+    n, c, h, w = array.shape
+    block = attributes["blocksize"]
+    if op_type == "SpaceToDepth":
+        blocks = array.reshape(n, c, h // block, block, w // block, block).transpose(0, 3, 5, 1, 2, 4)
+        return blocks.reshape(n, c * block * block, h // block, w // block)
+    depth = c // block**2
+    if attributes.get("mode", b"DCR") == b"CRD":
+        blocks = array.reshape(n, depth, block, block, h, w).transpose(0, 1, 4, 2, 5, 3)
+    else:
+        blocks = array.reshape(n, block, block, depth, h, w).transpose(0, 3, 4, 1, 5, 2)
+    return blocks.reshape(n, depth, h * block, w * block)
+
+
+def concat(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
+    """Tensors joined along an axis, or a shape from its parts."""
+    if isinstance(values.get(node.input[0]), np.ndarray):
+        return batch_shape(node, values, constants)
+    axis = attributes_of(node)["axis"]
+    parts = [values[name] if name in values else out.real(name, values, constants) for name in node.input]
+    first = parts[0]
+    if isinstance(first, Codes) and all(first.same_grid(part) for part in parts):
+        integers = np.concatenate([part.integers for part in parts if isinstance(part, Codes)], axis)
+        return replace(first, integers=integers, selected=any(isinstance(p, Codes) and p.selected for p in parts))
+    real = [as_float(part) for part in parts]
+    return Float(np.concatenate([x.values for x in real], axis), np.concatenate([x.error for x in real], axis))
+
+
+def batch_shape(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+    """The shape to which a constant is expanded, from the batch: [batch, ...]."""
+    if node.op_type == "Shape":
+        input_value = values[node.input[0]]
+        if not isinstance(input_value, np.ndarray):
+            msg = f"{node.name}: the simulator knows the shape of the network's input only"
+            raise NotSimulated(msg)
+        return np.asarray(input_value.shape[:1], np.int64)
+    batch, rest = values[node.input[0]], constants[node.input[1]]
+    return np.concatenate([np.asarray(batch), rest])
+
+
+def expand(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
+) -> Value:
+    """A tensor repeated, a constant for each image of the batch for instance."""
+    shape = np.asarray(values.get(node.input[1], constants.get(node.input[1])))
+    value = values.get(node.input[0])
+    x = out.real(node.input[0], values, constants)
+    size = np.broadcast_shapes(x.values.shape, tuple(int(n) for n in shape))
+    if isinstance(value, Codes):
+        return _same_grid(node, value, np.broadcast_to(value.integers, size))
+    return Float(np.broadcast_to(x.values, size), np.broadcast_to(x.error, size))
+
+
+def cast(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
+    """The values are those of another float type: all of them are computed alike."""
+    return values[node.input[0]]

@@ -1,0 +1,99 @@
+"""An integer simulator of a QDQ file: the codes that an exact integer runtime computes, from the file alone.
+
+The arithmetic between codes is that of ONNX Runtime's CPU kernels, in float32 where they use float32: requantization
+multiplies an int32 sum by (s_x s_w) / s_y and rounds half to even. Where a file asks for something else, a SiLU or a
+residual Add of a float convolution for instance, values are computed in float64, together with a bound of how far a
+correct float32 computation may lie from them; codes behind such values are `inexact`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import numpy_helper
+
+from crqat.export.simulator import float_ops, integer_ops, matmul_ops, movement_ops
+from crqat.export.simulator.values import UNIT_ROUNDOFF, Array, NotSimulated, Simulation, Sum, Value, as_float, column
+
+
+def simulate(
+    model: onnx.ModelProto,
+    images: npt.NDArray[np.float32],
+    forced: Mapping[str, Array] | None = None,
+    stored_error: Mapping[str, Array] | None = None,
+    grids: Mapping[str, tuple[Array, int]] | None = None,
+) -> Simulation:
+    """Run a QDQ file in integers.
+
+    Args:
+        model: An ONNX file written by `crqat.export.qdq.write`.
+        images: Normalized input, float32 of shape [N, C, H, W].
+        forced: See `Simulation`; with it, a difference shows where it arises and does not spread (teacher forcing).
+        stored_error: See `Simulation`.
+        grids: See `Simulation`.
+
+    Raises:
+        NotSimulated: The file contains an operation that is not known here.
+    """
+    result = Simulation(forced=forced or {}, stored_error=stored_error or {}, grids=grids or {})
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    values: dict[str, Value] = {"input": images.astype(np.float32)}
+    for node in model.graph.node:
+        operation = _OPERATIONS.get(node.op_type)
+        if operation is None:
+            msg = f"{node.name or node.output[0]}: the simulator does not know {node.op_type}"
+            raise NotSimulated(msg)
+        if node.op_type == "QuantizeLinear" and node.input[0] in constants:
+            constants[node.output[0]] = integer_ops.quantized_constant(*(constants[name] for name in node.input))
+            continue
+        if node.op_type == "DequantizeLinear" and node.input[0] in constants:
+            continue  # a weight or a bias: read where it is used
+        try:
+            computed = operation(node, values, constants, model, result)
+        except KeyError as missing:
+            msg = f"{node.name}: the simulator does not know {node.op_type} with {missing} as it is here"
+            raise NotSimulated(msg) from missing
+        outputs = computed if isinstance(computed, list) else [computed]
+        values.update(zip(node.output, outputs, strict=False))  # outputs that are optional
+    logits = values["logits"]
+    result.real_logits = as_float(logits)
+    if isinstance(logits, Sum):
+        # QGemm: one multiplication of the int32 sum.
+        total = (logits.sums + column(logits.bias, logits.sums)).astype(np.float32)
+        total = total * column(logits.unit, total)
+        logits = np.maximum(total, 0) if logits.relu else total
+    if not isinstance(logits, np.ndarray):
+        approximate = as_float(logits)
+        if approximate.error.size and not np.isfinite(approximate.error).any():
+            msg = "logits: float32 leaves nothing of their values, so nothing is proven"
+            raise NotSimulated(msg)
+        result.logits_bound = approximate.error + UNIT_ROUNDOFF * np.abs(approximate.values)
+        logits = approximate.values
+    result.logits = logits.astype(np.float32)
+    return result
+
+
+_OPERATIONS: dict[str, Any] = {
+    **dict.fromkeys(float_ops.FLOAT_OPERATIONS, float_ops.compute),
+    "QuantizeLinear": integer_ops.quantize,
+    "DequantizeLinear": integer_ops.dequantize,
+    "Clip": integer_ops.clip,
+    "Relu": integer_ops.relu,
+    "Add": integer_ops.add,
+    "GlobalAveragePool": integer_ops.global_average_pool,
+    "Conv": matmul_ops.conv_or_gemm,
+    "Gemm": matmul_ops.conv_or_gemm,
+    "MatMul": matmul_ops.matmul,
+    "Concat": movement_ops.concat,
+    "Shape": movement_ops.batch_shape,
+    "Expand": movement_ops.expand,
+    "Cast": movement_ops.cast,
+    "Split": movement_ops.split,
+    "Resize": movement_ops.resize,
+    **dict.fromkeys(movement_ops.SELECTING, movement_ops.select),
+    **dict.fromkeys(movement_ops.MOVING, movement_ops.move),
+}

@@ -1,0 +1,101 @@
+"""A quantized network in memory and the files that are made of it, without a train stage on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from crqat.core import targets as runtimes
+from crqat.core.grid import Grid
+from crqat.core.targets import Residual
+from crqat.export.graph.from_torch import marked_graph
+from crqat.export.graph.onnx_graph import Graph
+from crqat.export.qdq.write import QDQModel, qdq_model
+from crqat.train.config import QuantizationConfig
+from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.quantized_model import QuantizedModel, quantize_model
+from crqat.train.quantizers.calibration import rounded_weights
+
+
+@dataclass
+class Quantized:
+    """A quantized network with what its files are made from.
+
+    Attributes:
+        model: CPU, eval mode. Its graph is exported once: after a change, make a new one by `dataclasses.replace`.
+        grids: Edge name to Grid.
+        images: Normalized float32 images of shape [N, C, H, W], of which the graph takes the size.
+    """
+
+    model: QuantizedModel
+    grids: dict[str, Grid]
+    images: npt.NDArray[np.float32]
+
+    @classmethod
+    def of(cls, model: QuantizedModel, images: Tensor) -> Quantized:
+        """With the Grids that its quantizers have."""
+        return cls(model, model.grids(), images.numpy())
+
+    @property
+    def specs(self) -> list[QuantizerSpec]:
+        """The model's quantizers."""
+        return self.model.specs
+
+    @property
+    def latent(self) -> dict[str, npt.NDArray[np.float32]]:
+        """Weight edge name to the unfolded weight."""
+        return rounded_weights(self.model)
+
+    @cached_property
+    def graph(self) -> Graph:
+        """The marked float graph."""
+        with torch.no_grad():
+            classes = self.model(torch.from_numpy(self.images[:1])).shape[1]
+        return marked_graph(self.model, self.images.shape[1:], classes)
+
+    def file(
+        self,
+        target: str,
+        precision: str = "float32",
+        metadata: Mapping[str, str] | None = None,
+        weights: str = "int8",
+    ) -> QDQModel:
+        """A target's file; see `crqat.export.qdq.write.qdq_model`."""
+        described = {**(metadata or {}), "crqat.target": target}
+        return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, described, weights)
+
+    def files(self) -> dict[str, QDQModel]:
+        """Every target's file as it ships."""
+        return {name: self.file(name, target.float_types[0]) for name, target in runtimes.TARGETS.items()}
+
+
+def quantize_network(
+    network: nn.Module,
+    batches: Sequence[Tensor],
+    targets: Sequence[str],
+    config: QuantizationConfig | None = None,
+    residual: Residual | None = None,
+) -> Quantized:
+    """Quantize a float network by calibration alone.
+
+    Args:
+        network: On the CPU; it is not changed, but for being in eval mode afterwards.
+        batches: Normalized images, float32 of shape [N, C, H, W] each, from which the ranges start.
+        targets: Names of runtimes; see `crqat.core.targets`.
+        config: Widths and methods, None for the defaults.
+        residual: See `crqat.train.placement.insert.quantize_model`.
+
+    Raises:
+        UsageError: See `crqat.train.placement.insert.quantize_model`.
+    """
+    config = config or QuantizationConfig()
+    model = quantize_model(network.eval(), batches[0][:2], config, targets, residual=residual)
+    model.calibrate(list(batches), config.calibration)
+    model.finalize()
+    return Quantized.of(model.eval(), torch.cat(list(batches)))

@@ -1,0 +1,1 @@
+"""Whether training, simulator and runtime agree."""

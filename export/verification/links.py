@@ -1,0 +1,395 @@
+"""The proof, in integer codes: torch = integer simulator = runtime, and one target = the other.
+
+1. torch's fake quantization on the trained Grids (BN unfolded, each quantizer fed with the simulator's codes) =
+   simulator of the file: codes differ only where the simulator's value lies within a derived bound of a rounding tie,
+   logits by no more than a derived bound.
+2. simulator on the trained Grids' scales = ONNX Runtime with all optimizations: not one differing code, the logits bit
+   for bit. Where the file leaves operations in float (a SiLU between its quantizers), the codes behind them fall under
+   the rule of link 1, with the bounds of `crqat.export.simulator.float_ops`.
+3. simulator of one target = simulator of the other, operation by operation, under the rule of link 1.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import TensorProto, helper
+from torch import Tensor, fx, nn
+
+from crqat.core import targets as runtimes
+from crqat.core.grid import Grid
+from crqat.export.qdq.lower import lower_activation
+from crqat.export.qdq.write import MOVEMENT, QDQModel
+from crqat.export.simulator.run import simulate
+from crqat.export.simulator.values import UNIT_ROUNDOFF, NotSimulated, Simulation
+from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.quantizers import specs_of
+from crqat.train.quantizers.calibration import Hook, hooked
+
+REFUSED = "failed: runtime: ONNX Runtime refuses the file"
+
+
+def verify(
+    model: fx.GraphModule,
+    grids: Mapping[str, Grid],
+    exported: Mapping[str, QDQModel],
+    images: npt.NDArray[np.float32],
+) -> dict[str, dict[str, Any]]:
+    """Check all links for all targets.
+
+    Args:
+        model: The delivered quantized network, CPU, eval mode.
+        grids: Edge name to trained Grid.
+        exported: Target to its file.
+        images: Normalized, float32 of shape [N, C, H, W], from the training set.
+
+    Returns:
+        Target to {"status": "passed" | "failed: ..." | "not run: ...", "images", "codes", "differing_codes", "links"}.
+        `codes` and `differing_codes` are those of the link to the runtime where it ran, else of the link to torch.
+    """
+    result: dict[str, dict[str, Any]] = {}
+    simulations: dict[str, Simulation] = {}
+    for target, file in exported.items():
+        try:
+            errors = {**_rounded_constants(file), **_bias_errors(file)}
+            simulation = simulate(file.model, images, stored_error=errors)
+            links: dict[str, Any] = {"torch": _torch_link(model, grids, file, simulation, images)}
+            missing = runtimes.get(target).not_run
+            links["runtime"] = (
+                _runtime_link(file, grids, simulation, images) if missing is None else f"not run: {missing}"
+            )
+            for other, theirs in simulations.items():
+                links[other] = _target_link(file, exported[other], theirs, images)
+        except NotSimulated as reason:
+            result[target] = {"status": f"not run: {reason}", "images": len(images), "codes": 0, "differing_codes": 0}
+            continue
+        except Exception as error:
+            if not _by_runtime(error):
+                raise
+            # A file that its runtime does not run is a failed proof, and no error of the export.
+            status = f"{REFUSED} ({' '.join(str(error).split())[:300]})"
+            result[target] = {"status": status, "images": len(images), "codes": 0, "differing_codes": 0}
+            continue
+        simulations[target] = simulation
+        result[target] = _summary(links, len(images))
+    return result
+
+
+def _by_runtime(error: Exception) -> bool:
+    return type(error).__module__.startswith("onnxruntime.")
+
+
+def _summary(links: dict[str, Any], images: int) -> dict[str, Any]:
+    ran = {name: link for name, link in links.items() if isinstance(link, dict)}
+    broken = [f"{name}: {link['violations']} codes" for name, link in ran.items() if link["violations"]]
+    shown = ran.get("runtime", ran["torch"])
+    return {
+        "status": f"failed: {'; '.join(broken)}" if broken else "passed",
+        "images": images,
+        "codes": shown["codes"],
+        "differing_codes": shown["differing"] if "runtime" in ran else shown["violations"],
+        "links": links,
+    }
+
+
+def _compare(pairs: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], simulation: Simulation) -> dict[str, Any]:
+    """Count codes that differ, and those of them that no rounding within the bound gives.
+
+    Args:
+        pairs: Tensor name to (codes of the simulator, codes of the other).
+        simulation: Of the first.
+    """
+    codes = differing = violations = 0
+    widest, where = 0.0, ""
+    for name, (own, other) in pairs.items():
+        codes += own.size
+        different = own != other
+        count = int(different.sum())
+        if not count:
+            continue
+        differing += count
+        before = simulation.before_rounding[name].reshape(own.shape)[different]
+        bound = simulation.bounds[name]
+        allowed = bound.reshape(own.shape)[different] if bound.ndim else bound
+        # A code that differs by one lies half a code and the distance of the tie away.
+        distance = np.abs(other[different] - before) - 0.5
+        steps = np.abs(own.astype(np.int64) - other)[different]
+        violations += int((~((distance <= allowed) & (steps <= np.maximum(1, np.ceil(allowed))))).sum())
+        if float(distance.max()) > widest:
+            widest, where = float(distance.max()), name
+    return {
+        "codes": codes,
+        "differing": differing,
+        "violations": violations,
+        "farthest_from_tie": widest,
+        "at": where,
+        "largest_bound": max((simulation.tie_bound[name] for name in pairs), default=0.0),
+    }
+
+
+def _bias_errors(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
+    """How far each bias lies from the trained one, by the name of its operation's weight, as a real number."""
+    return {
+        f"{edge}.dequantized": np.asarray(weight.bias_error + _stored_error(file, edge))
+        for edge, weight in file.weights.items()
+    }
+
+
+def _trained_grids(file: QDQModel, grids: Mapping[str, Grid], target: str) -> dict[str, tuple[npt.NDArray[Any], int]]:
+    """Scale and zero point that each tensor of codes is to have; see `Simulation.grids`."""
+    result: dict[str, tuple[npt.NDArray[Any], int]] = {}
+    for edge, names in file.codes.items():
+        lowered = (
+            file.activations[edge] if file.activations[edge].claim == "lossy" else lower_activation(grids[edge], target)
+        )
+        for name in names:
+            own = (lowered.grid.scale[0], int(lowered.grid.zero_point))
+            result[name] = result[f"{name.removesuffix('.codes')}.unclipped"] = own
+    for edge, weight in file.weights.items():
+        result[f"{edge}.codes"] = (weight.scale, 0)
+    return result
+
+
+def _stores(model: onnx.ModelProto, grids: Mapping[str, tuple[npt.NDArray[Any], int]]) -> bool:
+    """Whether all of a file's quantizers have the scale and the zero point that their codes are to have."""
+    producer = {output: node for node in model.graph.node for output in node.output}
+    constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
+            continue
+        name = node.output[0] if node.op_type == "QuantizeLinear" else node.input[0]
+        while name not in grids and name in producer:  # codes that were moved
+            name = producer[name].input[0]
+        if name in grids:
+            scale, zero_point = grids[name]
+            if not np.array_equal(constants[node.input[1]], scale) or (constants[node.input[2]] != zero_point).any():
+                return False
+    return True
+
+
+def _torch_link(
+    model: fx.GraphModule,
+    grids: Mapping[str, Grid],
+    file: QDQModel,
+    simulation: Simulation,
+    images: npt.NDArray[np.float32],
+) -> dict[str, Any]:
+    pairs: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
+
+    def replaced_by_the_file(spec: QuantizerSpec) -> Hook:
+        tensors, grid = iter(file.codes[spec.edge]), grids[spec.edge]
+
+        def replace(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
+            name = next(tensors)
+            # A file may quantize a pooled tensor before it is flattened, torch behind.
+            codes = simulation.codes[name].reshape(output.shape)
+            # Rounding a value of the Grid gives its code back; the simulator's have the zero point taken off.
+            pairs[name] = (codes, grid.quantize(output.numpy()) - grid.zero_point)
+            # In the output's own memory layout, which a later view may depend on.
+            return torch.empty_like(output).copy_(torch.from_numpy(grid.dequantize(codes + grid.zero_point)))
+
+        return replace
+
+    in_file = [spec for spec in specs_of(model) if spec.kind == "activation" and spec.edge in file.codes]
+    with torch.no_grad(), hooked(model, [(spec, replaced_by_the_file(spec)) for spec in in_file]):
+        logits = model(torch.from_numpy(images)).double().numpy()
+    link = _compare(pairs, simulation)
+    # Behind the last quantizer, too, the scales are those of the trained Grids. Lossy ones differ, as is claimed.
+    exact = all(claim["claim"] == "exact" for claim in file.claims().values())
+    link["differing_logits"] = (
+        _outside(logits, simulation.real_logits.values, simulation.real_logits.error) if exact else 0
+    )
+    link["violations"] += link["differing_logits"]
+    return link
+
+
+def _outside(values: npt.NDArray[Any], expected: npt.NDArray[Any], bound: npt.NDArray[Any] | float) -> int:
+    """How many values are farther from what is expected than the bound, or no numbers."""
+    with np.errstate(invalid="ignore"):  # equal infinities
+        return int((~((values == expected) | (np.abs(values - expected) <= bound))).sum())
+
+
+def _runtime_link(
+    file: QDQModel, grids: Mapping[str, Grid], simulation: Simulation, images: npt.NDArray[np.float32]
+) -> dict[str, Any]:
+    names = [name for names in file.codes.values() for name in names]
+    tapped = onnx.ModelProto()
+    tapped.CopyFrom(file.model)
+    for name in names:
+        tapped.graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, None))
+    before, after = optimized_operations(file.model), optimized_operations(tapped)
+    computing = {op for op in before if op.startswith("QLinear") or op in {"QGemm", "Conv", "FusedConv", "Add", "Gemm"}}
+    logits, *codes = _session(tapped.SerializeToString()).run(["logits", *names], {"input": images})
+    zero_points = {name: file.activations[edge].grid.zero_point for edge, own in file.codes.items() for name in own}
+    theirs = {name: own.astype(np.int64) - zero_points[name] for name, own in zip(names, codes, strict=True)}
+    trained = _trained_grids(file, grids, runtimes.executed())
+    if simulation.inexact or simulation.logits_bound is not None or not _stores(file.model, trained):
+        # Each quantizer is fed with the runtime's codes: a difference shows where it arises and does not spread.
+        forced = theirs if simulation.inexact else None
+        simulation = simulate(file.model, images, forced, grids=trained)
+    exact = {name: codes for name, codes in theirs.items() if name not in simulation.inexact}
+    wrong = {name: int((simulation.codes[name] != codes).sum()) for name, codes in exact.items()}
+    near = _compare(
+        {name: (simulation.codes[name], theirs[name]) for name in names if name in simulation.inexact}, simulation
+    )
+    allowed = 0.0 if simulation.logits_bound is None else simulation.logits_bound
+    differing_logits = _outside(logits.astype(np.float64), simulation.logits, allowed)
+    # Looking at the codes must not have changed what is computed.
+    observed = any(len(before[op]) != len(after[op]) for op in computing)
+    return {
+        "codes": sum(codes.size for codes in theirs.values()),
+        "differing": sum(wrong.values()) + near["violations"],
+        "differing_logits": differing_logits,
+        "at": next((name for name, count in wrong.items() if count), near["at"] if near["violations"] else ""),
+        "violations": sum(wrong.values()) + near["violations"] + differing_logits + int(observed),
+        "observed_graph_is_shipped_graph": not observed,
+        # Codes behind float operations, and those that lie on the other side of a tie.
+        "inexact": near["codes"],
+        "inexact_differing": near["differing"],
+        "inexact_farthest_from_tie": near["farthest_from_tie"],
+        "inexact_largest_bound": near["largest_bound"],
+    }
+
+
+def _target_link(
+    file: QDQModel, other: QDQModel, other_simulation: Simulation, images: npt.NDArray[np.float32]
+) -> dict[str, Any]:
+    """This target's simulator, fed with the other's codes operation by operation, against the other's results."""
+    tensors = {
+        own: theirs for edge in file.codes if edge in other.codes
+        for own, theirs in zip(file.codes[edge], other.codes[edge], strict=True)
+    }  # fmt: skip
+    forced = {own: other_simulation.codes[theirs] for own, theirs in tensors.items()}
+    stored = {f"{edge}.dequantized": np.asarray(_stored_error(file, edge)) for edge in file.weights}
+    simulation = simulate(file.model, images, forced, stored_error={**_rounded_constants(file), **stored})
+    pairs = {own: (simulation.codes[own], forced[own]) for own in tensors}
+    return _compare(pairs, simulation)
+
+
+def _stored_error(file: QDQModel, edge: str) -> float:
+    """What storing a float bias cost: nothing in float32, half of its last place in float16."""
+    stored = next((t for t in file.model.graph.initializer if t.name == f"{edge}.bias"), None)
+    if stored is None:
+        return 0.0
+    # Of the bias that was to be written, not of the one in the file: that one is to be proven.
+    bias = file.weights[edge].bias
+    values = bias.astype(helper.tensor_dtype_to_np_dtype(stored.data_type)).astype(np.float64)
+    return float(np.abs(values - bias).max())
+
+
+def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
+    """How far the constants of the float parts lie from the network's own.
+
+    The file's type moves each of them, float32 none. A number such as 1.41421356 that a forward pass writes out is
+    rounded where it is exported, and torch may compute with the number: one of more than 12 bits is taken for such.
+    """
+    types = {tensor.name: helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in file.model.graph.initializer}
+    result = {}
+    for name, value in file.float_constants.items():
+        # Of the constant that was to be written, not of the one in the file: that one is to be proven.
+        moved = np.abs(value.astype(types.get(name, value.dtype)).astype(np.float64) - value)
+        if value.size == 1:
+            short = np.ldexp(value.astype(np.float64), 12) % 1 == 0
+            moved = moved + np.where(short, 0.0, UNIT_ROUNDOFF * np.abs(value))
+        if moved.any():
+            result[name] = moved
+    return result
+
+
+def _session(model: bytes, optimized: Path | None = None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def optimized_operations(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """What ONNX Runtime makes of a file on this machine: operation to the names of its nodes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        _session(model.SerializeToString(), path)
+        operations: dict[str, list[str]] = {}
+        for node in onnx.load(path).graph.node:
+            operations.setdefault(node.op_type, []).append(re.sub(r"_token_\d+$", "", node.name))
+    return operations
+
+
+# What each operation of the file is to become, and which stay float.
+FUSED, _FLOAT_RESULT = runtimes.ONNXRUNTIME.fusions, runtimes.ONNXRUNTIME.float_results
+ALWAYS_FLOAT = runtimes.ONNXRUNTIME.always_float
+
+
+def fusion(model: onnx.ModelProto) -> dict[str, Any]:
+    """Count what ONNX Runtime fuses, and say of the rest why it stayed float.
+
+    Returns:
+        {"operations": optimized counts, "expected": {fused operation: count in the file}, "complete": bool,
+        "float": [{"node", "operation", "reason"}]}.
+    """
+    operations = optimized_operations(model)
+    counts = Counter(node.op_type for node in model.graph.node)
+    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    stayed = [
+        {"node": node.name, "operation": node.op_type, "reason": _why_float(model, node)}
+        for node in model.graph.node
+        if node.op_type in ALWAYS_FLOAT
+        or (node.op_type == "Clip" and node.input[0] in dequantized)
+        or (node.op_type in FUSED and node.name not in _computed_in_integers(operations, node.op_type))
+    ]
+    return {
+        "operations": {op: len(names) for op, names in sorted(operations.items())},
+        "expected": {FUSED[op]: counts[op] for op in FUSED if counts[op]},
+        "complete": not stayed,
+        "float": stayed,
+    }
+
+
+def _before_output(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
+    """Whether nothing but movement lies between a node and the logits."""
+    names = {model.graph.output[0].name}
+    for other in reversed(model.graph.node):
+        if names.intersection(other.output) and (other is node or other.op_type in MOVEMENT):
+            if other is node:
+                return True
+            names.update(other.input[:1])
+    return False
+
+
+def _computed_in_integers(operations: dict[str, list[str]], op_type: str) -> list[str]:
+    kinds = (FUSED[op_type], _FLOAT_RESULT.get(op_type, ""))
+    return [name for kind in kinds for name in operations.get(kind, [])]
+
+
+def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
+    producer = {output: n for n in model.graph.node for output in n.output}
+    if node.op_type in ALWAYS_FLOAT:
+        return f"ONNX Runtime has no integer kernel for {node.op_type}"
+    if node.op_type == "Clip":
+        return "ONNX Runtime has no integer kernel for a Clip of both signs"
+    data_inputs = node.input if node.op_type in ("Add", "Mul", "MatMul") else node.input[:1]
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for name in data_inputs:
+        source = producer.get(name)
+        if source is None or source.op_type != "DequantizeLinear":
+            kind = source.op_type if source is not None else "constant" if name in constants else "network input"
+            return f"its input {name} is not quantized ({kind})"
+    readers = [n for n in model.graph.node if node.output[0] in n.input]
+    if _before_output(model, node):
+        return "its result is the network's output, which is not quantized"
+    between = [n.op_type for n in readers if n.op_type not in {"QuantizeLinear", "Relu"}]
+    if between:
+        return f"{between[0]} stands between it and a quantizer"
+    return "ONNX Runtime did not fuse it"

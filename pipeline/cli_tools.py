@@ -1,0 +1,188 @@
+"""The commands beside the four stages: each looks at something, or makes something of it. See `crqat.pipeline.cli`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from crqat.core.errors import ToolError, UsageError
+from crqat.pipeline.cli_options import load
+
+TEMPLATE = Path(__file__).parent / "templates" / "recipe.yaml"
+
+
+@click.command()
+@click.argument("files", metavar="RESULTS...", type=click.Path(path_type=Path), nargs=-1, required=True)
+def compare(files: tuple[Path, ...]) -> None:
+    """Show the results.json of several devices side by side."""
+    from crqat.pipeline.report import tables as results
+    from crqat.pipeline.report.read_results import read_results
+
+    results.compare([(path, read_results(path)) for path in files])
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-bundle.tar.gz.")
+def bundle(run: Path, out: Path | None) -> None:
+    """Write an export as one archive for a board, to be measured there without crqat."""
+    from crqat.pipeline.stages import run as stages
+
+    archive, digest, how = stages.bundle(run, out)
+    click.echo(f"wrote {archive}, bundle {digest}")
+    click.echo(f"measures as the export's recipe says: {', '.join(f'{key}={value}' for key, value in how.items())}")
+    click.echo("on the board:")
+    click.echo(f"  tar xzf {archive.name} && cd crqat-bundle && python3 -m runtime_eval .")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value.")
+@click.option("--syntax", is_flag=True, help="Of a recipe: read it, without its data and network.")
+def check(path: Path, overrides: tuple[str, ...], syntax: bool) -> None:
+    """Verify a run directory, a recipe, an ONNX file, Grids (grids.json) or results.json.
+
+    A recipe's network is tried on two images, from its data to the proof of its files, untrained.
+    """
+    from crqat.pipeline import console
+    from crqat.pipeline.commands import check as checks
+
+    with console.show_progress() as progress:
+        lines = checks.check(path, overrides, syntax, progress)
+    for line in lines:
+        click.echo(line)
+
+
+@click.command()
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), help="Default: report.html.")
+@click.option("--layers", is_flag=True, help="Measure the accuracy with one layer at a time quantized.")
+def report(run: Path, out: Path, layers: bool) -> None:
+    """Write the report of a run directory again, as one HTML file."""
+    from crqat.pipeline import console
+    from crqat.pipeline.stages import run as stages
+
+    with console.show_progress() as progress:
+        stages.report(run, out, layers, progress)
+    click.echo(f"wrote {out}")
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option("--batch", type=click.IntRange(min=1), help="Build for this batch alone. Default: from 1 to 64.")
+@click.option("--compute-capability", "targets", multiple=True, metavar="SM89", help="Build for this GPU; repeatable.")
+@click.option("--bisect", is_flag=True, help="If it cannot be built, write the smallest part that cannot either.")
+@click.option("--out", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
+def inspect(path: Path, batch: int | None, targets: tuple[str, ...], bisect: bool, out: Path | None) -> None:
+    """Show what TensorRT makes of an .onnx file, layer by layer, or show an engine.json."""
+    from crqat.pipeline.commands import inspect_engine
+    from crqat.runtime_eval.trt.engine import EngineOptions
+
+    batches = EngineOptions.batch if batch is None else (batch, batch, batch)
+    inspect_engine.inspect(path, EngineOptions(batch=batches, compute_capabilities=targets), bisect, out)
+
+
+@click.group()
+def nncf() -> None:
+    """Take checkpoints to stock NNCF and from it."""
+
+
+@nncf.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--candidate",
+    type=click.Choice(["best", "student", "teacher", "calibrated"]),
+    default="best",
+    help="Default: best.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-nncf.")
+def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
+    """Write a finished training as a state dict and a configuration that stock NNCF loads."""
+    from crqat.pipeline.commands import nncf as checkpoints
+
+    checkpoints.export(run, candidate, out)
+
+
+@nncf.command("import")
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("--recipe", "recipe", type=click.Path(path_type=Path), required=True, help="Of the same network.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value: --set qat.epochs=3"
+)
+@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-start.")
+def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
+    """Make a network that nncf.quantize has quantized the start of a training."""
+    from crqat.pipeline import console
+    from crqat.pipeline.commands import nncf as checkpoints
+
+    with console.show_progress() as progress:
+        checkpoints.take(checkpoint, recipe, load(recipe, overrides), out, progress)
+
+
+@click.command()
+@click.argument("names", metavar="[NAMES]...", nargs=-1)
+@click.option("--cifar10", type=click.Path(path_type=Path), help="Folder of CIFAR-10, to be enlarged. Default: noise.")
+@click.option("--size", type=click.IntRange(min=32), default=224, help="Height and width of the images. Default: 224.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the table here, as Markdown. Default: show it alone."
+)
+@click.option("--force", is_flag=True, help="Replace a file that this command has not written.")
+@click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="Of the images; 1 is grey. Default: 3.")
+def models(
+    names: tuple[str, ...], cifar10: Path | None, size: int, out: Path | None, force: bool, channels: str
+) -> int:
+    """Take networks through everything and say what is mapped, equal and computed in integers; exit 1 if one fails."""
+    from crqat.pipeline.commands import model_survey
+
+    return model_survey.run(names, cifar10, size, out, force, int(channels))
+
+
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value.")
+@click.option(
+    "--processes", multiple=True, type=click.IntRange(min=1), metavar="N", help="Predict for so many; repeatable."
+)
+@click.option("--bandwidth", type=float, metavar="B/S", help="Bytes a second between machines.")
+@click.option("--latency", type=float, metavar="S", help="Seconds of a message between machines.")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("scale.json"), help="Default: scale.json.")
+def scale(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    processes: tuple[int, ...],
+    bandwidth: float | None,
+    latency: float | None,
+    out: Path,
+) -> None:
+    """Measure here what a training step costs, and predict it for more processes."""
+    from crqat.pipeline.commands import scale as scaling
+
+    scaling.scale(load(recipe, overrides), processes, bandwidth, latency, out)
+
+
+@click.command()
+def doctor() -> int:
+    """Say what this machine can do and what is missing for what."""
+    from crqat.pipeline.commands import doctor as examination
+
+    return examination.show()
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path), default=Path("recipe.yaml"))
+def init(path: Path) -> None:
+    """Write a commented recipe."""
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(TEMPLATE.read_text("utf-8"))
+    except FileExistsError as error:
+        msg = f"{path}: exists already; name another file"
+        raise UsageError(msg) from error
+    except OSError as error:
+        msg = f"{path}: cannot be written: {error.strerror}"
+        raise ToolError(msg) from error
+    click.echo(f"wrote {path}; next: crqat run {path}")
+
+
+COMMANDS = (compare, bundle, check, report, inspect, nncf, models, scale, doctor, init)

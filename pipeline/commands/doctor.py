@@ -1,0 +1,145 @@
+"""The `doctor` command: what this machine can do, and what is missing for what."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import logging
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import click
+
+from crqat.pipeline import console
+from crqat.runtime_eval.machine import host
+from crqat.train import compilers
+
+MISSING = 3
+# One multiply-accumulate instruction for INT8, on x86 and on ARM.
+_DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One row of the table.
+
+    Attributes:
+        what: The part.
+        found: What was found; None if it is missing.
+        purpose: What it is for.
+        remedy: What to do if it is missing.
+        needed: The path from recipe to verdict does not work without it.
+    """
+
+    what: str
+    found: str | None
+    purpose: str
+    remedy: str
+    needed: bool = False
+
+
+def show() -> int:
+    """Print the table and the conclusion; return the exit code."""
+    findings = examine()
+    columns = ("what", "found", "what it is for", "what to do")
+    rows = [(item.what, item.found or "MISSING", item.purpose, "" if item.found else item.remedy) for item in findings]
+    console.show_table("crqat doctor", columns, rows)
+    missing = [item.what for item in findings if item.needed and item.found is None]
+    if missing:
+        click.echo(f"crqat run does not work here; missing: {', '.join(missing)}")
+        return MISSING
+    click.echo("crqat run works here")
+    return 0
+
+
+def examine() -> list[Finding]:
+    """Look at everything. Heavy libraries are really imported, since an installed one may be broken."""
+    reinstall = "pip install crqat-edge in this environment again"
+    torch, nncf, onnx, runtime, sklearn = (
+        _import(name) for name in ("torch", "nncf", "onnx", "onnxruntime", "sklearn.datasets")
+    )
+    return [
+        Finding("PyTorch", _version(torch), "training", reinstall, needed=True),
+        Finding("NNCF", _version(nncf), "where quantizers sit", reinstall, needed=True),
+        Finding("ONNX", _version(onnx), "export", reinstall, needed=True),
+        Finding("ONNX Runtime", _providers(runtime), "proof and benchmark", reinstall, needed=True),
+        Finding("OpenVINO", _released("openvino"), "benchmark.openvino", "pip install crqat-edge[openvino]"),
+        Finding("scikit-learn", "importable" if sklearn else None, "the embedded data set `digits`", reinstall),
+        Finding("datasets", _released("datasets"), "data.source: huggingface", "pip install crqat-edge[huggingface]"),
+        Finding("C++ compiler", compilers.cpp(), "torch.compile; eager otherwise", compilers.REMEDY),
+        Finding("C compiler", compilers.triton(), "torch.compile on CUDA; eager otherwise", compilers.REMEDY_C),
+        Finding("INT8 dot product", _dot_product(), "speed of INT8 on this CPU", "measure on the target instead"),
+        Finding("CUDA device", _cuda(torch), "faster training; TensorRT", "train on the CPU; measure on the target"),
+        Finding(
+            "TensorRT",
+            _released("tensorrt"),
+            "engines for the CUDA device here",
+            "pip install tensorrt, beside a CUDA device; on a Jetson it is JetPack's",
+        ),
+        Finding(
+            "TensorRT for RTX",
+            _released("tensorrt_rtx"),
+            "proof that TensorRT builds INT8, without a CUDA device",
+            "pip install crqat-edge[tensorrt-cpu]",
+        ),
+        Finding(
+            "PyCUDA",
+            "importable" if _import("pycuda.driver") else None,
+            "running TensorRT engines",
+            "pip install pycuda, with CUDA's nvcc on PATH",
+        ),
+        Finding(
+            "CUDA Python",
+            _version(_import("cuda.bindings")),
+            "TensorRT engines as CUDA graphs",
+            "pip install cuda-python",
+        ),
+    ]
+
+
+def _import(name: str) -> ModuleType | None:
+    """A module, without its greetings; None if it cannot be imported for whatever reason."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        nowhere = io.StringIO()
+        with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+            warnings.simplefilter("ignore")
+            return importlib.import_module(name)
+    except Exception:  # a broken installation raises what it likes; it is missing all the same
+        return None
+    finally:
+        logging.disable(previous)
+
+
+def _version(module: ModuleType | None) -> str | None:
+    return None if module is None else str(getattr(module, "__version__", "importable"))
+
+
+def _released(name: str) -> str | None:
+    """A package's version. One without a version is an empty directory that stubs for a type checker have left."""
+    version = getattr(_import(name), "__version__", None)
+    return None if version is None else str(version)
+
+
+def _providers(runtime: ModuleType | None) -> str | None:
+    return None if runtime is None else f"{_version(runtime)}: {', '.join(runtime.get_available_providers())}"
+
+
+def _dot_product() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    words = {word for line in lines if line.startswith(("flags", "Features")) for word in line.split()}
+    return ", ".join(flag for flag in _DOT_PRODUCT if flag in words) or None
+
+
+def _cuda(torch: ModuleType | None) -> str | None:
+    """The device's name, or that there is one which PyTorch does not use: training and TensorRT are two things."""
+    if torch is not None and torch.cuda.is_available():
+        return str(torch.cuda.get_device_name())
+    return "a device file, but PyTorch does not use it" if host.cuda_device() else None

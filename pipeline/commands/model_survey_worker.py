@@ -1,0 +1,199 @@
+"""One network through everything, in a process of its own; its arguments are NAME --report JSON.
+
+Quantized, trained for one step, exported for both runtimes, proven in integer codes, built as an engine. The weights
+are untrained: this is about what is mapped, computed in integers and equal, not about accuracy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from crqat.core import failures
+from crqat.core import targets as runtimes
+from crqat.core.errors import CrqatError, InternalError, ToolError, UsageError
+from crqat.core.progress import quiet
+from crqat.export.graph.onnx_graph import macs
+from crqat.export.qdq.lint import left_in_float, lint
+from crqat.export.qdq.write import QDQModel
+from crqat.export.to_onnx import Quantized
+from crqat.export.verification.links import fusion, verify
+from crqat.pipeline.commands.model_survey import Images
+from crqat.runtime_eval.trt import engine
+from crqat.runtime_eval.trt import versions as tensorrt_api
+from crqat.train.config import DataConfig, OptimizerConfig, QuantizationConfig
+from crqat.train.data import sources
+from crqat.train.models import build as models
+from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.quantized_model import quantize_model
+from crqat.train.training.optimizer import Fit, is_step
+from crqat.train.untrained import awake, sane_bn
+
+TARGETS = runtimes.names()
+CLASSES = 10
+# Images that BN's statistics and the ranges come from, that the step trains on, and that the codes are proven on.
+CALIBRATION_IMAGES, STEP_IMAGES = 8, 4
+_LEARNING_RATE = 1e-3
+
+
+def measure(name: str, images: Images) -> dict[str, Any]:
+    """Take a network through all stages.
+
+    Args:
+        name: As `model.name` of a recipe.
+        images: What it sees.
+
+    Returns:
+        The network's row, a JSON object, which `crqat.pipeline.commands.model_survey` shows.
+
+    Raises:
+        UsageError: The network cannot be built, mapped or exported; the message says which part of it and why.
+        ToolError: A library that it comes from, or the engine's builder, is missing.
+    """
+    clock = _Clock()
+    torch.manual_seed(0)
+    network = awake(models.build(name, CLASSES, images.channels))
+    batch, labels = _load(images)
+    network = sane_bn(network, batch)
+    clock("build")
+    model = quantize_model(network, batch[:2], QuantizationConfig(), TARGETS)
+    clock("layout")
+    model.calibrate([batch])
+    clock("calibrate")
+    step = _train_one_step(model, batch[:STEP_IMAGES], labels[:STEP_IMAGES])
+    notes = model.finalize()
+    clock("train")
+    quantized = Quantized.of(model, batch)
+    files = quantized.files()
+    clock("export")
+    proof = verify(model, quantized.grids, files, batch[: images.verified].numpy())
+    fused = fusion(files[runtimes.executed()].model)
+    clock("verify")
+    report = _engine(files[next(filter(runtimes.builds_engine, TARGETS))], macs(quantized.graph))
+    clock("engine")
+    return {
+        "parameters": sum(parameter.numel() for parameter in network.parameters()),
+        "mapped": _mapped(model.specs),
+        "step": step,
+        "notes": notes,
+        "claims": {target: dict(Counter(c["claim"] for c in file.claims().values())) for target, file in files.items()},
+        "findings": {target: [str(finding) for finding in lint(file.model, target)] for target, file in files.items()},
+        "verification": proof,
+        "fusion": fused,
+        "engine": report,
+        "seconds": clock.seconds,
+    }
+
+
+class _Clock:
+    """Seconds of each part."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.monotonic()
+
+    def __call__(self, part: str) -> None:
+        now = time.monotonic()
+        self.seconds[part] = round(now - self._last, 1)
+        self._last = now
+
+
+def _load(images: Images) -> tuple[Tensor, Tensor]:
+    """Normalized images of shape [CALIBRATION_IMAGES, C, size, size], and labels."""
+    if images.cifar10 is None:
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(CALIBRATION_IMAGES, images.channels, images.size, images.size, generator=generator)
+        return noise, torch.arange(CALIBRATION_IMAGES) % CLASSES
+    config = DataConfig("cifar10", channels=1 if images.channels == 1 else 3)
+    dataset = sources.load("cifar10", str(images.cifar10), False, config=config)
+    small = torch.from_numpy(dataset.preprocessing(dataset.train_images[:CALIBRATION_IMAGES].numpy()))
+    size = (images.size, images.size)
+    enlarged = functional.interpolate(small, size, mode="bilinear", align_corners=False)
+    return enlarged, dataset.train_labels[:CALIBRATION_IMAGES]
+
+
+def _train_one_step(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
+    """One step of quantization-aware training, and which parameters it reached."""
+    device = torch.device("cpu")
+    fit = Fit(model, OptimizerConfig(epochs=1, lr=_LEARNING_RATE), 1, "qat", device, quiet)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    model.train()
+    loss = functional.cross_entropy(model(images), labels)
+    fit.step(loss)
+    model.eval()
+    parameters = dict(model.named_parameters())
+    unreached = [name for name, parameter in parameters.items() if parameter.grad is None]
+    steps = [name for name in parameters if is_step(name)]
+    return {
+        "loss": float(loss.detach()),
+        "finite": bool(torch.isfinite(loss.detach())) and all(bool(p.isfinite().all()) for p in parameters.values()),
+        "parameters": len(parameters),
+        "changed": sum(not torch.equal(before[name], parameter) for name, parameter in parameters.items()),
+        "unreached": unreached,
+        "scales": len(steps),
+    }
+
+
+def _mapped(specs: list[QuantizerSpec]) -> dict[str, Any]:
+    return {
+        "quantizers": len(specs),
+        "hooks": sum(len(spec.hooks) for spec in specs),
+        "weights": sum(spec.kind == "weight" for spec in specs),
+        "seven_bits": sum(bool(spec.reason) for spec in specs),
+    }
+
+
+def _engine(file: QDQModel, amounts: dict[str, int]) -> dict[str, Any]:
+    if tensorrt_api.choose() is None:
+        return {"status": f"not run: {tensorrt_api.RTX} is not installed", "coverage": None, "uncovered": []}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tensorrt.onnx"
+        onnx.save(file.model, path)
+        report = engine.build(path, engine.EngineOptions(batch=(1, 1, 1)), amounts)
+    asked, covered = left_in_float(file.model), report["coverage"]
+    uncovered = [
+        {**entry, "why": f"no quantizer on {asked[entry['node']]}"}
+        if entry["node"] in asked
+        else {**entry, "why": f"{entry['reason']}, though both operands are quantized"}
+        for entry in (covered or {}).get("uncovered", [])
+    ]
+    shown = {key: report[key] for key in ("status", "coverage", "counts", "builder", "remarks")}
+    return {**shown, "uncovered": uncovered}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure one network and write its row; 0 also if the network is refused, which is a row too."""
+    parser = argparse.ArgumentParser(prog="python -m crqat.pipeline.commands.model_survey_worker")
+    parser.add_argument("name")
+    parser.add_argument("--report", type=Path, required=True)
+    parser.add_argument("--size", type=int, required=True)
+    parser.add_argument("--verified", type=int, required=True)
+    parser.add_argument("--cifar10", type=Path)
+    parser.add_argument("--channels", type=int, default=3)
+    given = parser.parse_args(arguments)
+    warnings.simplefilter("ignore")
+    try:
+        images = Images(given.size, given.verified, given.cifar10, given.channels)
+        row = {"status": "measured", **measure(given.name, images)}
+    except (Exception, SystemExit) as error:
+        told = error if isinstance(error, CrqatError) else failures.explain(error, given.name)
+        kinds = {UsageError: "refused", ToolError: "not run", InternalError: "failed"}
+        row = {"status": f"{kinds[type(told)]}: {told}"}
+    given.report.write_text(json.dumps(row, indent=1))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""The `nncf` commands: checkpoints to stock NNCF and from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from crqat.core import run_directory
+from crqat.core.progress import Progress
+from crqat.pipeline import console
+from crqat.pipeline.recipe import recipe as recipes
+
+if TYPE_CHECKING:
+    from crqat.pipeline.recipe.recipe import Recipe
+
+
+def export(run: Path, candidate: str, out: Path | None) -> None:
+    """Write a finished training in stock NNCF's form and say how to load it.
+
+    Args:
+        run: The run's directory.
+        candidate: "best", "student", "teacher" or "calibrated".
+        out: The folder to write; None takes NAME-nncf here.
+    """
+    from crqat.train.nncf import checkpoint as nncf_checkpoint
+
+    network = recipes.from_resolved(run_directory.read_manifest(run / "train").config).model.name
+    folder = out or Path(f"{run.resolve().name}-nncf")
+    checkpoint = nncf_checkpoint.export(run / "train", candidate, folder, network)
+    click.echo(f"wrote {folder}: {len(checkpoint.quantizers)} quantizers")
+    click.echo(f"in Python: load(network) of {folder / nncf_checkpoint.HOWTO}; network is a new float {network}")
+
+
+def take(path: Path, recipe_path: Path, config: Recipe, out: Path | None, progress: Progress) -> None:
+    """Check that a checkpoint of stock NNCF fits a recipe, write it for `model.nncf` and say what is taken from it.
+
+    Args:
+        path: The checkpoint: see `crqat.train.nncf.checkpoint.read`.
+        recipe_path: The recipe's file.
+        config: The recipe.
+        out: The folder to write; None takes NAME-start here.
+        progress: Told of the data set.
+    """
+    from crqat.train.nncf import checkpoint as nncf_checkpoint
+    from crqat.train.nncf import start_from
+
+    checkpoint, edges = start_from.check(path, recipes.train_config(config), progress)
+    folder = out or Path(f"{config.name}-start")
+    nncf_checkpoint.write(checkpoint, folder, config.model.name)
+    weights, activations = start_from.usual_bits(checkpoint)
+    click.echo(f"wrote {folder}: {len(checkpoint.quantizers)} quantizers, W{weights}A{activations}")
+    for edge in edges:
+        if edge.note:
+            click.echo(console.printable(f"  {edge.outcome}: {edge.name}: {edge.note}"))
+    click.echo(f"edges: {start_from.summary(edges)}")
+    changes = [f"model.nncf={folder}", "model.weights=null"]
+    changes += ["model.weights_key=null"] * (config.model.weights_key is not None)
+    asked = {
+        "weights": (weights, config.quantization.weights),
+        "activations": (activations, config.quantization.activations),
+    }
+    for key, (found, wanted) in asked.items():
+        if found != wanted:
+            click.echo(f"the recipe asks for {wanted} bits of {key}, the checkpoint has {found}")
+            changes.append(f"quantization.{key}={found}")
+    click.echo(f"next: crqat train {recipe_path} {' '.join(f'--set {change}' for change in changes)}")

@@ -1,0 +1,315 @@
+"""A recipe: one YAML file that holds every stage's configuration, checked before anything runs."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import pydantic
+
+from crqat.core import targets as runtimes
+from crqat.core.errors import UsageError
+from crqat.core.field_bounds import STRICT, Range
+from crqat.export.config import ExportConfig
+from crqat.pipeline.gate.rules import GateConfig
+from crqat.pipeline.recipe.yaml import parse_yaml, read_yaml
+from crqat.runtime_eval.config import BenchmarkConfig
+from crqat.train.config import (
+    COLOUR_SOURCES,
+    FILE_SOURCES,
+    FOLDER_CROP,
+    FOLDER_SIZE,
+    ConsistencyConfig,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    Override,
+    QATConfig,
+    QuantizationConfig,
+    Target,
+    TrainConfig,
+    source_kind,
+)
+
+SECTIONS: dict[str, type[Any]] = {
+    "data": DataConfig,
+    "model": ModelConfig,
+    "float": OptimizerConfig,
+    "quantization": QuantizationConfig,
+    "qat": QATConfig,
+    "consistency": ConsistencyConfig,
+    "export": ExportConfig,
+    "benchmark": BenchmarkConfig,
+    "gate": GateConfig,
+}
+_SHOWN_ERRORS = 3
+# Keys of older recipes, and what to write instead.
+_REPLACED = {
+    "quantization.method": "is now two keys, `weight_method` and `activation_method`; replace it by both",
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a recipe file says; paths in it are relative to the current directory.
+
+    Attributes:
+        name: Of the run's directory: letters, digits, "_", "-" and "."; not starting with a dot.
+        data: The images.
+        model: The float network.
+        seed: Of everything random.
+        targets: The runtimes that the network must run on.
+        device: Where training runs; "auto" takes CUDA where there is one.
+        compile: "auto" fuses the training step by torch.compile where a C++ compiler is at hand.
+        float_training: The `float` section: how the float network is trained if `model.weights` names none.
+        quantization: Widths and method.
+        qat: How the quantized network is trained.
+        consistency: The consistency term.
+        export: What is written.
+        benchmark: How it is measured.
+        gate: What must hold.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    name: str
+    data: DataConfig
+    model: ModelConfig
+    seed: Annotated[int, Range(ge=0, lt=2**32)] = 0
+    targets: tuple[Target, ...] = ("onnxruntime", "tensorrt")
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compile: Literal["auto", "never"] = "auto"
+    float_training: Annotated[OptimizerConfig | None, pydantic.Field(alias="float")] = None
+    quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
+    qat: QATConfig = field(default_factory=QATConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+
+
+def top_level_keys() -> list[str]:
+    """The keys of a recipe, as YAML spells them."""
+    return ["float" if item.name == "float_training" else item.name for item in fields(Recipe)]
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: "key.path=value" texts that replace what the file says; the values are YAML.
+
+    Raises:
+        UsageError: In one line: where it is wrong, what is wrong, what would be right.
+    """
+    data = read_yaml(path)
+    if not isinstance(data, dict):
+        msg = f"{path}: a recipe is a mapping of {', '.join(top_level_keys())}; `crqat init` writes one"
+        raise UsageError(msg)
+    overridden = [_override(data, text) for text in overrides]
+    try:
+        recipe = pydantic.TypeAdapter(Recipe).validate_json(json.dumps(data), strict=True)
+    except pydantic.ValidationError as error:
+        problems = [_explain(detail, path, overridden) for detail in error.errors()]
+        more = f"; and {len(problems) - _SHOWN_ERRORS} more" if len(problems) > _SHOWN_ERRORS else ""
+        raise UsageError("; ".join(problems[:_SHOWN_ERRORS]) + more) from error
+    problem = _contradiction(recipe)
+    if problem is not None:
+        msg = f"{path}: {problem}"
+        raise UsageError(msg)
+    return recipe
+
+
+def _override(data: dict[str, Any], text: str) -> str:
+    """Apply one `--set` to the file's data and return the key's path."""
+    path, equals, value = text.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        msg = f"--set {text}: write it as key.path=value, for example qat.epochs=3"
+        raise UsageError(msg)
+    section = data
+    for key in keys[:-1]:
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            msg = f"--set {text}: `{key}` is a value, not a section"
+            raise UsageError(msg)
+    section[keys[-1]] = parse_yaml(value, f"--set {text}")
+    return ".".join(keys)
+
+
+def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
+    """One validation error of pydantic's as a user reads it."""
+    place = ".".join(str(part) for part in detail["loc"] if part != "[key]")
+    from_option = any(f"{place}.".startswith(f"{key}.") for key in overridden)
+    where = f"--set {place}" if from_option else f"{path}: {place}"
+    if detail["type"] == "unexpected_keyword_argument":
+        *section, key = detail["loc"]
+        if place in _REPLACED:
+            return f"{where}: {_REPLACED[place]}"
+        kind = Override if "overrides" in section else SECTIONS[str(section[0])] if section else None
+        valid = top_level_keys() if kind is None else [item.name for item in fields(kind)]
+        near = _near(str(key), valid)
+        hint = f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(valid)}"
+        return f"{where}: unknown key; {hint}"
+    if detail["type"] == "missing":
+        return f"{path}: {place}: missing"
+    message = detail["msg"].replace("Input should be an object", "should be a section of key: value lines")
+    given = json.dumps(detail["input"])
+    shown = given if len(given) <= 60 else f"{given[:57]}..."
+    hint = ""
+    if detail["type"] == "literal_error":
+        valid = re.findall(r"'([^']*)'", detail["ctx"]["expected"])
+        hint = "".join(f"; did you mean `{name}`?" for name in _near(str(detail["input"]), valid))
+    return f"{where}: {message.replace('Input should', 'should')}, not {shown}{hint}"
+
+
+def _near(word: str, valid: Sequence[str]) -> list[str]:
+    """The valid name that a wrong one is most like, if there is one; upper and lower case are the same."""
+    names = {name.lower(): name for name in valid}
+    return [names[name] for name in difflib.get_close_matches(word.lower(), names, n=1)]
+
+
+def _contradiction(recipe: Recipe) -> str | None:
+    """What no single key shows to be wrong."""
+    allowed = all(letter.isascii() and (letter.isalnum() or letter in "_.-") for letter in recipe.name)
+    if not allowed or not recipe.name or recipe.name.startswith(".") or len(recipe.name) > 100:
+        return (
+            f"name: {json.dumps(recipe.name)} cannot name a directory; "
+            "use up to 100 letters, digits, `_`, `-` and `.`, no dot in front"
+        )
+    if recipe.export.candidate == "teacher" and (recipe.consistency.teacher != "ema" or not recipe.qat.epochs):
+        return "export.candidate: the training has no teacher; set consistency.teacher: ema, or candidate: student"
+    if recipe.data.unlabeled is not None and (recipe.consistency.teacher == "none" or recipe.consistency.weight == 0):
+        return "data.unlabeled: feeds the consistency term alone, which is off; set consistency.teacher and .weight"
+    kinds = {source_kind(recipe.data.source), source_kind(recipe.data.unlabeled)}
+    problem = _channels(recipe, kinds)
+    if problem is not None:
+        return problem
+    resized = [key for key in ("size", "crop", "interpolation", "convert") if getattr(recipe.data, key)]
+    if resized and not kinds & set(FILE_SOURCES):
+        return f"data.{resized[0]}: only of {', '.join(FILE_SOURCES)}, whose images are files; remove it"
+    columns = [key for key in ("image_column", "label_column") if getattr(recipe.data, key) is not None]
+    if columns and "huggingface" not in kinds:
+        return f"data.{columns[0]}: only of huggingface, whose data sets are tables; remove it"
+    # What is missing beside pretrained weights is known once their library is asked.
+    published = recipe.model.weights == "pretrained" and None in (recipe.data.size, recipe.data.crop)
+    if not published and (recipe.data.crop or FOLDER_CROP) > (recipe.data.size or FOLDER_SIZE):
+        return "data.crop: larger than data.size, the shorter side it is cut from; set both"
+    for pattern, override in recipe.quantization.overrides.items():
+        if override == Override():
+            return f"quantization.overrides.{pattern}: says nothing; give it weights, activations or both"
+    problem = _progression(recipe)
+    if problem is not None:
+        return problem
+    for key, targets in (("targets", recipe.targets), ("export.targets", recipe.export.targets)):
+        if targets is not None and (not targets or len(set(targets)) != len(targets)):
+            return f"{key}: list each runtime once, at least one"
+        refusing = runtimes.union(targets or ()).without_zero_points
+        if refusing is not None and recipe.quantization.activation_method == "lsq+":
+            others = ", ".join(target.name for target in runtimes.TARGETS.values() if target.zero_points)
+            return (
+                f"{key}: {refusing.title} refuses zero points other than 0, which activation_method `lsq+` learns; set "
+                f"{key} to [{others}], or quantization.activation_method to lsq"
+            )
+    if recipe.model.nncf is not None and recipe.model.weights is not None:
+        return "model.nncf: brings the float weights, too; leave model.weights out"
+    if recipe.model.weights_key is not None and recipe.model.weights in (None, "pretrained"):
+        return "model.weights_key: says where in the file of model.weights the weights lie; name the file, or remove it"
+    if recipe.model.weights is None and recipe.float_training is None and recipe.model.nncf is None:
+        return "float: missing; say how to train the float network, or give its weights as model.weights"
+    return None
+
+
+def _channels(recipe: Recipe, kinds: set[str | None]) -> str | None:
+    """What is wrong with `data.channels`, `data.mean` and `data.std`, None if nothing is."""
+    data = recipe.data
+    if data.channels is not None and not kinds & set(COLOUR_SOURCES):
+        return f"data.channels: only of {', '.join(COLOUR_SOURCES)}; other sources bring their own; remove it"
+    if source_kind(data.source) not in COLOUR_SOURCES:
+        return None
+    channels = data.channels or 3
+    for key, values in (("mean", data.mean), ("std", data.std)):
+        if values is not None and len(values) != channels:
+            return f"data.{key}: has {len(values)} numbers for {channels} channels (data.channels); give one for each"
+    return None
+
+
+def _progression(recipe: Recipe) -> str | None:
+    """What is wrong with `qat.progressive_bits`, None if nothing is."""
+    bits, quantization = recipe.qat.progressive_bits, recipe.quantization
+    if not bits:
+        return None
+    if list(bits) != sorted(set(bits), reverse=True):
+        return f"qat.progressive_bits: {list(bits)} has to go down"
+    asked = [quantization.weights, quantization.activations, quantization.first_layer, quantization.last_layer]
+    for override in quantization.overrides.values():
+        asked += [width for width in (override.weights, override.activations) if width is not None]
+    least = min(asked)
+    if bits[-1] > least:
+        return f"qat.progressive_bits: ends at {bits[-1]}, above the narrowest width that is asked for; add {least}"
+    return None
+
+
+def _has_weights(recipe: Recipe) -> bool:
+    """Whether the float network is given, so that nothing is trained by the `float` section."""
+    return recipe.model.weights not in (None, "pretrained") or recipe.model.nncf is not None
+
+
+def from_resolved(values: dict[str, Any]) -> Recipe:
+    """The recipe that `resolved` made, as a manifest holds it.
+
+    Raises:
+        UsageError: It is of a version with other keys.
+    """
+    try:
+        return pydantic.TypeAdapter(Recipe).validate_json(json.dumps(values), strict=True)
+    except pydantic.ValidationError as error:
+        problem = _explain(error.errors()[0], Path("the run's recipe"), ())
+        msg = f"{problem}; the run is of another version of crqat: train it again"
+        raise UsageError(msg) from error
+
+
+def train_config(recipe: Recipe) -> TrainConfig:
+    """The part of a recipe that the `train` stage depends on."""
+    return TrainConfig(
+        seed=recipe.seed,
+        targets=recipe.targets,
+        data=recipe.data,
+        model=recipe.model,
+        # Not used beside given weights: a fixed value there keeps a change in it from training anew.
+        float_training=recipe.float_training
+        if recipe.float_training and not _has_weights(recipe)
+        else OptimizerConfig(epochs=0),
+        quantization=recipe.quantization,
+        qat=recipe.qat,
+        consistency=recipe.consistency,
+        device=recipe.device,
+        compile=recipe.compile,
+    )
+
+
+def resolved(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as JSON, complete with its defaults, in the keys of the YAML file."""
+    values = asdict(recipe)
+    values["float"] = values.pop("float_training")
+    if _has_weights(recipe):
+        values["float"] = None
+    data: dict[str, Any] = json.loads(json.dumps(values))
+    return data
+
+
+def completed(key: str, recorded: Any) -> Any:
+    """A part of a recipe as `resolved` gave it when the part had fewer keys: those it lacks are their defaults."""
+    kind = SECTIONS.get(key)
+    if kind is None or not isinstance(recorded, dict):
+        return recorded
+    defaults = {item.name: item.default for item in fields(kind) if item.default is not MISSING}
+    made = {item.name: item.default_factory() for item in fields(kind) if item.default_factory is not MISSING}
+    return {**json.loads(json.dumps(defaults | made)), **recorded}

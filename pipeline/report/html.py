@@ -1,0 +1,197 @@
+"""One self-contained HTML page of a run: the verdict first, then what it rests on. No scripts, no outside resources."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from crqat.core import strict_json
+from crqat.core import targets as runtimes
+from crqat.core.run_directory import Manifest, read_manifest
+from crqat.pipeline.gate.rules import Verdict, exit_code
+from crqat.pipeline.report.read_results import shown
+from crqat.pipeline.report.tables import COMPARED, float_layers, side_by_side
+
+TEMPLATES = Path(__file__).parents[1] / "templates"
+WORDS = {0: "pass", 1: "fail", 3: "not judged", 4: "inconclusive"}
+# Readable on white and on near-black.
+_PALETTE = ("#8a8f98", "#8957c9", "#2f81d6", "#4f9d3a", "#d9822b", "#c0392b")
+_COLORS = dict(zip(("float", "openvino", *runtimes.names()), _PALETTE, strict=False))
+_LINES = {"validation": "#2f81d6", "validation_teacher": "#d9822b", "lambda": "#4f9d3a"}
+
+
+def render(
+    run: Path,
+    results: dict[str, Any],
+    verdicts: Sequence[Verdict],
+    layers: Sequence[dict[str, Any]] = (),
+    others: Sequence[dict[str, Any]] = (),
+) -> str:
+    """The page.
+
+    Args:
+        run: The run's directory; its train and export manifests and the training history are read.
+        results: What the benchmark measured.
+        verdicts: What the gate says of it.
+        layers: What `crqat.export.analysis.layer_accuracy.accuracy_of_each_layer` measured, if it was asked for.
+        others: Results of the same files on other devices.
+
+    Raises:
+        UsageError: The run's files do not hold what the page shows.
+    """
+    with shown(run, jinja2.UndefinedError, OSError):
+        return _render(run, results, verdicts, layers, others)
+
+
+def _render(
+    run: Path,
+    results: dict[str, Any],
+    verdicts: Sequence[Verdict],
+    layers: Sequence[dict[str, Any]],
+    others: Sequence[dict[str, Any]],
+) -> str:
+    train, export = read_manifest(run / "train"), read_manifest(run / "export")
+    history = [strict_json.parse(line) for line in (run / "train" / "history.jsonl").read_text().splitlines()]
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    environment.filters.update(
+        percent=_percent, number=_number, interval=_interval, kib=_kib, float_layers=float_layers
+    )
+    return environment.get_template("report.html.j2").render(
+        results=results,
+        verdicts=verdicts,
+        verdict=WORDS[exit_code(verdicts)],
+        train=train,
+        export=export,
+        edges=_edges(export),
+        layers=layers,
+        columns=COMPARED,
+        devices=side_by_side([results, *others]) if others else [],
+        tradeoff=_tradeoff(results),
+        curves=_curves(history, train.payload["float"]["validation_accuracy"]) if history else "",
+    )
+
+
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f}"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def _interval(interval: Sequence[float] | None, digits: int = 3, factor: float = 1.0) -> str:
+    return "" if interval is None else f"[{interval[0] * factor:.{digits}f}, {interval[1] * factor:.{digits}f}]"
+
+
+def _kib(size: int | None) -> str:
+    return "-" if size is None else f"{size / 1024:.1f}"
+
+
+def _edges(export: Manifest) -> list[dict[str, Any]]:
+    """One row for each quantized edge: its noise and each target's claim; the noisiest first."""
+    noise: dict[str, float | None] = export.payload.get("noise", {})
+    claims: dict[str, dict[str, str]] = {}
+    for model in export.payload["models"]:
+        for edge, claim in model.get("claims", {}).items():
+            claims.setdefault(edge, {})[model["target"]] = claim["claim"]
+    rows = [{"edge": edge, "noise": noise.get(edge), "claims": of_edge} for edge, of_edge in claims.items()]
+    return sorted(rows, key=lambda row: (row["noise"] is None, row["noise"] or 0.0))
+
+
+def _tradeoff(results: dict[str, Any]) -> str:
+    """Accuracy against latency, one point per timed file, with their intervals."""
+    points = [
+        (model["target"], file, model["accuracy"], model["latency"])
+        for file, model in results["models"].items()
+        if model["accuracy"] and model["latency"] and model["latency"]["status"] == "measured"
+    ]
+    if not points:
+        return ""
+    figure, axes = _figure(6.4, 3.2)
+    for target, file, accuracy, latency in points:
+        low, high = accuracy["top1_interval"]
+        top1, p50 = 100 * accuracy["top1"], latency["p50_ms"]
+        spread = [[top1 - 100 * low], [100 * high - top1]]
+        color = _COLORS.get(target, "#8a8f98")
+        axes.errorbar([p50], [top1], yerr=spread, fmt="o", color=color, capsize=3, label=_label(file))
+    axes.set_xlabel("median latency at batch 1, ms")
+    axes.set_ylabel("top-1 accuracy, %")
+    axes.set_xlim(0, 1.1 * max(latency["p50_ms"] for _, _, _, latency in points))
+    axes.legend(frameon=False, fontsize=9)
+    return _svg(figure)
+
+
+def _label(file: str) -> str:
+    """A name as matplotlib shows it as it is: no mathematics between dollars, not hidden for a leading underscore."""
+    text = "".join(letter if letter.isprintable() else "?" for letter in file).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
+
+
+def _curves(history: list[dict[str, Any]], float_accuracy: float) -> str:
+    """Training: accuracy on the validation split and lambda, float training and QAT side by side.
+
+    QAT's starts with the calibrated network, as epoch 0, and has the float network's accuracy as a level.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    phases = list(dict.fromkeys(row["phase"] for row in history))
+    figure, all_axes = _figure(6.4, 3.2, columns=len(phases))
+    for axes, phase in zip(all_axes if len(phases) > 1 else [all_axes], phases, strict=True):
+        rows = [row for row in history if row["phase"] == phase]
+        for key, label in (("validation", "student" if phase == "qat" else "float"), ("validation_teacher", "teacher")):
+            points = [(row["epoch"], 100 * row[key]) for row in rows if key in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), ".-", color=_LINES[key], label=label)
+        if phase == "qat":
+            axes.axhline(100 * float_accuracy, linestyle=":", color=_COLORS["float"], label="float")
+        axes.set_ylabel("validation accuracy, %")
+        axes.legend(frameon=False, fontsize=8)
+        if any(row.get("lambda") for row in rows):
+            weight = axes.twinx()  # on the accuracies' axis it would press them flat
+            weights = [(row["epoch"], row["lambda"]) for row in rows if "lambda" in row]
+            weight.plot(*zip(*weights, strict=True), "--", color=_LINES["lambda"], linewidth=1)
+            weight.set_ylabel("lambda (dashed)", color=_LINES["lambda"])
+            weight.set_ylim(bottom=0)
+            weight.spines["top"].set_visible(False)
+        axes.set_title(phase)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.margins(y=0.1)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))  # no accuracy is above 100 %
+    return _svg(figure)
+
+
+def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    import matplotlib.pyplot as plt
+
+    # The page's own font, and ids that do not change from one rendering to the next.
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "crqat", "font.family": "sans-serif", "font.size": 10})
+    figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    for one in axes if columns > 1 else [axes]:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _svg(figure: Any) -> str:
+    """The picture as inline SVG: as wide as the page allows, black in the page's text colour, ground transparent."""
+    import matplotlib.pyplot as plt
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    plt.close(figure)
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace("#000000", "currentColor")
+    # Text without a colour of its own is black, whatever the page's colour is.
+    return re.sub(r'<text style="', '<text style="fill: currentColor; ', text)

@@ -1,0 +1,1 @@
+"""Running stages, and not running those that are up to date."""

@@ -1,0 +1,160 @@
+"""`crqat train` in several processes: how they are started here, and what each of them does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from crqat.core import failures
+from crqat.core.errors import InternalError, Interrupted, ToolError, UsageError
+from crqat.core.progress import quiet
+from crqat.core.run_directory import read_manifest
+from crqat.pipeline import console
+from crqat.pipeline.recipe import recipe
+from crqat.pipeline.stages import lock
+from crqat.pipeline.stages import run as stages
+
+_SIGNALS = 128
+# How a process ends that has told why, or that the others were told to end with: -15 where it could not answer.
+_TOLD = (2, 3, _SIGNALS + signal.SIGINT, _SIGNALS + signal.SIGTERM, -signal.SIGTERM)
+
+# Seconds; somewhat less than those that torch gives a process to answer, since its clock counts whole ones.
+_UNANSWERED = 25
+
+
+def check(config: recipe.Recipe, processes: int) -> None:
+    """Say before anything is started what each of the processes would say.
+
+    Raises:
+        UsageError: The recipe cannot be trained in so many processes.
+        ToolError: It needs a device that is not there.
+    """
+    import torch
+
+    from crqat.train import device as machine
+    from crqat.train import distributed, shares
+
+    training = recipe.train_config(config)
+    shares.check(training, processes)
+    device = machine.choose_device(training.device)
+    if device.type == "cuda" and torch.cuda.device_count() < processes:
+        msg = f"--nproc {processes}: one process a CUDA device, and torch sees {torch.cuda.device_count()} here"
+        raise UsageError(msg)
+    if training.qat.sync_bn:
+        distributed.check_sync_bn(device)
+
+
+def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_restarts: int) -> int:
+    """Start `crqat train` in some processes as torchrun does, wait for them and return crqat's exit code.
+
+    Args:
+        arguments: Behind `crqat train`.
+        once: More of them, for the first start alone.
+        processes: How many, each with a device of its own or a share of the CPU's cores.
+        max_restarts: How often all of them are started again, from the last state, after one has died. An error that
+            one of them has told is no death: it would be told again.
+
+    Raises:
+        ToolError: One died, and there is no restart left.
+        Interrupted: By a signal that none of them answered in time.
+    """
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # What DistributedDataParallel notes about its own speed is not the user's to mend.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.disable()  # torch's account of what the processes have told already, or is told below
+    command = ["-m", "crqat", "train", *arguments]
+    for left in range(max_restarts, -1, -1):
+        # Rendezvous as by torchrun's --standalone: on this machine, at a free port.
+        how = LaunchConfig(
+            1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
+        )
+        with tempfile.TemporaryDirectory(prefix="crqat-") as folder:
+            said = Path(folder) / "said"
+            os.environ["CRQAT_SAID"] = str(said)
+            try:
+                elastic_launch(how, sys.executable)(*command, *(once if left == max_restarts else ()))
+            except SignalException as asked:  # which it has passed on, and waited for what came of it
+                if said.exists():
+                    return _SIGNALS + asked.sigval
+                msg = "ended before a process of the training could save; the same command goes on from the last state"
+                raise Interrupted(msg, asked.sigval) from asked
+            except ChildFailedError as error:
+                codes = exit_codes(list(error.failures.values()))
+            else:
+                return 0
+            finally:
+                del os.environ["CRQAT_SAID"]
+        died = [code for code in codes if code not in _TOLD]
+        if not died:
+            return min((code for code in codes if code > 0), default=_SIGNALS + signal.SIGTERM)
+        how_it_died = f"by signal {-died[0]}" if died[0] < 0 else f"with {died[0]}"
+        if died[0] == InternalError.exit_code_of_rank:
+            how_it_died = "by an internal error"
+        what = f"a process of the training ended {how_it_died}"
+        if left:
+            click.echo(f"crqat: {what}; all start again from the last state ({left} of {max_restarts} left)", err=True)
+    msg = f"{what}; the same command goes on from the last state, and --max-restarts does so by itself"
+    raise ToolError(msg)
+
+
+def exit_codes(failures: Sequence[Any]) -> list[int]:
+    """Of torch's `ProcessFailure`s, but for processes that it killed itself, long after the first had ended.
+
+    It does so 30 s after a SIGTERM that was not answered: who waits for a device answers none. Why all of them end, the
+    first has told.
+    """
+    first = min(failure.timestamp for failure in failures)
+    killed = [f.exitcode == -signal.SIGKILL and f.timestamp - first >= _UNANSWERED for f in failures]
+    return [failure.exitcode for failure, by_torch in zip(failures, killed, strict=True) if not by_torch]
+
+
+def several() -> bool:
+    """Whether torchrun started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def train(
+    config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_every: float, unchecked: bool = False
+) -> dict[str, Any] | None:
+    """Be one of several processes of a training; give the manifest's payload on rank 0, None on the others.
+
+    Rank 0 runs the stage as a single process does, and says whether there is something to train. The others train with
+    it, and write nothing.
+    """
+    from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
+
+    from crqat.train import distributed
+    from crqat.train.training.loop import train as run_training
+
+    _prctl_pr_set_pdeathsig(signal.SIGTERM)  # a killed launcher leaves nobody behind
+    # By torchrun, a process that died is started again by the same command, which is not to discard the state.
+    restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
+    run = runs / config.name
+    with failures.explained("train", run), distributed.started(config.device):
+        if distributed.rank() == 0:
+            with lock.hold(run), console.show_progress() as progress:
+                began: list[bool] = []
+
+                def begin() -> None:
+                    began.append(distributed.from_first(True))
+
+                directory = stages.train(config, runs, force, progress, restart, save_every, begin, unchecked)
+                if not began:
+                    distributed.from_first(False)
+            return read_manifest(directory).payload
+        if distributed.from_first(False):
+            run_training(recipe.train_config(config), None, quiet, run, save_every)
+        return None

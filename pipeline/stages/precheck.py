@@ -1,0 +1,352 @@
+"""Everything that can be refused before hours are spent: a recipe's untrained network goes through all stages.
+
+On a copy, with two images, and with generators of its own: a training behind it has the same bits as one without. Each
+stage of the check is a function of its own and raises what is wrong.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, fx, nn
+
+from crqat.core import targets as runtimes
+from crqat.core.errors import UsageError
+from crqat.core.progress import Progress
+from crqat.export import stage as export_stage
+from crqat.export.config import ExportConfig
+from crqat.export.qdq.lint import lint
+from crqat.export.qdq.write import QDQModel, float_model
+from crqat.export.to_onnx import Quantized
+from crqat.export.verification.links import fusion, verify
+from crqat.pipeline.commands.model_survey import UNEXPLAINED
+from crqat.pipeline.recipe.recipe import Recipe, train_config
+from crqat.train.config import TrainConfig
+from crqat.train.data.batches import evaluation_batches
+from crqat.train.graph.explain import forward_of, passes_through, source_line
+from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.quantized_model import QuantizedModel, quantize_model
+from crqat.train.training import loop as trainer
+from crqat.train.training.first_step import check_forward, check_statistics, check_step, one_line_of
+from crqat.train.untrained import awake, sane_bn
+
+# Images for the ranges and BN's statistics, and of those the ones that a step trains on and codes are proven on.
+CALIBRATION_IMAGES, IMAGES = 8, 2
+_REPLACE = "replace that operation. Nothing was trained"
+_STAGES = ("forward", "training step", "layout", "calibration", "export", "lint", "proof")
+
+
+def before_training(config: Recipe, progress: Progress, start: trainer.Start) -> None:
+    """What a training calls before its first step; where nothing trains, it is the forward alone.
+
+    Raises:
+        UsageError: What stands in the way.
+    """
+    training = train_config(config)
+    trains = training.qat.epochs or (training.float_training.epochs and not start.trained)
+    check_start(config, start, progress, _STAGES if trains else _STAGES[:1])
+
+
+def check_recipe(config: Recipe, progress: Progress) -> list[str]:
+    """Read a recipe's data, build its network and check both through all stages.
+
+    Returns:
+        What was found, in lines.
+
+    Raises:
+        UsageError: What stands in the way; nothing was trained.
+        ToolError: Something that it needs is not there.
+    """
+    lines: list[str] = []
+    trainer.check(train_config(config), progress, lambda start: lines.extend(check_start(config, start, progress)))
+    return lines
+
+
+def check_start(
+    config: Recipe, start: trainer.Start, progress: Progress, stages: tuple[str, ...] = _STAGES
+) -> list[str]:
+    """Take a copy of the network that a training starts from through some stages; see `check_recipe`."""
+    began = time.monotonic()
+    with _untouched():
+        found = _Check(config, start, progress, len(stages)).run(stages)
+    progress("check", len(stages), len(stages), f"{'; '.join(found)} ({time.monotonic() - began:.1f} s)")
+    return found
+
+
+@contextmanager
+def _untouched() -> Iterator[None]:
+    """The generators of torch (on all devices), NumPy and Python are afterwards where they were."""
+    states = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's own modules may draw from it
+    try:
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])  # noqa: NPY002
+
+
+class _Check:
+    """One check: what its stages hand on, and where it is."""
+
+    def __init__(self, config: Recipe, start: trainer.Start, progress: Progress, total: int) -> None:
+        self.config, self.training, self.start = config, train_config(config), start
+        self._progress, self._done, self._total = progress, 0, total
+        chosen = start.split.train[:CALIBRATION_IMAGES]
+        images = start.dataset.train_images[chosen].to(start.device)
+        self.images = next(evaluation_batches(images, start.dataset.preprocessing, CALIBRATION_IMAGES))
+        self.labels = start.dataset.train_labels[chosen].to(start.device)
+
+    def run(self, stages: tuple[str, ...]) -> list[str]:
+        network = self._copy(self.start.network)
+        if self.training.model.weights is None and self.training.model.nncf is None:
+            network = awake(network)
+        self._at("forward")
+        check_forward(network, self.images[:IMAGES], len(self.start.dataset.class_names))
+        if stages == _STAGES[:1]:
+            return [f"{IMAGES} images through the float network"]
+        self._at("training step")
+        if not self.start.trained:
+            if self.training.float_training.epochs:
+                self._step(self._copy(network), "float")
+            if self.training.model.weights is None and len(self.images) > 1:
+                network = sane_bn(network, self.images)
+        self._at("layout")
+        with self._telling("layout"):
+            model = layout(network, self.images[:IMAGES], self.training)
+        self._at("calibration")
+        with self._telling("calibration"):
+            calibrate_on_few(model.to(self.start.device), self.images, self.training)
+        if self.training.qat.epochs:
+            self._step(copy.deepcopy(model), "qat")
+        if count := min(self.training.qat.bn_images, self.training.qat.batch_size, IMAGES):
+            check_statistics(copy.deepcopy(model), self.images[:count], "qat.bn_images and qat.batch_size")
+        self._at("export")
+        quantized, files = export(model, self.images, self.training, self.config.export)
+        self._at("lint")
+        refuse_findings(files, self.config.export)
+        self._at("proof")
+        proof = prove(quantized, files, self.images[:IMAGES].cpu())
+        return [f"{len(model.specs)} quantizers, {', '.join(f'{name}.onnx' for name in files)}", *proof]
+
+    def _at(self, stage: str) -> None:
+        self._progress("check", self._done, self._total, stage)
+        self._done += 1
+
+    def _copy(self, network: nn.Module) -> nn.Module:
+        try:
+            return copy.deepcopy(network)
+        except Exception as error:
+            if passes_through(error):
+                raise
+            msg = (
+                f"model.name: {type(network).__name__} cannot be copied{one_line_of(error)}; a teacher and the export "
+                "are copies: keep what is computed out of its attributes (torch.nn.utils.prune.remove ends a pruning)"
+            )
+            raise UsageError(msg) from error
+
+    def _step(self, network: nn.Module, key: str) -> None:
+        section = self.training.float_training if key == "float" else self.training.qat
+        together = key == "qat" and self.training.qat.sync_bn
+        processes = 1 if together else self.start.processes
+        count = min(IMAGES, section.batch_size // processes)
+        check_step(network, self.images[:count], self.labels[:count], section, key, processes)
+
+    @contextmanager
+    def _telling(self, stage: str) -> Iterator[None]:
+        """What no stage knows how to refuse is told with the stage that it happened in."""
+        try:
+            yield
+        except Exception as error:
+            if passes_through(error):
+                raise
+            network = self.start.network
+            msg = (
+                f"model.name: {type(network).__name__}{forward_of(network)} fails in the {stage} of its untrained copy"
+                f"{one_line_of(error)}; {_REPLACE}"
+            )
+            raise UsageError(msg) from error
+
+
+def layout(network: nn.Module, images: Tensor, training: TrainConfig) -> QuantizedModel:
+    """Insert quantizers into a copy; see `crqat.train.quantized_model.quantize_model`."""
+    return quantize_model(network, images, training.quantization, training.targets)
+
+
+def calibrate_on_few(model: QuantizedModel, images: Tensor, training: TrainConfig) -> None:
+    """Start the ranges from a few images, and run the quantized network on them.
+
+    Raises:
+        UsageError: What it gives is no number.
+    """
+    model.calibrate([images], training.quantization.calibration)
+    broken: list[str] = []
+
+    def look_at(spec: QuantizerSpec) -> Callable[..., None]:
+        def look(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> None:
+            if not torch.isfinite(inputs[0]).all():
+                broken.append(spec.operation)
+
+        return look
+
+    handles = [model.quantizer(spec).register_forward_hook(look_at(spec)) for spec in model.specs]
+    with torch.no_grad():
+        finite = bool(torch.isfinite(model(images)).all())
+    for handle in handles:
+        handle.remove()
+    if not finite or broken:
+        place = f"first before {broken[0]}" if broken else "in its logits"
+        msg = (
+            f"model.name: with quantizers the network gives values that are no numbers, {place}; a value that may be "
+            "rounded to 0 must not be divided by, nor the logarithm be taken of it"
+        )
+        raise UsageError(msg)
+
+
+def export(
+    model: QuantizedModel, images: Tensor, training: TrainConfig, config: ExportConfig
+) -> tuple[Quantized, dict[str, QDQModel]]:
+    """Make all files in memory, as the `export` stage does: each target's, and the float ones, which must load.
+
+    Raises:
+        UsageError: One of them cannot be made; the message names the operation, and what helps.
+    """
+    model.eval().cpu().to(memory_format=torch.contiguous_format)
+    model.finalize(trained=False)
+    quantized = Quantized.of(model, images.cpu())
+    _load(float_model(quantized.graph, {}))
+    files: dict[str, QDQModel] = {}
+    for target in config.targets or training.targets:
+        runtime = runtimes.get(target)
+        precision = runtime.float_type(config.tensorrt_precision)
+        weights = config.weights if runtime.float_weights else "int8"
+        try:
+            files[target] = _file(quantized, target, precision, weights)
+        except Exception as error:
+            if passes_through(error):
+                raise
+            fix = _REPLACE
+            if precision != "float32":
+                with suppress(Exception):
+                    _file(quantized, target, "float32", weights)
+                    fix = "set export.tensorrt_precision: float32, or replace that operation. Nothing was trained"
+            msg = f"model.name: {target}.onnx of the untrained network: {_operation(quantized, error)}; {fix}"
+            raise UsageError(msg) from error
+    return quantized, files
+
+
+def _file(quantized: Quantized, target: str, precision: str, weights: str) -> QDQModel:
+    file = quantized.file(target, precision, weights=weights)
+    if precision != "float32":  # which comes with a float file of that type
+        float_model(quantized.graph, {}, precision)
+    return file
+
+
+def _load(model: onnx.ModelProto) -> None:
+    onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def _operation(quantized: Quantized, error: BaseException) -> str:
+    """The operation that an error of the export is about, its layer and line where they are known, and the error."""
+    text = one_line_of(error).strip()
+    node = _node(quantized.graph.nodes, error)
+    if node is None:
+        return f"it fails {text}"
+    scope = node.output[0].strip("/").rpartition("/")[0] if node.output[0].startswith("/") else ""
+    named = node.name if not re.search(rf"^{node.op_type}_\d+$|__", node.name) else ""
+    layer = (named or scope).replace("/", ".")  # of a module; no layer is what the forward does itself
+    calls = [call for call in quantized.model.graph.nodes if call.op.startswith("call")]
+    found = [call for call in calls if str(call.target) == layer]
+    found += [call for call in calls if layer and any(str(s.target) == f"{layer}.weight" for s in _stored(call))]
+    alike = [call for call in calls if _name(call) and _name(call) in node.op_type.lower()]
+    if not layer and len(alike) == 1:
+        found = alike
+    place = f" in {layer}" if layer else ""
+    return f"its {node.op_type}{place}{source_line(found[0].stack_trace) if found else ''} fails {text}"
+
+
+def _name(call: fx.Node) -> str:
+    """Of a function or method; nothing of a module."""
+    return "" if call.op == "call_module" else str(getattr(call.target, "__name__", call.target)).strip("_")
+
+
+def _stored(call: fx.Node) -> list[fx.Node]:
+    """The tensors that a call reads, also through their quantizers."""
+    return [*call.all_input_nodes, *(s for source in call.all_input_nodes for s in source.all_input_nodes)]
+
+
+def _node(nodes: Sequence[onnx.NodeProto], error: BaseException) -> onnx.NodeProto | None:
+    """The node that an error's text names, or that was at work when it was raised."""
+    names = set(re.findall(r"[Nn](?:ode n)?ame: ([^\s)]+)", str(error)))
+    found = next((node for node in nodes if node.name in names), None)
+    traceback = error.__traceback__
+    while traceback is not None and not names:
+        at_work = traceback.tb_frame.f_locals.get("node")
+        if isinstance(at_work, onnx.NodeProto):
+            found = at_work
+        traceback = traceback.tb_next
+    return found
+
+
+def refuse_findings(files: Mapping[str, QDQModel], config: ExportConfig) -> None:
+    """Ask the targets' rules of their files, and whether these can hold the Grids.
+
+    Raises:
+        UsageError: A file breaks a rule or holds a Grid with a loss that the recipe does not allow.
+    """
+    for target, file in files.items():
+        findings = [str(finding) for finding in lint(file.model, target)]
+        try:
+            export_stage.refuse(file, target, config.allow_lossy, findings)
+        except UsageError as error:
+            msg = f"{str(error).partition('; crqat export')[0]}. Nothing was trained; --unchecked trains all the same"
+            raise UsageError(msg) from error
+
+
+def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -> list[str]:
+    """Compare torch, simulator and runtime in codes.
+
+    Returns:
+        What was found, and what of it cannot be proven, in lines.
+
+    Raises:
+        UsageError: They differ.
+    """
+    proof: dict[str, dict[str, Any]]
+    try:
+        proof = verify(quantized.model, quantized.grids, files, images.numpy())
+    except Exception as error:
+        if passes_through(error):
+            raise
+        msg = f"model.name: the proof of the untrained network's files: {_operation(quantized, error)}; {_REPLACE}"
+        raise UsageError(msg) from error
+    lines = []
+    for target, entry in proof.items():
+        status = entry["status"]
+        if status.startswith("failed"):
+            msg = (
+                f"model.name: {target}.onnx of the untrained network does not compute what torch does ({status}), and "
+                "the gate would fail. Nothing was trained; --unchecked trains all the same"
+            )
+            raise UsageError(msg)
+        if status != "passed":
+            lines.append(f"{target}.onnx: {status}; the gate will be inconclusive")
+    executed = runtimes.executed()
+    if executed in files:
+        odd = [entry for entry in fusion(files[executed].model)["float"] if entry["reason"] == UNEXPLAINED]
+        if odd:
+            names = ", ".join(entry["node"] for entry in odd[:3])
+            lines.append(
+                f"{executed}.onnx: ONNX Runtime computes {names} in float and not in integers; where that rounds "
+                "otherwise the gate will fail"
+            )
+    return lines or [f"codes equal on {len(images)} images"]

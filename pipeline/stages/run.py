@@ -1,0 +1,377 @@
+"""The stages of a run: whether each is up to date, and how its directory comes to be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crqat.core import run_directory
+from crqat.core.errors import CrqatError, ToolError, UsageError
+from crqat.core.progress import Progress
+from crqat.pipeline import console
+from crqat.pipeline.recipe import recipe
+from crqat.pipeline.report.read_results import read_results
+from crqat.pipeline.stages import disk, lock, staleness
+
+if TYPE_CHECKING:
+    from crqat.pipeline.gate.rules import GateConfig, KnownAccuracy, Verdict
+    from crqat.runtime_eval.board.ssh import Board
+    from crqat.train.training.loop import Start
+
+STATES = ".states"
+RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
+VERDICT = "verdict.json"
+# Below the published accuracy of weights: another decoder of JPEG or version of a library costs less than that.
+PUBLISHED_POINTS = 5.0
+
+
+def train(
+    config: recipe.Recipe,
+    runs: Path,
+    force: bool,
+    progress: Progress,
+    restart: bool = False,
+    save_every: float = 300.0,
+    begin: Callable[[], None] | None = None,
+    unchecked: bool = False,
+) -> Path:
+    """Run the `train` stage unless it is up to date, and return its directory.
+
+    Args:
+        config: The recipe.
+        runs: The directory of all runs.
+        force: Run it even if it is up to date.
+        progress: Told of epochs.
+        restart: Do not go on from where an interrupted training of the same recipe was.
+        save_every: Seconds between two states of the training.
+        begin: Called if there is something to train, before that.
+        unchecked: Train without taking the untrained network through all stages before; see `pipeline.stages.precheck`.
+    """
+    inputs = staleness.inputs("train", config, runs, progress)
+    root = staleness.data_root(config)
+    data = disk.DiskState({}) if root is None else disk.disk_state(root, runs)
+    # Below the key of everything that the result depends on: another recipe never goes on from this one's state.
+    states = runs / config.name / STATES / staleness.key_of("train", config, runs, inputs)[:16]
+    if restart:
+        shutil.rmtree(states, ignore_errors=True)
+
+    def fill(out: Path) -> dict[str, Any]:
+        from crqat.train.training.loop import train as run_training
+
+        def check(start: Start) -> None:
+            from crqat.pipeline.stages import precheck
+
+            precheck.before_training(config, progress, start)
+
+        if begin is not None:
+            begin()
+        return run_training(
+            recipe.train_config(config), out, progress, states, save_every, None if unchecked else check
+        )
+
+    def after() -> dict[str, str]:
+        return staleness.data_after(config, runs, inputs, data)
+
+    directory = _run_stage("train", config, runs, force, inputs, fill, after)
+    shutil.rmtree(states, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        states.parent.rmdir()  # stays if another recipe's states are in it
+    return directory
+
+
+def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, unsafe: bool = False) -> Path:
+    """Run the `export` stage unless it is up to date, and return its directory.
+
+    With `unsafe`, files that break their runtime's rules are written all the same, and the gate fails on them.
+    """
+    staleness.current(config, runs, "train")
+
+    def fill(out: Path) -> dict[str, Any]:
+        from crqat.export.stage import export as write_models
+
+        training, revision = recipe.train_config(config), run_directory.git_revision(Path.cwd())
+        directory = runs / config.name / "train"
+        further = {"unsafe": True} if unsafe else {}
+        return write_models(directory, training, config.export, out, progress, config.name, revision, **further)
+
+    inputs = {**staleness.inputs("export", config, runs), **({"--unsafe": "yes"} if unsafe else {})}
+    return _run_stage("export", config, runs, force, inputs, fill)
+
+
+def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
+    """Run the `benchmark` stage unless it is up to date, and return its directory. The verdict does not matter here."""
+    staleness.current(config, runs, "export")
+
+    def fill(out: Path) -> dict[str, Any]:
+        from crqat.runtime_eval.benchmark import benchmark as measure
+
+        results = measure(runs / config.name / "export", config.benchmark, progress)
+        return _write_results(out, runs / config.name, "benchmark", results, config)
+
+    # Another machine's numbers say nothing of this one; and an engine is built once there is a builder.
+    inputs = {"machine": platform.node(), **staleness.inputs("benchmark", config, runs)}
+    return _run_stage("benchmark", config, runs, force, inputs, fill)
+
+
+def sensitivity(
+    config: recipe.Recipe, runs: Path, force: bool, progress: Progress, average_bits: float, images: int
+) -> Path:
+    """Measure what each layer's width costs, propose widths, and return the directory with both; see there."""
+    staleness.current(config, runs, "train")
+
+    def fill(out: Path) -> dict[str, Any]:
+        from crqat.pipeline.commands.mixed_precision import measure
+
+        return measure(config, runs, out, progress, average_bits, images)
+
+    asked = {"--average-bits": f"{average_bits:g}", "--images": str(images)}
+    inputs = {**staleness.inputs("sensitivity", config, runs), **asked}
+    return _run_stage("sensitivity", config, runs, force, inputs, fill)
+
+
+def judge(
+    results: dict[str, Any],
+    limits: GateConfig,
+    baseline: dict[str, Any] | None = None,
+    known: KnownAccuracy | None = None,
+) -> list[Verdict]:
+    """Every rule that has a limit, and those on the float model.
+
+    Args:
+        results: What a benchmark measured.
+        limits: The recipe's.
+        baseline: The results that the latency must not have grown over.
+        known: What the float model's accuracy should be.
+    """
+    from crqat.pipeline.gate import latency_regression as baselines
+    from crqat.pipeline.gate import rules
+
+    verdicts = rules.judge(results, limits, known)
+    if limits.max_latency_regression is not None:
+        verdicts += baselines.judge(results, baseline, limits.max_latency_regression)
+    return verdicts
+
+
+def known_accuracy(claimed: float | None, limits: GateConfig, run: Path) -> KnownAccuracy | None:
+    """What the recipe's `model.accuracy` says of the float model, else who published its weights; None: nobody."""
+    from crqat.pipeline.gate.rules import KnownAccuracy
+
+    if claimed is not None:
+        return KnownAccuracy(claimed, "model.accuracy", limits.max_accuracy_drop)
+    trained = run_directory.read_manifest(run / "train").payload.get("float")
+    published = trained.get("published_accuracy") if isinstance(trained, dict) else None
+    if isinstance(published, float) and 0 <= published <= 1:
+        return KnownAccuracy(published, "who published the weights", PUBLISHED_POINTS)
+    return None
+
+
+def benchmark_on(
+    board: Board, config: recipe.Recipe, runs: Path, force: bool, progress: Progress, clean: bool = False
+) -> Path:
+    """Run the `benchmark` stage on a board unless it is up to date, and return its directory.
+
+    Args:
+        board: Where to measure.
+        config: The recipe.
+        runs: The directory of all runs.
+        force: Measure anew whatever is here or on the board.
+        progress: Told of what the board tells.
+        clean: Remove the board's job directory once the results are here.
+    """
+    from crqat.runtime_eval.board import bundle as bundles
+    from crqat.runtime_eval.board import ssh
+
+    staleness.current(config, runs, "export")
+    # The recipe's own way to measure, which may have changed since the export.
+    contents = bundles.describe(runs / config.name / "export", asdict(config.benchmark), metadata.version("crqat-edge"))
+
+    def fill(out: Path) -> dict[str, Any]:
+
+        results = ssh.measure(board, *contents, force, progress)
+        payload = {"on": board.address, "bundle": contents[0].sha256}
+        (out / RESULTS).write_text(json.dumps(results))
+        read_results(out / RESULTS)  # not made by this process: checked before anything relies on it
+        return {**_write_results(out, runs / config.name, device_stage(board), results, config), **payload}
+
+    inputs = {"machine": board.address, "python": board.python}
+    directory = _run_stage(device_stage(board), config, runs, force, inputs, fill)
+    if clean:
+        ssh.clean(board, contents[0], progress)
+    return directory
+
+
+def device_stage(board: Board | None) -> str:
+    """The benchmark's stage for a board, or for this machine."""
+    return "benchmark" if board is None else f"benchmark@{board.name}"
+
+
+def bundle(run: Path, out: Path | None) -> tuple[Path, str, dict[str, Any]]:
+    """Write a finished export as one archive for a board; give the archive, the bundle's hash and how it measures.
+
+    Args:
+        run: The run's directory.
+        out: The archive; None takes NAME-bundle.tar.gz here.
+
+    Raises:
+        UsageError: The export is missing, damaged or stale.
+        ToolError: The archive cannot be written.
+    """
+    from crqat.runtime_eval.board import bundle as bundles
+
+    manifest = run_directory.read_manifest(run / "export")
+    staleness.check_parent(run, manifest)
+    how = manifest.config.get("benchmark", {})
+    made, paths = bundles.describe(run / "export", how, metadata.version("crqat-edge"))
+    archive = out or Path(f"{made.run}-bundle.tar.gz")
+    bundles.write(made, paths, archive)
+    return archive, made.sha256, made.benchmark
+
+
+def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> list[Verdict]:
+    """Judge a benchmark's results, which must be intact and follow from the current recipe and stages.
+
+    Args:
+        config: The recipe.
+        runs: The directory of all runs.
+        stage: This machine's or a board's; see `device_stage`.
+        baseline: Earlier results.json whose latency the recipe's `gate.max_latency_regression` refers to.
+    """
+    from crqat.pipeline.gate import rules
+
+    if baseline is not None and config.gate.max_latency_regression is None:
+        msg = f"--baseline {baseline}: the recipe allows any latency; set gate.max_latency_regression, such as 1.1"
+        raise UsageError(msg)
+    manifest = staleness.current(config, runs, stage)
+    directory = runs / config.name / stage
+    results = read_results(directory / RESULTS)
+    known = known_accuracy(config.model.accuracy, config.gate, runs / config.name)
+    verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline), known)
+    if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text("utf-8"):
+        # The limits were changed since: the same measurements, judged anew.
+        with lock.hold(runs / config.name), run_directory.write_stage(runs / config.name, manifest) as out:
+            shutil.copytree(directory, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(run_directory.MANIFEST))
+            _write_verdict(out, runs / config.name, stage, results, verdicts)
+    return verdicts
+
+
+def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
+    """Write the report of a finished run, judged by the limits that it was benchmarked with.
+
+    Args:
+        run: The run's directory.
+        out: The HTML file.
+        layers: Add the accuracy with one layer at a time quantized, which has to be measured first.
+        progress: Told of layers.
+
+    Raises:
+        UsageError: A stage is missing or damaged.
+        ToolError: The file cannot be written.
+    """
+    from crqat.pipeline.gate import rules
+    from crqat.pipeline.report.html import render
+
+    for stage in staleness.STAGES:
+        manifest = run_directory.verify_stage(run / stage)
+        staleness.check_parent(run, manifest)
+    results = read_results(run / "benchmark" / RESULTS)
+    rows = []
+    if layers:
+        from crqat.export.analysis.layer_accuracy import accuracy_of_each_layer
+
+        training = recipe.train_config(recipe.from_resolved(run_directory.read_manifest(run / "train").config))
+        candidate = run_directory.read_manifest(run / "export").payload["candidate"]
+        rows = accuracy_of_each_layer(run / "train", training, candidate, progress)
+    limits = rules.GateConfig(**manifest.config["gate"])
+    verdicts = judge(results, limits, known=known_accuracy(manifest.config["model"].get("accuracy"), limits, run))
+    page = render(run, results, verdicts, rows, _others(run, "benchmark"))
+    try:
+        out.write_text(page, "utf-8")
+    except OSError as error:
+        msg = f"{out}: cannot be written: {error.strerror}"
+        raise ToolError(msg) from error
+
+
+def _write_results(out: Path, run: Path, stage: str, results: dict[str, Any], config: recipe.Recipe) -> dict[str, Any]:
+    """Write everything of a benchmark and give its manifest's payload."""
+    engines = results.pop("engines", None)
+    if engines:
+        (out / ENGINES).write_text(json.dumps({"schema_version": 1, "engines": engines}, indent=1, sort_keys=True))
+    (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
+    known = known_accuracy(config.model.accuracy, config.gate, run)
+    _write_verdict(out, run, stage, results, judge(results, config.gate, known=known))
+    return {"device": results["device"], "files": sorted(results["models"])}
+
+
+def _write_verdict(out: Path, run: Path, stage: str, results: dict[str, Any], verdicts: list[Verdict]) -> None:
+    """Write what follows from the verdicts on a benchmark's stage: JUnit XML, JSON and the report."""
+    from crqat.pipeline.gate import rules
+    from crqat.pipeline.report import html as report
+
+    (out / JUNIT).write_text(rules.junit(verdicts, run.name), "utf-8")
+    judged = {"schema_version": 1, "exit_code": rules.exit_code(verdicts), "rules": [asdict(v) for v in verdicts]}
+    (out / VERDICT).write_text(json.dumps(judged, indent=1), "utf-8")
+    (out / REPORT).write_text(report.render(run, results, verdicts, others=_others(run, stage)), "utf-8")
+
+
+def _others(run: Path, own: str) -> list[dict[str, Any]]:
+    """Results of the same export from other devices; what is damaged or of an older export is left out."""
+    found = []
+    for path in sorted(run.glob("benchmark*")):
+        if path.name == own:
+            continue
+        try:
+            staleness.check_parent(run, run_directory.verify_stage(path))
+            found.append(read_results(path / RESULTS))
+        except CrqatError:
+            continue
+    return found
+
+
+def _run_stage(
+    stage: str,
+    config: recipe.Recipe,
+    runs: Path,
+    force: bool,
+    inputs: dict[str, str],
+    fill: Callable[[Path], dict[str, Any]],
+    after: Callable[[], dict[str, str]] | None = None,
+) -> Path:
+    """Make a stage unless it is up to date; say why one that is there is made again, before anything begins.
+
+    Args:
+        stage: Its name.
+        config: The recipe.
+        runs: The directory of all runs.
+        force: Make it in any case.
+        inputs: What its result depends on beside the recipe and the stage before.
+        fill: Fills its directory and returns the manifest's payload.
+        after: The inputs once it is filled, where filling completes them.
+    """
+    run, key = runs / config.name, staleness.key_of(stage, config, runs, inputs)
+    directory = run / stage
+    if directory.exists():
+        reasons = ["--force was given"] if force else []
+        with contextlib.suppress(*([CrqatError] if force else [])):  # whatever is there, --force replaces it
+            made = run_directory.read_manifest(directory)
+            if not force and made.key == key:
+                run_directory.verify_stage(directory)
+                console.say(f"{stage} is up to date")
+                return directory
+            reasons = staleness.why_again(config, runs, made, key, inputs) or reasons
+        console.say(console.printable(f"{stage}: again, since {', '.join(reasons)}"))
+    parent, environment = staleness.parent_hash(stage, config, runs), staleness.environment(config)
+    manifest = run_directory.Manifest(stage, key, parent, recipe.resolved(config), environment, inputs=inputs)
+    with run_directory.write_stage(run, manifest) as out:
+        manifest.payload = fill(out)
+        manifest.environment["device"] = manifest.payload.get("device", "cpu")
+        if after is not None:
+            manifest.inputs = after()
+            manifest.key = staleness.key_of(stage, config, runs, manifest.inputs)
+    return directory

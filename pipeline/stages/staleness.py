@@ -1,0 +1,382 @@
+"""What each stage of a run depends on: its recipe's keys, the stage before it, files and versions."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import platform
+from collections.abc import Iterable
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from crqat.core import run_directory
+from crqat.core.errors import UsageError
+from crqat.core.field_bounds import user_path
+from crqat.core.progress import Progress, quiet
+from crqat.pipeline import console
+from crqat.pipeline.recipe import recipe
+from crqat.pipeline.stages import disk, imports
+from crqat.train.config import FILE_SOURCES, source_kind
+
+STAGES = ("train", "export", "benchmark")
+PARENTS = {"train": None, "export": "train", "benchmark": "export", "sensitivity": "train"}
+# The keys of a recipe that a stage's result depends on; the stage before it brings in its own.
+KEYS = {
+    "train": (
+        "seed",
+        "targets",
+        "device",
+        "compile",
+        "data",
+        "model",
+        "float",
+        "quantization",
+        "qat",
+        "consistency",
+    ),
+    "export": ("name", "export"),
+    "benchmark": ("benchmark",),
+    "sensitivity": ("name",),
+}
+# Of a section: what only the gate reads.
+_JUDGED = {"model": ("accuracy",)}
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+# The libraries that compute a stage's result; what a recipe brings in is added to them.
+_LIBRARIES = {
+    "train": ("torch", "nncf"),
+    "export": ("torch", "onnx", *_RUNTIMES),
+    "benchmark": _RUNTIMES,
+    "sensitivity": ("torch", "nncf"),
+}
+_LIBRARIES_OF_SOURCE = {
+    "digits": ("scikit-learn",),
+    "cifar10": ("torchvision",),
+    "cifar100": ("torchvision",),
+    "imagefolder": ("pillow",),
+    "webdataset": ("pillow",),
+    "huggingface": ("pillow", "datasets"),
+}
+_LIBRARIES_OF_MODEL = {
+    "cifar/resnet18": ("torchvision",),
+    "cifar/mobilenet_v2": ("torchvision",),
+    "torchvision": ("torchvision",),
+    "timm": ("timm",),
+}
+# How an input's name begins; all but these are settings, which say how a stage was asked for.
+_VERSION, _FILE, _DATA = "version ", "file ", "data "
+OLD = "made by an older crqat that did not note the versions and data it depends on; `crqat run` makes it anew"
+_DISTRIBUTIONS = (
+    "crqat-edge",
+    "torch",
+    "torchvision",
+    "nncf",
+    "onnx",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "openvino",
+    "numpy",
+    "tensorrt",
+    "tensorrt-rtx",
+    "tensorrt-rtx-cu13",
+)
+
+
+def kind(stage: str) -> str:
+    """Of a stage's name: benchmark@DEVICE is a benchmark."""
+    return stage.partition("@")[0]
+
+
+def current(config: recipe.Recipe, runs: Path, stage: str) -> run_directory.Manifest:
+    """The manifest of a stage that is intact and follows from this recipe and from the current stages before it.
+
+    It must also have been made with the data, the files and, on the machine where it was made, the versions that are
+    here. What is not here at all cannot be compared, and does not count. Of a stage that an older crqat made, which
+    noted none of this, a line says so.
+
+    Raises:
+        UsageError: It is not; the message names the stage to run.
+    """
+    run = runs / config.name
+    manifest, values = run_directory.verify_stage(run / stage), recipe.resolved(config)
+    made = {key: recipe.completed(key, manifest.config.get(key)) for key in KEYS[kind(stage)]}
+    changed = [key for key, value in made.items() if _computed_from(key, value) != _computed_from(key, values[key])]
+    if changed:
+        msg = (
+            f"{run / stage}: made with another `{changed[0]}` than this recipe's; "
+            f"run `crqat {run_directory.command(stage)}` first, with the same recipe and --set"
+        )
+        raise UsageError(msg)
+    check_parent(run, manifest)
+    if manifest.inputs is None:
+        console.say(f"{run / stage}: {OLD}")
+    else:
+        check_inputs(config, runs, manifest, run / stage)
+    parent = PARENTS[kind(stage)]
+    if parent is not None:
+        current(config, runs, parent)
+    return manifest
+
+
+def check_inputs(config: recipe.Recipe, runs: Path, manifest: run_directory.Manifest, directory: Path) -> None:
+    """Check that a stage was made with the data, files and versions that are here.
+
+    Raises:
+        UsageError: It was made with others; the message says with which.
+    """
+    again = run_directory.command(manifest.stage)
+    here = inputs(manifest.stage, config, runs, missing_ok=True)
+    there = {
+        name: value
+        for name, value in (manifest.inputs or {}).items()
+        if name.startswith(_VERSION) or (name.startswith((_FILE, _DATA)) and here.get(name, disk.ABSENT) != disk.ABSENT)
+    }
+    if manifest.environment.get("machine") != platform.node():
+        # This machine's versions say nothing of another's.
+        here, there = (
+            {name: value for name, value in side.items() if not name.startswith(_VERSION)} for side in (here, there)
+        )
+    changes = changes_of(there, {name: value for name, value in here.items() if value != disk.ABSENT})
+    if changes:
+        msg = f"{directory}: stale, since {', '.join(changes)}; run `crqat {again}` again"
+        raise UsageError(msg)
+
+
+def check_parent(run: Path, manifest: run_directory.Manifest) -> None:
+    """Check that a stage was made from the current version of the stage before it.
+
+    Raises:
+        UsageError: It was made from an older one.
+    """
+    if kind(manifest.stage) not in PARENTS:
+        msg = f"{run}: holds a stage {manifest.stage}, which is none of crqat's; was it copied from elsewhere?"
+        raise UsageError(msg)
+    parent = PARENTS[kind(manifest.stage)]
+    if parent is None:
+        return
+    run_directory.read_manifest(run / parent)
+    if manifest.parent != run_directory.manifest_hash(run / parent):
+        again = run_directory.command(manifest.stage)
+        msg = f"{run / manifest.stage}: stale, made from an older {parent}; run `crqat {again}` again"
+        raise UsageError(msg)
+
+
+def inputs(
+    stage: str, config: recipe.Recipe, runs: Path, progress: Progress = quiet, missing_ok: bool = False
+) -> dict[str, str]:
+    """What a stage's result depends on beside the recipe and the stage before: versions, files and data, by name.
+
+    Args:
+        stage: Its name.
+        config: The recipe.
+        runs: The directory of all runs, where hashes are remembered.
+        progress: Told of data that has to be read.
+        missing_ok: Leave out files that are not there instead of refusing.
+
+    Raises:
+        UsageError: A file that the recipe names is not there.
+        ToolError: It cannot be read.
+    """
+    found = {f"{_VERSION}{name}": version for name, version in versions(stage, config).items()}
+    if stage != "train":
+        return found
+    for path, key, fix in recipe_files(config):
+        if path.is_file():
+            found[f"{_FILE}{path}"] = run_directory.sha256_file(path)
+        elif not missing_ok:
+            msg = f"{path}: {key}; {fix}" if fix else f"{path}: {key}"
+            raise UsageError(msg)
+    for name, path in own_modules(config).files.items():
+        found[f"{_FILE}{name}"] = run_directory.sha256_file(path)
+    root = data_root(config)
+    if root is not None:
+        found[f"{_DATA}{root}"] = str(disk.disk_state(root, runs, progress))
+    return found
+
+
+def recipe_files(config: recipe.Recipe) -> list[tuple[Path, str, str]]:
+    """The files that a recipe names; with each what is wrong where it is not there, and what to do."""
+    files = []
+    if config.model.weights not in (None, "pretrained"):
+        path = user_path(config.model.weights, "model.weights")
+        files.append((path, f"no such weights file (model.weights, relative to {Path.cwd()})", ""))
+    if config.model.nncf is not None:
+        folder = user_path(config.model.nncf, "model.nncf")
+        found = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json")] or [folder]
+        wrong = "no such folder, or nothing in it (model.nncf)"
+        files += [(path, wrong, "make it by `crqat nncf import`") for path in found]
+    return files
+
+
+def own_modules(config: recipe.Recipe) -> imports.Imports:
+    """The user's own modules that a recipe's functions lie in or import, found without importing them."""
+    files: dict[str, Path] = {}
+    packages: frozenset[str] = frozenset()
+    for name in (config.data.source, config.data.unlabeled, config.model.name):
+        module, colon, _ = (name or "").partition(":")
+        if colon and source_kind(name) != "huggingface":
+            found = imports.imports_of(module)
+            files |= found.files
+            packages |= found.packages
+    return imports.Imports(files, packages)
+
+
+def data_root(config: recipe.Recipe) -> Path | None:
+    """The folder whose files a training depends on: of stored images, or what a data function is given.
+
+    None of CIFAR, whose files are compared with the published hashes where they are read.
+    """
+    kinds = {source_kind(name) for name in (config.data.source, config.data.unlabeled)}
+    hashed = bool(kinds & set(FILE_SOURCES)) or any(name is not None and ":" in name for name in kinds)
+    return user_path(config.data.root, "data.root") if hashed and config.data.root is not None else None
+
+
+def data_after(config: recipe.Recipe, runs: Path, before: dict[str, str], state: disk.DiskState) -> dict[str, str]:
+    """The inputs of a training whose data has come to be, or was completed, while its own source was read.
+
+    Args:
+        config: The recipe.
+        runs: The directory of all runs.
+        before: The inputs as the stage began.
+        state: What the data's folder held then.
+    """
+    root = data_root(config)
+    if root is None:
+        return before
+    now = disk.disk_state(root, runs)
+    by_function = any(":" in (source_kind(name) or "") for name in (config.data.source, config.data.unlabeled))
+    if now != state and (not state.files or (by_function and now.holds(state))):
+        return {**before, f"{_DATA}{root}": str(now)}
+    return before
+
+
+def versions(stage: str, config: recipe.Recipe) -> dict[str, str]:
+    """The versions of the libraries that compute a stage's result; none of a board's, which are that board's own."""
+    if "@" in stage:
+        return {}
+    names = list(_LIBRARIES[stage])
+    found: dict[str, str] = {}
+    if stage == "train":
+        for source in (config.data.source, config.data.unlabeled):
+            names += _LIBRARIES_OF_SOURCE.get(source_kind(source) or "", ())
+        names += _LIBRARIES_OF_MODEL.get(config.model.name, ())
+        names += _LIBRARIES_OF_MODEL.get(config.model.name.partition("/")[0], ())
+        found |= imports.versions(own_modules(config).packages)
+    if stage == "benchmark" and (config.benchmark.openvino or "openvino" in config.benchmark.require):
+        names.append("openvino")
+    if stage in ("export", "benchmark"):
+        from crqat.runtime_eval.trt import versions as tensorrt_api
+
+        builder = tensorrt_api.choose()
+        if builder is not None:
+            found[builder] = tensorrt_api.installed(builder) or ""
+    return dict(sorted((found | _installed(names)).items()))
+
+
+def _installed(names: Iterable[str]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def changes_of(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """What differs between the inputs of a stage then and now, each in a few plain words."""
+    changes = []
+    for name in sorted(before | now, key=lambda name: (not name.startswith(_VERSION), name)):
+        old, new = before.get(name), now.get(name)
+        if old == new:
+            continue
+        if name.startswith((_FILE, _DATA)):
+            what = name.partition(" ")[2]
+            if new is None or new == disk.ABSENT:
+                changes.append(f"{what} is gone")
+            elif old is None or old == disk.ABSENT:
+                changes.append(f"{what} is new")
+            else:
+                counts = [value.partition(" files")[0] for value in (old, new)]
+                several = name.startswith(_DATA) and counts[0] != counts[1]
+                changes.append(f"{what} changed" + (f" ({counts[0]} -> {counts[1]} files)" if several else ""))
+        else:
+            absent = "not installed" if name.startswith(_VERSION) else "none"
+            changes.append(f"{name.removeprefix(_VERSION)} {old or absent} -> {new or absent}")
+    return changes
+
+
+def why_again(
+    config: recipe.Recipe, runs: Path, manifest: run_directory.Manifest, key: str, now: dict[str, str]
+) -> list[str]:
+    """Why a stage that was made has to be made again, in plain words; empty if it is up to date.
+
+    Args:
+        config: The recipe.
+        runs: The directory of all runs.
+        manifest: Of the stage as it was made.
+        key: What its key would be now.
+        now: What its inputs are now.
+    """
+    if manifest.key == key:
+        return []
+    reasons = []
+    values = recipe.resolved(config)
+    for name in KEYS[kind(manifest.stage)]:
+        old = _computed_from(name, recipe.completed(name, manifest.config.get(name)))
+        reasons += _differing(name, old, _computed_from(name, values[name]))
+    if manifest.parent != parent_hash(manifest.stage, config, runs):
+        reasons.append(f"{PARENTS[kind(manifest.stage)]} was made anew")
+    recorded = manifest.environment.get("versions")
+    old, new = (recorded if isinstance(recorded, dict) else {}).get("crqat-edge"), metadata.version("crqat-edge")
+    if old != new:
+        reasons.append(f"crqat-edge {old} -> {new}")
+    if manifest.inputs is None:
+        return [*reasons, f"it was {OLD.partition(';')[0]}"]
+    return [*reasons, *changes_of(manifest.inputs, now)] or ["its key is another one"]
+
+
+def _differing(name: str, old: Any, new: Any) -> list[str]:
+    """The recipe's keys below one that have another value now."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [text for key in new for text in _differing(f"{name}.{key}", old.get(key), new[key])]
+    return [] if old == new else [f"{name} {_shown(old)} -> {_shown(new)}"]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _computed_from(key: str, value: Any) -> Any:
+    """A section of a recipe without what only the gate reads."""
+    left_out = _JUDGED.get(key, ())
+    return {name: entry for name, entry in value.items() if name not in left_out} if isinstance(value, dict) else value
+
+
+def environment(config: recipe.Recipe) -> dict[str, Any]:
+    """What a result may depend on beside the recipe."""
+    return {
+        "versions": {**_installed(_DISTRIBUTIONS), "python": platform.python_version()},
+        "git_revision": run_directory.git_revision(Path.cwd()),
+        "platform": platform.platform(),
+        "machine": platform.node(),
+        "seed": config.seed,
+    }
+
+
+def parent_hash(stage: str, config: recipe.Recipe, runs: Path) -> str | None:
+    """Hash of the manifest of the stage before; None of the first."""
+    parent = PARENTS[kind(stage)]
+    return None if parent is None else run_directory.manifest_hash(runs / config.name / parent)
+
+
+def key_of(stage: str, config: recipe.Recipe, runs: Path, inputs: dict[str, str]) -> str:
+    """Hash of everything that a stage's result depends on."""
+    values = recipe.resolved(config)
+    return run_directory.hash_json(
+        {
+            "config": {name: _computed_from(name, values[name]) for name in KEYS[kind(stage)]},
+            "parent": parent_hash(stage, config, runs),
+            "version": metadata.version("crqat-edge"),
+            "inputs": inputs,
+        }
+    )

@@ -1,0 +1,278 @@
+"""The board's side of `crqat.runtime_eval.board.ssh`: a job directory and the process that works in it.
+
+One file of standard library, because it is sent over ssh and run before anything else is on the board. Each call is one
+command. It prints JSON lines: ``{}`` every few seconds for as long as it works, so that silence means a lost
+connection; what it has to tell on the way; and ``{"result": ...}`` or ``{"error": "text"}`` at the end.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+JOBS = Path(".cache") / "crqat" / "jobs"  # in the home directory
+FOLDER = "crqat-bundle"
+# numpy, and one of these to run files.
+RUNTIMES = ("onnxruntime", "tensorrt")
+_HEARTBEAT_SECONDS = 5.0
+_POLL_SECONDS = 1.0  # seldom, because a latency is being measured
+_CHUNK = 1 << 20
+# The exit code appears in one step and after everything else: whoever sees it sees a finished job.
+_SCRIPT = 'code=$1; shift; "$@"; echo $? >"$code.part" && mv "$code.part" "$code"'
+# As `crqat.core.errors.ToolError`'s, which is not on the board yet. 1 is what Python ends with by itself.
+_FAILED = 3
+_speaking = threading.Lock()
+
+
+def say(message: dict[str, Any]) -> None:
+    """One line to the other side; without one there is nothing left to do."""
+    with _speaking:
+        try:
+            sys.stdout.write(json.dumps(message) + "\n")
+            sys.stdout.flush()
+        except OSError:
+            os._exit(_FAILED)
+
+
+def _heartbeat() -> None:
+    while True:
+        time.sleep(_HEARTBEAT_SECONDS)
+        say({})
+
+
+@contextmanager
+def _locked(job: Path) -> Iterator[None]:
+    """Two callers must not start the same job."""
+    job.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(job / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _boot() -> str:
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _started(pid: int) -> str | None:
+    """When a process that lives was started, in the kernel's ticks: together with its id no other process has it."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else fields[19]
+
+
+def state(job: Path) -> dict[str, Any]:
+    """What became of a job.
+
+    Returns:
+        {"state": "absent" | "running" | "finished" | "dead", "code": exit code if finished, "reason": text if dead,
+        "unpacked": whether its bundle is there, "missing": packages that this Python lacks}.
+    """
+    found = {
+        "unpacked": (job / FOLDER).is_dir(),
+        "missing": _missing(),
+    }
+    return {**found, **_progress(job)}
+
+
+def _missing() -> list[str]:
+    there = {name for name in ("numpy", *RUNTIMES) if importlib.util.find_spec(name) is not None}
+    return [*({"numpy"} - there), *([] if there.intersection(RUNTIMES) else RUNTIMES[:1])]
+
+
+def _progress(job: Path) -> dict[str, Any]:
+    # Asked twice whether it is finished: it may have ended between the first two questions.
+    return _finished(job) or _running(job) or _finished(job) or _dead(job) or {"state": "absent"}
+
+
+def _finished(job: Path) -> dict[str, Any] | None:
+    try:
+        return {"state": "finished", "code": int((job / "code").read_text())}
+    except FileNotFoundError:
+        return None
+
+
+def _running(job: Path) -> dict[str, Any] | None:
+    process = _process(job)
+    if process is None or process["started"] is None or process["boot"] != _boot():
+        return None
+    return {"state": "running"} if _started(process["pid"]) == process["started"] else None
+
+
+def _dead(job: Path) -> dict[str, Any] | None:
+    process = _process(job)
+    if process is None:
+        return None
+    reason = "its process is gone" if process["boot"] == _boot() else "the board was restarted"
+    return {"state": "dead", "reason": reason}
+
+
+def _process(job: Path) -> dict[str, Any] | None:
+    try:
+        recorded: dict[str, Any] = json.loads((job / "process.json").read_text())
+    except FileNotFoundError:
+        return None
+    return recorded
+
+
+def received(job: Path, sha256: str) -> int:
+    """Bytes of an archive that are here already."""
+    path = job / f"{sha256}.tar.gz"
+    return path.stat().st_size if path.is_file() else 0
+
+
+def receive(job: Path, sha256: str, offset: str) -> int:
+    """Write standard input into the archive from a position on, and give its size.
+
+    By position, so that bytes which arrive twice, over the old connection and the new, do no harm.
+    """
+    job.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(job / f"{sha256}.tar.gz", os.O_WRONLY | os.O_CREAT, 0o600)
+    with os.fdopen(descriptor, "wb") as out:
+        out.seek(int(offset))
+        while chunk := sys.stdin.buffer.read(_CHUNK >> 2):
+            out.write(chunk)
+            out.flush()
+            say({"received": out.tell()})
+    return received(job, sha256)
+
+
+def start(job: Path, sha256: str) -> dict[str, Any]:
+    """Unpack the archive, if that was not done, and start the work, if it neither runs nor is done.
+
+    Raises:
+        ValueError: The archive is not the one that was sent.
+    """
+    with _locked(job):
+        found = state(job)
+        if found["state"] in ("running", "finished"):
+            return found
+        if not found["unpacked"]:
+            _unpack(job, sha256)
+        for name in ("code", "process.json", "log", "results.json"):
+            (job / name).unlink(missing_ok=True)
+        _launch(job)
+        return state(job)
+
+
+def _unpack(job: Path, sha256: str) -> None:
+    archive, digest, part = job / f"{sha256}.tar.gz", hashlib.sha256(), job / "unpacking"
+    with archive.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    if digest.hexdigest() != sha256:
+        archive.unlink()
+        msg = "the bundle was damaged on its way; run the same command again"
+        raise ValueError(msg)
+    shutil.rmtree(part, ignore_errors=True)
+    with tarfile.open(archive) as members:  # made by the sender's crqat, as its hash says
+        if hasattr(tarfile, "data_filter"):  # not in the first releases of 3.10
+            members.extraction_filter = tarfile.data_filter
+        members.extractall(part)  # noqa: S202
+    (part / FOLDER).rename(job / FOLDER)
+    part.rmdir()
+    archive.unlink()
+
+
+def _launch(job: Path) -> None:
+    work = [sys.executable, "-m", "runtime_eval", ".", "--out", str(job / "results.json")]
+    with (job / "log").open("wb") as log:
+        process = subprocess.Popen(
+            ["nohup", "sh", "-c", _SCRIPT, "sh", str(job / "code"), *work],
+            cwd=job / FOLDER,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # as setsid does: the end of the connection is not its end
+        )
+    part = job / "process.json.part"
+    part.write_text(json.dumps({"pid": process.pid, "started": _started(process.pid), "boot": _boot()}))
+    part.replace(job / "process.json")
+
+
+def follow(job: Path, offset: str) -> dict[str, Any]:
+    """Tell of the log from a byte offset on until the job is over, and give its state without what it has."""
+    position = int(offset)
+    while True:
+        found = _progress(job)
+        with suppress(FileNotFoundError), (job / "log").open("rb") as log:
+            log.seek(position)
+            while chunk := log.read(_CHUNK):
+                over = found["state"] != "running"
+                lines = chunk if over else chunk[: chunk.rfind(b"\n") + 1]
+                if not lines:
+                    break
+                position += len(lines)
+                log.seek(position)
+                say({"log": lines.decode(errors="replace"), "offset": position})
+        if found["state"] != "running":
+            return found
+        time.sleep(_POLL_SECONDS)
+
+
+def fetch(job: Path) -> str:
+    """The results file."""
+    return (job / "results.json").read_text()
+
+
+def clean(job: Path) -> None:
+    """End the job, if it runs, and remove everything of it."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        end = time.monotonic() + 5
+        process = _process(job)
+        if process is not None and _running(job):
+            with suppress(ProcessLookupError):
+                os.killpg(process["pid"], number)
+        while _running(job) and time.monotonic() < end:
+            time.sleep(0.05)
+    if job.exists():
+        shutil.rmtree(job)
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError | ValueError | tarfile.TarError):
+        return str(error) or type(error).__name__
+    return f"internal error: {type(error).__name__}: {error}"
+
+
+_COMMANDS = {function.__name__: function for function in (state, received, receive, start, follow, fetch, clean)}
+
+
+def main() -> int:
+    """Run the command that the arguments name: COMMAND JOB ARGUMENTS."""
+    threading.Thread(target=_heartbeat, daemon=True).start()
+    try:
+        command, name, *arguments = sys.argv[1:]
+        if len(name) != 64 or set(name) - set("0123456789abcdef"):
+            msg = f"{name!r} is no job"
+            raise ValueError(msg)
+        result = _COMMANDS[command](Path.home() / JOBS / name, *arguments)
+    except Exception as error:  # the other side tells the user, in one line
+        say({"error": _reason(error)})
+        return _FAILED
+    say({"result": result})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Whether this CPU computes the integer codes that the export's simulator expects, counted on the file that ships.
+
+The expectation is an .npz file without pickled objects: `images`, float32 [N, C, H, W], normalized; `names` of the
+tensors of codes, and `codes`, uint8, their bytes one after the other; `left_out`, how many tensors hold codes that
+another correct float computation may round otherwise; `outputs`, uint8, an ONNX model of these tensors as outputs and
+nothing else. Protobuf merges messages that follow each other, so the model's own bytes and `outputs` behind them are
+the same model with its codes shown, and a board needs no onnx to see them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+
+from crqat.core.errors import ToolError
+
+PASSED = "passed"
+_KEYS = ("images", "names", "codes", "left_out", "outputs")
+MAX_BYTES = 2**30  # of all arrays, unpacked
+
+
+def check_codes(model: Path, expected: Path, threads: int) -> dict[str, Any]:
+    """Run a model on the CPU with its codes shown and count those that are not the expected ones.
+
+    Args:
+        model: The ONNX file, with "input" and "logits".
+        expected: What `crqat.export.verification.expected_codes.expected_codes` wrote for it.
+        threads: Threads within one operator.
+
+    Returns:
+        {"status": "passed" | "failed: ...", "images", "tensors", "left_out", "codes", "differing"}.
+
+    Raises:
+        ToolError: The expectation does not fit the model, or ONNX Runtime refuses it.
+    """
+    arrays = read(expected)
+    names, codes, images = [str(name) for name in arrays["names"]], arrays["codes"], arrays["images"]
+    content = model.read_bytes()
+    logits, *theirs = _run(content + arrays["outputs"].tobytes(), ["logits", *names], images, threads)
+    (shipped,) = _run(content, ["logits"], images, threads)
+    raw = [np.ascontiguousarray(tensor).reshape(-1).view(np.uint8) for tensor in theirs]
+    if sum(tensor.size for tensor in raw) != codes.size:
+        msg = f"{expected.name} holds {codes.size} codes, {model.name} computes another number; export again"
+        raise ToolError(msg)
+    parts = np.split(codes, np.cumsum([tensor.size for tensor in raw])[:-1])
+    wrong = {
+        name: int((own != part).sum()) for name, own, part in zip(names, raw, parts, strict=True) if (own != part).any()
+    }
+    differing = sum(wrong.values())
+    status = PASSED
+    if differing:
+        status = f"failed: {differing} of {codes.size} codes differ, first in {next(iter(wrong))}"
+    elif not np.array_equal(logits, shipped):
+        # Then it is another computation that was looked at.
+        status = "failed: with its codes shown the file computes other logits than as it ships"
+    return {
+        "status": status,
+        "images": len(images),
+        "tensors": len(names),
+        "left_out": int(arrays["left_out"]),
+        "codes": codes.size,
+        "differing": differing,
+    }
+
+
+def read(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """The arrays of an expectation by their keys.
+
+    Raises:
+        ToolError: It holds something else, or more than `MAX_BYTES`.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            # A few compressed bytes may be more than the memory holds; no more is read than the archive says.
+            if sum(entry.file_size for entry in stored.zip.infolist()) > MAX_BYTES:
+                msg = f"unpacked it is larger than {MAX_BYTES // 2**20} MiB"
+                raise ValueError(msg)
+            arrays = {key: stored[key] for key in _KEYS}
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # bytes of another kind of file
+                msg = "a member is no array"
+                raise ValueError(msg)
+    except Exception as error:  # a zip file that is none fails in many ways
+        msg = f"{path.name}: no expected codes ({type(error).__name__}: {error}); export again"
+        raise ToolError(msg) from error
+    kinds = [arrays[key].dtype for key in ("images", "codes", "outputs")]
+    if kinds != [np.float32, np.uint8, np.uint8] or not arrays["codes"].size or not arrays["names"].size:
+        msg = f"{path.name}: no expected codes; export again"
+        raise ToolError(msg)
+    return arrays
+
+
+def _run(model: bytes, outputs: list[str], images: npt.NDArray[np.float32], threads: int) -> list[npt.NDArray[Any]]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3
+    try:
+        session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        results: list[npt.NDArray[Any]] = session.run(outputs, {"input": images})
+    except Exception as error:  # ONNX Runtime's own exception classes share no public base
+        msg = f"ONNX Runtime does not show the file's codes: {error}"
+        raise ToolError(msg) from error
+    return results

@@ -1,0 +1,168 @@
+"""The parent's side of a `crqat.runtime_eval.measure.worker`: whatever happens to that process becomes one line."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from crqat.core import failures
+from crqat.core.errors import ToolError
+from crqat.runtime_eval.config import BenchmarkConfig
+
+RUNTIME, OPENVINO = "onnxruntime", "openvino"
+# The suffix of a TensorRT engine's file.
+PLAN = ".plan"
+# The worker's working directory: `python -m` searches it first, so it finds these packages and nothing of the user's.
+PACKAGES = Path(__file__).parents[3]
+
+
+class Worker:
+    """One model in its own process: a context manager, in whose body the model is loaded.
+
+    Entering it and every method raise `ToolError`, which names the model, the runtime and the cause, if the process
+    dies, is silent for longer than the time limit or says that the model failed; the process is gone then.
+
+    Args:
+        model: The ONNX file, or a TensorRT plan.
+        images: The test images' .npy file, uint8 [N, C, H, W].
+        config: Provider, threads and time limit.
+        runtime: What runs an ONNX file: "onnxruntime" or "openvino".
+
+    Attributes:
+        runtime: "onnxruntime", "openvino" or "tensorrt".
+        version: Of the runtime.
+        provider: The execution provider or device that runs the model.
+        classes: How many the model tells apart.
+        int8_layers: See `crqat.runtime_eval.runners.openvino.OpenVINORunner.describe`; None in another runtime.
+    """
+
+    runtime: str
+    version: str
+    provider: str
+    classes: int
+    int8_layers: dict[str, Any] | None
+
+    def __init__(self, model: Path, images: Path, config: BenchmarkConfig, runtime: str = RUNTIME) -> None:
+        self._name = model.name
+        self.runtime = "tensorrt" if model.suffix == PLAN else runtime
+        self._limit = config.time_limit_seconds
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (`close` closes it)
+        arguments = [str(model.resolve()), str(images.resolve()), self.runtime, config.provider]
+        arguments += [str(config.threads), str(int(config.cuda_graph))]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "crqat.runtime_eval.measure.worker", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            cwd=PACKAGES,
+        )
+        # None ends it. A thread, because a pipe cannot be read with a time limit on every system.
+        self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None  # noqa: S101 (a pipe was asked for; this tells mypy)
+        for line in self._process.stdout:
+            self._lines.put(line)
+        self._lines.put(None)
+
+    def __enter__(self) -> Worker:
+        try:
+            opened = self._wait(self._limit)
+        except BaseException:  # an interrupt too must not leave the process behind
+            self._close()
+            raise
+        self.version, self.provider, self.classes = opened["version"], opened["provider"], opened["classes"]
+        self.int8_layers = opened["int8_layers"]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close()
+
+    def latency(self, warm_up_seconds: float, seconds: float) -> tuple[list[float], list[float]]:
+        """Seconds of each inference at batch 1, measured for `seconds` after `warm_up_seconds`.
+
+        Returns:
+            From end to end, and of the device's computation alone, which is empty where the runtime does not tell.
+        """
+        limit = self._limit + warm_up_seconds + seconds
+        command = {"command": "latency", "warm_up_seconds": warm_up_seconds, "seconds": seconds}
+        samples, computed = self._ask(command, limit)
+        return samples, computed
+
+    def memory(self) -> int | None:
+        """Peak resident bytes of the process so far; None where the system does not tell."""
+        peak: int | None = self._ask({"command": "memory"}, self._limit)
+        return peak
+
+    def accuracy(self, batch: int, out: Path, progress: Callable[[int, int], None]) -> None:
+        """Write each image's best classes to `out`, .npy int64 [N, min(5, classes)]; `progress` gets done and total."""
+        self._ask({"command": "accuracy", "batch": batch, "out": str(out.resolve())}, self._limit, progress)
+
+    def codes(self, expected: Path) -> dict[str, Any]:
+        """What `crqat.runtime_eval.measure.codes.check_codes` counts on this CPU."""
+        counted: dict[str, Any] = self._ask({"command": "codes", "expected": str(expected.resolve())}, self._limit)
+        return counted
+
+    def _close(self) -> None:
+        """End the process, whatever state it is in, and reap it."""
+        self._process.kill()
+        self._process.wait()
+        self._reader.join()
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(BrokenPipeError):  # an unsent command of a process that is gone
+                if pipe is not None:
+                    pipe.close()
+        self._errors.close()
+
+    def _ask(self, command: dict[str, Any], limit: float, progress: Callable[[int, int], None] | None = None) -> Any:
+        assert self._process.stdin is not None  # noqa: S101 (as above)
+        with contextlib.suppress(BrokenPipeError):  # it died; `_wait` finds out of what
+            self._process.stdin.write(json.dumps(command) + "\n")
+            self._process.stdin.flush()
+        return self._wait(limit, progress)
+
+    def _wait(self, limit: float, progress: Callable[[int, int], None] | None = None) -> Any:
+        while True:
+            try:
+                line = self._lines.get(timeout=limit)
+            except queue.Empty:
+                cause = f"no answer for {limit:g} s, taken for hung and killed"
+                raise self._failure(cause) from None
+            if line is None or not line.endswith("\n"):  # half a line: it died in the middle of an answer
+                raise self._failure(self._death())
+            answer = json.loads(line)
+            if "error" in answer:
+                raise self._failure(" ".join(answer["error"].split()))
+            if "result" in answer:
+                return answer["result"]
+            if progress is not None:
+                progress(*answer["progress"])
+
+    def _death(self) -> str:
+        """Why a process that ended by itself did."""
+        code = self._process.wait()
+        cause = (
+            f"its process was ended by {failures.signal_name(-code)}" if code < 0 else f"its process exited with {code}"
+        )
+        self._errors.seek(0)
+        words = self._errors.read().decode(errors="replace").split("\n")
+        last = next((line.strip() for line in reversed(words) if line.strip()), None)
+        return f"{cause}, last words: {last}" if last else cause
+
+    def _failure(self, cause: str) -> ToolError:
+        self._close()
+        return ToolError(f"{self._name} in {self.runtime}: {cause}")

@@ -1,0 +1,113 @@
+"""What must be known of an ONNX file before a runtime gets it, read without onnx: a board may have TensorRT alone.
+
+An ONNX file is one protobuf message, and what is not asked for is skipped by its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from crqat.core.errors import UsageError
+
+# Numbers of onnx.proto: ModelProto.metadata_props, StringStringEntryProto.key and .value.
+_METADATA, _KEY, _VALUE = 14, 1, 2
+# Likewise: where tensors can be, by kind of message: number of the field, and what kind it holds.
+_PATHS = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "function": {7: "node"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+_TENSOR_NAME, _EXTERNAL_DATA = 8, 13
+# Protobuf's wire types. ONNX files have no groups, but a reader passes over them: what is in one counts as outside it.
+_VARINT, _FIXED64, _BYTES, _START_GROUP, _END_GROUP, _FIXED32 = range(6)
+
+
+def read(path: Path) -> dict[str, str]:
+    """The metadata, strings by name.
+
+    Raises:
+        UsageError: The file cannot be read or is no protobuf message.
+    """
+    try:
+        content = memoryview(path.read_bytes())
+        entries = [dict(_fields(value)) for number, value in _fields(content) if number == _METADATA]
+        return {str(entry.get(_KEY, b""), "utf-8"): str(entry.get(_VALUE, b""), "utf-8") for entry in entries}
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise UsageError(msg) from error
+    except (IndexError, ValueError) as error:
+        msg = f"{path}: not an ONNX file, or a truncated one"
+        raise UsageError(msg) from error
+
+
+def external_tensor(path: Path) -> str | None:
+    """The name of a tensor that lies in another file, None if there is none.
+
+    ONNX Runtime and TensorRT would open that file, wherever its path leads; no manifest has its hash.
+
+    Raises:
+        UsageError: The file cannot be read or is no protobuf message.
+    """
+    try:
+        return _external(memoryview(path.read_bytes()), "model")
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise UsageError(msg) from error
+    except (IndexError, ValueError, RecursionError) as error:
+        msg = f"{path}: not an ONNX file, or a truncated one"
+        raise UsageError(msg) from error
+
+
+def _external(message: memoryview, kind: str) -> str | None:
+    if kind == "tensor":
+        fields = dict(_fields(message))
+        return str(fields.get(_TENSOR_NAME, b""), "utf-8") if _EXTERNAL_DATA in fields else None
+    inner = _PATHS[kind]
+    found = (_external(value, inner[number]) for number, value in _fields(message) if number in inner)
+    return next((name for name in found if name is not None), None)
+
+
+def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Number and content of each field that holds bytes; the others are passed over."""
+    position = 0
+    while position < len(message):
+        tag, position = _varint(message, position)
+        kind, number = tag & 7, (tag & 0xFFFFFFFF) >> 3  # as protobuf cuts it
+        if kind == _VARINT:
+            _, position = _varint(message, position)
+            continue
+        if kind in (_START_GROUP, _END_GROUP):
+            continue
+        if kind == _BYTES:
+            length, position = _varint(message, position)
+        elif kind in (_FIXED64, _FIXED32):
+            length = 8 if kind == _FIXED64 else 4
+        else:
+            msg = f"wire type {kind}"
+            raise ValueError(msg)
+        if position + length > len(message):
+            msg = "a field is longer than the file"
+            raise ValueError(msg)
+        if kind == _BYTES:
+            yield number, message[position : position + length]
+        position += length
+
+
+def _varint(message: memoryview, position: int) -> tuple[int, int]:
+    """A number of variable length, and where it ends: seven bits in each byte, the lowest first."""
+    value = shift = 0
+    while True:
+        byte = message[position]
+        position += 1
+        value |= (byte & 0x7F) << shift
+        shift += 7
+        if not byte & 0x80:
+            return value, position
+        if shift == 70:
+            msg = "a number of more than ten bytes"
+            raise ValueError(msg)

@@ -1,0 +1,97 @@
+"""A TensorRT timing cache that several builds share: locked, merged, hashed, replaced in one step.
+
+With the measured times of the builds before, a build is faster and chooses the same kernels again. The file is one line
+with the SHA-256 of the rest, then TensorRT's own bytes. A cache can always be measured anew: a file that is damaged or
+belongs to another TensorRT or device is not used, and the next build replaces it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crqat.core.errors import ToolError
+from crqat.core.run_directory import replace_file
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+
+def attach(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
+    """Give a builder's configuration the cache in a file, or an empty one if the file does not fit.
+
+    Returns:
+        The cache, which must live for as long as the build.
+
+    Raises:
+        ToolError: TensorRT takes not even an empty cache, or the file cannot be locked.
+    """
+    with _locked(path):
+        content = _read(path)
+    for blob in (content, b""):
+        cache = config.create_timing_cache(blob) if blob is not None else None
+        # The mismatch is not ignored: times of another device would choose the wrong kernels.
+        if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
+            return cache
+    msg = f"{path}: TensorRT takes no timing cache"
+    raise ToolError(msg)
+
+
+def merge(config: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> str:
+    """Add what a build has measured to the file; of two builds at the same time neither loses its part.
+
+    Args:
+        config: The configuration of the build that has ended.
+        cache: What `attach` returned for it.
+        path: The file.
+
+    Returns:
+        SHA-256 of TensorRT's bytes in the file, for the record of the build.
+
+    Raises:
+        ToolError: The cache cannot be serialized, or the file cannot be written.
+    """
+    with _locked(path):
+        content = _read(path)
+        other = config.create_timing_cache(content) if content is not None else None
+        if other is not None:
+            # False for a cache of another TensorRT or device, which is replaced then.
+            cache.combine(other, ignore_mismatch=False)
+        serialized = cache.serialize()
+        if serialized is None:
+            msg = f"{path}: TensorRT does not serialize its timing cache"
+            raise ToolError(msg)
+        blob = bytes(serialized)
+        digest = hashlib.sha256(blob).hexdigest()
+        try:
+            replace_file(path, digest.encode() + b"\n" + blob)
+        except OSError as error:
+            msg = f"{path}: cannot be written: {error.strerror}"
+            raise ToolError(msg) from error
+    return digest
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the lock of a cache. It is a file beside it, since the cache itself is replaced."""
+    try:
+        file = path.with_name(f"{path.name}.lock").open("a")
+    except OSError as error:
+        msg = f"{path}: cannot be locked: {error.strerror}"
+        raise ToolError(msg) from error
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _read(path: Path) -> bytes | None:
+    """TensorRT's bytes in a cache file; None if there is none or its hash does not fit."""
+    try:
+        digest, _, blob = path.read_bytes().partition(b"\n")
+    except OSError:
+        return None
+    return blob if hashlib.sha256(blob).hexdigest().encode() == digest else None

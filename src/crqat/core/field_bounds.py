@@ -1,0 +1,44 @@
+"""What the stages' configuration classes share: strictness, bounds, paths. pydantic is not imported here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from crqat.core.errors import UsageError
+
+# Where a recipe is validated, unknown keys are errors.
+STRICT = {"extra": "forbid"}
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, for use in an ``Annotated`` type."""
+
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        """Add the bounds to the number's own schema; pydantic calls this."""
+        return {**handler(source), **{name: bound for name, bound in asdict(self).items() if bound is not None}}
+
+
+def user_path(text: str, key: str) -> Path:
+    """A path that a recipe names, with "~" and "~name" as a shell takes them.
+
+    Args:
+        text: As in the recipe.
+        key: Under which it stands there, for the message.
+
+    Raises:
+        UsageError: There is no such home directory.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        msg = f"{key}: {text}: there is no home directory for its `~`; write the path out"
+        raise UsageError(msg) from error

@@ -1,0 +1,279 @@
+"""Run directories: a stage's files are written completely, described by a manifest, and made current in one step.
+
+``runs/NAME/STAGE`` is a symbolic link to a hidden directory beside it. Replacing a link is atomic, so whoever reads, at
+any instant and after any kill, finds the old version or the new one. A reader verifies hashes before it uses a file.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from crqat.core import strict_json
+from crqat.core.errors import ToolError, UsageError
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+# What the operating system says when a place cannot take the files; any other OSError of a stage's body is its own.
+_PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+_LEFTOVER_SECONDS = 60
+
+
+@dataclass
+class Manifest:
+    """What a stage says of its own files.
+
+    Attributes:
+        stage: "train", "export", "benchmark", or "benchmark@DEVICE" of another machine.
+        key: Hash of everything the stage's result depends on; the same key means that it need not run again.
+        parent: SHA-256 of the manifest of the stage before, None for the first.
+        config: The resolved recipe.
+        environment: Versions, git revision, seed, device.
+        payload: What the stage tells the next one.
+        files: Relative file name to SHA-256, filled in when the stage is complete.
+        schema_version: Of this file's layout.
+        inputs: What the result depends on beside recipe and parent, by name: versions, files, data; None of a stage
+            that was made before this was noted.
+    """
+
+    stage: str
+    key: str
+    parent: str | None
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    payload: dict[str, Any] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+    inputs: dict[str, str] | None = None
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_json(value: Any) -> str:
+    """SHA-256 of a JSON value, independent of the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def git_revision(directory: Path) -> str:
+    """The git revision that a directory is at, "-dirty" behind it if files are changed, "unknown" outside git."""
+    command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    return result.stdout.strip() if result.returncode == 0 else "unknown"
+
+
+@contextmanager
+def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
+    """Give an empty directory to fill; on a clean exit hash it, describe it and make it current.
+
+    If the body raises, the directory is removed and the version before stays current.
+
+    Args:
+        run: The run's directory, made if need be.
+        manifest: Its `files` are filled in at the end; the body may still change `payload`.
+
+    Raises:
+        ToolError: The directory cannot be written.
+    """
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        version = Path(tempfile.mkdtemp(prefix=f".{manifest.stage}-", dir=run))
+        # Held until the version is current, so that nobody takes it for the left-over of a killed process.
+        lock = os.open(version, os.O_RDONLY)
+    except OSError as error:
+        msg = f"cannot write to {run}: {error.strerror}; choose another place with --runs"
+        raise ToolError(msg) from error
+    try:
+        _try_lock(lock)
+        yield from _fill(run, manifest, version)
+        _make_current(run, manifest.stage, version)
+    finally:
+        os.close(lock)
+
+
+def _fill(run: Path, manifest: Manifest, version: Path) -> Iterator[Path]:
+    try:
+        yield version
+        manifest.files = {
+            str(path.relative_to(version)): sha256_file(path) for path in sorted(version.rglob("*")) if path.is_file()
+        }
+        (version / MANIFEST).write_text(json.dumps(asdict(manifest), indent=1, sort_keys=True))
+        version.chmod(0o755)
+        for path in version.rglob("*"):
+            sync(path)
+        sync(version)
+    except BaseException as error:
+        shutil.rmtree(version, ignore_errors=True)
+        # One that names a file elsewhere, such as a temporary one, is told as that.
+        if isinstance(error, OSError) and error.errno in _PLACE_ERRORS and _concerns(error, version):
+            what = f"cannot write the stage {manifest.stage} to {run}: {error.strerror}"
+            msg = f"{what}; make room there, or for temporary files (TMPDIR)"
+            raise ToolError(msg) from error
+        raise
+
+
+def _concerns(error: OSError, version: Path) -> bool:
+    return error.filename is None or version.resolve() in Path(os.fsdecode(error.filename)).resolve().parents
+
+
+def _make_current(run: Path, stage: str, version: Path) -> None:
+    link, temporary = run / stage, run / f"{version.name}.link"
+    previous = link.resolve()
+    if link.is_dir() and not link.is_symlink():
+        # A run that was copied without its links; a directory cannot be replaced in one step, so it steps aside.
+        previous = link.rename(run / f"{version.name}.copied").resolve()
+    temporary.symlink_to(version.name)
+    temporary.replace(link)
+    sync(run)
+    _sweep(run, stage, version, previous)
+
+
+def _sweep(run: Path, stage: str, version: Path, previous: Path) -> None:
+    """Remove the version before and what killed processes left; a live writer holds the lock of its directory."""
+    # What mkdtemp and `_make_current` add has no hyphen; the name of another device's stage may begin with this one's.
+    own = re.compile(rf"\.{re.escape(stage)}-[a-z0-9_]+(\.link|\.copied)?")
+    for path in run.iterdir():
+        if not own.fullmatch(path.name):
+            continue
+        # Whoever else sweeps here may be faster.
+        with suppress(FileNotFoundError):
+            old = time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS
+            if path.is_symlink():
+                if old:
+                    path.unlink()
+            elif path.name != version.name and (old or path.resolve() == previous):
+                descriptor = os.open(path, os.O_RDONLY)
+                if _try_lock(descriptor):
+                    shutil.rmtree(path, ignore_errors=True)
+                os.close(descriptor)
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a directory for as long as its descriptor is open, if nobody else holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold a file, or the names in a directory."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that a reader finds the old content or the new one, never a part of it."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # half a file would keep a full disk full
+        raise
+
+
+def command(stage: str) -> str:
+    """The command line, without its name, that runs a stage."""
+    kind, at, _ = stage.partition("@")
+    return f"{kind} RECIPE --on ssh://HOST" if at else f"{kind} RECIPE"
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a stage's directory, its layout checked, its files not yet.
+
+    Raises:
+        UsageError: There is none, or it is not one of this version's.
+        ToolError: It cannot be read.
+    """
+    path = directory / MANIFEST
+    if not directory.exists():
+        msg = f"{directory}: no such stage yet; run it first (crqat {command(directory.name)})"
+        raise UsageError(msg)
+    if not path.is_file():
+        msg = f"{path}: missing; run the stage again with --force"
+        raise UsageError(msg)
+    try:
+        data = strict_json.read(path)
+        if data["schema_version"] != SCHEMA_VERSION:
+            found = data["schema_version"]
+            msg = f"{path}: schema version {found}, not {SCHEMA_VERSION}; run the stage again with --force"
+            raise UsageError(msg)
+        manifest = Manifest(**data)
+    except (ValueError, TypeError, KeyError) as error:
+        msg = f"{path}: damaged ({type(error).__name__}: {error}); run the stage again with --force"
+        raise UsageError(msg) from error
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise ToolError(msg) from error
+    objects = (manifest.config, manifest.environment, manifest.payload, manifest.files)
+    if not all(isinstance(value, dict) for value in objects):
+        msg = f"{path}: damaged (an object is missing); run the stage again with --force"
+        raise UsageError(msg)
+    if manifest.inputs is not None:
+        texts = isinstance(manifest.inputs, dict) and all(isinstance(value, str) for value in manifest.inputs.values())
+        if not texts:
+            msg = f"{path}: damaged (inputs are no texts by name); run the stage again with --force"
+            raise UsageError(msg)
+    if not all(isinstance(text, str) for text in (manifest.stage, manifest.key, manifest.parent or "")):
+        msg = f"{path}: damaged (stage, key or parent is no text); run the stage again with --force"
+        raise UsageError(msg)
+    for name in manifest.files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            msg = f"{path}: names a file outside its directory ({name}); the manifest is not crqat's"
+            raise UsageError(msg)
+    return manifest
+
+
+def verify_stage(directory: Path) -> Manifest:
+    """Read a stage's manifest and compare the hash of each of its files.
+
+    Raises:
+        UsageError: A file is missing or is not the one that was written; the message names it.
+    """
+    manifest = read_manifest(directory)
+    for name, expected in manifest.files.items():
+        path = directory / name
+        if not path.is_file():
+            msg = f"{path}: missing; run the stage again with --force"
+            raise UsageError(msg)
+        if sha256_file(path) != expected:
+            msg = f"{path}: altered or damaged (its SHA-256 is not the manifest's); run the stage again with --force"
+            raise UsageError(msg)
+    return manifest
+
+
+def manifest_hash(directory: Path) -> str:
+    """SHA-256 of a stage's manifest file, which the next stage records as its parent."""
+    return sha256_file(directory / MANIFEST)

@@ -1,0 +1,118 @@
+"""The runtimes that a network is quantized for: one Target in one file each, and what several of them ask together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from crqat.core.errors import UsageError
+from crqat.core.targets.base import (
+    BIAS_LIMIT,
+    INT16_MAX,
+    BiasType,
+    Broken,
+    ClipNode,
+    FloatType,
+    LayerNode,
+    Node,
+    QuantizeNode,
+    Residual,
+    Target,
+    activation_codes,
+    is_depthwise,
+    weight_codes,
+)
+from crqat.core.targets.constraints import Constraints
+from crqat.core.targets.onnxruntime import ONNXRUNTIME
+from crqat.core.targets.tensorrt import TENSORRT
+
+__all__ = ["ALL", "BIAS_LIMIT", "INT16_MAX", "ONNXRUNTIME", "TARGETS", "TENSORRT", "BiasType", "Broken", "ByTarget",
+           "ClipNode", "Constraints", "FloatType", "LayerNode", "Node", "QuantizeNode", "Residual", "Target",
+           "TargetName", "activation_codes", "builds_engine", "executed", "find", "get", "is_depthwise", "names",
+           "union", "weight_codes"]  # fmt: skip
+
+# Every runtime by its name; another one is added here.
+TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, TENSORRT)}
+
+
+def get(name: str) -> Target:
+    """The runtime of a name.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if name not in TARGETS:
+        near = difflib.get_close_matches(name, TARGETS, n=1)
+        hint = f"did you mean `{near[0]}`?" if near else f"known are {', '.join(TARGETS)}"
+        msg = f"targets: no runtime is called {name!r}; {hint}"
+        raise UsageError(msg)
+    return TARGETS[name]
+
+
+def names() -> tuple[str, ...]:
+    """The names of all runtimes."""
+    return tuple(TARGETS)
+
+
+def executed() -> str:
+    """The name of the runtime that an export runs, to compare codes with its own."""
+    return next(name for name, target in TARGETS.items() if target.not_run is None)
+
+
+def builds_engine(name: str) -> bool:
+    """Whether a benchmark builds an engine from the file of this target; not from the float files, which have none."""
+    return name in TARGETS and TARGETS[name].builds_engine
+
+
+def find(name: str) -> Target | None:
+    """The runtime for which a file is written, by the file's target; None for the float files, which have none."""
+    return TARGETS.get(name)
+
+
+def union(names: Iterable[str]) -> Constraints:
+    """What one network must keep to for all of these runtimes.
+
+    Raises:
+        UsageError: One of them is unknown.
+    """
+    return Constraints(tuple(get(name) for name in names))
+
+
+ALL = "all"
+
+
+def _for_all(value: Any) -> Any:
+    """A recipe's list as a mapping, and lists in a mapping as tuples; what is neither is refused after this."""
+    if type(value) is list:
+        value = {ALL: value} if value else {}
+    if type(value) is dict:
+        return {key: tuple(item) if type(item) is list else item for key, item in value.items()}
+    return value
+
+
+class ByTarget:
+    """For use in an ``Annotated`` type of a mapping from a runtime's name, or `ALL`, to names of layers.
+
+    A list in a recipe is what is asked for all runtimes.
+    """
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        """Allow a list and the names that are registered by now; pydantic calls this."""
+        del source, handler
+        patterns = {"type": "tuple", "items_schema": [{"type": "str"}], "variadic_item_index": 0}
+        keys = {"type": "literal", "expected": [*TARGETS, ALL]}
+        return {
+            "type": "function-before",
+            "function": {"type": "no-info", "function": _for_all},
+            "schema": {"type": "dict", "keys_schema": keys, "values_schema": patterns},
+        }
+
+
+class TargetName:
+    """For use in an ``Annotated`` type: one of the names of `TARGETS`, when a recipe is validated."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        """Allow the names that are registered by now; pydantic calls this."""
+        del source, handler
+        return {"type": "literal", "expected": list(TARGETS)}

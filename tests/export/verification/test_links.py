@@ -1,0 +1,337 @@
+"""The proof holds on trained networks, and each of its links breaks when what it proves is broken."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from crqat.export.qdq.write import QDQModel
+from crqat.export.simulator.run import simulate
+from crqat.export.verification import links as verification
+from crqat.export.verification.links import REFUSED, fusion, optimized_operations, verify
+from crqat.train.data import sources
+from crqat.train.quantizers import quantizer_of
+from crqat.train.quantizers.calibration import weight_of
+from tests.export.conftest import Quantized, edited_file, initializer, nodes, quantize, random_images, session
+
+Digits = Callable[[int], Quantized]
+# An inner convolution, its input and its output.
+WEIGHT = "pre_hooks.layer2/1/conv1/conv2d/0__1.0"
+BEHIND = "post_hooks.layer2/1/relu1/relu/0__0.0"
+
+
+def proof_of(quantized: Quantized, files: dict[str, QDQModel]) -> dict[str, dict[str, Any]]:
+    return verify(quantized.model, quantized.grids, files, quantized.images)
+
+
+def broken_links(entry: dict[str, Any]) -> set[str]:
+    """Names of the links that failed; the status names the same ones."""
+    broken = {name for name, link in entry["links"].items() if isinstance(link, dict) and link["violations"]}
+    status = entry["status"]
+    assert (status == "passed") == (not broken)
+    assert not broken or {part.split(":")[0] for part in status.removeprefix("failed: ").split("; ")} == broken
+    return broken
+
+
+def assert_proven(quantized: Quantized, files: dict[str, QDQModel]) -> None:
+    proof = proof_of(quantized, files)
+    assert proof.keys() == files.keys()
+    simulation = simulate(files["onnxruntime"].model, quantized.images)
+    codes = sum(simulation.codes[name].size for names in files["onnxruntime"].codes.values() for name in names)
+    for target, entry in proof.items():
+        assert entry["status"] == "passed"
+        assert (entry["images"], entry["codes"], entry["differing_codes"]) == (len(quantized.images), codes, 0)
+        assert entry["links"]["torch"]["codes"] == codes
+        # Codes differ only where the value before rounding is nearly a tie, and nearly none does.
+        for link in (entry["links"]["torch"], entry["links"].get("onnxruntime")):
+            if link is not None:
+                assert link["farthest_from_tie"] <= link["largest_bound"] < 0.25
+                assert link["differing"] < 0.005 * codes
+        assert entry["links"]["runtime"] == "not run: no CUDA device" or target == "onnxruntime"
+    runtime = proof["onnxruntime"]["links"]["runtime"]
+    assert (runtime["codes"], runtime["differing"], runtime["differing_logits"]) == (codes, 0, 0)
+    assert runtime["observed_graph_is_shipped_graph"]
+    assert broken_links(proof["tensorrt"]) == set()
+    found = fusion(files["onnxruntime"].model)
+    assert (found["complete"], found["float"]) == (True, [])
+    operations = found["operations"]
+    fused = ("QLinearConv", "QLinearAdd", "QGemm", "QLinearGlobalAveragePool")
+    assert [operations[operation] for operation in fused] == [19, 9, 1, 1]
+    assert not {"Conv", "FusedConv", "Add", "Gemm", "Relu", "DequantizeLinear"} & operations.keys()
+
+
+def test_a_file_that_its_runtime_refuses_is_a_failed_proof(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = copy.deepcopy(digits(8).file("onnxruntime").model)
+    broken.graph.node[0].op_type = "NoSuchOperation"
+    own = verification._session
+    monkeypatch.setattr(verification, "_session", lambda _, *more: own(broken.SerializeToString(), *more))
+    entry = proof_of(digits(8), digits(8).files())["onnxruntime"]
+    assert entry["status"].startswith(REFUSED) and "NoSuchOperation" in entry["status"]
+    monkeypatch.setattr(verification, "_session", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        proof_of(digits(8), digits(8).files())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_a_network_trained_on_digits_is_proven(digits: Digits, bits: int) -> None:
+    assert_proven(digits(bits), digits(bits).files())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_published_resnet20_is_proven_on_cifar10(published_resnet20: Digits, bits: int) -> None:
+    quantized = published_resnet20(bits)
+    assert_proven(quantized, quantized.files())
+
+
+@pytest.mark.parametrize("precision", ["float16", "float32"])
+def test_one_target_alone_is_proven(digits: Digits, precision: str) -> None:
+    quantized = digits(8)
+    for target in ("onnxruntime", "tensorrt"):
+        file = quantized.file(target, precision if target == "tensorrt" else "float32")
+        (entry,) = proof_of(quantized, {target: file}).values()
+        assert entry["status"] == "passed"
+        assert entry["links"].keys() == {"torch", "runtime"}
+
+
+def change_one_code(file: QDQModel) -> QDQModel:
+    codes = initializer(file.model, f"{WEIGHT}.codes").copy()
+    codes[3, 5, 1, 1] += 9 if codes[3, 5, 1, 1] < 0 else -9
+    return edited_file(file, f"{WEIGHT}.codes", codes)
+
+
+def change_one_weight_scale(file: QDQModel) -> QDQModel:
+    scale = initializer(file.model, f"{WEIGHT}.scale").copy()
+    scale[3] *= np.float32(1.05)
+    return edited_file(file, f"{WEIGHT}.scale", scale)
+
+
+def change_one_activation_scale(file: QDQModel) -> QDQModel:
+    scale = initializer(file.model, f"{BEHIND}.scale")
+    return edited_file(file, f"{BEHIND}.scale", scale * scale.dtype.type(1.05))
+
+
+def shift_one_bias(file: QDQModel) -> QDQModel:
+    name = f"{WEIGHT}.bias_codes" if file.activations[BEHIND].dtype is np.uint8 else f"{WEIGHT}.bias"
+    bias = initializer(file.model, name).copy()
+    shift = 0.5 * float(file.activations[BEHIND].grid.scale[0])
+    bias[3] += bias.dtype.type(shift / file_unit(file)[3] if bias.dtype.kind == "i" else shift)
+    return edited_file(file, name, bias)
+
+
+def file_unit(file: QDQModel) -> np.ndarray:
+    unit: np.ndarray = initializer(file.model, f"{WEIGHT}.bias_scale")
+    return unit
+
+
+def drop_a_clip(file: QDQModel) -> QDQModel:
+    model = onnx.ModelProto()
+    model.CopyFrom(file.model)
+    clip = next(node for node in model.graph.node if node.name == f"{BEHIND}/Clip")
+    quantizer = next(node for node in model.graph.node if node.name == f"{BEHIND}/QuantizeLinear")
+    quantizer.output[0] = clip.output[0]
+    model.graph.node.remove(clip)
+    return replace(file, model=model)
+
+
+BREAKS = [change_one_code, change_one_weight_scale, change_one_activation_scale, shift_one_bias, drop_a_clip]
+
+
+def loud(quantized: Quantized) -> Quantized:
+    """The same network on images with large values, so that every range's end is reached."""
+    return replace(quantized, images=quantized.images * np.float32(3))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
+@pytest.mark.parametrize("change", BREAKS, ids=lambda change: change.__name__)
+def test_a_changed_file_breaks_the_links_to_torch_and_to_the_other_target(
+    digits: Digits, change: Callable[[QDQModel], QDQModel], target: str
+) -> None:
+    """The runtime runs the changed file as the simulator does, unless a scale and its bias's no longer fit together."""
+    quantized = loud(digits(4))
+    good = quantized.files()
+    assert {name: broken_links(entry) for name, entry in proof_of(quantized, good).items()} == {
+        "onnxruntime": set(),
+        "tensorrt": set(),
+    }
+    files = {**good, target: change(good[target])}
+    proof = proof_of(quantized, files)
+    assert broken_links(proof[target]) >= {"torch"}
+    assert "onnxruntime" in broken_links(proof["tensorrt"])
+    torn = target == "onnxruntime" and change in (change_one_weight_scale, change_one_activation_scale)
+    assert ("runtime" in broken_links(proof["onnxruntime"])) == torn
+    other = "tensorrt" if target == "onnxruntime" else "onnxruntime"
+    assert "torch" not in broken_links(proof[other])
+
+
+def test_the_result_says_where(digits: Digits) -> None:
+    quantized = digits(8)
+    files = quantized.files()
+    proof = proof_of(quantized, {**files, "onnxruntime": change_one_code(files["onnxruntime"])})
+    link = proof["onnxruntime"]["links"]["torch"]
+    assert link["at"] == f"{BEHIND}.codes"
+    assert link["farthest_from_tie"] > link["largest_bound"]
+    assert proof["onnxruntime"]["status"] == f"failed: torch: {link['violations']} codes"
+
+
+def test_a_changed_weight_in_torch_breaks_the_link_to_torch(digits: Digits) -> None:
+    quantized = digits(8)
+    changed = replace(quantized, model=copy.deepcopy(quantized.model))
+    spec = next(spec for spec in quantized.specs if spec.edge == WEIGHT)
+    files = quantized.files()
+    with torch.no_grad():
+        weight = weight_of(changed.model, spec)
+        weight[3, 5, 1, 1] += 9 * float(quantized.grids[WEIGHT].scale[3])
+    proof = proof_of(changed, files)
+    assert {target: broken_links(entry) for target, entry in proof.items()} == {
+        "onnxruntime": {"torch"},
+        "tensorrt": {"torch"},
+    }
+    assert proof["onnxruntime"]["links"]["torch"]["at"] == f"{BEHIND}.codes"
+
+
+@pytest.mark.parametrize("edge", [WEIGHT, BEHIND])
+def test_a_quantizer_in_torch_that_is_not_its_grid_breaks_the_link_to_torch(digits: Digits, edge: str) -> None:
+    quantized = digits(8)
+    changed = replace(quantized, model=copy.deepcopy(quantized.model))
+    with torch.no_grad():
+        quantizer_of(changed.model, next(spec for spec in quantized.specs if spec.edge == edge)).scale.mul_(1.05)
+    for entry in proof_of(changed, quantized.files()).values():
+        assert broken_links(entry) == {"torch"}
+        assert entry["links"]["torch"]["at"] == f"{BEHIND}.codes"
+
+
+def test_a_wrong_simulator_breaks_the_link_to_the_runtime(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the codes of a ReLU: as if it were forgotten that it is part of the rounding."""
+    quantized = digits(8)
+    files = quantized.files()
+    calls: list[str] = []
+
+    def wrong(model: onnx.ModelProto, images: Any, forced: Any = None, **further: Any) -> Any:
+        simulation = simulate(model, images, forced, **further)
+        simulation.codes[f"{BEHIND}.codes"] = simulation.codes[f"{BEHIND}.codes"].copy()
+        simulation.codes[f"{BEHIND}.codes"].flat[7] ^= 1
+        calls.append("")
+        return simulation
+
+    monkeypatch.setattr("crqat.export.verification.links.simulate", wrong)
+    entry = proof_of(quantized, {"onnxruntime": files["onnxruntime"]})["onnxruntime"]
+    runtime = entry["links"]["runtime"]
+    assert (runtime["differing"], runtime["at"], len(calls)) == (1, f"{BEHIND}.codes", 1)
+    assert "runtime" in broken_links(entry)
+    assert entry["differing_codes"] == 1
+
+
+def test_logits_count_in_the_link_to_the_runtime(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = digits(8)
+
+    def wrong(model: onnx.ModelProto, images: Any, forced: Any = None, **further: Any) -> Any:
+        simulation = simulate(model, images, forced, **further)
+        simulation.logits[2, 3] = np.nextafter(simulation.logits[2, 3], np.float32(99))
+        return simulation
+
+    monkeypatch.setattr("crqat.export.verification.links.simulate", wrong)
+    entry = proof_of(quantized, {"onnxruntime": quantized.file("onnxruntime")})["onnxruntime"]
+    assert entry["links"]["runtime"]["differing_logits"] == 1
+    assert entry["status"] == "failed: runtime: 1 codes"
+
+
+def test_what_cannot_be_simulated_is_not_run_and_said(digits: Digits) -> None:
+    quantized = digits(8)
+    files = quantized.files()
+    model = onnx.ModelProto()
+    model.CopyFrom(files["tensorrt"].model)
+    node = nodes(model, "Relu")[0]
+    node.op_type = "Det"
+    proof = proof_of(quantized, {**files, "tensorrt": replace(files["tensorrt"], model=model)})
+    assert proof["onnxruntime"]["status"] == "passed"
+    entry = proof["tensorrt"]
+    assert entry["status"] == f"not run: {node.name}: the simulator does not know Det"
+    assert (entry["images"], entry["codes"], entry["differing_codes"]) == (len(quantized.images), 0, 0)
+
+
+def test_hooks_are_removed(digits: Digits) -> None:
+    quantized = digits(8)
+    proof_of(quantized, {"onnxruntime": quantized.file("onnxruntime")})
+    assert not any(module._forward_hooks for module in quantized.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("operation", "reason"),
+    [
+        ("Conv", "HardSwish stands between it and a quantizer"),
+        ("Add", "its input first is not quantized (Conv)"),
+    ],
+)
+def test_what_stays_float_is_named_with_the_reason(digits: Digits, operation: str, reason: str) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(digits(8).file("onnxruntime").model)
+    if operation == "Conv":
+        node = next(node for node in model.graph.node if node.name == "layer1/0/conv1")
+        relu = next(other for other in model.graph.node if node.output[0] in other.input)
+        relu.op_type = "HardSwish"
+    else:
+        # The Add of the first block reads its convolution instead of the codes behind it.
+        node = nodes(model, "Add")[0]
+        producer = {output: other for other in model.graph.node for output in other.output}
+        source = producer[node.input[0]]
+        while source.op_type != "Conv":
+            source = producer[source.input[0]]
+        reader = next(other for other in model.graph.node if source.output[0] in other.input)
+        reader.input[0], source.output[0], node.input[0] = "first", "first", "first"
+    found = fusion(model)
+    assert not found["complete"]
+    assert {"node": node.name, "operation": operation, "reason": reason} in found["float"]
+    assert found["expected"] == {
+        "QLinearConv": 19, "QLinearAdd": 9, "QGemm": 1, "QLinearGlobalAveragePool": 1,
+    }  # fmt: skip
+
+
+def test_fusion_names_are_the_files(digits: Digits) -> None:
+    model = digits(8).file("onnxruntime").model
+    operations = optimized_operations(model)
+    assert set(operations["QLinearConv"]) == {node.name for node in nodes(model, "Conv")}
+    assert operations["QGemm"] == [nodes(model, "Gemm")[0].name]
+
+
+class Shared(nn.Module):
+    """Adds a sum to itself by way of shared quantizers, and ends in a linear layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+        self.relu, self.linear = nn.ReLU(), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.first(x))
+        for _ in range(2):
+            x = self.relu(self.second(x) + x)
+        return self.linear(torch.flatten(nn.functional.adaptive_avg_pool2d(x, 1), 1))  # type: ignore[no-any-return]
+
+
+def test_layers_that_are_used_twice_are_proven() -> None:
+    torch.manual_seed(0)
+    quantized = quantize(Shared(), random_images(8, 3, 8, 8))
+    files = quantized.files()
+    assert {entry["status"] for entry in proof_of(quantized, files).values()} == {"passed"}
+
+
+def test_accuracy_of_the_real_network_survives_the_way(published_resnet20: Digits, cifar10_root: Path) -> None:
+    """300 test images: torch's quantized network and the file answer alike, ties in the codes aside."""
+    quantized = published_resnet20(8)
+    dataset = sources.load("cifar10", str(cifar10_root), False)
+    images, labels = dataset.preprocessing(dataset.test_images[:300].numpy()), dataset.test_labels[:300].numpy()
+    with torch.no_grad():
+        expected = quantized.model(torch.from_numpy(images)).numpy().argmax(axis=1)
+    runtime = session(quantized.file("onnxruntime").model)
+    own = runtime.run(["logits"], {"input": images})[0].argmax(axis=1)
+    assert (own == expected).mean() > 0.985
+    assert (own == labels).mean() > 0.90

@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crqat.core.errors import ToolError
+from crqat.core.progress import quiet
+from crqat.runtime_eval.benchmark import benchmark
+from crqat.runtime_eval.measure.codes import MAX_BYTES, check_codes, read
+from tests.runtime_eval.conftest import QUICK, Digits, WriteExport, expected_codes, onnx_bytes
+
+
+def test_the_benchmark_counts_the_codes(write_export: WriteExport) -> None:
+    models = benchmark(write_export(), QUICK, quiet)["models"]
+    counted = {"status": "passed", "images": 2, "tensors": 1, "left_out": 0, "codes": 128, "differing": 0}
+    assert models["onnxruntime.onnx"]["codes_on_this_cpu"] == counted
+    assert models["float.onnx"]["codes_on_this_cpu"] is None
+
+
+def test_a_wrong_expectation_is_noticed(write_export: WriteExport, digits: Digits) -> None:
+    export = write_export({"onnxruntime.codes.npz": expected_codes(digits.images[:2], wrong=3)})
+    model = benchmark(export, QUICK, quiet)["models"]["onnxruntime.onnx"]
+    assert model["codes_on_this_cpu"]["differing"] == 3
+    assert model["codes_on_this_cpu"]["status"] == "failed: 3 of 128 codes differ, first in x0_codes"
+    assert model["status"] == "measured"
+
+
+@pytest.mark.parametrize(
+    ("model", "codes", "message"),
+    [
+        (None, b"PK no zip file", "codes.npz: no expected codes"),
+        (b"no model", None, "ONNX Runtime does not show the file's codes"),
+    ],
+)
+def test_what_is_no_model_or_no_expectation_is_one_error(
+    model: bytes | None, codes: bytes | None, message: str, digits: Digits, tmp_path: Path
+) -> None:
+    (tmp_path / "model.onnx").write_bytes(model or onnx_bytes(digits.layers, "onnxruntime", 3))
+    (tmp_path / "codes.npz").write_bytes(codes or expected_codes(digits.images[:2]))
+    with pytest.raises(ToolError, match=message):
+        check_codes(tmp_path / "model.onnx", tmp_path / "codes.npz", threads=1)
+
+
+@pytest.mark.parametrize("key", ["images", "codes", "outputs", "names"])
+def test_a_member_that_is_no_array_is_refused(key: str, digits: Digits, tmp_path: Path) -> None:
+    whole, damaged = tmp_path / "whole.npz", tmp_path / "codes.npz"
+    whole.write_bytes(expected_codes(digits.images[:2]))
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(damaged, "w") as target:
+        for name in source.namelist():
+            target.writestr(name, b"no array" if name == f"{key}.npy" else source.read(name))
+    assert f"{key}.npy" in zipfile.ZipFile(whole).namelist()
+    with pytest.raises(ToolError, match=r"codes\.npz: no expected codes \(ValueError: a member is no array\)"):
+        read(damaged)
+
+
+def test_an_expectation_of_another_size_or_type_is_refused(digits: Digits, tmp_path: Path) -> None:
+    model, codes = tmp_path / "model.onnx", tmp_path / "codes.npz"
+    model.write_bytes(onnx_bytes(digits.layers, "onnxruntime", 3))
+    codes.write_bytes(expected_codes(digits.images[:2]))
+    arrays = dict(np.load(codes))
+    np.savez(codes, **{**arrays, "codes": arrays["codes"][:-1]})
+    with pytest.raises(ToolError, match=r"holds 127 codes, model\.onnx computes another number"):
+        check_codes(model, codes, threads=1)
+    np.savez(codes, **{**arrays, "images": arrays["images"].astype(np.float64)})
+    with pytest.raises(ToolError, match="no expected codes"):
+        check_codes(model, codes, threads=1)
+
+
+def test_a_small_archive_that_unpacks_to_gigabytes_is_refused(digits: Digits, tmp_path: Path) -> None:
+    model, codes = tmp_path / "model.onnx", tmp_path / "codes.npz"
+    model.write_bytes(onnx_bytes(digits.layers, "onnxruntime", 3))
+    codes.write_bytes(expected_codes(digits.images[:2]))
+    zeros = np.broadcast_to(np.uint8(0), (MAX_BYTES,))
+    np.savez_compressed(codes, **{**dict(np.load(codes)), "codes": zeros})
+    assert codes.stat().st_size < 2**21
+    with pytest.raises(ToolError, match="unpacked it is larger than 1024 MiB"):
+        check_codes(model, codes, threads=1)
