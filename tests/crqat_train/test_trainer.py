@@ -802,6 +802,7 @@ def test_published_weights_of_other_classes_need_a_float_section(
 ) -> None:
     made = Net(10, 1)
     monkeypatch.setattr(models, "pretrained", lambda *_: (copy.deepcopy(made), True))
+    monkeypatch.setattr("crqat_train.published.data_section", lambda config: config.data)  # the digits are grey
     asked = ModelConfig("timm/resnet18", "pretrained")
     with pytest.raises(UsageError, match=r"^model\.weights: .* not for 10 classes; add a `float` section"):
         train(recipe(model=asked, float_training=OptimizerConfig(0)), tmp_path, quiet)

@@ -394,7 +394,7 @@ def test_an_export_whose_verification_failed_is_written_and_the_gate_fails_on_it
 
 def test_output_that_nobody_reads_or_that_cannot_be_written_is_no_verdict(tmp_path: Path) -> None:
     """By a pipe whose reader is gone, on a full disk, and without any stream at all."""
-    command = [sys.executable, "-m", "pipeline.cli", "check", str(ROOT / "recipes" / "digits.yaml")]
+    command = [sys.executable, "-m", "pipeline.cli", "check", "--syntax", str(ROOT / "recipes" / "digits.yaml")]
     reader, writer = os.pipe()
     os.close(reader)
     ended = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE, text=True, check=False)
