@@ -24,11 +24,13 @@ def page() -> Iterator[dict[str, Any]]:
     blocks = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.S | re.M)
     assert len(blocks) == 3
     names: dict[str, Any] = {"__name__": "page"}
-    for block in blocks:
-        exec(compile(block, str(PAGE), "exec"), names)  # noqa: S102
-    yield names
-    TARGETS.clear()
-    TARGETS.update(known)
+    try:
+        for block in blocks:
+            exec(compile(block, str(PAGE), "exec"), names)  # noqa: S102
+        yield names
+    finally:
+        TARGETS.clear()
+        TARGETS.update(known)
 
 
 def test_its_file_keeps_to_its_rules_and_is_verified(page: dict[str, Any]) -> None:

@@ -608,7 +608,7 @@ def test_an_image_bomb_in_a_folder_ends_the_training(
 def test_an_image_bomb_ends_the_example(folder: Path, bomb: bytes) -> None:
     Path("bomb.png").write_bytes(bomb)
     example = [sys.executable, str(ROOT / "docs" / "classify_jpeg.py"), "frozen/export/onnxruntime.onnx", "bomb.png"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     result = subprocess.run(example, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert result.stderr == "bomb.png: 12000 x 12000 pixels; images above 64 megapixels are refused\n"

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +15,7 @@ from PIL import Image
 from crqat.core.preprocessing import Preprocessing, load_image
 from crqat.core.run_directory import read_manifest
 from crqat.train.data import sources
+from tests.own_process import run
 
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = 40, 20  # of each class
@@ -32,25 +30,6 @@ export: {{verify_images: 8}}
 benchmark: {{latency_rounds: 6, latency_seconds: 0.3, warm_up_seconds: 0.0}}
 gate: {{max_accuracy_drop: 6.0, min_agreement: 0.85, max_size_ratio: 0.8}}
 """
-
-
-def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "NO_COLOR": "1",
-        "COLUMNS": "200",
-        "PYTHONPATH": str(ROOT / "src"),
-    }
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=folder,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

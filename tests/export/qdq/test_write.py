@@ -270,7 +270,7 @@ def test_a_pad_of_other_values_is_kept() -> None:
     for file in quantized.files().values():
         (pad,) = nodes(file.model, "Pad")
         assert float(initializer(file.model, pad.input[2])) == 1.0
-    proof = verify(quantized.model, quantized.specs, quantized.grids, quantized.files(), quantized.images)
+    proof = verify(quantized.model, quantized.grids, quantized.files(), quantized.images)
     assert {entry["status"] for entry in proof.values()} == {"passed"}
 
 
