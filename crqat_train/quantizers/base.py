@@ -81,3 +81,8 @@ def quantizer_of(model: nn.Module, spec: QuantizerSpec) -> Quantizer:
         msg = f"{spec.edge}: not a quantizer"
         raise TypeError(msg)
     return quantizer
+
+
+def is_step(name: str) -> bool:
+    """Whether a parameter's name is that of a quantizer's; a network may have a `scale` of its own."""
+    return name.startswith("quantizers.")

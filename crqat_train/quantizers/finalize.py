@@ -20,7 +20,7 @@ from crqat.core.errors import UsageError
 from crqat.train.graph.operations import parameter
 from crqat.train.placement.insert import QuantizerSpec, quantizer_node
 from crqat.train.quantizers import MIN_SCALE, quantizer_of, specs_of
-from crqat.train.training.optimizer import is_step
+from crqat.train.quantizers.base import is_step
 
 _STATISTICS = ("running_mean", "running_var")
 

@@ -15,6 +15,7 @@ from crqat.core.progress import Progress
 from crqat.train import distributed
 from crqat.train.config import OptimizerConfig
 from crqat.train.quantizers import Quantizer
+from crqat.train.quantizers.base import is_step
 
 _WARM_UP = 0.05
 
@@ -147,11 +148,6 @@ class Fit:
 
     def _parameters(self) -> list[Tensor]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-
-
-def is_step(name: str) -> bool:
-    """Whether a parameter's name is that of a quantizer's; a network may have a `scale` of its own."""
-    return name.startswith("quantizers.")
 
 
 def is_scale(name: str) -> bool:

@@ -31,6 +31,7 @@ from crqat.export.qdq.lower import lower_activation
 from crqat.export.qdq.write import MOVEMENT, QDQModel
 from crqat.export.simulator.run import simulate
 from crqat.export.simulator.values import UNIT_ROUNDOFF, NotSimulated, Simulation
+from crqat.export.verification import UNEXPLAINED
 from crqat.train.placement.insert import QuantizerSpec
 from crqat.train.quantizers import specs_of
 from crqat.train.quantizers.calibration import Hook, hooked
@@ -392,4 +393,4 @@ def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     between = [n.op_type for n in readers if n.op_type not in {"QuantizeLinear", "Relu"}]
     if between:
         return f"{between[0]} stands between it and a quantizer"
-    return "ONNX Runtime did not fuse it"
+    return UNEXPLAINED

@@ -21,6 +21,7 @@ from typing import Any
 from crqat.core import failures
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.targets import executed
+from crqat.export.verification import UNEXPLAINED
 from crqat.pipeline import console
 
 SCHEMA_VERSION = 1
@@ -50,7 +51,6 @@ TIME_LIMIT_SECONDS = 1800.0
 VERIFIED_IMAGES = 2
 _PACKAGES = ("torch", "torchvision", "timm", "nncf", "onnxruntime", "tensorrt-rtx-cu13")
 _MULTIPLYING = ("Conv", "Gemm", "MatMul")
-UNEXPLAINED = "ONNX Runtime did not fuse it"
 
 
 @dataclass(frozen=True)

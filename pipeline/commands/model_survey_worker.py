@@ -38,7 +38,8 @@ from crqat.train.data import sources
 from crqat.train.models import build as models
 from crqat.train.placement.insert import QuantizerSpec
 from crqat.train.quantized_model import quantize_model
-from crqat.train.training.optimizer import Fit, is_step
+from crqat.train.quantizers.base import is_step
+from crqat.train.training.optimizer import Fit
 from crqat.train.untrained import awake, sane_bn
 
 TARGETS = runtimes.names()

@@ -28,8 +28,8 @@ from crqat.export.config import ExportConfig
 from crqat.export.qdq.lint import lint
 from crqat.export.qdq.write import QDQModel, float_model
 from crqat.export.to_onnx import Quantized
+from crqat.export.verification import UNEXPLAINED
 from crqat.export.verification.links import fusion, verify
-from crqat.pipeline.commands.model_survey import UNEXPLAINED
 from crqat.pipeline.recipe.recipe import Recipe, train_config
 from crqat.train.config import TrainConfig
 from crqat.train.data.batches import evaluation_batches

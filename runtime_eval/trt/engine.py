@@ -23,13 +23,14 @@ from typing import Any
 from crqat.core import failures, run_directory
 from crqat.core.errors import ToolError, UsageError
 from crqat.runtime_eval.machine import host
-from crqat.runtime_eval.measure.worker_client import PACKAGES
 from crqat.runtime_eval.runners import onnx_header
 from crqat.runtime_eval.trt import coverage, plan_file, plan_layers
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from crqat.runtime_eval.trt.builder import Batch, Build, BuildFailure
 
 SCHEMA_VERSION = 1
+# The working directory of the process that builds: `python -m` searches it first.
+PACKAGES = Path(__file__).parents[3]
 _PROGRAM = "crqat.runtime_eval.trt.engine"
 # What an export's files compute in, by the target that their metadata names.
 _PRECISIONS = {"float": "float32", "float16": "float16"}

@@ -21,7 +21,7 @@ def raised(function: Callable[[], object]) -> CrqatError:
 
 def test_the_innermost_line_outside_of_libraries_tells_whose_error_it_is() -> None:
     own = raised(lambda: strict_json.read(3))  # type: ignore[arg-type]
-    assert type(own) is InternalError and " at src/crqat/core/strict_json.py:" in str(own) and own.exit_code == 3
+    assert type(own) is InternalError and " at crqat/core/strict_json.py:" in str(own) and own.exit_code == 3
     user = raised(lambda: json.loads("{"))
     assert type(user) is UsageError and f" at {__file__}:" in str(user)
 

@@ -335,7 +335,8 @@ def test_a_bug_is_one_line_and_its_traceback_a_file_of_the_run(
     assert crqat(monkeypatch, "run", "recipe.yaml") == 3
     line = capsys.readouterr().err
     assert re.fullmatch(
-        r"crqat: error: internal error in train: TypeError: 'NoneType' object is not callable at pipeline/stages\.py:"
+        r"crqat: error: internal error in train: TypeError: 'NoneType' object is not callable at "
+        r"crqat/pipeline/stages/run\.py:"
         r"\d+; traceback in runs/run1/traceback\.txt; report it with that file under the repository's Issues\n",
         line,
     )

@@ -219,7 +219,7 @@ def test_a_users_function_is_the_source() -> None:
         (":f", r"cannot import '' \(ValueError"),
         ("user_images:absent", r"module 'user_images' \(.*user_images\.py\) has no function 'absent'"),
         ("user_images:number", r"has no function 'number'"),
-        ("user_images:wrong", r"must return a crqat_train\.data\.Dataset, got list"),
+        ("user_images:wrong", r"must return a crqat\.train\.data\.sources\.Dataset, got list"),
         ("user_images:greedy", r"must be callable as greedy\(root=\) \(missing a required argument: 'mode'\)"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from crqat.core.errors import UsageError
+from crqat.export.verification import UNEXPLAINED
 from crqat.pipeline.cli import crqat
 from crqat.pipeline.commands import model_survey
 
@@ -37,7 +38,7 @@ def test_no_row_has_an_unexplained_gap(name: str) -> None:
 def test_gaps_are_found() -> None:
     row = next(row for row in ROWS.values() if row["status"] == "measured")
     runtime = {**row["verification"]["onnxruntime"], "status": "failed: runtime: 1 codes"}
-    mystery = {"node": "n", "operation": "Conv", "reason": model_survey.UNEXPLAINED}
+    mystery = {"node": "n", "operation": "Conv", "reason": UNEXPLAINED}
     layer = {
         "node": "n",
         "macs": 1,

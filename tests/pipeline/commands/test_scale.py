@@ -142,4 +142,4 @@ def test_manifests_on_the_page_are_of_kinds_that_run_torch(text: str) -> None:
             ("trainer.kubeflow.org/v1alpha1", "TrainingRuntime"),
             ("kubeflow.org/v1", "PyTorchJob"),
         }
-        assert ("crqat.pipeline.cli" in yaml.safe_dump(document)) == (document["kind"] != "TrainingRuntime")
+        assert ("torchrun" in yaml.safe_dump(document)) == (document["kind"] != "TrainingRuntime")

@@ -21,7 +21,7 @@ def test_a_function_in_a_folder_without_init_is_found(tmp_path: Path, monkeypatc
 def test_imports_are_followed_through_the_users_own_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     files = {
         "mine/__init__.py": "",
-        "mine/nets.py": "import json, numpy.linalg\nfrom .parts.blocks import block\nfrom crqat_train import data\n",
+        "mine/nets.py": "import json, numpy.linalg\nfrom .parts.blocks import block\nfrom crqat.train import config\n",
         "mine/parts/__init__.py": "from .. import extra\n",
         "mine/parts/blocks.py": "def block():\n    import importlib\n    importlib.import_module('odd-name')\n",
         "mine/extra.py": "import mine.nets\nfrom PIL.Image import open as read\nimport not_there\n",
