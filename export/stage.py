@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -13,17 +12,20 @@ import onnx
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
 from crqat.core.grid import grids_hash, load_grids
-from crqat.core.preprocessing import Preprocessing
 from crqat.core.progress import Progress
-from crqat.core.run_directory import verify_stage
+from crqat.core.results.export import ExportedModel, ExportPayload
+from crqat.core.results.training import TrainingPayload
+from crqat.core.run_directory import payload_of, verify_stage
+from crqat.core.typed_json import to_json
 from crqat.export.analysis.sqnr import quantizer_noise
 from crqat.export.config import ExportConfig
 from crqat.export.graph.from_torch import marked_graph
 from crqat.export.graph.onnx_graph import split_macs
 from crqat.export.qdq.lint import lint
 from crqat.export.qdq.write import QDQModel, float_model, qdq_model
+from crqat.export.verification.checks import REFUSED, verify
 from crqat.export.verification.expected_codes import expected_codes
-from crqat.export.verification.links import REFUSED, fusion, verify
+from crqat.export.verification.fusion import fusion
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Images
@@ -44,7 +46,7 @@ def export(
     run: str,
     git_revision: str,
     unsafe: bool = False,
-) -> dict[str, Any]:
+) -> ExportPayload:
     """Run the stage and fill `out`.
 
     Args:
@@ -58,18 +60,18 @@ def export(
         unsafe: Write files that break a rule, too, and record what they break as "findings" of their entries.
 
     Returns:
-        The manifest's payload: one entry for each file with its claims, fusion and verification.
+        The manifest's payload.
 
     Raises:
         UsageError: An edge cannot keep its Grid on a target without `export.allow_lossy`, or a file breaks a rule and
             `unsafe` is not set.
     """
-    trained = verify_stage(train_dir).payload
+    trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
     targets = config.targets or train.targets
     precisions = {target: runtimes.get(target).float_type(config.tensorrt_precision) for target in targets}
-    candidate = trained["best"] if config.candidate == "best" else config.candidate
-    if candidate not in trained["candidates"]:
-        msg = f"export.candidate: the training has no {candidate}, only {', '.join(trained['candidates'])}"
+    candidate = trained.best if config.candidate == "best" else config.candidate
+    if candidate not in trained.candidates:
+        msg = f"export.candidate: the training has no {candidate}, only {', '.join(trained.candidates)}"
         if candidate == "teacher":
             msg += "; set consistency.teacher: ema, or candidate: best"
         raise UsageError(msg)
@@ -77,16 +79,16 @@ def export(
     specs = model.specs
     grids = load_grids(train_dir / f"{candidate}.grids.json")
     latent = rounded_weights(model)
-    preprocessing = Preprocessing.from_json(trained["preprocessing"])
+    preprocessing = trained.preprocessing
     metadata = {
         "crqat.schema_version": METADATA_SCHEMA,
         "crqat.run": run,
-        "crqat.preprocessing": json.dumps(trained["preprocessing"]),
-        "crqat.class_names": json.dumps(trained["class_names"]),
+        "crqat.preprocessing": json.dumps(to_json(preprocessing), sort_keys=True),
+        "crqat.class_names": json.dumps(trained.class_names),
         "crqat.grids_sha256": grids_hash(grids),
         "crqat.git_revision": git_revision,
     }
-    shape, classes = trained["input_shape"], len(trained["class_names"])
+    shape, classes = trained.input_shape, len(trained.class_names)
     graph = marked_graph(model, shape, classes)
     node_macs, in_float = split_macs(graph)
     steps = 2 + len(targets)
@@ -123,42 +125,42 @@ def export(
     verified = preprocessing(dataset.train_images[chosen].numpy())
     proof = verify(model, grids, exported, verified)
     noise = quantizer_noise(model, verified)
-    progress("export", steps - 1, steps, "; ".join(f"{name}: {entry['status']}" for name, entry in proof.items()))
-    entries: list[dict[str, Any]] = [{"file": f"{name}.onnx", "target": name} for name in baselines]
+    progress("export", steps - 1, steps, "; ".join(f"{name}: {found.status}" for name, found in proof.items()))
+    entries = [ExportedModel(f"{name}.onnx", name) for name in baselines]
     for name, file in exported.items():
         executed = runtimes.get(name).not_run is None
         onnx.save(file.model, out / f"{name}.onnx")
-        refused = proof[name]["status"].startswith(REFUSED)
-        entries.append(
-            {
-                "file": f"{name}.onnx",
-                "target": name,
-                "precision": precisions[name],
-                "claims": file.claims(),
-                "macs": node_macs,
-                "float_layers": in_float,
-                "verification": proof[name],
-                "fusion": fusion(file.model) if executed and not refused else None,
-                "findings": findings[name],
-            }
-        )
+        refused = proof[name].status.startswith(REFUSED)
         codes = f"{name}.codes.npz"
-        if executed and not refused and expected_codes(file, verified, out / codes):
-            entries[-1]["expected_codes"] = codes
+        counted = executed and not refused and expected_codes(file, verified, out / codes)
+        entries.append(
+            ExportedModel(
+                file=f"{name}.onnx",
+                target=name,
+                precision=precisions[name],
+                claims=file.claims(),
+                macs=node_macs,
+                float_layers=in_float,
+                verification=proof[name],
+                fusion=fusion(file.model) if executed and not refused else None,
+                findings=findings[name],
+                expected_codes=codes if counted else None,
+            )
+        )
     _write_images(out / "images.npy", dataset.test_images)
     np.save(out / "labels.npy", dataset.test_labels.numpy())
     progress("export", steps, steps, f"{len(dataset.test_labels)} test images")
-    return {
-        "run": run,
-        "images": "images.npy",
-        "labels": "labels.npy",
-        "class_names": trained["class_names"],
-        "grids_sha256": metadata["crqat.grids_sha256"],
-        "candidate": candidate,
-        "training": trained,
-        "noise": noise,
-        "models": entries,
-    }
+    return ExportPayload(
+        run=run,
+        images="images.npy",
+        labels="labels.npy",
+        models=entries,
+        class_names=trained.class_names,
+        grids_sha256=metadata["crqat.grids_sha256"],
+        candidate=candidate,
+        training=trained,
+        noise=noise,
+    )
 
 
 def _write_images(path: Path, images: Images) -> None:
@@ -177,8 +179,8 @@ def refuse(file: QDQModel, target: str, allow_lossy: bool, findings: Sequence[st
             "crqat export --unsafe writes it all the same"
         )
         raise UsageError(msg)
-    lossy = {edge: claim for edge, claim in file.claims().items() if claim["claim"] == "lossy"}
+    lossy = {edge: claim for edge, claim in file.claims().items() if claim.claim == "lossy"}
     if lossy and not allow_lossy:
         edge, claim = next(iter(lossy.items()))
-        msg = f"export.targets: {target} cannot hold {len(lossy)} trained Grids, first {edge} ({claim['note']}); "
+        msg = f"export.targets: {target} cannot hold {len(lossy)} trained Grids, first {edge} ({claim.note}); "
         raise UsageError(msg + f"add {target} to `targets` and train again, or set export.allow_lossy: true")

@@ -22,9 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crqat.core import run_directory, strict_json
+from crqat.core import run_directory, strict_json, typed_json
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import Progress
+from crqat.core.results.benchmark import Results
 from crqat.runtime_eval.board import bundle as bundles
 from crqat.runtime_eval.board.bundle import Bundle
 
@@ -126,7 +127,7 @@ class Board:
         return ["ssh", *config, "-T", *options, *port, *user, "--", self.host.strip("[]"), shlex.join(remote)]
 
 
-def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool, progress: Progress) -> dict[str, Any]:
+def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool, progress: Progress) -> Results:
     """Measure a bundle on a board, or pick up the measurement that runs or ran there.
 
     Args:
@@ -172,17 +173,16 @@ def clean(board: Board, bundle: Bundle, progress: Progress) -> None:
     _Link(board, bundle, progress).ask("clean")
 
 
-def _checked(text: str, board: Board, bundle: Bundle) -> dict[str, Any]:
+def _checked(text: str, board: Board, bundle: Bundle) -> Results:
     try:
-        results = strict_json.parse(text)
-        if results["bundle"] != bundle.sha256:
-            msg = f"{board.address}: the results there are of another bundle; run again with --force"
-            raise ToolError(msg)
-    except (ValueError, TypeError, KeyError) as error:
-        msg = f"{board.address}: the results there are damaged ({error!r}); run again with --force"
+        results = typed_json.from_json(Results, strict_json.parse(text))
+    except ValueError as error:
+        msg = f"{board.address}: the results there are damaged ({error}); run again with --force"
         raise ToolError(msg) from error
-    checked: dict[str, Any] = results
-    return checked
+    if results.bundle != bundle.sha256:
+        msg = f"{board.address}: the results there are of another bundle; run again with --force"
+        raise ToolError(msg)
+    return results
 
 
 class _Link:

@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 
+from crqat.core import typed_json
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import quiet
+from crqat.core.results.benchmark import Device, Results, Settings
 from crqat.runtime_eval.benchmark import benchmark
 from crqat.runtime_eval.board import job, ssh
 from crqat.runtime_eval.board.bundle import Bundle, describe
@@ -186,7 +188,7 @@ class Call(threading.Thread):
     def __init__(self, board: Board, contents: Contents, anew: bool = False) -> None:
         super().__init__(daemon=True)
         self.heard = Heard()
-        self.results: dict[str, Any] = {}
+        self.results: Any = None  # `Results`, of which a test knows what is there
         self.error = ""
         self._arguments = (board, *contents, anew, self.heard)
         self.start()
@@ -241,14 +243,14 @@ def test_work_goes_on_through_cut_connections_and_gives_the_local_accuracy(
     assert json.loads((folder / "process.json").read_text()) == process
     assert ("orin: job", 1, 1, "runs already and is picked up") in second.heard.told
     local = benchmark(export, QUICK, quiet)
-    assert second.results["bundle"] == contents[0].sha256
-    assert second.results["device"]["python"].startswith("3.10.")
-    for name, model in local["models"].items():
-        assert second.results["models"][name]["accuracy"] == model["accuracy"]
-        assert second.results["models"][name]["codes_on_this_cpu"] == model["codes_on_this_cpu"]
-    assert second.results["models"]["onnxruntime.onnx"]["codes_on_this_cpu"]["status"] == "passed"
-    latency = second.results["models"]["float.onnx"]["latency"]
-    assert (latency["status"], latency["rounds"]) == ("measured", QUICK.latency_rounds)
+    assert second.results.bundle == contents[0].sha256
+    assert second.results.device.python.startswith("3.10.")
+    for name, model in local.models.items():
+        assert second.results.models[name].accuracy == model.accuracy
+        assert second.results.models[name].codes_on_this_cpu == model.codes_on_this_cpu
+    assert second.results.models["onnxruntime.onnx"].codes_on_this_cpu.status == "passed"
+    latency = second.results.models["float.onnx"].latency
+    assert (latency.status, latency.rounds) == ("measured", QUICK.latency_rounds)
 
     # A job that is finished is only fetched; cleaned, nothing is left.
     monkeypatch.setattr(ssh._Link, "upload", lambda *arguments: pytest.fail("copied again"))
@@ -332,9 +334,11 @@ def test_an_interrupted_copy_goes_on_and_a_damaged_one_is_noticed(
 def test_results_of_another_bundle_are_refused(
     server: Server, orin: Board, contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    other = Results("run", {}, Settings(1), Device("a CPU", None), bundle="0" * 64)
     texts = {
-        json.dumps({"bundle": "0" * 64}): "of another bundle",
+        typed_json.text(other): "of another bundle",
         "[]": "are damaged",
+        '{"run": "run1"}': r"are damaged \(models is missing\)",
         "{": "are damaged",
         '{"bundle": NaN}': "are damaged",
     }
