@@ -18,7 +18,7 @@ import pytest
 from crqat.core import strict_json
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import Progress, quiet
-from crqat.core.results.benchmark import FloatLayers, Results
+from crqat.core.results.benchmark import FloatLayers, Jetson, NoLatency, Results
 from crqat.core.results.engine import EngineReport
 from crqat.core.results.export import ExportedModel
 from crqat.core.run_directory import manifest_hash
@@ -202,17 +202,17 @@ def test_tensorrt_latency_is_never_taken_from_another_runtime(
 ) -> None:
     monkeypatch.setattr(host, "CUDA_DEVICES", ("/dev/null",))
     latency = benchmark(write_export(), QUICK, quiet).models["tensorrt.onnx"].latency
-    assert latency == {"status": "not run: no engine was built from this file"}
+    assert latency == NoLatency("not run: no engine was built from this file")
 
 
 # Puts the fake device into the model's process, which starts with it.
 SITE = """
 import sys
 from tests.runtime_eval.runners.fake_cuda import FakeCuda, FakeTensorRT
-from crqat.runtime_eval import device
+from crqat.runtime_eval.machine import host
 from crqat.runtime_eval.runners import tensorrt
 sys.modules["tensorrt"] = FakeTensorRT("tensorrt")
-device.CUDA_DEVICES = ("/dev/null",)
+host.CUDA_DEVICES = ("/dev/null",)
 tensorrt._Cuda = FakeCuda
 """
 
@@ -246,7 +246,8 @@ def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
 ) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2] / "src")]))
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tmp_path / "site", root / "src", root))))
     images = np.random.default_rng(0).integers(0, 256, (50, 3, 2, 2)).astype(np.uint8)
     labels = images.sum(axis=(2, 3), dtype=np.int64).argmax(axis=1)
     labels[:5] = (labels[:5] + 1) % 3  # which the fake engine gets wrong
@@ -300,7 +301,7 @@ def test_a_jetson_that_throttles_makes_every_latency_unstable(
     write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = iter(range(1000))
-    board = {"model": "NVIDIA Jetson Orin NX", "power_mode": "MAXN_SUPER"}
+    board = Jetson("NVIDIA Jetson Orin NX", power_mode="MAXN_SUPER")
     quiet_state: dict[str, Any] = {
         "free_clocks": [],
         "temperatures_c": {},
@@ -312,12 +313,12 @@ def test_a_jetson_that_throttles_makes_every_latency_unstable(
     monkeypatch.setattr(
         jetson,
         "state",
-        lambda root: {
+        lambda root: jetson.State(
             **quiet_state,
-            "clocks_locked": True,
-            "total_power_mw": 5000.0,
-            "throttle_events": {"oc3": next(events)},
-        },
+            clocks_locked=True,
+            total_power_mw=5000.0,
+            throttle_events={"oc3": next(events)},
+        ),
     )
     results = benchmark(write_export(), QUICK, quiet)
     # Looked at before, after each of the six rounds, and at the end.

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from crqat.core import typed_json
 from crqat.core.errors import CrqatError, ToolError, UsageError
 from crqat.core.progress import Progress, quiet
 from crqat.core.results.benchmark import Device, Results, Settings
@@ -88,7 +89,7 @@ def test_an_unpacked_bundle_measures_itself(write_export: WriteExport, tmp_path:
     assert results["bundle"] == bundle.sha256
     assert results["config"] == AS_JSON
     for name, model in results["models"].items():
-        assert model["accuracy"] == local.models[name].accuracy
+        assert model["accuracy"] == typed_json.to_json(local.models[name].accuracy)
         assert model["codes_on_this_cpu"] == local.models[name].codes_on_this_cpu
     assert "codes on this CPU: 0 of 128 differ" in result.stdout
     assert "accuracy of float.onnx: 797/797" in result.stderr.splitlines()
