@@ -33,7 +33,7 @@ def holds(written: Any, read: Any) -> bool:
 @pytest.mark.parametrize(("file", "layout"), [("results.json", Results), ("engine.json", Engines)])
 def test_a_file_of_a_benchmark(run: Path, file: str, layout: type) -> None:
     data = strict_json.read(run / "benchmark" / file)
-    read = from_json(layout, data)
+    read: object = from_json(layout, data)
     assert holds(to_json(read), data)
     assert from_json(layout, to_json(read)) == read
 
@@ -45,7 +45,7 @@ def test_a_file_of_a_benchmark(run: Path, file: str, layout: type) -> None:
 )
 def test_a_payload(run: Path, stage: str, layout: type) -> None:
     manifest = read_manifest(run / stage)
-    payload = payload_of(layout, run / stage, manifest)
+    payload: object = payload_of(layout, run / stage, manifest)
     assert holds(to_json(payload), manifest.payload)
     assert from_json(layout, to_json(payload)) == payload
 
@@ -78,7 +78,5 @@ def test_a_payload_of_another_version_names_the_crqat_that_wrote_it() -> None:
 def test_results_of_no_version_that_this_crqat_knows(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text('{"schema_version": 7, "crqat_version": "2.0"}')
-    with pytest.raises(
-        UsageError, match=r"results\.json: written by crqat 2\.0 with schema version 7.*crqat ben"
-    ):
+    with pytest.raises(UsageError, match=r"results\.json: written by crqat 2\.0 with schema version 7.*crqat ben"):
         read_results(path)

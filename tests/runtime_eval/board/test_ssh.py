@@ -235,7 +235,7 @@ def test_work_goes_on_through_cut_connections_and_gives_the_local_accuracy(
     first.wait()
     assert re.fullmatch(r"ssh://orin: .*(Connection refused|closed).*; what was started there goes on: .*", first.error)
     assert "\n" not in first.error
-    assert job.state(folder)["state"] == "running"
+    assert job.state(folder).state == "running"
     server.start()
     second = Call(orin, contents)
     second.wait()
@@ -276,7 +276,7 @@ def test_a_job_that_dies_is_told_and_the_next_call_starts_anew(server: Server, o
     # One that died while nobody looked.
     folder.mkdir()
     (folder / "process.json").write_text(json.dumps({**recorded, "boot": "another"}))
-    assert job.state(folder)["reason"] == "the board was restarted"
+    assert job.state(folder).reason == "the board was restarted"
     call = Call(orin, contents)
     call.heard.wait_for("orin: accuracy of float.onnx")
     assert ("orin: job", 1, 1, "anew, because the one before was lost: the board was restarted") in call.heard.told
@@ -400,22 +400,22 @@ def test_silence_is_a_lost_connection(
 
 
 def test_what_became_of_a_job(tmp_path: Path) -> None:
-    assert job.state(tmp_path / "none")["state"] == "absent"
+    assert job.state(tmp_path / "none").state == "absent"
     with subprocess.Popen(["sleep", "60"]) as process:
         mine = {"pid": process.pid, "started": job._started(process.pid), "boot": job._boot()}
         (tmp_path / "process.json").write_text(json.dumps(mine))
-        assert job.state(tmp_path)["state"] == "running"
+        assert job.state(tmp_path).state == "running"
         # Another process got the number since.
         (tmp_path / "process.json").write_text(json.dumps({**mine, "started": "1"}))
-        assert job.state(tmp_path)["reason"] == "its process is gone"
+        assert job.state(tmp_path).reason == "its process is gone"
         (tmp_path / "process.json").write_text(json.dumps({**mine, "boot": "another"}))
-        assert job.state(tmp_path)["reason"] == "the board was restarted"
+        assert job.state(tmp_path).reason == "the board was restarted"
         process.kill()
     for started in (mine["started"], None):
         (tmp_path / "process.json").write_text(json.dumps({**mine, "started": started}))
-        assert job.state(tmp_path)["state"] == "dead"
+        assert job.state(tmp_path).state == "dead"
     (tmp_path / "code").write_text("0\n")
-    assert (job.state(tmp_path)["state"], job.state(tmp_path)["code"]) == ("finished", 0)
+    assert (job.state(tmp_path).state, job.state(tmp_path).code) == ("finished", 0)
 
 
 @pytest.mark.parametrize(
