@@ -126,7 +126,7 @@ def test_verification_does_not_see_test_images(trained: Trained, tmp_path: Path,
     """It takes those of the validation split, as many as the recipe says."""
     seen: list[np.ndarray] = []
 
-    def verify(model: Any, specs: Any, grids: Any, files: dict[str, Any], images: np.ndarray) -> dict[str, Any]:
+    def verify(model: Any, grids: Any, files: dict[str, Any], images: np.ndarray) -> dict[str, Any]:
         seen.append(images)
         return {target: {"status": "passed"} for target in files}
 
