@@ -55,16 +55,18 @@ _MODULES = {
 _DEFINED_AS = {"targets": "names"}
 
 
-def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib import metadata
+if not TYPE_CHECKING:  # with it any name would pass for a type checker
 
-        return metadata.version("crqat-edge")
-    if name not in _MODULES:
-        msg = f"module {__name__!r} has no attribute {name!r}"
-        raise AttributeError(msg)
-    module = importlib.import_module(_MODULES[name])
-    return module if name == "export" else getattr(module, _DEFINED_AS.get(name, name))
+    def __getattr__(name: str) -> Any:
+        if name == "__version__":
+            from importlib import metadata
+
+            return metadata.version("crqat-edge")
+        if name not in _MODULES:
+            msg = f"module {__name__!r} has no attribute {name!r}"
+            raise AttributeError(msg)
+        module = importlib.import_module(_MODULES[name])
+        return module if name == "export" else getattr(module, _DEFINED_AS.get(name, name))
 
 
 def __dir__() -> list[str]:
