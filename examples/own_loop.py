@@ -42,6 +42,7 @@ def main(arguments: list[str] | None = None) -> crqat.Benchmark:
     """Quantize, train, export and measure."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
+    parser.add_argument("--model", default="resnet18", help="of torchvision's")
     parser.add_argument("--weights", type=Path, help="state dict of the float network")
     parser.add_argument("--out", type=Path, default=Path("int8"))
     parser.add_argument("--epochs", type=int, default=10)
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> crqat.Benchmark:
     images, labels = read(options.data / "train")
     test_images, test_labels = read(options.data / "val")
     held_out, images, labels = images[:32], images[32:], labels[32:]
-    net: nn.Module = models.resnet18(num_classes=len(labels.unique()))
+    net: nn.Module = models.get_model(options.model, num_classes=len(labels.unique()))
     if options.weights is not None:
         net.load_state_dict(torch.load(options.weights, weights_only=True))
 

@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
-from torchvision import models
+from torchvision import models  # type: ignore[import-untyped]
 
 import crqat
 
@@ -43,7 +42,7 @@ def real_images(request: pytest.FixtureRequest) -> tuple[npt.NDArray[np.uint8], 
         found = load_digits()
         grey = (found.images * 15).astype(np.uint8).repeat(4, 1).repeat(4, 2)
         return np.stack([grey] * 3, axis=3), found.target
-    from torchvision.datasets import CIFAR10
+    from torchvision.datasets import CIFAR10  # type: ignore[import-untyped]
 
     cifar = CIFAR10(root, train=True)
     return cifar.data[:2000], np.array(cifar.targets[:2000])
@@ -63,17 +62,15 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return root
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A state dict of torchvision's ResNet-18 with statistics that BN has seen something by."""
+def weights(model: str, out: Path) -> str:
+    """A state dict of one of torchvision's networks whose BN has seen images."""
     torch.manual_seed(0)
-    net = models.resnet18(num_classes=CLASSES).train()
+    net = models.get_model(model, num_classes=CLASSES).train()
     with torch.no_grad():
-        for _ in range(20):
-            net(torch.randn(8, 3, 32, 32))
-    path = tmp_path_factory.mktemp("weights") / "float.pth"
-    torch.save(net.state_dict(), path)
-    return path
+        for _ in range(10):
+            net(torch.randn(16, 3, 32, 32))
+    torch.save(net.state_dict(), out / "float.pth")
+    return str(out / "float.pth")
 
 
 def script(name: str) -> str:
@@ -99,21 +96,18 @@ def without_quantization(text: str) -> tuple[str, int]:
     return re.sub(r"^[^\n]*  # crqat\n", "", text, flags=re.M), len(marked)
 
 
-def all_passed(directory: Path, images: torch.Tensor) -> None:
+def all_passed(directory: Path) -> None:
     """The files are there, and say of themselves that they were verified."""
     from crqat.core.run_directory import verify_stage
 
     entries = [entry for entry in verify_stage(directory).payload["models"] if "verification" in entry]
     assert [entry["target"] for entry in entries] == ["onnxruntime", "tensorrt"]
     assert {entry["verification"]["status"] for entry in entries} == {"passed"}
-    measured = crqat.benchmark(
-        directory, images, torch.zeros(len(images), dtype=torch.int64), latency_rounds=6, latency_seconds=0.06
-    )
-    assert {file.status for file in measured.files.values()} == {"measured"}
 
 
-def test_own_loop(folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(folder), "--weights", str(weights), "--out", str(tmp_path / "int8"), "--epochs", "1"]
+def test_own_loop(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(folder), "--model", "squeezenet1_1", "--weights", weights("squeezenet1_1", tmp_path)]
+    arguments += ["--out", str(tmp_path / "int8"), "--epochs", "1"]
     measured = loaded("own_loop").main([*arguments, "--batch-size", "32", "--latency-seconds", "0.1"])
     assert {file.status for file in measured.files.values()} == {"measured"}
     assert measured.files["onnxruntime.onnx"].n == CLASSES * VAL
@@ -121,8 +115,9 @@ def test_own_loop(folder: Path, weights: Path, tmp_path: Path, capsys: pytest.Ca
     assert "onnxruntime.onnx" in said and re.search(r"^gate: ", said, flags=re.M)
 
 
-def test_post_training(folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [str(folder / "train"), "--weights", str(weights), "--out", str(tmp_path / "int8"), "--size", "32"]
+def test_post_training(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(folder / "train"), "--model", "squeezenet1_1", "--weights", weights("squeezenet1_1", tmp_path)]
+    arguments += ["--out", str(tmp_path / "int8"), "--size", "32"]
     files = loaded("post_training").main(arguments)
     assert all(verified.passed and verified.images == 32 for verified in files.verification.values())
     assert capsys.readouterr().out.count("verification passed") == 2
@@ -136,15 +131,15 @@ def small_network() -> nn.Module:
         nn.Conv2d(3, 8, 3, stride=2, bias=False),
         nn.BatchNorm2d(8),
         nn.ReLU(),
-        nn.AdaptiveAvgPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
     )
-    return nn.Sequential(*layers, nn.Linear(32, CLASSES))
+    return nn.Sequential(*layers, nn.Linear(8, CLASSES))
 
 
 def float_and_bytes(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     from torchvision.datasets import ImageFolder
-    from torchvision.transforms.v2.functional import pil_to_tensor
+    from torchvision.transforms.v2.functional import pil_to_tensor  # type: ignore[import-untyped]
 
     images, labels = zip(*ImageFolder(str(folder / "train"), pil_to_tensor), strict=True)
     pixels = torch.stack(images)
@@ -155,11 +150,13 @@ def float_and_bytes(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def test_lightning_module(folder: Path, tmp_path: Path) -> None:
     """By Lightning's Trainer where it is installed, else by the same hooks in the same order."""
     images, pixels, labels = float_and_bytes(folder)
-    batches = [(images[part].flip(3), images[part], labels[part]) for part in torch.randperm(len(images)).split(40)]
+    batches = [
+        (images[part].flip(3), images[part], labels[part]) for part in torch.split(torch.randperm(len(images)), 40)
+    ]
     module = loaded("lightning_module").QuantizedClassifier(small_network(), calibration=batches, steps=4)
     before = {name: value.clone() for name, value in module.model.named_parameters()}
     if importlib.util.find_spec("lightning") is not None:
-        from lightning import Trainer
+        from lightning import Trainer  # type: ignore[import-not-found, unused-ignore]
 
         trainer = Trainer(
             max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
@@ -184,26 +181,27 @@ def test_lightning_module(folder: Path, tmp_path: Path) -> None:
     assert all(verified.passed for verified in files.verification.values())
 
 
-def quick(name: str, folder: Path, out: Path, weights: Path) -> list[str]:
+def quick(name: str, folder: Path, out: Path) -> list[str]:
     """A script's arguments for one epoch of a few steps."""
     if name == "timm_train":
         small = ["--model", "test_resnet", "--num-classes", str(CLASSES), "--img-size", "32", "--workers", "0"]
         return ["--data-dir", str(folder), *small, "--output", str(out / "int8"), "--epochs", "1", "--device", "cpu"]
-    arguments = ["--data-path", str(folder), "--resume", str(weights), "--size", "32", "--output-dir", str(out)]
-    return [*arguments, "--epochs", "1"]
+    out.mkdir(exist_ok=True)
+    small = ["--model", "mnasnet0_5", "--resume", weights("mnasnet0_5", out), "--size", "32"]
+    return ["--data-path", str(folder), *small, "--output-dir", str(out), "--epochs", "1"]
 
 
 @pytest.mark.parametrize("name", ["torchvision_reference", "timm_train"])
 def test_a_training_script_with_five_lines_changed(
-    name: str, folder: Path, weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    loaded(name).main(quick(name, folder, tmp_path, weights))
-    all_passed(tmp_path / "int8", float_and_bytes(folder)[1][:16])
+    loaded(name).main(quick(name, folder, tmp_path))
+    all_passed(tmp_path / "int8")
     plain, lines = without_quantization(script(name))
     assert lines <= 5
     assert re.search(r"\bcrqat\.", plain) is None and "import crqat" not in plain
     sys.modules.pop(name, None)
-    loaded(name, plain).main(quick(name, folder, tmp_path / "float", weights))
+    loaded(name, plain).main(quick(name, folder, tmp_path / "float"))
     assert not (tmp_path / "float" / "int8").exists()
     assert len(re.findall(r"^epoch 0: loss \d", capsys.readouterr().out, flags=re.M)) == 2
