@@ -46,7 +46,8 @@ class QuantizedClassifier(LightningModule):
         consistency: float = 1.0,
     ) -> None:
         super().__init__()
-        self.model = crqat.quantize(net, calibration=calibration, weights=4, activations=4)
+        # A Trainer leaves the mode as it is, and a network that was just quantized is in eval mode.
+        self.model = crqat.quantize(net, calibration=calibration, weights=4, activations=4).train()
         self.steps, self.lr, self.weight_decay, self.consistency = steps, lr, weight_decay, consistency
         self.teacher: crqat.EMATeacher | None = None
 
