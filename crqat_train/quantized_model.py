@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from crqat.core.errors import UsageError
+from crqat.core.field_bounds import checked
 from crqat.core.grid import Grid
 from crqat.core.targets import Residual
 from crqat.train.checkpoint import read_header, read_tensors, write_tensors
@@ -109,6 +110,7 @@ def quantize_model(
 
 CALIBRATION_IMAGES = 512
 _FORMAT = "1"
+_ARGUMENTS = {"calibration": "calibration_method"}
 
 
 def quantize(
@@ -167,7 +169,7 @@ def quantize(
         overrides=dict(overrides or {}),
         calibration=calibration_method,  # type: ignore[arg-type]
     )
-    config = checked(config)
+    config = checked(config, _ARGUMENTS)
     example = batches[0][:2]
     if len(example) < 2:
         example = example.repeat(2, *[1] * (example.ndim - 1))
@@ -177,24 +179,6 @@ def quantize(
     model.meta["input_shape"] = list(example.shape[1:])
     model.calibrate(batches, config.calibration)
     return model
-
-
-def checked(config: QuantizationConfig) -> QuantizationConfig:
-    """The configuration, its values held against their types and bounds, as a recipe's are.
-
-    Raises:
-        UsageError: A value is of another type or out of bounds; the message names the argument.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(QuantizationConfig).validate_python(asdict(config))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "quantization"
-        name = {"calibration": "calibration_method"}.get(name, name)
-        msg = f"{name}: {first['msg']}, not {first['input']!r}"
-        raise UsageError(msg) from error
 
 
 def _images(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:
@@ -257,7 +241,7 @@ def load(path: str | Path, net: nn.Module) -> QuantizedModel:
             msg = f"{path}: format {header['crqat.format']}; this version of crqat reads format {_FORMAT}"
             raise UsageError(msg)
         values = {key: json.loads(header[key]) for key in ("quantization", "targets", "input_shape")}
-        config = checked(_config_of(values["quantization"]))
+        config = checked(_config_of(values["quantization"]), _ARGUMENTS)
         example = torch.zeros(2, *map(int, values["input_shape"]))
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{path}: not written by crqat.save ({type(error).__name__}: {error})"

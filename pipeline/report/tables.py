@@ -43,19 +43,29 @@ _VERDICTS = {0: "PASS", 1: "FAIL", 3: "NOT JUDGED: something the gate needs did 
 
 def show(results: dict[str, Any], directory: Path) -> None:
     """The table of a benchmark, then what was not run, then where the files are."""
-    models: dict[str, Any] = results["models"]
-    numbers = sorted({model["accuracy"]["n"] for model in models.values() if model["accuracy"]})
-    device = results["device"]
-    images, threads = ", ".join(map(str, numbers)), results["config"]["threads"]
-    title = (
-        f"{results['run']}: test images: {images}; threads: {threads}; "
-        f"{device['cpu']}, onnxruntime {device['onnxruntime'] or 'not installed'}"
-    )
-    console.show_table(console.printable(title), _COLUMNS, [_row(file, model) for file, model in models.items()])
-    for line in _remarks(models):
+    rows = [_row(file, model) for file, model in results["models"].items()]
+    console.show_table(console.printable(_title(results)), _COLUMNS, rows)
+    for line in _remarks(results["models"]):
         click.echo(console.printable(line))
     names = ("results.json", "verdict.json", "junit.xml", "report.html")
     click.echo(f"written: {', '.join(str(directory / name) for name in names)}")
+
+
+def as_text(results: dict[str, Any]) -> str:
+    """The same table and lines as plain text, for `print` and notebooks."""
+    rows = [_COLUMNS, *(_row(file, model) for file, model in results["models"].items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(map(console.printable, [_title(results), *lines, *_remarks(results["models"])]))
+
+
+def _title(results: dict[str, Any]) -> str:
+    numbers = sorted({model["accuracy"]["n"] for model in results["models"].values() if model["accuracy"]})
+    device, images = results["device"], ", ".join(map(str, numbers))
+    return (
+        f"{results['run']}: test images: {images}; threads: {results['config']['threads']}; "
+        f"{device['cpu']}, onnxruntime {device['onnxruntime'] or 'not installed'}"
+    )
 
 
 def _row(file: str, model: dict[str, Any]) -> list[str]:
@@ -189,7 +199,12 @@ def float_layers(entry: dict[str, Any]) -> str:
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> None:
     """A line for each rule and file, then the verdict."""
-    for verdict in verdicts:
-        # The message carries measured, interval, allowed and n, as far as the rule has them.
-        click.echo(console.printable(f"{verdict.status:<12}  {verdict.file}  {verdict.rule}: {verdict.message}"))
-    click.echo(f"gate: {_VERDICTS[exit_code(verdicts)]}")
+    for line in verdict_lines(verdicts):
+        click.echo(line)
+
+
+def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
+    """A line for each rule and file, then the verdict."""
+    # The message carries measured, interval, allowed and n, as far as the rule has them.
+    lines = [f"{verdict.status:<12}  {verdict.file}  {verdict.rule}: {verdict.message}" for verdict in verdicts]
+    return [*map(console.printable, lines), f"gate: {_VERDICTS[exit_code(verdicts)]}"]

@@ -1,0 +1,241 @@
+"""`crqat.benchmark` and `crqat.gate`: files of `crqat.export`, measured on the user's own images, and their verdict."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from crqat.core.errors import UsageError
+from crqat.core.field_bounds import checked
+from crqat.core.preprocessing import Preprocessing, checked_bytes
+from crqat.core.progress import Progress, quiet
+from crqat.core.run_directory import Manifest, verify_stage, write_stage
+from crqat.pipeline.gate import rules
+from crqat.pipeline.report import tables
+from crqat.runtime_eval.benchmark import benchmark as measure
+from crqat.runtime_eval.config import BenchmarkConfig, Provider
+
+if TYPE_CHECKING:
+    from crqat.export.export_model import Export
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file's results.
+
+    Attributes:
+        target: Runtime that the file was written for; "float" and "float16" are the baselines.
+        status: "measured", "failed: ..." or "not run: ..."; without a measurement the numbers are None.
+        n: Images.
+        top1: Share of them answered rightly, 0..1.
+        drop_points: Percentage points of top-1 that it loses against the float file.
+        drop_interval_points: Each bound holds one-sided at 95 %.
+        agreement: Share of the images that it answers as the float file does.
+        p50_ms: Median latency of one image, in milliseconds; None where its runtime is not here.
+        latency_ratio: Its latency divided by the float file's.
+        latency_ratio_interval: Of the ratio of the medians; 95 % from 6 rounds on.
+        size_bytes: Of the file.
+    """
+
+    target: str
+    status: str
+    n: int | None
+    top1: float | None
+    drop_points: float | None
+    drop_interval_points: tuple[float, float] | None
+    agreement: float | None
+    p50_ms: float | None
+    latency_ratio: float | None
+    latency_ratio_interval: tuple[float, float] | None
+    size_bytes: int
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Measured:
+        """From a file's entry in the results."""
+        found = {**(entry["latency"] or {}), **(entry["versus_float"] or {}), **(entry["accuracy"] or {})}
+        values: dict[str, Any] = {item.name: found.get(item.name) for item in fields(cls)}
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+        own = {"target": entry["target"], "status": entry["status"], "size_bytes": entry["size_bytes"]}
+        return cls(**{**values, **own})
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `crqat.benchmark` measured; `print` shows it as a table.
+
+    Attributes:
+        files: By file name, such as "onnxruntime.onnx".
+        results: Everything, as results.json of a run holds it.
+    """
+
+    files: Mapping[str, Measured]
+    results: dict[str, Any] = field(repr=False)
+
+    def __str__(self) -> str:
+        """The table, and a line for everything that has no number."""
+        return tables.as_text(self.results)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The verdict on a benchmark.
+
+    Attributes:
+        exit_code: For `sys.exit` in a CI job: 0 pass, 1 a rule failed, 3 something did not work, 4 inconclusive.
+        verdicts: Each rule on each file.
+    """
+
+    exit_code: int
+    verdicts: tuple[rules.Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the exit code is 0."""
+        return self.exit_code == 0
+
+    @property
+    def lines(self) -> list[str]:
+        """One for each rule and file, then the verdict."""
+        return tables.verdict_lines(self.verdicts)
+
+    def __str__(self) -> str:
+        """The lines."""
+        return "\n".join(self.lines)
+
+
+def benchmark(
+    files: Export | str | Path,
+    images: Any,
+    labels: Any,
+    *,
+    threads: int = 1,
+    provider: Provider = "CPUExecutionProvider",
+    warm_up_seconds: float = 0.2,
+    latency_rounds: int = 10,
+    latency_seconds: float = 5.0,
+    accuracy_batch: int = 64,
+    openvino: bool = False,
+    time_limit_seconds: float = 300.0,
+    progress: Progress = quiet,
+) -> Benchmark:
+    """Measure accuracy, latency, memory and size of exported files on this machine, beside the float baseline.
+
+    Each file runs in processes of its own, one at a time.
+
+    Args:
+        files: What `crqat.export` gave, or its directory; the files' hashes are checked.
+        images: Test images: bytes before normalization, uint8 of shape [N, C, H, W], a tensor or an array.
+        labels: Integers of shape [N], each the index of a logit.
+        threads: Threads that one inference may use.
+        provider: ONNX Runtime's execution provider.
+        warm_up_seconds: Inferences at the start of each process that are not counted.
+        latency_rounds: Rounds in which the files take turns; at least 6.
+        latency_seconds: Counted time of one file over all rounds.
+        accuracy_batch: Images of one inference where accuracy is measured.
+        openvino: Measure the float file and ONNX Runtime's in OpenVINO, too.
+        time_limit_seconds: A process that is silent for longer is taken for hung.
+        progress: Told of rounds and images.
+
+    Returns:
+        The results of each file. One that cannot run has the status "failed: ..." or "not run: ...".
+
+    Raises:
+        UsageError: Images, labels or an option are of another type, shape or range, or a file is missing or damaged.
+    """
+    config = checked(
+        BenchmarkConfig(
+            threads=threads,
+            provider=provider,
+            warm_up_seconds=warm_up_seconds,
+            latency_rounds=latency_rounds,
+            latency_seconds=latency_seconds,
+            accuracy_batch=accuracy_batch,
+            openvino=openvino,
+            time_limit_seconds=time_limit_seconds,
+        )
+    )
+    directory = (Path(files) if isinstance(files, str | Path) else files.directory).absolute()
+    exported = verify_stage(directory)
+    try:
+        preprocessing = Preprocessing.from_json(exported.payload["preprocessing"])
+        payload = {**exported.payload, "images": "images.npy", "labels": "labels.npy"}
+    except (KeyError, TypeError, ValueError) as error:
+        msg = f"{directory}: not a directory of crqat.export ({error!r} in the manifest's payload)"
+        raise UsageError(msg) from error
+    pixels = checked_bytes(images, preprocessing)
+    numbers = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    if numbers.dtype.kind not in "iu" or numbers.shape != (len(pixels),):
+        msg = f"labels: {numbers.dtype} of shape {list(numbers.shape)}; expected one integer for each of "
+        msg += f"{len(pixels)} images"
+        raise UsageError(msg)
+    # The stage's own function measures: it is given what the stage is given, a complete export with its images.
+    with tempfile.TemporaryDirectory(prefix="crqat-benchmark-") as scratch:
+        manifest = Manifest("export", "", None, {}, {}, payload)
+        with write_stage(Path(scratch), manifest) as out:
+            for name in exported.files:
+                _link(directory / name, out / name)
+            np.save(out / "images.npy", pixels)
+            np.save(out / "labels.npy", numbers.astype(np.int64))
+        results = measure(Path(scratch) / "export", config, progress)
+    return Benchmark({file: Measured.of(entry) for file, entry in results["models"].items()}, results)
+
+
+def _link(source: Path, target: Path) -> None:
+    """The same file under another name, or a copy where the file system cannot."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def gate(
+    results: Benchmark | Mapping[str, Any],
+    *,
+    max_accuracy_drop: float = 1.0,
+    min_agreement: float | None = None,
+    min_accuracy: float | None = None,
+    max_latency_ratio: float | None = None,
+    max_size_ratio: float | None = None,
+    min_int8_coverage: float | None = 1.0,
+    max_reformat_layers: int | None = None,
+) -> Gate:
+    """Judge a benchmark as the command `crqat gate` does; nothing is measured.
+
+    Args:
+        results: What `crqat.benchmark` gave, or what results.json of a run holds.
+        max_accuracy_drop: Percentage points of top-1 accuracy that a quantized file may lose against the float file.
+        min_agreement: Share of the images on which it must answer as the float file does.
+        min_accuracy: Share of the images that it must answer rightly.
+        max_latency_ratio: Its latency divided by the float file's.
+        max_size_ratio: Its file size divided by the float file's.
+        min_int8_coverage: Share of the multiply-accumulates that its TensorRT engine computes in INT8.
+        max_reformat_layers: Layers of its TensorRT engine that only change type or layout.
+
+    Returns:
+        The verdict. What is uncertain is judged by its interval; a file whose verification failed fails.
+
+    Raises:
+        UsageError: A limit is of another type or out of range.
+    """
+    limits = checked(
+        rules.GateConfig(
+            max_accuracy_drop=max_accuracy_drop,
+            min_agreement=min_agreement,
+            min_accuracy=min_accuracy,
+            max_latency_ratio=max_latency_ratio,
+            max_size_ratio=max_size_ratio,
+            min_int8_coverage=min_int8_coverage,
+            max_reformat_layers=max_reformat_layers,
+        )
+    )
+    measured = results.results if isinstance(results, Benchmark) else dict(results)
+    verdicts = rules.judge(measured, limits)
+    return Gate(rules.exit_code(verdicts), tuple(verdicts))
