@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from crqat.core.errors import UsageError
 from crqat.core.field_bounds import checked
 from crqat.core.grid import Grid
-from crqat.core.targets import Residual
+from crqat.core.targets import ALL, Residual
 from crqat.train.checkpoint import read_header, read_tensors, write_tensors
 from crqat.train.config import Override, QuantizationConfig
 from crqat.train.placement.insert import QuantizerSpec, insert_quantizers
@@ -122,6 +122,7 @@ def quantize(
     first_layer: int = 8,
     last_layer: int = 8,
     overrides: Mapping[str, Override] | None = None,
+    float_layers: Sequence[str] | Mapping[str, Sequence[str]] = (),
     weight_method: str = "lsq",
     activation_method: str = "lsq",
     calibration_method: str = "mse",
@@ -141,6 +142,8 @@ def quantize(
         first_layer: Bit width of the network's input and of the first layer's weights.
         last_layer: Bit width of the last layer's input and weights.
         overrides: Bit widths of single layers by name or pattern, before all of the above.
+        float_layers: Convolutions and linear layers that stay in float, by name or pattern such as "layer4.*"; a
+            mapping gives them by target. What they cost is in `Export.float_layers`.
         weight_method: How weights learn their scales; docs/methods.md has each method.
         activation_method: Likewise for activations.
         calibration_method: "mse", "minmax" or "percentile".
@@ -167,6 +170,7 @@ def quantize(
         first_layer=first_layer,
         last_layer=last_layer,
         overrides=dict(overrides or {}),
+        float_layers=_by_target(float_layers),
         calibration=calibration_method,  # type: ignore[arg-type]
     )
     config = checked(config, _ARGUMENTS)
@@ -179,6 +183,14 @@ def quantize(
     model.meta["input_shape"] = list(example.shape[1:])
     model.calibrate(batches, config.calibration)
     return model
+
+
+def _by_target(layers: Sequence[str] | Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    if isinstance(layers, str):
+        layers = [layers]
+    if not isinstance(layers, Mapping):
+        layers = {ALL: layers} if layers else {}
+    return {target: tuple(names) for target, names in layers.items()}
 
 
 def _images(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:

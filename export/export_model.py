@@ -66,7 +66,8 @@ class Export:
         verification: By target.
         findings: By target, rules of the runtime that the file breaks; empty unless `unsafe` was set.
         claims: By target: each quantized edge's "claim", "exact" or "lossy", with a "note".
-        macs: Multiply-accumulates of one image by operation, of the operations that are INT8.
+        macs: Multiply-accumulates of one image by operation, of those that are INT8.
+        float_layers: Likewise of the layers that `crqat.quantize` was asked to keep in float.
         preprocessing: As in the files.
         config: How they were written.
         model: The finalized network that they hold, on the CPU, in eval mode.
@@ -78,6 +79,7 @@ class Export:
     findings: Mapping[str, Sequence[str]]
     claims: Mapping[str, Mapping[str, Mapping[str, str]]] = field(repr=False)
     macs: Mapping[str, int] = field(repr=False)
+    float_layers: Mapping[str, int] = field(repr=False)
     preprocessing: Preprocessing = field(repr=False)
     config: ExportConfig = field(repr=False)
     model: QuantizedModel = field(repr=False)
@@ -178,6 +180,7 @@ def export(
         {entry["target"]: tuple(entry["findings"]) for entry in own},
         {entry["target"]: entry["claims"] for entry in own},
         own[0]["macs"],
+        own[0]["float_layers"]["macs"],
         preprocessing,
         config,
         quantized.model,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -130,7 +129,7 @@ def benchmark(
     Each file runs in processes of its own, one at a time.
 
     Args:
-        files: What `crqat.export` gave, or its directory; the files' hashes are checked.
+        files: What `crqat.export` gave, or its directory, or a run's `export`; the files' hashes are checked.
         images: Test images: bytes before normalization, uint8 of shape [N, C, H, W], a tensor or an array.
         labels: Integers of shape [N], each the index of a logit.
         threads: Threads that one inference may use.
@@ -164,10 +163,12 @@ def benchmark(
     directory = (Path(files) if isinstance(files, str | Path) else files.directory).absolute()
     exported = verify_stage(directory)
     try:
-        preprocessing = Preprocessing.from_json(exported.payload["preprocessing"])
+        # A stage's export has it with what its training says of itself.
+        described = exported.payload.get("preprocessing") or exported.payload["training"]["preprocessing"]
+        preprocessing = Preprocessing.from_json(described)
         payload = {**exported.payload, "images": "images.npy", "labels": "labels.npy"}
     except (KeyError, TypeError, ValueError) as error:
-        msg = f"{directory}: not a directory of crqat.export ({error!r} in the manifest's payload)"
+        msg = f"{directory}: no export ({error!r} in the manifest's payload); give what crqat.export wrote"
         raise UsageError(msg) from error
     pixels = checked_bytes(images, preprocessing)
     numbers = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
@@ -179,21 +180,12 @@ def benchmark(
     with tempfile.TemporaryDirectory(prefix="crqat-benchmark-") as scratch:
         manifest = Manifest("export", "", None, {}, {}, payload)
         with write_stage(Path(scratch), manifest) as out:
-            for name in exported.files:
-                _link(directory / name, out / name)
+            for name in set(exported.files) - {"images.npy", "labels.npy"}:
+                shutil.copyfile(directory / name, out / name)
             np.save(out / "images.npy", pixels)
             np.save(out / "labels.npy", numbers.astype(np.int64))
         results = measure(Path(scratch) / "export", config, progress)
     return Benchmark({file: Measured.of(entry) for file, entry in results["models"].items()}, results)
-
-
-def _link(source: Path, target: Path) -> None:
-    """The same file under another name, or a copy where the file system cannot."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def gate(

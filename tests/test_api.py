@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -327,3 +328,29 @@ def test_a_saved_network_exports_to_the_same_bytes(tmp_path: Path) -> None:
     one, two = exported(model, tmp_path / "one" / "out"), exported(loaded, tmp_path / "two" / "out")
     for target, path in one.files.items():
         assert path.read_bytes() == two.files[target].read_bytes()
+
+
+def test_layers_kept_in_float_and_what_they_cost(tmp_path: Path) -> None:
+    for layers in ("fc", ["fc"], {"tensorrt": ["fc"]}):
+        model = quantized(float_layers=layers)
+        assert not [edge for edge in model.grids() if "fc" in edge]
+    crqat.save(model, tmp_path / "model.safetensors")
+    files = exported(crqat.load(tmp_path / "model.safetensors", network()), tmp_path / "out")
+    assert files.float_layers == {"fc": 40} and "fc" not in files.macs and len(files.macs) == 2
+    assert all(verified.passed for verified in files.verification.values())
+    with pytest.raises(crqat.UsageError, match="float_layers"):
+        quantized(float_layers=["nonsense"])
+
+
+def test_the_example_of_a_data_set_is_one(tmp_path: Path) -> None:
+    """The function in the docstring of `crqat.Dataset`, as a recipe's `data.source` calls it."""
+    from crqat.train.data import sources
+
+    lines = str(crqat.Dataset.__doc__).partition("::\n\n")[2].partition("    What it returns")[0]
+    scope: dict[str, Any] = {"crqat": crqat, "numpy": np, "torch": torch}
+    exec(textwrap.dedent(lines), scope)  # noqa: S102
+    x, y = BYTES.numpy(), LABELS.numpy() % 2
+    np.savez(tmp_path / "images.npz", train_x=x, train_y=y, test_x=x[:4], test_y=y[:4])
+    dataset = scope["my_images"](str(tmp_path))
+    sources.validate(dataset, "the example")
+    assert dataset.train_images.shape == (48, 3, 12, 12) and dataset.class_names == ("cat", "dog")

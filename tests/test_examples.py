@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 from torchvision import models  # type: ignore[import-untyped]
 
 import crqat
@@ -150,9 +151,7 @@ def float_and_bytes(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
 def test_lightning_module(folder: Path, tmp_path: Path) -> None:
     """By Lightning's Trainer where it is installed, else by the same hooks in the same order."""
     images, pixels, labels = float_and_bytes(folder)
-    batches = [
-        (images[part].flip(3), images[part], labels[part]) for part in torch.split(torch.randperm(len(images)), 40)
-    ]
+    batches = DataLoader(TensorDataset(images.flip(3), images, labels), batch_size=40, shuffle=True)
     module = loaded("lightning_module").QuantizedClassifier(small_network(), calibration=batches, steps=4)
     before = {name: value.clone() for name, value in module.model.named_parameters()}
     if importlib.util.find_spec("lightning") is not None:
@@ -166,7 +165,6 @@ def test_lightning_module(folder: Path, tmp_path: Path) -> None:
         configured = module.configure_optimizers()
         optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
         module.on_fit_start()
-        module.train()
         for index, batch in enumerate(batches):
             loss = module.training_step(batch, index)
             optimizer.zero_grad()

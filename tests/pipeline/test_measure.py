@@ -132,3 +132,22 @@ def test_a_file_that_was_changed_is_refused(files: crqat.Export, digits: Any, tm
     (copied / "tensorrt.onnx").write_bytes(b"something else")
     with pytest.raises(crqat.UsageError, match=r"tensorrt\.onnx: altered or damaged"):
         crqat.benchmark(copied, digits[0][:8], digits[1][:8], **QUICK)
+
+
+def test_a_runs_export_is_measured_on_other_images_and_stays_as_it_is(
+    files: crqat.Export, digits: tuple[torch.Tensor, torch.Tensor], tmp_path: Path
+) -> None:
+    """A stage's directory has images of its own, and says the preprocessing elsewhere."""
+    from crqat.core.run_directory import Manifest, read_manifest, verify_stage, write_stage
+
+    payload = read_manifest(files.directory).payload
+    payload["training"] = {"preprocessing": payload.pop("preprocessing")}
+    manifest = Manifest("export", "key", None, {}, {}, {**payload, "images": "images.npy", "labels": "labels.npy"})
+    with write_stage(tmp_path, manifest) as out:
+        for path in [*files.directory.glob("*.onnx"), *files.directory.glob("*.npz")]:
+            (out / path.name).write_bytes(path.read_bytes())
+        np.save(out / "images.npy", digits[0][:3].numpy())
+        np.save(out / "labels.npy", digits[1][:3].numpy())
+    assert crqat.benchmark(tmp_path / "export", digits[0][:20], digits[1][:20], **QUICK).files["float.onnx"].n == 20
+    assert len(np.load(tmp_path / "export" / "images.npy")) == 3
+    verify_stage(tmp_path / "export")
