@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -135,8 +136,8 @@ def quantize(
 
     Args:
         net: The float network. It is not changed; the copy stays on its device.
-        calibration: A DataLoader or any iterable of batches: tensors of images, or tuples that begin with one. Images
-            are what the network takes: float32 of shape [N, C, H, W], normalized by your own code.
+        calibration: A DataLoader or any iterable of batches: tensors of images, or tuples that begin with one; or one
+            tensor. Images are what the network takes: float32 of shape [N, C, H, W], normalized by your own code.
         weights: Bit width of the weights, 2 to 8.
         activations: Bit width of the activations, 2 to 8.
         first_layer: Bit width of the network's input and of the first layer's weights.
@@ -148,7 +149,7 @@ def quantize(
         activation_method: Likewise for activations.
         calibration_method: "mse", "minmax" or "percentile".
         calibration_images: At most this many images are taken from `calibration`.
-        targets: Names of the runtimes that the network must run on; see `crqat.targets()`.
+        targets: Names of the runtimes that the network must run on, or one name; see `crqat.targets()`.
 
     Returns:
         The quantized network, calibrated, in eval mode.
@@ -157,6 +158,9 @@ def quantize(
         UsageError: There are no images, they are of another type or shape, or the network cannot be quantized; the
             message names the layer.
     """
+    if isinstance(calibration, Tensor):
+        calibration = [calibration]
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     device = next((tensor.device for tensor in net.parameters()), torch.device("cpu"))
     batches = [batch.to(device) for batch in _images(calibration, calibration_images)]
     if not batches:
@@ -177,7 +181,17 @@ def quantize(
     example = batches[0][:2]
     if len(example) < 2:
         example = example.repeat(2, *[1] * (example.ndim - 1))
-    model = quantize_model(net, example, config, targets).to(device)
+    try:
+        model = quantize_model(net, example, config, targets).to(device)
+    except UsageError as error:
+        # A recipe's words for what is an argument here.
+        msg = str(error).replace("model.name: ", "net: ", 1).replace("quantization.", "", 1)
+        raise UsageError(msg) from error
+    with torch.no_grad():
+        logits = model(example)
+    if logits.ndim != 2:
+        msg = f"net: gives shape {list(logits.shape)}; what can be exported gives logits of shape [N, classes]"
+        raise UsageError(msg)
     model.meta["quantization"] = asdict(config)
     model.meta["float_weights"] = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
     model.meta["input_shape"] = list(example.shape[1:])
@@ -198,8 +212,9 @@ def _images(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:
     left = limit
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            found = f"{images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
+            is_tensor = isinstance(images, Tensor)
+            found = f"{images.dtype} of shape {list(images.shape)}" if is_tensor else type(images).__name__
             msg = (
                 f"calibration: a batch begins with {found}; expected normalized images, float32 of shape [N, C, H, W], "
                 "or a tuple that begins with them"
@@ -258,7 +273,7 @@ def load(path: str | Path, net: nn.Module) -> QuantizedModel:
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{path}: not written by crqat.save ({type(error).__name__}: {error})"
         raise UsageError(msg) from error
-    model = quantize_model(net.cpu(), example, config, values["targets"])
+    model = quantize_model(copy.deepcopy(net).cpu(), example, config, values["targets"])
     groups = {kind: {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)} for kind in _KINDS}
     try:
         model.load_state_dict(groups["quantized."])

@@ -135,7 +135,7 @@ def export(
         ToolError: The directory cannot be written.
     """
     out = Path(out)
-    quantized = _finalized(model, images, preprocessing)
+    quantized = _finalized(model, preprocessing(checked_bytes(images, preprocessing)))
     config = checked(
         ExportConfig(
             targets=_targets(quantized.model, targets),
@@ -205,12 +205,12 @@ def verify(
         UsageError: As `export`.
     """
     if not isinstance(model_or_files, Export):
-        quantized = _finalized(model_or_files, images, preprocessing)
+        quantized = _finalized(model_or_files, _normalized(images, preprocessing))
         files = {name: make_file(quantized, name, ExportConfig()) for name in quantized.model.targets}
     else:
         given = model_or_files
         stored = {name: onnx.load(given.files[name]) for name in given.verification}
-        quantized = _finalized(given.model, images, given.preprocessing)
+        quantized = _finalized(given.model, _normalized(images, given.preprocessing))
         files = {name: replace(make_file(quantized, name, given.config), model=model) for name, model in stored.items()}
     found = links.verify(quantized.model, quantized.grids, files, quantized.images)
     return {target: Verification(**entry) for target, entry in found.items()}
@@ -245,22 +245,27 @@ def _targets(model: QuantizedModel, asked: Sequence[str] | None) -> tuple[str, .
     return (asked,) if isinstance(asked, str) else tuple(asked)
 
 
-def _finalized(model: nn.Module, images: Images, preprocessing: Preprocessing | None) -> Quantized:
-    """A finalized copy on the CPU in eval mode, with its Grids and the normalized images."""
+def _normalized(images: Images, preprocessing: Preprocessing | None) -> npt.NDArray[np.float32]:
+    """Images as the network takes them: float32 as they are, bytes normalized."""
+    array = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)
+    if array.dtype == np.float32 and array.ndim == 4 and len(array):
+        return array
+    if preprocessing is None:
+        msg = (
+            f"images: {array.dtype} of shape {list(array.shape)}; expected what the network takes, float32 of shape "
+            "[N, C, H, W] with N >= 1, or bytes with preprocessing=crqat.Preprocessing(mean, std)"
+        )
+        raise UsageError(msg)
+    return preprocessing(checked_bytes(array, preprocessing))
+
+
+def _finalized(model: nn.Module, normalized: npt.NDArray[np.float32]) -> Quantized:
+    """A finalized copy on the CPU in eval mode, with its Grids and images that it takes."""
     inner = unwrapped(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, QuantizedModel) or "float_weights" not in inner.meta:
         hint = "; of a teacher give teacher.model" if hasattr(model, "model") else ""
         msg = f"model: a {type(inner).__name__}; expected what crqat.quantize or crqat.load made{hint}"
         raise UsageError(msg)
-    if isinstance(images, Tensor) and images.is_floating_point():
-        images = images.detach().cpu().numpy()
-    if np.asarray(images).dtype == np.float32 and preprocessing is None:
-        normalized = np.asarray(images)
-    elif preprocessing is None:
-        msg = "images: bytes need preprocessing=crqat.Preprocessing(mean, std); or give what the network takes, float32"
-        raise UsageError(msg)
-    else:
-        normalized = preprocessing(checked_bytes(images, preprocessing))
     expected = inner.meta["input_shape"]
     if list(normalized.shape[1:]) != expected:
         msg = f"images: shape {list(normalized.shape)}; the network was quantized with images of shape {expected}"

@@ -160,10 +160,11 @@ def test_calibration_takes_images_with_or_without_labels() -> None:
         DataLoader(Unlabeled(), batch_size=48),
         [(IMAGES, LABELS, "a note")],
         (batch for batch in [IMAGES]),
+        IMAGES,
     ):
         grids = crqat.quantize(network(), calibration=loader).grids()
         assert all(np.array_equal(grids[edge].scale, expected[edge].scale) for edge in expected)
-    for wrong in ([{"image": IMAGES}], [BYTES], []):
+    for wrong in ([{"image": IMAGES}], [BYTES], [IMAGES[0]], []):
         with pytest.raises(crqat.UsageError, match=r"^calibration: "):
             crqat.quantize(network(), calibration=wrong)
 
@@ -329,6 +330,44 @@ def test_a_saved_network_exports_to_the_same_bytes(tmp_path: Path) -> None:
         assert path.read_bytes() == two.files[target].read_bytes()
 
 
+class Dense(nn.Module):
+    """Gives an answer for each pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)  # type: ignore[no-any-return]
+
+
+class Branching(Dense):
+    """Decides by values."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).mean((2, 3))
+        return x if x.sum() > 0 else -x
+
+
+def test_what_cannot_be_quantized_is_named_as_an_argument() -> None:
+    for net, options, message in (
+        (
+            Dense(),
+            {},
+            r"^net: gives shape \[2, 5, 10, 10\]; what can be exported gives logits of shape \[N, classes\]$",
+        ),
+        (Branching(), {}, r"^net: torch\.fx cannot trace Branching at .*test_api\.py"),
+        (network(), {"weights": 9}, r"^weights: Input should be less than or equal to 8, not 9$"),
+        (network(), {"weight_method": "nonsense"}, r"^weight_method: "),
+        (network(), {"calibration_method": "max"}, r"^calibration_method: Input should be 'mse', 'minmax' or 'perc"),
+        (network(), {"targets": ["tensort"]}, r"^targets: no runtime is called 'tensort'; did you mean `tensorrt`\?$"),
+        (network(), {"float_layers": ["nonsense"]}, r"^float_layers: "),
+    ):
+        with pytest.raises(crqat.UsageError, match=message):
+            crqat.quantize(net, calibration=[IMAGES], **options)
+    assert quantized(targets="tensorrt").targets == ("tensorrt",)
+
+
 def test_layers_kept_in_float_and_what_they_cost(tmp_path: Path) -> None:
     for layers in ("fc", ["fc"], {"tensorrt": ["fc"]}):
         model = quantized(float_layers=layers)
@@ -337,8 +376,6 @@ def test_layers_kept_in_float_and_what_they_cost(tmp_path: Path) -> None:
     files = exported(crqat.load(tmp_path / "model.safetensors", network()), tmp_path / "out")
     assert files.float_layers == {"fc": 40} and "fc" not in files.macs and len(files.macs) == 2
     assert all(verified.passed for verified in files.verification.values())
-    with pytest.raises(crqat.UsageError, match="float_layers"):
-        quantized(float_layers=["nonsense"])
 
 
 def test_the_example_of_a_data_set_is_one(tmp_path: Path) -> None:

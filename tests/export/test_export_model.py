@@ -209,8 +209,11 @@ def test_verify_a_network_on_normalized_images_or_on_bytes(model: crqat.Quantize
             "runtime",
             "onnxruntime",
         }
-    with pytest.raises(crqat.UsageError, match=r"^images: bytes need preprocessing=crqat\.Preprocessing\(mean, std\)"):
-        crqat.verify(model, BYTES)
+    for wrong in (BYTES, IMAGES.double(), IMAGES[0], IMAGES[:0]):
+        with pytest.raises(
+            crqat.UsageError, match=r"^images: \w+ of shape \[.*\]; expected what the network takes, float"
+        ):
+            crqat.verify(model, wrong)
 
 
 def test_verify_reads_the_files_from_the_disk(model: crqat.QuantizedModel, tmp_path: Path) -> None:
