@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -12,8 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from crqat.core.errors import UsageError
+from crqat.core.field_bounds import checked
 from crqat.core.grid import Grid
-from crqat.core.targets import Residual
+from crqat.core.targets import ALL, Residual
 from crqat.train.checkpoint import read_header, read_tensors, write_tensors
 from crqat.train.config import Override, QuantizationConfig
 from crqat.train.placement.insert import QuantizerSpec, insert_quantizers
@@ -109,6 +111,7 @@ def quantize_model(
 
 CALIBRATION_IMAGES = 512
 _FORMAT = "1"
+_ARGUMENTS = {"calibration": "calibration_method"}
 
 
 def quantize(
@@ -120,6 +123,7 @@ def quantize(
     first_layer: int = 8,
     last_layer: int = 8,
     overrides: Mapping[str, Override] | None = None,
+    float_layers: Sequence[str] | Mapping[str, Sequence[str]] = (),
     weight_method: str = "lsq",
     activation_method: str = "lsq",
     calibration_method: str = "mse",
@@ -132,18 +136,20 @@ def quantize(
 
     Args:
         net: The float network. It is not changed; the copy stays on its device.
-        calibration: A DataLoader or any iterable of batches: tensors of images, or tuples that begin with one. Images
-            are what the network takes: float32 of shape [N, C, H, W], normalized by your own code.
+        calibration: A DataLoader or any iterable of batches: tensors of images, or tuples that begin with one; or one
+            tensor. Images are what the network takes: float32 of shape [N, C, H, W], normalized by your own code.
         weights: Bit width of the weights, 2 to 8.
         activations: Bit width of the activations, 2 to 8.
         first_layer: Bit width of the network's input and of the first layer's weights.
         last_layer: Bit width of the last layer's input and weights.
         overrides: Bit widths of single layers by name or pattern, before all of the above.
+        float_layers: Convolutions and linear layers that stay in float, by name or pattern such as "layer4.*"; a
+            mapping gives them by target. What they cost is in `Export.float_layers`.
         weight_method: How weights learn their scales; docs/methods.md has each method.
         activation_method: Likewise for activations.
         calibration_method: "mse", "minmax" or "percentile".
         calibration_images: At most this many images are taken from `calibration`.
-        targets: Names of the runtimes that the network must run on; see `crqat.targets()`.
+        targets: Names of the runtimes that the network must run on, or one name; see `crqat.targets()`.
 
     Returns:
         The quantized network, calibrated, in eval mode.
@@ -152,6 +158,9 @@ def quantize(
         UsageError: There are no images, they are of another type or shape, or the network cannot be quantized; the
             message names the layer.
     """
+    if isinstance(calibration, Tensor):
+        calibration = [calibration]
+    targets = (targets,) if isinstance(targets, str) else tuple(targets)
     device = next((tensor.device for tensor in net.parameters()), torch.device("cpu"))
     batches = [batch.to(device) for batch in _images(calibration, calibration_images)]
     if not batches:
@@ -165,13 +174,24 @@ def quantize(
         first_layer=first_layer,
         last_layer=last_layer,
         overrides=dict(overrides or {}),
+        float_layers=_by_target(float_layers),
         calibration=calibration_method,  # type: ignore[arg-type]
     )
-    config = checked(config)
+    config = checked(config, _ARGUMENTS)
     example = batches[0][:2]
     if len(example) < 2:
         example = example.repeat(2, *[1] * (example.ndim - 1))
-    model = quantize_model(net, example, config, targets).to(device)
+    try:
+        model = quantize_model(net, example, config, targets).to(device)
+    except UsageError as error:
+        # A recipe's words for what is an argument here.
+        msg = str(error).replace("model.name: ", "net: ", 1).replace("quantization.", "", 1)
+        raise UsageError(msg) from error
+    with torch.no_grad():
+        logits = model(example)
+    if logits.ndim != 2:
+        msg = f"net: gives shape {list(logits.shape)}; what can be exported gives logits of shape [N, classes]"
+        raise UsageError(msg)
     model.meta["quantization"] = asdict(config)
     model.meta["float_weights"] = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
     model.meta["input_shape"] = list(example.shape[1:])
@@ -179,22 +199,12 @@ def quantize(
     return model
 
 
-def checked(config: QuantizationConfig) -> QuantizationConfig:
-    """The configuration, its values held against their types and bounds, as a recipe's are.
-
-    Raises:
-        UsageError: A value is of another type or out of bounds; the message names the argument.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(QuantizationConfig).validate_python(asdict(config))
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"])) or "quantization"
-        name = {"calibration": "calibration_method"}.get(name, name)
-        msg = f"{name}: {first['msg']}, not {first['input']!r}"
-        raise UsageError(msg) from error
+def _by_target(layers: Sequence[str] | Mapping[str, Sequence[str]]) -> dict[str, tuple[str, ...]]:
+    if isinstance(layers, str):
+        layers = [layers]
+    if not isinstance(layers, Mapping):
+        layers = {ALL: layers} if layers else {}
+    return {target: tuple(names) for target, names in layers.items()}
 
 
 def _images(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:
@@ -202,8 +212,9 @@ def _images(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:
     left = limit
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
-        if not isinstance(images, Tensor) or not images.is_floating_point():
-            found = f"{images.dtype}" if isinstance(images, Tensor) else type(images).__name__
+        if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
+            is_tensor = isinstance(images, Tensor)
+            found = f"{images.dtype} of shape {list(images.shape)}" if is_tensor else type(images).__name__
             msg = (
                 f"calibration: a batch begins with {found}; expected normalized images, float32 of shape [N, C, H, W], "
                 "or a tuple that begins with them"
@@ -257,12 +268,12 @@ def load(path: str | Path, net: nn.Module) -> QuantizedModel:
             msg = f"{path}: format {header['crqat.format']}; this version of crqat reads format {_FORMAT}"
             raise UsageError(msg)
         values = {key: json.loads(header[key]) for key in ("quantization", "targets", "input_shape")}
-        config = checked(_config_of(values["quantization"]))
+        config = checked(_config_of(values["quantization"]), _ARGUMENTS)
         example = torch.zeros(2, *map(int, values["input_shape"]))
     except (KeyError, TypeError, ValueError) as error:
         msg = f"{path}: not written by crqat.save ({type(error).__name__}: {error})"
         raise UsageError(msg) from error
-    model = quantize_model(net.cpu(), example, config, values["targets"])
+    model = quantize_model(copy.deepcopy(net).cpu(), example, config, values["targets"])
     groups = {kind: {n.removeprefix(kind): t for n, t in tensors.items() if n.startswith(kind)} for kind in _KINDS}
     try:
         model.load_state_dict(groups["quantized."])

@@ -47,7 +47,7 @@ class Quantized:
         """The model's quantizers."""
         return self.model.specs
 
-    @property
+    @cached_property
     def latent(self) -> dict[str, npt.NDArray[np.float32]]:
         """Weight edge name to the unfolded weight."""
         return rounded_weights(self.model)

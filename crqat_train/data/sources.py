@@ -47,6 +47,16 @@ def imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 class Dataset:
     """A labeled data set on the CPU, in memory or in files that are decoded when needed.
 
+    A recipe's own function returns one, and the recipe names it as `data.source: my_module:my_images`::
+
+        def my_images(root: str) -> crqat.Dataset:  # root is the recipe's `data.root`; leave it out if you need none
+            arrays = numpy.load(f"{root}/images.npz", allow_pickle=False)
+            parts = [torch.from_numpy(arrays[name]) for name in ("train_x", "train_y", "test_x", "test_y")]
+            names = ("cat", "dog")
+            return crqat.Dataset(*parts, names, crqat.Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
+
+    What it returns is checked against what stands below before anything is trained.
+
     Attributes:
         train_images: uint8 of shape [N, C, H, W].
         train_labels: int64 of shape [N], each an index into `class_names`.

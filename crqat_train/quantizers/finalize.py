@@ -8,7 +8,7 @@ of them hold.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -67,6 +67,8 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
         if not bool(scales[spec.edge].isfinite().all()):
             msg = f"{spec.operation}: the scale of its {spec.kind} is infinite or no number: {why}"
             raise UsageError(msg)
+    if _representable(model, scales, constraints):
+        return []
     for spec in specs:
         if spec.kind == "activation":
             scale = scales[spec.edge]
@@ -87,6 +89,28 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
                 f"{spec.operation}: scale of {int(raised.sum())} channels raised to what the targets can store"
             )
     return notes
+
+
+def _representable(model: fx.GraphModule, scales: Mapping[str, Tensor], constraints: runtimes.Constraints) -> bool:
+    """Whether every scale is a stored one already, but for the roundings of folding BN into it and out of it again.
+
+    Rounding such a scale up once more could make it the next larger stored one, half a part in a thousand away. It
+    takes all scales of a network: a single one that was trained may lie so near to a stored one by chance.
+    """
+    for spec in specs_of(model):
+        scale = scales[spec.edge]
+        values, rounding = _numbers(scale).reshape(-1), np.float32(0.0)
+        if spec.kind == "weight":
+            rounding = np.float32(2.0**-22)
+            multiplier, bias = (_numbers(tensor) for tensor in _folded(model, spec, scale))
+            fed = None if spec.input_edge is None else np.float32(scales[spec.input_edge].item())
+            if constraints.weight_scale(values * (1 + rounding), multiplier, bias, fed)[1].any():
+                return False
+            values = (values * np.abs(multiplier))[multiplier != 0]
+        with np.errstate(over="ignore"):
+            if (constraints.scale_up(values * (1 - rounding)) > values * (1 + rounding)).any():
+                return False
+    return True
 
 
 def _folded(model: fx.GraphModule, spec: QuantizerSpec, scale: Tensor) -> tuple[Tensor, Tensor]:

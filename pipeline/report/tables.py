@@ -53,6 +53,14 @@ def show(results: Results, directory: Path) -> None:
     click.echo(f"written: {', '.join(str(directory / name) for name in names)}")
 
 
+def as_text(results: Results) -> str:
+    """The same table and lines as plain text, for `print` and notebooks."""
+    rows = [_COLUMNS, *(_row(file, model) for file, model in results.models.items())]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(map(console.printable, [_title(results), *lines, *_lines(results.models)]))
+
+
 def _title(results: Results) -> str:
     numbers = sorted({model.accuracy.n for model in results.models.values() if model.accuracy is not None})
     return (
@@ -200,7 +208,12 @@ def float_layers(kept: FloatLayers) -> str:
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> None:
     """A line for each rule and file, then the verdict."""
-    for verdict in verdicts:
-        # The message carries measured, interval, allowed and n, as far as the rule has them.
-        click.echo(console.printable(f"{verdict.status:<12}  {verdict.file}  {verdict.rule}: {verdict.message}"))
-    click.echo(f"gate: {_VERDICTS[exit_code(verdicts)]}")
+    for line in verdict_lines(verdicts):
+        click.echo(line)
+
+
+def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
+    """A line for each rule and file, then the verdict."""
+    # The message carries measured, interval, allowed and n, as far as the rule has them.
+    lines = [f"{verdict.status:<12}  {verdict.file}  {verdict.rule}: {verdict.message}" for verdict in verdicts]
+    return [*map(console.printable, lines), f"gate: {_VERDICTS[exit_code(verdicts)]}"]

@@ -22,7 +22,6 @@ from torch import Tensor, fx, nn
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
 from crqat.core.progress import Progress
-from crqat.export import stage as export_stage
 from crqat.export.config import ExportConfig
 from crqat.export.qdq.lint import lint
 from crqat.export.qdq.write import QDQModel, float_model
@@ -30,6 +29,7 @@ from crqat.export.to_onnx import Quantized
 from crqat.export.verification import UNEXPLAINED
 from crqat.export.verification.checks import verify
 from crqat.export.verification.fusion import fusion
+from crqat.export.write_models import refuse
 from crqat.pipeline.recipe.recipe import Recipe, train_config
 from crqat.train.config import TrainConfig
 from crqat.train.data.batches import evaluation_batches
@@ -306,7 +306,7 @@ def refuse_findings(files: Mapping[str, QDQModel], config: ExportConfig) -> None
     for target, file in files.items():
         findings = [str(finding) for finding in lint(file.model, target)]
         try:
-            export_stage.refuse(file, target, config.allow_lossy, findings)
+            refuse(file, target, config.allow_lossy, findings)
         except UsageError as error:
             msg = f"{str(error).partition('; crqat export')[0]}. Nothing was trained; --unchecked trains all the same"
             raise UsageError(msg) from error

@@ -18,7 +18,7 @@ from crqat.core.progress import quiet
 from crqat.core.results.verification import Verification
 from crqat.core.run_directory import MANIFEST, Manifest, read_manifest, verify_stage, write_stage
 from crqat.core.typed_json import to_json
-from crqat.export import stage
+from crqat.export import stage, write_models
 from crqat.export.config import ExportConfig
 from crqat.export.qdq.lint import lint
 from crqat.train.config import TrainConfig
@@ -132,7 +132,7 @@ def test_verification_does_not_see_test_images(trained: Trained, tmp_path: Path,
         seen.append(images)
         return {target: Verification("passed", len(images), 1, 0) for target in files}
 
-    monkeypatch.setattr(stage, "verify", verify)
+    monkeypatch.setattr(write_models, "verify", verify)
     training = trained()
     export(training, tmp_path, ExportConfig(verify_images=5))
     dataset = sources.load("digits", None, False)
@@ -252,7 +252,7 @@ def test_a_failed_export_leaves_the_one_before(trained: Trained, tmp_path: Path)
 def test_a_file_that_breaks_a_rule_is_not_written(trained: Trained, tmp_path: Path, monkeypatch: Any) -> None:
     from crqat.export.qdq.lint import Finding
 
-    monkeypatch.setattr(stage, "lint", lambda model, target: [Finding("conv1", "a rule", "a fix")] * 2)
+    monkeypatch.setattr(write_models, "lint", lambda model, target: [Finding("conv1", "a rule", "a fix")] * 2)
     with pytest.raises(
         UsageError, match=r"^onnxruntime\.onnx breaks 2 rules, first: conv1: a rule; a fix; crqat export"
     ):
@@ -263,7 +263,7 @@ def test_a_file_that_breaks_a_rule_is_not_written(trained: Trained, tmp_path: Pa
 def test_unsafe_writes_it_all_the_same_and_records_why(trained: Trained, tmp_path: Path, monkeypatch: Any) -> None:
     from crqat.export.qdq.lint import Finding
 
-    monkeypatch.setattr(stage, "lint", lambda model, target: [Finding(target, "a rule", "a fix")])
+    monkeypatch.setattr(write_models, "lint", lambda model, target: [Finding(target, "a rule", "a fix")])
     directory, config = trained()
     payload = stage.export(directory, config, CONFIG, tmp_path, quiet, "a run", "a revision", unsafe=True)
     findings = {entry.file: entry.findings for entry in payload.models}

@@ -86,7 +86,7 @@ class Fakes:
             ExportedModel("onnxruntime.onnx", "onnxruntime", verification=passed, findings=findings),
             ExportedModel("tensorrt.onnx", "tensorrt", verification=passed),
         ]
-        return ExportPayload(run, "images.npy", "labels.npy", entries)
+        return ExportPayload(run, entries, "images.npy", "labels.npy")
 
     def benchmark(self, export_dir: Path, config: Any, progress: Progress) -> Results:
         assert (export_dir / "float.onnx").is_file()

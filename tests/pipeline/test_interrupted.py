@@ -15,7 +15,7 @@ import pytest
 
 from bench import kill_and_resume
 from crqat.pipeline import cli
-from crqat.train.training import loop as trainer
+from crqat.train.quantized_model import QuantizedModel
 
 EPOCHS = ("--set", "float.epochs=40", "--set", "qat.epochs=1")
 
@@ -197,9 +197,9 @@ def test_between_two_phases_a_signal_ends_with_how_to_go_on_and_nothing_is_lost(
     folder = kill_and_resume.prepare(tmp_path / "run")
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
-    monkeypatch.setattr(sys, "argv", ["crqat", "train", "recipe.yaml", "--set", "qat.epochs=1"])
+    monkeypatch.setattr(sys, "argv", ["crqat", "train", "recipe.yaml", "--unchecked", "--set", "qat.epochs=1"])
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "calibrate", lambda *_: os.kill(os.getpid(), number))
+        patch.setattr(QuantizedModel, "calibrate", lambda *_: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert ended.value.code == code

@@ -205,6 +205,7 @@ def test_tensorrt_latency_is_never_taken_from_another_runtime(
     assert latency == NoLatency("not run: no engine was built from this file")
 
 
+ROOT = Path(__file__).parents[2]
 # Puts the fake device into the model's process, which starts with it.
 SITE = """
 import sys
@@ -246,8 +247,7 @@ def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
 ) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
-    root = Path(__file__).parents[2]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tmp_path / "site", root / "src", root))))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(ROOT / "src"), str(ROOT)]))
     images = np.random.default_rng(0).integers(0, 256, (50, 3, 2, 2)).astype(np.uint8)
     labels = images.sum(axis=(2, 3), dtype=np.int64).argmax(axis=1)
     labels[:5] = (labels[:5] + 1) % 3  # which the fake engine gets wrong

@@ -27,6 +27,10 @@ class UsageError(CrqatError):
     exit_code = 2
 
 
+class VerificationError(UsageError):
+    """Files were made that do not compute what the trained network computes; none of them is left behind."""
+
+
 class ToolError(CrqatError):
     """The environment is wrong: a tool is missing, a directory cannot be written, a runtime died."""
 

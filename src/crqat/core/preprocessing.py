@@ -78,6 +78,42 @@ class Preprocessing:
         return normalize(images.astype(np.float32), self.constants())
 
 
+def checked_bytes(images: Any, preprocessing: Preprocessing | None = None) -> npt.NDArray[np.uint8]:
+    """Images that a user's own code hands over, as the runtimes take them.
+
+    Args:
+        images: uint8 of shape [N, C, H, W], N >= 1, a numpy array or a torch tensor on any device.
+        preprocessing: What they will be normalized with; its channels must be theirs.
+
+    Returns:
+        The same as a numpy array.
+
+    Raises:
+        UsageError: They are something else, or the preprocessing does not fit them.
+    """
+    array = np.asarray(images.detach().cpu() if hasattr(images, "detach") else images)
+    if array.dtype != np.uint8 or array.ndim != 4 or not len(array):
+        msg = (
+            f"images: {array.dtype} of shape {list(array.shape)}; expected bytes before normalization, uint8 of shape "
+            "[N, C, H, W] with N >= 1"
+        )
+        raise UsageError(msg)
+    if preprocessing is not None:
+        mean, std = (np.asarray(values, np.float64) for values in (preprocessing.mean, preprocessing.std))
+        if not mean.shape == std.shape == (array.shape[1],):
+            msg = (
+                f"preprocessing: {mean.size} means and {std.size} stds; the images of shape {list(array.shape[1:])} "
+                "have one of each per channel, and channels come first"
+            )
+            raise UsageError(msg)
+        if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
+            msg = (
+                f"preprocessing: mean {mean.tolist()}, std {std.tolist()}; numbers in units of 0..1, each std positive"
+            )
+            raise UsageError(msg)
+    return array
+
+
 def normalize(images: Float32, constants: Sequence[Any]) -> Float32:
     """``(images / maximum - mean) / std`` for float32 images in 0..255, as numpy arrays or as torch tensors.
 

@@ -114,6 +114,39 @@ def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
         os.close(lock)
 
 
+@contextmanager
+def write_directory(out: Path, manifest: Manifest) -> Iterator[Path]:
+    """As `write_stage`, for one directory of the user's own: on a clean exit it is there as a whole, without links.
+
+    Args:
+        out: The directory to make. One that is there must be empty or made by this function, which replaces it.
+        manifest: See `write_stage`.
+
+    Raises:
+        UsageError: `out` is a file, or holds something else.
+        ToolError: The directory cannot be written.
+    """
+    out = out.absolute()
+    if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
+        msg = f"{out}: there are other files at this place; choose an empty directory"
+        raise UsageError(msg)
+    if (out / MANIFEST).is_file():
+        read_manifest(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        version = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        msg = f"cannot write to {out}: {error.strerror}; choose another place"
+        raise ToolError(msg) from error
+    yield from _fill(out, manifest, version)
+    previous = out.with_name(f"{version.name}.before")
+    if out.exists():
+        out.rename(previous)
+    version.rename(out)
+    sync(out.parent)
+    shutil.rmtree(previous, ignore_errors=True)
+
+
 def _fill(run: Path, manifest: Manifest, version: Path) -> Iterator[Path]:
     try:
         yield version

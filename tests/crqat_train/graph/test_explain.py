@@ -39,7 +39,8 @@ class Own(nn.Module):
 def quantized(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     targets = ("onnxruntime", "tensorrt")
-    return quantize_model(model.eval(), torch.randn(2, 3, 8, 8), QuantizationConfig(), targets)
+    example = torch.randn(2, 3, 8, 8)
+    return quantize_model(model.eval(), example, QuantizationConfig(), targets, lambda _: nn.Identity())
 
 
 def line_of(function: Callable[..., Any], text: str) -> str:

@@ -35,7 +35,7 @@ from crqat.train.quantizers import LSQQuantizer, quantizer_maker, quantizer_of
 from crqat.train.training.loop import train
 from tests.crqat_train import stock_nncf
 
-NETWORK = "tests.crqat_train.test_nncf_start:small"
+NETWORK = "tests.crqat_train.nncf.test_start_from:small"
 
 
 class Small(nn.Module):

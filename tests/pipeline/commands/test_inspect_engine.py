@@ -107,7 +107,7 @@ def test_macs_come_from_the_manifest_beside_the_file(here: Path, capsys: pytest.
         ExportedModel("float.onnx", "float"),
         ExportedModel("tensorrt.onnx", "tensorrt", macs={"first": 3, "second": 1}),
     ]
-    manifest.payload = typed_json.to_json(ExportPayload("run", "images.npy", "labels.npy", models))
+    manifest.payload = typed_json.to_json(ExportPayload("run", models, "images.npy", "labels.npy"))
     with write_stage(here / "run", manifest) as out:
         onnx.save(network(), out / "tensorrt.onnx")
     inspect("run/export/tensorrt.onnx")

@@ -19,7 +19,7 @@ RECIPE = """
 name: small
 compile: never
 data: {source: digits, crop_padding: 0, flip: false}
-model: {name: "tests.crqat_train.test_low_bits:network"}
+model: {name: "tests.crqat_train.training.test_callbacks:network"}
 float: {epochs: 3, batch_size: 100, lr: 0.1}
 quantization: {weights: 4, activations: 4, calibration_images: 64}
 qat: {epochs: 0, freeze_bn_at: 0.5}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from crqat.core.preprocessing import Preprocessing
 from crqat.core.results.benchmark import FloatLayers
 from crqat.core.results.training import TrainingPayload
 from crqat.core.results.verification import Fusion, Verification
@@ -61,23 +62,25 @@ class ExportPayload:
 
     Attributes:
         run: Its name.
-        images: File of the test images, uint8 [N, C, H, W].
-        labels: File of their classes, int64 [N].
         models: The float file or files, then one for each target.
+        images: File of the test images, uint8 [N, C, H, W]; empty where they are not exported.
+        labels: File of their classes, int64 [N].
         class_names: In the order of the logits.
         grids_sha256: Of the Grids that were exported.
         candidate: Which of the training's was.
         training: That it was made of.
+        preprocessing: Of an export without a training, which says it otherwise.
         noise: Signal-to-noise of each quantizer, dB; None where it changes nothing.
     """
 
     run: str
-    images: str
-    labels: str
     models: list[ExportedModel]
+    images: str = ""
+    labels: str = ""
     class_names: list[str] = field(default_factory=list)
     grids_sha256: str | None = None
     candidate: str = ""
     training: TrainingPayload | None = None
+    preprocessing: Preprocessing | None = field(default=None, metadata=OMIT)
     noise: dict[str, float | None] = field(default_factory=dict)
     schema_version: int = 1

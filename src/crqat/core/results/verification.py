@@ -56,7 +56,12 @@ class Verification:
     images: int
     codes: int
     differing_codes: int
-    checks: dict[str, Check | str] | None = field(default=None, metadata={**OMIT, "key": "links"})
+    checks: dict[str, Check | str] | None = field(default=None, repr=False, metadata={**OMIT, "key": "links"})
+
+    @property
+    def passed(self) -> bool:
+        """Whether it was compared and nothing differs that should not."""
+        return self.status == "passed"
 
 
 @dataclass(frozen=True)

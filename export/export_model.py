@@ -1,0 +1,258 @@
+"""`crqat.export` and `crqat.verify`: a network of the user's own training loop becomes verified files."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from torch import Tensor, nn
+
+from crqat.core import targets as runtimes
+from crqat.core.errors import UsageError, VerificationError
+from crqat.core.field_bounds import checked
+from crqat.core.grid import grids_hash
+from crqat.core.preprocessing import Preprocessing, checked_bytes
+from crqat.core.results.export import Claim, ExportedModel, ExportPayload
+from crqat.core.results.verification import Verification
+from crqat.core.run_directory import Manifest, git_revision, write_directory
+from crqat.core.typed_json import to_json
+from crqat.export.config import ExportConfig
+from crqat.export.to_onnx import Quantized
+from crqat.export.verification import checks
+from crqat.export.write_models import METADATA_SCHEMA, make_file, write_models
+from crqat.train.distributed import unwrapped
+from crqat.train.quantized_model import QuantizedModel
+
+Images = Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `crqat.export` wrote.
+
+    Attributes:
+        directory: It holds the files, the expected codes of a few images, and manifest.json with the SHA-256 of each.
+        files: By target; "float" and "float16" are the baselines.
+        verification: By target.
+        findings: By target, rules of the runtime that the file breaks; empty unless `unsafe` was set.
+        claims: By target: of each quantized edge "exact" or "lossy", with a note.
+        macs: Multiply-accumulates of one image by operation, of those that are INT8.
+        float_layers: Likewise of the layers that `crqat.quantize` was asked to keep in float.
+        preprocessing: As in the files.
+        config: How they were written.
+        model: The finalized network that they hold, on the CPU, in eval mode.
+    """
+
+    directory: Path
+    files: Mapping[str, Path]
+    verification: Mapping[str, Verification]
+    findings: Mapping[str, Sequence[str]]
+    claims: Mapping[str, Mapping[str, Claim]] = field(repr=False)
+    macs: Mapping[str, int] = field(repr=False)
+    float_layers: Mapping[str, int] = field(repr=False)
+    preprocessing: Preprocessing = field(repr=False)
+    config: ExportConfig = field(repr=False)
+    model: QuantizedModel = field(repr=False)
+
+    def __str__(self) -> str:
+        """A line for each file."""
+        return "\n".join(f"{path}: {self._said(target)}" for target, path in self.files.items())
+
+    def _said(self, target: str) -> str:
+        if target not in self.verification:
+            return "the float network"
+        verified = self.verification[target]
+        return (
+            f"verification {verified.status}, {verified.differing_codes} of {verified.codes} codes differ on "
+            f"{verified.images} images"
+        )
+
+
+def export(
+    model: nn.Module,
+    out: str | Path,
+    *,
+    images: Images,
+    preprocessing: Preprocessing,
+    class_names: Sequence[str] | None = None,
+    targets: Sequence[str] | None = None,
+    tensorrt_precision: Literal["float16", "float32"] = "float16",
+    tensorrt_weights: Literal["int8", "float"] = "int8",
+    unsafe: bool = False,
+) -> Export:
+    """Finalize a quantized network and write the files of its targets, linted and verified, with the float baseline.
+
+    Args:
+        model: What `crqat.quantize` or `crqat.load` made, trained or not; an EMA teacher's is `teacher.model`. Wrappers
+            of DistributedDataParallel and torch.compile are looked through. It is not changed.
+        out: The directory. It is written as a whole or not at all; one that an earlier call made is replaced.
+        images: On which the files are verified: bytes before normalization, uint8 of shape [N, C, H, W]. 32 will do;
+            none of them should be a test image.
+        preprocessing: Mean and std in units of 0..1 by which your own code normalizes; it travels in each file.
+        class_names: One for each logit; None numbers them.
+        targets: Some of the targets that the network was quantized for; None is all of them.
+        tensorrt_precision: Type of what is not INT8 in tensorrt.onnx.
+        tensorrt_weights: How tensorrt.onnx stores weights; see `crqat.export.config.ExportConfig.weights`.
+        unsafe: Write files that break a rule or whose verification failed, too; `findings` and `verification` say so.
+
+    Returns:
+        What was written; `crqat.benchmark` measures it.
+
+    Raises:
+        VerificationError: A file does not compute the codes that the network computes, or that could not be found out.
+        UsageError: The network is not one of `crqat.quantize`, the images are of another type or shape, a file breaks
+            one of its runtime's rules, or `out` holds something else.
+        ToolError: The directory cannot be written.
+    """
+    out = Path(out)
+    quantized = _finalized(model, preprocessing(checked_bytes(images, preprocessing)))
+    config = checked(
+        ExportConfig(
+            targets=_targets(quantized.model, targets),
+            tensorrt_precision=tensorrt_precision,
+            weights=tensorrt_weights,
+            allow_lossy=True,  # a loss shows in the verification
+        ),
+        {"weights": "tensorrt_weights"},
+    )
+    classes = quantized.graph.classes
+    names = [str(index) for index in range(classes)] if class_names is None else [str(name) for name in class_names]
+    if len(names) != classes:
+        msg = f"class_names: {len(names)} names for the {classes} logits of the network; give one for each"
+        raise UsageError(msg)
+    described = replace(
+        preprocessing,
+        mean=tuple(float(v) for v in preprocessing.mean),
+        std=tuple(float(v) for v in preprocessing.std),
+    )
+    metadata = {
+        "crqat.schema_version": METADATA_SCHEMA,
+        "crqat.run": out.name,
+        "crqat.preprocessing": json.dumps(to_json(described)),
+        "crqat.class_names": json.dumps(names),
+        "crqat.grids_sha256": grids_hash(quantized.grids),
+        "crqat.git_revision": git_revision(Path.cwd()),
+    }
+    manifest = Manifest("export", "", None, {}, {"torch": torch.__version__, "onnx": onnx.__version__})
+    with write_directory(out, manifest) as folder:
+        entries = write_models(quantized, folder, config, metadata, unsafe=True)
+        verification = {entry.target: entry.verification for entry in entries if entry.verification is not None}
+        own = [entry for entry in entries if entry.target in verification]
+        if not unsafe:
+            _refuse(own)
+        payload = ExportPayload(
+            run=out.name,
+            models=entries,
+            class_names=names,
+            preprocessing=described,
+            grids_sha256=metadata["crqat.grids_sha256"],
+        )
+        manifest.payload = to_json(payload)
+    return Export(
+        out,
+        {entry.target: out / entry.file for entry in entries},
+        verification,
+        {entry.target: tuple(entry.findings or ()) for entry in own},
+        {entry.target: entry.claims for entry in own},
+        own[0].macs or {},
+        own[0].float_layers.macs if own[0].float_layers is not None else {},
+        preprocessing,
+        config,
+        quantized.model,
+    )
+
+
+def verify(
+    model_or_files: nn.Module | Export, images: Images, preprocessing: Preprocessing | None = None
+) -> dict[str, Verification]:
+    """Compare, in integer codes: torch = integer simulator = ONNX Runtime, and one target = the other.
+
+    Args:
+        model_or_files: A quantized network, whose files are made in memory; or what `crqat.export` gave, whose files
+            are read from the disk.
+        images: What the network takes, float32 of shape [N, C, H, W]; or bytes before normalization, uint8.
+        preprocessing: For bytes and a network; files bring their own.
+
+    Returns:
+        By target. A failed verification is a result and no error here.
+
+    Raises:
+        UsageError: As `export`.
+    """
+    if not isinstance(model_or_files, Export):
+        quantized = _finalized(model_or_files, _normalized(images, preprocessing))
+        files = {name: make_file(quantized, name, ExportConfig()) for name in quantized.model.targets}
+    else:
+        given = model_or_files
+        stored = {name: onnx.load(given.files[name]) for name in given.verification}
+        quantized = _finalized(given.model, _normalized(images, given.preprocessing))
+        files = {name: replace(make_file(quantized, name, given.config), model=model) for name, model in stored.items()}
+    return checks.verify(quantized.model, quantized.grids, files, quantized.images)
+
+
+def _refuse(entries: Sequence[ExportedModel]) -> None:
+    """Raise what is wrong with the first file that has something wrong."""
+    for entry in entries:
+        if entry.findings:
+            count, first = len(entry.findings), entry.findings[0]
+            msg = f"{entry.file} breaks {count} rules, first: {first}; unsafe=True writes it all the same"
+            raise UsageError(msg)
+        verified = entry.verification
+        if verified is not None and not verified.passed:
+            msg = (
+                f"{entry.file}: verification on {verified.images} images {verified.status}; nothing was written, "
+                "unsafe=True writes it all the same"
+            )
+            raise VerificationError(msg)
+
+
+def _targets(model: QuantizedModel, asked: Sequence[str] | None) -> tuple[str, ...]:
+    """The targets to write files for."""
+    if asked is None:
+        return model.targets
+    own = model.targets
+    for target in [asked] if isinstance(asked, str) else asked:
+        runtimes.get(target)
+        if target not in own:
+            msg = f"targets: the network was quantized for {', '.join(own)}; add {target} to crqat.quantize's targets"
+            raise UsageError(msg)
+    return (asked,) if isinstance(asked, str) else tuple(asked)
+
+
+def _normalized(images: Images, preprocessing: Preprocessing | None) -> npt.NDArray[np.float32]:
+    """Images as the network takes them: float32 as they are, bytes normalized."""
+    array = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)
+    if array.dtype == np.float32 and array.ndim == 4 and len(array):
+        return array
+    if preprocessing is None:
+        msg = (
+            f"images: {array.dtype} of shape {list(array.shape)}; expected what the network takes, float32 of shape "
+            "[N, C, H, W] with N >= 1, or bytes with preprocessing=crqat.Preprocessing(mean, std)"
+        )
+        raise UsageError(msg)
+    return preprocessing(checked_bytes(array, preprocessing))
+
+
+def _finalized(model: nn.Module, normalized: npt.NDArray[np.float32]) -> Quantized:
+    """A finalized copy on the CPU in eval mode, with its Grids and images that it takes."""
+    inner = unwrapped(model) if isinstance(model, nn.Module) else model
+    if not isinstance(inner, QuantizedModel) or "float_weights" not in inner.meta:
+        hint = "; of a teacher give teacher.model" if hasattr(model, "model") else ""
+        msg = f"model: a {type(inner).__name__}; expected what crqat.quantize or crqat.load made{hint}"
+        raise UsageError(msg)
+    expected = inner.meta["input_shape"]
+    if list(normalized.shape[1:]) != expected:
+        msg = f"images: shape {list(normalized.shape)}; the network was quantized with images of shape {expected}"
+        raise UsageError(msg)
+    own = copy.deepcopy(inner).cpu().eval().requires_grad_(False)
+    own.to(memory_format=torch.contiguous_format)
+    own.finalize()
+    return Quantized(own, own.grids(), normalized)

@@ -1,0 +1,132 @@
+"""One quantized network becomes the ONNX files of its targets, linted and verified, beside the float baselines."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import onnx
+
+from crqat.core import targets as runtimes
+from crqat.core.errors import UsageError
+from crqat.core.progress import Progress, quiet
+from crqat.core.results.export import ExportedModel
+from crqat.export.config import ExportConfig
+from crqat.export.graph.from_torch import marked_graph
+from crqat.export.graph.onnx_graph import Graph, split_macs
+from crqat.export.qdq.lint import lint
+from crqat.export.qdq.write import QDQModel, float_model
+from crqat.export.to_onnx import Quantized
+from crqat.export.verification.checks import REFUSED, verify
+from crqat.export.verification.expected_codes import expected_codes
+from crqat.export.verification.fusion import fusion
+
+METADATA_SCHEMA = "1"
+
+
+def write_models(
+    quantized: Quantized,
+    out: Path,
+    config: ExportConfig,
+    metadata: Mapping[str, str],
+    progress: Progress = quiet,
+    unsafe: bool = False,
+) -> list[ExportedModel]:
+    """Write every file of a network, and verify each of them before it is written.
+
+    Args:
+        quantized: The finalized network, its Grids, and the normalized images that the files are verified on. Its
+            `meta["float_weights"]` are the weights of the float baseline.
+        out: Empty directory.
+        config: What to write; its targets None are those of the network.
+        metadata: Of each file, beside its target.
+        progress: Told of files and checks.
+        unsafe: Write files that break a rule, too, and record what they break as "findings" of their entries.
+
+    Returns:
+        An entry for each file, the baselines first: of a target's its claims, MACs, verification, fusion and findings.
+        A failed verification is recorded and no error.
+
+    Raises:
+        UsageError: See `refuse`.
+    """
+    targets = config.targets or quantized.model.targets
+    precisions = {target: _precision(target, config) for target in targets}
+    steps = len(targets) + 2
+    files: dict[str, QDQModel] = {}
+    findings: dict[str, list[str]] = {}
+    for target in targets:
+        files[target] = make_file(quantized, target, config, metadata)
+        findings[target] = [str(finding) for finding in lint(files[target].model, target)]
+        refuse(files[target], target, config.allow_lossy, [] if unsafe else findings[target])
+        progress("export", len(files), steps, f"{target}.onnx")
+    baselines = {"float": "float32"}
+    if "float16" in precisions.values():
+        baselines["float16"] = "float16"
+    graph = _float_graph(quantized)
+    for name, kind in baselines.items():
+        onnx.save(float_model(graph, {**metadata, "crqat.target": name}, kind), out / f"{name}.onnx")
+    verified = verify(quantized.model, quantized.grids, files, quantized.images)
+    progress("export", steps - 1, steps, "; ".join(f"{name}: {found.status}" for name, found in verified.items()))
+    node_macs, in_float = split_macs(quantized.graph)
+    entries = [ExportedModel(f"{name}.onnx", name) for name in baselines]
+    for name, file in files.items():
+        onnx.save(file.model, out / f"{name}.onnx")
+        runs = runtimes.get(name).not_run is None and not verified[name].status.startswith(REFUSED)
+        codes = f"{name}.codes.npz"
+        entries.append(
+            ExportedModel(
+                file=f"{name}.onnx",
+                target=name,
+                precision=precisions[name],
+                claims=file.claims(),
+                macs=node_macs,
+                float_layers=in_float,
+                verification=verified[name],
+                fusion=fusion(file.model) if runs else None,
+                findings=findings[name],
+                expected_codes=codes if runs and expected_codes(file, quantized.images, out / codes) else None,
+            )
+        )
+    return entries
+
+
+def make_file(
+    quantized: Quantized, target: str, config: ExportConfig, metadata: Mapping[str, str] | None = None
+) -> QDQModel:
+    """A target's file in memory, written as the configuration says."""
+    weights = config.weights if runtimes.get(target).float_weights else "int8"
+    return quantized.file(target, _precision(target, config), metadata, weights)
+
+
+def _precision(target: str, config: ExportConfig) -> str:
+    return runtimes.get(target).float_type(config.tensorrt_precision)
+
+
+def _float_graph(quantized: Quantized) -> Graph:
+    """The float network as it was before quantization; its weights are not the latent ones behind the quantizers."""
+    model = copy.deepcopy(quantized.model)
+    own, saved = model.state_dict(), model.meta["float_weights"]
+    # The graph leaves out what the network has and never uses.
+    model.load_state_dict({**own, **{name: tensor for name, tensor in saved.items() if name in own}})
+    return marked_graph(model, quantized.graph.input_shape, quantized.graph.classes)
+
+
+def refuse(file: QDQModel, target: str, allow_lossy: bool, findings: Sequence[str]) -> None:
+    """Refuse a file that breaks its runtime's rules, or holds a Grid with a loss that nobody allowed.
+
+    Raises:
+        UsageError: The message names the first rule, or the first Grid, and the way out.
+    """
+    if findings:
+        msg = (
+            f"{target}.onnx breaks {len(findings)} rules, first: {findings[0]}; "
+            "crqat export --unsafe writes it all the same"
+        )
+        raise UsageError(msg)
+    lossy = {edge: claim for edge, claim in file.claims().items() if claim.claim == "lossy"}
+    if lossy and not allow_lossy:
+        edge, claim = next(iter(lossy.items()))
+        msg = f"export.targets: {target} cannot hold {len(lossy)} trained Grids, first {edge} ({claim.note}); "
+        raise UsageError(msg + f"add {target} to `targets` and train again, or set export.allow_lossy: true")

@@ -1,0 +1,249 @@
+"""`crqat.benchmark` and `crqat.gate`: files of `crqat.export`, measured on the user's own images, and their verdict."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from crqat.core import typed_json
+from crqat.core.errors import UsageError
+from crqat.core.field_bounds import checked
+from crqat.core.preprocessing import checked_bytes
+from crqat.core.progress import Progress, quiet
+from crqat.core.results.benchmark import ModelResult, Results
+from crqat.core.results.export import ExportPayload
+from crqat.core.results.verdict import Verdict
+from crqat.core.run_directory import Manifest, payload_of, verify_stage, write_stage
+from crqat.core.typed_json import to_json
+from crqat.pipeline.gate import rules
+from crqat.pipeline.report import tables
+from crqat.runtime_eval.benchmark import benchmark as measure
+from crqat.runtime_eval.config import BenchmarkConfig, Provider
+
+if TYPE_CHECKING:
+    from crqat.export.export_model import Export
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file's results.
+
+    Attributes:
+        target: Runtime that the file was written for; "float" and "float16" are the baselines.
+        status: "measured", "failed: ..." or "not run: ..."; without a measurement the numbers are None.
+        n: Images.
+        top1: Share of them answered rightly, 0..1.
+        drop_points: Percentage points of top-1 that it loses against the float file.
+        drop_interval_points: Each bound holds one-sided at 95 %.
+        agreement: Share of the images that it answers as the float file does.
+        p50_ms: Median latency of one image, in milliseconds; None where its runtime is not here.
+        latency_ratio: Its latency divided by the float file's.
+        latency_ratio_interval: Of the ratio of the medians; 95 % from 6 rounds on.
+        size_bytes: Of the file.
+    """
+
+    target: str
+    status: str
+    n: int | None
+    top1: float | None
+    drop_points: float | None
+    drop_interval_points: tuple[float, float] | None
+    agreement: float | None
+    p50_ms: float | None
+    latency_ratio: float | None
+    latency_ratio_interval: tuple[float, float] | None
+    size_bytes: int
+
+    @classmethod
+    def of(cls, entry: ModelResult) -> Measured:
+        """From a file's entry in the results."""
+        accuracy, versus, timed = entry.accuracy, entry.versus_float, entry.timed
+        return cls(
+            target=entry.target,
+            status=entry.status,
+            n=None if accuracy is None else accuracy.n,
+            top1=None if accuracy is None else accuracy.top1,
+            drop_points=None if versus is None else versus.drop_points,
+            drop_interval_points=None if versus is None else versus.drop_interval_points,
+            agreement=None if versus is None else versus.agreement,
+            p50_ms=None if timed is None else timed.p50_ms,
+            latency_ratio=None if versus is None else versus.latency_ratio,
+            latency_ratio_interval=None if versus is None else versus.latency_ratio_interval,
+            size_bytes=entry.size_bytes or 0,
+        )
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `crqat.benchmark` measured; `print` shows it as a table.
+
+    Attributes:
+        files: By file name, such as "onnxruntime.onnx".
+        results: Everything, as results.json of a run holds it.
+    """
+
+    files: Mapping[str, Measured]
+    results: Results = field(repr=False)
+
+    def __str__(self) -> str:
+        """The table, and a line for everything that has no number."""
+        return tables.as_text(self.results)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The verdict on a benchmark.
+
+    Attributes:
+        exit_code: For `sys.exit` in a CI job: 0 pass, 1 a rule failed, 3 something did not work, 4 inconclusive.
+        verdicts: Each rule on each file.
+    """
+
+    exit_code: int
+    verdicts: tuple[Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether the exit code is 0."""
+        return self.exit_code == 0
+
+    @property
+    def lines(self) -> list[str]:
+        """One for each rule and file, then the verdict."""
+        return tables.verdict_lines(self.verdicts)
+
+    def __str__(self) -> str:
+        """The lines."""
+        return "\n".join(self.lines)
+
+
+def benchmark(
+    files: Export | str | Path,
+    images: Any,
+    labels: Any,
+    *,
+    threads: int = 1,
+    provider: Provider = "CPUExecutionProvider",
+    warm_up_seconds: float = 0.2,
+    latency_rounds: int = 10,
+    latency_seconds: float = 5.0,
+    accuracy_batch: int = 64,
+    openvino: bool = False,
+    time_limit_seconds: float = 300.0,
+    progress: Progress = quiet,
+) -> Benchmark:
+    """Measure accuracy, latency, memory and size of exported files on this machine, beside the float baseline.
+
+    Each file runs in processes of its own, one at a time.
+
+    Args:
+        files: What `crqat.export` gave, or its directory, or a run's `export`; the files' hashes are checked.
+        images: Test images: bytes before normalization, uint8 of shape [N, C, H, W], a tensor or an array.
+        labels: Integers of shape [N], each the index of a logit.
+        threads: Threads that one inference may use.
+        provider: ONNX Runtime's execution provider.
+        warm_up_seconds: Inferences at the start of each process that are not counted.
+        latency_rounds: Rounds in which the files take turns; at least 6.
+        latency_seconds: Counted time of one file over all rounds.
+        accuracy_batch: Images of one inference where accuracy is measured.
+        openvino: Measure the float file and ONNX Runtime's in OpenVINO, too.
+        time_limit_seconds: A process that is silent for longer is taken for hung.
+        progress: Told of rounds and images.
+
+    Returns:
+        The results of each file. One that cannot run has the status "failed: ..." or "not run: ...".
+
+    Raises:
+        UsageError: Images, labels or an option are of another type, shape or range, or a file is missing or damaged.
+    """
+    config = checked(
+        BenchmarkConfig(
+            threads=threads,
+            provider=provider,
+            warm_up_seconds=warm_up_seconds,
+            latency_rounds=latency_rounds,
+            latency_seconds=latency_seconds,
+            accuracy_batch=accuracy_batch,
+            openvino=openvino,
+            time_limit_seconds=time_limit_seconds,
+        )
+    )
+    directory = (Path(files) if isinstance(files, str | Path) else files.directory).absolute()
+    exported = verify_stage(directory)
+    payload = payload_of(ExportPayload, directory, exported)
+    # A stage's export has it with what its training says of itself.
+    training = payload.training
+    preprocessing = payload.preprocessing if training is None else training.preprocessing
+    if preprocessing is None:
+        msg = f"{directory}: no export (its manifest has no preprocessing); give what crqat.export wrote"
+        raise UsageError(msg)
+    payload = replace(payload, images="images.npy", labels="labels.npy")
+    pixels = checked_bytes(images, preprocessing)
+    numbers = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
+    if numbers.dtype.kind not in "iu" or numbers.shape != (len(pixels),):
+        msg = f"labels: {numbers.dtype} of shape {list(numbers.shape)}; expected one integer for each of "
+        msg += f"{len(pixels)} images"
+        raise UsageError(msg)
+    # The stage's own function measures: it is given what the stage is given, a complete export with its images.
+    with tempfile.TemporaryDirectory(prefix="crqat-benchmark-") as scratch:
+        manifest = Manifest("export", "", None, {}, {}, to_json(payload))
+        with write_stage(Path(scratch), manifest) as out:
+            for name in set(exported.files) - {"images.npy", "labels.npy"}:
+                shutil.copyfile(directory / name, out / name)
+            np.save(out / "images.npy", pixels)
+            np.save(out / "labels.npy", numbers.astype(np.int64))
+        results = measure(Path(scratch) / "export", config, progress)
+    return Benchmark({file: Measured.of(entry) for file, entry in results.models.items()}, results)
+
+
+def gate(
+    results: Benchmark | Results | Mapping[str, Any],
+    *,
+    max_accuracy_drop: float = 1.0,
+    min_agreement: float | None = None,
+    min_accuracy: float | None = None,
+    max_latency_ratio: float | None = None,
+    max_size_ratio: float | None = None,
+    min_int8_coverage: float | None = 1.0,
+    max_reformat_layers: int | None = None,
+) -> Gate:
+    """Judge a benchmark as the command `crqat gate` does; nothing is measured.
+
+    Args:
+        results: What `crqat.benchmark` gave, or the `Results` or the JSON of a run's results.json.
+        max_accuracy_drop: Percentage points of top-1 accuracy that a quantized file may lose against the float file.
+        min_agreement: Share of the images on which it must answer as the float file does.
+        min_accuracy: Share of the images that it must answer rightly.
+        max_latency_ratio: Its latency divided by the float file's.
+        max_size_ratio: Its file size divided by the float file's.
+        min_int8_coverage: Share of the multiply-accumulates that its TensorRT engine computes in INT8.
+        max_reformat_layers: Layers of its TensorRT engine that only change type or layout.
+
+    Returns:
+        The verdict. What is uncertain is judged by its interval; a file whose verification failed fails.
+
+    Raises:
+        UsageError: A limit is of another type or out of range.
+    """
+    limits = checked(
+        rules.GateConfig(
+            max_accuracy_drop=max_accuracy_drop,
+            min_agreement=min_agreement,
+            min_accuracy=min_accuracy,
+            max_latency_ratio=max_latency_ratio,
+            max_size_ratio=max_size_ratio,
+            min_int8_coverage=min_int8_coverage,
+            max_reformat_layers=max_reformat_layers,
+        )
+    )
+    measured = results.results if isinstance(results, Benchmark) else results
+    if not isinstance(measured, Results):
+        measured = typed_json.checked(Results, measured, "results", "give what crqat.benchmark gave, or results.json")
+    verdicts = rules.judge(measured, limits)
+    return Gate(rules.exit_code(verdicts), tuple(verdicts))
