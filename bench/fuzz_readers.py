@@ -102,12 +102,12 @@ def _checkpoints() -> Iterator[bytes]:
 def _readers(folder: Path) -> dict[str, Reader]:
     """Each reader with the inputs to start from; `folder` holds what a reader needs as a file."""
     from crqat.core import grid, preprocessing, run_directory
+    from crqat.core.results import benchmark
     from crqat.pipeline.commands import check, inspect_engine
-    from crqat.pipeline.gate import latency_regression
+    from crqat.pipeline.gate import junit, latency_regression
     from crqat.pipeline.gate import rules as gate
     from crqat.pipeline.recipe import recipe
     from crqat.pipeline.recipe import yaml as yaml_reader
-    from crqat.pipeline.report import read_results
     from crqat.runtime_eval.board import bundle
     from crqat.runtime_eval.measure import codes
     from crqat.runtime_eval.runners import onnx_header
@@ -119,9 +119,9 @@ def _readers(folder: Path) -> dict[str, Reader]:
         return path
 
     def results(content: bytes) -> None:
-        read = read_results.read_results(written("results.json", content))
+        read = benchmark.read_results(written("results.json", content))
         verdicts = gate.judge(read, gate.GateConfig()) + latency_regression.judge(read, read, 1.1)
-        gate.junit(verdicts, "run")
+        junit.junit(verdicts, "run")
         gate.exit_code(verdicts)
 
     def manifest(content: bytes) -> None:

@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from crqat.core.typed_json import to_json
 from crqat.runtime_eval.machine import host
 
 ROOT = Path(__file__).parent.parent
@@ -268,7 +269,7 @@ def main() -> None:
             print(f"{done} kills, {len(figures.lost)} lost, {len(figures.differing)} differing", file=sys.stderr)
     row = {**asdict(figures), "seed": arguments.seed, "stage_seconds": seconds, "seconds": time.monotonic() - started}
     OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps({"device": host.describe(), **row}, indent=1))
+    OUT.write_text(json.dumps({"device": to_json(host.describe()), **row}, indent=1))
     kills = ", ".join(f"{stage} {count}" for stage, count in figures.kills.items())
     print(f"kills: {sum(figures.kills.values())} ({kills})")
     print(f"runs: {figures.runs}; trainings that went on from a state: {figures.continued}")

@@ -21,6 +21,7 @@ import onnx
 
 from bench.vs_onnxruntime import METADATA, Case, calibrated, cases
 from crqat.core.targets import Residual
+from crqat.core.typed_json import to_json
 from crqat.export.graph.onnx_graph import macs
 from crqat.pipeline.console import show_table
 from crqat.runtime_eval.config import BenchmarkConfig
@@ -39,8 +40,8 @@ def measure(case: Case, residual: Residual) -> dict[str, Any]:
         path = Path(folder) / "tensorrt.onnx"
         onnx.save(quantized.file("tensorrt", "float16", METADATA).model, path)
         report = build(path, EngineOptions(batch=(1, 1, 1)), macs(quantized.graph))
-        if report["status"] != "built":
-            msg = f"{case.name}, {residual}: {report['status']}"
+        if report.coverage is None or report.counts is None:
+            msg = f"{case.name}, {residual}: {report.status}"
             raise SystemExit(msg)
         top1, n = None, None
         if case.test is not None:
@@ -49,16 +50,15 @@ def measure(case: Case, residual: Residual) -> dict[str, Any]:
             with Worker(path, images_path, BenchmarkConfig()) as worker:
                 worker.accuracy(100, top, lambda done, total: None)
             top1, n = float((np.load(top)[:, 0] == case.test[1]).mean()), len(case.test[1])
-    counts = report["counts"]
     return {
         "model": case.name,
         "quantized": residual,
-        "int8_by_macs": report["coverage"]["by_macs"],
-        **{kind: counts[kind] for kind in ("layers", "matmul", "pointwise", "reformat", "copy")},
-        "size_bytes": report["size_bytes"],
+        "int8_by_macs": report.coverage.by_macs,
+        **{kind: getattr(report.counts, kind) for kind in ("layers", "matmul", "pointwise", "reformat", "copy")},
+        "size_bytes": report.size_bytes,
         "top1": top1,
         "n": n,
-        "builder": report["builder"],
+        "builder": to_json(report.builder),
     }
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crqat.core.progress import quiet
+from crqat.core.typed_json import to_json
 from crqat.pipeline.console import show_table
 from crqat.runtime_eval.machine import host
 from crqat.runtime_eval.measure.latency import median_interval
@@ -222,7 +223,7 @@ def main() -> None:
     saved = {"median_seconds": middle, "n": SAVES, "every_seconds": SAVE_EVERY, "share": shares[0],
              "epoch_seconds": epoch, "share_of_epoch": shares[1]}  # fmt: skip
     OUT.parent.mkdir(exist_ok=True)
-    written = {"device": host.describe(), "torch": torch.__version__, "rows": rows, "saving": saved}
+    written = {"device": to_json(host.describe()), "torch": torch.__version__, "rows": rows, "saving": saved}
     OUT.write_text(json.dumps(written, indent=1))
     columns = ("name", "mode", "s / step", "x faster float", "interval", "n")
     show_table(

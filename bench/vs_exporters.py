@@ -26,6 +26,7 @@ from bench import exporter_peers
 from bench.vs_onnxruntime import IMAGENET, METADATA, Case, calibrated, cases, interleaved, predicted
 from bench.wrong_codes import WITHOUT_VNNI, differing_codes, with_constants_folded
 from crqat.core.errors import CrqatError, ToolError
+from crqat.core.typed_json import to_json
 from crqat.export.analysis.smallest_failing_part import file_macs
 from crqat.export.qdq.write import float_model
 from crqat.pipeline.console import show_table
@@ -84,7 +85,7 @@ def evaluate(
     times = interleaved(loaded, images, CONFIG, rounds, seconds)
     for name in loaded:
         compared = latency.compare(times[FLOAT], times[name])
-        rows[name]["latency"] = {**compared, "ms": 1e3 * float(np.median([np.median(r) for r in times[name]])),
+        rows[name]["latency"] = {**to_json(compared), "ms": 1e3 * float(np.median([np.median(r) for r in times[name]])),
                                  "rounds": rounds}  # fmt: skip
     if case.test is not None:
         _accuracies(case, loaded, rows, folder)
@@ -132,13 +133,13 @@ def tensorrt(path: Path) -> dict[str, Any]:
         report = build(path, EngineOptions("tensorrt_rtx", batch=(1, 1, 1)), file_macs(onnx.load(path)))
     except ToolError as error:
         return {"status": f"not run: {error}", "int8_by_macs": None, "remarks": []}
-    covered = report["coverage"] or {"by_macs": None, "uncovered": []}
+    covered = report.coverage
     return {
-        "status": report["status"],
-        "int8_by_macs": covered["by_macs"],
-        "uncovered": [entry["node"] for entry in covered["uncovered"]],
-        "remarks": report["remarks"],
-        "engine_bytes": report["size_bytes"],
+        "status": report.status,
+        "int8_by_macs": None if covered is None else covered.by_macs,
+        "uncovered": [] if covered is None else [entry.node for entry in covered.uncovered or []],
+        "remarks": to_json(report.messages),
+        "engine_bytes": report.size_bytes,
     }
 
 
@@ -159,16 +160,17 @@ def _accuracies(case: Case, paths: Mapping[str, Path], rows: dict[str, dict[str,
     of_float = predicted(paths[FLOAT], images, CONFIG)
     for name, path in paths.items():
         top = of_float if name == FLOAT else predicted(path, images, CONFIG)
-        rows[name]["accuracy"] = accuracy.summarize(top, labels)
+        rows[name]["accuracy"] = to_json(accuracy.summarize(top, labels))
         if name == FLOAT:
             continue
-        rows[name]["versus_float"] = accuracy.compare(of_float, top, labels)
+        size_ratio = path.stat().st_size / paths[FLOAT].stat().st_size
+        rows[name]["versus_float"] = to_json(accuracy.compare(of_float, top, labels, size_ratio))
         built = rows[name]["tensorrt"]
         if built["status"] == "built" and any(r["kind"] == "uint8_read_as_int8" for r in built["remarks"]):
             read = folder / "read.onnx"
             onnx.save(uint8_as_int8(with_constants_folded(onnx.load(path))), read)
             clipped = predicted(read, images, CONFIG)
-            rows[name]["accuracy_as_tensorrt_reads_it"] = accuracy.summarize(clipped, labels)
+            rows[name]["accuracy_as_tensorrt_reads_it"] = to_json(accuracy.summarize(clipped, labels))
         print(f"{case.name}, {name}: {100 * rows[name]['accuracy']['top1']:.2f} %", file=sys.stderr)
 
 
@@ -251,7 +253,7 @@ def main() -> None:
         load = host.load_average()
         of_case = measure(case, arguments.rounds)
         rows += [{**row, "load_average_before": load} for row in of_case]
-        OUT.write_text(json.dumps({"device": host.describe(), "versions": versions(), "rows": rows}, indent=1))
+        OUT.write_text(json.dumps({"device": to_json(host.describe()), "versions": versions(), "rows": rows}, indent=1))
         show_table(f"{case.name}, weights: {case.weights}", COLUMNS, [cells(row) for row in of_case])
     print(f"written: {OUT}")
 

@@ -31,6 +31,7 @@ from torch import nn
 
 from crqat.core.preprocessing import Preprocessing
 from crqat.core.targets import Residual
+from crqat.core.typed_json import to_json
 from crqat.export.qdq.write import float_model
 from crqat.export.simulator.run import simulate
 from crqat.export.simulator.values import NotSimulated
@@ -210,10 +211,10 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             "weights": case.weights,
             **{f"{key}_ms": 1e3 * float(np.median([np.median(r) for r in times[name]]))
                for key, name in (("float", "float"), ("int8", "ours"), ("peer", "peer"))},
-            "time_ratio_to_float": compare(times["float"], times["ours"])["latency_ratio"],
-            "time_ratio_to_peer": ratio["latency_ratio"],
-            "interval": ratio["latency_ratio_interval"],
-            "coverage": ratio["latency_ratio_coverage"],
+            "time_ratio_to_float": compare(times["float"], times["ours"]).latency_ratio,
+            "time_ratio_to_peer": ratio.latency_ratio,
+            "interval": ratio.latency_ratio_interval,
+            "coverage": ratio.latency_ratio_coverage,
             "rounds": rounds,
             "wrong_codes": wrong_codes(paths["ours"], few, folder, None),
             "peer_wrong_codes": wrong_codes(paths["peer"], few, folder, None),
@@ -241,7 +242,7 @@ def main() -> None:
         rows.append(measure(case, arguments.rounds))
         print(f"{case.name}: {rows[-1]['time_ratio_to_peer']:.3f} of the peer's time", file=sys.stderr)
     OUT.parent.mkdir(exist_ok=True)
-    OUT.write_text(json.dumps({"device": host.describe(), "rows": rows}, indent=1))
+    OUT.write_text(json.dumps({"device": to_json(host.describe()), "rows": rows}, indent=1))
     columns = list(dict.fromkeys(key for row in rows for key in row))
     show_table("infer", columns, [[_text(row.get(key)) for key in columns] for row in rows])
     print(f"written: {OUT}")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import fx
 
 from crqat.core.errors import UsageError
+from crqat.core.results.training import TrainingPayload
 from crqat.train.checkpoint import read_tensors
 from crqat.train.config import TrainConfig
 from crqat.train.models import build as models
 from crqat.train.quantized_model import QuantizedModel, quantize_model
 
 
-def rebuild(train_dir: Path, config: TrainConfig, payload: dict[str, Any], candidate: str) -> QuantizedModel:
+def rebuild(train_dir: Path, config: TrainConfig, payload: TrainingPayload, candidate: str) -> QuantizedModel:
     """A quantized network of a finished train stage, on the CPU in eval mode.
 
     Args:
@@ -27,8 +27,8 @@ def rebuild(train_dir: Path, config: TrainConfig, payload: dict[str, Any], candi
     Raises:
         UsageError: The checkpoint does not fit the recipe's network.
     """
-    model = models.build(config.model.name, len(payload["class_names"]), payload["input_shape"][0]).eval()
-    example = torch.zeros(2, *payload["input_shape"])
+    model = models.build(config.model.name, len(payload.class_names), payload.input_shape[0]).eval()
+    example = torch.zeros(2, *payload.input_shape)
     student = quantize_model(model, example, config.quantization, config.targets)
     try:
         student.load_state_dict(read_tensors(train_dir / f"{candidate}.safetensors"))

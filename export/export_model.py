@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,40 +20,18 @@ from crqat.core.errors import UsageError, VerificationError
 from crqat.core.field_bounds import checked
 from crqat.core.grid import grids_hash
 from crqat.core.preprocessing import Preprocessing, checked_bytes
+from crqat.core.results.export import Claim, ExportedModel, ExportPayload
+from crqat.core.results.verification import Verification
 from crqat.core.run_directory import Manifest, git_revision, write_directory
+from crqat.core.typed_json import to_json
 from crqat.export.config import ExportConfig
 from crqat.export.to_onnx import Quantized
-from crqat.export.verification import links
+from crqat.export.verification import checks
 from crqat.export.write_models import METADATA_SCHEMA, make_file, write_models
 from crqat.train.distributed import unwrapped
 from crqat.train.quantized_model import QuantizedModel
 
 Images = Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.float32]
-PASSED = "passed"
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Whether a file computes the integer codes that the trained network has.
-
-    Attributes:
-        status: "passed", "failed: ..." or "not run: ...".
-        images: How many were looked at.
-        codes: How many integer codes were compared.
-        differing_codes: How many of them differ and should not.
-        links: Each comparison by name: "torch", "runtime", and the other targets.
-    """
-
-    status: str
-    images: int
-    codes: int
-    differing_codes: int
-    links: Mapping[str, Any] = field(default_factory=dict, repr=False)
-
-    @property
-    def passed(self) -> bool:
-        """Whether it was compared and nothing differs that should not."""
-        return self.status == PASSED
 
 
 @dataclass(frozen=True)
@@ -65,7 +43,7 @@ class Export:
         files: By target; "float" and "float16" are the baselines.
         verification: By target.
         findings: By target, rules of the runtime that the file breaks; empty unless `unsafe` was set.
-        claims: By target: each quantized edge's "claim", "exact" or "lossy", with a "note".
+        claims: By target and quantized edge: whether the file holds its trained Grid exactly.
         macs: Multiply-accumulates of one image by operation, of those that are INT8.
         float_layers: Likewise of the layers that `crqat.quantize` was asked to keep in float.
         preprocessing: As in the files.
@@ -77,7 +55,7 @@ class Export:
     files: Mapping[str, Path]
     verification: Mapping[str, Verification]
     findings: Mapping[str, Sequence[str]]
-    claims: Mapping[str, Mapping[str, Mapping[str, str]]] = field(repr=False)
+    claims: Mapping[str, Mapping[str, Claim]] = field(repr=False)
     macs: Mapping[str, int] = field(repr=False)
     float_layers: Mapping[str, int] = field(repr=False)
     preprocessing: Preprocessing = field(repr=False)
@@ -134,8 +112,8 @@ def export(
             one of its runtime's rules, or `out` holds something else.
         ToolError: The directory cannot be written.
     """
-    out = Path(out)
-    quantized = _finalized(model, preprocessing(checked_bytes(images, preprocessing)))
+    out, inner = Path(out), _unwrapped(model)
+    quantized = _finalized(inner, preprocessing(checked_bytes(images, preprocessing)))
     config = checked(
         ExportConfig(
             targets=_targets(quantized.model, targets),
@@ -150,12 +128,12 @@ def export(
     if len(names) != classes:
         msg = f"class_names: {len(names)} names for the {classes} logits of the network; give one for each"
         raise UsageError(msg)
-    described = {"mean": [float(v) for v in preprocessing.mean], "std": [float(v) for v in preprocessing.std]}
-    described = {**asdict(preprocessing), **described}
+    mean, std = (tuple(map(float, values)) for values in (preprocessing.mean, preprocessing.std))
+    preprocessing = replace(preprocessing, mean=mean, std=std)  # arrays and lists become JSON as well
     metadata = {
         "crqat.schema_version": METADATA_SCHEMA,
         "crqat.run": out.name,
-        "crqat.preprocessing": json.dumps(described),
+        "crqat.preprocessing": json.dumps(to_json(preprocessing), sort_keys=True),
         "crqat.class_names": json.dumps(names),
         "crqat.grids_sha256": grids_hash(quantized.grids),
         "crqat.git_revision": git_revision(Path.cwd()),
@@ -163,27 +141,32 @@ def export(
     manifest = Manifest("export", "", None, {}, {"torch": torch.__version__, "onnx": onnx.__version__})
     with write_directory(out, manifest) as folder:
         entries = write_models(quantized, folder, config, metadata, unsafe=True)
-        own = [entry for entry in entries if "verification" in entry]
+        own = {entry.target: entry for entry in entries if entry.verification is not None}
         if not unsafe:
-            _refuse(own)
-        manifest.payload = {
-            "run": out.name,
-            "class_names": names,
-            "preprocessing": described,
-            "grids_sha256": metadata["crqat.grids_sha256"],
-            "models": entries,
-        }
+            for entry in own.values():
+                _refuse(entry)
+        payload = ExportPayload(
+            run=out.name,
+            images="",
+            labels="",
+            models=entries,
+            class_names=names,
+            grids_sha256=metadata["crqat.grids_sha256"],
+            preprocessing=preprocessing,
+        )
+        manifest.payload = to_json(payload)
+    first = next(iter(own.values()))
     return Export(
-        out,
-        {entry["target"]: out / entry["file"] for entry in entries},
-        {entry["target"]: Verification(**entry["verification"]) for entry in own},
-        {entry["target"]: tuple(entry["findings"]) for entry in own},
-        {entry["target"]: entry["claims"] for entry in own},
-        own[0]["macs"],
-        own[0]["float_layers"]["macs"],
-        preprocessing,
-        config,
-        quantized.model,
+        directory=out,
+        files={entry.target: out / entry.file for entry in entries},
+        verification={target: entry.verification for target, entry in own.items() if entry.verification is not None},
+        findings={target: tuple(entry.findings or ()) for target, entry in own.items()},
+        claims={target: entry.claims for target, entry in own.items()},
+        macs=first.macs or {},
+        float_layers={} if first.float_layers is None else first.float_layers.macs,
+        preprocessing=preprocessing,
+        config=config,
+        model=quantized.model,
     )
 
 
@@ -205,31 +188,29 @@ def verify(
         UsageError: As `export`.
     """
     if not isinstance(model_or_files, Export):
-        quantized = _finalized(model_or_files, _normalized(images, preprocessing))
+        quantized = _finalized(_unwrapped(model_or_files), _normalized(images, preprocessing))
         files = {name: make_file(quantized, name, ExportConfig()) for name in quantized.model.targets}
     else:
         given = model_or_files
         stored = {name: onnx.load(given.files[name]) for name in given.verification}
         quantized = _finalized(given.model, _normalized(images, given.preprocessing))
         files = {name: replace(make_file(quantized, name, given.config), model=model) for name, model in stored.items()}
-    found = links.verify(quantized.model, quantized.grids, files, quantized.images)
-    return {target: Verification(**entry) for target, entry in found.items()}
+    return checks.verify(quantized.model, quantized.grids, files, quantized.images)
 
 
-def _refuse(entries: Sequence[dict[str, Any]]) -> None:
-    """Raise what is wrong with the first file that has something wrong."""
-    for entry in entries:
-        if entry["findings"]:
-            count, first = len(entry["findings"]), entry["findings"][0]
-            msg = f"{entry['file']} breaks {count} rules, first: {first}; unsafe=True writes it all the same"
-            raise UsageError(msg)
-        verified = Verification(**entry["verification"])
-        if not verified.passed:
-            msg = (
-                f"{entry['file']}: verification on {verified.images} images {verified.status}; nothing was written, "
-                "unsafe=True writes it all the same"
-            )
-            raise VerificationError(msg)
+def _refuse(entry: ExportedModel) -> None:
+    """Raise what is wrong with a file."""
+    if entry.findings:
+        count, first = len(entry.findings), entry.findings[0]
+        msg = f"{entry.file} breaks {count} rules, first: {first}; unsafe=True writes it all the same"
+        raise UsageError(msg)
+    verified = entry.verification
+    if verified is not None and not verified.passed:
+        msg = (
+            f"{entry.file}: verification on {verified.images} images {verified.status}; nothing was written, "
+            "unsafe=True writes it all the same"
+        )
+        raise VerificationError(msg)
 
 
 def _targets(model: QuantizedModel, asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -259,13 +240,18 @@ def _normalized(images: Images, preprocessing: Preprocessing | None) -> npt.NDAr
     return preprocessing(checked_bytes(array, preprocessing))
 
 
-def _finalized(model: nn.Module, normalized: npt.NDArray[np.float32]) -> Quantized:
-    """A finalized copy on the CPU in eval mode, with its Grids and images that it takes."""
+def _unwrapped(model: nn.Module) -> QuantizedModel:
+    """The quantized network, inside whatever wraps it."""
     inner = unwrapped(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, QuantizedModel) or "float_weights" not in inner.meta:
         hint = "; of a teacher give teacher.model" if hasattr(model, "model") else ""
         msg = f"model: a {type(inner).__name__}; expected what crqat.quantize or crqat.load made{hint}"
         raise UsageError(msg)
+    return inner
+
+
+def _finalized(inner: QuantizedModel, normalized: npt.NDArray[np.float32]) -> Quantized:
+    """A finalized copy on the CPU in eval mode, with its Grids and images that it takes."""
     expected = inner.meta["input_shape"]
     if list(normalized.shape[1:]) != expected:
         msg = f"images: shape {list(normalized.shape)}; the network was quantized with images of shape {expected}"

@@ -5,15 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from crqat.core.errors import UsageError
 from crqat.core.grid import grids_hash, load_grids
-from crqat.core.preprocessing import Preprocessing
 from crqat.core.progress import Progress
-from crqat.core.run_directory import verify_stage
+from crqat.core.results.export import ExportPayload
+from crqat.core.results.training import TrainingPayload
+from crqat.core.run_directory import payload_of, verify_stage
+from crqat.core.typed_json import to_json
 from crqat.export.analysis.sqnr import quantizer_noise
 from crqat.export.config import ExportConfig
 from crqat.export.to_onnx import Quantized
@@ -37,7 +38,7 @@ def export(
     run: str,
     git_revision: str,
     unsafe: bool = False,
-) -> dict[str, Any]:
+) -> ExportPayload:
     """Run the stage and fill `out`.
 
     Args:
@@ -51,16 +52,16 @@ def export(
         unsafe: Write files that break a rule, too, and record what they break as "findings" of their entries.
 
     Returns:
-        The manifest's payload: one entry for each file with its claims, fusion and verification.
+        The manifest's payload.
 
     Raises:
         UsageError: An edge cannot keep its Grid on a target without `export.allow_lossy`, or a file breaks a rule and
             `unsafe` is not set.
     """
-    trained = verify_stage(train_dir).payload
-    candidate = trained["best"] if config.candidate == "best" else config.candidate
-    if candidate not in trained["candidates"]:
-        msg = f"export.candidate: the training has no {candidate}, only {', '.join(trained['candidates'])}"
+    trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
+    candidate = trained.best if config.candidate == "best" else config.candidate
+    if candidate not in trained.candidates:
+        msg = f"export.candidate: the training has no {candidate}, only {', '.join(trained.candidates)}"
         if candidate == "teacher":
             msg += "; set consistency.teacher: ema, or candidate: best"
         raise UsageError(msg)
@@ -70,8 +71,8 @@ def export(
     metadata = {
         "crqat.schema_version": METADATA_SCHEMA,
         "crqat.run": run,
-        "crqat.preprocessing": json.dumps(trained["preprocessing"]),
-        "crqat.class_names": json.dumps(trained["class_names"]),
+        "crqat.preprocessing": json.dumps(to_json(trained.preprocessing), sort_keys=True),
+        "crqat.class_names": json.dumps(trained.class_names),
         "crqat.grids_sha256": grids_hash(grids),
         "crqat.git_revision": git_revision,
     }
@@ -79,25 +80,24 @@ def export(
     chosen = sources.split(len(dataset.train_labels), train.data.validation, train.seed).validation[
         : config.verify_images
     ]
-    preprocessing = Preprocessing.from_json(trained["preprocessing"])
-    quantized = Quantized(model, grids, preprocessing(dataset.train_images[chosen].numpy()))
+    quantized = Quantized(model, grids, trained.preprocessing(dataset.train_images[chosen].numpy()))
     config = replace(config, targets=config.targets or train.targets)
     entries = write_models(quantized, out, config, metadata, progress, unsafe)
     _write_images(out / "images.npy", dataset.test_images)
     np.save(out / "labels.npy", dataset.test_labels.numpy())
     steps = len(config.targets or ()) + 2
     progress("export", steps, steps, f"{len(dataset.test_labels)} test images")
-    return {
-        "run": run,
-        "images": "images.npy",
-        "labels": "labels.npy",
-        "class_names": trained["class_names"],
-        "grids_sha256": metadata["crqat.grids_sha256"],
-        "candidate": candidate,
-        "training": trained,
-        "noise": quantizer_noise(model, quantized.images),
-        "models": entries,
-    }
+    return ExportPayload(
+        run=run,
+        images="images.npy",
+        labels="labels.npy",
+        models=entries,
+        class_names=trained.class_names,
+        grids_sha256=metadata["crqat.grids_sha256"],
+        candidate=candidate,
+        training=trained,
+        noise=quantizer_noise(model, quantized.images),
+    )
 
 
 def _write_images(path: Path, images: Images) -> None:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import onnx
 
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
 from crqat.core.progress import Progress, quiet
+from crqat.core.results.export import ExportedModel
 from crqat.export.config import ExportConfig
 from crqat.export.graph.from_torch import marked_graph
 from crqat.export.graph.onnx_graph import Graph, split_macs
 from crqat.export.qdq.lint import lint
 from crqat.export.qdq.write import QDQModel, float_model
 from crqat.export.to_onnx import Quantized
+from crqat.export.verification.checks import REFUSED, verify
 from crqat.export.verification.expected_codes import expected_codes
-from crqat.export.verification.links import REFUSED, fusion, verify
+from crqat.export.verification.fusion import fusion
 
 METADATA_SCHEMA = "1"
 
@@ -31,7 +32,7 @@ def write_models(
     metadata: Mapping[str, str],
     progress: Progress = quiet,
     unsafe: bool = False,
-) -> list[dict[str, Any]]:
+) -> list[ExportedModel]:
     """Write every file of a network, and verify each of them before it is written.
 
     Args:
@@ -67,28 +68,28 @@ def write_models(
     for name, kind in baselines.items():
         onnx.save(float_model(graph, {**metadata, "crqat.target": name}, kind), out / f"{name}.onnx")
     verified = verify(quantized.model, quantized.grids, files, quantized.images)
-    progress("export", steps - 1, steps, "; ".join(f"{name}: {entry['status']}" for name, entry in verified.items()))
+    progress("export", steps - 1, steps, "; ".join(f"{name}: {found.status}" for name, found in verified.items()))
     node_macs, in_float = split_macs(quantized.graph)
-    entries: list[dict[str, Any]] = [{"file": f"{name}.onnx", "target": name} for name in baselines]
+    entries = [ExportedModel(f"{name}.onnx", name) for name in baselines]
     for name, file in files.items():
         onnx.save(file.model, out / f"{name}.onnx")
-        runs = runtimes.get(name).not_run is None and not verified[name]["status"].startswith(REFUSED)
-        entries.append(
-            {
-                "file": f"{name}.onnx",
-                "target": name,
-                "precision": precisions[name],
-                "claims": file.claims(),
-                "macs": node_macs,
-                "float_layers": in_float,
-                "verification": verified[name],
-                "fusion": fusion(file.model) if runs else None,
-                "findings": findings[name],
-            }
-        )
+        runs = runtimes.get(name).not_run is None and not verified[name].status.startswith(REFUSED)
         codes = f"{name}.codes.npz"
-        if runs and expected_codes(file, quantized.images, out / codes):
-            entries[-1]["expected_codes"] = codes
+        counted = runs and expected_codes(file, quantized.images, out / codes)
+        entries.append(
+            ExportedModel(
+                file=f"{name}.onnx",
+                target=name,
+                precision=precisions[name],
+                claims=file.claims(),
+                macs=node_macs,
+                float_layers=in_float,
+                verification=verified[name],
+                fusion=fusion(file.model) if runs else None,
+                findings=findings[name],
+                expected_codes=codes if counted else None,
+            )
+        )
     return entries
 
 
@@ -125,8 +126,8 @@ def refuse(file: QDQModel, target: str, allow_lossy: bool, findings: Sequence[st
             "crqat export --unsafe writes it all the same"
         )
         raise UsageError(msg)
-    lossy = {edge: claim for edge, claim in file.claims().items() if claim["claim"] == "lossy"}
+    lossy = {edge: claim for edge, claim in file.claims().items() if claim.claim == "lossy"}
     if lossy and not allow_lossy:
         edge, claim = next(iter(lossy.items()))
-        msg = f"export.targets: {target} cannot hold {len(lossy)} trained Grids, first {edge} ({claim['note']}); "
+        msg = f"export.targets: {target} cannot hold {len(lossy)} trained Grids, first {edge} ({claim.note}); "
         raise UsageError(msg + f"add {target} to `targets` and train again, or set export.allow_lossy: true")

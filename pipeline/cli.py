@@ -17,7 +17,9 @@ from crqat.pipeline import cli_tools, streams
 from crqat.pipeline.cli_options import board, force_option, load, on_option, recipe_arguments, training_options
 
 if TYPE_CHECKING:
-    from crqat.pipeline.gate.rules import Verdict
+    from crqat.core.results.export import ExportPayload
+    from crqat.core.results.training import TrainingPayload
+    from crqat.core.results.verdict import Verdict
     from crqat.pipeline.recipe.recipe import Recipe
 
 INTERRUPTED, NOBODY_READS = 130, 128 + signal.SIGPIPE
@@ -74,7 +76,7 @@ def run(
         raise UsageError(msg)
     config = load(recipe, overrides)
     with lock.hold(runs / config.name):
-        trained = _run_stage("train", config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
+        trained = _trained(config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
         for stage in ("export", "benchmark"):
             _run_stage(stage, config, runs, force)
         _show_results(config, runs)
@@ -110,7 +112,6 @@ def train(
     if max_restarts and nproc is None:
         msg = "--max-restarts: is of several processes; add --nproc N, or start it by torchrun and give it to that"
         raise UsageError(msg)
-    payload: dict[str, Any] | None
     if nproc is not None and nproc > 1:
         arguments = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
         arguments += [part for override in overrides for part in ("--set", override)]
@@ -120,16 +121,16 @@ def train(
     if launch.several():
         payload = launch.train(config, runs, force, restart, save_every, unchecked)
     else:
-        how: dict[str, Any] = {"restart": restart, "save_every": save_every, "unchecked": unchecked}
-        payload = _run_stage("train", config, runs, force, **how)
+        payload = _trained(config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
     if payload is None:  # another process of the training tells it
         return 0
-    click.echo(f"trained on {payload['device']}; fused: {payload['compiled']}; {payload['seconds']} s")
-    for note in payload.get("preparation", []):
+    click.echo(f"trained on {payload.device}; fused: {payload.compiled}; {payload.seconds} s")
+    for note in payload.preparation:
         click.echo(console.printable(note))
-    click.echo(f"best: {payload['best']}; accuracy on the validation split:")
-    for name, entry in {"float": payload["float"], **payload["candidates"]}.items():
-        click.echo(f"  {name}: {100 * entry['validation_accuracy']:.2f} %")
+    click.echo(f"best: {payload.best}; accuracy on the validation split:")
+    click.echo(f"  float: {100 * payload.float_network.validation_accuracy:.2f} %")
+    for name, candidate in payload.candidates.items():
+        click.echo(f"  {name}: {100 * candidate.validation_accuracy:.2f} %")
     _show_warnings(payload)
     return 0
 
@@ -145,21 +146,26 @@ def train(
 )
 def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, unsafe: bool, bisect: bool) -> None:
     """Write one ONNX file per target and prove it."""
+    from crqat.core import run_directory
+    from crqat.core.results import export as results
     from crqat.core.targets import builds_engine
 
     config = load(recipe, overrides)
-    payload = _run_stage("export", config, runs, force, **({"unsafe": True} if unsafe else {}))
-    for model in payload["models"]:
-        path = runs / config.name / "export" / model["file"]
-        proof = (model.get("verification") or {}).get("status", "the reference")
-        click.echo(f"{path}: {proof}")
-        if proof.startswith("failed"):
+    directory = _run_stage("export", config, runs, force, **({"unsafe": True} if unsafe else {}))
+    payload: ExportPayload = run_directory.payload_of(
+        results.ExportPayload, directory, run_directory.read_manifest(directory)
+    )
+    for model in payload.models:
+        path = runs / config.name / "export" / model.file
+        status = "the reference" if model.verification is None else model.verification.status
+        click.echo(f"{path}: {status}")
+        if status.startswith("failed"):
             click.echo(
                 f"{path}: the verification failed; the file is written for examination, and the gate fails on it"
             )
-        for finding in model.get("findings", []):
+        for finding in model.findings:
             click.echo(f"{path}: breaks a rule: {finding}")
-        if bisect and builds_engine(model["target"]):
+        if bisect and builds_engine(model.target):
             from crqat.pipeline.commands import inspect_engine
             from crqat.runtime_eval.trt.engine import EngineOptions
 
@@ -235,30 +241,37 @@ def sensitivity(
     proposal.show(runs / config.name / "sensitivity")
 
 
-def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> dict[str, Any]:
-    from crqat.core.run_directory import read_manifest
+def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> Path:
     from crqat.pipeline import console
     from crqat.pipeline.stages import lock
     from crqat.pipeline.stages import run as stages
 
     run = runs / config.name
     with failures.explained(stage, run), lock.hold(run), console.show_progress() as progress:
-        directory = getattr(stages, stage)(config, runs, force, progress, **further)
-    return read_manifest(directory).payload
+        directory: Path = getattr(stages, stage)(config, runs, force, progress, **further)
+    return directory
 
 
-def _show_warnings(trained: dict[str, Any]) -> None:
-    for warning in trained.get("warnings", []):
+def _trained(config: Recipe, runs: Path, force: bool, **further: Any) -> TrainingPayload:
+    from crqat.core.results.training import TrainingPayload
+    from crqat.core.run_directory import payload_of, read_manifest
+
+    directory = _run_stage("train", config, runs, force, **further)
+    return payload_of(TrainingPayload, directory, read_manifest(directory))
+
+
+def _show_warnings(trained: TrainingPayload) -> None:
+    for warning in trained.warnings:
         click.echo(f"warning: {warning}")
 
 
 def _show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
+    from crqat.core.results.benchmark import read_results
     from crqat.pipeline.report import tables as results
-    from crqat.pipeline.report.read_results import read_results, shown
     from crqat.pipeline.stages import run as stages
 
     path = runs / config.name / stage / stages.RESULTS
-    with failures.explained("benchmark", runs / config.name), shown(path):
+    with failures.explained("benchmark", runs / config.name):
         results.show(read_results(path), path.parent)
 
 

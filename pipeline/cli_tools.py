@@ -16,8 +16,8 @@ TEMPLATE = Path(__file__).parent / "templates" / "recipe.yaml"
 @click.argument("files", metavar="RESULTS...", type=click.Path(path_type=Path), nargs=-1, required=True)
 def compare(files: tuple[Path, ...]) -> None:
     """Show the results.json of several devices side by side."""
+    from crqat.core.results.benchmark import read_results
     from crqat.pipeline.report import tables as results
-    from crqat.pipeline.report.read_results import read_results
 
     results.compare([(path, read_results(path)) for path in files])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,9 +13,13 @@ import numpy as np
 
 from crqat.core.errors import UsageError
 from crqat.core.field_bounds import checked
-from crqat.core.preprocessing import Preprocessing, checked_bytes
+from crqat.core.preprocessing import checked_bytes
 from crqat.core.progress import Progress, quiet
-from crqat.core.run_directory import Manifest, verify_stage, write_stage
+from crqat.core.results.benchmark import ModelResult, Results, read_results
+from crqat.core.results.export import ExportPayload
+from crqat.core.results.verdict import Verdict
+from crqat.core.run_directory import Manifest, payload_of, verify_stage, write_stage
+from crqat.core.typed_json import to_json
 from crqat.pipeline.gate import rules
 from crqat.pipeline.report import tables
 from crqat.runtime_eval.benchmark import benchmark as measure
@@ -26,56 +30,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One file's results.
-
-    Attributes:
-        target: Runtime that the file was written for; "float" and "float16" are the baselines.
-        status: "measured", "failed: ..." or "not run: ..."; without a measurement the numbers are None.
-        n: Images.
-        top1: Share of them answered rightly, 0..1.
-        drop_points: Percentage points of top-1 that it loses against the float file.
-        drop_interval_points: Each bound holds one-sided at 95 %.
-        agreement: Share of the images that it answers as the float file does.
-        p50_ms: Median latency of one image, in milliseconds; None where its runtime is not here.
-        latency_ratio: Its latency divided by the float file's.
-        latency_ratio_interval: Of the ratio of the medians; 95 % from 6 rounds on.
-        size_bytes: Of the file.
-    """
-
-    target: str
-    status: str
-    n: int | None
-    top1: float | None
-    drop_points: float | None
-    drop_interval_points: tuple[float, float] | None
-    agreement: float | None
-    p50_ms: float | None
-    latency_ratio: float | None
-    latency_ratio_interval: tuple[float, float] | None
-    size_bytes: int
-
-    @classmethod
-    def of(cls, entry: Mapping[str, Any]) -> Measured:
-        """From a file's entry in the results."""
-        found = {**(entry["latency"] or {}), **(entry["versus_float"] or {}), **(entry["accuracy"] or {})}
-        values: dict[str, Any] = {item.name: found.get(item.name) for item in fields(cls)}
-        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-        own = {"target": entry["target"], "status": entry["status"], "size_bytes": entry["size_bytes"]}
-        return cls(**{**values, **own})
-
-
-@dataclass(frozen=True)
 class Benchmark:
     """What `crqat.benchmark` measured; `print` shows it as a table.
 
     Attributes:
-        files: By file name, such as "onnxruntime.onnx".
         results: Everything, as results.json of a run holds it.
     """
 
-    files: Mapping[str, Measured]
-    results: dict[str, Any] = field(repr=False)
+    results: Results = field(repr=False)
+
+    @property
+    def files(self) -> Mapping[str, ModelResult]:
+        """By file name, such as "onnxruntime.onnx"."""
+        return self.results.models
 
     def __str__(self) -> str:
         """The table, and a line for everything that has no number."""
@@ -92,7 +59,7 @@ class Gate:
     """
 
     exit_code: int
-    verdicts: tuple[rules.Verdict, ...]
+    verdicts: tuple[Verdict, ...]
 
     @property
     def passed(self) -> bool:
@@ -162,14 +129,9 @@ def benchmark(
     )
     directory = (Path(files) if isinstance(files, str | Path) else files.directory).absolute()
     exported = verify_stage(directory)
-    try:
-        # A stage's export has it with what its training says of itself.
-        described = exported.payload.get("preprocessing") or exported.payload["training"]["preprocessing"]
-        preprocessing = Preprocessing.from_json(described)
-        payload = {**exported.payload, "images": "images.npy", "labels": "labels.npy"}
-    except (KeyError, TypeError, ValueError) as error:
-        msg = f"{directory}: no export ({error!r} in the manifest's payload); give what crqat.export wrote"
-        raise UsageError(msg) from error
+    payload = payload_of(ExportPayload, directory, exported)
+    # A stage's export has it with what its training says of itself.
+    preprocessing = payload.training.preprocessing if payload.training is not None else payload.preprocessing
     pixels = checked_bytes(images, preprocessing)
     numbers = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
     if numbers.dtype.kind not in "iu" or numbers.shape != (len(pixels),):
@@ -178,18 +140,18 @@ def benchmark(
         raise UsageError(msg)
     # The stage's own function measures: it is given what the stage is given, a complete export with its images.
     with tempfile.TemporaryDirectory(prefix="crqat-benchmark-") as scratch:
-        manifest = Manifest("export", "", None, {}, {}, payload)
+        payload = replace(payload, images="images.npy", labels="labels.npy")
+        manifest = Manifest("export", "", None, {}, {}, to_json(payload))
         with write_stage(Path(scratch), manifest) as out:
             for name in set(exported.files) - {"images.npy", "labels.npy"}:
                 shutil.copyfile(directory / name, out / name)
             np.save(out / "images.npy", pixels)
             np.save(out / "labels.npy", numbers.astype(np.int64))
-        results = measure(Path(scratch) / "export", config, progress)
-    return Benchmark({file: Measured.of(entry) for file, entry in results["models"].items()}, results)
+        return Benchmark(measure(Path(scratch) / "export", config, progress))
 
 
 def gate(
-    results: Benchmark | Mapping[str, Any],
+    results: Benchmark | Results | str | Path,
     *,
     max_accuracy_drop: float = 1.0,
     min_agreement: float | None = None,
@@ -202,7 +164,7 @@ def gate(
     """Judge a benchmark as the command `crqat gate` does; nothing is measured.
 
     Args:
-        results: What `crqat.benchmark` gave, or what results.json of a run holds.
+        results: What `crqat.benchmark` gave, or the path of a results.json.
         max_accuracy_drop: Percentage points of top-1 accuracy that a quantized file may lose against the float file.
         min_agreement: Share of the images on which it must answer as the float file does.
         min_accuracy: Share of the images that it must answer rightly.
@@ -215,7 +177,7 @@ def gate(
         The verdict. What is uncertain is judged by its interval; a file whose verification failed fails.
 
     Raises:
-        UsageError: A limit is of another type or out of range.
+        UsageError: A limit is of another type or out of range, or the file is missing or damaged.
     """
     limits = checked(
         rules.GateConfig(
@@ -228,6 +190,7 @@ def gate(
             max_reformat_layers=max_reformat_layers,
         )
     )
-    measured = results.results if isinstance(results, Benchmark) else dict(results)
-    verdicts = rules.judge(measured, limits)
+    if isinstance(results, Benchmark):
+        results = results.results
+    verdicts = rules.judge(results if isinstance(results, Results) else read_results(Path(results)), limits)
     return Gate(rules.exit_code(verdicts), tuple(verdicts))

@@ -3,60 +3,63 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import signal
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from crqat.core import failures
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import Progress, quiet
+from crqat.core.results.benchmark import Accuracy, ModelResult, Results
+from crqat.core.typed_json import text
 from crqat.runtime_eval.benchmark import benchmark
 from crqat.runtime_eval.board import bundle as bundles
 from crqat.runtime_eval.config import BenchmarkConfig, of_json
 
 
-def table(results: dict[str, Any]) -> str:
+def table(results: Results) -> str:
     """The results in lines of at most about 100 characters, one for each model."""
-    device, config = results["device"], results["config"]
+    device, config = results.device, results.config
     lines = [
-        f"{results['run']}: {results['dataset']['n']} test images, {device['cpu']}, {config['threads']} thread(s), "
-        f"{config['provider']}, onnxruntime {device['onnxruntime'] or 'not installed'}",
+        f"{results.run}: {results.dataset.n if results.dataset else 0} test images, {device.cpu}, "
+        f"{config.threads} thread(s), {config.provider}, onnxruntime {device.onnxruntime or 'not installed'}",
         f"{'file':<20} {'top-1 %':>8} {'drop, points [95 % bounds]':>27} {'p50 ms':>9} "
         f"{'of float [95 % interval]':>25} {'kB':>8}",
     ]
-    for file, model in results["models"].items():
-        if model["status"] != "measured":
-            lines.append(f"{file:<20} {model['status']}")
-            continue
-        latency, versus = model["latency"], model["versus_float"]
-        drop = ratio = "-"
-        if versus is not None:
-            low, high = versus["drop_interval_points"]
-            drop = f"{versus['drop_points']:+.2f} [{low:+.2f}, {high:+.2f}]"
-            if versus["latency_ratio"] is not None:
-                low, high = versus["latency_ratio_interval"]
-                ratio = f"{versus['latency_ratio']:.3f} [{low:.3f}, {high:.3f}]"
-        p50 = f"{latency['p50_ms']:.4f}" if latency["status"] == "measured" else "-"
-        top1 = 100 * model["accuracy"]["top1"]
-        lines.append(f"{file:<20} {top1:>8.2f} {drop:>27} {p50:>9} {ratio:>25} {model['size_bytes'] / 1e3:>8.1f}")
-        counted = model["codes_on_this_cpu"]
-        if counted is not None:
-            left_out = f"; {counted['left_out']} tensors left out" if counted["left_out"] else ""
-            lines.append(f"{'':<20} codes on this CPU: {counted['differing']} of {counted['codes']} differ{left_out}")
-        if latency["status"] != "measured":
-            lines.append(f"{'':<20} latency {latency['status']}")
-            continue
-        if latency["unstable"]:
-            lines.append(f"{'':<20} latency unstable: {latency['unstable']}")
-        if latency["compute_p50_ms"] is not None:
-            lines.append(f"{'':<20} {latency['compute_p50_ms']:.4f} ms of it is the device's computation")
+    for file, model in results.models.items():
+        lines += [f"{file:<20} {model.status}"] if model.accuracy is None else _lines(file, model, model.accuracy)
     return "\n".join(lines)
+
+
+def _lines(file: str, model: ModelResult, accuracy: Accuracy) -> list[str]:
+    latency, versus = model.timed, model.versus_float
+    drop = ratio = "-"
+    if versus is not None:
+        low, high = versus.drop_interval_points
+        drop = f"{versus.drop_points:+.2f} [{low:+.2f}, {high:+.2f}]"
+        if versus.latency_ratio is not None and versus.latency_ratio_interval is not None:
+            low, high = versus.latency_ratio_interval
+            ratio = f"{versus.latency_ratio:.3f} [{low:.3f}, {high:.3f}]"
+    p50 = "-" if latency is None else f"{latency.p50_ms:.4f}"
+    size = (model.size_bytes or 0) / 1e3
+    lines = [f"{file:<20} {100 * accuracy.top1:>8.2f} {drop:>27} {p50:>9} {ratio:>25} {size:>8.1f}"]
+    counted = model.codes_on_this_cpu
+    if counted is not None:
+        left_out = f"; {counted.left_out} tensors left out" if counted.left_out else ""
+        lines.append(f"{'':<20} codes on this CPU: {counted.differing} of {counted.codes} differ{left_out}")
+    if latency is None:
+        lines.append(f"{'':<20} latency {'not run' if model.latency is None else model.latency.status}")
+        return lines
+    if latency.unstable:
+        lines.append(f"{'':<20} latency unstable: {latency.unstable}")
+    if latency.compute_p50_ms is not None:
+        lines.append(f"{'':<20} {latency.compute_p50_ms:.4f} ms of it is the device's computation")
+    return lines
 
 
 def say_progress() -> Progress:
@@ -72,7 +75,7 @@ def say_progress() -> Progress:
     return say
 
 
-def measure(path: Path, threads: int | None) -> dict[str, Any]:
+def measure(path: Path, threads: int | None) -> Results:
     """Results of an export directory, or of a bundle by the configuration that it brings; they name the bundle then.
 
     Args:
@@ -85,20 +88,20 @@ def measure(path: Path, threads: int | None) -> dict[str, Any]:
     if not path.exists():
         msg = f"{path}: no such file or directory; give a run's `export` directory, or a bundle"
         raise UsageError(msg)
-    changes: dict[str, Any] = {} if threads is None else {"threads": threads}
     if path.is_dir() and not (path / bundles.MANIFEST).exists():
-        return benchmark(path, BenchmarkConfig(**changes), quiet)
+        return benchmark(path, BenchmarkConfig() if threads is None else BenchmarkConfig(threads), quiet)
     with tempfile.TemporaryDirectory() as scratch:
         folder, bundle = path, None
         if not path.is_dir():
             folder, bundle = Path(scratch), bundles.unpack(path, Path(scratch))
         bundle = bundle or bundles.verify(path)
         try:
-            config = of_json({**bundle.benchmark, **changes})
+            config = of_json(bundle.benchmark if threads is None else {**bundle.benchmark, "threads": threads})
         except (TypeError, ValueError) as error:
             msg = f"{path}: a benchmark configuration of another crqat ({error}); make the bundle anew"
             raise UsageError(msg) from error
-        return {**benchmark(folder / bundles.EXPORT, config, say_progress()), "bundle": bundle.sha256}
+        results = benchmark(folder / bundles.EXPORT, config, say_progress())
+        return replace(results, bundle=bundle.sha256, crqat_version=bundle.crqat_version)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -117,10 +120,10 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         results = measure(options.path, options.threads)
         print(table(results))
-        out = options.out or (Path("results.json") if "bundle" in results else None)
+        out = options.out or (Path("results.json") if results.bundle is not None else None)
         if out is not None:
             try:
-                out.write_text(json.dumps(results, indent=1))
+                out.write_text(text(results))
             except OSError as error:
                 msg = f"cannot write {out}: {error.strerror}; choose another place with --out"
                 raise ToolError(msg) from error

@@ -6,8 +6,9 @@ import importlib.util
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,24 @@ import numpy.typing as npt
 
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import Progress
-from crqat.core.run_directory import Manifest, manifest_hash, sha256_file, verify_stage
+from crqat.core.results.benchmark import (
+    MEASURED,
+    Build,
+    CountedCodes,
+    Dataset,
+    Int8Layers,
+    Latency,
+    LatencyRatio,
+    LoadAverage,
+    ModelResult,
+    NoLatency,
+    Results,
+    Settings,
+    VersusFloat,
+)
+from crqat.core.results.engine import BUILT, EngineReport, EngineSummary
+from crqat.core.results.export import ExportedModel, ExportPayload
+from crqat.core.run_directory import Manifest, manifest_hash, payload_of, sha256_file, verify_stage
 from crqat.core.targets import TARGETS, TENSORRT, builds_engine
 from crqat.runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
 from crqat.runtime_eval.machine import host
@@ -27,7 +45,6 @@ from crqat.runtime_eval.runners import onnx_header
 from crqat.runtime_eval.trt import coverage, engine
 from crqat.runtime_eval.trt import versions as tensorrt_api
 
-SCHEMA_VERSION = 1
 FLOAT, FLOAT16 = "float", "float16"
 # What OpenVINO runs, too, and as which targets: the float file, and that of a target which says so.
 FLOAT_OPENVINO = "float_openvino"
@@ -40,7 +57,7 @@ BUILDS = 3
 class _Model:
     """One file while it is measured."""
 
-    entry: dict[str, Any]
+    entry: ExportedModel
     path: Path
     size: int
     plans: Sequence[Path] = ()
@@ -54,22 +71,22 @@ class _Model:
     rounds: list[list[float]] = field(default_factory=list)
     computed: list[float] = field(default_factory=list)
     memory: int | None = None
-    int8_layers: dict[str, Any] | None = None
-    codes: dict[str, Any] | None = None
-    engine: dict[str, Any] | None = None
+    int8_layers: Int8Layers | None = None
+    codes: CountedCodes | None = None
+    engine: EngineReport | None = None
     engine_failure: str = "not run: no builder was asked for"
 
     @property
     def runtime(self) -> str:
         """What runs it."""
-        if self.entry["target"] in FOR_OPENVINO.values():
+        if self.entry.target in FOR_OPENVINO.values():
             return OPENVINO
         return TENSORRT.name if self.plans else RUNTIME
 
     @property
     def name(self) -> str:
         """What it is called in the results: its file, and what runs it where one file is run by two."""
-        return f"{self.entry['file']}@{OPENVINO}" if self.runtime == OPENVINO else str(self.entry["file"])
+        return f"{self.entry.file}@{OPENVINO}" if self.runtime == OPENVINO else self.entry.file
 
     def file(self, turn: int) -> Path:
         """What is loaded in a round: the ONNX file, or one of the engines that were built from it, in turns."""
@@ -84,7 +101,7 @@ class _Model:
             self.failure = str(error)
 
 
-def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
+def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> Results:
     """Measure every model of an export on this machine.
 
     A model whose process dies, hangs or answers nonsense has the status "failed: ..."; the others are measured.
@@ -94,64 +111,61 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
         config: How to measure.
         progress: Told of rounds and images.
 
-    Returns:
-        The results, a JSON object. Accuracies and agreements are shares of 1, `drop_points` percentage points,
-        `latency_ratio` and `size_ratio` this model's divided by the float model's. Every bound of an accuracy interval
-        holds one-sided at 95 %; the latency interval states its two-sided coverage. "engines" has the engine reports
-        with every layer; a model's "engine" is the summary of its own.
-
     Raises:
         UsageError: The directory is no export, or a file in it is missing or damaged.
     """
     export_dir = export_dir.resolve()  # a new export that becomes current meanwhile must not mix with this one
     manifest, parent = verify_stage(export_dir), manifest_hash(export_dir)
-    entries, images, labels = _read_payload(export_dir, manifest)
+    payload, images, labels = _read_payload(export_dir, manifest)
+    entries = list(payload.models)
     machine = host.describe()
     load_at_start = host.load_average()
     watch = Watch()
     if config.openvino or OPENVINO in config.require:
         entries += [
-            {"file": entry["file"], "target": FOR_OPENVINO[entry["target"]]}
-            for entry in entries
-            if entry["target"] in FOR_OPENVINO
+            ExportedModel(entry.file, FOR_OPENVINO[entry.target]) for entry in entries if entry.target in FOR_OPENVINO
         ]
-    paths = [export_dir / entry["file"] for entry in entries]
+    paths = [export_dir / entry.file for entry in entries]
     models = [_Model(entry, path, path.stat().st_size) for entry, path in zip(entries, paths, strict=True)]
     with tempfile.TemporaryDirectory() as scratch:
         _build_engines(models, config, progress, Path(scratch))
-        _measure(models, export_dir / manifest.payload["images"], labels, config, progress, watch)
+        _measure(models, export_dir / payload.images, labels, config, progress, watch)
         watch.look()
         by_name = {model.name: _result(model, models, labels, config, watch) for model in models}
-    load = {"start": load_at_start, "end": host.load_average()}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "run": manifest.payload["run"],
-        "parent": parent,
-        "device": {**machine, "jetson": watch.result(), "load_average": load},
-        "config": {**asdict(config), "require": list(config.require)},  # as JSON reads it back
-        "dataset": {
-            "n": len(images),
-            "classes": next((model.classes for model in models if model.classes is not None), None),
-        },
-        "models": by_name,
-        "engines": {model.name: model.engine for model in models if model.engine is not None},
-    }
+    load = LoadAverage(load_at_start, host.load_average())
+    classes = next((model.classes for model in models if model.classes is not None), None)
+    return Results(
+        run=payload.run,
+        models=by_name,
+        config=Settings(**{**asdict(config), "require": list(config.require)}),
+        device=replace(machine, jetson=watch.result(), load_average=load),
+        dataset=Dataset(len(images), classes),
+        parent=parent,
+        engines={model.name: model.engine for model in models if model.engine is not None},
+        crqat_version=_version(),
+    )
+
+
+def _version() -> str | None:
+    """This crqat's version; None where it is not installed but came with a bundle."""
+    try:
+        return metadata.version("crqat-edge")
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _read_payload(
     export_dir: Path, manifest: Manifest
-) -> tuple[list[dict[str, Any]], npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """The models' entries, the images uint8 [N, C, H, W] (memory-mapped) and the labels int64 [N] of an export."""
-    payload = manifest.payload
-    try:
-        entries = [dict(entry) for entry in payload["models"]]
-        names = [payload["images"], payload["labels"], *(entry["file"] for entry in entries)]
-        names += [entry["expected_codes"] for entry in entries if "expected_codes" in entry]
-        targets = [entry["target"] for entry in entries]
-        payload["run"]
-    except (KeyError, TypeError, ValueError) as error:
-        msg = f"{export_dir}: not an export ({error!r} in the manifest's payload); give the run's `export` directory"
-        raise UsageError(msg) from error
+) -> tuple[ExportPayload, npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
+    """The payload, the images uint8 [N, C, H, W] (memory-mapped) and the labels int64 [N] of an export."""
+    if manifest.stage != "export":
+        msg = f"{export_dir}: not an export but the stage {manifest.stage}; give the run's `export` directory"
+        raise UsageError(msg)
+    payload = payload_of(ExportPayload, export_dir, manifest)
+    entries = payload.models
+    names = [payload.images, payload.labels, *(entry.file for entry in entries)]
+    names += [entry.expected_codes for entry in entries if entry.expected_codes is not None]
+    targets = [entry.target for entry in entries]
     for name in names:
         if name not in manifest.files:  # its hash was not checked
             msg = f"{export_dir}: the manifest names {name} as a model or data but not as a file; export again"
@@ -160,7 +174,7 @@ def _read_payload(
         msg = f"{export_dir}: {targets.count(FLOAT)} float models; exactly one is what the others are compared with"
         raise UsageError(msg)
     for entry in entries:
-        _refuse_external_data(export_dir / entry["file"])
+        _refuse_external_data(export_dir / entry.file)
     images, labels = (_read_array(export_dir / name) for name in names[:2])
     if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
         msg = f"{export_dir / names[0]}: {images.dtype} {list(images.shape)}, expected uint8 [N, C, H, W]; export again"
@@ -169,7 +183,7 @@ def _read_payload(
         shape = list(labels.shape)
         msg = f"{export_dir / names[1]}: {labels.dtype} {shape}, expected int64 [{len(images)}]; export again"
         raise UsageError(msg)
-    return entries, images, labels
+    return payload, images, labels
 
 
 def _refuse_external_data(path: Path) -> None:
@@ -204,36 +218,36 @@ def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Prog
     for model in models:
         if builder is None:
             model.engine_failure = f"not run: {missing} is not installed; {tensorrt_api.INSTALL_HINTS[missing]}"
-        wanted = _for_engine(model) if runs else builds_engine(model.entry["target"])
+        wanted = _for_engine(model) if runs else builds_engine(model.entry.target)
         if builder is None or not wanted:
             continue
-        task, plans = f"engine of {model.entry['file']}", []
+        task, plans = f"engine of {model.entry.file}", []
         for number in range(BUILDS if runs else 1):
             progress(task, number, BUILDS if runs else 1)
             path = folder / f"{model.path.stem}.{number}.plan" if runs else None
             options = engine.EngineOptions(batch=batch, time_limit_seconds=config.time_limit_seconds)
             try:
-                model.engine = engine.build(model.path, options, model.entry.get("macs"), path)
+                model.engine = engine.build(model.path, options, model.entry.macs, path)
             except ToolError as error:
                 model.engine_failure = f"not run: {error}"
                 break
-            if model.engine["status"] != "built":
+            if model.engine.status != BUILT:
                 break
             plans += [path] if path is not None else []
         model.plans = plans if len(plans) == BUILDS else ()
-        progress(task, 1, 1, model.engine_failure if model.engine is None else model.engine["status"])
+        progress(task, 1, 1, model.engine_failure if model.engine is None else model.engine.status)
 
 
 def _for_engine(model: _Model) -> bool:
     """Whether TensorRT is to run it, where it can: the file for it, and the two that INT8 has to be faster than."""
-    return model.entry["target"] in (FLOAT, FLOAT16) or builds_engine(model.entry["target"])
+    return model.entry.target in (FLOAT, FLOAT16) or builds_engine(model.entry.target)
 
 
-def _engine_summary(model: _Model) -> dict[str, Any] | None:
+def _engine_summary(model: _Model) -> EngineSummary | None:
     """A model's entry `engine` in the results; None of what is not for TensorRT."""
-    if not builds_engine(model.entry["target"]):
+    if not builds_engine(model.entry.target):
         return None
-    return {"status": model.engine_failure} if model.engine is None else coverage.headline(model.engine)
+    return EngineSummary(status=model.engine_failure) if model.engine is None else coverage.headline(model.engine)
 
 
 def _measure(
@@ -274,8 +288,8 @@ def _measure(
             if model.plans:  # an engine has other kernels at another batch
                 worker.accuracy(1, top, partial(progress, f"{task} at batch 1"))
                 model.top_single = np.load(top, allow_pickle=False)
-            elif "expected_codes" in model.entry:
-                model.codes = worker.codes(model.path.parent / model.entry["expected_codes"])
+            elif model.entry.expected_codes is not None:
+                model.codes = worker.codes(model.path.parent / model.entry.expected_codes)
     for turn in range(config.latency_rounds):
         timed = [model for model in runnable if model.failure is None and _is_timed(model, config)]
         for position in range(len(timed)):
@@ -296,75 +310,70 @@ def _is_timed(model: _Model, config: BenchmarkConfig) -> bool:
     if model.runtime == OPENVINO:
         return True
     by_tensorrt = bool(model.plans) or config.provider in TENSORRT_PROVIDERS
-    return _for_engine(model) if by_tensorrt else model.entry["target"] in (FLOAT, model.runtime)
+    return _for_engine(model) if by_tensorrt else model.entry.target in (FLOAT, model.runtime)
 
 
 def _result(
     model: _Model, models: list[_Model], labels: npt.NDArray[np.int64], config: BenchmarkConfig, watch: Watch
-) -> dict[str, Any]:
+) -> ModelResult:
     """One model's entry in the results."""
-    # Against the float network in the same runtime, where that has one of its own.
+    timed: Latency | NoLatency | None = None
+    top = None if model.failure is not None else model.top
+    single = None if model.failure is not None else model.top_single
+    if top is not None:
+        timed = NoLatency(_not_run(model))
+    if top is not None and model.rounds:
+        builds = max(1, len(model.plans))
+        timed = latency.summarize(model.rounds, config.threads, model.computed, watch.unstable(), builds)
+    return ModelResult(
+        target=model.entry.target,
+        status=model.not_run or (MEASURED if model.failure is None else f"failed: {model.failure}"),
+        accuracy=None if top is None else accuracy.summarize(top, labels),
+        latency=timed,
+        versus_float=None if top is None else _versus_float(model, top, models, labels),
+        verification=model.entry.verification,
+        runtime=model.runtime,
+        runtime_version=model.version,
+        provider=model.provider,
+        size_bytes=model.size,
+        peak_memory_bytes=model.memory,
+        accuracy_batch_1=None if single is None else accuracy.summarize(single, labels),
+        builds=None if single is None else [_build(model, index) for index in range(len(model.plans))],
+        versus_float16=None if top is None else _versus_float16(model, models),
+        fusion=model.entry.fusion,
+        codes_on_this_cpu=model.codes,
+        findings=model.entry.findings,
+        float_layers=model.entry.float_layers,
+        engine=_engine_summary(model),
+        int8_layers=model.int8_layers,
+    )
+
+
+def _versus_float(
+    model: _Model, top: npt.NDArray[np.int64], models: list[_Model], labels: npt.NDArray[np.int64]
+) -> VersusFloat | None:
+    """Against the float network in the same runtime, where that has one of its own."""
     of_openvino = model.runtime == OPENVINO
-    baseline = next(other for other in models if other.entry["target"] == (FLOAT_OPENVINO if of_openvino else FLOAT))
-    result: dict[str, Any] = {
-        "target": model.entry["target"],
-        "runtime": model.runtime,
-        "runtime_version": model.version,
-        "provider": model.provider,
-        "status": model.not_run or ("measured" if model.failure is None else f"failed: {model.failure}"),
-        "size_bytes": model.size,
-        "peak_memory_bytes": model.memory,
-        "accuracy": None,
-        "accuracy_batch_1": None,
-        "latency": None,
-        "builds": None,
-        "versus_float": None,
-        "versus_float16": None,
-        "verification": model.entry.get("verification"),
-        "fusion": model.entry.get("fusion"),
-        "codes_on_this_cpu": model.codes,
-        "findings": model.entry.get("findings", []),
-        "float_layers": model.entry.get("float_layers"),
-        "engine": _engine_summary(model),
-        "int8_layers": model.int8_layers,
-    }
-    if model.failure is not None or model.top is None:
-        return result
-    result["accuracy"] = accuracy.summarize(model.top, labels)
-    if model.rounds:
-        result["latency"] = latency.summarize(
-            model.rounds, config.threads, model.computed, watch.unstable(), max(1, len(model.plans))
-        )
-    else:
-        result["latency"] = {"status": _not_run(model)}
-    if model.top_single is not None:
-        result["accuracy_batch_1"] = accuracy.summarize(model.top_single, labels)
-        result["builds"] = [_build(model, index) for index in range(len(model.plans))]
-    if baseline.failure is None and baseline.top is not None and model is not baseline:
-        # A ratio across two runtimes says nothing of quantization.
-        comparable = bool(model.rounds) and model.runtime == baseline.runtime
-        ratio = latency.compare(baseline.rounds, model.rounds) if comparable else {}
-        result["versus_float"] = {
-            **accuracy.compare(baseline.top, model.top, labels),
-            "latency_ratio": None,
-            "latency_ratio_interval": None,
-            "latency_ratio_coverage": None,
-            **ratio,
-            "size_ratio": model.size / baseline.size,
-        }
-    half = next((other for other in models if other.entry["target"] == FLOAT16), None)
-    if half is not None and builds_engine(model.entry["target"]) and half.rounds and model.rounds:
-        result["versus_float16"] = latency.compare(half.rounds, model.rounds)
-    return result
+    baseline = next(other for other in models if other.entry.target == (FLOAT_OPENVINO if of_openvino else FLOAT))
+    if baseline.failure is not None or baseline.top is None or model is baseline:
+        return None
+    # A ratio across two runtimes says nothing of quantization.
+    comparable = bool(model.rounds) and model.runtime == baseline.runtime
+    ratio = latency.compare(baseline.rounds, model.rounds) if comparable else None
+    return accuracy.compare(baseline.top, top, labels, model.size / baseline.size, ratio)
 
 
-def _build(model: _Model, index: int) -> dict[str, Any]:
+def _versus_float16(model: _Model, models: list[_Model]) -> LatencyRatio | None:
+    half = next((other for other in models if other.entry.target == FLOAT16), None)
+    if half is None or not half.rounds or not model.rounds or not builds_engine(model.entry.target):
+        return None
+    return latency.compare(half.rounds, model.rounds)
+
+
+def _build(model: _Model, index: int) -> Build:
     """One of a model's engines: builds differ, since their kernels are chosen by times that were measured once."""
     rounds = model.rounds[index :: len(model.plans)]
-    return {
-        "plan_sha256": sha256_file(model.plans[index]),
-        "round_p50_ms": [1e3 * float(np.median(samples)) for samples in rounds],
-    }
+    return Build(sha256_file(model.plans[index]), [1e3 * float(np.median(samples)) for samples in rounds])
 
 
 def _obstacle(model: _Model) -> str | None:
@@ -376,14 +385,14 @@ def _obstacle(model: _Model) -> str | None:
         return "not run: onnxruntime is not installed"
     from crqat.runtime_eval.runners.onnxruntime import float16_is_rounded
 
-    if model.entry.get("precision") != "float16" or float16_is_rounded():
+    if model.entry.precision != "float16" or float16_is_rounded():
         return None
     return f"not run: onnxruntime {version} truncates where it quantizes float16, and TensorRT rounds"
 
 
 def _not_run(model: _Model) -> str:
     """Why the latency of a file that was not made for ONNX Runtime's provider is not measured."""
-    if model.entry["target"] != FLOAT16 and not builds_engine(model.entry["target"]):
+    if model.entry.target != FLOAT16 and not builds_engine(model.entry.target):
         return "not run: the file is for another execution provider"
     if not host.cuda_device():
         return "not run: no CUDA device"

@@ -111,7 +111,7 @@ def test_own_loop(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     arguments += ["--out", str(tmp_path / "int8"), "--epochs", "1"]
     measured = loaded("own_loop").main([*arguments, "--batch-size", "32", "--latency-seconds", "0.1"])
     assert {file.status for file in measured.files.values()} == {"measured"}
-    assert measured.files["onnxruntime.onnx"].n == CLASSES * VAL
+    assert measured.results.dataset.n == CLASSES * VAL
     said = capsys.readouterr().out
     assert "onnxruntime.onnx" in said and re.search(r"^gate: ", said, flags=re.M)
 

@@ -18,6 +18,7 @@ import crqat
 from crqat.core.grid import load_grids
 from crqat.core.progress import quiet
 from crqat.core.run_directory import Manifest, write_stage
+from crqat.core.typed_json import to_json
 from crqat.export import stage
 from crqat.export.config import ExportConfig
 from crqat.train.config import (
@@ -106,11 +107,12 @@ def run(weights: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, trained = tmp_path_factory.mktemp("run"), recipe(weights)
     manifest = Manifest("train", "a key", None, {}, {})
     with write_stage(run, manifest) as out:
-        manifest.payload = train(trained, out, quiet)
+        manifest.payload = to_json(train(trained, out, quiet))
     manifest = Manifest("export", "a key", None, {}, {})
     with write_stage(run, manifest) as out:
         config = ExportConfig(candidate="teacher", verify_images=16)
-        manifest.payload = stage.export(run / "train", trained, config, out, quiet, "out", "a revision")
+        payload = stage.export(run / "train", trained, config, out, quiet, "out", "a revision")
+        manifest.payload = to_json(payload)
     return run
 
 

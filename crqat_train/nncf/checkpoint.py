@@ -19,7 +19,8 @@ from torch import Tensor
 from crqat.core import strict_json
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.grid import Grid, load_grids
-from crqat.core.run_directory import replace_file, verify_stage
+from crqat.core.results.training import TrainingPayload
+from crqat.core.run_directory import payload_of, replace_file, verify_stage
 from crqat.train.checkpoint import read_tensors
 
 STATE, CONFIG, HOWTO = "model.safetensors", "nncf_config.json", "load_in_nncf.py"
@@ -346,10 +347,10 @@ def export(train_dir: Path, candidate: str, out: Path, network: str) -> Checkpoi
         UsageError: The stage has no such candidate, or a quantizer that NNCF does not have.
         ToolError: The folder cannot be written.
     """
-    payload = verify_stage(train_dir).payload
-    candidate = payload["best"] if candidate == "best" else candidate
-    if candidate not in payload["candidates"]:
-        msg = f"--candidate {candidate}: the training has only {', '.join(payload['candidates'])}"
+    payload = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
+    candidate = payload.best if candidate == "best" else candidate
+    if candidate not in payload.candidates:
+        msg = f"--candidate {candidate}: the training has only {', '.join(payload.candidates)}"
         raise UsageError(msg)
     grids = load_grids(train_dir / f"{candidate}.grids.json")
     state = read_tensors(train_dir / f"{candidate}.safetensors")

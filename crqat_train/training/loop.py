@@ -17,6 +17,7 @@ from crqat.core.errors import UsageError
 from crqat.core.field_bounds import user_path
 from crqat.core.grid import save_grids
 from crqat.core.progress import Progress
+from crqat.core.results.training import Candidate, FloatNetwork, TrainingPayload
 from crqat.train import distributed, shares
 from crqat.train.checkpoint import write_tensors
 from crqat.train.config import OptimizerConfig, QATConfig, TrainConfig
@@ -71,7 +72,7 @@ def train(
     states: Path | None = None,
     save_every: float = SAVE_EVERY,
     precheck: Precheck | None = None,
-) -> dict[str, Any]:
+) -> TrainingPayload:
     """Run the stage and fill `out` with checkpoints, Grids, the layout and the history.
 
     Args:
@@ -126,27 +127,24 @@ def train(
     if out is not None:
         (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in student.specs], indent=1))
         (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
-    return {
-        "device": str(device),
-        "processes": distributed.world(),
-        "compiled": run.compiled,
-        "float": {
-            "validation_accuracy": float_accuracy,
-            "published_accuracy": published.published_accuracy(config, len(dataset.class_names)),
-        },
-        "candidates": {name: {"validation_accuracy": accuracy} for name, accuracy in candidates.items()},
-        "best": best,
-        "validation_images": len(split.validation),
-        "preprocessing": asdict(dataset.preprocessing),
-        "class_names": list(dataset.class_names),
-        "input_shape": list(dataset.train_images.shape[1:]),
-        "quantizers": len(student.specs),
-        "preparation": run.preparation,
-        "notes": [*dataset.notes, *run.preparation, *run.notes, *notes]
+    return TrainingPayload(
+        device=str(device),
+        processes=distributed.world(),
+        compiled=run.compiled,
+        float_network=FloatNetwork(float_accuracy, published.published_accuracy(config, len(dataset.class_names))),
+        candidates={name: Candidate(accuracy) for name, accuracy in candidates.items()},
+        best=best,
+        validation_images=len(split.validation),
+        preprocessing=dataset.preprocessing,
+        class_names=list(dataset.class_names),
+        input_shape=list(dataset.train_images.shape[1:]),
+        quantizers=len(student.specs),
+        preparation=run.preparation,
+        notes=[*dataset.notes, *run.preparation, *run.notes, *notes]
         + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in student.specs if spec.reason],
-        "warnings": [_worse(candidates, config.qat, len(split.validation))] if best == "calibrated" else [],
-        "seconds": round(keeper.seconds, 1),
-    }
+        warnings=[_worse(candidates, config.qat, len(split.validation))] if best == "calibrated" else [],
+        seconds=round(keeper.seconds, 1),
+    )
 
 
 def check(config: TrainConfig, progress: Progress, precheck: Precheck) -> None:

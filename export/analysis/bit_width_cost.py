@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from crqat.core.progress import Progress
-from crqat.core.run_directory import verify_stage
+from crqat.core.results.training import TrainingPayload
+from crqat.core.run_directory import payload_of, verify_stage
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import evaluation_batches
@@ -54,7 +55,7 @@ class Divergences:
     """
 
     def __init__(self, train_dir: Path, config: TrainConfig, images: int) -> None:
-        trained = verify_stage(train_dir).payload
+        trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
         asked = config.quantization
         # At 8 bits the targets' limits show; no narrower width meets one.
         widest = replace(asked, weights=8, activations=8, first_layer=8, last_layer=8, overrides={})

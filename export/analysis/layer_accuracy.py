@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from crqat.core.progress import Progress
-from crqat.core.run_directory import verify_stage
+from crqat.core.results.analysis import LayerAccuracy
+from crqat.core.results.training import TrainingPayload
+from crqat.core.run_directory import payload_of, verify_stage
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import subset
@@ -19,7 +20,7 @@ from crqat.train.training.evaluate import accuracy
 
 def accuracy_of_each_layer(
     train_dir: Path, config: TrainConfig, candidate: str, progress: Progress
-) -> list[dict[str, Any]]:
+) -> list[LayerAccuracy]:
     """Accuracy on the validation split with one layer at a time quantized, weights and input; worst first.
 
     Args:
@@ -32,14 +33,14 @@ def accuracy_of_each_layer(
         Rows of `layer`, `accuracy` in 0..1 and `bits` as "weights/input"; the first two are "none", every quantizer
         off, and "all". After training "none" is not the float network but the latent weights behind the quantizers.
     """
-    trained = verify_stage(train_dir).payload
+    trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
     model = rebuild(train_dir, config, trained, candidate)
     specs = model.specs
     dataset = sources.of_recipe(published.data_section(config))
     chosen = sources.split(len(dataset.train_labels), config.data.validation, config.seed).validation
     images, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
     by_edge = {spec.edge: spec for spec in specs}
-    rows: list[dict[str, Any]] = []
+    rows: list[LayerAccuracy] = []
     layers: list[tuple[str, list[QuantizerSpec]]] = [("none", []), ("all", list(specs))]
     for spec in specs:
         if spec.kind == "weight":
@@ -49,6 +50,6 @@ def accuracy_of_each_layer(
         with only(model, active):
             share = accuracy(model, images, labels, dataset.preprocessing)
         bits = "/".join(str(spec.bits) for spec in active) if layer not in ("none", "all") else ""
-        rows.append({"layer": layer, "accuracy": share, "bits": bits})
+        rows.append(LayerAccuracy(layer, share, bits))
         progress("one layer at a time", number, len(layers), f"{layer}: {share:.2%}")
-    return rows[:2] + sorted(rows[2:], key=lambda row: row["accuracy"])
+    return rows[:2] + sorted(rows[2:], key=lambda row: row.accuracy)

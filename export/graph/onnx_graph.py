@@ -11,6 +11,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from crqat.core.results.benchmark import FloatLayers
+
 OPSET = 17
 
 
@@ -116,18 +118,17 @@ def macs(graph: Graph) -> dict[str, int]:
     return result
 
 
-def split_macs(graph: Graph) -> tuple[dict[str, int], dict[str, Any]]:
+def split_macs(graph: Graph) -> tuple[dict[str, int], FloatLayers]:
     """The multiply-accumulates that INT8 is asked of, and what `float_layers` costs.
 
     Returns:
-        `macs` without the nodes of layers that the recipe keeps in float; and {"macs": layer name to its own, "share":
-        theirs of all, 0 to 1}.
+        `macs` without the nodes of layers that the recipe keeps in float; and these.
     """
     amounts = macs(graph)
     total, kept = sum(amounts.values()), dict.fromkeys(graph.float_layers.values(), 0)
     for node, name in graph.float_layers.items():
         kept[name] += amounts.pop(node)
-    return amounts, {"macs": kept, "share": sum(kept.values()) / total if total else 0.0}
+    return amounts, FloatLayers(kept, sum(kept.values()) / total if total else 0.0)
 
 
 def _size(graph: Graph, sizes: dict[str, list[int]], name: str) -> list[int]:

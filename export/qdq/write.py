@@ -14,6 +14,7 @@ from onnx import TensorProto, helper
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
 from crqat.core.grid import Grid
+from crqat.core.results.export import Claim
 from crqat.export.graph.onnx_graph import OPSET, Graph, build_model
 from crqat.export.qdq.lower import Activation, Weight, clip_bound, lower_activation, lower_weight
 from crqat.train.placement.insert import QuantizerSpec
@@ -46,14 +47,12 @@ class QDQModel:
     codes: dict[str, list[str]] = field(default_factory=dict)
     float_constants: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
-    def claims(self) -> dict[str, dict[str, Any]]:
+    def claims(self) -> dict[str, Claim]:
         """Edge name to its claim, for the manifest."""
-        result: dict[str, dict[str, Any]] = {}
-        for edge, activation in self.activations.items():
-            result[edge] = {"claim": activation.claim, "note": activation.note}
+        result = {edge: Claim(own.claim, own.note or None) for edge, own in self.activations.items()}
         for edge, weight in self.weights.items():
-            result[edge] = {"claim": weight.claim, "note": weight.note, "bias_error": weight.bias_error}
-        return {edge: {key: value for key, value in claim.items() if value != ""} for edge, claim in result.items()}
+            result[edge] = Claim(weight.claim, weight.note or None, weight.bias_error)
+        return result
 
 
 def float_model(graph: Graph, metadata: Mapping[str, str], precision: str = "float32") -> onnx.ModelProto:

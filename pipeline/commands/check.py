@@ -108,11 +108,11 @@ def _check_recipe(path: Path, overrides: tuple[str, ...], syntax: bool, progress
 
 
 def _check_results(path: Path) -> list[str]:
-    from crqat.pipeline.report.read_results import read_results
+    from crqat.core.results.benchmark import read_results
 
     results = read_results(path)
-    models = [f"{path}: {file}: {model['target']}, {model['status']}" for file, model in results["models"].items()]
-    return [f"{path}: results of run {results['run']}, {len(models)} models", *models]
+    models = [f"{path}: {file}: {model.target}, {model.status}" for file, model in results.models.items()]
+    return [f"{path}: results of run {results.run}, {len(models)} models", *models]
 
 
 def _check_onnx(path: Path) -> list[str]:

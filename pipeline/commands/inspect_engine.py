@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from crqat.core import run_directory, strict_json
+from crqat.core import run_directory, strict_json, typed_json
 from crqat.core.errors import ToolError, UsageError
+from crqat.core.results.engine import BUILT, Builder, Coverage, EngineLayer, EngineReport, Engines, LayerCounts
+from crqat.core.results.export import ExportPayload
+from crqat.core.typed_json import to_json
 from crqat.pipeline import console, untrusted_onnx
 from crqat.pipeline.console import printable
-from crqat.runtime_eval.trt import coverage, engine, plan_layers
+from crqat.runtime_eval.trt import engine, plan_layers
 from crqat.runtime_eval.trt import versions as tensorrt_api
 
 if TYPE_CHECKING:
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 _COLUMNS = ("layer", "kind", "operands", "output", "M MACs", "ONNX nodes")
 _SYNC = ("sync", "shape")
 _SHOWN_UNCOVERED = 20
+_AGAIN = "give an .onnx file, an engine report of this crqat or an inspector's JSON"
 
 
 def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path | None) -> None:
@@ -45,9 +49,9 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
     if path.suffix != ".onnx":
         reports = read(path)
         for name, report in reports:
-            if report["status"] == "built":
+            if report.status == BUILT:
                 show(name, report)
-        unbuilt = [f"{name}: {report['status']}" for name, report in reports if report["status"] != "built"]
+        unbuilt = [f"{name}: {report.status}" for name, report in reports if report.status != BUILT]
         if unbuilt:
             msg = f"{path}: {len(unbuilt)} of {len(reports)} engines were not built, first {unbuilt[0]}"
             raise UsageError(msg)
@@ -56,8 +60,8 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
     untrusted_onnx.check(path, model)
     report = engine.build(path, options, _macs(path, model))
     if out is not None:
-        _write(out, json.dumps(report, indent=1).encode())
-    if report["status"] == "built":
+        _write(out, typed_json.text(report).encode())
+    if report.status == BUILT:
         if bisect:
             click.echo(f"{path} builds: there is nothing to cut")
         show(str(path), report)
@@ -69,9 +73,9 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         click.echo(f"wrote {target}: {len(cut.graph.node)} of {len(model.graph.node)} nodes, which are refused alike:")
         for node in cut.graph.node:
             click.echo(printable(f"  {node.op_type} {node.name}"))
-    msg = f"{path}: {report['status']}"
+    msg = f"{path}: {report.status}"
     # A builder that died or was stopped says nothing of the file.
-    raise ToolError(msg) if report["failure"]["stage"] == "process" else UsageError(msg)
+    raise ToolError(msg) if report.failure is not None and report.failure.stage == "process" else UsageError(msg)
 
 
 def _macs(path: Path, model: onnx.ModelProto) -> dict[str, int] | None:
@@ -80,10 +84,9 @@ def _macs(path: Path, model: onnx.ModelProto) -> dict[str, int] | None:
 
     if (path.parent / run_directory.MANIFEST).is_file():
         manifest = run_directory.read_manifest(path.parent)
-        for entry in manifest.payload.get("models", []):
-            if entry.get("file") == path.name and "macs" in entry:
-                macs: dict[str, int] = entry["macs"]
-                return macs
+        for entry in run_directory.payload_of(ExportPayload, path.parent, manifest).models:
+            if entry.file == path.name and entry.macs is not None:
+                return entry.macs
     return file_macs(model)
 
 
@@ -98,16 +101,16 @@ def _cut(model: onnx.ModelProto, options: engine.EngineOptions) -> onnx.ModelPro
             if content not in known:
                 file = Path(scratch) / "part.onnx"
                 file.write_bytes(content)
-                failure = engine.build(file, options)["failure"]
+                failure = engine.build(file, options).failure
                 console.say(f"{len(part.graph.node)} nodes: {'refused' if failure else 'built'}")
                 # Numbers in it are line numbers and addresses; what is left tells this failure from another.
-                known[content] = re.sub(r"\d+", "#", failure["rule"]) if failure else None
+                known[content] = re.sub(r"\d+", "#", failure.rule) if failure else None
             return known[content]
 
         return smallest_cut(model, refused)
 
 
-def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
+def read(path: Path) -> list[tuple[str, EngineReport]]:
     """The engine reports in a file by their names: of an engine.json, of one report, or of an inspector's JSON.
 
     Raises:
@@ -116,38 +119,30 @@ def read(path: Path) -> list[tuple[str, dict[str, Any]]]:
     """
     try:
         data = strict_json.read(path)
-        if "Layers" in data:
+        if isinstance(data, dict) and "Layers" in data:
             return [(str(path), of_inspector(path, data))]
-        if data.get("engines") == {}:
-            msg = f"{path}: holds no engine report; none was built in that benchmark"
-            raise UsageError(msg)
-        reports = data["engines"] if "engines" in data else {data["model"]: data}
-        versions = {report["schema_version"] for report in reports.values()}
-        if versions - {engine.SCHEMA_VERSION}:
-            msg = f"{path}: schema_version {versions}, this crqat reads {engine.SCHEMA_VERSION}; build again"
-            raise UsageError(msg)
-        for name, report in reports.items():
-            _ = report["coverage"], report["counts"], report["layers"], report["builder"]["name"]
-            if report["status"] == "built":  # everything that `show` shows can be shown
-                _ = name.lower(), [_row(layer) for layer in report["layers"]], list(_lines(report))
-        return list(reports.items())
-    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+    except (ValueError, TypeError, LookupError, AttributeError) as error:
         msg = f"{path}: not an .onnx file, an engine report or an inspector's JSON ({type(error).__name__}: {error})"
         raise UsageError(msg) from error
     except OSError as error:
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
+    if isinstance(data, dict) and "engines" in data:
+        engines = typed_json.checked(Engines, data, str(path), _AGAIN).engines
+        if not engines:
+            msg = f"{path}: holds no engine report; none was built in that benchmark"
+            raise UsageError(msg)
+        return list(engines.items())
+    report = typed_json.checked(EngineReport, data, str(path), _AGAIN)
+    return [(report.model, report)]
 
 
-def of_inspector(path: Path, information: dict[str, Any]) -> dict[str, Any]:
+def of_inspector(path: Path, information: Mapping[str, Any]) -> EngineReport:
     """The report of an engine of which only the inspector's JSON is known."""
-    return {
-        **engine.report_of(path, engine.EngineOptions(), tensorrt_api.TENSORRT),
-        **coverage.summarize(plan_layers.from_inspector(information), None),
-        "builder": {"name": "unknown", "version": "unknown"},
-        "compute_capabilities": ["unknown"],
-        "source": "engine inspector",
-    }
+    found = engine.Found(source="engine inspector")
+    engine.describe_plan(found, plan_layers.from_inspector(information), None)
+    report = engine.report_of(path, engine.EngineOptions(), tensorrt_api.TENSORRT, found)
+    return replace(report, builder=Builder("unknown", "unknown"), compute_capabilities=["unknown"])
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -158,27 +153,27 @@ def _write(path: Path, content: bytes) -> None:
         raise ToolError(msg) from error
 
 
-def show(name: str, report: dict[str, Any]) -> None:
+def show(name: str, report: EngineReport) -> None:
     """The table of an engine's layers, then coverage, counts, and what the builder said."""
-    if report["status"] != "built":
-        click.echo(printable(f"{name}: {report['status']}"))
+    if report.coverage is None or report.counts is None:
+        click.echo(printable(f"{name}: {report.status}"))
         return
-    rows = [_row(layer) for layer in report["layers"] if layer["kind"] not in _SYNC]
+    rows = [_row(layer) for layer in report.layers if layer.kind not in _SYNC]
     console.show_table(printable(f"{name}: the engine's layers"), _COLUMNS, rows)
-    for line in _lines(report):
+    for line in _lines(report, report.coverage, report.counts):
         click.echo(printable(line))
 
 
-def _row(layer: dict[str, Any]) -> list[str]:
-    matmul = layer["kind"] == "matmul"
-    operands = f"{_first(layer['inputs'])} x {layer['weights'] or '?'}" if matmul else ", ".join(layer["inputs"])
+def _row(layer: EngineLayer) -> list[str]:
+    matmul = layer.kind == "matmul"
+    operands = f"{_first(layer.inputs)} x {layer.weights or '?'}" if matmul else ", ".join(layer.inputs)
     cells = [
-        _title(layer["name"]),
-        f"{layer['type']}" if layer["kind"] in ("matmul", "other") else layer["kind"],
+        _title(layer.name),
+        layer.type if layer.kind in ("matmul", "other") else layer.kind,
         operands,
-        ", ".join(layer["outputs"]),
-        f"{layer['macs'] / 1e6:.3f}" if layer["macs"] else "",
-        ", ".join(_short(layer["nodes"])),
+        ", ".join(layer.outputs),
+        f"{layer.macs / 1e6:.3f}" if layer.macs else "",
+        ", ".join(_short(layer.nodes)),
     ]
     return [printable(cell) for cell in cells]
 
@@ -201,29 +196,29 @@ def _short(nodes: list[str]) -> list[str]:
     return [node for node in nodes if not node.endswith(("QuantizeLinear", "DequantizeLinear"))] or nodes[:1]
 
 
-def _lines(report: dict[str, Any]) -> Iterator[str]:
-    covered, number = report["coverage"], report["counts"]
-    if covered["by_macs"] is not None:
+def _lines(report: EngineReport, covered: Coverage, counts: LayerCounts) -> Iterator[str]:
+    if covered.by_macs is not None and covered.macs is not None:
         yield (
-            f"INT8 coverage: {100 * covered['by_macs']:.2f} % of {covered['macs'] / 1e6:.1f} M MACs, "
-            f"{covered['int8_nodes']} of {covered['nodes']} Conv and Gemm"
+            f"INT8 coverage: {100 * covered.by_macs:.2f} % of {covered.macs / 1e6:.1f} M MACs, "
+            f"{covered.int8_nodes} of {covered.nodes} Conv and Gemm"
         )
-    elif covered["by_count"] is not None:
-        yield f"INT8 coverage: {covered['int8_nodes']} of {covered['nodes']} Conv and Gemm layers; MACs are not known"
-    for entry in covered["uncovered"][:_SHOWN_UNCOVERED]:
-        share = f", {100 * entry['macs'] / covered['macs']:.2f} % of the MACs" if entry["macs"] else ""
-        yield f"  not INT8: {entry['node']}: {entry['reason']}{share}"
-    if len(covered["uncovered"]) > _SHOWN_UNCOVERED:
-        yield f"  and {len(covered['uncovered']) - _SHOWN_UNCOVERED} more"
-    kinds = ", ".join(f"{count} {kind}" for kind, count in number.items() if kind != "layers")
-    yield f"{number['layers']} layers: {kinds}"
-    for remark in report["remarks"]:
-        at = f"; first at {remark['nodes'][0]}" if remark["nodes"] else ""
-        yield f"{remark['severity']}: {remark['message']} ({remark['count']} times{at})"
-    built = f"{report['builder']['name']} {report['builder']['version']}, {', '.join(report['compute_capabilities'])}"
-    if report["seconds"] is not None:
-        low, usual, high = report["batch"]
+    elif covered.by_count is not None:
+        yield f"INT8 coverage: {covered.int8_nodes} of {covered.nodes} Conv and Gemm layers; MACs are not known"
+    uncovered = covered.uncovered or []
+    for entry in uncovered[:_SHOWN_UNCOVERED]:
+        share = f", {100 * entry.macs / covered.macs:.2f} % of the MACs" if entry.macs and covered.macs else ""
+        yield f"  not INT8: {entry.node}: {entry.reason}{share}"
+    if len(uncovered) > _SHOWN_UNCOVERED:
+        yield f"  and {len(uncovered) - _SHOWN_UNCOVERED} more"
+    kinds = ", ".join(f"{count} {kind}" for kind, count in to_json(counts).items() if kind != "layers")
+    yield f"{counts.layers} layers: {kinds}"
+    for message in report.messages:
+        at = f"; first at {message.nodes[0]}" if message.nodes else ""
+        yield f"{message.severity}: {message.message} ({message.count} times{at})"
+    built = f"{report.builder.name} {report.builder.version}, {', '.join(report.compute_capabilities)}"
+    if report.seconds is not None and report.size_bytes is not None:
+        low, usual, high = report.batch
         batch = f"batch {low}" if low == high else f"batch {low} to {high}, best at {usual}"
-        built += f", {batch}, built in {report['seconds']:.1f} s, {report['size_bytes'] / 1e6:.2f} MB"
-    yield f"{built}; read from the {report['source']}"
-    yield from report["notices"]
+        built += f", {batch}, built in {report.seconds:.1f} s, {report.size_bytes / 1e6:.2f} MB"
+    yield f"{built}; read from the {report.source}"
+    yield from report.notices

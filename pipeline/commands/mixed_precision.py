@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,15 @@ import click
 import yaml
 
 from crqat.core.progress import Progress
+from crqat.core.results.analysis import (
+    AverageBits,
+    Divergence,
+    LayerSensitivity,
+    Sensitivity,
+    SensitivityPayload,
+    Uniform,
+)
+from crqat.core.typed_json import read, text
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
 from crqat.train.config import DataConfig, ModelConfig, Override
@@ -21,7 +29,7 @@ JSON, PICTURE, RECIPE = "sensitivity.json", "sensitivity.png", "recipe.yaml"
 
 def measure(
     config: recipe.Recipe, runs: Path, out: Path, progress: Progress, average_bits: float, images: int
-) -> dict[str, Any]:
+) -> SensitivityPayload:
     """Fill `out` with everything; the run's train stage is finished.
 
     Args:
@@ -42,47 +50,51 @@ def measure(
     layers = network.one_layer_at_a_time(progress)
     bits = allocate(layers, average_bits)
     uniform = max(width for width in WIDTHS if width <= average_bits)
-    report = {
-        "schema_version": 1,
-        "run": config.name,
-        "images": network.images,
-        "average_bits": {"asked": average_bits, "proposed": mean_bits(layers, bits)},
-        "divergence": {
-            "sum": sum(layer.divergence[bits[layer.layer]] for layer in layers),
-            "together": network.together(bits),
-            "uniform": {"bits": uniform, "together": network.together(dict.fromkeys(bits, uniform))},
-        },
-        "layers": [{**asdict(layer), "bits": bits[layer.layer]} for layer in layers],
-    }
-    (out / JSON).write_text(json.dumps(report, indent=1, allow_nan=False))
-    _draw(out / PICTURE, json.loads((out / JSON).read_text())["layers"])
+    report = Sensitivity(
+        run=config.name,
+        images=network.images,
+        average_bits=AverageBits(average_bits, mean_bits(layers, bits)),
+        divergence=Divergence(
+            sum=sum(layer.divergence[bits[layer.layer]] for layer in layers),
+            together=network.together(bits),
+            uniform=Uniform(uniform, network.together(dict.fromkeys(bits, uniform))),
+        ),
+        layers=[
+            LayerSensitivity(
+                layer.layer, layer.weights, {str(width): cost for width, cost in layer.divergence.items()},
+                bits[layer.layer],
+            )
+            for layer in layers
+        ],
+    )  # fmt: skip
+    (out / JSON).write_text(text(report))
+    _draw(out / PICTURE, report.layers)
     (out / RECIPE).write_text(_recipe(config, runs, bits, report))
-    return {"device": "cpu", "average_bits": report["average_bits"], "divergence": report["divergence"]}
+    return SensitivityPayload(report.average_bits, report.divergence)
 
 
 def show(directory: Path) -> None:
     """The table, the sums and the files, on stdout."""
-    report = json.loads((directory / JSON).read_text())
-    layers, asked = report["layers"], report["average_bits"]
-    widths = list(layers[0]["divergence"])
+    report = read(Sensitivity, directory / JSON, "run crqat sensitivity again with --force")
+    layers, asked = report.layers, report.average_bits
+    widths = list(layers[0].divergence)
     rows = []
     for row in layers:
-        cells = [f"{row['divergence'][width]:.2e}" for width in widths]
-        rows.append([row["layer"], str(row["weights"]), *cells, str(row["bits"])])
-    title = f"{report['run']}: KL divergence from the float network, one layer at a time; images: {report['images']}"
+        cells = [f"{row.divergence[width]:.2e}" for width in widths]
+        rows.append([row.layer, str(row.weights), *cells, str(row.bits)])
+    title = f"{report.run}: KL divergence from the float network, one layer at a time; images: {report.images}"
     console.show_table(title, ["layer", "weights", *(f"{width} bits" for width in widths), "proposed"], rows)
-    divergence = report["divergence"]
-    uniform = divergence["uniform"]
-    click.echo(f"mean width of the weights: {asked['proposed']:.3f} bits proposed, {asked['asked']:g} allowed")
+    divergence, uniform = report.divergence, report.divergence.uniform
+    click.echo(f"mean width of the weights: {asked.proposed:.3f} bits proposed, {asked.asked:g} allowed")
     click.echo(
-        f"all layers together: {divergence['together']:.4f} (sum of the single ones {divergence['sum']:.4f}); "
-        f"{uniform['bits']} bits everywhere: {uniform['together']:.4f}"
+        f"all layers together: {divergence.together:.4f} (sum of the single ones {divergence.sum:.4f}); "
+        f"{uniform.bits} bits everywhere: {uniform.together:.4f}"
     )
     click.echo(f"written: {', '.join(str(directory / name) for name in (JSON, PICTURE, RECIPE))}")
     click.echo(f"next: crqat run {directory / RECIPE}")
 
 
-def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: Mapping[str, Any]) -> str:
+def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: Sensitivity) -> str:
     """The run's recipe with the proposed widths, from the same float weights, without what is default anyway."""
     overrides = {name: Override(weights=width, activations=width) for name, width in bits.items()}
     model, float_training = config.model, config.float_training
@@ -97,12 +109,11 @@ def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: 
     )
     base = recipe.Recipe(config.name, DataConfig(config.data.source), ModelConfig(config.model.name))
     values, usual = recipe.resolved(proposed), recipe.resolved(base)
-    mean, divergence = report["average_bits"]["proposed"], report["divergence"]
-    uniform = divergence["uniform"]
+    mean, divergence, uniform = report.average_bits.proposed, report.divergence, report.divergence.uniform
     lines = [
         f"# Proposed by crqat sensitivity of the run {config.name}: {mean:.3f} bits a weight on average.",
-        f"# KL divergence from the float network on {report['images']} calibration images, without training:",
-        f"# {divergence['together']:.4f}; with {uniform['bits']} bits everywhere {uniform['together']:.4f}.",
+        f"# KL divergence from the float network on {report.images} calibration images, without training:",
+        f"# {divergence.together:.4f}; with {uniform.bits} bits everywhere {uniform.together:.4f}.",
     ]
     return (
         "\n".join(lines)
@@ -121,24 +132,24 @@ def _changed(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, A
     return result
 
 
-def _draw(path: Path, layers: Sequence[Mapping[str, Any]]) -> None:
+def _draw(path: Path, layers: Sequence[LayerSensitivity]) -> None:
     """Divergences as colours, widths over layers; the proposed widths are marked."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    widths = list(layers[0]["divergence"])
-    values = np.array([[row["divergence"][width] for row in layers] for width in widths])
+    widths = list(layers[0].divergence)
+    values = np.array([[row.divergence[width] for row in layers] for width in widths])
     # Rounding makes a divergence of nothing a tiny number of either sign.
     logarithms = np.log10(np.maximum(values, 1e-7))
     figure = Figure(figsize=(max(6.4, 1.5 + 0.28 * len(layers)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     image = axes.imshow(logarithms, aspect="auto", cmap="viridis", origin="lower")
-    chosen = [widths.index(str(row["bits"])) for row in layers]
+    chosen = [widths.index(str(row.bits)) for row in layers]
     axes.plot(range(len(layers)), chosen, "o", color="white", markeredgecolor="black", label="proposed")
     axes.set_yticks(range(len(widths)), [f"{width} bits" for width in widths])
-    axes.set_xticks(range(len(layers)), [row["layer"] for row in layers], rotation=90, fontsize=8)
+    axes.set_xticks(range(len(layers)), [row.layer for row in layers], rotation=90, fontsize=8)
     figure.colorbar(image, label="log10 of the KL divergence")
     axes.legend(loc="upper left", bbox_to_anchor=(0, 1.16), frameon=False)
     figure.savefig(path, dpi=120)

@@ -25,11 +25,13 @@ from crqat.core import failures
 from crqat.core import targets as runtimes
 from crqat.core.errors import CrqatError, InternalError, ToolError, UsageError
 from crqat.core.progress import quiet
+from crqat.core.typed_json import to_json
 from crqat.export.graph.onnx_graph import macs
 from crqat.export.qdq.lint import left_in_float, lint
 from crqat.export.qdq.write import QDQModel
 from crqat.export.to_onnx import Quantized
-from crqat.export.verification.links import fusion, verify
+from crqat.export.verification.checks import verify
+from crqat.export.verification.fusion import fusion
 from crqat.pipeline.commands.model_survey import Images
 from crqat.runtime_eval.trt import engine
 from crqat.runtime_eval.trt import versions as tensorrt_api
@@ -89,10 +91,10 @@ def measure(name: str, images: Images) -> dict[str, Any]:
         "mapped": _mapped(model.specs),
         "step": step,
         "notes": notes,
-        "claims": {target: dict(Counter(c["claim"] for c in file.claims().values())) for target, file in files.items()},
+        "claims": {target: dict(Counter(c.claim for c in file.claims().values())) for target, file in files.items()},
         "findings": {target: [str(finding) for finding in lint(file.model, target)] for target, file in files.items()},
-        "verification": proof,
-        "fusion": fused,
+        "verification": to_json(proof),
+        "fusion": to_json(fused),
         "engine": report,
         "seconds": clock.seconds,
     }
@@ -163,14 +165,13 @@ def _engine(file: QDQModel, amounts: dict[str, int]) -> dict[str, Any]:
         path = Path(folder) / "tensorrt.onnx"
         onnx.save(file.model, path)
         report = engine.build(path, engine.EngineOptions(batch=(1, 1, 1)), amounts)
-    asked, covered = left_in_float(file.model), report["coverage"]
-    uncovered = [
-        {**entry, "why": f"no quantizer on {asked[entry['node']]}"}
-        if entry["node"] in asked
-        else {**entry, "why": f"{entry['reason']}, though both operands are quantized"}
-        for entry in (covered or {}).get("uncovered", [])
-    ]
-    shown = {key: report[key] for key in ("status", "coverage", "counts", "builder", "remarks")}
+    asked, written = left_in_float(file.model), to_json(report)
+    uncovered = []
+    for entry in [] if report.coverage is None else report.coverage.uncovered or []:
+        quantized = f"{entry.reason}, though both operands are quantized"
+        why = f"no quantizer on {asked[entry.node]}" if entry.node in asked else quantized
+        uncovered.append({**to_json(entry), "why": why})
+    shown = {key: written[key] for key in ("status", "coverage", "counts", "builder", "remarks")}
     return {**shown, "uncovered": uncovered}
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from crqat.core.errors import ToolError, UsageError
+from crqat.core.typed_json import to_json
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
 from crqat.runtime_eval.machine import host
@@ -41,7 +42,7 @@ def scale(
     load = host.load_average()
     with console.show_progress() as progress:
         result = measure(recipe.train_config(config), processes, between, progress)
-    described = {**host.describe(), "load_average_before": load}
+    described = {**to_json(host.describe()), "load_average_before": load}
     result = {"run": config.name, "machine": described, "torch": metadata.version("torch"), **result}
     try:
         out.write_text(json.dumps(result, indent=1) + "\n")

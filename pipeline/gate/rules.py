@@ -6,13 +6,15 @@ whole interval is beyond it, and is inconclusive otherwise. What was not run nei
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal
-from xml.etree import ElementTree
+from typing import Annotated, Any, ClassVar
 
 from crqat.core.field_bounds import STRICT, Range
+from crqat.core.results.benchmark import MEASURED, Accuracy, CountedCodes, ModelResult, Results, VersusFloat
+from crqat.core.results.engine import BUILT, Coverage, EngineSummary, Uncovered
+from crqat.core.results.verdict import Status, Verdict
+from crqat.core.results.verification import Verification
 from crqat.core.targets import TARGETS, builds_engine
 
 # What is compared with, and has nothing to prove.
@@ -20,7 +22,6 @@ BASELINES = ("float", "float16", "float_openvino")
 # The share of the way from chance to always right that a float model must be proven to have gone where no limit is set.
 BEYOND_CHANCE = 0.1
 NO_ENGINE = "not run: the benchmark is of a version that built no engine; run it again"
-Status = Literal["pass", "fail", "inconclusive", "not run", "error"]
 
 
 @dataclass(frozen=True)
@@ -65,90 +66,65 @@ class KnownAccuracy:
     points: float
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One rule on one file.
-
-    Attributes:
-        rule: "measurement", "required", "findings", "verification", "codes_on_this_cpu", "engine", "int8_coverage",
-            "reformat_layers", "accuracy_drop", "agreement", "accuracy", "latency_ratio", "latency_regression" or
-            "size_ratio"; of the float model "float_accuracy" or "known_accuracy".
-        file: The model's file.
-        status: "error" means that the environment kept the rule from being judged.
-        measured: In the rule's own unit; None if there is no number.
-        interval: What the rule was judged by; None for what is exact.
-        allowed: The limit.
-        n: Images, inference rounds or codes behind `measured`.
-        message: One line.
-        images_needed: Of an inconclusive rule on test images: about how many would decide it if the measured rates
-            stay; None if no number would, or where n counts something else.
-    """
-
-    rule: str
-    file: str
-    status: Status
-    measured: float | None
-    interval: tuple[float, float] | None
-    allowed: float | None
-    n: int | None
-    message: str
-    images_needed: int | None = None
-
-
-def judge(results: dict[str, Any], config: GateConfig, known: KnownAccuracy | None = None) -> list[Verdict]:
+def judge(results: Results, config: GateConfig, known: KnownAccuracy | None = None) -> list[Verdict]:
     """Apply every rule that has a limit to every quantized model, and those without to the float model.
 
     Args:
-        results: What `crqat.runtime_eval.benchmark` returned or `read_results` read.
+        results: What `crqat.runtime_eval.benchmark` returned or was read from results.json.
         config: The limits.
         known: What the float model's accuracy should be.
     """
     verdicts = []
-    models: dict[str, Any] = results["models"]
-    float_latencies = {model["target"]: model["latency"] or {} for model in models.values()}
-    for file, model in models.items():
-        if model["status"] != "measured" and model["target"] != "float16":  # no rule needs that one
+    timed = {model.target: model.timed for model in results.models.values()}
+    for file, model in results.models.items():
+        measured = model.status == MEASURED
+        if not measured and model.target != "float16":  # no rule needs that one
             # Not run: its accuracy, which always has a limit, is neither kept nor broken, and that must not pass.
-            status: Status = "inconclusive" if model["status"].startswith("not run") else "error"
-            verdicts.append(_plain("measurement", file, status, model["status"]))
-        elif model["status"] == "measured" and model["target"] not in BASELINES and model["versus_float"] is None:
+            status: Status = "inconclusive" if model.status.startswith("not run") else "error"
+            verdicts.append(_plain("measurement", file, status, model.status))
+        elif measured and model.target not in BASELINES and model.versus_float is None:
             verdicts.append(
                 _plain("measurement", file, "error", "the float model that it is compared with has no result")
             )
-        if model["target"] == "float" and model["status"] == "measured":
-            verdicts += _float_accuracy(file, model["accuracy"], config, known)
-        if model["target"] in BASELINES:
+        if model.target == "float" and measured and model.accuracy is not None:
+            verdicts += _float_accuracy(file, model.accuracy, config, known)
+        if model.target in BASELINES:
             continue
-        if model.get("findings"):
-            number, first = len(model["findings"]), model["findings"][0]
+        if model.findings:
+            number, first = len(model.findings), model.findings[0]
             verdicts.append(_plain("findings", file, "fail", f"exported with --unsafe, breaks {number} rules: {first}"))
-        if model["target"] != "openvino":  # the file is ONNX Runtime's, under whose name its proof is judged
-            verdicts.append(_verification(file, model["verification"]))
-        if model.get("codes_on_this_cpu") is not None:
-            verdicts.append(_codes(file, model["codes_on_this_cpu"]))
-        if builds_engine(model["target"]):
-            engine = model.get("engine") or {"status": NO_ENGINE}
-            verdicts += _engine(file, engine, (model.get("float_layers") or {}).get("share", 0.0), config)
-        if model["status"] == "measured" and model["versus_float"] is not None:
-            baseline = "float_openvino" if model["target"] == "openvino" else "float"
-            verdicts += _limits(file, model, float_latencies.get(baseline, {}).get("unstable", False), config)
-    return verdicts + _required(models, results.get("config", {}).get("require", []))
+        if model.target != "openvino":  # the file is ONNX Runtime's, under whose name its verification is judged
+            verdicts.append(_verification(file, model.verification))
+        if model.codes_on_this_cpu is not None:
+            verdicts.append(_codes(file, model.codes_on_this_cpu))
+        if builds_engine(model.target):
+            in_float = 0.0 if model.float_layers is None else model.float_layers.share
+            verdicts += _engine(file, model.engine or EngineSummary(status=NO_ENGINE), in_float, config)
+        if measured and model.accuracy is not None and model.versus_float is not None:
+            verdicts += _limits(file, model.accuracy, model.versus_float, config)
+            if config.max_latency_ratio is not None:
+                base = timed.get("float_openvino" if model.target == "openvino" else "float")
+                float_unstable = False if base is None else base.unstable
+                verdicts.append(_latency(file, model, model.versus_float, float_unstable, config.max_latency_ratio))
+            if config.max_size_ratio is not None:
+                verdicts.append(_size(file, model.versus_float.size_ratio, config.max_size_ratio))
+    return verdicts + _required(results.models, results.config.require)
 
 
-def _required(models: dict[str, Any], runtimes: Sequence[str]) -> list[Verdict]:
+def _required(models: Mapping[str, ModelResult], runtimes: Sequence[str]) -> list[Verdict]:
     """An error for each runtime that must be measured and was not."""
     verdicts = []
     for runtime in runtimes:
-        found = {file: model for file, model in models.items() if model["target"] == runtime}
+        found = {file: model for file, model in models.items() if model.target == runtime}
         if not found:
             # Whose file it runs.
             target = next((name for name, target in TARGETS.items() if runtime in target.runs_also), runtime)
             message = f"no file for {runtime}, which benchmark.require names; add {target} to export.targets"
             verdicts.append(_plain("required", runtime, "error", message))
         for file, model in found.items():
-            latency = model["latency"] or {"status": model["status"]}
-            if latency["status"] != "measured":
-                message = f"{latency['status']}, and benchmark.require names {runtime}"
+            if model.timed is None:
+                status = model.status if model.latency is None else model.latency.status
+                message = f"{status}, and benchmark.require names {runtime}"
                 verdicts.append(_plain("required", file, "error", message))
     return verdicts
 
@@ -157,29 +133,30 @@ def _plain(rule: str, file: str, status: Status, message: str) -> Verdict:
     return Verdict(rule, file, status, None, None, None, None, message)
 
 
-def _verification(file: str, verification: dict[str, Any] | None) -> Verdict:
-    """The export's proof in integer codes: it must be there, have compared something, and have passed."""
+def _verification(file: str, verification: Verification | None) -> Verdict:
+    """The export's verification in integer codes: it must be there, have compared something, and have passed."""
     if verification is None:
         return _plain("verification", file, "fail", "the export did not verify this file; export it again")
-    codes, differing, images = verification["codes"], verification["differing_codes"], verification["images"]
+    if verification.status.startswith("not run"):
+        # Not disproven, but not verified either: it must not pass.
+        return _plain("verification", file, "inconclusive", verification.status)
+    codes, differing = verification.codes, verification.differing_codes
+    return _equal("verification", file, verification.status, codes, differing, verification.images)
+
+
+def _codes(file: str, counted: CountedCodes) -> Verdict:
+    """The same on the CPU that was measured: an export is verified on one machine and runs on another."""
+    return _equal("codes_on_this_cpu", file, counted.status, counted.codes, counted.differing, counted.images)
+
+
+def _equal(rule: str, file: str, found: str, codes: int, differing: int, images: int) -> Verdict:
+    status: Status = "pass" if found == "passed" and codes > 0 else "fail"
     figures = f"{differing} of {codes} codes differ on {images} images"
-    if verification["status"].startswith("not run"):
-        # Not disproven, but not proven either: it must not pass.
-        return _plain("verification", file, "inconclusive", verification["status"])
-    status: Status = "pass" if verification["status"] == "passed" and codes > 0 else "fail"
-    message = figures if verification["status"] == "passed" else f"{verification['status']}; {figures}"
-    return Verdict("verification", file, status, differing, None, None, codes, message)
+    message = figures if found == "passed" else f"{found}; {figures}"
+    return Verdict(rule, file, status, differing, None, None, codes, message)
 
 
-def _codes(file: str, counted: dict[str, Any]) -> Verdict:
-    """The same proof on the CPU that was measured: an export is verified on one machine and runs on another."""
-    status: Status = "pass" if counted["status"] == "passed" and counted["codes"] > 0 else "fail"
-    figures = f"{counted['differing']} of {counted['codes']} codes differ on {counted['images']} images"
-    message = figures if counted["status"] == "passed" else f"{counted['status']}; {figures}"
-    return Verdict("codes_on_this_cpu", file, status, counted["differing"], None, None, counted["codes"], message)
-
-
-def _engine(file: str, engine: dict[str, Any], in_float: float, config: GateConfig) -> list[Verdict]:
+def _engine(file: str, engine: EngineSummary, in_float: float, config: GateConfig) -> list[Verdict]:
     """The rules on a TensorRT engine: that it was built as the file says, and what its plan is.
 
     INT8 is asked of all layers but those that `quantization.float_layers` names: `in_float` is their share of the MACs.
@@ -187,72 +164,69 @@ def _engine(file: str, engine: dict[str, Any], in_float: float, config: GateConf
     Where none was built because the builder is missing, nothing passes and nothing fails. A builder that died or was
     stopped says nothing of the file.
     """
-    verdicts = []
-    if engine["status"].startswith("not run"):
+    covered = engine.coverage if engine.status == BUILT else None
+    counts = engine.counts if engine.status == BUILT else None
+    if engine.status.startswith("not run"):
         first: Status = "not run"
-    elif engine["status"] != "built":
-        first = "error" if (engine.get("failure") or {}).get("stage") == "process" else "fail"
+    elif engine.status != BUILT:
+        first = "error" if engine.failure is not None and engine.failure.stage == "process" else "fail"
     else:
-        first = "fail" if any(remark["severity"] == "error" for remark in engine["remarks"]) else "pass"
-    verdicts.append(_plain("engine", file, first, _of_engine(engine)))
-    built, unbuilt = engine["status"] == "built", "not run: there is no engine"
+        first = "fail" if any(message.severity == "error" for message in engine.messages) else "pass"
+    verdicts = [_plain("engine", file, first, _of_engine(engine))]
+    unbuilt = "not run: there is no engine"
     if config.min_int8_coverage is not None:
-        share, allowed = engine["coverage"]["by_macs"] if built else None, config.min_int8_coverage
-        if share is None:
-            why = "not run: the file has no Conv or Gemm whose MACs are known" if built else unbuilt
+        allowed = config.min_int8_coverage
+        if covered is None or covered.by_macs is None:
+            why = unbuilt if covered is None else "not run: the file has no Conv or Gemm whose MACs are known"
             verdicts.append(Verdict("int8_coverage", file, "not run", None, None, allowed, None, why))
         else:
-            status: Status = "pass" if share >= allowed else "fail"
-            message = _of_coverage(engine, allowed, in_float)
-            nodes = engine["coverage"]["nodes"]
-            verdicts.append(Verdict("int8_coverage", file, status, share, None, allowed, nodes, message))
+            status: Status = "pass" if covered.by_macs >= allowed else "fail"
+            message = _of_coverage(covered, engine.uncovered, allowed, in_float)
+            verdicts.append(
+                Verdict("int8_coverage", file, status, covered.by_macs, None, allowed, covered.nodes, message)
+            )
     if config.max_reformat_layers is not None:
         limit = config.max_reformat_layers
-        if built:
-            found = engine["counts"]["reformat"]
-            message = f"{found} of {engine['counts']['layers']} layers only change type or layout, allowed {limit}"
-            status = "pass" if found <= limit else "fail"
-            verdicts.append(Verdict("reformat_layers", file, status, found, None, limit, None, message))
-        else:
+        if counts is None:
             verdicts.append(Verdict("reformat_layers", file, "not run", None, None, limit, None, unbuilt))
+        else:
+            message = f"{counts.reformat} of {counts.layers} layers only change type or layout, allowed {limit}"
+            status = "pass" if counts.reformat <= limit else "fail"
+            verdicts.append(Verdict("reformat_layers", file, status, counts.reformat, None, limit, None, message))
     return verdicts
 
 
-def _of_engine(engine: dict[str, Any]) -> str:
-    if engine["status"] != "built":
-        return str(engine["status"])
-    wrong = [remark for remark in engine["remarks"] if remark["severity"] == "error"]
-    by = f"{engine['builder']['name']} {engine['builder']['version']}"
-    if not wrong:
+def _of_engine(engine: EngineSummary) -> str:
+    if engine.status != BUILT or engine.builder is None:
+        return engine.status
+    wrong = next((message for message in engine.messages if message.severity == "error"), None)
+    by = f"{engine.builder.name} {engine.builder.version}"
+    if wrong is None:
         return f"built by {by}, which has nothing against it"
-    at = f", first at {wrong[0]['nodes'][0]}" if wrong[0]["nodes"] else ""
-    return f"built by {by}, but {wrong[0]['message']} ({wrong[0]['count']} times{at})"
+    at = f", first at {wrong.nodes[0]}" if wrong.nodes else ""
+    return f"built by {by}, but {wrong.message} ({wrong.count} times{at})"
 
 
-def _of_coverage(engine: dict[str, Any], allowed: float, in_float: float) -> str:
-    covered = engine["coverage"]
+def _of_coverage(covered: Coverage, uncovered: Sequence[Uncovered], allowed: float, in_float: float) -> str:
     asked = f"; besides, float_layers keeps {100 * in_float:.2f} % of the network's in float" if in_float else ""
     text = (
-        f"{100 * covered['by_macs']:.2f} % of the MACs, {covered['int8_nodes']} of {covered['nodes']} Conv and Gemm, "
+        f"{100 * (covered.by_macs or 0.0):.2f} % of the MACs, {covered.int8_nodes} of {covered.nodes} Conv and Gemm, "
         f"required {100 * allowed:g} %{asked}"
     )
-    missing = [f"{entry['node']} {entry['reason']}" for entry in engine["uncovered"][:1]]
-    return "; ".join([text, *missing])
+    return "; ".join([text, *(f"{entry.node} {entry.reason}" for entry in uncovered[:1])])
 
 
-def _float_accuracy(
-    file: str, accuracy: dict[str, Any], config: GateConfig, known: KnownAccuracy | None
-) -> list[Verdict]:
+def _float_accuracy(file: str, accuracy: Accuracy, config: GateConfig, known: KnownAccuracy | None) -> list[Verdict]:
     """Whether the float model knows anything, and what it is known to know: a small drop from nothing is no success.
 
     Where the user says what accuracy is enough, `min_accuracy`, it is compared with chance itself.
     """
     verdicts = []
-    if accuracy.get("chance") is not None:
+    if accuracy.chance is not None:
         beyond = BEYOND_CHANCE if config.min_accuracy is None else 0.0
-        allowed = accuracy["chance"] + beyond * (1 - accuracy["chance"])
-        verdict = _at_least("float_accuracy", file, accuracy["top1"], accuracy["n"], allowed)
-        text = f"{_percent(verdict)}; chance is {100 * accuracy['chance']:.2f} %"
+        allowed = accuracy.chance + beyond * (1 - accuracy.chance)
+        verdict = _at_least("float_accuracy", file, accuracy.top1, accuracy.n, allowed)
+        text = f"{_percent(verdict)}; chance is {100 * accuracy.chance:.2f} %"
         if verdict.status == "fail":
             text += (
                 ", and it is hardly better: its weights, data.mean and data.std, or labels are not what they should be"
@@ -260,7 +234,7 @@ def _float_accuracy(
         verdicts.append(_with_images(replace(verdict, message=text)))
     if known is not None:
         floor = known.share - known.points / 100
-        verdict = _at_least("known_accuracy", file, accuracy["top1"], accuracy["n"], floor)
+        verdict = _at_least("known_accuracy", file, accuracy.top1, accuracy.n, floor)
         text = f"{_percent(verdict)}; {known.source} says {100 * known.share:.2f} %"
         if verdict.status != "fail":  # it would take more images to be sure, and nobody asked for more
             verdict = replace(verdict, status="pass")
@@ -298,44 +272,39 @@ def _with_images(verdict: Verdict) -> Verdict:
     return replace(verdict, message=f"{verdict.message}; {text}")
 
 
-def _limits(file: str, model: dict[str, Any], float_unstable: str | bool, config: GateConfig) -> list[Verdict]:
-    versus, n = model["versus_float"], model["accuracy"]["n"]
+def _limits(file: str, accuracy: Accuracy, versus: VersusFloat, config: GateConfig) -> list[Verdict]:
+    """The rules on the test images."""
+    from crqat.runtime_eval.measure.accuracy import images_for_difference, images_for_share
+
+    n = accuracy.n
     drop = at_most(
         ("accuracy_drop", file, n, "test images"),
-        versus["drop_points"],
-        versus["drop_interval_points"],
+        versus.drop_points,
+        versus.drop_interval_points,
         config.max_accuracy_drop,
         " points",
     )
-    if "only_float_right" in versus:
-        from crqat.runtime_eval.measure.accuracy import images_for_difference
-
-        counts = (versus["only_float_right"], versus["only_this_right"])
+    if versus.only_float_right is not None and versus.only_this_right is not None:
+        counts = (versus.only_float_right, versus.only_this_right)
         needed = images_for_difference(*counts, n, config.max_accuracy_drop / 100)
         drop = _with_images(replace(drop, images_needed=needed))
     verdicts = [drop]
     if config.min_agreement is not None:
-        from crqat.runtime_eval.measure.accuracy import images_for_share
-
-        low, high = versus["agreement_interval"]
-        allowed = config.min_agreement
+        (low, high), allowed = versus.agreement_interval, config.min_agreement
         status: Status = "pass" if low >= allowed else "fail" if high < allowed else "inconclusive"
-        message = f"{versus['agreement']:.4f} [{low:.4f}, {high:.4f}] of {n} test images, required {allowed:g}"
-        needed = images_for_share(versus["agreement"], allowed)
-        interval = (low, high)
-        agreement = Verdict("agreement", file, status, versus["agreement"], interval, allowed, n, message, needed)
+        message = f"{versus.agreement:.4f} [{low:.4f}, {high:.4f}] of {n} test images, required {allowed:g}"
+        needed = images_for_share(versus.agreement, allowed)
+        agreement = Verdict("agreement", file, status, versus.agreement, (low, high), allowed, n, message, needed)
         verdicts.append(_with_images(agreement))
     if config.min_accuracy is not None:
-        share = model["accuracy"]["top1"]
-        verdicts.append(_with_images(_at_least("accuracy", file, share, n, config.min_accuracy)))
-    if config.max_latency_ratio is not None:
-        verdicts.append(_latency(file, model, float_unstable, config.max_latency_ratio))
-    if config.max_size_ratio is not None:
-        ratio, allowed = versus["size_ratio"], config.max_size_ratio
-        message = f"{ratio:.4f} of the float file, allowed {allowed:g}"
-        status = "pass" if ratio <= allowed else "fail"
-        verdicts.append(Verdict("size_ratio", file, status, ratio, None, allowed, None, message))
+        verdicts.append(_with_images(_at_least("accuracy", file, accuracy.top1, n, config.min_accuracy)))
     return verdicts
+
+
+def _size(file: str, ratio: float, allowed: float) -> Verdict:
+    status: Status = "pass" if ratio <= allowed else "fail"
+    message = f"{ratio:.4f} of the float file, allowed {allowed:g}"
+    return Verdict("size_ratio", file, status, ratio, None, allowed, None, message)
 
 
 def at_most(
@@ -349,16 +318,17 @@ def at_most(
     return Verdict(rule, file, status, measured, (low, high), allowed, n, message)
 
 
-def _latency(file: str, model: dict[str, Any], float_unstable: str | bool, allowed: float) -> Verdict:
-    latency, versus = model["latency"], model["versus_float"]
-    if latency["status"] != "measured":
-        return Verdict("latency_ratio", file, "not run", None, None, allowed, None, latency["status"])
-    if versus["latency_ratio"] is None:
+def _latency(file: str, model: ModelResult, versus: VersusFloat, float_unstable: str | bool, allowed: float) -> Verdict:
+    latency = model.timed
+    if latency is None:
+        why = model.status if model.latency is None else model.latency.status
+        return Verdict("latency_ratio", file, "not run", None, None, allowed, None, why)
+    if versus.latency_ratio is None or versus.latency_ratio_interval is None:
         message = "not run: the float model was timed in another runtime"
         return Verdict("latency_ratio", file, "not run", None, None, allowed, None, message)
-    what = ("latency_ratio", file, latency["rounds"], "rounds")
-    verdict = at_most(what, versus["latency_ratio"], versus["latency_ratio_interval"], allowed, " of float")
-    for name, unstable in (("the float model", float_unstable), (file, latency["unstable"])):
+    what = ("latency_ratio", file, latency.rounds, "rounds")
+    verdict = at_most(what, versus.latency_ratio, versus.latency_ratio_interval, allowed, " of float")
+    for name, unstable in (("the float model", float_unstable), (file, latency.unstable)):
         if unstable:
             message = f"{verdict.message}; {name} is unstable: {unstable}"
             return Verdict(*what[:2], "inconclusive", verdict.measured, verdict.interval, allowed, what[2], message)
@@ -376,35 +346,3 @@ def exit_code(verdicts: Sequence[Verdict]) -> int:
     if "error" in statuses:
         return 3
     return 0 if "pass" in statuses and "inconclusive" not in statuses else 4
-
-
-def junit(verdicts: Sequence[Verdict], run: str) -> str:
-    """JUnit XML, one testcase for each rule and file.
-
-    JUnit knows four outcomes: "fail" becomes `failure`, "not run" `skipped`, and both "inconclusive" and "error" become
-    `error` with that word as the type.
-    """
-    count = [verdict.status for verdict in verdicts].count
-    suite = ElementTree.Element(
-        "testsuite",
-        name=_xml_text(f"crqat gate {run}"),
-        tests=str(len(verdicts)),
-        failures=str(count("fail")),
-        errors=str(count("inconclusive") + count("error")),
-        skipped=str(count("not run")),
-    )
-    tags = {"fail": "failure", "inconclusive": "error", "error": "error", "not run": "skipped"}
-    for verdict in verdicts:
-        message = _xml_text(verdict.message)
-        case = ElementTree.SubElement(suite, "testcase", classname=_xml_text(verdict.file), name=verdict.rule)
-        if verdict.status == "pass":
-            ElementTree.SubElement(case, "system-out").text = message
-        else:
-            ElementTree.SubElement(case, tags[verdict.status], type=verdict.status, message=message)
-    ElementTree.indent(suite)
-    return ElementTree.tostring(suite, encoding="unicode", xml_declaration=False) + "\n"
-
-
-def _xml_text(text: str) -> str:
-    """The text with each character that XML 1.0 cannot hold (a runtime's last words may have any) as U+FFFD."""
-    return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,15 @@ import jinja2
 
 from crqat.core import strict_json
 from crqat.core import targets as runtimes
-from crqat.core.run_directory import Manifest, read_manifest
-from crqat.pipeline.gate.rules import Verdict, exit_code
-from crqat.pipeline.report.read_results import shown
+from crqat.core.errors import UsageError
+from crqat.core.results.analysis import LayerAccuracy
+from crqat.core.results.benchmark import Results
+from crqat.core.results.export import ExportPayload
+from crqat.core.results.training import Epoch, TrainingPayload
+from crqat.core.results.verdict import Verdict
+from crqat.core.run_directory import payload_of, read_manifest
+from crqat.core.typed_json import from_json, to_json
+from crqat.pipeline.gate.rules import exit_code
 from crqat.pipeline.report.tables import COMPARED, float_layers, side_by_side
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
@@ -27,10 +34,10 @@ _LINES = {"validation": "#2f81d6", "validation_teacher": "#d9822b", "lambda": "#
 
 def render(
     run: Path,
-    results: dict[str, Any],
+    results: Results,
     verdicts: Sequence[Verdict],
-    layers: Sequence[dict[str, Any]] = (),
-    others: Sequence[dict[str, Any]] = (),
+    layers: Sequence[LayerAccuracy] = (),
+    others: Sequence[Results] = (),
 ) -> str:
     """The page.
 
@@ -44,24 +51,21 @@ def render(
     Raises:
         UsageError: The run's files do not hold what the page shows.
     """
-    with shown(run, jinja2.UndefinedError, OSError):
-        return _render(run, results, verdicts, layers, others)
-
-
-def _render(
-    run: Path,
-    results: dict[str, Any],
-    verdicts: Sequence[Verdict],
-    layers: Sequence[dict[str, Any]],
-    others: Sequence[dict[str, Any]],
-) -> str:
-    train, export = read_manifest(run / "train"), read_manifest(run / "export")
-    history = [strict_json.parse(line) for line in (run / "train" / "history.jsonl").read_text().splitlines()]
+    manifest = read_manifest(run / "export")
+    train = payload_of(TrainingPayload, run / "train", read_manifest(run / "train"))
+    export = payload_of(ExportPayload, run / "export", manifest)
+    history = _history(run / "train" / "history.jsonl")
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined
     )
     environment.filters.update(
-        percent=_percent, number=_number, interval=_interval, kib=_kib, float_layers=float_layers
+        percent=_percent,
+        number=_number,
+        interval=_interval,
+        kib=_kib,
+        float_layers=float_layers,
+        json=to_json,
+        integer=_integer,
     )
     return environment.get_template("report.html.j2").render(
         results=results,
@@ -69,12 +73,15 @@ def _render(
         verdict=WORDS[exit_code(verdicts)],
         train=train,
         export=export,
+        environment=manifest.environment,
+        revision=str(manifest.environment.get("git_revision", "unknown")),
+        recipe=manifest.config,
         edges=_edges(export),
         layers=layers,
         columns=COMPARED,
         devices=side_by_side([results, *others]) if others else [],
         tradeoff=_tradeoff(results),
-        curves=_curves(history, train.payload["float"]["validation_accuracy"]) if history else "",
+        curves=_curves(history, train.float_network.validation_accuracy) if history else "",
     )
 
 
@@ -90,40 +97,63 @@ def _interval(interval: Sequence[float] | None, digits: int = 3, factor: float =
     return "" if interval is None else f"[{interval[0] * factor:.{digits}f}, {interval[1] * factor:.{digits}f}]"
 
 
+def _integer(value: int | None) -> str:
+    return "-" if value is None else str(value)
+
+
 def _kib(size: int | None) -> str:
     return "-" if size is None else f"{size / 1024:.1f}"
 
 
-def _edges(export: Manifest) -> list[dict[str, Any]]:
-    """One row for each quantized edge: its noise and each target's claim; the noisiest first."""
-    noise: dict[str, float | None] = export.payload.get("noise", {})
+@dataclass(frozen=True)
+class _Edge:
+    """A quantized edge: its signal-to-noise in dB, and each target's claim."""
+
+    edge: str
+    noise: float | None
+    claims: dict[str, str]
+
+
+def _edges(export: ExportPayload) -> list[_Edge]:
+    """One row for each quantized edge, the noisiest first."""
     claims: dict[str, dict[str, str]] = {}
-    for model in export.payload["models"]:
-        for edge, claim in model.get("claims", {}).items():
-            claims.setdefault(edge, {})[model["target"]] = claim["claim"]
-    rows = [{"edge": edge, "noise": noise.get(edge), "claims": of_edge} for edge, of_edge in claims.items()]
-    return sorted(rows, key=lambda row: (row["noise"] is None, row["noise"] or 0.0))
+    for model in export.models:
+        for edge, claim in model.claims.items():
+            claims.setdefault(edge, {})[model.target] = claim.claim
+    rows = [_Edge(edge, export.noise.get(edge), of_edge) for edge, of_edge in claims.items()]
+    return sorted(rows, key=lambda row: (row.noise is None, row.noise or 0.0))
 
 
-def _tradeoff(results: dict[str, Any]) -> str:
+def _history(path: Path) -> list[Epoch]:
+    try:
+        return [from_json(Epoch, strict_json.parse(line)) for line in path.read_text().splitlines()]
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}; train again with --force"
+        raise UsageError(msg) from error
+    except ValueError as error:
+        msg = f"{path}: damaged: {error}; train again with --force"
+        raise UsageError(msg) from error
+
+
+def _tradeoff(results: Results) -> str:
     """Accuracy against latency, one point per timed file, with their intervals."""
     points = [
-        (model["target"], file, model["accuracy"], model["latency"])
-        for file, model in results["models"].items()
-        if model["accuracy"] and model["latency"] and model["latency"]["status"] == "measured"
+        (model.target, file, model.accuracy, model.timed)
+        for file, model in results.models.items()
+        if model.accuracy is not None and model.timed is not None
     ]
     if not points:
         return ""
     figure, axes = _figure(6.4, 3.2)
     for target, file, accuracy, latency in points:
-        low, high = accuracy["top1_interval"]
-        top1, p50 = 100 * accuracy["top1"], latency["p50_ms"]
+        low, high = accuracy.top1_interval
+        top1, p50 = 100 * accuracy.top1, latency.p50_ms
         spread = [[top1 - 100 * low], [100 * high - top1]]
         color = _COLORS.get(target, "#8a8f98")
         axes.errorbar([p50], [top1], yerr=spread, fmt="o", color=color, capsize=3, label=_label(file))
     axes.set_xlabel("median latency at batch 1, ms")
     axes.set_ylabel("top-1 accuracy, %")
-    axes.set_xlim(0, 1.1 * max(latency["p50_ms"] for _, _, _, latency in points))
+    axes.set_xlim(0, 1.1 * max(latency.p50_ms for _, _, _, latency in points))
     axes.legend(frameon=False, fontsize=9)
     return _svg(figure)
 
@@ -134,28 +164,28 @@ def _label(file: str) -> str:
     return f"\u200b{text}" if text.startswith("_") else text
 
 
-def _curves(history: list[dict[str, Any]], float_accuracy: float) -> str:
+def _curves(history: list[Epoch], float_accuracy: float) -> str:
     """Training: accuracy on the validation split and lambda, float training and QAT side by side.
 
     QAT's starts with the calibrated network, as epoch 0, and has the float network's accuracy as a level.
     """
     from matplotlib.ticker import MaxNLocator
 
-    phases = list(dict.fromkeys(row["phase"] for row in history))
+    phases = list(dict.fromkeys(row.phase for row in history))
     figure, all_axes = _figure(6.4, 3.2, columns=len(phases))
     for axes, phase in zip(all_axes if len(phases) > 1 else [all_axes], phases, strict=True):
-        rows = [row for row in history if row["phase"] == phase]
+        rows = [row for row in history if row.phase == phase]
         for key, label in (("validation", "student" if phase == "qat" else "float"), ("validation_teacher", "teacher")):
-            points = [(row["epoch"], 100 * row[key]) for row in rows if key in row]
+            points = [(row.epoch, 100 * value) for row in rows if (value := getattr(row, key)) is not None]
             if points:
                 axes.plot(*zip(*points, strict=True), ".-", color=_LINES[key], label=label)
         if phase == "qat":
             axes.axhline(100 * float_accuracy, linestyle=":", color=_COLORS["float"], label="float")
         axes.set_ylabel("validation accuracy, %")
         axes.legend(frameon=False, fontsize=8)
-        if any(row.get("lambda") for row in rows):
+        if any(row.weight for row in rows):
             weight = axes.twinx()  # on the accuracies' axis it would press them flat
-            weights = [(row["epoch"], row["lambda"]) for row in rows if "lambda" in row]
+            weights = [(row.epoch, row.weight) for row in rows if row.weight is not None]
             weight.plot(*zip(*weights, strict=True), "--", color=_LINES["lambda"], linewidth=1)
             weight.set_ylabel("lambda (dashed)", color=_LINES["lambda"])
             weight.set_ylim(bottom=0)

@@ -17,7 +17,8 @@ import click
 from crqat.core import failures
 from crqat.core.errors import InternalError, Interrupted, ToolError, UsageError
 from crqat.core.progress import quiet
-from crqat.core.run_directory import read_manifest
+from crqat.core.results.training import TrainingPayload
+from crqat.core.run_directory import payload_of, read_manifest
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
 from crqat.pipeline.stages import lock
@@ -128,7 +129,7 @@ def several() -> bool:
 
 def train(
     config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_every: float, unchecked: bool = False
-) -> dict[str, Any] | None:
+) -> TrainingPayload | None:
     """Be one of several processes of a training; give the manifest's payload on rank 0, None on the others.
 
     Rank 0 runs the stage as a single process does, and says whether there is something to train. The others train with
@@ -154,7 +155,7 @@ def train(
                 directory = stages.train(config, runs, force, progress, restart, save_every, begin, unchecked)
                 if not began:
                     distributed.from_first(False)
-            return read_manifest(directory).payload
+            return payload_of(TrainingPayload, directory, read_manifest(directory))
         if distributed.from_first(False):
             run_training(recipe.train_config(config), None, quiet, run, save_every)
         return None

@@ -12,7 +12,6 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +27,8 @@ from crqat.export.qdq.lint import lint
 from crqat.export.qdq.write import QDQModel, float_model
 from crqat.export.to_onnx import Quantized
 from crqat.export.verification import UNEXPLAINED
-from crqat.export.verification.links import fusion, verify
+from crqat.export.verification.checks import verify
+from crqat.export.verification.fusion import fusion
 from crqat.export.write_models import refuse
 from crqat.pipeline.recipe.recipe import Recipe, train_config
 from crqat.train.config import TrainConfig
@@ -321,7 +321,6 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
     Raises:
         UsageError: They differ.
     """
-    proof: dict[str, dict[str, Any]]
     try:
         proof = verify(quantized.model, quantized.grids, files, images.numpy())
     except Exception as error:
@@ -331,7 +330,7 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
         raise UsageError(msg) from error
     lines = []
     for target, entry in proof.items():
-        status = entry["status"]
+        status = entry.status
         if status.startswith("failed"):
             msg = (
                 f"model.name: {target}.onnx of the untrained network does not compute what torch does ({status}), and "
@@ -342,9 +341,9 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
             lines.append(f"{target}.onnx: {status}; the gate will be inconclusive")
     executed = runtimes.executed()
     if executed in files:
-        odd = [entry for entry in fusion(files[executed].model)["float"] if entry["reason"] == UNEXPLAINED]
+        odd = [node for node in fusion(files[executed].model).in_float if node.reason == UNEXPLAINED]
         if odd:
-            names = ", ".join(entry["node"] for entry in odd[:3])
+            names = ", ".join(node.node for node in odd[:3])
             lines.append(
                 f"{executed}.onnx: ONNX Runtime computes {names} in float and not in integers; where that rounds "
                 "otherwise the gate will fail"

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +14,24 @@ from typing import TYPE_CHECKING, Any
 from crqat.core import run_directory
 from crqat.core.errors import CrqatError, ToolError, UsageError
 from crqat.core.progress import Progress
+from crqat.core.results.analysis import LayerAccuracy, SensitivityPayload
+from crqat.core.results.benchmark import BenchmarkPayload, Results, read_results
+from crqat.core.results.engine import Engines
+from crqat.core.results.export import ExportPayload
+from crqat.core.results.training import TrainingPayload
+from crqat.core.results.verdict import Judgement
+from crqat.core.typed_json import text, to_json
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
-from crqat.pipeline.report.read_results import read_results
 from crqat.pipeline.stages import disk, lock, staleness
 
 if TYPE_CHECKING:
-    from crqat.pipeline.gate.rules import GateConfig, KnownAccuracy, Verdict
+    from crqat.core.results.verdict import Verdict
+    from crqat.pipeline.gate.rules import GateConfig, KnownAccuracy
     from crqat.runtime_eval.board.ssh import Board
     from crqat.train.training.loop import Start
 
+_Payload = TrainingPayload | ExportPayload | BenchmarkPayload | SensitivityPayload
 STATES = ".states"
 RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
 VERDICT = "verdict.json"
@@ -62,7 +69,7 @@ def train(
     if restart:
         shutil.rmtree(states, ignore_errors=True)
 
-    def fill(out: Path) -> dict[str, Any]:
+    def fill(out: Path) -> TrainingPayload:
         from crqat.train.training.loop import train as run_training
 
         def check(start: Start) -> None:
@@ -93,7 +100,7 @@ def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, u
     """
     staleness.current(config, runs, "train")
 
-    def fill(out: Path) -> dict[str, Any]:
+    def fill(out: Path) -> ExportPayload:
         from crqat.export.stage import export as write_models
 
         training, revision = recipe.train_config(config), run_directory.git_revision(Path.cwd())
@@ -109,7 +116,7 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
     """Run the `benchmark` stage unless it is up to date, and return its directory. The verdict does not matter here."""
     staleness.current(config, runs, "export")
 
-    def fill(out: Path) -> dict[str, Any]:
+    def fill(out: Path) -> BenchmarkPayload:
         from crqat.runtime_eval.benchmark import benchmark as measure
 
         results = measure(runs / config.name / "export", config.benchmark, progress)
@@ -126,7 +133,7 @@ def sensitivity(
     """Measure what each layer's width costs, propose widths, and return the directory with both; see there."""
     staleness.current(config, runs, "train")
 
-    def fill(out: Path) -> dict[str, Any]:
+    def fill(out: Path) -> SensitivityPayload:
         from crqat.pipeline.commands.mixed_precision import measure
 
         return measure(config, runs, out, progress, average_bits, images)
@@ -137,9 +144,9 @@ def sensitivity(
 
 
 def judge(
-    results: dict[str, Any],
+    results: Results,
     limits: GateConfig,
-    baseline: dict[str, Any] | None = None,
+    baseline: Results | None = None,
     known: KnownAccuracy | None = None,
 ) -> list[Verdict]:
     """Every rule that has a limit, and those on the float model.
@@ -165,11 +172,9 @@ def known_accuracy(claimed: float | None, limits: GateConfig, run: Path) -> Know
 
     if claimed is not None:
         return KnownAccuracy(claimed, "model.accuracy", limits.max_accuracy_drop)
-    trained = run_directory.read_manifest(run / "train").payload.get("float")
-    published = trained.get("published_accuracy") if isinstance(trained, dict) else None
-    if isinstance(published, float) and 0 <= published <= 1:
-        return KnownAccuracy(published, "who published the weights", PUBLISHED_POINTS)
-    return None
+    manifest = run_directory.read_manifest(run / "train")
+    published = run_directory.payload_of(TrainingPayload, run / "train", manifest).float_network.published_accuracy
+    return None if published is None else KnownAccuracy(published, "who published the weights", PUBLISHED_POINTS)
 
 
 def benchmark_on(
@@ -192,13 +197,10 @@ def benchmark_on(
     # The recipe's own way to measure, which may have changed since the export.
     contents = bundles.describe(runs / config.name / "export", asdict(config.benchmark), metadata.version("crqat-edge"))
 
-    def fill(out: Path) -> dict[str, Any]:
-
+    def fill(out: Path) -> BenchmarkPayload:
         results = ssh.measure(board, *contents, force, progress)
-        payload = {"on": board.address, "bundle": contents[0].sha256}
-        (out / RESULTS).write_text(json.dumps(results))
-        read_results(out / RESULTS)  # not made by this process: checked before anything relies on it
-        return {**_write_results(out, runs / config.name, device_stage(board), results, config), **payload}
+        payload = _write_results(out, runs / config.name, device_stage(board), results, config)
+        return replace(payload, on=board.address, bundle=contents[0].sha256)
 
     inputs = {"machine": board.address, "python": board.python}
     directory = _run_stage(device_stage(board), config, runs, force, inputs, fill)
@@ -243,7 +245,7 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
         stage: This machine's or a board's; see `device_stage`.
         baseline: Earlier results.json whose latency the recipe's `gate.max_latency_regression` refers to.
     """
-    from crqat.pipeline.gate import rules
+    from crqat.pipeline.gate.junit import junit
 
     if baseline is not None and config.gate.max_latency_regression is None:
         msg = f"--baseline {baseline}: the recipe allows any latency; set gate.max_latency_regression, such as 1.1"
@@ -253,7 +255,7 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
     results = read_results(directory / RESULTS)
     known = known_accuracy(config.model.accuracy, config.gate, runs / config.name)
     verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline), known)
-    if rules.junit(verdicts, config.name) != (directory / JUNIT).read_text("utf-8"):
+    if junit(verdicts, config.name) != (directory / JUNIT).read_text("utf-8"):
         # The limits were changed since: the same measurements, judged anew.
         with lock.hold(runs / config.name), run_directory.write_stage(runs / config.name, manifest) as out:
             shutil.copytree(directory, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(run_directory.MANIFEST))
@@ -281,12 +283,13 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         manifest = run_directory.verify_stage(run / stage)
         staleness.check_parent(run, manifest)
     results = read_results(run / "benchmark" / RESULTS)
-    rows = []
+    rows: list[LayerAccuracy] = []
     if layers:
         from crqat.export.analysis.layer_accuracy import accuracy_of_each_layer
 
         training = recipe.train_config(recipe.from_resolved(run_directory.read_manifest(run / "train").config))
-        candidate = run_directory.read_manifest(run / "export").payload["candidate"]
+        exported = run_directory.read_manifest(run / "export")
+        candidate = run_directory.payload_of(ExportPayload, run / "export", exported).candidate
         rows = accuracy_of_each_layer(run / "train", training, candidate, progress)
     limits = rules.GateConfig(**manifest.config["gate"])
     verdicts = judge(results, limits, known=known_accuracy(manifest.config["model"].get("accuracy"), limits, run))
@@ -298,29 +301,29 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         raise ToolError(msg) from error
 
 
-def _write_results(out: Path, run: Path, stage: str, results: dict[str, Any], config: recipe.Recipe) -> dict[str, Any]:
+def _write_results(out: Path, run: Path, stage: str, results: Results, config: recipe.Recipe) -> BenchmarkPayload:
     """Write everything of a benchmark and give its manifest's payload."""
-    engines = results.pop("engines", None)
-    if engines:
-        (out / ENGINES).write_text(json.dumps({"schema_version": 1, "engines": engines}, indent=1, sort_keys=True))
-    (out / RESULTS).write_text(json.dumps(results, indent=1, sort_keys=True, allow_nan=False))
+    if results.engines:
+        (out / ENGINES).write_text(text(Engines(results.engines)))
+    results = replace(results, engines={})
+    (out / RESULTS).write_text(text(results))
     known = known_accuracy(config.model.accuracy, config.gate, run)
     _write_verdict(out, run, stage, results, judge(results, config.gate, known=known))
-    return {"device": results["device"], "files": sorted(results["models"])}
+    return BenchmarkPayload(results.device, sorted(results.models))
 
 
-def _write_verdict(out: Path, run: Path, stage: str, results: dict[str, Any], verdicts: list[Verdict]) -> None:
+def _write_verdict(out: Path, run: Path, stage: str, results: Results, verdicts: list[Verdict]) -> None:
     """Write what follows from the verdicts on a benchmark's stage: JUnit XML, JSON and the report."""
     from crqat.pipeline.gate import rules
+    from crqat.pipeline.gate.junit import junit
     from crqat.pipeline.report import html as report
 
-    (out / JUNIT).write_text(rules.junit(verdicts, run.name), "utf-8")
-    judged = {"schema_version": 1, "exit_code": rules.exit_code(verdicts), "rules": [asdict(v) for v in verdicts]}
-    (out / VERDICT).write_text(json.dumps(judged, indent=1), "utf-8")
+    (out / JUNIT).write_text(junit(verdicts, run.name), "utf-8")
+    (out / VERDICT).write_text(text(Judgement(rules.exit_code(verdicts), verdicts)), "utf-8")
     (out / REPORT).write_text(report.render(run, results, verdicts, others=_others(run, stage)), "utf-8")
 
 
-def _others(run: Path, own: str) -> list[dict[str, Any]]:
+def _others(run: Path, own: str) -> list[Results]:
     """Results of the same export from other devices; what is damaged or of an older export is left out."""
     found = []
     for path in sorted(run.glob("benchmark*")):
@@ -340,7 +343,7 @@ def _run_stage(
     runs: Path,
     force: bool,
     inputs: dict[str, str],
-    fill: Callable[[Path], dict[str, Any]],
+    fill: Callable[[Path], _Payload],
     after: Callable[[], dict[str, str]] | None = None,
 ) -> Path:
     """Make a stage unless it is up to date; say why one that is there is made again, before anything begins.
@@ -369,7 +372,7 @@ def _run_stage(
     parent, environment = staleness.parent_hash(stage, config, runs), staleness.environment(config)
     manifest = run_directory.Manifest(stage, key, parent, recipe.resolved(config), environment, inputs=inputs)
     with run_directory.write_stage(run, manifest) as out:
-        manifest.payload = fill(out)
+        manifest.payload = to_json(fill(out))
         manifest.environment["device"] = manifest.payload.get("device", "cpu")
         if after is not None:
             manifest.inputs = after()

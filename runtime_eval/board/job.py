@@ -19,10 +19,10 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 JOBS = Path(".cache") / "crqat" / "jobs"  # in the home directory
 FOLDER = "crqat-bundle"
@@ -38,7 +38,41 @@ _FAILED = 3
 _speaking = threading.Lock()
 
 
-def say(message: dict[str, Any]) -> None:
+@dataclass(frozen=True)
+class State:
+    """What became of a job.
+
+    Attributes:
+        state: "absent", "running", "finished" or "dead".
+        code: The exit code, if it is finished.
+        reason: Why it is dead.
+        unpacked: Whether its bundle is there.
+        missing: Packages that this Python lacks.
+    """
+
+    state: str
+    code: int | None = None
+    reason: str | None = None
+    unpacked: bool = False
+    missing: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Process:
+    """A job's process.
+
+    Attributes:
+        pid: Its id.
+        started: When, in the kernel's ticks; None if it was gone before that could be asked.
+        boot: The id of the board's start.
+    """
+
+    pid: int
+    started: str | None
+    boot: str
+
+
+def say(message: Mapping[str, object]) -> None:
     """One line to the other side; without one there is nothing left to do."""
     with _speaking:
         try:
@@ -79,18 +113,9 @@ def _started(pid: int) -> str | None:
     return None if fields[0] == "Z" else fields[19]
 
 
-def state(job: Path) -> dict[str, Any]:
-    """What became of a job.
-
-    Returns:
-        {"state": "absent" | "running" | "finished" | "dead", "code": exit code if finished, "reason": text if dead,
-        "unpacked": whether its bundle is there, "missing": packages that this Python lacks}.
-    """
-    found = {
-        "unpacked": (job / FOLDER).is_dir(),
-        "missing": _missing(),
-    }
-    return {**found, **_progress(job)}
+def state(job: Path) -> State:
+    """What became of a job, and what it has."""
+    return replace(_progress(job), unpacked=(job / FOLDER).is_dir(), missing=_missing())
 
 
 def _missing() -> list[str]:
@@ -98,39 +123,37 @@ def _missing() -> list[str]:
     return [*({"numpy"} - there), *([] if there.intersection(RUNTIMES) else RUNTIMES[:1])]
 
 
-def _progress(job: Path) -> dict[str, Any]:
+def _progress(job: Path) -> State:
     # Asked twice whether it is finished: it may have ended between the first two questions.
-    return _finished(job) or _running(job) or _finished(job) or _dead(job) or {"state": "absent"}
+    return _finished(job) or _running(job) or _finished(job) or _dead(job) or State("absent")
 
 
-def _finished(job: Path) -> dict[str, Any] | None:
+def _finished(job: Path) -> State | None:
     try:
-        return {"state": "finished", "code": int((job / "code").read_text())}
+        return State("finished", code=int((job / "code").read_text()))
     except FileNotFoundError:
         return None
 
 
-def _running(job: Path) -> dict[str, Any] | None:
+def _running(job: Path) -> State | None:
     process = _process(job)
-    if process is None or process["started"] is None or process["boot"] != _boot():
+    if process is None or process.started is None or process.boot != _boot():
         return None
-    return {"state": "running"} if _started(process["pid"]) == process["started"] else None
+    return State("running") if _started(process.pid) == process.started else None
 
 
-def _dead(job: Path) -> dict[str, Any] | None:
+def _dead(job: Path) -> State | None:
     process = _process(job)
     if process is None:
         return None
-    reason = "its process is gone" if process["boot"] == _boot() else "the board was restarted"
-    return {"state": "dead", "reason": reason}
+    return State("dead", reason="its process is gone" if process.boot == _boot() else "the board was restarted")
 
 
-def _process(job: Path) -> dict[str, Any] | None:
+def _process(job: Path) -> Process | None:
     try:
-        recorded: dict[str, Any] = json.loads((job / "process.json").read_text())
+        return Process(**json.loads((job / "process.json").read_text()))
     except FileNotFoundError:
         return None
-    return recorded
 
 
 def received(job: Path, sha256: str) -> int:
@@ -155,7 +178,7 @@ def receive(job: Path, sha256: str, offset: str) -> int:
     return received(job, sha256)
 
 
-def start(job: Path, sha256: str) -> dict[str, Any]:
+def start(job: Path, sha256: str) -> State:
     """Unpack the archive, if that was not done, and start the work, if it neither runs nor is done.
 
     Raises:
@@ -163,9 +186,9 @@ def start(job: Path, sha256: str) -> dict[str, Any]:
     """
     with _locked(job):
         found = state(job)
-        if found["state"] in ("running", "finished"):
+        if found.state in ("running", "finished"):
             return found
-        if not found["unpacked"]:
+        if not found.unpacked:
             _unpack(job, sha256)
         for name in ("code", "process.json", "log", "results.json"):
             (job / name).unlink(missing_ok=True)
@@ -204,11 +227,11 @@ def _launch(job: Path) -> None:
             start_new_session=True,  # as setsid does: the end of the connection is not its end
         )
     part = job / "process.json.part"
-    part.write_text(json.dumps({"pid": process.pid, "started": _started(process.pid), "boot": _boot()}))
+    part.write_text(json.dumps(asdict(Process(process.pid, _started(process.pid), _boot()))))
     part.replace(job / "process.json")
 
 
-def follow(job: Path, offset: str) -> dict[str, Any]:
+def follow(job: Path, offset: str) -> State:
     """Tell of the log from a byte offset on until the job is over, and give its state without what it has."""
     position = int(offset)
     while True:
@@ -216,14 +239,14 @@ def follow(job: Path, offset: str) -> dict[str, Any]:
         with suppress(FileNotFoundError), (job / "log").open("rb") as log:
             log.seek(position)
             while chunk := log.read(_CHUNK):
-                over = found["state"] != "running"
+                over = found.state != "running"
                 lines = chunk if over else chunk[: chunk.rfind(b"\n") + 1]
                 if not lines:
                     break
                 position += len(lines)
                 log.seek(position)
                 say({"log": lines.decode(errors="replace"), "offset": position})
-        if found["state"] != "running":
+        if found.state != "running":
             return found
         time.sleep(_POLL_SECONDS)
 
@@ -240,7 +263,7 @@ def clean(job: Path) -> None:
         process = _process(job)
         if process is not None and _running(job):
             with suppress(ProcessLookupError):
-                os.killpg(process["pid"], number)
+                os.killpg(process.pid, number)
         while _running(job) and time.monotonic() < end:
             time.sleep(0.05)
     if job.exists():
@@ -270,7 +293,7 @@ def main() -> int:
     except Exception as error:  # the other side tells the user, in one line
         say({"error": _reason(error)})
         return _FAILED
-    say({"result": result})
+    say({"result": asdict(result) if isinstance(result, State) else result})
     return 0
 
 

@@ -22,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from crqat.core import run_directory, strict_json
+from crqat.core import run_directory, strict_json, typed_json
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import Progress
+from crqat.core.results.benchmark import Results
 from crqat.runtime_eval.board import bundle as bundles
+from crqat.runtime_eval.board import job
 from crqat.runtime_eval.board.bundle import Bundle
 
 _ADDRESS = re.compile(r"ssh://(?:(\w[\w.-]*)@)?(\w[\w.-]*|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?/?", re.ASCII)
@@ -126,7 +128,7 @@ class Board:
         return ["ssh", *config, "-T", *options, *port, *user, "--", self.host.strip("[]"), shlex.join(remote)]
 
 
-def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool, progress: Progress) -> dict[str, Any]:
+def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool, progress: Progress) -> Results:
     """Measure a bundle on a board, or pick up the measurement that runs or ran there.
 
     Args:
@@ -146,17 +148,17 @@ def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool,
     link = _Link(board, bundle, progress)
     if anew:
         link.ask("clean")
-    found = link.ask("state")
-    if found["missing"]:
-        msg = f"{board.address}: {board.python} there has no {' and no '.join(found['missing'])}; install it there, or "
+    found = typed_json.from_json(job.State, link.ask("state"))
+    if found.missing:
+        msg = f"{board.address}: {board.python} there has no {' and no '.join(found.missing)}; install it there, or "
         raise ToolError(msg + "name a Python that has it with --python")
-    progress(f"{board.name}: job", 1, 1, _BEFORE[found["state"]].format(**found))
-    if found["state"] in ("absent", "dead"):
-        sha256 = "" if found["unpacked"] else link.upload(bundle, paths)
+    progress(f"{board.name}: job", 1, 1, _BEFORE[found.state].format(code=found.code, reason=found.reason))
+    if found.state in ("absent", "dead"):
+        sha256 = "" if found.unpacked else link.upload(bundle, paths)
         link.persist(lambda: link.ask("start", sha256))
     found = link.follow(bundle.benchmark)
-    if found["state"] != "finished" or found["code"] != 0:
-        reason = found.get("reason") or f"exit code {found.get('code')}"
+    if found.state != "finished" or found.code != 0:
+        reason = found.reason or f"exit code {found.code}"
         link.persist(lambda: link.ask("clean"))
         msg = f"{board.address}: the work there failed ({reason}); last words: {link.last_words or 'none'}"
         raise ToolError(msg)
@@ -172,17 +174,25 @@ def clean(board: Board, bundle: Bundle, progress: Progress) -> None:
     _Link(board, bundle, progress).ask("clean")
 
 
-def _checked(text: str, board: Board, bundle: Bundle) -> dict[str, Any]:
+def _checked(text: str, board: Board, bundle: Bundle) -> Results:
     try:
-        results = strict_json.parse(text)
-        if results["bundle"] != bundle.sha256:
-            msg = f"{board.address}: the results there are of another bundle; run again with --force"
-            raise ToolError(msg)
-    except (ValueError, TypeError, KeyError) as error:
-        msg = f"{board.address}: the results there are damaged ({error!r}); run again with --force"
+        results = typed_json.from_json(Results, strict_json.parse(text))
+    except ValueError as error:
+        msg = f"{board.address}: the results there are damaged ({error}); run again with --force"
         raise ToolError(msg) from error
-    checked: dict[str, Any] = results
-    return checked
+    if results.bundle != bundle.sha256:
+        msg = f"{board.address}: the results there are of another bundle; run again with --force"
+        raise ToolError(msg)
+    return results
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What a job tells on the way: how many bytes it received, or a piece of its log and where that ends."""
+
+    received: int | None = None
+    log: str | None = None
+    offset: int = 0
 
 
 class _Link:
@@ -219,9 +229,9 @@ class _Link:
             bundles.write(bundle, paths, archive)
             sha256, size = run_directory.sha256_file(archive), archive.stat().st_size
 
-            def heard(message: dict[str, Any]) -> None:
-                if "received" in message:
-                    self._progress("upload, KiB", message["received"] >> 10, size >> 10)
+            def heard(told: _Told) -> None:
+                if told.received is not None:
+                    self._progress("upload, KiB", told.received >> 10, size >> 10)
 
             def step() -> None:
                 offset = self.ask("received", sha256)
@@ -231,25 +241,25 @@ class _Link:
             self.persist(step)
         return sha256
 
-    def follow(self, benchmark: Mapping[str, Any]) -> dict[str, Any]:
+    def follow(self, benchmark: Mapping[str, Any]) -> job.State:
         """Tell of the job's progress until it is over."""
         limit = _SILENCE_SECONDS + sum(
             benchmark.get(key, 0.0) for key in ("time_limit_seconds", "warm_up_seconds", "latency_seconds")
         )
         spoke = time.monotonic()
 
-        def heard(message: dict[str, Any]) -> None:
+        def heard(told: _Told) -> None:
             nonlocal spoke
-            if "log" in message:
-                self._offset, spoke = message["offset"], time.monotonic()
-                for line in filter(str.strip, message["log"].splitlines()):
+            if told.log is not None:
+                self._offset, spoke = told.offset, time.monotonic()
+                for line in filter(str.strip, told.log.splitlines()):
                     self._tell(line)
             elif time.monotonic() - spoke > limit:
                 msg = f"{self._board.address}: the work there has been silent for {limit:.0f} s; --force starts it anew"
                 raise ToolError(msg)
 
-        found: dict[str, Any] = self.persist(lambda: self.ask("follow", str(self._offset), heard=heard))
-        return found
+        found = self.persist(lambda: self.ask("follow", str(self._offset), heard=heard))
+        return typed_json.from_json(job.State, found)
 
     def _tell(self, line: str) -> None:
         told = _PROGRESS.fullmatch(line)
@@ -264,7 +274,7 @@ class _Link:
         command: str,
         *arguments: str,
         data: tuple[Path, int] | None = None,
-        heard: Callable[[dict[str, Any]], None] = lambda message: None,
+        heard: Callable[[_Told], None] = lambda told: None,
     ) -> Any:
         """Run one command of `crqat.runtime_eval.board.job` on the board.
 
@@ -295,7 +305,7 @@ class _Link:
                     if "result" in message:
                         return message["result"]
                     self._advanced = self._advanced or bool(message)
-                    heard(message)
+                    heard(typed_json.from_json(_Told, message))
                 code = process.wait(_SILENCE_SECONDS)
             except (TimeoutError, subprocess.TimeoutExpired):
                 msg = f"{self._board.address}: no sign of life for {_SILENCE_SECONDS:.0f} s"
@@ -318,7 +328,7 @@ class _Link:
         return Disconnected(f"{self._board.address}: {last}")
 
 
-def _messages(process: subprocess.Popen[bytes], data: tuple[Path, int] | None) -> Iterator[dict[str, Any]]:
+def _messages(process: subprocess.Popen[bytes], data: tuple[Path, int] | None) -> Iterator[Mapping[str, object]]:
     """Feed the program there and yield what it says, JSON objects; TimeoutError if it says nothing for too long."""
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_feed, args=(process, data), daemon=True).start()

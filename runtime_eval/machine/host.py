@@ -6,9 +6,10 @@ import contextlib
 import os
 import platform
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+
+from crqat.core.results.benchmark import Device
 
 # What INT8 kernels are written for. Without VNNI or asimddp an INT8 product takes several instructions.
 FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "asimddp")
@@ -51,29 +52,29 @@ def load_average() -> float | None:
         return None
 
 
-def describe() -> dict[str, Any]:
-    """This machine as a JSON object; None is what the system does not tell."""
+def describe() -> Device:
+    """This machine, without what a measurement adds."""
     cpu = _cpuinfo()
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()  # x86 and ARM
     frequency = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
     megahertz = float(frequency) / 1e3 if frequency else float(cpu["cpu MHz"]) if "cpu MHz" in cpu else None
     memory = _read("/proc/meminfo")
-    return {
+    return Device(
         # ARM's cpuinfo has no model name; there the board's is what tells machines apart.
-        "cpu": cpu.get("model name") or _read("/proc/device-tree/model") or platform.processor() or platform.machine(),
-        "architecture": platform.machine(),
-        "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
-        "flags": {flag: flag in flags for flag in FLAGS},
-        "governor": _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        "frequency_mhz": megahertz,
-        "memory_bytes": int(memory.split()[1]) * 1024 if memory else None,
-        "cuda_device": cuda_device(),
-        "os": platform.platform(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "onnxruntime": onnxruntime_version(),
-    }
+        cpu=cpu.get("model name") or _read("/proc/device-tree/model") or platform.processor() or platform.machine(),
+        architecture=platform.machine(),
+        cores=os.cpu_count(),
+        usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        flags={flag: flag in flags for flag in FLAGS},
+        governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        frequency_mhz=megahertz,
+        memory_bytes=int(memory.split()[1]) * 1024 if memory else None,
+        cuda_device=cuda_device(),
+        os=platform.platform(),
+        python=platform.python_version(),
+        numpy=np.__version__,
+        onnxruntime=onnxruntime_version(),
+    )
 
 
 def die_first() -> None:

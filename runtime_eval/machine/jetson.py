@@ -9,9 +9,14 @@ import os
 import re
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from crqat.core.results.benchmark import Jetson, JetsonRun
+
+_Number = TypeVar("_Number", int, float)
 ROOT = Path("/")
 _TOOL_SECONDS = 10.0
 _TEGRASTATS_SECONDS = 1.5
@@ -69,25 +74,64 @@ def parse_power_mode(text: str) -> str | None:
     return match[1] if match else None
 
 
-def parse_tegrastats(line: str) -> dict[str, Any]:
-    """Temperatures, power and clocks in a line of tegrastats, of any JetPack from 4 on.
+@dataclass(frozen=True)
+class Tegrastats:
+    """What a line of tegrastats tells; empty or 0 is what it does not.
 
-    Returns:
-        `temperatures_c` and `power_mw` (present values) by name, `cpu_mhz` of the cores that are on, `cpus_off`,
-        `gpu_mhz` of each GPC; empty or 0 where the line does not tell.
+    Attributes:
+        temperatures_c: Degrees Celsius by sensor.
+        power_mw: Present milliwatts by rail.
+        cpu_mhz: Of the cores that are on.
+        cpus_off: How many are off.
+        gpu_mhz: Of each GPC.
     """
+
+    temperatures_c: dict[str, float]
+    power_mw: dict[str, float]
+    cpu_mhz: list[int]
+    cpus_off: int
+    gpu_mhz: list[int]
+
+
+@dataclass(frozen=True)
+class State:
+    """Clocks, temperatures, throttling and power at one moment.
+
+    Attributes:
+        clocks_locked: None if no clock can be read.
+        free_clocks: Those that may move, with their range.
+        temperatures_c: Degrees Celsius by zone.
+        over_trip: Each zone at or over a trip that slows the machine.
+        throttle_events: Since boot, a counter by name.
+        cooling: The state of each cooling device but fans.
+        power_mw: By rail.
+        total_power_mw: Of the module's input; None if its rails are not known.
+    """
+
+    clocks_locked: bool | None
+    free_clocks: list[str]
+    temperatures_c: dict[str, float]
+    over_trip: list[str]
+    throttle_events: dict[str, int]
+    cooling: dict[str, int]
+    power_mw: dict[str, float]
+    total_power_mw: float | None
+
+
+def parse_tegrastats(line: str) -> Tegrastats:
+    """Temperatures, power and clocks in a line of tegrastats, of any JetPack from 4 on."""
     temperatures = {name: float(value) for name, value in re.findall(r"(\w+)@(-?\d+(?:\.\d+)?)C\b", line)}
     # Present/average, on JetPack 7 /maximum too; JetPack 4 has no unit, which tells power from "RAM 2850/7486MB".
     power = re.findall(r"\b([A-Z]\w*) (\d+)(?:mW)?/\d+(?:mW)?(?:/\d+(?:mW)?)?(?=\s|$)", line)
     cores = re.search(r"\bCPU \[([^\]]*)\]", line)
     gpu = re.search(r"\bGR3D_FREQ (?:\d+%)?@?\[?(\d+(?:,\d+)*)?\]?(?=\s|$)", line)
-    return {
-        "temperatures_c": {name: value for name, value in temperatures.items() if value > _POWERED_OFF},
-        "power_mw": {name: float(value) for name, value in power if name != "NC"},
-        "cpu_mhz": [int(value) for value in re.findall(r"\d+%@(\d+)", cores[1])] if cores else [],
-        "cpus_off": cores[1].split(",").count("off") if cores else 0,
-        "gpu_mhz": [int(value) for value in gpu[1].split(",")] if gpu and gpu[1] else [],
-    }
+    return Tegrastats(
+        temperatures_c={name: value for name, value in temperatures.items() if value > _POWERED_OFF},
+        power_mw={name: float(value) for name, value in power if name != "NC"},
+        cpu_mhz=[int(value) for value in re.findall(r"\d+%@(\d+)", cores[1])] if cores else [],
+        cpus_off=cores[1].split(",").count("off") if cores else 0,
+        gpu_mhz=[int(value) for value in gpu[1].split(",")] if gpu and gpu[1] else [],
+    )
 
 
 def total_power(power_mw: dict[str, float]) -> float | None:
@@ -100,47 +144,41 @@ def total_power(power_mw: dict[str, float]) -> float | None:
     return None
 
 
-def describe(root: Path = ROOT) -> dict[str, Any] | None:
-    """Board, release and power mode as a JSON object, None for what is not told; None as a whole if it is no Jetson."""
+def describe(root: Path = ROOT) -> Jetson | None:
+    """Board, release and power mode; None if it is no Jetson."""
     text = _read(root / "etc/nv_tegra_release")
     compatible = (_read(root / "proc/device-tree/compatible") or "").split("\0")
     soc = next((name.removeprefix("nvidia,") for name in compatible if name.startswith("nvidia,tegra")), None)
     if text is None and soc is None:
         return None
     release = parse_release(text or "")
-    return {
-        "model": _read(root / "proc/device-tree/model"),
-        "soc": soc,
-        "l4t": release,
-        "jetpack": jetpack(release) if release else None,
-        "power_mode": parse_power_mode(_output(root, "nvpmodel", ["-q"], _TOOL_SECONDS)),
-    }
+    return Jetson(
+        model=_read(root / "proc/device-tree/model"),
+        soc=soc,
+        l4t=release,
+        jetpack=jetpack(release) if release else None,
+        power_mode=parse_power_mode(_output(root, "nvpmodel", ["-q"], _TOOL_SECONDS)),
+    )
 
 
-def state(root: Path = ROOT) -> dict[str, Any]:
-    """Clocks, temperatures, throttling and power at this moment, as a JSON object.
-
-    Returns:
-        `clocks_locked` (None if no clock can be read) and the `free_clocks` with their range; `temperatures_c` by zone;
-        `over_trip`, each zone at or over a trip that slows the machine; `throttle_events` since boot, a counter by
-        name; `cooling`, the state of each cooling device but fans; `power_mw` by rail and `total_power_mw`.
-    """
+def state(root: Path = ROOT) -> State:
+    """Clocks, temperatures, throttling and power at this moment."""
     free, locked = _free_clocks(root)
     temperatures, over = _temperatures(root)
     power = _power(root)
     if not power or not temperatures:  # other places on some boards: the tool knows them
         line = parse_tegrastats(_output(root, "tegrastats", ["--interval", "100"], _TEGRASTATS_SECONDS))
-        power, temperatures = power or line["power_mw"], temperatures or line["temperatures_c"]
-    return {
-        "clocks_locked": None if locked is None else not free,
-        "free_clocks": free,
-        "temperatures_c": temperatures,
-        "over_trip": over,
-        "throttle_events": _counters(root),
-        "cooling": _cooling(root),
-        "power_mw": power,
-        "total_power_mw": total_power(power),
-    }
+        power, temperatures = power or line.power_mw, temperatures or line.temperatures_c
+    return State(
+        clocks_locked=None if locked is None else not free,
+        free_clocks=free,
+        temperatures_c=temperatures,
+        over_trip=over,
+        throttle_events=_counters(root),
+        cooling=_cooling(root),
+        power_mw=power,
+        total_power_mw=total_power(power),
+    )
 
 
 class Watch:
@@ -153,7 +191,7 @@ class Watch:
     def __init__(self, root: Path = ROOT) -> None:
         self._root = root
         self.board = describe(root)
-        self._states: list[dict[str, Any]] = []
+        self._states: list[State] = []
         self.look()
 
     def look(self) -> None:
@@ -161,23 +199,23 @@ class Watch:
         if self.board is not None:
             self._states.append(state(self._root))
 
-    def result(self) -> dict[str, Any] | None:
-        """The board and its `run` as a JSON object; None if it is no Jetson.
+    def result(self) -> Jetson | None:
+        """The board and its `run`; None if it is no Jetson.
 
         `throttle_events` are those of the run, temperatures and power the largest seen.
         """
         if self.board is None:
             return None
-        run = {
-            "clocks_locked": self._states[-1]["clocks_locked"],
-            "throttle_events": self._rise("throttle_events"),
-            "max_temperatures_c": self._largest("temperatures_c"),
-            "max_power_mw": self._largest("power_mw"),
-            "max_total_power_mw": max((s["total_power_mw"] for s in self._states if s["total_power_mw"]), default=None),
-            "looks": len(self._states),
-            "unstable": self.unstable() or False,
-        }
-        return {**self.board, "run": run}
+        run = JetsonRun(
+            clocks_locked=self._states[-1].clocks_locked,
+            throttle_events=self._rises(),
+            max_temperatures_c=_largest([seen.temperatures_c for seen in self._states]),
+            max_power_mw=_largest([seen.power_mw for seen in self._states]),
+            max_total_power_mw=max((s.total_power_mw for s in self._states if s.total_power_mw), default=None),
+            looks=len(self._states),
+            unstable=self.unstable() or False,
+        )
+        return replace(self.board, run=run)
 
     def unstable(self) -> str | None:
         """Why a latency measured meanwhile is not to be trusted, in one line; None if nothing speaks against it."""
@@ -185,26 +223,28 @@ class Watch:
             return None
         reasons = []
         for seen in self._states:
-            if seen["clocks_locked"] is None:
+            if seen.clocks_locked is None:
                 reasons.append("the clocks cannot be read")
-            elif not seen["clocks_locked"]:
-                reasons.append(f"clocks not locked ({seen['free_clocks'][0]})")
-            reasons += [f"hot: {zone}" for zone in seen["over_trip"]]
-        reasons += [f"throttled: {name} rose by {by}" for name, by in self._rise("throttle_events").items() if by]
-        reasons += [f"throttled: {name} in state {value}" for name, value in self._largest("cooling").items() if value]
+            elif not seen.clocks_locked:
+                reasons.append(f"clocks not locked ({seen.free_clocks[0]})")
+            reasons += [f"hot: {zone}" for zone in seen.over_trip]
+        reasons += [f"throttled: {name} rose by {by}" for name, by in self._rises().items() if by]
+        cooling = _largest([seen.cooling for seen in self._states])
+        reasons += [f"throttled: {name} in state {value}" for name, value in cooling.items() if value]
         return "; ".join(dict.fromkeys(reasons)) or None
 
-    def _rise(self, key: str) -> dict[str, int]:
+    def _rises(self) -> dict[str, int]:
         """How far each counter rose. They count since boot; one that was not there before has nothing to say."""
-        first, last = self._states[0][key], self._states[-1][key]
+        first, last = self._states[0].throttle_events, self._states[-1].throttle_events
         return {name: last[name] - first[name] for name in first if name in last}
 
-    def _largest(self, key: str) -> dict[str, float]:
-        largest: dict[str, float] = {}
-        for seen in self._states:
-            for name, value in seen[key].items():
-                largest[name] = max(value, largest.get(name, value))
-        return largest
+
+def _largest(several: Sequence[Mapping[str, _Number]]) -> dict[str, _Number]:
+    largest: dict[str, _Number] = {}
+    for values in several:
+        for name, value in values.items():
+            largest[name] = max(value, largest.get(name, value))
+    return largest
 
 
 def _read(path: Path) -> str | None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from crqat.core.results.benchmark import Accuracy, LatencyRatio, VersusFloat
 
 # The normal distribution's 95 % point. Both bounds together are a two-sided 90 % interval.
 Z = 1.6448536269514722
@@ -94,7 +95,7 @@ def images_for_difference(b: int, c: int, n: int, limit: float) -> int | None:
     return max(1, math.ceil(n * (Z / score) ** 2))
 
 
-def summarize(top: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> dict[str, Any]:
+def summarize(top: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> Accuracy:
     """A model's accuracy on all images.
 
     `chance` is the accuracy of the same answers, each as often as the model gives it, dealt out to the images at random
@@ -108,32 +109,46 @@ def summarize(top: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> dict
     right = int(hits[:, 0].sum())
     classes = int(max(top.max(), labels.max())) + 1
     answered, asked = (np.bincount(numbers, minlength=classes) / len(labels) for numbers in (top[:, 0], labels))
-    return {
-        "n": len(labels),
-        "top1": right / len(labels),
-        "top5": int(hits.any(axis=1).sum()) / len(labels),
-        "top1_interval": list(wilson(right, len(labels))),
-        "chance": float(answered @ asked),
-    }
+    return Accuracy(
+        n=len(labels),
+        top1=right / len(labels),
+        top1_interval=wilson(right, len(labels)),
+        top5=int(hits.any(axis=1).sum()) / len(labels),
+        chance=float(answered @ asked),
+    )
 
 
 def compare(
-    float_top: npt.NDArray[np.int64], top: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]
-) -> dict[str, Any]:
-    """A model against its float original on the same images; arguments as in `summarize`.
+    float_top: npt.NDArray[np.int64],
+    top: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.int64],
+    size_ratio: float,
+    ratio: LatencyRatio | None = None,
+) -> VersusFloat:
+    """A model against its float original on the same images.
 
-    `drop_points` is the float model's top-1 accuracy less this model's, in percentage points.
+    Args:
+        float_top: Best classes of each image by the float model, as in `summarize`.
+        top: The same by this model.
+        labels: int64 [N].
+        size_ratio: This file's bytes divided by the float file's.
+        ratio: Of their latencies; None if they were not timed in one runtime.
     """
     float_right, right = float_top[:, 0] == labels, top[:, 0] == labels
     n, same = len(labels), int((float_top[:, 0] == top[:, 0]).sum())
     only_float, only_this = int((float_right & ~right).sum()), int((~float_right & right).sum())
-    return {
-        "both_right": int((float_right & right).sum()),
-        "only_float_right": only_float,
-        "only_this_right": only_this,
-        "both_wrong": int((~float_right & ~right).sum()),
-        "drop_points": 100 * (only_float - only_this) / n,
-        "drop_interval_points": [100 * bound for bound in tango(only_float, only_this, n)],
-        "agreement": same / n,
-        "agreement_interval": list(wilson(same, n)),
-    }
+    low, high = tango(only_float, only_this, n)
+    return VersusFloat(
+        both_right=int((float_right & right).sum()),
+        only_float_right=only_float,
+        only_this_right=only_this,
+        both_wrong=int((~float_right & ~right).sum()),
+        drop_points=100 * (only_float - only_this) / n,
+        drop_interval_points=(100 * low, 100 * high),
+        agreement=same / n,
+        agreement_interval=wilson(same, n),
+        size_ratio=size_ratio,
+        latency_ratio=None if ratio is None else ratio.latency_ratio,
+        latency_ratio_interval=None if ratio is None else ratio.latency_ratio_interval,
+        latency_ratio_coverage=None if ratio is None else ratio.latency_ratio_coverage,
+    )

@@ -17,22 +17,20 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from crqat.core.errors import ToolError
+from crqat.core.results.benchmark import CountedCodes
 
 PASSED = "passed"
 _KEYS = ("images", "names", "codes", "left_out", "outputs")
 MAX_BYTES = 2**30  # of all arrays, unpacked
 
 
-def check_codes(model: Path, expected: Path, threads: int) -> dict[str, Any]:
+def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
     """Run a model on the CPU with its codes shown and count those that are not the expected ones.
 
     Args:
         model: The ONNX file, with "input" and "logits".
         expected: What `crqat.export.verification.expected_codes.expected_codes` wrote for it.
         threads: Threads within one operator.
-
-    Returns:
-        {"status": "passed" | "failed: ...", "images", "tensors", "left_out", "codes", "differing"}.
 
     Raises:
         ToolError: The expectation does not fit the model, or ONNX Runtime refuses it.
@@ -57,14 +55,14 @@ def check_codes(model: Path, expected: Path, threads: int) -> dict[str, Any]:
     elif not np.array_equal(logits, shipped):
         # Then it is another computation that was looked at.
         status = "failed: with its codes shown the file computes other logits than as it ships"
-    return {
-        "status": status,
-        "images": len(images),
-        "tensors": len(names),
-        "left_out": int(arrays["left_out"]),
-        "codes": codes.size,
-        "differing": differing,
-    }
+    return CountedCodes(
+        status=status,
+        images=len(images),
+        tensors=len(names),
+        left_out=int(arrays["left_out"]),
+        codes=codes.size,
+        differing=differing,
+    )
 
 
 def read(path: Path) -> dict[str, npt.NDArray[Any]]:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
+
+from crqat.core.results.benchmark import MEASURED, Latency, LatencyRatio
 
 # Fewest samples behind a percentile: below these MLPerf's early stopping rule (99 % confidence) gives no estimate.
 P90_SAMPLES = 64
@@ -32,7 +33,7 @@ def summarize(
     computed: Sequence[float] = (),
     disturbance: str | None = None,
     builds: int = 1,
-) -> dict[str, Any]:
+) -> Latency:
     """Statistics of one model's inferences at batch 1.
 
     Args:
@@ -58,23 +59,23 @@ def summarize(
     moved = f"the middle half of {len(rounds)} rounds spreads by {spread:.1%} (more than {UNSTABLE_SPREAD:.0%})"
     reasons = [reason for reason in (disturbance, moved if spread > UNSTABLE_SPREAD else None) if reason]
     p50, p90, p99 = (float(value) for value in np.percentile(samples, [50, 90, 99]))
-    return {
-        "status": "measured",
-        "batch": 1,
-        "threads": threads,
-        "n": len(samples),
-        "p50_ms": p50,
-        "p90_ms": p90 if len(samples) >= P90_SAMPLES else None,
-        "p99_ms": p99 if len(samples) >= P99_SAMPLES else None,
-        "compute_p50_ms": float(np.median(computed)) * 1e3 if len(computed) else None,
-        "min_ms": float(samples.min()),
-        "cv": _cv(samples.tolist()),
-        "cv_rounds": _cv(medians),
-        "round_spread": spread,
-        "rounds": len(rounds),
-        "round_p50_ms": medians,
-        "unstable": "; ".join(reasons) or False,
-    }
+    return Latency(
+        status=MEASURED,
+        batch=1,
+        threads=threads,
+        n=len(samples),
+        p50_ms=p50,
+        p90_ms=p90 if len(samples) >= P90_SAMPLES else None,
+        p99_ms=p99 if len(samples) >= P99_SAMPLES else None,
+        compute_p50_ms=float(np.median(computed)) * 1e3 if len(computed) else None,
+        min_ms=float(samples.min()),
+        cv=_cv(samples.tolist()),
+        cv_rounds=_cv(medians),
+        round_spread=spread,
+        rounds=len(rounds),
+        round_p50_ms=medians,
+        unstable="; ".join(reasons) or False,
+    )
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -94,7 +95,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return ordered[j - 1], ordered[n - j], 1 - miss(j)
 
 
-def compare(float_rounds: Sequence[Sequence[float]], rounds: Sequence[Sequence[float]]) -> dict[str, Any]:
+def compare(float_rounds: Sequence[Sequence[float]], rounds: Sequence[Sequence[float]]) -> LatencyRatio:
     """A model's latency relative to its float original's, from the ratios of the medians of each round.
 
     Args:
@@ -103,8 +104,4 @@ def compare(float_rounds: Sequence[Sequence[float]], rounds: Sequence[Sequence[f
     """
     ratios = [float(np.median(b) / np.median(a)) for a, b in zip(float_rounds, rounds, strict=True)]
     low, high, coverage = median_interval(ratios)
-    return {
-        "latency_ratio": float(np.median(ratios)),
-        "latency_ratio_interval": [low, high],
-        "latency_ratio_coverage": coverage,
-    }
+    return LatencyRatio(float(np.median(ratios)), (low, high), coverage)

@@ -15,24 +15,25 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from crqat.core.errors import CrqatError, ToolError
 from crqat.core.preprocessing import Preprocessing
+from crqat.core.typed_json import to_json
 from crqat.runtime_eval.machine.host import die_first
 from crqat.runtime_eval.measure.accuracy import top_classes
-from crqat.runtime_eval.measure.worker_client import OPENVINO, PLAN
+from crqat.runtime_eval.measure.worker_client import OPENVINO, PLAN, Loaded
 
 if TYPE_CHECKING:
     from crqat.runtime_eval.runners import Runner
 
 Images = npt.NDArray[np.uint8]
-Answer = Callable[[dict[str, Any]], None]
+Answer = Callable[[Mapping[str, object]], None]
 
 
 def preprocessing(metadata: dict[str, str]) -> Preprocessing:
@@ -110,11 +111,10 @@ def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: 
         ToolError: The model is of no use; see `preprocessing` and `predictions`.
     """
     description = runner.describe()
-    prepare = preprocessing(description["metadata"])
+    prepare = preprocessing(description.metadata)
     first = prepare(images[:1])
-    opened = {key: description[key] for key in ("runtime", "version", "provider")}
     classes = int(runner.infer(first).shape[1])
-    answer({"result": {**opened, "classes": classes, "int8_layers": description.get("int8_layers")}})
+    answer({"result": to_json(Loaded(description.version, description.provider, classes, description.int8_layers))})
     for line in sys.stdin:
         command = json.loads(line)
         if command["command"] == "latency":
@@ -130,7 +130,7 @@ def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: 
         elif command["command"] == "codes":
             from crqat.runtime_eval.measure.codes import check_codes
 
-            answer({"result": check_codes(model, Path(command["expected"]), threads)})
+            answer({"result": to_json(check_codes(model, Path(command["expected"]), threads))})
 
 
 def _open(model: Path, runtime: str, provider: str, threads: int, graph: bool) -> Runner:
@@ -154,7 +154,7 @@ def main() -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
-    def answer(message: dict[str, Any]) -> None:
+    def answer(message: Mapping[str, object]) -> None:
         answers.write(json.dumps(message) + "\n")
         answers.flush()
 

@@ -9,13 +9,15 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from crqat.core import failures
+from crqat.core import failures, typed_json
 from crqat.core.errors import ToolError
+from crqat.core.results.benchmark import CountedCodes, Int8Layers
 from crqat.runtime_eval.config import BenchmarkConfig
 
 RUNTIME, OPENVINO = "onnxruntime", "openvino"
@@ -23,6 +25,23 @@ RUNTIME, OPENVINO = "onnxruntime", "openvino"
 PLAN = ".plan"
 # The worker's working directory: `python -m` searches it first, so it finds these packages and nothing of the user's.
 PACKAGES = Path(__file__).parents[3]
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """The first answer of a worker: its model is loaded.
+
+    Attributes:
+        version: Of the runtime.
+        provider: The execution provider or device.
+        classes: How many the model tells apart.
+        int8_layers: What OpenVINO made of the layers that multiply; None in another runtime.
+    """
+
+    version: str
+    provider: str
+    classes: int
+    int8_layers: Int8Layers | None
 
 
 class Worker:
@@ -49,7 +68,7 @@ class Worker:
     version: str
     provider: str
     classes: int
-    int8_layers: dict[str, Any] | None
+    int8_layers: Int8Layers | None
 
     def __init__(self, model: Path, images: Path, config: BenchmarkConfig, runtime: str = RUNTIME) -> None:
         self._name = model.name
@@ -83,8 +102,9 @@ class Worker:
         except BaseException:  # an interrupt too must not leave the process behind
             self._close()
             raise
-        self.version, self.provider, self.classes = opened["version"], opened["provider"], opened["classes"]
-        self.int8_layers = opened["int8_layers"]
+        loaded = typed_json.from_json(Loaded, opened)
+        self.version, self.provider, self.classes = loaded.version, loaded.provider, loaded.classes
+        self.int8_layers = loaded.int8_layers
         return self
 
     def __exit__(
@@ -112,10 +132,10 @@ class Worker:
         """Write each image's best classes to `out`, .npy int64 [N, min(5, classes)]; `progress` gets done and total."""
         self._ask({"command": "accuracy", "batch": batch, "out": str(out.resolve())}, self._limit, progress)
 
-    def codes(self, expected: Path) -> dict[str, Any]:
+    def codes(self, expected: Path) -> CountedCodes:
         """What `crqat.runtime_eval.measure.codes.check_codes` counts on this CPU."""
-        counted: dict[str, Any] = self._ask({"command": "codes", "expected": str(expected.resolve())}, self._limit)
-        return counted
+        counted = self._ask({"command": "codes", "expected": str(expected.resolve())}, self._limit)
+        return typed_json.from_json(CountedCodes, counted)
 
     def _close(self) -> None:
         """End the process, whatever state it is in, and reap it."""
@@ -128,7 +148,9 @@ class Worker:
                     pipe.close()
         self._errors.close()
 
-    def _ask(self, command: dict[str, Any], limit: float, progress: Callable[[int, int], None] | None = None) -> Any:
+    def _ask(
+        self, command: Mapping[str, object], limit: float, progress: Callable[[int, int], None] | None = None
+    ) -> Any:
         assert self._process.stdin is not None  # noqa: S101 (as above)
         with contextlib.suppress(BrokenPipeError):  # it died; `_wait` finds out of what
             self._process.stdin.write(json.dumps(command) + "\n")

@@ -2,11 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+
+from crqat.core.results.benchmark import Int8Layers
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a runner says of itself and of its file.
+
+    Attributes:
+        runtime: "onnxruntime", "openvino" or "tensorrt".
+        version: Of the runtime.
+        provider: The execution provider or device.
+        metadata: The file's own.
+        int8_layers: What OpenVINO made of the layers that multiply; None in another runtime.
+    """
+
+    runtime: str
+    version: str
+    provider: str
+    metadata: dict[str, str]
+    int8_layers: Int8Layers | None = None
 
 
 class Runner(Protocol):
@@ -26,6 +48,6 @@ class Runner(Protocol):
         """Seconds that the device computed in the last inference, without the copies; None if it does not tell."""
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """`runtime`, `version`, `provider`, and the file's own `metadata` (strings by name)."""
+    def describe(self) -> Description:
+        """What it is, and the file's own metadata."""
         ...

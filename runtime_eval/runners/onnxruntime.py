@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
 from crqat.core.errors import ToolError
+from crqat.runtime_eval.runners import Description
 
 # Rounds a Conv's float bias to int32 in units of s_x s_w. In a float16 file, such as TensorRT gets, that product
 # underflows and the bias is lost: a CIFAR-10 ResNet-20 fell from 91.6 % to 89.3 % (ONNX Runtime 1.32, 1,000 images).
@@ -93,11 +93,7 @@ class OnnxRuntimeRunner:
         """See `Runner.compute_seconds`: one time is all there is."""
         return
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         """See `Runner.describe`."""
-        return {
-            "runtime": "onnxruntime",
-            "version": ort.__version__,
-            "provider": self._provider,
-            "metadata": dict(self._session.get_modelmeta().custom_metadata_map),
-        }
+        metadata = dict(self._session.get_modelmeta().custom_metadata_map)
+        return Description("onnxruntime", ort.__version__, self._provider, metadata)

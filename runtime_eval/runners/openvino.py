@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import openvino
 
 from crqat.core.errors import ToolError
-from crqat.runtime_eval.runners import onnx_header
+from crqat.core.results.benchmark import Int8Layers
+from crqat.runtime_eval.runners import Description, onnx_header
 
 DEVICE = "CPU"
 # What the plugin calls the layers that multiply, and the precisions that count as INT8.
@@ -65,11 +65,8 @@ class OpenVINORunner:
         """See `Runner.compute_seconds`: one time is all there is."""
         return
 
-    def describe(self) -> dict[str, Any]:
-        """See `Runner.describe`; with "int8_layers", what the plugin made of the layers that multiply.
-
-        That is {"int8": how many of them run in INT8, "layers": how many there are, "float": the names of the others}.
-        """
+    def describe(self) -> Description:
+        """See `Runner.describe`; with what the plugin made of the layers that multiply."""
         layers, rest = 0, []
         for node in self._model.get_runtime_model().get_ordered_ops():
             info = {key: value.astype(str) for key, value in node.get_rt_info().items() if key in _INFO}
@@ -77,10 +74,5 @@ class OpenVINORunner:
                 layers += 1
                 if info["runtimePrecision"] not in _INT8:
                     rest.append(info["originalLayersNames"].split(",")[0] or node.get_friendly_name())
-        return {
-            "runtime": "openvino",
-            "version": openvino.__version__.partition("-")[0],
-            "provider": DEVICE,
-            "metadata": self._metadata,
-            "int8_layers": {"int8": layers - len(rest), "layers": layers, "float": rest},
-        }
+        version = openvino.__version__.partition("-")[0]
+        return Description("openvino", version, DEVICE, self._metadata, Int8Layers(layers - len(rest), layers, rest))

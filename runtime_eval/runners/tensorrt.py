@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from crqat.core.errors import ToolError
 from crqat.runtime_eval.machine.host import cuda_device
+from crqat.runtime_eval.runners import Description
 from crqat.runtime_eval.trt import plan_file
 
 if TYPE_CHECKING:
@@ -169,14 +170,10 @@ class TensorRTRunner:
             msg = f"TensorRT {what} ({self._path.name}){cause}"
             raise ToolError(msg)
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Description:
         """See `Runner.describe`."""
-        return {
-            "runtime": "tensorrt",
-            "version": self._sidecar.version,
-            "provider": f"compute capability {self._sidecar.compute_capability}",
-            "metadata": self._sidecar.metadata,
-        }
+        provider = f"compute capability {self._sidecar.compute_capability}"
+        return Description("tensorrt", self._sidecar.version, provider, self._sidecar.metadata)
 
 
 def tensorrt_version() -> str:

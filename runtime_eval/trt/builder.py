@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from crqat.core.errors import ToolError
+from crqat.core.results.engine import BuildError
 from crqat.runtime_eval.trt import plan_layers
 from crqat.runtime_eval.trt import timing_cache as timings
 from crqat.runtime_eval.trt.coverage import Message
@@ -30,17 +31,12 @@ class BuildFailure(Exception):
     """The file cannot become an engine.
 
     Attributes:
-        entry: {"stage": "parse" | "build", "node": ONNX node or None, "operator": its type or None, "rule": text}.
+        reason: Where and why.
     """
 
     def __init__(self, rule: str, node: str | None = None, operator: str | None = None, stage: str = "build") -> None:
         super().__init__(rule)
-        self.entry = {
-            "stage": stage,
-            "node": node or None,
-            "operator": operator or None,
-            "rule": " ".join(rule.split()),
-        }
+        self.reason = BuildError(stage, node or None, operator or None, " ".join(rule.split()))
 
 
 @dataclass

@@ -15,20 +15,28 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from crqat.core import failures, run_directory
+from crqat.core import failures, run_directory, strict_json, typed_json
 from crqat.core.errors import ToolError, UsageError
+from crqat.core.results.engine import (
+    BUILT,
+    Builder,
+    BuilderMessage,
+    BuildError,
+    Coverage,
+    EngineLayer,
+    EngineReport,
+    LayerCounts,
+)
 from crqat.runtime_eval.machine import host
 from crqat.runtime_eval.runners import onnx_header
 from crqat.runtime_eval.trt import coverage, plan_file, plan_layers
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from crqat.runtime_eval.trt.builder import Batch, Build, BuildFailure
 
-SCHEMA_VERSION = 1
 # The working directory of the process that builds: `python -m` searches it first.
 PACKAGES = Path(__file__).parents[3]
 _PROGRAM = "crqat.runtime_eval.trt.engine"
@@ -60,7 +68,7 @@ class EngineOptions:
 
 def build(
     model: Path, options: EngineOptions, macs: Mapping[str, int] | None = None, engine: Path | None = None
-) -> dict[str, Any]:
+) -> EngineReport:
     """Build an engine in a process of its own.
 
     Args:
@@ -70,8 +78,7 @@ def build(
         engine: Where to write the engine; None keeps only the report.
 
     Returns:
-        The engine report, a JSON object. Its "status" is "built" or "failed: ...", and "failure" then names the stage,
-        the ONNX node as far as the builder does, and the rule that was broken.
+        The engine report, also of a file of which no engine can be made.
 
     Raises:
         ToolError: No builder is installed, or it does not start.
@@ -100,11 +107,12 @@ def build(
         start = time.monotonic()
         cause = _run(command, options.time_limit_seconds)
         if cause is None:
-            data: dict[str, Any] = json.loads(report.read_text())
-            return data
+            return typed_json.read(EngineReport, report, "build again")
         node, operator = _last_parsed(log)
-    failure = {"stage": "process", "node": node, "operator": operator, "rule": cause}
-    return report_of(model, options, builder, failure=failure, seconds=round(time.monotonic() - start, 3))
+    seconds = round(time.monotonic() - start, 3)
+    return report_of(
+        model, options, builder, Found(failure=BuildError("process", node, operator, cause), seconds=seconds)
+    )
 
 
 def _run(command: list[str], limit: float) -> str | None:
@@ -135,43 +143,55 @@ def _last_parsed(log: Path) -> tuple[str | None, str | None]:
     return found[-1]["node"], found[-1]["operator"]
 
 
-def report_of(model: Path, options: EngineOptions, builder: str, **known: Any) -> dict[str, Any]:
-    """A report with every key, and what is known filled in."""
-    failure, status, notices = known.get("failure"), "built", []
+@dataclass
+class Found:
+    """What is known of a build so far; attributes as in `EngineReport`."""
+
+    failure: BuildError | None = None
+    flags: list[str] = field(default_factory=list)
+    precisions: list[str] = field(default_factory=list)
+    seconds: float | None = None
+    size_bytes: int | None = None
+    engine_sha256: str | None = None
+    timing_cache_sha256: str | None = None
+    source: str | None = None
+    layers: list[EngineLayer] = field(default_factory=list)
+    coverage: Coverage | None = None
+    counts: LayerCounts | None = None
+    messages: list[BuilderMessage] = field(default_factory=list)
+
+
+def report_of(model: Path, options: EngineOptions, builder: str, found: Found) -> EngineReport:
+    """The report of a build.
+
+    Args:
+        model: The ONNX file.
+        options: How it was built.
+        builder: Who built it.
+        found: What came of it.
+    """
+    failure, status, notices = found.failure, BUILT, []
     if failure is not None:
-        at = f" at {failure['node']}" if failure["node"] else ""
-        operator = f" [{failure['operator']}]" if failure["operator"] else ""
-        status = f"failed: {failure['stage']}{at}{operator}: {failure['rule']}"
+        at = f" at {failure.node}" if failure.node else ""
+        operator = f" [{failure.operator}]" if failure.operator else ""
+        status = f"failed: {failure.stage}{at}{operator}: {failure.rule}"
     if builder == tensorrt_api.RTX:
         notices.append("tensorrt_rtx does not build for Jetson (SM87, SM110) or SM90: this plan says nothing of them")
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "model": model.name,
-        "model_sha256": hashlib.sha256(model.read_bytes()).hexdigest(),
-        "status": status,
-        "failure": None,
-        "builder": {"name": builder, "version": tensorrt_api.installed(builder)},
-        "compute_capabilities": list(options.compute_capabilities) or ["default"],
-        "flags": [],
-        "precisions": [],
-        "batch": list(options.batch),
-        "seconds": None,
-        "size_bytes": None,
-        "engine_sha256": None,
-        "timing_cache_sha256": None,
-        "source": None,
-        "layers": [],
-        "coverage": None,
-        "counts": None,
-        "remarks": [],
-        "notices": notices,
-        **known,
-    }
+    return EngineReport(
+        model=model.name,
+        model_sha256=run_directory.sha256_file(model),
+        status=status,
+        builder=Builder(builder, tensorrt_api.installed(builder)),
+        compute_capabilities=list(options.compute_capabilities) or ["default"],
+        batch=options.batch,
+        notices=notices,
+        **vars(found),
+    )
 
 
 def build_here(
     model: Path, options: EngineOptions, macs: Mapping[str, int] | None, engine: Path | None, log: Path
-) -> dict[str, Any]:
+) -> EngineReport:
     """Build in this process, as the program does; for everyone else there is `build`.
 
     Args:
@@ -197,7 +217,7 @@ def build_here(
     start = time.monotonic()
     with log.open("w", errors="replace", buffering=1) as file:
         going = Build(trt, tensorrt_api.capability(name, trt.__version__), lambda *words: print(*words, file=file))
-        known: dict[str, Any] = {}
+        found = Found()
         try:
             serialized = going.run(
                 model,
@@ -207,33 +227,38 @@ def build_here(
                 lambda: print(_PARSED, file=file),
             )
         except BuildFailure as failure:
-            known["failure"] = failure.entry
-        known["seconds"] = round(time.monotonic() - start, 3)
-        known |= {"flags": going.flags, "precisions": going.precisions}
-        remarks = coverage.remarks(going.messages)
-        if "failure" in known:
-            return report_of(model, options, name, **known, remarks=remarks)
+            found.failure = failure.reason
+        found.seconds = round(time.monotonic() - start, 3)
+        found.flags, found.precisions = going.flags, going.precisions
+        found.messages = coverage.warnings(going.messages)
+        if found.failure is not None:
+            return report_of(model, options, name, found)
         layers, unread = plan_layers.from_log([text for _, text in going.messages])
-        source = "verbose log"
+        found.source = "verbose log"
         if name == tensorrt_api.TENSORRT or not layers:
             inspected = going.inspect(serialized)
             if inspected:
-                layers, unread, source = inspected, [], "engine inspector"
+                layers, unread, found.source = inspected, [], "engine inspector"
     if not layers:
         msg = f"{name} {trt.__version__}: neither its log nor its engine inspector tells the engine's layers"
         raise ToolError(msg)
     if unread:
         text = f"plan lines that could not be read, such as {unread[0][:200]}"
-        remarks.append(
-            {"kind": "unread_plan", "severity": "warning", "message": text, "count": len(unread), "nodes": []}
-        )
+        found.messages.append(BuilderMessage("warning", text, len(unread), [], "unread_plan"))
     if engine is not None and name == tensorrt_api.TENSORRT:
         _save_plan(model, engine, serialized, trt.__version__)
     elif engine is not None:  # no runner loads it
         run_directory.replace_file(engine, serialized)
-    known["timing_cache_sha256"] = going.timing_cache_sha256
-    known |= {"size_bytes": len(serialized), "engine_sha256": hashlib.sha256(serialized).hexdigest(), "source": source}
-    return report_of(model, options, name, **known, **coverage.summarize(layers, macs), remarks=remarks)
+    found.timing_cache_sha256 = going.timing_cache_sha256
+    found.size_bytes, found.engine_sha256 = len(serialized), hashlib.sha256(serialized).hexdigest()
+    describe_plan(found, layers, macs)
+    return report_of(model, options, name, found)
+
+
+def describe_plan(found: Found, layers: Sequence[plan_layers.Layer], macs: Mapping[str, int] | None) -> None:
+    """Fill in what an engine's layers amount to; arguments as in `crqat.runtime_eval.trt.coverage.coverage`."""
+    found.layers, found.counts = coverage.described(layers, macs), coverage.counts(layers)
+    found.coverage = coverage.coverage(layers, macs)
 
 
 def _save_plan(model: Path, engine: Path, serialized: bytes, version: str) -> None:
@@ -272,10 +297,10 @@ def main(arguments: list[str] | None = None) -> int:
     targets = tuple(given.compute_capability)
     options = EngineOptions(given.builder, tuple(given.batch), targets, timing_cache=given.timing_cache)
     try:
-        macs = None if given.macs is None else json.loads(given.macs.read_text())
+        macs = None if given.macs is None else typed_json.from_json(dict[str, int], strict_json.read(given.macs))
         log = given.log or given.report.with_suffix(".log")
         report = build_here(given.model, options, macs, given.engine, log)
-        run_directory.replace_file(given.report, json.dumps(report, indent=1).encode())
+        run_directory.replace_file(given.report, typed_json.text(report).encode())
     except OSError as error:
         print(f"{_PROGRAM}: {error.filename}: {error.strerror}", file=sys.stderr)
         return ToolError.exit_code

@@ -9,7 +9,7 @@ from their description and have met no engine yet.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -150,7 +150,7 @@ def _weights(inputs: Sequence[_Tensor], constants: Sequence[_Tensor]) -> str | N
     return max(rest, key=lambda tensor: tensor.elements).type if rest else None
 
 
-def from_inspector(information: dict[str, Any]) -> list[Layer]:
+def from_inspector(information: Mapping[str, Any]) -> list[Layer]:
     """The layers of the engine inspector's JSON, in any of its layouts.
 
     An engine built without detailed profiling verbosity names its layers and says nothing else of them.
@@ -169,7 +169,7 @@ def _named(name: str) -> Layer:
     return Layer(name, "other", "unknown", (), (), None, _nodes_of_name(name))
 
 
-def _from_entry(entry: dict[str, Any]) -> Layer:
+def _from_entry(entry: Mapping[str, Any]) -> Layer:
     name, layer_type = str(entry.get("Name", "")), str(entry.get("LayerType", "unknown"))
     kind = _kind(layer_type)
     if kind == "other":
@@ -198,7 +198,7 @@ def _nodes_of_name(name: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in re.sub(r" ?\[profile \d+\]$", "", name).split(" + ") if part.strip())
 
 
-def _datatype(tensor: dict[str, Any]) -> str:
+def _datatype(tensor: Mapping[str, Any]) -> str:
     for key in ("Datatype", "DataType"):
         if key in tensor:
             return str(tensor[key])
@@ -206,7 +206,7 @@ def _datatype(tensor: dict[str, Any]) -> str:
     return next((datatype for word, datatype in _FORMATS if word in text), text)
 
 
-def _weights_of_entry(entry: dict[str, Any]) -> str | None:
+def _weights_of_entry(entry: Mapping[str, Any]) -> str | None:
     for key in ("Weights", "ConvWeights"):
         if isinstance(entry.get(key), dict) and "Type" in entry[key]:
             return str(entry[key]["Type"])

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from crqat.core.errors import ToolError, UsageError, VerificationError
     from crqat.core.preprocessing import Preprocessing
+    from crqat.core.results.verification import Verification
     from crqat.core.targets import names as targets
-    from crqat.export.export_model import Export, Verification, export, verify
+    from crqat.export.export_model import Export, export, verify
     from crqat.pipeline.measure import Benchmark, Gate, benchmark, gate
     from crqat.train.data.sources import Dataset
     from crqat.train.quantized_model import QuantizedModel, load, quantize, save
@@ -39,7 +40,7 @@ _MODULES = {
     "QuantizedModel": "crqat.train.quantized_model",
     "ToolError": "crqat.core.errors",
     "UsageError": "crqat.core.errors",
-    "Verification": "crqat.export.export_model",
+    "Verification": "crqat.core.results.verification",
     "VerificationError": "crqat.core.errors",
     "benchmark": "crqat.pipeline.measure",
     "consistency_loss": "crqat.train.training.consistency",

@@ -96,8 +96,8 @@ def test_place_that_is_no_directory_is_a_tool_error(tmp_path: Path) -> None:
 KILLED_WRITER = """
 import sys, time
 from pathlib import Path
-from crqat.core import store
-with store.write_stage(Path(sys.argv[1]), store.Manifest("train", "k", None, {}, {})) as out:
+from crqat.core import run_directory
+with run_directory.write_stage(Path(sys.argv[1]), run_directory.Manifest("train", "k", None, {}, {})) as out:
     (out / "half.txt").write_text("half")
     print(out.name, flush=True)
     time.sleep(60)

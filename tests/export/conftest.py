@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from crqat.core.grid import load_grids
-from crqat.core.preprocessing import Preprocessing
 from crqat.core.progress import quiet
-from crqat.core.run_directory import Manifest, read_manifest, write_stage
+from crqat.core.results.training import TrainingPayload
+from crqat.core.run_directory import Manifest, payload_of, read_manifest, write_stage
+from crqat.core.typed_json import to_json
 from crqat.export.qdq.write import QDQModel
 from crqat.export.to_onnx import Quantized as Quantized
 from crqat.export.to_onnx import quantize_network
@@ -114,7 +115,7 @@ def write_train_stage(run: Path, config: TrainConfig) -> Path:
     """A complete train directory, as the pipeline writes it."""
     manifest = Manifest("train", "a key", None, {}, {})
     with write_stage(run, manifest) as out:
-        manifest.payload = train(config, out, quiet)
+        manifest.payload = to_json(train(config, out, quiet))
     return run / "train"
 
 
@@ -155,12 +156,12 @@ def digits(trained: Callable[..., tuple[Path, TrainConfig]]) -> Callable[[int], 
         if bits not in made:
             quantization = replace(DIGITS.quantization, weights=bits, activations=bits)
             directory, config = trained(quantization=quantization)
-            payload = read_manifest(directory).payload
-            model = rebuild(directory, config, payload, payload["best"])
+            payload = payload_of(TrainingPayload, directory, read_manifest(directory))
+            model = rebuild(directory, config, payload, payload.best)
             images = sources.load("digits", None, False).train_images
             chosen = sources.split(len(images), config.data.validation, config.seed).validation[:32]
-            preprocessing = Preprocessing.from_json(payload["preprocessing"])
-            grids = load_grids(directory / f"{payload['best']}.grids.json")
+            preprocessing = payload.preprocessing
+            grids = load_grids(directory / f"{payload.best}.grids.json")
             made[bits] = Quantized(model, grids, preprocessing(images[chosen].numpy()))
         return made[bits]
 

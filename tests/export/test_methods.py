@@ -14,7 +14,8 @@ from crqat.core.errors import UsageError
 from crqat.export.qdq.lint import lint
 from crqat.export.qdq.lower import lower_activation
 from crqat.export.qdq.write import QDQModel
-from crqat.export.verification.links import fusion, verify
+from crqat.export.verification.checks import verify
+from crqat.export.verification.fusion import fusion
 from crqat.train.config import QuantizationConfig, Target
 from tests.export.conftest import Quantized, quantize, random_images, sane_bn
 
@@ -71,7 +72,7 @@ def test_learned_zero_points_are_exact_in_onnx_runtime(bits: int) -> None:
     assert proof["status"] == "passed", proof
     assert proof["differing_codes"] == 0 and proof["codes"] > 10_000
     fused = fusion(quantized.file("onnxruntime").model)
-    assert fused["complete"], fused["float"]
+    assert fused.complete, fused.in_float
 
 
 def test_the_proof_sees_a_zero_point_that_moved() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from crqat.core.progress import quiet
 from crqat.core.run_directory import read_manifest
+from crqat.core.typed_json import to_json
 from crqat.export import stage
 from crqat.export.config import ExportConfig
 from crqat.runtime_eval.trt import versions as tensorrt_api
@@ -37,7 +38,7 @@ def exported(
     """The export of a trained network of mixed widths, its payload, and the train directory."""
     directory, config = trained(quantization=MIXED, qat=replace(DIGITS.qat, lr=0.01))
     out = tmp_path_factory.mktemp("export")
-    return out, stage.export(directory, config, ExportConfig(), out, quiet, "mixed", ""), directory
+    return out, to_json(stage.export(directory, config, ExportConfig(), out, quiet, "mixed", "")), directory
 
 
 def test_all_widths_are_there_and_the_network_has_learned(exported: tuple[Path, dict[str, Any], Path]) -> None:
@@ -63,6 +64,7 @@ def test_the_three_links_hold_for_both_targets(exported: tuple[Path, dict[str, A
 def test_tensorrt_plans_every_layer_in_int8(exported: tuple[Path, dict[str, Any], Path]) -> None:
     macs = next(entry["macs"] for entry in exported[1]["models"] if entry["target"] == "tensorrt")
     report = build(exported[0] / "tensorrt.onnx", EngineOptions(), macs)
-    assert report["status"] == "built"
-    assert (report["coverage"]["by_macs"], report["coverage"]["uncovered"]) == (1.0, [])
-    assert [remark for remark in report["remarks"] if remark["severity"] != "harmless"] == []
+    assert report.status == "built"
+    assert report.coverage is not None
+    assert (report.coverage.by_macs, report.coverage.uncovered) == (1.0, [])
+    assert [message for message in report.messages if message.severity != "harmless"] == []

@@ -15,7 +15,9 @@ import pytest
 from crqat.core.errors import UsageError
 from crqat.core.grid import grids_hash, load_grids
 from crqat.core.progress import quiet
+from crqat.core.results.verification import Verification
 from crqat.core.run_directory import MANIFEST, Manifest, read_manifest, verify_stage, write_stage
+from crqat.core.typed_json import to_json
 from crqat.export import stage, write_models
 from crqat.export.config import ExportConfig
 from crqat.export.qdq.lint import lint
@@ -30,7 +32,7 @@ CONFIG = ExportConfig(verify_images=8)
 def export(trained: tuple[Path, TrainConfig], out: Path, config: ExportConfig = CONFIG, progress: Any = quiet) -> Any:
     """The stage into a directory."""
     out.mkdir(exist_ok=True)
-    return stage.export(trained[0], trained[1], config, out, progress, "a run", "a revision")
+    return to_json(stage.export(trained[0], trained[1], config, out, progress, "a run", "a revision"))
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,7 @@ def test_verification_does_not_see_test_images(trained: Trained, tmp_path: Path,
 
     def verify(model: Any, grids: Any, files: dict[str, Any], images: np.ndarray) -> dict[str, Any]:
         seen.append(images)
-        return {target: {"status": "passed"} for target in files}
+        return {target: Verification("passed", len(images), 0, 0) for target in files}
 
     monkeypatch.setattr(write_models, "verify", verify)
     training = trained()
@@ -264,10 +266,10 @@ def test_unsafe_writes_it_all_the_same_and_records_why(trained: Trained, tmp_pat
     monkeypatch.setattr(write_models, "lint", lambda model, target: [Finding(target, "a rule", "a fix")])
     directory, config = trained()
     payload = stage.export(directory, config, CONFIG, tmp_path, quiet, "a run", "a revision", unsafe=True)
-    findings = {entry["file"]: entry.get("findings") for entry in payload["models"]}
+    findings = {entry.file: entry.findings for entry in payload.models}
     assert findings == {
-        "float.onnx": None,
-        "float16.onnx": None,
+        "float.onnx": [],
+        "float16.onnx": [],
         "onnxruntime.onnx": ["onnxruntime: a rule; a fix"],
         "tensorrt.onnx": ["tensorrt: a rule; a fix"],
     }

@@ -12,7 +12,13 @@ from typing import Any
 
 import pytest
 
+from crqat.core.preprocessing import Preprocessing
 from crqat.core.progress import Progress
+from crqat.core.results.benchmark import Results
+from crqat.core.results.export import ExportedModel, ExportPayload
+from crqat.core.results.training import Candidate, FloatNetwork, TrainingPayload
+from crqat.core.results.verification import Verification
+from crqat.core.typed_json import from_json
 
 RECIPE = "name: run1\ndata: {source: digits}\nmodel: {name: cifar/resnet20}\nfloat: {epochs: 1}\n"
 
@@ -24,7 +30,7 @@ class Fakes:
     Attributes:
         recipe: A recipe file that fits them.
         calls: Names of the stages that really ran.
-        results: What the fake benchmark measures.
+        results: What the fake benchmark measures, as JSON.
         content: Of the files that the fake train and export write.
         trouble: Raised by the stage of that name after it wrote a file.
     """
@@ -43,18 +49,23 @@ class Fakes:
         states: Path | None = None,
         save_every: float = 0.0,
         precheck: Any = None,
-    ) -> dict[str, Any]:
+    ) -> TrainingPayload:
         self._enter("train", out, "teacher.grids.json")
         progress("train", 1, 1, "loss 0.1")
-        return {
-            "device": "cpu",
-            "compiled": "no: no compiler",
-            "seconds": 1.5,
-            "float": {"validation_accuracy": 0.9},
-            "candidates": {"student": {"validation_accuracy": 0.89}, "teacher": {"validation_accuracy": 0.895}},
-            "best": "teacher",
-            "warnings": ["training made the network worse"],
-        }
+        return TrainingPayload(
+            best="teacher",
+            candidates={"student": Candidate(0.89), "teacher": Candidate(0.895)},
+            class_names=["a", "b"],
+            float_network=FloatNetwork(0.9),
+            input_shape=[1, 8, 8],
+            preprocessing=Preprocessing((0.3,), (0.4,)),
+            validation_images=10,
+            compiled="no: no compiler",
+            device="cpu",
+            seconds=1.5,
+            quantizers=2,
+            warnings=["training made the network worse"],
+        )
 
     def export(
         self,
@@ -66,24 +77,23 @@ class Fakes:
         run: str,
         git_revision: str,
         unsafe: bool = False,
-    ) -> dict[str, Any]:
+    ) -> ExportPayload:
         assert (train_dir / "teacher.grids.json").is_file()
         self._enter("export", out, "float.onnx")
-        entries: list[dict[str, Any]] = [
-            {"file": "float.onnx", "target": "float"},
-            {"file": "onnxruntime.onnx", "target": "onnxruntime", "verification": {"status": "passed"}, "fusion": {}},
-            {"file": "tensorrt.onnx", "target": "tensorrt", "verification": {"status": "passed"}, "fusion": None},
+        passed, findings = Verification("passed", 32, 1000, 0), ["conv1: a rule; a fix"] if unsafe else []
+        entries = [
+            ExportedModel("float.onnx", "float"),
+            ExportedModel("onnxruntime.onnx", "onnxruntime", verification=passed, findings=findings),
+            ExportedModel("tensorrt.onnx", "tensorrt", verification=passed),
         ]
-        if unsafe:
-            entries[1]["findings"] = ["conv1: a rule; a fix"]
-        return {"run": run, "images": "images.npy", "labels": "labels.npy", "models": entries}
+        return ExportPayload(run, "images.npy", "labels.npy", entries)
 
-    def benchmark(self, export_dir: Path, config: Any, progress: Progress) -> dict[str, Any]:
+    def benchmark(self, export_dir: Path, config: Any, progress: Progress) -> Results:
         assert (export_dir / "float.onnx").is_file()
         self.calls.append("benchmark")
         if "benchmark" in self.trouble:
             raise self.trouble["benchmark"]
-        return dict(self.results)
+        return from_json(Results, self.results)
 
     def _enter(self, stage: str, out: Path, file: str) -> None:
         self.calls.append(stage)
@@ -94,7 +104,7 @@ class Fakes:
 
 def measured(drop: float, interval: tuple[float, float]) -> dict[str, Any]:
     """Results in the layout of `crqat.runtime_eval.benchmark`, with one quantized model that loses `drop` points."""
-    latency = {"status": "measured", "p50_ms": 1.0, "rounds": 10, "unstable": False}
+    latency = {"status": "measured", "p50_ms": 1.0, "rounds": 10, "round_p50_ms": [1.0] * 10, "unstable": False}
     accuracy = {"n": 600, "top1": 0.95, "top5": 1.0, "top1_interval": [0.93, 0.96]}
     common = {
         "status": "measured",
@@ -154,7 +164,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
         monkeypatch.setitem(sys.modules, name, module)
     # The page needs a whole run; tests/pipeline/report/test_html.py has one.
 
-    def page(run: Path, results: dict[str, Any], verdicts: list[Any], others: list[Any]) -> str:
+    def page(run: Path, results: Results, verdicts: list[Any], others: list[Any]) -> str:
         return f"<p>{len(verdicts)} rules, {len(others)} other devices</p>"
 
     monkeypatch.setattr("crqat.pipeline.report.html.render", page)

@@ -9,12 +9,17 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from crqat.core.errors import ToolError, UsageError
+from crqat.core.results.benchmark import Int8Layers, Results
+from crqat.core.results.export import ExportPayload
+from crqat.core.results.verification import Verification
+from crqat.core.typed_json import from_json
 from crqat.pipeline import cli, console
 
 if TYPE_CHECKING:
@@ -215,10 +220,14 @@ def test_what_an_engine_adds_is_shown(
     fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = fakes.results["models"]["tensorrt.onnx"]
-    model["latency"] = {"status": "measured", "p50_ms": 0.6, "rounds": 10, "unstable": False, "compute_p50_ms": 0.4}
+    model["latency"] = {"status": "measured", "p50_ms": 0.6, "rounds": 10, "unstable": False}
+    model["latency"] |= {"round_p50_ms": [0.6] * 10, "compute_p50_ms": 0.4}
     model |= {
-        "accuracy_batch_1": {"top1": 0.94},
-        "builds": [{"round_p50_ms": [0.5, 9.0, 0.5]}, {"round_p50_ms": [0.7]}],
+        "accuracy_batch_1": {"n": 600, "top1": 0.94, "top1_interval": [0.92, 0.96]},
+        "builds": [
+            {"plan_sha256": "a", "round_p50_ms": [0.5, 9.0, 0.5]},
+            {"plan_sha256": "b", "round_p50_ms": [0.7]},
+        ],
     }
     assert crqat(monkeypatch, "run", "recipe.yaml") == 0
     lines = capsys.readouterr().out.splitlines()
@@ -231,11 +240,11 @@ def test_layers_that_openvino_runs_in_float_are_named() -> None:
     from crqat.pipeline.report import tables as results
     from tests.pipeline.conftest import measured
 
-    models = measured(0.2, (0.1, 0.3))["models"]
-    layers = {"int8": 19, "layers": 20, "float": ["fc"]}
-    fast = {**models["onnxruntime.onnx"], "target": "openvino", "int8_layers": layers}
-    base = {**models["float.onnx"], "target": "float_openvino", "int8_layers": {**layers, "int8": 0}}
-    assert list(results._remarks({"a@openvino": fast, "b@openvino": base})) == [
+    models = from_json(Results, measured(0.2, (0.1, 0.3))).models
+    layers = Int8Layers(19, 20, ["fc"])
+    fast = replace(models["onnxruntime.onnx"], target="openvino", int8_layers=layers)
+    base = replace(models["float.onnx"], target="float_openvino", int8_layers=replace(layers, int8=0))
+    assert list(results._lines({"a@openvino": fast, "b@openvino": base})) == [
         "a@openvino: 19 of 20 layers that multiply are INT8; not fc"
     ]
 
@@ -379,10 +388,10 @@ def test_an_export_whose_verification_failed_is_written_and_the_gate_fails_on_it
 ) -> None:
     written = fakes.export
 
-    def export(*arguments: Any, **further: Any) -> dict[str, Any]:
+    def export(*arguments: Any, **further: Any) -> ExportPayload:
         payload = written(*arguments, **further)
-        payload["models"][1]["verification"] = {"status": "failed: runtime: 3 codes"}
-        return payload
+        failed = replace(payload.models[1], verification=Verification("failed: runtime: 3 codes", 32, 1000, 3))
+        return replace(payload, models=[payload.models[0], failed, payload.models[2]])
 
     monkeypatch.setattr(sys.modules["crqat.export.stage"], "export", export)
     proof = fakes.results["models"]["onnxruntime.onnx"]

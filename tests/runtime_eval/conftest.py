@@ -26,6 +26,7 @@ from crqat.runtime_eval.config import BenchmarkConfig
 TRAINING_IMAGES = 1000
 PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.4,))
 VERIFICATION = {"status": "passed", "codes": 1280, "differing_codes": 0, "images": 32}
+FUSION = {"expected": {"QGemm": 2}, "operations": {"Gemm": 2}, "float": [], "complete": False}
 # Short, because no test looks at how fast anything is.
 QUICK = BenchmarkConfig(warm_up_seconds=0.0, latency_rounds=6, latency_seconds=0.06, accuracy_batch=100)
 # An export's payload for a test that has no use for a third file.
@@ -161,7 +162,7 @@ def export_writer(digits: Digits, folder: Path) -> WriteExport:
                 "file": "onnxruntime.onnx",
                 "target": "onnxruntime",
                 "verification": VERIFICATION,
-                "fusion": {"Conv": 0},
+                "fusion": FUSION,
                 "expected_codes": "onnxruntime.codes.npz",
             },
             {"file": "tensorrt.onnx", "target": "tensorrt", "verification": VERIFICATION},

@@ -15,17 +15,24 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
+from crqat.core import strict_json
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import Progress, quiet
+from crqat.core.results.benchmark import FloatLayers, Jetson, NoLatency, Results
+from crqat.core.results.engine import EngineReport
+from crqat.core.results.export import ExportedModel
 from crqat.core.run_directory import manifest_hash
+from crqat.core.typed_json import from_json, text, to_json
 from crqat.pipeline.gate.rules import GateConfig, judge
-from crqat.runtime_eval.benchmark import _is_timed, _Model, _not_run, benchmark
+from crqat.runtime_eval.benchmark import _is_timed, _Model, _not_run
+from crqat.runtime_eval.benchmark import benchmark as typed_benchmark
 from crqat.runtime_eval.machine import host, jetson
 from crqat.runtime_eval.measure.worker_client import Worker
 from crqat.runtime_eval.runners.onnxruntime import float16_is_rounded
-from crqat.runtime_eval.trt import coverage, engine, plan_file
+from crqat.runtime_eval.trt import engine, plan_file
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from tests.runtime_eval.conftest import (
+    FUSION,
     PREPROCESSING,
     QUICK,
     VERIFICATION,
@@ -35,6 +42,9 @@ from tests.runtime_eval.conftest import (
     onnx_bytes,
 )
 from tests.runtime_eval.runners.fake_cuda import PLAN, FakeTensorRT
+
+# A test knows which of the parts that may be None are there.
+benchmark: Callable[..., Any] = typed_benchmark
 
 
 @pytest.fixture(autouse=True)
@@ -97,12 +107,12 @@ def test_results(write_export: WriteExport, digits: Digits, monkeypatch: pytest.
 
     results = benchmark(export, QUICK, progress)
 
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
-    assert (results["run"], results["parent"], results["schema_version"]) == ("digits", manifest_hash(export), 1)
-    assert results["dataset"] == {"n": 797, "classes": 10}
-    assert results["config"]["latency_rounds"] == 6
-    assert set(results["device"]["load_average"]) == {"start", "end"}
-    assert list(results["models"]) == ["float.onnx", "onnxruntime.onnx", "tensorrt.onnx"]
+    assert from_json(Results, strict_json.parse(text(results))) == results
+    assert (results.run, results.parent, results.schema_version) == ("digits", manifest_hash(export), 1)
+    assert (results.dataset.n, results.dataset.classes) == (797, 10)
+    assert results.config.latency_rounds == 6
+    assert results.device.load_average.start is not None and results.crqat_version is not None
+    assert list(results.models) == ["float.onnx", "onnxruntime.onnx", "tensorrt.onnx"]
     assert ("latency", 6, 6) in steps
     # In turns, and each model comes first as often as the other.
     assert turns == ["float.onnx", "onnxruntime.onnx", "onnxruntime.onnx", "float.onnx"] * 3
@@ -111,41 +121,41 @@ def test_results(write_export: WriteExport, digits: Digits, monkeypatch: pytest.
     float_right = in_process(export / "float.onnx", digits).argmax(axis=1) == digits.labels
     # The float network without ONNX: the file, the preprocessing and the order of the images are right.
     assert (float_right == (digits.logits().argmax(axis=1) == digits.labels)).all()
-    for file, model in results["models"].items():
+    for file, model in results.models.items():
         logits = in_process(export / file, digits)
         right = logits.argmax(axis=1) == digits.labels
         rank = (logits > logits[np.arange(797), digits.labels][:, None]).sum(axis=1)
-        assert model["status"] == "measured"
-        assert (model["runtime"], model["provider"]) == ("onnxruntime", "CPUExecutionProvider")
-        assert model["size_bytes"] == (export / file).stat().st_size
-        assert model["accuracy"]["n"] == 797
-        assert model["accuracy"]["top1"] == right.sum() / 797
-        assert model["accuracy"]["top5"] == (rank < 5).sum() / 797
+        assert model.status == "measured"
+        assert (model.runtime, model.provider) == ("onnxruntime", "CPUExecutionProvider")
+        assert model.size_bytes == (export / file).stat().st_size
+        assert model.accuracy.n == 797
+        assert model.accuracy.top1 == right.sum() / 797
+        assert model.accuracy.top5 == (rank < 5).sum() / 797
         assert right.sum() > 600
         if file != "float.onnx":
             table = [int((float_right & right).sum()), int((float_right & ~right).sum())]
-            assert [model["versus_float"][key] for key in ("both_right", "only_float_right")] == table
+            assert [getattr(model.versus_float, key) for key in ("both_right", "only_float_right")] == table
             assert table[1] > 0
 
-    base, fast, tensorrt = (results["models"][file] for file in ("float.onnx", "onnxruntime.onnx", "tensorrt.onnx"))
-    assert base["versus_float"] is None
-    assert base["latency"]["status"] == "measured"
-    assert (fast["latency"]["rounds"], fast["latency"]["batch"], fast["latency"]["threads"]) == (6, 1, 1)
-    low, high = fast["versus_float"]["latency_ratio_interval"]
-    assert 0 < low <= fast["versus_float"]["latency_ratio"] <= high
-    assert fast["versus_float"]["latency_ratio_coverage"] == 0.96875
-    assert fast["versus_float"]["size_ratio"] == fast["size_bytes"] / base["size_bytes"]
-    assert (fast["verification"], fast["fusion"]) == (VERIFICATION, {"Conv": 0})
+    base, fast, tensorrt = (results.models[file] for file in ("float.onnx", "onnxruntime.onnx", "tensorrt.onnx"))
+    assert base.versus_float is None
+    assert base.latency.status == "measured"
+    assert (fast.latency.rounds, fast.latency.batch, fast.latency.threads) == (6, 1, 1)
+    low, high = fast.versus_float.latency_ratio_interval
+    assert 0 < low <= fast.versus_float.latency_ratio <= high
+    assert fast.versus_float.latency_ratio_coverage == 0.96875
+    assert fast.versus_float.size_ratio == fast.size_bytes / base.size_bytes
+    assert (to_json(fast.verification), to_json(fast.fusion)) == (VERIFICATION, FUSION)
     # The worker imports numpy and ONNX Runtime; this process has torch, sklearn and more.
-    assert 10e6 < fast["peak_memory_bytes"] < 500e6
-    assert tensorrt["latency"] == {"status": "not run: no CUDA device"}
-    assert tensorrt["versus_float"]["latency_ratio"] is None
-    assert tensorrt["peak_memory_bytes"] is None
-    assert tensorrt["fusion"] is None
-    assert tensorrt["engine"] == {
+    assert 10e6 < fast.peak_memory_bytes < 500e6
+    assert to_json(tensorrt.latency) == {"status": "not run: no CUDA device"}
+    assert tensorrt.versus_float.latency_ratio is None
+    assert tensorrt.peak_memory_bytes is None
+    assert tensorrt.fusion is None
+    assert to_json(tensorrt.engine) == {
         "status": "not run: tensorrt_rtx is not installed; pip install crqat-edge[tensorrt-cpu]"
     }
-    assert (base["engine"], fast["engine"], results["engines"]) == (None, None, {})
+    assert (base.engine, fast.engine, results.engines) == (None, None, {})
 
 
 @pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")
@@ -162,14 +172,14 @@ def test_the_engine_of_the_file_for_tensorrt(write_export: WriteExport, monkeypa
         QUICK,
         lambda task, done, total, note="": steps.append((task, done, note)),
     )
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
-    summary, report = results["models"]["tensorrt.onnx"]["engine"], results["engines"]["tensorrt.onnx"]
-    assert summary["status"] == "built"
+    assert from_json(Results, strict_json.parse(text(results))) == results
+    summary, report = results.models["tensorrt.onnx"].engine, results.engines["tensorrt.onnx"]
+    assert summary.status == "built"
     # The weights are per tensor and the network is two Gemms.
-    assert (summary["coverage"]["by_macs"], summary["coverage"]["macs"], summary["batch"]) == (1.0, 2368, [1, 1, 100])
-    assert [layer["type"] for layer in report["layers"] if layer["kind"] == "matmul"] == ["gemm", "gemm"]
-    assert results["models"]["float.onnx"]["engine"] is None
-    assert results["models"]["tensorrt.onnx"]["float_layers"] == {"macs": {}, "share": 0.0}
+    assert (summary.coverage.by_macs, summary.coverage.macs, summary.batch) == (1.0, 2368, (1, 1, 100))
+    assert [layer.type for layer in report.layers if layer.kind == "matmul"] == ["gemm", "gemm"]
+    assert results.models["float.onnx"].engine is None
+    assert results.models["tensorrt.onnx"].float_layers == FloatLayers({}, 0.0)
     assert steps[:2] == [("engine of tensorrt.onnx", 0, ""), ("engine of tensorrt.onnx", 1, "built")]
 
 
@@ -182,27 +192,27 @@ def test_a_builder_that_does_not_start_costs_the_engine_alone(
 
     monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt")
     monkeypatch.setattr(engine, "build", does_not_start)
-    model = benchmark(write_export(), QUICK, quiet)["models"]["tensorrt.onnx"]
-    assert model["engine"] == {"status": "not run: tensorrt does not start"}
-    assert model["status"] == "measured"
+    model = benchmark(write_export(), QUICK, quiet).models["tensorrt.onnx"]
+    assert to_json(model.engine) == {"status": "not run: tensorrt does not start"}
+    assert model.status == "measured"
 
 
 def test_tensorrt_latency_is_never_taken_from_another_runtime(
     write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(host, "CUDA_DEVICES", ("/dev/null",))
-    latency = benchmark(write_export(), QUICK, quiet)["models"]["tensorrt.onnx"]["latency"]
-    assert latency == {"status": "not run: no engine was built from this file"}
+    latency = benchmark(write_export(), QUICK, quiet).models["tensorrt.onnx"].latency
+    assert latency == NoLatency("not run: no engine was built from this file")
 
 
 # Puts the fake device into the model's process, which starts with it.
 SITE = """
 import sys
 from tests.runtime_eval.runners.fake_cuda import FakeCuda, FakeTensorRT
-from crqat.runtime_eval import device
+from crqat.runtime_eval.machine import host
 from crqat.runtime_eval.runners import tensorrt
 sys.modules["tensorrt"] = FakeTensorRT("tensorrt")
-device.CUDA_DEVICES = ("/dev/null",)
+host.CUDA_DEVICES = ("/dev/null",)
 tensorrt._Cuda = FakeCuda
 """
 
@@ -221,12 +231,14 @@ def write_plan(path: Path, precision: str, target: str) -> Path:
     return path
 
 
-def build_plan(model: Path, options: Any, macs: Any, path: Path | None) -> dict[str, Any]:
+def build_plan(model: Path, options: Any, macs: Any, path: Path | None) -> EngineReport:
     """Stands for TensorRT's builder, which needs a GPU."""
     target = model.stem
     if path is not None and target != "onnxruntime":
         write_plan(path, "int8" if target == "tensorrt" else "float32", target)
-    return engine.report_of(model, options, "tensorrt", **coverage.summarize([], macs))
+    found = engine.Found()
+    engine.describe_plan(found, [], macs)
+    return engine.report_of(model, options, "tensorrt", found)
 
 
 def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
@@ -234,7 +246,8 @@ def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
 ) -> None:
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(SITE)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "site"), str(Path(__file__).parents[2] / "src")]))
+    root = Path(__file__).parents[2]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (tmp_path / "site", root / "src", root))))
     images = np.random.default_rng(0).integers(0, 256, (50, 3, 2, 2)).astype(np.uint8)
     labels = images.sum(axis=(2, 3), dtype=np.int64).argmax(axis=1)
     labels[:5] = (labels[:5] + 1) % 3  # which the fake engine gets wrong
@@ -253,23 +266,23 @@ def test_engines_are_measured_in_tensorrt_the_builds_in_turns(
     monkeypatch.setattr(Worker, "latency", spy)
     results = benchmark(export, QUICK, quiet)
 
-    assert json.loads(json.dumps(results, allow_nan=False)) == results
+    assert from_json(Results, strict_json.parse(text(results))) == results
     of_tensorrt = [path.name for path in turns if path.name.startswith("tensorrt")]
     assert of_tensorrt == ["tensorrt.0.plan", "tensorrt.1.plan", "tensorrt.2.plan"] * 2
-    model = results["models"]["tensorrt.onnx"]
-    assert [model[key] for key in ("status", "runtime", "runtime_version", "provider")] == [
+    model = results.models["tensorrt.onnx"]
+    assert [model.status, model.runtime, model.runtime_version, model.provider] == [
         "measured",
         "tensorrt",
         "10.3.0",
         "compute capability 8.7",
     ]
-    assert model["accuracy"]["top1"] == model["accuracy_batch_1"]["top1"] == 0.9
-    assert model["latency"]["compute_p50_ms"] == pytest.approx(3.0)
-    assert model["latency"]["p50_ms"] < 3.0  # of the fake's real time
-    assert [len(build["round_p50_ms"]) for build in model["builds"]] == [2, 2, 2]
-    assert model["engine"]["status"] == "built"
-    assert model["versus_float"]["latency_ratio"] > 0
-    assert results["models"]["onnxruntime.onnx"]["status"].startswith("failed: onnxruntime.onnx in onnxruntime: ")
+    assert model.accuracy.top1 == model.accuracy_batch_1.top1 == 0.9
+    assert model.latency.compute_p50_ms == pytest.approx(3.0)
+    assert model.latency.p50_ms < 3.0  # of the fake's real time
+    assert [len(build.round_p50_ms) for build in model.builds] == [2, 2, 2]
+    assert model.engine.status == "built"
+    assert model.versus_float.latency_ratio > 0
+    assert results.models["onnxruntime.onnx"].status.startswith("failed: onnxruntime.onnx in onnxruntime: ")
 
 
 def test_a_plan_where_there_is_no_cuda_device_is_a_failure_with_that_reason(
@@ -280,15 +293,15 @@ def test_a_plan_where_there_is_no_cuda_device_is_a_failure_with_that_reason(
     monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt")
     monkeypatch.setattr(engine, "build", build_plan)
     results = benchmark(write_export(), QUICK, quiet)
-    assert results["models"]["tensorrt.onnx"]["status"] == "failed: tensorrt.0.plan in tensorrt: no CUDA device"
-    assert results["models"]["onnxruntime.onnx"]["status"] == "measured"
+    assert results.models["tensorrt.onnx"].status == "failed: tensorrt.0.plan in tensorrt: no CUDA device"
+    assert results.models["onnxruntime.onnx"].status == "measured"
 
 
 def test_a_jetson_that_throttles_makes_every_latency_unstable(
     write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = iter(range(1000))
-    board = {"model": "NVIDIA Jetson Orin NX", "power_mode": "MAXN_SUPER"}
+    board = Jetson("NVIDIA Jetson Orin NX", power_mode="MAXN_SUPER")
     quiet_state: dict[str, Any] = {
         "free_clocks": [],
         "temperatures_c": {},
@@ -300,24 +313,24 @@ def test_a_jetson_that_throttles_makes_every_latency_unstable(
     monkeypatch.setattr(
         jetson,
         "state",
-        lambda root: {
+        lambda root: jetson.State(
             **quiet_state,
-            "clocks_locked": True,
-            "total_power_mw": 5000.0,
-            "throttle_events": {"oc3": next(events)},
-        },
+            clocks_locked=True,
+            total_power_mw=5000.0,
+            throttle_events={"oc3": next(events)},
+        ),
     )
     results = benchmark(write_export(), QUICK, quiet)
     # Looked at before, after each of the six rounds, and at the end.
-    assert results["device"]["jetson"]["run"]["throttle_events"] == {"oc3": 7}
-    assert results["device"]["jetson"]["power_mode"] == "MAXN_SUPER"
+    assert results.device.jetson.run.throttle_events == {"oc3": 7}
+    assert results.device.jetson.power_mode == "MAXN_SUPER"
     for file in ("float.onnx", "onnxruntime.onnx"):
-        assert "throttled: oc3 rose by 7" in results["models"][file]["latency"]["unstable"]
+        assert "throttled: oc3 rose by 7" in results.models[file].latency.unstable
 
 
 def test_on_a_provider_of_tensorrts_the_other_file_is_timed() -> None:
     config = replace(QUICK, provider="TensorrtExecutionProvider")
-    models = [_Model({"file": f"{t}.onnx", "target": t}, Path(), 1) for t in ("float", "onnxruntime", "tensorrt")]
+    models = [_Model(ExportedModel(f"{t}.onnx", t), Path(), 1) for t in ("float", "onnxruntime", "tensorrt")]
     assert [_is_timed(model, config) for model in models] == [True, False, True]
     assert [_is_timed(model, QUICK) for model in models] == [True, True, False]
     assert _not_run(models[1]) == "not run: the file is for another execution provider"
@@ -334,17 +347,17 @@ def zombies() -> list[int]:
     return found
 
 
-def check_one_failure(results: dict[str, Any], file: str, *words: str) -> None:
+def check_one_failure(results: Any, file: str, *words: str) -> None:
     """`file` failed for the reason that the words tell, the other models are measured, and no worker is left."""
-    failed = results["models"][file]
-    assert failed["status"].startswith(f"failed: {file} in onnxruntime: ")
+    failed = results.models[file]
+    assert failed.status.startswith(f"failed: {file} in onnxruntime: ")
     for word in words:
-        assert word in failed["status"]
-    assert "\n" not in failed["status"]
-    assert (failed["accuracy"], failed["latency"], failed["versus_float"]) == (None, None, None)
-    for other in set(results["models"]) - {file}:
-        assert results["models"][other]["status"] == "measured"
-        assert results["models"][other]["accuracy"]["top1"] > 0.7
+        assert word in failed.status
+    assert "\n" not in failed.status
+    assert (failed.accuracy, failed.latency, failed.versus_float) == (None, None, None)
+    for other in set(results.models) - {file}:
+        assert results.models[other].status == "measured"
+        assert results.models[other].accuracy.top1 > 0.7
         assert worker_of(other) is None
     assert worker_of(file) is None
     assert zombies() == []
@@ -362,8 +375,8 @@ def test_an_aborted_worker_is_that_models_result(write_export: WriteExport, digi
 def test_without_the_float_model_the_others_have_nothing_to_be_compared_with(write_export: WriteExport) -> None:
     results = benchmark(write_export(), QUICK, send_once(signal.SIGKILL, "float.onnx", "latency"))
     check_one_failure(results, "float.onnx", "ended by SIGKILL")
-    assert results["models"]["onnxruntime.onnx"]["latency"]["status"] == "measured"
-    assert results["models"]["onnxruntime.onnx"]["versus_float"] is None
+    assert results.models["onnxruntime.onnx"].latency.status == "measured"
+    assert results.models["onnxruntime.onnx"].versus_float is None
 
 
 def test_a_hung_worker_is_killed_at_the_time_limit(write_export: WriteExport) -> None:
@@ -405,9 +418,9 @@ def test_logits_that_are_not_finite_are_told_with_their_image(write_export: Writ
 
 def test_a_provider_that_is_not_there_is_not_replaced(write_export: WriteExport) -> None:
     results = benchmark(write_export(), replace(QUICK, provider="CUDAExecutionProvider"), quiet)
-    for model in results["models"].values():
-        assert "this onnxruntime has no CUDAExecutionProvider" in model["status"]
-    assert results["dataset"]["classes"] is None
+    for model in results.models.values():
+        assert "this onnxruntime has no CUDAExecutionProvider" in model.status
+    assert results.dataset.classes is None
 
 
 @pytest.mark.parametrize("file", ["images.npy", "onnxruntime.onnx"])
@@ -423,8 +436,11 @@ def test_an_altered_file_is_refused_by_name(write_export: WriteExport, file: str
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: {"payload": {"models": None}}, "not an export"),
-        (lambda d: {"payload": {"models": [{"file": "float.onnx"}]}}, "not an export .*target"),
+        (lambda d: {"payload": {"models": None}}, "payload: damaged: models is not a list"),
+        (
+            lambda d: {"payload": {"models": [{"file": "float.onnx"}]}},
+            r"models\[0\].target is missing",
+        ),
         (
             lambda d: {"payload": {"labels": "../labels.npy"}},
             "names ../labels.npy as a model or data but not as a file",
@@ -454,15 +470,15 @@ def test_float16_is_not_measured_where_it_is_truncated(
     ]
     export = write_export(payload={"models": models})
     monkeypatch.setattr("crqat.runtime_eval.runners.onnxruntime.float16_is_rounded", lambda: False)
-    measured = benchmark(export, QUICK, quiet)["models"]
-    assert measured["float.onnx"]["status"] == "measured"
+    measured = benchmark(export, QUICK, quiet).models
+    assert measured["float.onnx"].status == "measured"
     model = measured["tensorrt.onnx"]
-    assert model["status"].startswith("not run: onnxruntime 1.")
-    assert (model["accuracy"], model["latency"], model["versus_float"]) == (None, None, None)
-    assert model["verification"] == VERIFICATION
+    assert model.status.startswith("not run: onnxruntime 1.")
+    assert (model.accuracy, model.latency, model.versus_float) == (None, None, None)
+    assert to_json(model.verification) == VERIFICATION
     monkeypatch.undo()
     assert float16_is_rounded()  # the one that the tests run with
-    assert benchmark(export, QUICK, quiet)["models"]["tensorrt.onnx"]["status"] == "measured"
+    assert benchmark(export, QUICK, quiet).models["tensorrt.onnx"].status == "measured"
 
 
 def test_openvino_that_is_not_installed_is_not_run(write_export: WriteExport, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,8 +487,8 @@ def test_openvino_that_is_not_installed_is_not_run(write_export: WriteExport, mo
         importlib.util, "find_spec", lambda name, *rest: None if name == "openvino" else find(name, *rest)
     )
     results = benchmark(write_export(), replace(QUICK, require=("openvino",)), quiet)
-    models = results["models"]
-    assert [file for file, model in models.items() if model["status"] == "not run: openvino is not installed"] == [
+    models = results.models
+    assert [file for file, model in models.items() if model.status == "not run: openvino is not installed"] == [
         "float.onnx@openvino",
         "onnxruntime.onnx@openvino",
     ]

@@ -23,6 +23,20 @@ class Range:
     le: float | None = None
     lt: float | None = None
 
+    def holds(self, value: float) -> bool:
+        """Whether a number is within the bounds."""
+        return (
+            (self.ge is None or value >= self.ge)
+            and (self.gt is None or value > self.gt)
+            and (self.le is None or value <= self.le)
+            and (self.lt is None or value < self.lt)
+        )
+
+    def __str__(self) -> str:
+        """The bounds in words."""
+        words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+        return " and ".join(f"{words[name]} {bound:g}" for name, bound in asdict(self).items() if bound is not None)
+
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
         """Add the bounds to the number's own schema; pydantic calls this."""
         return {**handler(source), **{name: bound for name, bound in asdict(self).items() if bound is not None}}

@@ -40,6 +40,12 @@ class Preprocessing:
     crop: int | None = None
     interpolation: str = "bilinear"
 
+    def __post_init__(self) -> None:
+        """Refuse a filter that Pillow does not have."""
+        if self.interpolation not in FILTERS:
+            msg = f"interpolation {self.interpolation!r} is none of {', '.join(FILTERS)}"
+            raise ValueError(msg)
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
         """What `dataclasses.asdict` made, as manifests and the metadata `crqat.preprocessing` of a model hold it.
@@ -52,9 +58,6 @@ class Preprocessing:
             raise TypeError(msg)
         size, crop = (None if data.get(key) is None else int(data[key]) for key in ("size", "crop"))
         interpolation = str(data.get("interpolation", "bilinear"))
-        if interpolation not in FILTERS:
-            msg = f"interpolation {interpolation!r} is none of {', '.join(FILTERS)}"
-            raise ValueError(msg)
         return cls(tuple(map(float, data["mean"])), tuple(map(float, data["std"])), size, crop, interpolation)
 
     @property

@@ -20,11 +20,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from crqat.core import strict_json
+from crqat.core import strict_json, typed_json
 from crqat.core.errors import ToolError, UsageError
 
+_Payload = TypeVar("_Payload")
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 # What the operating system says when a place cannot take the files; any other OSError of a stage's body is its own.
@@ -305,6 +306,23 @@ def verify_stage(directory: Path) -> Manifest:
             msg = f"{path}: altered or damaged (its SHA-256 is not the manifest's); run the stage again with --force"
             raise UsageError(msg)
     return manifest
+
+
+def payload_of(cls: type[_Payload], directory: Path, manifest: Manifest) -> _Payload:
+    """What a stage left to the next one.
+
+    Args:
+        cls: The dataclass of that stage's payload.
+        directory: The stage's, for the message.
+        manifest: Read there.
+
+    Raises:
+        UsageError: It holds something else, or was written by a crqat with another layout; the message names the key.
+    """
+    versions = manifest.environment.get("versions")
+    writer = versions.get("crqat-edge") if isinstance(versions, dict) else None
+    again = f"run the stage again with --force (crqat {command(manifest.stage)})"
+    return typed_json.checked(cls, manifest.payload, f"{directory / MANIFEST}: the payload", again, writer)
 
 
 def manifest_hash(directory: Path) -> str:

@@ -13,6 +13,7 @@ from crqat.core.errors import UsageError
 from crqat.core.grid import Grid, load_grids
 from crqat.core.progress import quiet
 from crqat.core.run_directory import Manifest, write_stage
+from crqat.core.typed_json import to_json
 from crqat.train.config import (
     ConsistencyConfig,
     DataConfig,
@@ -94,7 +95,7 @@ def imported(images: Tensor, preset: str, folder: Path) -> Path:
 def trained(configuration: TrainConfig, run: Path) -> Path:
     manifest = Manifest("train", "key", None, {}, {})
     with write_stage(run, manifest) as out:
-        manifest.payload = train(configuration, out, quiet)
+        manifest.payload = to_json(train(configuration, out, quiet))
     return run / "train"
 
 

@@ -23,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.grid import load_grids
 from crqat.core.progress import quiet
+from crqat.core.results.training import Candidate, TrainingPayload
+from crqat.core.typed_json import from_json, to_json
 from crqat.train import distributed
 from crqat.train.config import (
     ConsistencyConfig,
@@ -120,7 +122,7 @@ Run = tuple[dict[str, Any], Path]
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A whole training: float network, consistency with an EMA teacher."""
     out = tmp_path_factory.mktemp("run")
-    return train(recipe(), out, quiet), out
+    return to_json(train(recipe(), out, quiet)), out
 
 
 @pytest.fixture
@@ -150,9 +152,9 @@ def test_a_training_leaves_its_files_and_payload(finished: Run) -> None:
     ]  # fmt: skip
     assert set(payload) == {
         "device", "processes", "compiled", "float", "candidates", "best", "validation_images", "preprocessing",
-        "class_names", "input_shape", "quantizers", "preparation", "notes", "warnings", "seconds",
+        "class_names", "input_shape", "quantizers", "preparation", "notes", "warnings", "seconds", "schema_version",
     }  # fmt: skip
-    assert json.loads(json.dumps(payload)).keys() == payload.keys()
+    assert to_json(from_json(TrainingPayload, json.loads(json.dumps(payload)))) == payload
     assert payload["device"] == "cpu" and payload["compiled"] == "no: the recipe says never"
     assert payload["validation_images"] == 100 and payload["input_shape"] == [1, 8, 8]
     assert payload["float"]["validation_accuracy"] > 0.8
@@ -197,7 +199,7 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(finished: Ru
     torch.rand(7)
     again = train(recipe(), tmp_path / "again", quiet)
     assert digests(tmp_path / "again") == digests(finished[1])
-    assert {**again, "seconds": 0} == {**finished[0], "seconds": 0}
+    assert {**to_json(again), "seconds": 0} == {**finished[0], "seconds": 0}
     train(recipe(seed=1), tmp_path / "other", quiet)
     first, other = digests(finished[1]), digests(tmp_path / "other")
     assert all(other[name] != first[name] for name in first if name != "layout.json")
@@ -205,11 +207,11 @@ def test_the_same_seed_gives_the_same_bits_and_another_one_does_not(finished: Ru
 
 def test_no_epochs_of_qat_are_post_training_quantization(tuned: Callable[..., TrainConfig], tmp_path: Path) -> None:
     payload = train(tuned(qat=QATConfig(epochs=0)), tmp_path, quiet)
-    assert payload["candidates"].keys() == {"student"} and payload["best"] == "student"
+    assert payload.candidates.keys() == {"student"} and payload.best == "student"
     assert not (tmp_path / "teacher.safetensors").exists()
     assert history(tmp_path) == []  # the float network was loaded, nothing was trained
     # 8 bits cost this network at most two of the 100 validation images.
-    student, original = payload["candidates"]["student"]["validation_accuracy"], payload["float"]["validation_accuracy"]
+    student, original = payload.candidates["student"].validation_accuracy, payload.float_network.validation_accuracy
     assert student >= original - 0.02
     weights = [safetensors.torch.load_file(tmp_path / f"{name}.safetensors") for name in ("float", "student")]
     assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
@@ -220,7 +222,7 @@ def test_without_ema_no_teacher_is_a_candidate(
     tuned: Callable[..., TrainConfig], tmp_path: Path, teacher: Any, ramp: float
 ) -> None:
     payload = train(tuned(consistency=ConsistencyConfig(teacher)), tmp_path, quiet)
-    assert payload["candidates"].keys() == {"calibrated", "student"}
+    assert payload.candidates.keys() == {"calibrated", "student"}
     assert not (tmp_path / "teacher.safetensors").exists()
     assert [row["lambda"] for row in history(tmp_path)[1:]] == [ramp, ramp]
     assert all("validation_teacher" not in row for row in history(tmp_path))
@@ -425,13 +427,13 @@ def test_the_best_candidate_on_the_validation_part_is_called_best(
     answers = iter([0.9, calibrated, 0.1, 0.2, student, teacher])
     monkeypatch.setattr(trainer, "accuracy", lambda *_: next(answers))
     payload = train(tuned(qat=QATConfig(1, BATCH, 0.002)), tmp_path, quiet)
-    assert payload["best"] == best
-    assert payload["candidates"] == {
-        "calibrated": {"validation_accuracy": calibrated},
-        "student": {"validation_accuracy": student},
-        "teacher": {"validation_accuracy": teacher},
+    assert payload.best == best
+    assert payload.candidates == {
+        "calibrated": Candidate(calibrated),
+        "student": Candidate(student),
+        "teacher": Candidate(teacher),
     }
-    assert payload["warnings"] == ([WORSE] if best == "calibrated" else [])
+    assert payload.warnings == ([WORSE] if best == "calibrated" else [])
 
 
 WORSE = (
@@ -447,8 +449,8 @@ def test_a_training_that_wrecks_the_network_leaves_the_calibrated_one_as_it_was(
     (tmp_path / "wrecked").mkdir()
     (tmp_path / "calibrated").mkdir()
     payload = train(tuned(qat=QATConfig(1, BATCH, 1.0)), tmp_path / "wrecked", quiet)
-    assert payload["best"] == "calibrated" and payload["warnings"]
-    assert payload["candidates"]["student"]["validation_accuracy"] < 0.5
+    assert payload.best == "calibrated" and payload.warnings
+    assert payload.candidates["student"].validation_accuracy < 0.5
     train(tuned(qat=QATConfig(epochs=0)), tmp_path / "calibrated", quiet)
     delivered, alone = digests(tmp_path / "wrecked"), digests(tmp_path / "calibrated")
     for file in ("safetensors", "grids.json"):
@@ -511,7 +513,7 @@ def test_without_a_compiler_training_says_so(
 ) -> None:
     monkeypatch.setenv("CXX", "/nowhere/g++")
     payload = train(tuned(compile="auto", qat=QATConfig(0)), tmp_path, quiet)
-    assert payload["compiled"] == "no: no compiler"
+    assert payload.compiled == "no: no compiler"
 
 
 def test_a_rebuilt_network_gives_the_same_bits(
@@ -787,7 +789,7 @@ def test_bfloat16_trains_and_delivers_float32(
         quantization=QuantizationConfig(weight_method=method, activation_method=method, calibration_images=256),
     )
     payload = train(config, tmp_path, quiet)
-    assert min(entry["validation_accuracy"] for entry in payload["candidates"].values()) > 0.8
+    assert min(entry.validation_accuracy for entry in payload.candidates.values()) > 0.8
     assert {dtype for _, _, dtype in types} == {torch.float32}
     assert torch.bfloat16 in {dtype for _, dtype, _ in types}
     for name in ("float", "student", "teacher"):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from crqat.core.run_directory import MANIFEST, read_manifest, write_stage
+from crqat.core.results.training import TrainingPayload
+from crqat.core.run_directory import MANIFEST, payload_of, read_manifest, write_stage
 from crqat.export.analysis.layer_accuracy import accuracy_of_each_layer
 from crqat.train.config import TrainConfig
 from crqat.train.load_trained import rebuild
@@ -38,9 +39,9 @@ def spoiled(trained: Trained, tmp_path: Path) -> tuple[Path, TrainConfig]:
 def test_the_layer_that_costs_the_accuracy_comes_first(spoiled: tuple[Path, TrainConfig]) -> None:
     seen: list[str] = []
     rows = accuracy_of_each_layer(*spoiled, "student", lambda *args: seen.append(args[3]))
-    accuracies = {row["layer"]: row["accuracy"] for row in rows}
-    assert [row["layer"] for row in rows[:3]] == ["none", "all", "conv1"]
-    assert rows[2]["bits"] == "7/8"
+    accuracies = {row.layer: row.accuracy for row in rows}
+    assert [row.layer for row in rows[:3]] == ["none", "all", "conv1"]
+    assert rows[2].bits == "7/8"
     assert accuracies["none"] > 0.8
     assert accuracies["conv1"] < accuracies["none"] - 0.1
     assert accuracies["all"] < accuracies["none"] - 0.1
@@ -51,7 +52,7 @@ def test_the_layer_that_costs_the_accuracy_comes_first(spoiled: tuple[Path, Trai
 
 def test_only_the_active_quantizers_round(trained: Trained) -> None:
     directory, config = trained()
-    model = rebuild(directory, config, read_manifest(directory).payload, "student")
+    model = rebuild(directory, config, payload_of(TrainingPayload, directory, read_manifest(directory)), "student")
     specs = model.specs
     weight = next(spec for spec in specs if spec.edge == SPOILED)
     other = next(spec for spec in specs if spec.kind == "weight" and spec is not weight)

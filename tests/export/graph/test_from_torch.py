@@ -14,11 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from crqat.core.errors import UsageError
+from crqat.core.results.benchmark import FloatLayers
 from crqat.export.graph.from_torch import marked_graph
 from crqat.export.graph.onnx_graph import macs, split_macs
 from crqat.export.qdq.lint import left_in_float, lint
 from crqat.export.qdq.write import float_model
-from crqat.export.verification.links import verify
+from crqat.export.verification.checks import verify
 from crqat.train.config import QuantizationConfig
 from crqat.train.graph.operations import trace
 from crqat.train.models import build as models
@@ -224,11 +225,11 @@ def test_a_layer_that_is_kept_in_float_is_named_priced_and_verified(pattern: str
     assert macs(made.graph) == amounts
     asked, kept = split_macs(made.graph)
     assert asked == {name: amount for name, amount in amounts.items() if name != pattern}
-    assert kept == {"macs": {pattern: amounts[pattern]}, "share": amounts[pattern] / sum(amounts.values())}
+    assert kept == FloatLayers({pattern: amounts[pattern]}, amounts[pattern] / sum(amounts.values()))
     files = made.files()
     for target, file in files.items():
         assert lint(file.model, target) == []
         assert left_in_float(file.model) == {pattern: "input and weight"}
     for entry in verify(made.model, made.grids, files, images.numpy()).values():
-        assert entry["status"] == "passed"
-        assert entry["codes"] > 0
+        assert entry.status == "passed"
+        assert entry.codes > 0

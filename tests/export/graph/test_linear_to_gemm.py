@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from crqat.export.graph.onnx_graph import macs
 from crqat.export.qdq.write import float_model
-from crqat.export.verification.links import fusion, verify
+from crqat.export.verification.checks import verify
+from crqat.export.verification.fusion import fusion
 from crqat.train.untrained import awake
 from tests.export.conftest import Quantized, edited_file, initializer, nodes, quantize, random_images, session
 
@@ -75,16 +76,16 @@ def test_no_code_differs_and_what_stays_float_has_a_reason(encoder: Quantized) -
     files = encoder.files()
     grids = encoder.grids
     result = verify(encoder.model, grids, files, encoder.images)
-    assert {target: entry["status"] for target, entry in result.items()} == {
+    assert {target: entry.status for target, entry in result.items()} == {
         "onnxruntime": "passed",
         "tensorrt": "passed",
     }
-    assert result["onnxruntime"]["differing_codes"] == 0 and result["onnxruntime"]["codes"] > 5000
+    assert result["onnxruntime"].differing_codes == 0 and result["onnxruntime"].codes > 5000
     fused = fusion(files["onnxruntime"].model)
-    assert fused["operations"]["QGemm"] == 5 and fused["operations"]["MatMulIntegerToFloat"] == 1
-    multiplying = [entry for entry in fused["float"] if entry["operation"] in ("Conv", "Gemm", "MatMul")]
-    assert [entry["reason"].rpartition("(")[2] for entry in multiplying] == ["Softmax)"]
-    assert not any(entry["reason"] == "ONNX Runtime did not fuse it" for entry in fused["float"])
+    assert fused.operations["QGemm"] == 5 and fused.operations["MatMulIntegerToFloat"] == 1
+    multiplying = [entry for entry in fused.in_float if entry.operation in ("Conv", "Gemm", "MatMul")]
+    assert [entry.reason.rpartition("(")[2] for entry in multiplying] == ["Softmax)"]
+    assert not any(entry.reason == "ONNX Runtime did not fuse it" for entry in fused.in_float)
 
 
 def test_a_damaged_constant_of_the_float_parts_is_found(encoder: Quantized) -> None:
@@ -94,4 +95,4 @@ def test_a_damaged_constant_of_the_float_parts_is_found(encoder: Quantized) -> N
     assert (initializer(files["tensorrt"].model, gammas[1]) == 1).all()
     files["tensorrt"] = edited_file(files["tensorrt"], gammas[1], damaged)
     result = verify(encoder.model, encoder.grids, files, encoder.images)
-    assert result["tensorrt"]["status"].startswith("failed: ")
+    assert result["tensorrt"].status.startswith("failed: ")

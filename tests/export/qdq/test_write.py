@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from crqat.export.qdq.lower import clip_bound
 from crqat.export.qdq.write import QDQModel, float_model, qdq_model
 from crqat.export.simulator.run import simulate
-from crqat.export.verification.links import fusion, optimized_operations, verify
+from crqat.export.verification.checks import verify
+from crqat.export.verification.fusion import fusion, optimized_operations
 from crqat.train.config import QuantizationConfig, Target
 from crqat.train.models import build as models
 from tests.export.conftest import Quantized, initializer, nodes, quantize, random_images, sane_bn, session
@@ -156,10 +157,10 @@ def test_lowering_claims_are_those_of_the_manifest(digits: Digits, bits: int) ->
     for file in digits(bits).files().values():
         claims = file.claims()
         assert claims.keys() == digits(bits).grids.keys()
-        assert {claim["claim"] for claim in claims.values()} == {"exact"}
+        assert {claim.claim for claim in claims.values()} == {"exact"}
         for edge, weight in file.weights.items():
-            assert claims[edge]["bias_error"] == weight.bias_error >= 0
-        assert not any("note" in claim for claim in claims.values())
+            assert claims[edge].bias_error == weight.bias_error >= 0
+        assert not any(claim.note for claim in claims.values())
 
 
 def test_a_scale_that_float16_does_not_hold_is_lossy(digits: Digits) -> None:
@@ -171,10 +172,10 @@ def test_a_scale_that_float16_does_not_hold_is_lossy(digits: Digits) -> None:
         off[edge] = replace(off[edge], scale=np.nextafter(off[edge].scale, np.float32(9)) * np.float32(1.0001))
     other = replace(quantized, grids=off)
     claims = other.file("tensorrt", "float16").claims()
-    lossy = {edge: claim["note"] for edge, claim in claims.items() if claim["claim"] == "lossy"}
+    lossy = {edge: claim.note for edge, claim in claims.items() if claim.claim == "lossy"}
     assert lossy == dict.fromkeys(changed, "float16 does not hold its scale")
     for precise in (other.file("tensorrt", "float32"), other.file("onnxruntime")):
-        assert {claim["claim"] for claim in precise.claims().values()} == {"exact"}
+        assert {claim.claim for claim in precise.claims().values()} == {"exact"}
 
 
 @pytest.mark.parametrize(
@@ -193,14 +194,14 @@ def test_networks_fuse_completely(name: str, bits: int, fused: tuple[int, ...]) 
     quantized = quantize(sane_bn(models.build(name, 10, 3), images), images, bits)
     files = quantized.files()
     found = fusion(files["onnxruntime"].model)
-    operations = found["operations"]
+    operations = found.operations
     assert tuple(operations[op] for op in ("QLinearConv", "QLinearAdd", "QGemm")) == fused
-    assert (found["complete"], found["float"]) == (True, [])
+    assert (found.complete, found.in_float) == (True, [])
     assert not {"Conv", "FusedConv", "Add", "Gemm", "Relu"} & operations.keys()
     assert (operations["QuantizeLinear"], operations.get("DequantizeLinear", 0)) == (1, 0)
     assert differing(files["onnxruntime"], quantized.images) == 0
     proof = verify(quantized.model, quantized.grids, files, quantized.images)
-    assert {name: entry["status"] for name, entry in proof.items()} == dict.fromkeys(files, "passed")
+    assert {name: entry.status for name, entry in proof.items()} == dict.fromkeys(files, "passed")
     if name.endswith("mobilenet_v2"):
         # ReLU6 is the integer Clip's upper bound, and the float one is gone; TensorRT keeps it.
         kinds = {
@@ -259,8 +260,8 @@ def test_pads_of_zeros_and_of_values_run_on_codes(mode: str) -> None:
     quantized = quantize(network, random_images(4, 3, 8, 8))
     files = quantized.files()
     proof = verify(quantized.model, quantized.grids, files, quantized.images)
-    assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
-    assert fusion(files["onnxruntime"].model)["operations"]["QLinearConv"] == 2
+    assert {target: entry.status for target, entry in proof.items()} == dict.fromkeys(files, "passed")
+    assert fusion(files["onnxruntime"].model).operations["QLinearConv"] == 2
 
 
 def test_a_pad_of_other_values_is_kept() -> None:
@@ -271,7 +272,7 @@ def test_a_pad_of_other_values_is_kept() -> None:
         (pad,) = nodes(file.model, "Pad")
         assert float(initializer(file.model, pad.input[2])) == 1.0
     proof = verify(quantized.model, quantized.grids, quantized.files(), quantized.images)
-    assert {entry["status"] for entry in proof.values()} == {"passed"}
+    assert {entry.status for entry in proof.values()} == {"passed"}
 
 
 @pytest.mark.parametrize(
@@ -292,7 +293,7 @@ def test_what_stands_between_convolutions(between: Callable[[Tensor], Tensor], t
         target: quantized.file(target, "float16" if target == "tensorrt" else "float32") for target in targets
     }
     proof = verify(quantized.model, quantized.grids, files, quantized.images)
-    assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
+    assert {target: entry.status for target, entry in proof.items()} == dict.fromkeys(files, "passed")
 
 
 def test_a_squeezed_tensor_is_a_quantized_one() -> None:
@@ -304,8 +305,8 @@ def test_a_squeezed_tensor_is_a_quantized_one() -> None:
     quantized = quantize(Squeezed(nn.Identity()), random_images(8, 3, 8, 8))
     files = quantized.files()
     proof = verify(quantized.model, quantized.grids, files, quantized.images)
-    assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
-    assert fusion(files["onnxruntime"].model)["complete"]
+    assert {target: entry.status for target, entry in proof.items()} == dict.fromkeys(files, "passed")
+    assert fusion(files["onnxruntime"].model).complete
 
 
 def test_a_linear_layer_without_a_bias_is_an_integer_gemm() -> None:
@@ -314,8 +315,8 @@ def test_a_linear_layer_without_a_bias_is_an_integer_gemm() -> None:
     quantized = quantize(network, random_images(4, 3, 8, 8))
     files = quantized.files()
     proof = verify(quantized.model, quantized.grids, files, quantized.images)
-    assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(files, "passed")
-    assert fusion(files["onnxruntime"].model)["operations"]["QGemm"] == 1
+    assert {target: entry.status for target, entry in proof.items()} == dict.fromkeys(files, "passed")
+    assert fusion(files["onnxruntime"].model).operations["QGemm"] == 1
 
 
 def test_full_width_weights_behind_a_signed_input_are_reduced_not_saturated(digits: Digits) -> None:
@@ -324,7 +325,7 @@ def test_full_width_weights_behind_a_signed_input_are_reduced_not_saturated(digi
     network = models.build("cifar/resnet20", 10, 1)
     quantized = quantize(sane_bn(network, images), images, targets=("tensorrt",))
     file = quantized.file("onnxruntime")
-    lossy = {edge for edge, claim in file.claims().items() if claim["claim"] == "lossy"}
+    lossy = {edge for edge, claim in file.claims().items() if claim.claim == "lossy"}
     assert lossy == {s.edge for s in quantized.specs if s.kind == "weight" and s.operation == "conv1"}
     assert np.abs(file.weights[lossy.pop()].codes.astype(int)).max() == 64
 
@@ -403,9 +404,9 @@ def test_every_way_to_the_classifier_is_fused_and_exact(step: Callable[[Tensor],
     quantized = quantize(Head(step, features), random_images(8, 3, 8, 8))
     file = quantized.file("onnxruntime")
     proof = verify(quantized.model, quantized.grids, {"onnxruntime": file}, quantized.images)
-    assert proof["onnxruntime"]["status"] == "passed"
-    assert proof["onnxruntime"]["differing_codes"] == 0 < proof["onnxruntime"]["codes"]
-    assert fusion(file.model)["float"] == []
+    assert proof["onnxruntime"].status == "passed"
+    assert proof["onnxruntime"].differing_codes == 0 < proof["onnxruntime"].codes
+    assert fusion(file.model).in_float == []
 
 
 @pytest.mark.parametrize("bits", [8, 4])

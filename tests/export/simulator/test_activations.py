@@ -12,11 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crqat.core.typed_json import to_json
 from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator import float_ops
 from crqat.export.simulator import run as simulate
 from crqat.export.simulator.values import Pooled
-from crqat.export.verification.links import fusion, verify
+from crqat.export.verification.checks import verify
+from crqat.export.verification.fusion import fusion
 from crqat.train.config import QuantizationConfig, Target
 from tests.export.conftest import BOTH, Quantized, edited_file, initializer, quantize, random_images
 
@@ -119,11 +121,11 @@ class EndsIn(Net):
 
 
 def proven(network: nn.Module, targets: tuple[Target, ...]) -> tuple[Quantized, dict[str, Any], dict[str, Any]]:
-    """A quantized network, its proof and what ONNX Runtime fuses."""
+    """A quantized network, its verification and what ONNX Runtime fuses."""
     quantized = quantize(network, random_images(8, 3, 16, 16), targets=targets)
     files: dict[str, QDQModel] = {target: quantized.file(target) for target in targets}
     proof = verify(quantized.model, quantized.grids, files, quantized.images)
-    return quantized, proof, fusion(files["onnxruntime"].model)
+    return quantized, to_json(proof), to_json(fusion(files["onnxruntime"].model))
 
 
 FUSED: dict[str, Callable[[], nn.Module]] = {
@@ -224,10 +226,10 @@ def test_a_scale_behind_the_last_quantizer_is_found() -> None:
     for target, file in files.items():
         scale = initializer(file.model, f"{edge}.scale")
         wrong = edited_file(file, f"{edge}.scale", (scale * 1.01).astype(scale.dtype))
-        proof = verify(quantized.model, quantized.grids, {target: wrong}, quantized.images)
-        link = proof[target]["links"]["torch"]
-        assert proof[target]["status"].startswith("failed: torch: ") and link["differing_logits"] > 0
-        assert target == "tensorrt" or proof[target]["links"]["runtime"]["differing_logits"] > 0
+        found = to_json(verify(quantized.model, quantized.grids, {target: wrong}, quantized.images))[target]
+        checks = found["links"]
+        assert found["status"].startswith("failed: torch: ") and checks["torch"]["differing_logits"] > 0
+        assert target == "tensorrt" or checks["runtime"]["differing_logits"] > 0
 
 
 def test_a_bound_that_nothing_can_break_is_no_proof() -> None:
@@ -282,4 +284,4 @@ def test_logits_behind_a_pool_have_a_bound_that_can_be_broken(monkeypatch: pytes
 
     monkeypatch.setitem(simulate._OPERATIONS, "GlobalAveragePool", larger)
     broken = verify(quantized.model, quantized.grids, {"onnxruntime": file}, quantized.images)
-    assert "runtime: " in broken["onnxruntime"]["status"]
+    assert "runtime: " in broken["onnxruntime"].status

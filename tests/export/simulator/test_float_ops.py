@@ -11,12 +11,13 @@ import onnx
 import pytest
 
 from crqat.core.grid import Grid
+from crqat.core.results.verification import Check
 from crqat.export.qdq.lower import lower_activation
 from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.float_ops import FLOAT_OPERATIONS
 from crqat.export.simulator.run import simulate
 from crqat.export.simulator.values import Simulation
-from crqat.export.verification.links import _runtime_link
+from crqat.export.verification.checks import _against_runtime
 from tests.export.conftest import edited, initializer, session
 from tests.export.simulator.one_operation import Array, Node, dequantize, grid, model_of, quantize, random_tensor
 
@@ -142,10 +143,10 @@ def file_of(model: onnx.ModelProto) -> tuple[QDQModel, dict[str, Grid]]:
     return QDQModel(model, activations, {}, {name: [name] for name in BOTH}), grids
 
 
-def violations(model: onnx.ModelProto, trained: onnx.ModelProto, images: Array) -> dict[str, Any]:
-    """The link to the runtime of a file that should have another one's scales."""
+def violations(model: onnx.ModelProto, trained: onnx.ModelProto, images: Array) -> Check:
+    """The check to the runtime of a file that should have another one's scales."""
     file, grids = file_of(trained)
-    return _runtime_link(replace(file, model=model), grids, simulate(model, images), images)
+    return _against_runtime(replace(file, model=model), grids, simulate(model, images), images)
 
 
 def with_scales(model: onnx.ModelProto, change: str, tensor: str) -> onnx.ModelProto:
@@ -187,8 +188,8 @@ def test_every_operation_of_the_table_has_a_case() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_runtime_lies_within_the_bound_which_is_narrow(name: str) -> None:
     model, images = build(name)
-    link = violations(model, model, images)
-    assert (link["violations"], link["differing_logits"]) == (0, 0)
+    check = violations(model, model, images)
+    assert (check.violations, check.differing_logits) == (0, 0)
     simulation = simulate(model, images)
     if simulation.logits_bound is None:
         return
@@ -205,10 +206,10 @@ def test_a_scale_that_is_wrong_by_little_is_found(name: str, change: str) -> Non
     model, images = build(name)
     for tensor in BOTH if change == "swap" else [tensor for tensor in BOTH if tensor in CASES[name].inputs]:
         # By the codes of these tensors, whatever the operation does to the values.
-        assert violations(with_scales(model, change, tensor), model, images)["violations"] > 0
+        assert violations(with_scales(model, change, tensor), model, images).violations > 0
         # By the result alone, where it depends on that at all.
         if change not in CASES[name].blind:
-            assert violations(dequantized_with(model, change, tensor), model, images)["differing_logits"] > 0
+            assert violations(dequantized_with(model, change, tensor), model, images).differing_logits
 
 
 TRANSFORMERS: dict[str, tuple[Node, dict[str, Any]]] = {

@@ -11,6 +11,7 @@ import onnx
 import torch
 from torch import nn
 
+from crqat.core.typed_json import to_json
 from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.run import simulate
 from crqat.export.verification.expected_codes import IMAGES, expected_codes
@@ -35,7 +36,7 @@ def test_every_code_of_a_trained_network_is_expected_and_computed(digits: Digits
         simulation = simulate(file.model, digits(bits).images[:IMAGES])
         names = [name for names in file.codes.values() for name in names]
         count = sum(simulation.codes[name].size for name in names)
-        assert result == {
+        assert to_json(result) == {
             "status": "passed",
             "images": IMAGES,
             "tensors": len(names),
@@ -53,8 +54,8 @@ def test_another_file_than_the_proven_one_is_noticed(digits: Digits, tmp_path: P
     changed = edited_file(file, weight, np.zeros_like(initializer(file.model, weight)))
     onnx.save(changed.model, model)
     result = check_codes(model, expected, threads=1)
-    assert 0 < result["differing"] < result["codes"]
-    assert result["status"].startswith(f"failed: {result['differing']} of {result['codes']} codes differ, first in ")
+    assert 0 < result.differing < result.codes
+    assert result.status.startswith(f"failed: {result.differing} of {result.codes} codes differ, first in ")
 
 
 def test_codes_behind_float_operations_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -68,11 +69,11 @@ def test_codes_behind_float_operations_are_left_out_and_counted(tmp_path: Path) 
     inexact = simulate(file.model, quantized.images).inexact
     result = check_codes(*written(file, quantized, tmp_path), threads=1)
     total = sum(len(names) for names in file.codes.values())
-    assert (result["status"], result["differing"]) == ("passed", 0)
-    assert result["tensors"] + result["left_out"] == total
+    assert (result.status, result.differing) == ("passed", 0)
+    assert result.tensors + result.left_out == total
     # The codes behind the inexact ones are computed from them: they are left out too.
-    assert result["left_out"] > len(inexact) > 0
-    assert result["tensors"] > 0
+    assert result.left_out > len(inexact) > 0
+    assert result.tensors > 0
 
 
 def test_nothing_is_written_where_nothing_is_known(digits: Digits, tmp_path: Path) -> None:

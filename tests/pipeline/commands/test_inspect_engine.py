@@ -12,10 +12,15 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from crqat.core import typed_json
 from crqat.core.errors import CrqatError, ToolError, UsageError
+from crqat.core.results.engine import BuildError, Engines
+from crqat.core.results.export import ExportedModel, ExportPayload
 from crqat.core.run_directory import Manifest, write_stage
 from crqat.pipeline.cli import crqat
+from crqat.runtime_eval.trt import engine
 from crqat.runtime_eval.trt import versions as tensorrt_api
+from crqat.runtime_eval.trt.engine import EngineOptions, Found
 
 rtx = pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")
 
@@ -98,9 +103,11 @@ def test_an_engine_as_a_person_reads_it(here: Path, capsys: pytest.CaptureFixtur
 @rtx
 def test_macs_come_from_the_manifest_beside_the_file(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     manifest = Manifest("export", "key", None, {}, {})
-    manifest.payload = {
-        "models": [{"file": "float.onnx"}, {"file": "tensorrt.onnx", "macs": {"first": 3, "second": 1}}]
-    }
+    models = [
+        ExportedModel("float.onnx", "float"),
+        ExportedModel("tensorrt.onnx", "tensorrt", macs={"first": 3, "second": 1}),
+    ]
+    manifest.payload = typed_json.to_json(ExportPayload("run", "images.npy", "labels.npy", models))
     with write_stage(here / "run", manifest) as out:
         onnx.save(network(), out / "tensorrt.onnx")
     inspect("run/export/tensorrt.onnx")
@@ -145,10 +152,10 @@ def test_the_json_of_an_inspector(here: Path, capsys: pytest.CaptureFixture[str]
         ("missing.onnx", None, "no such file"),
         ("text.onnx", "not a model", "not an ONNX file"),
         ("a.json", "{", "not an .onnx file, an engine report or an inspector's JSON"),
-        ("a.json", "[1]", "not an .onnx file"),
+        ("a.json", "[1]", "damaged: the file is not an object; give an .onnx file"),
         ("a.json", '{"Layers": 3}', "not an .onnx file"),
-        ("a.json", '{"model": "x", "schema_version": 1}', "not an .onnx file"),
-        ("a.json", '{"model": "x", "schema_version": 9}', "schema_version"),
+        ("a.json", '{"model": "x", "schema_version": 1}', "damaged: model_sha256 is missing; give an .onnx file"),
+        ("a.json", '{"model": "x", "schema_version": 9}', "newer crqat with schema version 9"),
     ],
 )
 def test_what_is_no_engine(here: Path, name: str, content: str | None, words: str) -> None:
@@ -160,9 +167,9 @@ def test_what_is_no_engine(here: Path, name: str, content: str | None, words: st
 
 
 def test_an_engine_that_was_not_built_is_no_success(here: Path) -> None:
-    report = {"model": "a.onnx", "schema_version": 1, "status": "failed: parse: a rule", "coverage": None}
-    report |= {"counts": None, "layers": [], "builder": {"name": "tensorrt_rtx", "version": "1"}}
-    Path("engine.json").write_text(json.dumps({"schema_version": 1, "engines": {"tensorrt.onnx": report}}))
+    failure = BuildError("parse", rule="a rule")
+    report = engine.report_of(here / "network.onnx", EngineOptions(), "tensorrt_rtx", Found(failure=failure))
+    Path("engine.json").write_text(typed_json.text(Engines({"tensorrt.onnx": report})))
     with pytest.raises(UsageError, match=r"1 of 1 engines were not built, first tensorrt.onnx: failed: parse: a rule"):
         inspect("engine.json")
     Path("engine.json").write_text('{"schema_version": 1, "engines": {}}')

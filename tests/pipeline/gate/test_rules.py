@@ -15,13 +15,24 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from crqat.core.errors import UsageError
-from crqat.pipeline.gate import latency_regression
-from crqat.pipeline.gate.rules import GateConfig, KnownAccuracy, Status, Verdict, exit_code, judge, junit
-from crqat.pipeline.report.read_results import read_results
+from crqat.core.results.benchmark import Results, read_results
+from crqat.core.results.verdict import Status, Verdict
+from crqat.core.typed_json import from_json, to_json
+from crqat.pipeline.gate import latency_regression, rules
+from crqat.pipeline.gate.junit import junit
+from crqat.pipeline.gate.rules import GateConfig, KnownAccuracy, exit_code
 from crqat.runtime_eval.measure.accuracy import tango
 
 ALL_RULES = GateConfig(max_accuracy_drop=1.0, min_agreement=0.95, max_latency_ratio=0.8, max_size_ratio=0.5)
 FILE = "onnxruntime.onnx"
+
+
+LATENCY = {"status": "measured", "p50_ms": 1.0, "rounds": 10, "round_p50_ms": [1.0] * 10, "unstable": False}
+
+
+def judge(data: dict[str, Any], config: GateConfig, known: KnownAccuracy | None = None) -> list[Verdict]:
+    """The verdicts on results as JSON has them."""
+    return rules.judge(from_json(Results, data), config, known)
 
 
 def model(**versus: Any) -> dict[str, Any]:
@@ -29,8 +40,8 @@ def model(**versus: Any) -> dict[str, Any]:
     return {
         "target": "onnxruntime",
         "status": "measured",
-        "accuracy": {"n": 797, "top1": 0.95},
-        "latency": {"status": "measured", "rounds": 10, "unstable": False},
+        "accuracy": {"n": 797, "top1": 0.95, "top1_interval": [0.93, 0.96]},
+        "latency": LATENCY,
         "versus_float": {
             "drop_points": 0.25,
             "drop_interval_points": [-0.3, 0.8],
@@ -49,13 +60,19 @@ def results(quantized: dict[str, Any], **base: Any) -> dict[str, Any]:
     base_model = {
         "target": "float",
         "status": "measured",
-        "accuracy": {"n": 797, "top1": 0.96},
-        "latency": {"status": "measured", "rounds": 10, "unstable": False},
+        "accuracy": {"n": 797, "top1": 0.96, "top1_interval": [0.94, 0.97]},
+        "latency": LATENCY,
         "versus_float": None,
         "verification": None,
         **base,
     }
-    return {"schema_version": 1, "run": "digits", "models": {"float.onnx": base_model, FILE: quantized}}
+    return {
+        "schema_version": 1,
+        "run": "digits",
+        "models": {"float.onnx": copy.deepcopy(base_model), FILE: copy.deepcopy(quantized)},
+        "config": {"threads": 1},
+        "device": {"cpu": "a CPU", "onnxruntime": "1.0"},
+    }
 
 
 def verdict_on(rule: str, quantized: dict[str, Any], **base: Any) -> Verdict:
@@ -131,7 +148,7 @@ def test_a_verdict_carries_its_evidence() -> None:
 @pytest.mark.parametrize("interval", [[0.1, 0.2], [2.0, 3.0]])
 @pytest.mark.parametrize("who", [FILE, "the float model"])
 def test_an_unstable_latency_is_inconclusive_whatever_it_says(who: str, interval: list[float]) -> None:
-    latency = {"status": "measured", "rounds": 10, "unstable": "the medians vary by 9 %"}
+    latency = {**LATENCY, "unstable": "the medians vary by 9 %"}
     quantized = model(latency_ratio_interval=interval)
     if who == FILE:
         verdict = verdict_on("latency_ratio", {**quantized, "latency": latency})
@@ -145,21 +162,21 @@ def test_an_unstable_latency_is_inconclusive_whatever_it_says(who: str, interval
     ("target", "latency", "words"),
     [
         ("tensorrt", {"status": "not run: no CUDA device"}, "not run: no CUDA device, and benchmark.require names"),
-        ("tensorrt", {"status": "measured", "rounds": 10, "unstable": False}, None),
-        ("onnxruntime", {"status": "measured", "rounds": 10, "unstable": False}, "no file for tensorrt"),
+        ("tensorrt", LATENCY, None),
+        ("onnxruntime", LATENCY, "no file for tensorrt"),
     ],
 )
 def test_a_required_runtime_that_was_not_measured_is_an_error(
     target: str, latency: dict[str, Any], words: str | None
 ) -> None:
     quantized = {**model(), "target": target, "latency": latency}
-    data = {**results(quantized), "config": {"require": ["tensorrt"]}}
+    data = {**results(quantized), "config": {"threads": 1, "require": ["tensorrt"]}}
     verdicts = judge(data, GateConfig())
     required = [verdict for verdict in verdicts if verdict.rule == "required"]
     assert [verdict.status for verdict in required] == (["error"] if words else [])
     assert all(words in verdict.message for verdict in required if words)
     assert exit_code(verdicts) == (3 if words else 0)
-    data["config"] = {"require": []}
+    data["config"] = {"threads": 1, "require": []}
     assert exit_code(judge(data, GateConfig())) == 0
 
 
@@ -181,7 +198,7 @@ def test_openvino_is_judged_against_its_own_float_model() -> None:
         ("latency_ratio", "onnxruntime.onnx@openvino"): "inconclusive",
     }
     assert not [v for v in judged if v.file == "float.onnx@openvino"]
-    data["config"] = {"require": ["openvino"]}
+    data["config"] = {"threads": 1, "require": ["openvino"]}
     assert not [v for v in judge(data, GateConfig()) if v.rule == "required"]
     del data["models"]["onnxruntime.onnx@openvino"]
     assert [v.message for v in judge(data, GateConfig()) if v.rule == "required"] == [
@@ -191,7 +208,7 @@ def test_openvino_is_judged_against_its_own_float_model() -> None:
 
 def test_a_required_runtime_whose_file_failed_is_an_error() -> None:
     failed = {**model(), "target": "tensorrt", "status": "failed: killed", "latency": None, "versus_float": None}
-    data = {**results(failed), "config": {"require": ["tensorrt"]}}
+    data = {**results(failed), "config": {"threads": 1, "require": ["tensorrt"]}}
     assert [v.message for v in judge(data, ALL_RULES) if v.rule == "required"] == [
         "failed: killed, and benchmark.require names tensorrt"
     ]
@@ -201,7 +218,8 @@ def test_a_ratio_across_two_runtimes_is_not_made(tmp_path: Path) -> None:
     quantized = model(latency_ratio=None, latency_ratio_interval=None)
     verdict = verdict_on("latency_ratio", quantized)
     assert (verdict.status, verdict.message) == ("not run", "not run: the float model was timed in another runtime")
-    assert read_results(write(tmp_path / "results.json", results(quantized))) == results(quantized)
+    data = results(quantized)
+    assert read_results(write(tmp_path / "results.json", data)) == from_json(Results, data)
 
 
 def test_a_latency_that_was_not_run_is_shown_and_decides_nothing() -> None:
@@ -409,6 +427,13 @@ def write(path: Path, data: Any) -> Path:
     return path
 
 
+def holds(written: Any, data: Any) -> bool:
+    """Whether everything in `data` is in `written` as it was, apart from what is null or empty."""
+    if isinstance(data, dict):
+        return all(holds(written[key], value) for key, value in data.items() if value not in (None, [], {}))
+    return bool(written == data)
+
+
 def test_results_read_back_as_they_were_written(tmp_path: Path) -> None:
     not_run = {"latency": {"status": "not run: no CUDA device"}}
     failed = {**model(), "status": "failed: x", "accuracy": None, "latency": None, "versus_float": None}
@@ -423,7 +448,9 @@ def test_results_read_back_as_they_were_written(tmp_path: Path) -> None:
         {**model(), "target": "tensorrt", "engine": {"status": "not run: x"}, "findings": []},
     ):
         data = results(quantized)
-        assert read_results(write(tmp_path / "results.json", data)) == data
+        written = to_json(read_results(write(tmp_path / "results.json", data)))
+        assert holds(written, data)
+        assert from_json(Results, written) == from_json(Results, data)
 
 
 def at(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
@@ -443,32 +470,45 @@ def at(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (at("schema_version", value=2), "schema_version 2, this crqat reads 1"),
-        (at("schema_version", value=...), "schema_version is not of type int"),
-        (at("run", value=...), "run is not of type str"),
-        (at("config", value={"require": "tensorrt"}), "config.require is not of type list"),
-        (at("models", value=[]), "models is not of type dict"),
+        (at("schema_version", value=2), "written by a newer crqat with schema version 2, and this crqat reads 1"),
+        (at("schema_version", value=0), "written by an older crqat with schema version 0"),
+        (at("schema_version", value="1"), "schema_version is not an integer"),
+        (at("run", value=...), "run is missing"),
+        (at("config", value={"threads": 1, "require": "tensorrt"}), "config.require is not a list"),
+        (at("models", value=[]), "models is not an object"),
         (at("models", FILE, value=3), f"models.{FILE} is not"),
-        (at("models", FILE, "target", value=...), f"models.{FILE}.target is not"),
-        (at("models", FILE, "status", value=None), f"models.{FILE}.status is not"),
-        (at("models", FILE, "accuracy", value=None), f"models.{FILE}.accuracy is not"),
-        (at("models", FILE, "accuracy", "n", value=1.5), f"models.{FILE}.accuracy.n is not of type int"),
-        (at("models", FILE, "latency", "rounds", value=...), f"models.{FILE}.latency.rounds is not"),
-        (at("models", FILE, "latency", "unstable", value=True), f"models.{FILE}.latency.unstable is not"),
+        (at("models", FILE, "target", value=...), f"models.{FILE}.target is missing"),
+        (at("models", FILE, "status", value=None), f"models.{FILE}.status is not a text"),
+        (at("models", FILE, "accuracy", value=None), f"models.{FILE} is measured, and its accuracy is missing"),
+        (at("models", FILE, "accuracy", "n", value=1.5), f"models.{FILE}.accuracy.n is not an integer"),
+        (at("models", FILE, "latency", "rounds", value=...), f"models.{FILE}.latency.rounds is missing"),
+        (
+            at("models", FILE, "latency", "unstable", value=True),
+            "latency.unstable is not false or a text",
+        ),
         (at("models", FILE, "versus_float", "drop_points", value="0"), "versus_float.drop_points is not a finite"),
         (at("models", FILE, "versus_float", "drop_points", value=True), "versus_float.drop_points is not a finite"),
         (at("models", FILE, "versus_float", "agreement", value=float("nan")), "NaN is no number in JSON"),
-        (at("models", FILE, "versus_float", "size_ratio", value=...), "size_ratio is not a finite number"),
-        (at("models", FILE, "versus_float", "drop_interval_points", value=[1]), "drop_interval_points is not an inter"),
+        (at("models", FILE, "versus_float", "size_ratio", value=...), "size_ratio is missing"),
+        (
+            at("models", FILE, "versus_float", "drop_interval_points", value=[1]),
+            "drop_interval_points is not a list",
+        ),
         (at("models", FILE, "versus_float", "drop_interval_points", value=[2, 1]), "drop_interval_points is not an in"),
-        (at("models", FILE, "versus_float", "agreement_interval", value=[0, "1"]), "agreement_interval is not an int"),
-        (at("models", FILE, "versus_float", "latency_ratio_interval", value=None), "latency_ratio_interval is not of"),
-        (at("models", FILE, "verification", "codes", value=...), "verification.codes is not of type int"),
+        (
+            at("models", FILE, "versus_float", "agreement_interval", value=[0, "1"]),
+            "agreement_interval[1] is not a finite",
+        ),
+        (
+            at("models", FILE, "versus_float", "latency_ratio_interval", value=None),
+            "has a latency_ratio without its",
+        ),
+        (at("models", FILE, "verification", "codes", value=...), "verification.codes is missing"),
         (
             at("models", FILE, "engine", value=engine(coverage={"nodes": 1, "int8_nodes": 1})),
-            "engine.coverage.by_macs is not there",
+            "engine.coverage.by_macs is missing",
         ),
-        (at("config", value={"require": [None]}), "config.require is not a list of texts"),
+        (at("config", value={"threads": 1, "require": [None]}), "config.require[0] is not a text"),
     ],
 )
 def test_damaged_results_are_refused_by_file_and_key(
@@ -485,17 +525,17 @@ def test_damaged_results_are_refused_by_file_and_key(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (at("engine", value=[]), "engine is not of type dict"),
-        (at("engine", "status", value=...), "engine.status is not"),
-        (at("engine", "coverage", value=...), "engine.coverage is not of type dict"),
+        (at("engine", value=[]), "engine is not an object"),
+        (at("engine", "status", value=...), "engine.status is missing"),
+        (at("engine", "coverage", value=...), "engine is built, and its coverage is missing"),
         (at("engine", "coverage", "by_macs", value="1"), "engine.coverage.by_macs is not a finite"),
-        (at("engine", "coverage", "nodes", value=1.5), "engine.coverage.nodes is not of type int"),
-        (at("engine", "counts", "reformat", value=...), "engine.counts.reformat is not of type int"),
-        (at("engine", "uncovered", value=[{"node": "a"}]), r"engine.uncovered[0].reason is not of type str"),
-        (at("engine", "remarks", value=[{"severity": 1}]), r"engine.remarks[0].severity is not of type str"),
+        (at("engine", "coverage", "nodes", value=1.5), "engine.coverage.nodes is not an integer"),
+        (at("engine", "counts", "reformat", value=...), "engine.counts.reformat is missing"),
+        (at("engine", "uncovered", value=[{"node": "a"}]), r"engine.uncovered[0].reason is missing"),
+        (at("engine", "remarks", value=[{"severity": 1}]), 'engine.remarks[0].severity is not "error"'),
         (at("engine", "remarks", value=["error"]), r"engine.remarks[0] is not an object"),
-        (at("engine", "builder", value="x"), "engine.builder is not of type dict"),
-        (at("findings", value="x"), "findings is not of type list"),
+        (at("engine", "builder", value="x"), "engine.builder is not an object"),
+        (at("findings", value="x"), "findings is not a list"),
     ],
 )
 def test_a_damaged_engine_is_refused_likewise(
@@ -515,9 +555,9 @@ def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
 
 
 def test_results_that_are_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="missing; run the benchmark first"):
+    with pytest.raises(UsageError, match="missing; run the benchmark again with --force"):
         read_results(tmp_path / "results.json")
-    with pytest.raises(UsageError, match=r"a directory; name the results\.json in it"):
+    with pytest.raises(UsageError, match=r"a directory; name the file in it"):
         read_results(tmp_path)
 
 
@@ -581,7 +621,7 @@ def test_any_results_are_judged_or_refused_in_one_line(data: Any) -> None:
         path = write(Path(folder) / "results.json", data)
         try:
             read = read_results(path)
-            verdicts = judge(read, ALL_RULES) + latency_regression.judge(read, read, 1.1)
+            verdicts = rules.judge(read, ALL_RULES) + latency_regression.judge(read, read, 1.1)
         except UsageError as error:
             assert str(error).isprintable() and "\n" not in str(error)
             return
@@ -590,7 +630,7 @@ def test_any_results_are_judged_or_refused_in_one_line(data: Any) -> None:
 
 
 def float_verdicts(top1: float, n: int, known: KnownAccuracy | None = None, **limits: Any) -> dict[str, Verdict]:
-    data = results(model(), accuracy={"n": n, "top1": top1, "chance": 0.1})
+    data = results(model(), accuracy={"n": n, "top1": top1, "top1_interval": [0.0, 1.0], "chance": 0.1})
     return {v.rule: v for v in judge(data, GateConfig(**limits), known) if v.file == "float.onnx"}
 
 

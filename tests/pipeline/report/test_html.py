@@ -5,20 +5,35 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from crqat.core.results.analysis import LayerAccuracy
+from crqat.core.results.benchmark import Results
+from crqat.core.results.verdict import Verdict
 from crqat.core.run_directory import Manifest, read_manifest, write_stage
-from crqat.pipeline.gate.rules import GateConfig, judge
+from crqat.core.typed_json import from_json
+from crqat.pipeline.gate import rules
+from crqat.pipeline.gate.rules import GateConfig
 from crqat.pipeline.report import html as report
-from crqat.pipeline.report.html import render
 from tests.pipeline.conftest import measured
 
 # What the browser may not obey, the template language, the SVG's labels (mathtext) and a terminal may not either.
 HOSTILE = '<script>document.title="taken"</script><img src=x onerror="document.title=\'taken\'">"&\''
+
+
+def render(run: Path, results: dict[str, Any], verdicts: Sequence[Verdict], layers: Any = (), others: Any = ()) -> str:
+    """The page of results as JSON has them."""
+    devices = [from_json(Results, other) for other in others]
+    return report.render(run, from_json(Results, results), verdicts, layers, devices)
+
+
+def judge(results: dict[str, Any], limits: GateConfig) -> list[Verdict]:
+    """The verdicts on results as JSON has them."""
+    return rules.judge(from_json(Results, results), limits)
 
 
 def finished_run(run: Path, name: str) -> dict[str, Any]:
@@ -54,6 +69,10 @@ def finished_run(run: Path, name: str) -> dict[str, Any]:
         },
     ]
     payload = {
+        "class_names": ["a", "b"],
+        "input_shape": [1, 8, 8],
+        "preprocessing": {"mean": [0.3], "std": [0.4]},
+        "quantizers": 2,
         "best": "student",
         "validation_images": 100,
         "float": {"validation_accuracy": 0.99},
@@ -81,7 +100,14 @@ def finished_run(run: Path, name: str) -> dict[str, Any]:
             None,
             {"name": name},
             environment,
-            {"models": models, "candidate": "student", "noise": {edge: 31.5}},
+            {
+                "run": name,
+                "images": "images.npy",
+                "labels": "labels.npy",
+                "models": models,
+                "candidate": "student",
+                "noise": {edge: 31.5},
+            },
         ),
     ):
         pass
@@ -186,13 +212,13 @@ def test_no_text_of_a_run_is_executed_wherever_it_stands(browser: Any, tmp_path:
     models[word]["accuracy"]["top1_interval"] = [0.9, 0.96]
     models["tensorrt.onnx"]["latency"]["status"] = f"not run: {word}"
     models["tensorrt.onnx"]["engine"].update(notices=[word], compute_capabilities=[word])
-    results["device"] = {"cpu": word, "onnxruntime": word, word: word}
+    results["device"] = {"cpu": word, "onnxruntime": word, "os": word}
     export = read_manifest(tmp_path / "run" / "export")
     export.payload["class_names"] = [word, "b"]
     export.payload["models"][1]["fusion"]["float"][0].update(node=word, reason=word)
     with write_stage(tmp_path / "run", export):
         pass
-    rows = [{"layer": word, "accuracy": 0.9, "bits": word}] * 2
+    rows = [LayerAccuracy(word, 0.9, word)] * 2
     page = tmp_path / "report.html"
     page.write_text(render(tmp_path / "run", results, judge(results, GateConfig()), rows, [results]))
     browser.get(page.as_uri())
@@ -253,7 +279,7 @@ def test_devices_stand_side_by_side(tmp_path: Path) -> None:
 def test_layers_are_shown_on_request_worst_first(browser: Any, tmp_path: Path) -> None:
     results = finished_run(tmp_path / "run", "digits")
     rows = [
-        {"layer": name, "accuracy": accuracy, "bits": bits}
+        LayerAccuracy(name, accuracy, bits)
         for name, accuracy, bits in (("none", 0.95, ""), ("all", 0.9, ""), ("layer1.0.<b>conv1</b>", 0.925, "4/8"))
     ]
     verdicts = judge(results, GateConfig())

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +17,11 @@ import pytest
 
 from crqat.core.errors import CrqatError, UsageError
 from crqat.core.progress import quiet
+from crqat.core.results.benchmark import Results, Settings, read_results
+from crqat.core.results.engine import BuildError
+from crqat.core.results.training import TrainingPayload
 from crqat.core.run_directory import manifest_hash, read_manifest, verify_stage
+from crqat.core.typed_json import from_json, to_json
 from crqat.pipeline.commands.check import check
 from crqat.pipeline.recipe import recipe
 from crqat.pipeline.stages import run as stages
@@ -25,6 +29,7 @@ from crqat.pipeline.stages import staleness
 from crqat.runtime_eval.board import bundle, ssh
 from crqat.runtime_eval.board.ssh import Board
 from crqat.runtime_eval.trt import versions as tensorrt_api
+from crqat.runtime_eval.trt.engine import EngineOptions, Found, report_of
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Fakes
@@ -66,7 +71,7 @@ def test_manifest_says_what_the_result_depends_on(fakes: Fakes) -> None:
         assert manifest.environment["git_revision"] == "unknown"
         assert "device" in manifest.environment
     assert (RUN / "benchmark" / "junit.xml").read_text().startswith("<testsuite")
-    assert json.loads((RUN / "benchmark" / "results.json").read_text()) == fakes.results
+    assert read_results(RUN / "benchmark" / "results.json") == from_json(Results, fakes.results)
 
 
 @pytest.mark.parametrize(
@@ -105,12 +110,13 @@ def test_an_unsafe_export_is_another_one_than_a_safe_one(fakes: Fakes) -> None:
 def test_engines_go_into_a_file_of_their_own(fakes: Fakes) -> None:
     go(fakes)
     assert not (RUN / "benchmark" / "engine.json").exists()
-    before = dict(fakes.results)
-    fakes.results["engines"] = {"tensorrt.onnx": {"layers": []}}
+    before = (RUN / "benchmark" / "results.json").read_text()
+    report = report_of(fakes.recipe, EngineOptions(), "tensorrt", Found(failure=BuildError("parse")))
+    fakes.results["engines"] = {"tensorrt.onnx": to_json(report)}
     go(fakes, only=["benchmark"], force=True)
-    assert json.loads((RUN / "benchmark" / "results.json").read_text()) == before
+    assert (RUN / "benchmark" / "results.json").read_text() == before
     engines = json.loads((RUN / "benchmark" / "engine.json").read_text())
-    assert engines == {"schema_version": 1, "engines": {"tensorrt.onnx": {"layers": []}}}
+    assert engines == {"schema_version": 1, "engines": {"tensorrt.onnx": to_json(report)}}
     assert "engine.json" in read_manifest(RUN / "benchmark").files
 
 
@@ -299,11 +305,11 @@ def test_run_copied_without_links_still_works(fakes: Fakes, tmp_path: Path) -> N
     assert go(fakes, "seed=1") == ["train", "export", "benchmark"]
 
 
-def test_numbers_that_json_does_not_know_are_not_written(fakes: Fakes) -> None:
+def test_numbers_that_json_does_not_know_are_not_written(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
     go(fakes)
     before = manifest_hash(RUN / "benchmark")
-    results: dict[str, Any] = {**fakes.results, "models": {}, "config": {"threads": float("nan")}}
-    fakes.results = results
+    results = replace(from_json(Results, fakes.results), config=Settings(1, warm_up_seconds=float("nan")))
+    monkeypatch.setattr(sys.modules["crqat.runtime_eval.benchmark"], "benchmark", lambda *_: results)
     with pytest.raises(ValueError, match="not JSON compliant"):
         go(fakes, only=["benchmark"], force=True)
     assert manifest_hash(RUN / "benchmark") == before
@@ -316,9 +322,9 @@ class FakeBoard:
     results: dict[str, Any]
     calls: list[Any] = field(default_factory=list)
 
-    def measure(self, board: Any, bundle: Any, paths: Any, anew: bool, progress: Any) -> dict[str, Any]:
+    def measure(self, board: Any, bundle: Any, paths: Any, anew: bool, progress: Any) -> Results:
         self.calls.append(("measure", bundle.benchmark["threads"], anew))
-        return {**self.results, "bundle": bundle.sha256}
+        return from_json(Results, {**self.results, "bundle": bundle.sha256})
 
     def clean(self, board: Any, bundle: Any, progress: Any) -> None:
         self.calls.append(("clean", bundle.benchmark["threads"]))
@@ -366,14 +372,6 @@ def test_boards_have_stages_of_their_own(fakes: Fakes, monkeypatch: pytest.Monke
     changed = recipe.load(fakes.recipe, ["export.verify_images=2"])
     with pytest.raises(UsageError, match=r"benchmark@orin: stale, .*`crqat benchmark RECIPE --on ssh://HOST` again"):
         stages.gate(changed, RUNS, "benchmark@orin")
-
-
-def test_results_of_a_board_are_checked_before_they_count(fakes: Fakes, monkeypatch: pytest.MonkeyPatch) -> None:
-    go(fakes, only=["train", "export"])
-    monkeypatch.setattr(ssh, "measure", FakeBoard({"schema_version": 1, "run": "run1"}).measure)
-    with pytest.raises(UsageError, match="damaged: models is not"):
-        stages.benchmark_on(Board.parse("ssh://orin"), recipe.load(fakes.recipe), RUNS, False, quiet)
-    assert not (RUN / "benchmark@orin").exists()
 
 
 def test_a_bundle_is_of_the_export_as_it_was_made(fakes: Fakes) -> None:
@@ -537,7 +535,7 @@ def test_data_that_its_function_fetched_is_what_was_trained_on(fakes: Fakes, mon
     monkeypatch.syspath_prepend(str(Path.cwd()))
     train = partial(go, fakes, "data.source=own:data", "data.root=pictures", only=["train"])
 
-    def fetch(*arguments: Any, **further: Any) -> dict[str, Any]:
+    def fetch(*arguments: Any, **further: Any) -> TrainingPayload:
         if not Path("pictures").exists():
             images(Path("pictures"))
         return made(*arguments, **further)

@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from crqat.core import typed_json
 from crqat.core.errors import CrqatError, ToolError, UsageError
 from crqat.core.progress import Progress, quiet
+from crqat.core.results.benchmark import Device, Results, Settings
 from crqat.core.run_directory import verify_stage
 from crqat.runtime_eval.__main__ import measure
 from crqat.runtime_eval.benchmark import benchmark
@@ -87,8 +89,8 @@ def test_an_unpacked_bundle_measures_itself(write_export: WriteExport, tmp_path:
     assert results["bundle"] == bundle.sha256
     assert results["config"] == AS_JSON
     for name, model in results["models"].items():
-        assert model["accuracy"] == local["models"][name]["accuracy"]
-        assert model["codes_on_this_cpu"] == local["models"][name]["codes_on_this_cpu"]
+        assert model["accuracy"] == typed_json.to_json(local.models[name].accuracy)
+        assert model["codes_on_this_cpu"] == local.models[name].codes_on_this_cpu
     assert "codes on this CPU: 0 of 128 differ" in result.stdout
     assert "accuracy of float.onnx: 797/797" in result.stderr.splitlines()
     (folder / "export" / "float.onnx").write_bytes(b"another")
@@ -104,14 +106,16 @@ def test_an_archive_is_measured_as_it_is(
     export, archive = write_export(), tmp_path / "b.tar.gz"
     bundle = bundled(export, archive)
 
-    def fake(folder: Path, config: BenchmarkConfig, progress: Progress) -> dict[str, Any]:
+    def fake(folder: Path, config: BenchmarkConfig, progress: Progress) -> Results:
         assert verify_stage(folder) == verify_stage(export)
-        return {"threads": config.threads, "rounds": config.latency_rounds}
+        return Results("run", {}, Settings(config.threads, latency_rounds=config.latency_rounds), Device("a CPU", None))
 
     monkeypatch.setattr("crqat.runtime_eval.__main__.benchmark", fake)
-    assert measure(archive, None) == {"threads": 1, "rounds": QUICK.latency_rounds, "bundle": bundle.sha256}
-    assert measure(archive, 3)["threads"] == 3
-    assert measure(export, 3) == {"threads": 3, "rounds": BenchmarkConfig.latency_rounds}
+    of_bundle, of_export = measure(archive, None), measure(export, 3)
+    assert (of_bundle.config, of_bundle.bundle) == (Settings(1, latency_rounds=QUICK.latency_rounds), bundle.sha256)
+    assert of_bundle.crqat_version == bundle.crqat_version
+    assert measure(archive, 3).config.threads == 3
+    assert (of_export.config, of_export.bundle) == (Settings(3, latency_rounds=BenchmarkConfig.latency_rounds), None)
     unknown, paths = describe(export, {"nonsense": 1}, "1.2.3")
     write(unknown, paths, archive)
     with pytest.raises(UsageError, match=r"nonsense.*make the bundle anew"):

@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 
+from crqat.core import typed_json
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import quiet
+from crqat.core.results.benchmark import Device, Results, Settings
 from crqat.runtime_eval.benchmark import benchmark
 from crqat.runtime_eval.board import job, ssh
 from crqat.runtime_eval.board.bundle import Bundle, describe
@@ -186,7 +188,7 @@ class Call(threading.Thread):
     def __init__(self, board: Board, contents: Contents, anew: bool = False) -> None:
         super().__init__(daemon=True)
         self.heard = Heard()
-        self.results: dict[str, Any] = {}
+        self.results: Any = None  # `Results`, of which a test knows what is there
         self.error = ""
         self._arguments = (board, *contents, anew, self.heard)
         self.start()
@@ -233,7 +235,7 @@ def test_work_goes_on_through_cut_connections_and_gives_the_local_accuracy(
     first.wait()
     assert re.fullmatch(r"ssh://orin: .*(Connection refused|closed).*; what was started there goes on: .*", first.error)
     assert "\n" not in first.error
-    assert job.state(folder)["state"] == "running"
+    assert job.state(folder).state == "running"
     server.start()
     second = Call(orin, contents)
     second.wait()
@@ -241,14 +243,14 @@ def test_work_goes_on_through_cut_connections_and_gives_the_local_accuracy(
     assert json.loads((folder / "process.json").read_text()) == process
     assert ("orin: job", 1, 1, "runs already and is picked up") in second.heard.told
     local = benchmark(export, QUICK, quiet)
-    assert second.results["bundle"] == contents[0].sha256
-    assert second.results["device"]["python"].startswith("3.10.")
-    for name, model in local["models"].items():
-        assert second.results["models"][name]["accuracy"] == model["accuracy"]
-        assert second.results["models"][name]["codes_on_this_cpu"] == model["codes_on_this_cpu"]
-    assert second.results["models"]["onnxruntime.onnx"]["codes_on_this_cpu"]["status"] == "passed"
-    latency = second.results["models"]["float.onnx"]["latency"]
-    assert (latency["status"], latency["rounds"]) == ("measured", QUICK.latency_rounds)
+    assert second.results.bundle == contents[0].sha256
+    assert second.results.device.python.startswith("3.10.")
+    for name, model in local.models.items():
+        assert second.results.models[name].accuracy == model.accuracy
+        assert second.results.models[name].codes_on_this_cpu == model.codes_on_this_cpu
+    assert second.results.models["onnxruntime.onnx"].codes_on_this_cpu.status == "passed"
+    latency = second.results.models["float.onnx"].latency
+    assert (latency.status, latency.rounds) == ("measured", QUICK.latency_rounds)
 
     # A job that is finished is only fetched; cleaned, nothing is left.
     monkeypatch.setattr(ssh._Link, "upload", lambda *arguments: pytest.fail("copied again"))
@@ -274,7 +276,7 @@ def test_a_job_that_dies_is_told_and_the_next_call_starts_anew(server: Server, o
     # One that died while nobody looked.
     folder.mkdir()
     (folder / "process.json").write_text(json.dumps({**recorded, "boot": "another"}))
-    assert job.state(folder)["reason"] == "the board was restarted"
+    assert job.state(folder).reason == "the board was restarted"
     call = Call(orin, contents)
     call.heard.wait_for("orin: accuracy of float.onnx")
     assert ("orin: job", 1, 1, "anew, because the one before was lost: the board was restarted") in call.heard.told
@@ -332,9 +334,11 @@ def test_an_interrupted_copy_goes_on_and_a_damaged_one_is_noticed(
 def test_results_of_another_bundle_are_refused(
     server: Server, orin: Board, contents: Contents, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    other = Results("run", {}, Settings(1), Device("a CPU", None), bundle="0" * 64)
     texts = {
-        json.dumps({"bundle": "0" * 64}): "of another bundle",
+        typed_json.text(other): "of another bundle",
         "[]": "are damaged",
+        '{"run": "run1"}': r"are damaged \(models is missing\)",
         "{": "are damaged",
         '{"bundle": NaN}': "are damaged",
     }
@@ -396,22 +400,22 @@ def test_silence_is_a_lost_connection(
 
 
 def test_what_became_of_a_job(tmp_path: Path) -> None:
-    assert job.state(tmp_path / "none")["state"] == "absent"
+    assert job.state(tmp_path / "none").state == "absent"
     with subprocess.Popen(["sleep", "60"]) as process:
         mine = {"pid": process.pid, "started": job._started(process.pid), "boot": job._boot()}
         (tmp_path / "process.json").write_text(json.dumps(mine))
-        assert job.state(tmp_path)["state"] == "running"
+        assert job.state(tmp_path).state == "running"
         # Another process got the number since.
         (tmp_path / "process.json").write_text(json.dumps({**mine, "started": "1"}))
-        assert job.state(tmp_path)["reason"] == "its process is gone"
+        assert job.state(tmp_path).reason == "its process is gone"
         (tmp_path / "process.json").write_text(json.dumps({**mine, "boot": "another"}))
-        assert job.state(tmp_path)["reason"] == "the board was restarted"
+        assert job.state(tmp_path).reason == "the board was restarted"
         process.kill()
     for started in (mine["started"], None):
         (tmp_path / "process.json").write_text(json.dumps({**mine, "started": started}))
-        assert job.state(tmp_path)["state"] == "dead"
+        assert job.state(tmp_path).state == "dead"
     (tmp_path / "code").write_text("0\n")
-    assert (job.state(tmp_path)["state"], job.state(tmp_path)["code"]) == ("finished", 0)
+    assert (job.state(tmp_path).state, job.state(tmp_path).code) == ("finished", 0)
 
 
 @pytest.mark.parametrize(

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from crqat.core.results.benchmark import Device
+from crqat.core.typed_json import from_json, text
 from crqat.runtime_eval.machine import host
 
 
 def test_describe_is_json_without_the_machines_name() -> None:
     description = host.describe()
-    assert set(description["flags"]) == set(host.FLAGS)
-    assert description["python"] == platform.python_version()
-    assert description["cpu"]
-    assert json.loads(json.dumps(description)) == description
-    assert not any(platform.node() == value for value in description.values())
+    assert description.flags is not None and set(description.flags) == set(host.FLAGS)
+    assert description.python == platform.python_version()
+    assert description.cpu
+    assert from_json(Device, json.loads(text(description))) == description
+    assert not any(platform.node() == value for value in vars(description).values())
 
 
 def test_an_arm_board_is_told_by_its_device_tree(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,18 +30,18 @@ def test_an_arm_board_is_told_by_its_device_tree(monkeypatch: pytest.MonkeyPatch
     }
     monkeypatch.setattr(host, "_read", files.get)
     description = host.describe()
-    assert description["cpu"] == "NVIDIA Jetson Orin Nano Developer Kit"
-    assert description["flags"] == {"avx2": False, "avx512_vnni": False, "avx_vnni": False, "asimddp": True}
-    assert (description["governor"], description["frequency_mhz"]) == ("schedutil", 1510.4)
-    assert description["memory_bytes"] == 7802344 * 1024
+    assert description.cpu == "NVIDIA Jetson Orin Nano Developer Kit"
+    assert description.flags == {"avx2": False, "avx512_vnni": False, "avx_vnni": False, "asimddp": True}
+    assert (description.governor, description.frequency_mhz) == ("schedutil", 1510.4)
+    assert description.memory_bytes == 7802344 * 1024
 
 
 def test_a_system_without_proc_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host, "_read", lambda path: None)
     description = host.describe()
-    assert description["memory_bytes"] is None
-    assert description["frequency_mhz"] is None
-    assert description["cpu"]
+    assert description.memory_bytes is None
+    assert description.frequency_mhz is None
+    assert description.cpu
 
 
 def test_a_cuda_device_is_a_device_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

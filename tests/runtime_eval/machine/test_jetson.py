@@ -14,11 +14,14 @@ import json
 import os
 import re
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from crqat.core.results.benchmark import Jetson
+from crqat.core.typed_json import from_json, to_json
 from crqat.runtime_eval.machine import jetson
 
 RELEASE = (
@@ -118,18 +121,18 @@ def test_a_line_of_tegrastats(
     line: str, cpu_mhz: list[int], off: int, gpu_mhz: list[int], temperatures: dict[str, Any], power: dict[str, Any]
 ) -> None:
     found = jetson.parse_tegrastats(line)
-    assert (found["cpu_mhz"], found["cpus_off"], found["gpu_mhz"]) == (cpu_mhz, off, gpu_mhz)
-    assert temperatures.items() <= found["temperatures_c"].items()
-    assert power.items() <= found["power_mw"].items()
-    assert len(found["temperatures_c"]) == len(set(re.findall(r"\w+@[0-9.]+(?=C)", line)))
-    assert not {"RAM", "SWAP", "NC"} & set(found["power_mw"])
+    assert (found.cpu_mhz, found.cpus_off, found.gpu_mhz) == (cpu_mhz, off, gpu_mhz)
+    assert temperatures.items() <= found.temperatures_c.items()
+    assert power.items() <= found.power_mw.items()
+    assert len(found.temperatures_c) == len(set(re.findall(r"\w+@[0-9.]+(?=C)", line)))
+    assert not {"RAM", "SWAP", "NC"} & set(found.power_mw)
 
 
 def test_a_sensor_that_is_off_and_a_rail_that_is_not_connected_are_no_values() -> None:
     found = jetson.parse_tegrastats("CV0@-256C GPU@-256C tj@50C NC 0mW/0mW VDDQ_VDD2_1V8AO 301mW/301mW")
-    assert found["temperatures_c"] == {"tj": 50}
-    assert found["power_mw"] == {"VDDQ_VDD2_1V8AO": 301}
-    assert jetson.parse_tegrastats("GR3D_FREQ off,off")["gpu_mhz"] == []
+    assert found.temperatures_c == {"tj": 50}
+    assert found.power_mw == {"VDDQ_VDD2_1V8AO": 301}
+    assert jetson.parse_tegrastats("GR3D_FREQ off,off").gpu_mhz == []
 
 
 @pytest.mark.parametrize(
@@ -137,12 +140,12 @@ def test_a_sensor_that_is_off_and_a_rail_that_is_not_connected_are_no_values() -
     [(ORIN_NANO_JP7, 3582), (AGX_ORIN, 2412 + 1607 + 4707), (AGX_ORIN_DLA, 3150 + 14312 + 4968), (NANO, 2003)],
 )
 def test_the_total_is_the_input_rail_or_the_sum_of_three(line: str, total: float) -> None:
-    assert jetson.total_power(jetson.parse_tegrastats(line)["power_mw"]) == total
+    assert jetson.total_power(jetson.parse_tegrastats(line).power_mw) == total
 
 
 def test_the_total_of_thor_is_vin_and_of_unknown_rails_nothing() -> None:
-    assert jetson.total_power(jetson.parse_tegrastats(THOR)["power_mw"]) == 19780
-    assert jetson.total_power(jetson.parse_tegrastats(AGX_XAVIER_JP4)["power_mw"]) is None
+    assert jetson.total_power(jetson.parse_tegrastats(THOR).power_mw) == 19780
+    assert jetson.total_power(jetson.parse_tegrastats(AGX_XAVIER_JP4).power_mw) is None
 
 
 def put(root: Path, files: dict[str, str]) -> None:
@@ -208,14 +211,14 @@ def board(tmp_path: Path) -> Path:
 
 
 def test_a_board_describes_itself(board: Path) -> None:
-    assert jetson.describe(board) == {
-        "model": "NVIDIA Jetson Orin NX Engineering Reference Developer Kit",
-        "soc": "tegra234",
-        "l4t": "36.4.4",
-        "jetpack": "6.2.1",
-        "power_mode": "MAXN_SUPER",
-    }
-    assert jetson.state(board) == {
+    assert jetson.describe(board) == Jetson(
+        model="NVIDIA Jetson Orin NX Engineering Reference Developer Kit",
+        soc="tegra234",
+        l4t="36.4.4",
+        jetpack="6.2.1",
+        power_mode="MAXN_SUPER",
+    )
+    assert asdict(jetson.state(board)) == {
         "clocks_locked": True,
         "free_clocks": [],
         "temperatures_c": {"cpu-thermal": 46.531},
@@ -237,23 +240,28 @@ def test_what_is_no_jetson_is_not_described_and_has_no_objection(tmp_path: Path)
 
 def test_a_minimal_flash_without_release_and_tools_is_still_a_jetson(tmp_path: Path) -> None:
     put(tmp_path, {"proc/device-tree/compatible": "nvidia,tegra264\0"})
-    expected = {"model": None, "soc": "tegra264", "l4t": None, "jetpack": None, "power_mode": None}
-    assert jetson.describe(tmp_path) == expected
+    assert jetson.describe(tmp_path) == Jetson(None, "tegra264")
     assert jetson.Watch(tmp_path).unstable() == "the clocks cannot be read"
+
+
+def power_mode(board: Path) -> str | None:
+    described = jetson.describe(board)
+    assert described is not None
+    return described.power_mode
 
 
 def test_nvpmodel_gets_no_input_and_a_time_limit(board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # With an open input `read` would wait for the terminal; closed, it fails at once.
     put_tool(board, "nvpmodel", 'read answer && echo "NV Power Mode: ASKED"; echo "NV Power Mode: QUIET"')
-    assert (jetson.describe(board) or {})["power_mode"] == "QUIET"
+    assert power_mode(board) == "QUIET"
     put_tool(board, "nvpmodel", "exec sleep 60")
     monkeypatch.setattr(jetson, "_TOOL_SECONDS", 0.2)
     start = time.monotonic()
-    assert (jetson.describe(board) or {})["power_mode"] is None
+    assert power_mode(board) is None
     assert time.monotonic() - start < 10
     put_tool(board, "nvpmodel", "exit 1")
     (board / "usr/sbin/nvpmodel").write_bytes(b"\x7fELF")  # of another architecture
-    assert (jetson.describe(board) or {})["power_mode"] is None
+    assert power_mode(board) is None
 
 
 def test_tegrastats_is_asked_where_sysfs_has_no_power_and_ended(board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -261,8 +269,8 @@ def test_tegrastats_is_asked_where_sysfs_has_no_power_and_ended(board: Path, mon
     put_tool(board, "tegrastats", f"echo $$ > {board}/pid; echo '{ORIN_NANO_JP6}'; exec sleep 60")
     (board / f"{INA}/in1_label").unlink()
     state = jetson.state(board)
-    assert state["power_mw"] == {"VDD_IN": 5704, "VDD_CPU_GPU_CV": 831, "VDD_SOC": 1624}
-    assert state["temperatures_c"] == {"cpu-thermal": 46.531}
+    assert state.power_mw == {"VDD_IN": 5704, "VDD_CPU_GPU_CV": 831, "VDD_SOC": 1624}
+    assert state.temperatures_c == {"cpu-thermal": 46.531}
     with pytest.raises(ProcessLookupError):
         os.kill(int((board / "pid").read_text()), 0)
 
@@ -296,9 +304,9 @@ def test_what_happens_during_a_run_makes_it_unstable(board: Path, files: dict[st
         watch.look()
     assert watch.unstable() == reason
     result = watch.result()
-    assert result is not None
-    assert result["run"]["unstable"] == (reason or False)
-    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result is not None and result.run is not None
+    assert result.run.unstable == (reason or False)
+    assert from_json(Jetson, json.loads(json.dumps(to_json(result), allow_nan=False))) == result
 
 
 def test_a_run_keeps_the_largest_values(board: Path) -> None:
@@ -308,11 +316,11 @@ def test_a_run_keeps_the_largest_values(board: Path) -> None:
     put(board, {f"{INA}/curr1_input": "10\n", f"{ZONES}/thermal_zone0/temp": "50000\n"})
     watch.look()
     result = watch.result()
-    assert result is not None
-    assert result["jetpack"] == "6.2.1"
-    run = result["run"]
-    assert (run["max_total_power_mw"], run["max_temperatures_c"], run["looks"]) == (10000, {"cpu-thermal": 60}, 3)
-    assert run["throttle_events"] == {"oc1": 0, "oc3": 0}
+    assert result is not None and result.run is not None
+    assert result.jetpack == "6.2.1"
+    run = result.run
+    assert (run.max_total_power_mw, run.max_temperatures_c, run.looks) == (10000, {"cpu-thermal": 60}, 3)
+    assert run.throttle_events == {"oc1": 0, "oc3": 0}
 
 
 def test_the_clock_of_older_and_newer_gpus_has_other_names(board: Path) -> None:
@@ -321,4 +329,4 @@ def test_the_clock_of_older_and_newer_gpus_has_other_names(board: Path) -> None:
     (board / GPU).rmdir()
     for name in ("17000000.ga10b", "17000000.gv11b", "gpu-gpc-0"):
         put(board, {f"sys/class/devfreq/{name}/min_freq": "1", f"sys/class/devfreq/{name}/max_freq": "2000000"})
-    assert jetson.state(board)["free_clocks"] == ["GPU 0 to 2 MHz"] * 3
+    assert jetson.state(board).free_clocks == ["GPU 0 to 2 MHz"] * 3

@@ -131,21 +131,21 @@ def test_tango_covers_the_true_difference_as_often_as_it_says() -> None:
 def test_summarize_counts_top_1_and_top_5() -> None:
     top = np.array([[3, 1, 0, 2, 5], [3, 1, 0, 2, 5], [3, 1, 0, 2, 5], [9, 1, 0, 2, 5]])
     result = summarize(top, np.array([3, 5, 4, 9]))
-    assert (result["n"], result["top1"], result["top5"]) == (4, 0.5, 0.75)
-    assert result["top1_interval"] == list(wilson(2, 4))
+    assert (result.n, result.top1, result.top5) == (4, 0.5, 0.75)
+    assert result.top1_interval == wilson(2, 4)
 
 
 def test_compare_makes_the_paired_table() -> None:
     labels = np.array([0, 0, 0, 0, 0, 0])
     float_top = np.array([[0], [0], [0], [1], [1], [2]])
     top = np.array([[0], [1], [2], [0], [1], [1]])
-    result = compare(float_top, top, labels)
-    table = [result[key] for key in ("both_right", "only_float_right", "only_this_right", "both_wrong")]
+    result = compare(float_top, top, labels, 0.25)
+    table = [result.both_right, result.only_float_right, result.only_this_right, result.both_wrong]
     assert table == [1, 2, 1, 2]
-    assert result["drop_points"] == pytest.approx(100 / 6)
-    assert result["drop_interval_points"] == pytest.approx([100 * bound for bound in tango(2, 1, 6)])
+    assert result.drop_points == pytest.approx(100 / 6)
+    assert result.drop_interval_points == pytest.approx([100 * bound for bound in tango(2, 1, 6)])
     # Images 0 and 4; the last one is wrong in both, but not in the same way.
-    assert (result["agreement"], result["agreement_interval"]) == (2 / 6, list(wilson(2, 6)))
+    assert (result.agreement, result.agreement_interval) == (2 / 6, wilson(2, 6))
 
 
 @pytest.mark.parametrize(("b", "c", "limit"), [(14, 8, 0.01), (30, 5, 0.01), (0, 0, 0.001), (5, 9, 0.0)])
@@ -179,6 +179,6 @@ def test_so_many_images_decide_a_share_and_fewer_do_not(share: float, limit: flo
 def test_chance_is_what_the_same_answers_dealt_out_at_random_would_get() -> None:
     labels = np.array([0] * 90 + [1] * 10)
     always = np.zeros((100, 1), dtype=np.int64)
-    assert summarize(always, labels)["chance"] == pytest.approx(0.9)
+    assert summarize(always, labels).chance == pytest.approx(0.9)
     knows = labels[:, None].copy()
-    assert summarize(knows, labels)["chance"] == pytest.approx(0.82)
+    assert summarize(knows, labels).chance == pytest.approx(0.82)

@@ -72,7 +72,7 @@ def test_latency_measures_at_least_once_and_not_the_warm_up(write_export: WriteE
 
 def test_the_runner_says_what_it_is_and_computes_the_networks_logits(write_export: WriteExport, digits: Digits) -> None:
     with OnnxRuntimeRunner(write_export() / "float.onnx", "CPUExecutionProvider", 1) as runner:
-        assert runner.describe()["metadata"] == metadata("float")
+        assert runner.describe().metadata == metadata("float")
         logits = runner.infer(PREPROCESSING(digits.images[:7]))
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, digits.logits()[:7], rtol=1e-4, atol=1e-4)

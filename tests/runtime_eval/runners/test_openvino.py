@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from crqat.core.errors import ToolError
 from crqat.core.progress import quiet
+from crqat.core.results.benchmark import Int8Layers
 from crqat.pipeline.gate.rules import GateConfig, judge
-from crqat.runtime_eval.benchmark import benchmark
+from crqat.runtime_eval.benchmark import benchmark as typed_benchmark
 from crqat.runtime_eval.measure.worker_client import Worker
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from tests.runtime_eval.conftest import (
@@ -38,16 +40,19 @@ TOLD = {
 openvino = pytest.importorskip("openvino", reason="openvino is not installed (pip install crqat-edge[openvino])")
 from crqat.runtime_eval.runners.openvino import OpenVINORunner  # noqa: E402
 
+# A test knows which of the parts that may be None are there.
+benchmark: Callable[..., Any] = typed_benchmark
+
 
 def test_the_runner_says_what_it_is_and_computes_the_networks_logits(write_export: WriteExport, digits: Digits) -> None:
     with OpenVINORunner(write_export() / "float.onnx", 1) as runner:
         said = runner.describe()
         logits = runner.infer(PREPROCESSING(digits.images[:7]))
         again = runner.infer(PREPROCESSING(digits.images[7:9]))
-    assert (said["runtime"], said["provider"], said["metadata"]) == ("openvino", "CPU", metadata("float"))
-    assert openvino.__version__.startswith(said["version"])
-    assert said["int8_layers"]["int8"] == 0
-    assert said["int8_layers"]["layers"] == len(said["int8_layers"]["float"]) == 2
+    assert (said.runtime, said.provider, said.metadata) == ("openvino", "CPU", metadata("float"))
+    assert openvino.__version__.startswith(said.version)
+    assert said.int8_layers is not None and said.int8_layers.int8 == 0
+    assert said.int8_layers.layers == len(said.int8_layers.in_float) == 2
     assert logits.dtype == np.float32
     np.testing.assert_allclose(logits, digits.logits()[:7], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(again, digits.logits()[7:9], rtol=1e-4, atol=1e-4)  # another batch; the first stays
@@ -98,9 +103,9 @@ def test_codes_are_clipped_in_int8_kernels(tmp_path: Path) -> None:
         path = tmp_path / f"{name}.onnx"
         path.write_bytes(clipped(clip))
         with OpenVINORunner(path, 1) as runner:
-            layers = runner.describe()["int8_layers"]
+            layers = runner.describe().int8_layers
             results[name] = runner.infer(values)
-        assert layers == {"int8": 2, "layers": 2, "float": []}
+        assert layers == Int8Layers(2, 2, [])
         session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
         np.testing.assert_array_equal(results[name], session.run(None, {"input": values})[0])
     assert np.abs(results["clip"] - results["whole"]).max() > 1
@@ -138,19 +143,19 @@ def test_a_benchmark_measures_both_files_in_openvino(
 
     monkeypatch.setattr(Worker, "latency", told)
     results = benchmark(write_export(payload=WITHOUT_TENSORRT), OPENVINO, quiet)
-    models = results["models"]
+    models = results.models
     assert list(models) == ["float.onnx", "onnxruntime.onnx", "float.onnx@openvino", "onnxruntime.onnx@openvino"]
     base, fast = models["float.onnx@openvino"], models["onnxruntime.onnx@openvino"]
-    assert [(model["target"], model["runtime"], model["status"]) for model in (base, fast)] == [
+    assert [(model.target, model.runtime, model.status) for model in (base, fast)] == [
         ("float_openvino", "openvino", "measured"),
         ("openvino", "openvino", "measured"),
     ]
-    assert base["accuracy"]["top1"] == models["float.onnx"]["accuracy"]["top1"]
-    assert base["versus_float"] is None
-    assert fast["versus_float"]["agreement"] > 0.7
+    assert base.accuracy.top1 == models["float.onnx"].accuracy.top1
+    assert base.versus_float is None
+    assert fast.versus_float.agreement > 0.7
     # Against the float network in OpenVINO, not in ONNX Runtime.
-    assert fast["versus_float"]["latency_ratio"] == pytest.approx(0.25)
-    assert fast["int8_layers"]["layers"] == 2
+    assert fast.versus_float.latency_ratio == pytest.approx(0.25)
+    assert fast.int8_layers.layers == 2
     rules = [(verdict.rule, verdict.file) for verdict in judge(results, GateConfig(max_latency_ratio=9.0))]
     assert ("accuracy_drop", "onnxruntime.onnx@openvino") in rules
     assert ("latency_ratio", "onnxruntime.onnx@openvino") in rules

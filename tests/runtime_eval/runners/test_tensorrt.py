@@ -16,6 +16,7 @@ import pytest
 
 from crqat.core.errors import ToolError, UsageError
 from crqat.runtime_eval.machine import host
+from crqat.runtime_eval.runners import Description
 from crqat.runtime_eval.runners import tensorrt as runner_module
 from crqat.runtime_eval.runners.tensorrt import TensorRTRunner, _Cuda, device_capability, tensorrt_version
 from crqat.runtime_eval.trt import plan_file
@@ -92,12 +93,8 @@ def test_what_the_device_computed_is_told_apart_and_padding_counts(plan: Path, m
         assert runner.compute_seconds() == pytest.approx(0.003)
         runner.infer(images(6))  # as 4 and 2
         assert runner.compute_seconds() == pytest.approx(0.018)
-        assert runner.describe() == {
-            "runtime": "tensorrt",
-            "version": "10.3.0",
-            "provider": "compute capability 8.7",
-            "metadata": {"crqat.target": "tensorrt"},
-        }
+        described = Description("tensorrt", "10.3.0", "compute capability 8.7", {"crqat.target": "tensorrt"})
+        assert runner.describe() == described
     monkeypatch.setattr(FakeEngine, "smallest", None)
     with TensorRTRunner(plan) as runner:
         runner.infer(images(1))

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from crqat.runtime_eval.trt.coverage import coverage, headline, remarks, summarize
+from crqat.core.results.engine import Coverage, EngineLayer, Uncovered
+from crqat.core.typed_json import to_json
+from crqat.runtime_eval.trt.coverage import counts, coverage, described, headline, warnings
+from crqat.runtime_eval.trt.engine import EngineOptions, Found, report_of
 from crqat.runtime_eval.trt.plan_layers import Kind, Layer
 
 
@@ -22,53 +26,53 @@ MACS = {"c": 10, "a": 60, "b": 30}
 
 
 def test_coverage_by_macs_and_by_count() -> None:
-    assert coverage(PLAN, MACS) == {
-        "by_count": pytest.approx(1 / 3),
-        "by_macs": 0.6,
-        "nodes": 3,
-        "int8_nodes": 1,
-        "macs": 100,
-        "int8_macs": 60,
+    assert coverage(PLAN, MACS) == Coverage(
+        by_count=1 - 2 / 3,
+        by_macs=0.6,
+        nodes=3,
+        int8_nodes=1,
+        macs=100,
+        int8_macs=60,
         # A pointwise layer that came from a node does not compute it.
-        "uncovered": [
-            {"node": "b", "macs": 30, "reason": "multiplies Int8 by Half"},
-            {"node": "c", "macs": 10, "reason": "no layer of the plan is known to compute it"},
+        uncovered=[
+            Uncovered("b", "multiplies Int8 by Half", 30),
+            Uncovered("c", "no layer of the plan is known to compute it", 10),
         ],
-    }
+    )
 
 
 def test_a_node_is_covered_only_if_all_its_layers_are() -> None:
     both = [layer("x", "a"), layer("y", "a", inputs="Float")]
-    assert coverage(both, {"a": 5})["by_macs"] == 0.0
+    assert coverage(both, {"a": 5}).by_macs == 0.0
     together = [layer("x", "a", "b")]
-    assert coverage(together, {"a": 5, "b": 1})["by_macs"] == 1.0
+    assert coverage(together, {"a": 5, "b": 1}).by_macs == 1.0
 
 
 def test_without_macs_layers_are_counted() -> None:
     found = coverage(PLAN, None)
-    assert (found["by_count"], found["by_macs"], found["nodes"], found["int8_nodes"]) == (0.5, None, 2, 1)
-    assert [entry["node"] for entry in found["uncovered"]] == ["b_2"]
-    assert coverage([], None)["by_count"] is None
-    assert coverage(PLAN, {})["by_macs"] is None
+    assert (found.by_count, found.by_macs, found.nodes, found.int8_nodes) == (0.5, None, 2, 1)
+    assert [entry.node for entry in found.uncovered or []] == ["b_2"]
+    assert coverage([], None).by_count is None
+    assert coverage(PLAN, {}).by_macs is None
 
 
-def test_summary() -> None:
-    summary = summarize(PLAN, MACS)
-    assert [entry["macs"] for entry in summary["layers"]] == [60, 30, None, None]
-    assert [entry["int8"] for entry in summary["layers"]] == [True, False, None, None]
-    assert summary["layers"][0] == {
-        "name": "a_1",
-        "kind": "matmul",
-        "type": "a type",
-        "inputs": ["Int8"],
-        "outputs": ["Float"],
-        "weights": "Int8",
-        "int8": True,
-        "macs": 60,
-        "nodes": ["a", "a.weight/DequantizeLinear"],
-    }
+def test_layers_are_described_and_counted() -> None:
+    layers = described(PLAN, MACS)
+    assert [layer.macs for layer in layers] == [60, 30, None, None]
+    assert [layer.int8 for layer in layers] == [True, False, None, None]
+    assert layers[0] == EngineLayer(
+        name="a_1",
+        kind="matmul",
+        type="a type",
+        inputs=["Int8"],
+        outputs=["Float"],
+        weights="Int8",
+        int8=True,
+        macs=60,
+        nodes=["a", "a.weight/DequantizeLinear"],
+    )
     kinds = {"matmul": 2, "pointwise": 1, "pooling": 0, "reformat": 1, "copy": 0, "opaque": 0}
-    assert summary["counts"] == {"layers": 4, **kinds}
+    assert to_json(counts(PLAN)) == {"layers": 4, **kinds}
 
 
 UINT8 = (
@@ -78,8 +82,8 @@ UINT8 = (
 )
 
 
-def test_remarks_are_classified_counted_and_placed() -> None:
-    found = remarks(
+def test_warnings_are_classified_counted_and_placed() -> None:
+    found = warnings(
         [
             ("VERBOSE", "Static check for parsing node: x [QuantizeLinear]"),
             ("VERBOSE", "Parsing node: relu [1]/QuantizeLinear [QuantizeLinear]"),
@@ -94,43 +98,37 @@ def test_remarks_are_classified_counted_and_placed() -> None:
             ("ERROR", "Skipping\ntactic 0x1"),
         ]
     )
-    assert [(entry["kind"], entry["severity"], entry["count"]) for entry in found] == [
+    assert [(entry.kind, entry.severity, entry.count) for entry in found] == [
         ("uint8_read_as_int8", "error", 3),
         ("float16_scales", "harmless", 2),
         ("subnormal_weights", "warning", 1),
         ("other", "warning", 1),
     ]
-    assert found[0]["nodes"] == ["relu [1]/QuantizeLinear", "relu/DequantizeLinear"]
-    assert found[1]["nodes"] == []
-    assert found[3]["message"] == "logged as an error: Skipping tactic 0x1"
+    assert found[0].nodes == ["relu [1]/QuantizeLinear", "relu/DequantizeLinear"]
+    assert found[1].nodes == []
+    assert found[3].message == "logged as an error: Skipping tactic 0x1"
 
 
 def test_a_zero_point_that_quantizers_share_is_read_as_int8_too() -> None:
     words = "ModelImporter.cpp:416: UINT8 data onnx::QuantizeLinear_775 is being converted to INT32."
-    (found,) = remarks([("WARNING", words)])
-    assert (found["kind"], found["severity"]) == ("uint8_read_as_int8", "error")
+    (found,) = warnings([("WARNING", words)])
+    assert (found.kind, found.severity) == ("uint8_read_as_int8", "error")
 
 
 def test_headline_is_small_and_has_what_the_gate_reads() -> None:
     many = {str(number): 1 for number in range(100)}
-    report: dict[str, Any] = {
-        "status": "built",
-        "failure": None,
-        "builder": {"name": "b", "version": "1"},
-        "compute_capabilities": ["default"],
-        "flags": [],
-        "batch": [1, 1, 8],
-        "seconds": 1.0,
-        "size_bytes": 5,
-        "source": "verbose log",
-        "remarks": [],
-        "notices": [],
-        **summarize(PLAN, many),
-    }
-    short = headline(report)
+    report = report_of(
+        Path(__file__),
+        EngineOptions(batch=(1, 1, 8)),
+        "tensorrt",
+        Found(seconds=1.0, layers=described(PLAN, many), coverage=coverage(PLAN, many), counts=counts(PLAN)),
+    )
+    short = to_json(headline(report))
     assert len(short["uncovered"]) == 5
     assert short["coverage"]["nodes"] == 100
     assert "uncovered" not in short["coverage"]
     assert "layers" not in short
-    failed = headline({**report, "status": "failed: x", "coverage": None, "counts": None})
-    assert (failed["coverage"], failed["uncovered"], failed["counts"]) == (None, [], None)
+    failed = headline(replace(report, status="failed: x", coverage=None, counts=None))
+    assert (failed.coverage, failed.uncovered, failed.counts) == (None, [], None)
+    with pytest.raises(ValueError, match="is built, and its coverage is missing"):
+        replace(report, coverage=None)

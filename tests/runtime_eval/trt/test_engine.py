@@ -20,7 +20,9 @@ import torch
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.grid import Grid
 from crqat.core.progress import quiet
+from crqat.core.results.engine import Builder, BuilderMessage, EngineReport, Uncovered
 from crqat.core.run_directory import Manifest, write_stage
+from crqat.core.typed_json import to_json
 from crqat.export import stage
 from crqat.export.config import ExportConfig
 from crqat.export.graph.onnx_graph import macs
@@ -32,7 +34,8 @@ from crqat.runtime_eval.machine import host
 from crqat.runtime_eval.trt import builder as engine_build
 from crqat.runtime_eval.trt import engine, plan_layers, timing_cache
 from crqat.runtime_eval.trt import versions as tensorrt_api
-from crqat.runtime_eval.trt.engine import EngineOptions, build
+from crqat.runtime_eval.trt.engine import EngineOptions
+from crqat.runtime_eval.trt.engine import build as typed_build
 from crqat.train.config import OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
 from crqat.train.models import build as models
 from crqat.train.quantized_model import quantize_model
@@ -42,6 +45,8 @@ from tests.runtime_eval.conftest import QUICK
 
 rtx = pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")
 DYNAMIC, STATIC = (1, 8, 64), (4, 4, 4)
+# A test knows which of the parts that may be None are there.
+build: Callable[..., Any] = typed_build
 
 
 @dataclass
@@ -100,8 +105,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Files]:
     return of
 
 
-def problems(report: dict[str, Any]) -> list[dict[str, Any]]:
-    return [remark for remark in report["remarks"] if remark["severity"] != "harmless"]
+def problems(report: EngineReport) -> list[BuilderMessage]:
+    return [message for message in report.messages if message.severity != "harmless"]
 
 
 @rtx
@@ -128,36 +133,36 @@ def test_everything_is_int8(
 ) -> None:
     made = files(name)
     report = build(made.qdq(precision), EngineOptions(batch=batch, compute_capabilities=targets), made.macs)
-    assert report["status"] == "built"
-    assert report["source"] == "verbose log"
+    assert report.status == "built"
+    assert report.source == "verbose log"
     assert problems(report) == []
-    coverage = report["coverage"]
-    assert (coverage["by_count"], coverage["by_macs"], coverage["uncovered"]) == (1.0, 1.0, [])
-    assert coverage["nodes"] == coverage["int8_nodes"] == operations == report["counts"]["matmul"]
-    assert coverage["macs"] == sum(made.macs.values())
-    matmuls = [layer for layer in report["layers"] if layer["kind"] == "matmul"]
-    assert all(layer["int8"] and layer["inputs"][0] == layer["weights"] == "Int8" for layer in matmuls)
-    assert sum(layer["macs"] for layer in matmuls) == coverage["macs"]  # each is of one node
-    assert (report["counts"]["reformat"], report["counts"]["copy"], report["counts"]["opaque"]) == (0, 0, 0)
-    assert report["counts"]["pointwise"] >= operations - 3
-    assert ("HALF" in report["precisions"]) == (precision == "float16")
-    assert any("Half" in layer["outputs"] for layer in report["layers"]) == (precision == "float16")
+    coverage = report.coverage
+    assert (coverage.by_count, coverage.by_macs, coverage.uncovered) == (1.0, 1.0, [])
+    assert coverage.nodes == coverage.int8_nodes == operations == report.counts.matmul
+    assert coverage.macs == sum(made.macs.values())
+    matmuls = [layer for layer in report.layers if layer.kind == "matmul"]
+    assert all(layer.int8 and layer.inputs[0] == layer.weights == "Int8" for layer in matmuls)
+    assert sum(layer.macs for layer in matmuls) == coverage.macs  # each is of one node
+    assert (report.counts.reformat, report.counts.copy, report.counts.opaque) == (0, 0, 0)
+    assert report.counts.pointwise >= operations - 3
+    assert ("HALF" in report.precisions) == (precision == "float16")
+    assert any("Half" in layer.outputs for layer in report.layers) == (precision == "float16")
     # The shape of a batch that is known when the engine is built needs no computing.
-    assert ("shape" in report["counts"]) == (batch == DYNAMIC)
-    assert (report["batch"], report["compute_capabilities"]) == (list(batch), list(targets) or ["default"])
-    assert report["builder"] == {"name": "tensorrt_rtx", "version": tensorrt_api.installed("tensorrt_rtx")}
-    assert report["flags"] == ["STRONGLY_TYPED"]
-    assert "SM87" in report["notices"][0]
-    assert 0 < report["seconds"] < 600
-    assert report["size_bytes"] > sum(a.size for a in made.network.latent.values())
+    assert (report.counts.shape is not None) == (batch == DYNAMIC)
+    assert (report.batch, report.compute_capabilities) == (batch, list(targets) or ["default"])
+    assert report.builder == Builder("tensorrt_rtx", tensorrt_api.installed("tensorrt_rtx"))
+    assert report.flags == ["STRONGLY_TYPED"]
+    assert "SM87" in report.notices[0]
+    assert 0 < report.seconds < 600
+    assert report.size_bytes > sum(a.size for a in made.network.latent.values())
 
 
 @rtx
 def test_weights_as_float_make_the_same_engine(files: Callable[[str], Files]) -> None:
     made = files("cifar/resnet20")
     report = build(made.qdq("float16", "float"), EngineOptions(), made.macs)
-    assert report["status"] == "built"
-    assert (report["coverage"]["by_macs"], problems(report)) == (1.0, [])
+    assert report.status == "built"
+    assert (report.coverage.by_macs, problems(report)) == (1.0, [])
 
 
 @rtx
@@ -166,7 +171,7 @@ def test_four_bits_are_int8_in_the_plan(tmp_path: Path) -> None:
     made = Files(uncalibrated(models.build("cifar/resnet20", 10, 3), bits=4), tmp_path)
     assert nodes(onnx.load(made.qdq()), "Clip")
     report = build(made.qdq(), EngineOptions(), made.macs)
-    assert (report["status"], report["coverage"]["by_macs"], problems(report)) == ("built", 1.0, [])
+    assert (report.status, report.coverage.by_macs, problems(report)) == ("built", 1.0, [])
 
 
 @rtx
@@ -177,13 +182,13 @@ def test_the_float_network_has_no_int8_and_what_a_plan_swallows_is_not_covered(
     made = files("cifar/resnet20")
     path = made.write(f"{precision}.onnx", float_model(made.network.graph, {}, precision))
     report = build(path, EngineOptions(), made.macs)
-    coverage = report["coverage"]
-    assert (coverage["by_macs"], coverage["by_count"], coverage["int8_nodes"]) == (0.0, 0.0, 0)
-    reasons = {entry["node"]: entry["reason"] for entry in coverage["uncovered"]}
+    coverage = report.coverage
+    assert (coverage.by_macs, coverage.by_count, coverage.int8_nodes) == (0.0, 0.0, 0)
+    reasons = {entry.node: entry.reason for entry in coverage.uncovered}
     assert reasons.keys() == made.macs.keys()
     assert reasons.pop("linear") == "no layer of the plan is known to compute it"
     assert set(reasons.values()) == {f"multiplies {shown} by {shown}"}
-    assert ("HALF" in report["precisions"]) == (precision == "float16")
+    assert ("HALF" in report.precisions) == (precision == "float16")
 
 
 def with_uint8(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -216,23 +221,21 @@ def with_a_float_layer(model: onnx.ModelProto, name: str = "layer2/1/conv1") -> 
 def test_reinterpreted_uint8_is_an_error_though_all_is_int8(files: Callable[[str], Files]) -> None:
     made = files("cifar/resnet20")
     report = build(made.write("uint8.onnx", with_uint8(onnx.load(made.qdq("float32")))), EngineOptions(), made.macs)
-    assert report["coverage"]["by_macs"] == 1.0
-    (remark,) = problems(report)
-    assert (remark["kind"], remark["severity"], remark["count"]) == ("uint8_read_as_int8", "error", 38)
-    assert remark["nodes"][0] == "post_hooks.relu/relu/0__0.0/QuantizeLinear"
+    assert report.coverage.by_macs == 1.0
+    (message,) = problems(report)
+    assert (message.kind, message.severity, message.count) == ("uint8_read_as_int8", "error", 38)
+    assert message.nodes[0] == "post_hooks.relu/relu/0__0.0/QuantizeLinear"
 
 
 @rtx
 def test_a_layer_left_in_float_is_found_and_weighed(files: Callable[[str], Files]) -> None:
     made = files("cifar/resnet20")
     path = made.write("float_layer.onnx", with_a_float_layer(onnx.load(made.qdq("float16"))))
-    coverage = build(path, EngineOptions(), made.macs)["coverage"]
+    coverage = build(path, EngineOptions(), made.macs).coverage
     lost = made.macs["layer2/1/conv1"]
-    assert coverage["uncovered"] == [
-        {"node": "layer2/1/conv1", "macs": lost, "reason": coverage["uncovered"][0]["reason"]}
-    ]
-    assert coverage["by_macs"] == 1 - lost / sum(made.macs.values())
-    assert coverage["by_count"] == 0.95
+    assert coverage.uncovered == [Uncovered("layer2/1/conv1", coverage.uncovered[0].reason, lost)]
+    assert coverage.by_macs == 1 - lost / sum(made.macs.values())
+    assert coverage.by_count == 0.95
 
 
 @pytest.fixture(scope="module")
@@ -274,12 +277,13 @@ def test_an_unsafe_export_is_written_and_fails_the_gate(
             stage.export(directory, train, config, tmp_path / "safe", quiet, "run", "revision")
     manifest = Manifest("export", "key", None, {}, {})
     with write_stage(tmp_path / "run", manifest) as out:
-        manifest.payload = stage.export(directory, train, config, out, quiet, "run", "revision", unsafe=True)
+        payload = stage.export(directory, train, config, out, quiet, "run", "revision", unsafe=True)
+        manifest.payload = to_json(payload)
 
     results = benchmark(tmp_path / "run" / "export", QUICK, quiet)
 
-    assert results["engines"]["tensorrt.onnx"]["layers"]
-    assert "layers" not in results["models"]["tensorrt.onnx"]["engine"]
+    assert results.engines["tensorrt.onnx"].layers
+    assert "layers" not in to_json(results.models["tensorrt.onnx"].engine)
     ours = ("findings", "engine", "int8_coverage", "reformat_layers")
     verdicts = [v for v in judge(results, GateConfig(max_reformat_layers=0)) if v.rule in ours]
     assert {v.rule for v in verdicts if v.status != "fail"} == {"engine", "int8_coverage", "reformat_layers"} - set(
@@ -321,13 +325,13 @@ def test_a_refused_file_names_node_and_rule(
 ) -> None:
     made = files("cifar/resnet20")
     report = build(made.write("refused.onnx", change(onnx.load(made.qdq("float32")))), EngineOptions(), made.macs)
-    failure = report["failure"]
-    assert (failure["stage"], failure["node"]) == (stage_name, node)
-    assert words in failure["rule"]
-    assert report["status"].startswith(f"failed: {stage_name}")
-    assert words in report["status"]
-    assert (node or "") in report["status"]
-    assert (report["coverage"], report["layers"], report["size_bytes"]) == (None, [], None)
+    failure = report.failure
+    assert (failure.stage, failure.node) == (stage_name, node)
+    assert words in failure.rule
+    assert report.status.startswith(f"failed: {stage_name}")
+    assert words in report.status
+    assert (node or "") in report.status
+    assert (report.coverage, report.layers, report.size_bytes) == (None, [], None)
 
 
 @rtx
@@ -335,9 +339,9 @@ def test_a_failed_build_names_the_operation_and_does_not_spoil_the_next(files: C
     made = files("cifar/resnet20")
     path = made.qdq("float32")
     failed = build(path, EngineOptions(compute_capabilities=("SM75",)), made.macs)
-    assert (failed["failure"]["stage"], failed["failure"]["node"]) == ("build", "linear")
-    assert "FP32 GEMM is not supported" in failed["failure"]["rule"]
-    assert build(path, EngineOptions(compute_capabilities=("SM80",)), made.macs)["coverage"]["by_macs"] == 1.0
+    assert (failed.failure.stage, failed.failure.node) == ("build", "linear")
+    assert "FP32 GEMM is not supported" in failed.failure.rule
+    assert build(path, EngineOptions(compute_capabilities=("SM80",)), made.macs).coverage.by_macs == 1.0
 
 
 @rtx
@@ -347,24 +351,22 @@ def test_batches_that_a_file_does_not_allow(files: Callable[[str], Files]) -> No
     batch, _, height, _ = model.graph.input[0].type.tensor_type.shape.dim
     batch.dim_value = 2
     fixed = made.write("fixed.onnx", model)
-    assert build(fixed, EngineOptions(batch=(2, 2, 2)), made.macs)["coverage"]["by_macs"] == 1.0
-    assert (
-        build(fixed, EngineOptions(batch=STATIC))["failure"]["rule"] == "its input input has the fixed batch 2, not 4"
-    )
+    assert build(fixed, EngineOptions(batch=(2, 2, 2)), made.macs).coverage.by_macs == 1.0
+    assert build(fixed, EngineOptions(batch=STATIC)).failure.rule == "its input input has the fixed batch 2, not 4"
     height.dim_param = "height"
-    failure = build(made.write("height.onnx", model), EngineOptions(batch=(2, 2, 2)))["failure"]
-    assert failure["rule"] == "its input input has a dynamic dimension beside the batch"
+    failure = build(made.write("height.onnx", model), EngineOptions(batch=(2, 2, 2))).failure
+    assert failure.rule == "its input input has a dynamic dimension beside the batch"
 
 
 @rtx
 def test_the_engine_is_written_beside_its_report(files: Callable[[str], Files], tmp_path: Path) -> None:
     report = build(files("cifar/resnet20").qdq("float32"), EngineOptions(), engine=tmp_path / "model.engine")
     content = (tmp_path / "model.engine").read_bytes()
-    assert (len(content), hashlib.sha256(content).hexdigest()) == (report["size_bytes"], report["engine_sha256"])
+    assert (len(content), hashlib.sha256(content).hexdigest()) == (report.size_bytes, report.engine_sha256)
     assert [path.name for path in tmp_path.iterdir()] == ["model.engine"]
     # Without MACs the plan's own layers are counted.
-    coverage = report["coverage"]
-    assert (coverage["by_macs"], coverage["by_count"], coverage["nodes"], coverage["macs"]) == (None, 1.0, 20, None)
+    coverage = report.coverage
+    assert (coverage.by_macs, coverage.by_count, coverage.nodes, coverage.macs) == (None, 1.0, 20, None)
 
 
 @rtx
@@ -380,7 +382,8 @@ def test_the_engine_inspector_is_asked_where_the_log_tells_nothing(
     layer = plan_layers.Layer("conv1", "matmul", "CaskConvolution", ("Int8",), ("Int8",), "Int8", ("conv1",))
     monkeypatch.setattr(engine_build.Build, "inspect", lambda build, serialized: [layer])
     report = engine.build_here(*arguments)
-    assert (report["source"], report["coverage"]["by_macs"]) == ("engine inspector", 1.0)
+    assert report.coverage is not None
+    assert (report.source, report.coverage.by_macs) == ("engine inspector", 1.0)
     assert "Parsing node: conv1 [Conv]" in (tmp_path / "log").read_text()
 
 
@@ -415,9 +418,9 @@ def test_a_process_that_dies_or_hangs_is_a_failed_build(
     monkeypatch.setattr(tensorrt_api, "installed", lambda module: "1.7")
     (tmp_path / "model.onnx").write_bytes(b"model")
     report = build(tmp_path / "model.onnx", EngineOptions("tensorrt_rtx", time_limit_seconds=limit))
-    assert (report["failure"]["stage"], report["failure"]["node"]) == ("process", node)
-    assert rule in report["failure"]["rule"]
-    assert report["status"].startswith("failed: process")
+    assert (report.failure.stage, report.failure.node) == ("process", node)
+    assert rule in report.failure.rule
+    assert report.status.startswith("failed: process")
 
 
 def test_what_is_wrong_with_the_machine_is_no_failed_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

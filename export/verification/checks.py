@@ -1,21 +1,18 @@
-"""The proof, in integer codes: torch = integer simulator = runtime, and one target = the other.
+"""The verification in integer codes: torch = integer simulator = runtime, and one target = the other.
 
 1. torch's fake quantization on the trained Grids (BN unfolded, each quantizer fed with the simulator's codes) =
    simulator of the file: codes differ only where the simulator's value lies within a derived bound of a rounding tie,
    logits by no more than a derived bound.
 2. simulator on the trained Grids' scales = ONNX Runtime with all optimizations: not one differing code, the logits bit
    for bit. Where the file leaves operations in float (a SiLU between its quantizers), the codes behind them fall under
-   the rule of link 1, with the bounds of `crqat.export.simulator.float_ops`.
-3. simulator of one target = simulator of the other, operation by operation, under the rule of link 1.
+   the rule of check 1, with the bounds of `crqat.export.simulator.float_ops`.
+3. simulator of one target = simulator of the other, operation by operation, under the rule of check 1.
 """
 
 from __future__ import annotations
 
-import re
-import tempfile
-from collections import Counter
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -27,11 +24,12 @@ from torch import Tensor, fx, nn
 
 from crqat.core import targets as runtimes
 from crqat.core.grid import Grid
+from crqat.core.results.verification import Check, Verification
 from crqat.export.qdq.lower import lower_activation
-from crqat.export.qdq.write import MOVEMENT, QDQModel
+from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.run import simulate
 from crqat.export.simulator.values import UNIT_ROUNDOFF, NotSimulated, Simulation
-from crqat.export.verification import UNEXPLAINED
+from crqat.export.verification.fusion import optimized_operations, session
 from crqat.train.placement.insert import QuantizerSpec
 from crqat.train.quantizers import specs_of
 from crqat.train.quantizers.calibration import Hook, hooked
@@ -44,8 +42,8 @@ def verify(
     grids: Mapping[str, Grid],
     exported: Mapping[str, QDQModel],
     images: npt.NDArray[np.float32],
-) -> dict[str, dict[str, Any]]:
-    """Check all links for all targets.
+) -> dict[str, Verification]:
+    """Make all checks for all targets.
 
     Args:
         model: The delivered quantized network, CPU, eval mode.
@@ -54,34 +52,33 @@ def verify(
         images: Normalized, float32 of shape [N, C, H, W], from the training set.
 
     Returns:
-        Target to {"status": "passed" | "failed: ..." | "not run: ...", "images", "codes", "differing_codes", "links"}.
-        `codes` and `differing_codes` are those of the link to the runtime where it ran, else of the link to torch.
+        Target to what was found.
     """
-    result: dict[str, dict[str, Any]] = {}
+    result: dict[str, Verification] = {}
     simulations: dict[str, Simulation] = {}
     for target, file in exported.items():
         try:
             errors = {**_rounded_constants(file), **_bias_errors(file)}
             simulation = simulate(file.model, images, stored_error=errors)
-            links: dict[str, Any] = {"torch": _torch_link(model, grids, file, simulation, images)}
+            checks: dict[str, Check | str] = {"torch": _against_torch(model, grids, file, simulation, images)}
             missing = runtimes.get(target).not_run
-            links["runtime"] = (
-                _runtime_link(file, grids, simulation, images) if missing is None else f"not run: {missing}"
+            checks["runtime"] = (
+                _against_runtime(file, grids, simulation, images) if missing is None else f"not run: {missing}"
             )
             for other, theirs in simulations.items():
-                links[other] = _target_link(file, exported[other], theirs, images)
+                checks[other] = _against_target(file, exported[other], theirs, images)
         except NotSimulated as reason:
-            result[target] = {"status": f"not run: {reason}", "images": len(images), "codes": 0, "differing_codes": 0}
+            result[target] = Verification(f"not run: {reason}", len(images), 0, 0)
             continue
         except Exception as error:
             if not _by_runtime(error):
                 raise
-            # A file that its runtime does not run is a failed proof, and no error of the export.
+            # A file that its runtime does not run is a failed verification, and no error of the export.
             status = f"{REFUSED} ({' '.join(str(error).split())[:300]})"
-            result[target] = {"status": status, "images": len(images), "codes": 0, "differing_codes": 0}
+            result[target] = Verification(status, len(images), 0, 0)
             continue
         simulations[target] = simulation
-        result[target] = _summary(links, len(images))
+        result[target] = _summary(checks, len(images))
     return result
 
 
@@ -89,20 +86,20 @@ def _by_runtime(error: Exception) -> bool:
     return type(error).__module__.startswith("onnxruntime.")
 
 
-def _summary(links: dict[str, Any], images: int) -> dict[str, Any]:
-    ran = {name: link for name, link in links.items() if isinstance(link, dict)}
-    broken = [f"{name}: {link['violations']} codes" for name, link in ran.items() if link["violations"]]
+def _summary(checks: dict[str, Check | str], images: int) -> Verification:
+    ran = {name: check for name, check in checks.items() if isinstance(check, Check)}
+    broken = [f"{name}: {check.violations} codes" for name, check in ran.items() if check.violations]
     shown = ran.get("runtime", ran["torch"])
-    return {
-        "status": f"failed: {'; '.join(broken)}" if broken else "passed",
-        "images": images,
-        "codes": shown["codes"],
-        "differing_codes": shown["differing"] if "runtime" in ran else shown["violations"],
-        "links": links,
-    }
+    return Verification(
+        status=f"failed: {'; '.join(broken)}" if broken else "passed",
+        images=images,
+        codes=shown.codes,
+        differing_codes=shown.differing if "runtime" in ran else shown.violations,
+        checks=checks,
+    )
 
 
-def _compare(pairs: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], simulation: Simulation) -> dict[str, Any]:
+def _compare(pairs: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], simulation: Simulation) -> Check:
     """Count codes that differ, and those of them that no rounding within the bound gives.
 
     Args:
@@ -127,14 +124,14 @@ def _compare(pairs: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], sim
         violations += int((~((distance <= allowed) & (steps <= np.maximum(1, np.ceil(allowed))))).sum())
         if float(distance.max()) > widest:
             widest, where = float(distance.max()), name
-    return {
-        "codes": codes,
-        "differing": differing,
-        "violations": violations,
-        "farthest_from_tie": widest,
-        "at": where,
-        "largest_bound": max((simulation.tie_bound[name] for name in pairs), default=0.0),
-    }
+    return Check(
+        codes=codes,
+        differing=differing,
+        violations=violations,
+        at=where,
+        farthest_from_tie=widest,
+        largest_bound=max((simulation.tie_bound[name] for name in pairs), default=0.0),
+    )
 
 
 def _bias_errors(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
@@ -177,13 +174,13 @@ def _stores(model: onnx.ModelProto, grids: Mapping[str, tuple[npt.NDArray[Any], 
     return True
 
 
-def _torch_link(
+def _against_torch(
     model: fx.GraphModule,
     grids: Mapping[str, Grid],
     file: QDQModel,
     simulation: Simulation,
     images: npt.NDArray[np.float32],
-) -> dict[str, Any]:
+) -> Check:
     pairs: dict[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]] = {}
 
     def replaced_by_the_file(spec: QuantizerSpec) -> Hook:
@@ -203,14 +200,11 @@ def _torch_link(
     in_file = [spec for spec in specs_of(model) if spec.kind == "activation" and spec.edge in file.codes]
     with torch.no_grad(), hooked(model, [(spec, replaced_by_the_file(spec)) for spec in in_file]):
         logits = model(torch.from_numpy(images)).double().numpy()
-    link = _compare(pairs, simulation)
+    check = _compare(pairs, simulation)
     # Behind the last quantizer, too, the scales are those of the trained Grids. Lossy ones differ, as is claimed.
-    exact = all(claim["claim"] == "exact" for claim in file.claims().values())
-    link["differing_logits"] = (
-        _outside(logits, simulation.real_logits.values, simulation.real_logits.error) if exact else 0
-    )
-    link["violations"] += link["differing_logits"]
-    return link
+    exact = all(claim.claim == "exact" for claim in file.claims().values())
+    differing = _outside(logits, simulation.real_logits.values, simulation.real_logits.error) if exact else 0
+    return replace(check, differing_logits=differing, violations=check.violations + differing)
 
 
 def _outside(values: npt.NDArray[Any], expected: npt.NDArray[Any], bound: npt.NDArray[Any] | float) -> int:
@@ -219,9 +213,9 @@ def _outside(values: npt.NDArray[Any], expected: npt.NDArray[Any], bound: npt.ND
         return int((~((values == expected) | (np.abs(values - expected) <= bound))).sum())
 
 
-def _runtime_link(
+def _against_runtime(
     file: QDQModel, grids: Mapping[str, Grid], simulation: Simulation, images: npt.NDArray[np.float32]
-) -> dict[str, Any]:
+) -> Check:
     names = [name for names in file.codes.values() for name in names]
     tapped = onnx.ModelProto()
     tapped.CopyFrom(file.model)
@@ -229,7 +223,7 @@ def _runtime_link(
         tapped.graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, None))
     before, after = optimized_operations(file.model), optimized_operations(tapped)
     computing = {op for op in before if op.startswith("QLinear") or op in {"QGemm", "Conv", "FusedConv", "Add", "Gemm"}}
-    logits, *codes = _session(tapped.SerializeToString()).run(["logits", *names], {"input": images})
+    logits, *codes = session(tapped.SerializeToString()).run(["logits", *names], {"input": images})
     zero_points = {name: file.activations[edge].grid.zero_point for edge, own in file.codes.items() for name in own}
     theirs = {name: own.astype(np.int64) - zero_points[name] for name, own in zip(names, codes, strict=True)}
     trained = _trained_grids(file, grids, runtimes.executed())
@@ -246,24 +240,24 @@ def _runtime_link(
     differing_logits = _outside(logits.astype(np.float64), simulation.logits, allowed)
     # Looking at the codes must not have changed what is computed.
     observed = any(len(before[op]) != len(after[op]) for op in computing)
-    return {
-        "codes": sum(codes.size for codes in theirs.values()),
-        "differing": sum(wrong.values()) + near["violations"],
-        "differing_logits": differing_logits,
-        "at": next((name for name, count in wrong.items() if count), near["at"] if near["violations"] else ""),
-        "violations": sum(wrong.values()) + near["violations"] + differing_logits + int(observed),
-        "observed_graph_is_shipped_graph": not observed,
+    return Check(
+        codes=sum(codes.size for codes in theirs.values()),
+        differing=sum(wrong.values()) + near.violations,
+        differing_logits=differing_logits,
+        at=next((name for name, count in wrong.items() if count), near.at if near.violations else ""),
+        violations=sum(wrong.values()) + near.violations + differing_logits + int(observed),
+        observed_graph_is_shipped_graph=not observed,
         # Codes behind float operations, and those that lie on the other side of a tie.
-        "inexact": near["codes"],
-        "inexact_differing": near["differing"],
-        "inexact_farthest_from_tie": near["farthest_from_tie"],
-        "inexact_largest_bound": near["largest_bound"],
-    }
+        inexact=near.codes,
+        inexact_differing=near.differing,
+        inexact_farthest_from_tie=near.farthest_from_tie,
+        inexact_largest_bound=near.largest_bound,
+    )
 
 
-def _target_link(
+def _against_target(
     file: QDQModel, other: QDQModel, other_simulation: Simulation, images: npt.NDArray[np.float32]
-) -> dict[str, Any]:
+) -> Check:
     """This target's simulator, fed with the other's codes operation by operation, against the other's results."""
     tensors = {
         own: theirs for edge in file.codes if edge in other.codes
@@ -281,7 +275,7 @@ def _stored_error(file: QDQModel, edge: str) -> float:
     stored = next((t for t in file.model.graph.initializer if t.name == f"{edge}.bias"), None)
     if stored is None:
         return 0.0
-    # Of the bias that was to be written, not of the one in the file: that one is to be proven.
+    # Of the bias that was to be written, not of the one in the file: that one is to be verified.
     bias = file.weights[edge].bias
     values = bias.astype(helper.tensor_dtype_to_np_dtype(stored.data_type)).astype(np.float64)
     return float(np.abs(values - bias).max())
@@ -296,7 +290,7 @@ def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
     types = {tensor.name: helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in file.model.graph.initializer}
     result = {}
     for name, value in file.float_constants.items():
-        # Of the constant that was to be written, not of the one in the file: that one is to be proven.
+        # Of the constant that was to be written, not of the one in the file: that one is to be verified.
         moved = np.abs(value.astype(types.get(name, value.dtype)).astype(np.float64) - value)
         if value.size == 1:
             short = np.ldexp(value.astype(np.float64), 12) % 1 == 0
@@ -304,93 +298,3 @@ def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
         if moved.any():
             result[name] = moved
     return result
-
-
-def _session(model: bytes, optimized: Path | None = None) -> Any:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    if optimized is not None:
-        options.optimized_model_filepath = str(optimized)
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def optimized_operations(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """What ONNX Runtime makes of a file on this machine: operation to the names of its nodes."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "optimized.onnx"
-        _session(model.SerializeToString(), path)
-        operations: dict[str, list[str]] = {}
-        for node in onnx.load(path).graph.node:
-            operations.setdefault(node.op_type, []).append(re.sub(r"_token_\d+$", "", node.name))
-    return operations
-
-
-# What each operation of the file is to become, and which stay float.
-FUSED, _FLOAT_RESULT = runtimes.ONNXRUNTIME.fusions, runtimes.ONNXRUNTIME.float_results
-ALWAYS_FLOAT = runtimes.ONNXRUNTIME.always_float
-
-
-def fusion(model: onnx.ModelProto) -> dict[str, Any]:
-    """Count what ONNX Runtime fuses, and say of the rest why it stayed float.
-
-    Returns:
-        {"operations": optimized counts, "expected": {fused operation: count in the file}, "complete": bool,
-        "float": [{"node", "operation", "reason"}]}.
-    """
-    operations = optimized_operations(model)
-    counts = Counter(node.op_type for node in model.graph.node)
-    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    stayed = [
-        {"node": node.name, "operation": node.op_type, "reason": _why_float(model, node)}
-        for node in model.graph.node
-        if node.op_type in ALWAYS_FLOAT
-        or (node.op_type == "Clip" and node.input[0] in dequantized)
-        or (node.op_type in FUSED and node.name not in _computed_in_integers(operations, node.op_type))
-    ]
-    return {
-        "operations": {op: len(names) for op, names in sorted(operations.items())},
-        "expected": {FUSED[op]: counts[op] for op in FUSED if counts[op]},
-        "complete": not stayed,
-        "float": stayed,
-    }
-
-
-def _before_output(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
-    """Whether nothing but movement lies between a node and the logits."""
-    names = {model.graph.output[0].name}
-    for other in reversed(model.graph.node):
-        if names.intersection(other.output) and (other is node or other.op_type in MOVEMENT):
-            if other is node:
-                return True
-            names.update(other.input[:1])
-    return False
-
-
-def _computed_in_integers(operations: dict[str, list[str]], op_type: str) -> list[str]:
-    kinds = (FUSED[op_type], _FLOAT_RESULT.get(op_type, ""))
-    return [name for kind in kinds for name in operations.get(kind, [])]
-
-
-def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
-    producer = {output: n for n in model.graph.node for output in n.output}
-    if node.op_type in ALWAYS_FLOAT:
-        return f"ONNX Runtime has no integer kernel for {node.op_type}"
-    if node.op_type == "Clip":
-        return "ONNX Runtime has no integer kernel for a Clip of both signs"
-    data_inputs = node.input if node.op_type in ("Add", "Mul", "MatMul") else node.input[:1]
-    constants = {tensor.name for tensor in model.graph.initializer}
-    for name in data_inputs:
-        source = producer.get(name)
-        if source is None or source.op_type != "DequantizeLinear":
-            kind = source.op_type if source is not None else "constant" if name in constants else "network input"
-            return f"its input {name} is not quantized ({kind})"
-    readers = [n for n in model.graph.node if node.output[0] in n.input]
-    if _before_output(model, node):
-        return "its result is the network's output, which is not quantized"
-    between = [n.op_type for n in readers if n.op_type not in {"QuantizeLinear", "Relu"}]
-    if between:
-        return f"{between[0]} stands between it and a quantizer"
-    return UNEXPLAINED

@@ -14,10 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from crqat.core.results.verification import FloatNode
+from crqat.core.typed_json import to_json
 from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.run import simulate
-from crqat.export.verification import links as verification
-from crqat.export.verification.links import REFUSED, fusion, optimized_operations, verify
+from crqat.export.verification import checks as verification
+from crqat.export.verification import fusion as fusions
+from crqat.export.verification.checks import REFUSED, verify
+from crqat.export.verification.fusion import fusion, optimized_operations
 from crqat.train.data import sources
 from crqat.train.quantizers import quantizer_of
 from crqat.train.quantizers.calibration import weight_of
@@ -30,12 +34,14 @@ BEHIND = "post_hooks.layer2/1/relu1/relu/0__0.0"
 
 
 def proof_of(quantized: Quantized, files: dict[str, QDQModel]) -> dict[str, dict[str, Any]]:
-    return verify(quantized.model, quantized.grids, files, quantized.images)
+    """As the manifest has it."""
+    found: dict[str, dict[str, Any]] = to_json(verify(quantized.model, quantized.grids, files, quantized.images))
+    return found
 
 
-def broken_links(entry: dict[str, Any]) -> set[str]:
-    """Names of the links that failed; the status names the same ones."""
-    broken = {name for name, link in entry["links"].items() if isinstance(link, dict) and link["violations"]}
+def broken_checks(entry: dict[str, Any]) -> set[str]:
+    """Names of the checks that failed; the status names the same ones."""
+    broken = {name for name, check in entry["links"].items() if isinstance(check, dict) and check["violations"]}
     status = entry["status"]
     assert (status == "passed") == (not broken)
     assert not broken or {part.split(":")[0] for part in status.removeprefix("failed: ").split("; ")} == broken
@@ -52,18 +58,18 @@ def assert_proven(quantized: Quantized, files: dict[str, QDQModel]) -> None:
         assert (entry["images"], entry["codes"], entry["differing_codes"]) == (len(quantized.images), codes, 0)
         assert entry["links"]["torch"]["codes"] == codes
         # Codes differ only where the value before rounding is nearly a tie, and nearly none does.
-        for link in (entry["links"]["torch"], entry["links"].get("onnxruntime")):
-            if link is not None:
-                assert link["farthest_from_tie"] <= link["largest_bound"] < 0.25
-                assert link["differing"] < 0.005 * codes
+        for check in (entry["links"]["torch"], entry["links"].get("onnxruntime")):
+            if check is not None:
+                assert check["farthest_from_tie"] <= check["largest_bound"] < 0.25
+                assert check["differing"] < 0.005 * codes
         assert entry["links"]["runtime"] == "not run: no CUDA device" or target == "onnxruntime"
     runtime = proof["onnxruntime"]["links"]["runtime"]
     assert (runtime["codes"], runtime["differing"], runtime["differing_logits"]) == (codes, 0, 0)
     assert runtime["observed_graph_is_shipped_graph"]
-    assert broken_links(proof["tensorrt"]) == set()
+    assert broken_checks(proof["tensorrt"]) == set()
     found = fusion(files["onnxruntime"].model)
-    assert (found["complete"], found["float"]) == (True, [])
-    operations = found["operations"]
+    assert (found.complete, found.in_float) == (True, [])
+    operations = found.operations
     fused = ("QLinearConv", "QLinearAdd", "QGemm", "QLinearGlobalAveragePool")
     assert [operations[operation] for operation in fused] == [19, 9, 1, 1]
     assert not {"Conv", "FusedConv", "Add", "Gemm", "Relu", "DequantizeLinear"} & operations.keys()
@@ -72,11 +78,11 @@ def assert_proven(quantized: Quantized, files: dict[str, QDQModel]) -> None:
 def test_a_file_that_its_runtime_refuses_is_a_failed_proof(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:
     broken = copy.deepcopy(digits(8).file("onnxruntime").model)
     broken.graph.node[0].op_type = "NoSuchOperation"
-    own = verification._session
-    monkeypatch.setattr(verification, "_session", lambda _, *more: own(broken.SerializeToString(), *more))
+    own = fusions.session
+    monkeypatch.setattr(verification, "session", lambda _, *more: own(broken.SerializeToString(), *more))
     entry = proof_of(digits(8), digits(8).files())["onnxruntime"]
     assert entry["status"].startswith(REFUSED) and "NoSuchOperation" in entry["status"]
-    monkeypatch.setattr(verification, "_session", lambda *_: 1 / 0)
+    monkeypatch.setattr(verification, "session", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         proof_of(digits(8), digits(8).files())
 
@@ -158,28 +164,28 @@ def test_a_changed_file_breaks_the_links_to_torch_and_to_the_other_target(
     """The runtime runs the changed file as the simulator does, unless a scale and its bias's no longer fit together."""
     quantized = loud(digits(4))
     good = quantized.files()
-    assert {name: broken_links(entry) for name, entry in proof_of(quantized, good).items()} == {
+    assert {name: broken_checks(entry) for name, entry in proof_of(quantized, good).items()} == {
         "onnxruntime": set(),
         "tensorrt": set(),
     }
     files = {**good, target: change(good[target])}
     proof = proof_of(quantized, files)
-    assert broken_links(proof[target]) >= {"torch"}
-    assert "onnxruntime" in broken_links(proof["tensorrt"])
+    assert broken_checks(proof[target]) >= {"torch"}
+    assert "onnxruntime" in broken_checks(proof["tensorrt"])
     torn = target == "onnxruntime" and change in (change_one_weight_scale, change_one_activation_scale)
-    assert ("runtime" in broken_links(proof["onnxruntime"])) == torn
+    assert ("runtime" in broken_checks(proof["onnxruntime"])) == torn
     other = "tensorrt" if target == "onnxruntime" else "onnxruntime"
-    assert "torch" not in broken_links(proof[other])
+    assert "torch" not in broken_checks(proof[other])
 
 
 def test_the_result_says_where(digits: Digits) -> None:
     quantized = digits(8)
     files = quantized.files()
     proof = proof_of(quantized, {**files, "onnxruntime": change_one_code(files["onnxruntime"])})
-    link = proof["onnxruntime"]["links"]["torch"]
-    assert link["at"] == f"{BEHIND}.codes"
-    assert link["farthest_from_tie"] > link["largest_bound"]
-    assert proof["onnxruntime"]["status"] == f"failed: torch: {link['violations']} codes"
+    check = proof["onnxruntime"]["links"]["torch"]
+    assert check["at"] == f"{BEHIND}.codes"
+    assert check["farthest_from_tie"] > check["largest_bound"]
+    assert proof["onnxruntime"]["status"] == f"failed: torch: {check['violations']} codes"
 
 
 def test_a_changed_weight_in_torch_breaks_the_link_to_torch(digits: Digits) -> None:
@@ -191,7 +197,7 @@ def test_a_changed_weight_in_torch_breaks_the_link_to_torch(digits: Digits) -> N
         weight = weight_of(changed.model, spec)
         weight[3, 5, 1, 1] += 9 * float(quantized.grids[WEIGHT].scale[3])
     proof = proof_of(changed, files)
-    assert {target: broken_links(entry) for target, entry in proof.items()} == {
+    assert {target: broken_checks(entry) for target, entry in proof.items()} == {
         "onnxruntime": {"torch"},
         "tensorrt": {"torch"},
     }
@@ -205,7 +211,7 @@ def test_a_quantizer_in_torch_that_is_not_its_grid_breaks_the_link_to_torch(digi
     with torch.no_grad():
         quantizer_of(changed.model, next(spec for spec in quantized.specs if spec.edge == edge)).scale.mul_(1.05)
     for entry in proof_of(changed, quantized.files()).values():
-        assert broken_links(entry) == {"torch"}
+        assert broken_checks(entry) == {"torch"}
         assert entry["links"]["torch"]["at"] == f"{BEHIND}.codes"
 
 
@@ -222,11 +228,11 @@ def test_a_wrong_simulator_breaks_the_link_to_the_runtime(digits: Digits, monkey
         calls.append("")
         return simulation
 
-    monkeypatch.setattr("crqat.export.verification.links.simulate", wrong)
+    monkeypatch.setattr("crqat.export.verification.checks.simulate", wrong)
     entry = proof_of(quantized, {"onnxruntime": files["onnxruntime"]})["onnxruntime"]
     runtime = entry["links"]["runtime"]
     assert (runtime["differing"], runtime["at"], len(calls)) == (1, f"{BEHIND}.codes", 1)
-    assert "runtime" in broken_links(entry)
+    assert "runtime" in broken_checks(entry)
     assert entry["differing_codes"] == 1
 
 
@@ -238,7 +244,7 @@ def test_logits_count_in_the_link_to_the_runtime(digits: Digits, monkeypatch: py
         simulation.logits[2, 3] = np.nextafter(simulation.logits[2, 3], np.float32(99))
         return simulation
 
-    monkeypatch.setattr("crqat.export.verification.links.simulate", wrong)
+    monkeypatch.setattr("crqat.export.verification.checks.simulate", wrong)
     entry = proof_of(quantized, {"onnxruntime": quantized.file("onnxruntime")})["onnxruntime"]
     assert entry["links"]["runtime"]["differing_logits"] == 1
     assert entry["status"] == "failed: runtime: 1 codes"
@@ -288,9 +294,9 @@ def test_what_stays_float_is_named_with_the_reason(digits: Digits, operation: st
         reader = next(other for other in model.graph.node if source.output[0] in other.input)
         reader.input[0], source.output[0], node.input[0] = "first", "first", "first"
     found = fusion(model)
-    assert not found["complete"]
-    assert {"node": node.name, "operation": operation, "reason": reason} in found["float"]
-    assert found["expected"] == {
+    assert not found.complete
+    assert FloatNode(node.name, operation, reason) in found.in_float
+    assert found.expected == {
         "QLinearConv": 19, "QLinearAdd": 9, "QGemm": 1, "QLinearGlobalAveragePool": 1,
     }  # fmt: skip
 

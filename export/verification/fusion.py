@@ -1,0 +1,102 @@
+"""What ONNX Runtime's optimizer fuses of a file on this machine, and why the rest stays float."""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from crqat.core import targets as runtimes
+from crqat.core.results.verification import FloatNode, Fusion
+from crqat.export.qdq.write import MOVEMENT
+from crqat.export.verification import UNEXPLAINED
+
+
+def session(model: bytes, optimized: Path | None = None) -> Any:
+    """An ONNX Runtime session on the CPU with all optimizations; `optimized` gets the graph that these make."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+
+
+def optimized_operations(model: onnx.ModelProto) -> dict[str, list[str]]:
+    """What ONNX Runtime makes of a file on this machine: operation to the names of its nodes."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        session(model.SerializeToString(), path)
+        operations: dict[str, list[str]] = {}
+        for node in onnx.load(path).graph.node:
+            operations.setdefault(node.op_type, []).append(re.sub(r"_token_\d+$", "", node.name))
+    return operations
+
+
+# What each operation of the file is to become, and which stay float.
+FUSED, _FLOAT_RESULT = runtimes.ONNXRUNTIME.fusions, runtimes.ONNXRUNTIME.float_results
+ALWAYS_FLOAT = runtimes.ONNXRUNTIME.always_float
+
+
+def fusion(model: onnx.ModelProto) -> Fusion:
+    """Count what ONNX Runtime fuses, and say of the rest why it stayed float."""
+    operations = optimized_operations(model)
+    counts = Counter(node.op_type for node in model.graph.node)
+    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
+    stayed = [
+        FloatNode(node.name, node.op_type, _why_float(model, node))
+        for node in model.graph.node
+        if node.op_type in ALWAYS_FLOAT
+        or (node.op_type == "Clip" and node.input[0] in dequantized)
+        or (node.op_type in FUSED and node.name not in _computed_in_integers(operations, node.op_type))
+    ]
+    return Fusion(
+        expected={FUSED[op]: counts[op] for op in FUSED if counts[op]},
+        operations={op: len(names) for op, names in sorted(operations.items())},
+        in_float=stayed,
+        complete=not stayed,
+    )
+
+
+def _before_output(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
+    """Whether nothing but movement lies between a node and the logits."""
+    names = {model.graph.output[0].name}
+    for other in reversed(model.graph.node):
+        if names.intersection(other.output) and (other is node or other.op_type in MOVEMENT):
+            if other is node:
+                return True
+            names.update(other.input[:1])
+    return False
+
+
+def _computed_in_integers(operations: dict[str, list[str]], op_type: str) -> list[str]:
+    kinds = (FUSED[op_type], _FLOAT_RESULT.get(op_type, ""))
+    return [name for kind in kinds for name in operations.get(kind, [])]
+
+
+def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
+    producer = {output: n for n in model.graph.node for output in n.output}
+    if node.op_type in ALWAYS_FLOAT:
+        return f"ONNX Runtime has no integer kernel for {node.op_type}"
+    if node.op_type == "Clip":
+        return "ONNX Runtime has no integer kernel for a Clip of both signs"
+    data_inputs = node.input if node.op_type in ("Add", "Mul", "MatMul") else node.input[:1]
+    constants = {tensor.name for tensor in model.graph.initializer}
+    for name in data_inputs:
+        source = producer.get(name)
+        if source is None or source.op_type != "DequantizeLinear":
+            kind = source.op_type if source is not None else "constant" if name in constants else "network input"
+            return f"its input {name} is not quantized ({kind})"
+    readers = [n for n in model.graph.node if node.output[0] in n.input]
+    if _before_output(model, node):
+        return "its result is the network's output, which is not quantized"
+    between = [n.op_type for n in readers if n.op_type not in {"QuantizeLinear", "Relu"}]
+    if between:
+        return f"{between[0]} stands between it and a quantizer"
+    return UNEXPLAINED
