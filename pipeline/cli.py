@@ -163,7 +163,7 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, un
             click.echo(
                 f"{path}: the verification failed; the file is written for examination, and the gate fails on it"
             )
-        for finding in model.findings:
+        for finding in model.findings or []:
             click.echo(f"{path}: breaks a rule: {finding}")
         if bisect and builds_engine(model.target):
             from crqat.pipeline.commands import inspect_engine

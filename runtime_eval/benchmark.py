@@ -342,7 +342,7 @@ def _result(
         versus_float16=None if top is None else _versus_float16(model, models),
         fusion=model.entry.fusion,
         codes_on_this_cpu=model.codes,
-        findings=model.entry.findings,
+        findings=model.entry.findings or [],
         float_layers=model.entry.float_layers,
         engine=_engine_summary(model),
         int8_layers=model.int8_layers,

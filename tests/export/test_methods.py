@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -11,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from crqat.core.errors import UsageError
+from crqat.core.results.verification import Verification
 from crqat.export.qdq.lint import lint
 from crqat.export.qdq.lower import lower_activation
 from crqat.export.qdq.write import QDQModel
@@ -53,7 +52,7 @@ def made(config: QuantizationConfig, targets: tuple[Target, ...] = ALONE) -> Qua
     return quantize(network, images, targets=targets, config=config)
 
 
-def proof_of(quantized: Quantized, targets: tuple[Target, ...]) -> dict[str, Any]:
+def proof_of(quantized: Quantized, targets: tuple[Target, ...]) -> dict[str, Verification]:
     files: dict[str, QDQModel] = {target: quantized.file(target) for target in targets}
     for target, file in files.items():
         assert lint(file.model, target) == []
@@ -69,8 +68,8 @@ def test_learned_zero_points_are_exact_in_onnx_runtime(bits: int) -> None:
     assert all(zero_points[edge] != 0 for edge in signed)
     assert not any(zero for edge, zero in zero_points.items() if edge not in signed)
     proof = proof_of(quantized, ALONE)["onnxruntime"]
-    assert proof["status"] == "passed", proof
-    assert proof["differing_codes"] == 0 and proof["codes"] > 10_000
+    assert proof.status == "passed", proof
+    assert proof.differing_codes == 0 and proof.codes > 10_000
     fused = fusion(quantized.file("onnxruntime").model)
     assert fused.complete, fused.in_float
 
@@ -81,7 +80,7 @@ def test_the_proof_sees_a_zero_point_that_moved() -> None:
     offset = quantized.model.get_submodule("quantizers").get_parameter(f"{edge_module(quantized, edge)}.offset")
     with torch.no_grad():
         offset.add_(40 * float(quantized.grids[edge].scale[0]))  # a step or two only move the ends of the range
-    assert proof_of(quantized, ALONE)["onnxruntime"]["status"].startswith("failed: torch: ")
+    assert proof_of(quantized, ALONE)["onnxruntime"].status.startswith("failed: torch: ")
 
 
 def edge_module(quantized: Quantized, edge: str) -> str:
@@ -100,8 +99,8 @@ def test_dorefas_codes_are_those_of_the_forward_pass(bits: int) -> None:
     targets: tuple[Target, ...] = ("onnxruntime", "tensorrt")
     quantized = made(QuantizationConfig("dorefa", "pact", weights=bits, activations=bits), targets)
     proof = proof_of(quantized, targets)
-    assert {entry["status"] for entry in proof.values()} == {"passed"}, proof
-    assert proof["onnxruntime"]["differing_codes"] == 0
+    assert {entry.status for entry in proof.values()} == {"passed"}, proof
+    assert proof["onnxruntime"].differing_codes == 0
     for spec in quantized.specs:
         if spec.kind != "weight":
             continue

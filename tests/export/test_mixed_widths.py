@@ -48,7 +48,7 @@ def test_all_widths_are_there_and_the_network_has_learned(exported: tuple[Path, 
     assert read_manifest(exported[2]).payload["candidates"]["student"]["validation_accuracy"] > 0.5
 
 
-def test_the_three_links_hold_for_both_targets(exported: tuple[Path, dict[str, Any], Path]) -> None:
+def test_the_three_checks_hold_for_both_targets(exported: tuple[Path, dict[str, Any], Path]) -> None:
     entries = {entry["target"]: entry for entry in exported[1]["models"]}
     for target in ("onnxruntime", "tensorrt"):
         proof = entries[target]["verification"]

@@ -40,7 +40,7 @@ class ExportedModel:
         float_layers: What was kept in float by name.
         verification: The checks of its integer codes.
         fusion: What ONNX Runtime fused; None of a file for another runtime.
-        findings: Rules of its runtime that it breaks.
+        findings: Rules of its runtime that it breaks; None of a float file.
         expected_codes: The file with the codes that a CPU is to compute.
     """
 
@@ -52,7 +52,7 @@ class ExportedModel:
     float_layers: FloatLayers | None = field(default=None, metadata=OMIT)
     verification: Verification | None = field(default=None, metadata=OMIT)
     fusion: Fusion | None = field(default=None, metadata=OMIT)
-    findings: list[str] = field(default_factory=list, metadata=OMIT_EMPTY)
+    findings: list[str] | None = field(default=None, metadata=OMIT)
     expected_codes: str | None = field(default=None, metadata=OMIT)
 
 
