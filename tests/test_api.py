@@ -64,7 +64,7 @@ def test_the_ten_lines_on_cifar10_end_in_verified_files(
     }
     monkeypatch.chdir(tmp_path)
     ten_lines, post_training, error = re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), flags=re.S | re.M)
-    assert len(ten_lines.strip().splitlines()) == 11  # with the import
+    assert len(ten_lines.split("\n\n")[1].strip().splitlines()) <= 13  # ten, where four statements share one
     exec(shorter(ten_lines), given)  # noqa: S102
 
     files, table = given["files"], capsys.readouterr().out
