@@ -43,7 +43,7 @@ class Export:
         files: By target; "float" and "float16" are the baselines.
         verification: By target.
         findings: By target, rules of the runtime that the file breaks; empty unless `unsafe` was set.
-        claims: By target: of each quantized edge "exact" or "lossy", with a note.
+        claims: By target and quantized edge: whether the file holds its trained Grid exactly.
         macs: Multiply-accumulates of one image by operation, of those that are INT8.
         float_layers: Likewise of the layers that `crqat.quantize` was asked to keep in float.
         preprocessing: As in the files.
@@ -112,8 +112,8 @@ def export(
             one of its runtime's rules, or `out` holds something else.
         ToolError: The directory cannot be written.
     """
-    out = Path(out)
-    quantized = _finalized(model, preprocessing(checked_bytes(images, preprocessing)))
+    out, inner = Path(out), _unwrapped(model)
+    quantized = _finalized(inner, preprocessing(checked_bytes(images, preprocessing)))
     config = checked(
         ExportConfig(
             targets=_targets(quantized.model, targets),
@@ -128,15 +128,12 @@ def export(
     if len(names) != classes:
         msg = f"class_names: {len(names)} names for the {classes} logits of the network; give one for each"
         raise UsageError(msg)
-    described = replace(
-        preprocessing,
-        mean=tuple(float(v) for v in preprocessing.mean),
-        std=tuple(float(v) for v in preprocessing.std),
-    )
+    mean, std = (tuple(map(float, values)) for values in (preprocessing.mean, preprocessing.std))
+    preprocessing = replace(preprocessing, mean=mean, std=std)  # arrays and lists become JSON as well
     metadata = {
         "crqat.schema_version": METADATA_SCHEMA,
         "crqat.run": out.name,
-        "crqat.preprocessing": json.dumps(to_json(described)),
+        "crqat.preprocessing": json.dumps(to_json(preprocessing), sort_keys=True),
         "crqat.class_names": json.dumps(names),
         "crqat.grids_sha256": grids_hash(quantized.grids),
         "crqat.git_revision": git_revision(Path.cwd()),
@@ -144,29 +141,30 @@ def export(
     manifest = Manifest("export", "", None, {}, {"torch": torch.__version__, "onnx": onnx.__version__})
     with write_directory(out, manifest) as folder:
         entries = write_models(quantized, folder, config, metadata, unsafe=True)
-        verification = {entry.target: entry.verification for entry in entries if entry.verification is not None}
-        own = [entry for entry in entries if entry.target in verification]
+        own = {entry.target: entry for entry in entries if entry.verification is not None}
         if not unsafe:
-            _refuse(own)
+            for entry in own.values():
+                _refuse(entry)
         payload = ExportPayload(
             run=out.name,
             models=entries,
             class_names=names,
-            preprocessing=described,
             grids_sha256=metadata["crqat.grids_sha256"],
+            preprocessing=preprocessing,
         )
         manifest.payload = to_json(payload)
+    first = next(iter(own.values()))
     return Export(
-        out,
-        {entry.target: out / entry.file for entry in entries},
-        verification,
-        {entry.target: tuple(entry.findings or ()) for entry in own},
-        {entry.target: entry.claims for entry in own},
-        own[0].macs or {},
-        own[0].float_layers.macs if own[0].float_layers is not None else {},
-        preprocessing,
-        config,
-        quantized.model,
+        directory=out,
+        files={entry.target: out / entry.file for entry in entries},
+        verification={target: entry.verification for target, entry in own.items() if entry.verification is not None},
+        findings={target: tuple(entry.findings or ()) for target, entry in own.items()},
+        claims={target: entry.claims for target, entry in own.items()},
+        macs=first.macs or {},
+        float_layers={} if first.float_layers is None else first.float_layers.macs,
+        preprocessing=preprocessing,
+        config=config,
+        model=quantized.model,
     )
 
 
@@ -188,7 +186,7 @@ def verify(
         UsageError: As `export`.
     """
     if not isinstance(model_or_files, Export):
-        quantized = _finalized(model_or_files, _normalized(images, preprocessing))
+        quantized = _finalized(_unwrapped(model_or_files), _normalized(images, preprocessing))
         files = {name: make_file(quantized, name, ExportConfig()) for name in quantized.model.targets}
     else:
         given = model_or_files
@@ -198,20 +196,19 @@ def verify(
     return checks.verify(quantized.model, quantized.grids, files, quantized.images)
 
 
-def _refuse(entries: Sequence[ExportedModel]) -> None:
-    """Raise what is wrong with the first file that has something wrong."""
-    for entry in entries:
-        if entry.findings:
-            count, first = len(entry.findings), entry.findings[0]
-            msg = f"{entry.file} breaks {count} rules, first: {first}; unsafe=True writes it all the same"
-            raise UsageError(msg)
-        verified = entry.verification
-        if verified is not None and not verified.passed:
-            msg = (
-                f"{entry.file}: verification on {verified.images} images {verified.status}; nothing was written, "
-                "unsafe=True writes it all the same"
-            )
-            raise VerificationError(msg)
+def _refuse(entry: ExportedModel) -> None:
+    """Raise what is wrong with a file."""
+    if entry.findings:
+        count, first = len(entry.findings), entry.findings[0]
+        msg = f"{entry.file} breaks {count} rules, first: {first}; unsafe=True writes it all the same"
+        raise UsageError(msg)
+    verified = entry.verification
+    if verified is not None and not verified.passed:
+        msg = (
+            f"{entry.file}: verification on {verified.images} images {verified.status}; nothing was written, "
+            "unsafe=True writes it all the same"
+        )
+        raise VerificationError(msg)
 
 
 def _targets(model: QuantizedModel, asked: Sequence[str] | None) -> tuple[str, ...]:
@@ -241,13 +238,18 @@ def _normalized(images: Images, preprocessing: Preprocessing | None) -> npt.NDAr
     return preprocessing(checked_bytes(array, preprocessing))
 
 
-def _finalized(model: nn.Module, normalized: npt.NDArray[np.float32]) -> Quantized:
-    """A finalized copy on the CPU in eval mode, with its Grids and images that it takes."""
+def _unwrapped(model: nn.Module) -> QuantizedModel:
+    """The quantized network, inside whatever wraps it."""
     inner = unwrapped(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, QuantizedModel) or "float_weights" not in inner.meta:
         hint = "; of a teacher give teacher.model" if hasattr(model, "model") else ""
         msg = f"model: a {type(inner).__name__}; expected what crqat.quantize or crqat.load made{hint}"
         raise UsageError(msg)
+    return inner
+
+
+def _finalized(inner: QuantizedModel, normalized: npt.NDArray[np.float32]) -> Quantized:
+    """A finalized copy on the CPU in eval mode, with its Grids and images that it takes."""
     expected = inner.meta["input_shape"]
     if list(normalized.shape[1:]) != expected:
         msg = f"images: shape {list(normalized.shape)}; the network was quantized with images of shape {expected}"

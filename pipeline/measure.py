@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from crqat.core import typed_json
 from crqat.core.errors import UsageError
 from crqat.core.field_bounds import checked
 from crqat.core.preprocessing import checked_bytes
 from crqat.core.progress import Progress, quiet
-from crqat.core.results.benchmark import ModelResult, Results
+from crqat.core.results.benchmark import ModelResult, Results, read_results
 from crqat.core.results.export import ExportPayload
 from crqat.core.results.verdict import Verdict
 from crqat.core.run_directory import Manifest, payload_of, verify_stage, write_stage
@@ -31,65 +30,19 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """One file's results.
-
-    Attributes:
-        target: Runtime that the file was written for; "float" and "float16" are the baselines.
-        status: "measured", "failed: ..." or "not run: ..."; without a measurement the numbers are None.
-        n: Images.
-        top1: Share of them answered rightly, 0..1.
-        drop_points: Percentage points of top-1 that it loses against the float file.
-        drop_interval_points: Each bound holds one-sided at 95 %.
-        agreement: Share of the images that it answers as the float file does.
-        p50_ms: Median latency of one image, in milliseconds; None where its runtime is not here.
-        latency_ratio: Its latency divided by the float file's.
-        latency_ratio_interval: Of the ratio of the medians; 95 % from 6 rounds on.
-        size_bytes: Of the file.
-    """
-
-    target: str
-    status: str
-    n: int | None
-    top1: float | None
-    drop_points: float | None
-    drop_interval_points: tuple[float, float] | None
-    agreement: float | None
-    p50_ms: float | None
-    latency_ratio: float | None
-    latency_ratio_interval: tuple[float, float] | None
-    size_bytes: int
-
-    @classmethod
-    def of(cls, entry: ModelResult) -> Measured:
-        """From a file's entry in the results."""
-        accuracy, versus, timed = entry.accuracy, entry.versus_float, entry.timed
-        return cls(
-            target=entry.target,
-            status=entry.status,
-            n=None if accuracy is None else accuracy.n,
-            top1=None if accuracy is None else accuracy.top1,
-            drop_points=None if versus is None else versus.drop_points,
-            drop_interval_points=None if versus is None else versus.drop_interval_points,
-            agreement=None if versus is None else versus.agreement,
-            p50_ms=None if timed is None else timed.p50_ms,
-            latency_ratio=None if versus is None else versus.latency_ratio,
-            latency_ratio_interval=None if versus is None else versus.latency_ratio_interval,
-            size_bytes=entry.size_bytes or 0,
-        )
-
-
-@dataclass(frozen=True)
 class Benchmark:
     """What `crqat.benchmark` measured; `print` shows it as a table.
 
     Attributes:
-        files: By file name, such as "onnxruntime.onnx".
         results: Everything, as results.json of a run holds it.
     """
 
-    files: Mapping[str, Measured]
     results: Results = field(repr=False)
+
+    @property
+    def files(self) -> Mapping[str, ModelResult]:
+        """By file name, such as "onnxruntime.onnx"."""
+        return self.results.models
 
     def __str__(self) -> str:
         """The table, and a line for everything that has no number."""
@@ -178,12 +131,7 @@ def benchmark(
     exported = verify_stage(directory)
     payload = payload_of(ExportPayload, directory, exported)
     # A stage's export has it with what its training says of itself.
-    training = payload.training
-    preprocessing = payload.preprocessing if training is None else training.preprocessing
-    if preprocessing is None:
-        msg = f"{directory}: no export (its manifest has no preprocessing); give what crqat.export wrote"
-        raise UsageError(msg)
-    payload = replace(payload, images="images.npy", labels="labels.npy")
+    preprocessing = payload.training.preprocessing if payload.training is not None else payload.preprocessing
     pixels = checked_bytes(images, preprocessing)
     numbers = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
     if numbers.dtype.kind not in "iu" or numbers.shape != (len(pixels),):
@@ -192,18 +140,18 @@ def benchmark(
         raise UsageError(msg)
     # The stage's own function measures: it is given what the stage is given, a complete export with its images.
     with tempfile.TemporaryDirectory(prefix="crqat-benchmark-") as scratch:
+        payload = replace(payload, images="images.npy", labels="labels.npy")
         manifest = Manifest("export", "", None, {}, {}, to_json(payload))
         with write_stage(Path(scratch), manifest) as out:
             for name in set(exported.files) - {"images.npy", "labels.npy"}:
                 shutil.copyfile(directory / name, out / name)
             np.save(out / "images.npy", pixels)
             np.save(out / "labels.npy", numbers.astype(np.int64))
-        results = measure(Path(scratch) / "export", config, progress)
-    return Benchmark({file: Measured.of(entry) for file, entry in results.models.items()}, results)
+        return Benchmark(measure(Path(scratch) / "export", config, progress))
 
 
 def gate(
-    results: Benchmark | Results | Mapping[str, Any],
+    results: Benchmark | Results | str | Path,
     *,
     max_accuracy_drop: float = 1.0,
     min_agreement: float | None = None,
@@ -216,7 +164,7 @@ def gate(
     """Judge a benchmark as the command `crqat gate` does; nothing is measured.
 
     Args:
-        results: What `crqat.benchmark` gave, or the `Results` or the JSON of a run's results.json.
+        results: What `crqat.benchmark` gave, or the path of a results.json.
         max_accuracy_drop: Percentage points of top-1 accuracy that a quantized file may lose against the float file.
         min_agreement: Share of the images on which it must answer as the float file does.
         min_accuracy: Share of the images that it must answer rightly.
@@ -229,7 +177,7 @@ def gate(
         The verdict. What is uncertain is judged by its interval; a file whose verification failed fails.
 
     Raises:
-        UsageError: A limit is of another type or out of range.
+        UsageError: A limit is of another type or out of range, or the file is missing or damaged.
     """
     limits = checked(
         rules.GateConfig(
@@ -242,8 +190,7 @@ def gate(
             max_reformat_layers=max_reformat_layers,
         )
     )
-    measured = results.results if isinstance(results, Benchmark) else results
-    if not isinstance(measured, Results):
-        measured = typed_json.checked(Results, measured, "results", "give what crqat.benchmark gave, or results.json")
-    verdicts = rules.judge(measured, limits)
+    if isinstance(results, Benchmark):
+        results = results.results
+    verdicts = rules.judge(results if isinstance(results, Results) else read_results(Path(results)), limits)
     return Gate(rules.exit_code(verdicts), tuple(verdicts))

@@ -84,7 +84,8 @@ def test_the_ten_lines_on_cifar10_end_in_verified_files(
 
     exec(shorter(post_training), given)  # noqa: S102
     int8 = given["results"].files["onnxruntime.onnx"]
-    assert int8.status == "measured" and int8.n == 200 and int8.p50_ms > 0 and abs(int8.drop_points) < 5
+    assert int8.status == "measured" and int8.accuracy.n == 200 and int8.timed.p50_ms > 0
+    assert abs(int8.versus_float.drop_points) < 5
     judged = {
         verdict.status for verdict in given["verdict"].verdicts if "codes" in verdict.rule or "ver" in verdict.rule
     }

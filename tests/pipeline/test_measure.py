@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 import crqat
-from crqat.core.preprocessing import Preprocessing
 from crqat.core.results.benchmark import read_results
-from crqat.core.results.training import Candidate, FloatNetwork, TrainingPayload
-from crqat.core.typed_json import text, to_json
+from crqat.core.typed_json import text
 
 PREPROCESSING = crqat.Preprocessing((0.3,), (0.4,))
 QUICK: dict[str, Any] = {"latency_rounds": 6, "latency_seconds": 0.06, "warm_up_seconds": 0.0}
@@ -58,23 +55,23 @@ def test_the_results_are_those_of_the_files(
     session = onnxruntime.InferenceSession(str(files.files["onnxruntime"]))
     (logits,) = session.run(["logits"], {"input": PREPROCESSING(digits[0][:N].numpy())})
     int8, baseline = measured.files["onnxruntime.onnx"], measured.files["float.onnx"]
-    assert (int8.target, int8.status, int8.n) == ("onnxruntime", "measured", N)
-    assert int8.top1 == pytest.approx((logits.argmax(1) == digits[1][:N].numpy()).mean())
-    assert int8.top1 is not None and int8.top1 > 0.8 and baseline.top1 is not None
-    assert int8.drop_points == pytest.approx(100 * (baseline.top1 - int8.top1))
-    assert int8.drop_interval_points is not None and len(int8.drop_interval_points) == 2
-    assert int8.p50_ms is not None and int8.latency_ratio is not None and int8.latency_ratio_interval is not None
+    assert (int8.target, int8.status) == ("onnxruntime", "measured")
+    assert int8.accuracy is not None and baseline.accuracy is not None and int8.accuracy.n == N
+    assert int8.accuracy.top1 == pytest.approx((logits.argmax(1) == digits[1][:N].numpy()).mean())
+    assert int8.accuracy.top1 > 0.8 and int8.timed is not None and int8.timed.p50_ms > 0
+    assert int8.versus_float is not None and int8.versus_float.latency_ratio is not None
+    assert int8.versus_float.drop_points == pytest.approx(100 * (baseline.accuracy.top1 - int8.accuracy.top1))
     assert int8.size_bytes == files.files["onnxruntime"].stat().st_size
-    assert baseline.drop_points is None and baseline.latency_ratio is None
+    assert baseline.versus_float is None
 
 
 def test_the_results_are_those_of_a_run(measured: crqat.Benchmark, tmp_path: Path) -> None:
     """results.json of a run has the same shape, so that `crqat gate` and `crqat report` read both."""
     path = tmp_path / "results.json"
     path.write_text(text(measured.results))
-    assert read_results(path) == measured.results
-    data = json.loads(path.read_text())
-    assert crqat.gate(data, min_int8_coverage=None) == crqat.gate(measured, min_int8_coverage=None)
+    assert read_results(path).models == measured.results.models
+    for results in (path, str(path), read_results(path)):
+        assert crqat.gate(results, min_int8_coverage=None) == crqat.gate(measured, min_int8_coverage=None)
 
 
 def test_print_shows_a_table_that_one_can_read(measured: crqat.Benchmark) -> None:
@@ -82,13 +79,15 @@ def test_print_shows_a_table_that_one_can_read(measured: crqat.Benchmark) -> Non
     assert title.startswith(f"digits: test images: {N}; threads: 1; ")
     assert rows[2].split()[:2] == ["onnxruntime.onnx", "onnxruntime"]
     column = header.index("top-1 %")
-    assert rows[2][column:].split()[0] == f"{100 * (measured.files['onnxruntime.onnx'].top1 or 0):.2f}"
+    accuracy = measured.files["onnxruntime.onnx"].accuracy
+    assert accuracy is not None and rows[2][column:].split()[0] == f"{100 * accuracy.top1:.2f}"
     assert any(line.startswith("tensorrt.onnx: latency not run: ") for line in rows)
 
 
 def test_a_directory_will_do_and_arrays(files: crqat.Export, digits: tuple[torch.Tensor, torch.Tensor]) -> None:
     again = crqat.benchmark(str(files.directory), digits[0][:40].numpy(), digits[1][:40].numpy(), threads=1, **QUICK)
-    assert again.files["float.onnx"].n == 40
+    accuracy = again.files["float.onnx"].accuracy
+    assert accuracy is not None and accuracy.n == 40
     assert sorted(path.name for path in files.directory.iterdir()) == [
         "float.onnx", "float16.onnx", "manifest.json", "onnxruntime.codes.npz", "onnxruntime.onnx", "tensorrt.onnx",
     ]  # fmt: skip
@@ -145,26 +144,21 @@ def test_a_runs_export_is_measured_on_other_images_and_stays_as_it_is(
     from crqat.core.run_directory import Manifest, read_manifest, verify_stage, write_stage
 
     payload = read_manifest(files.directory).payload
-    training = TrainingPayload(
-        best="student",
-        candidates={"student": Candidate(0.9)},
-        class_names=payload["class_names"],
-        float_network=FloatNetwork(0.9),
-        input_shape=[1, 8, 8],
-        preprocessing=Preprocessing.from_json(payload.pop("preprocessing")),
-        validation_images=10,
-        compiled="no",
-        device="cpu",
-        seconds=1.0,
-        quantizers=2,
-    )
-    payload["training"] = to_json(training)
+    training: dict[str, Any] = {
+        "best": "student",
+        "candidates": {"student": {"validation_accuracy": 0.9}},
+        "class_names": ["0"],
+    }
+    training |= {"float": {"validation_accuracy": 0.9}, "input_shape": [1, 8, 8], "validation_images": 9}
+    training |= {"compiled": "no", "device": "cpu", "seconds": 1.0, "quantizers": 5}
+    payload["training"] = {**training, "preprocessing": payload.pop("preprocessing")}
     manifest = Manifest("export", "key", None, {}, {}, {**payload, "images": "images.npy", "labels": "labels.npy"})
     with write_stage(tmp_path, manifest) as out:
         for path in [*files.directory.glob("*.onnx"), *files.directory.glob("*.npz")]:
             (out / path.name).write_bytes(path.read_bytes())
         np.save(out / "images.npy", digits[0][:3].numpy())
         np.save(out / "labels.npy", digits[1][:3].numpy())
-    assert crqat.benchmark(tmp_path / "export", digits[0][:20], digits[1][:20], **QUICK).files["float.onnx"].n == 20
+    measured = crqat.benchmark(tmp_path / "export", digits[0][:20], digits[1][:20], **QUICK)
+    assert measured.results.dataset is not None and measured.results.dataset.n == 20
     assert len(np.load(tmp_path / "export" / "images.npy")) == 3
     verify_stage(tmp_path / "export")
