@@ -19,7 +19,7 @@ from crqat.core.run_directory import verify_stage
 from crqat.export.analysis.sqnr import quantizer_noise
 from crqat.export.config import ExportConfig
 from crqat.export.graph.from_torch import marked_graph
-from crqat.export.graph.onnx_graph import split_macs
+from crqat.export.graph.macs import split_macs
 from crqat.export.qdq.lint import lint
 from crqat.export.qdq.write import QDQModel, float_model, qdq_model
 from crqat.export.verification.expected_codes import expected_codes
