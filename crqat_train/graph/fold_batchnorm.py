@@ -2,7 +2,8 @@
 
 y = gamma (conv(x, w) + b - mean) / sigma + beta = conv(x, m w) + beta + (b - mean) m, with m = gamma / sigma.
 
-All arrays are float32; each operation rounds once, so training and export get the same bits.
+All arrays are float32. The caller takes the square root: torch's (on some CPUs a vector library's, not correctly
+rounded) and numpy's may differ in their last place, and delivered scales were chosen by torch's.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 Floats = npt.NDArray[np.float32]
 
 
-def multiplier(gamma: Floats, variance: Floats, epsilon: float) -> Floats:
-    """What BatchNorm multiplies each channel by: m = gamma / sqrt(variance + epsilon), of shape [C]."""
-    result: Floats = (gamma / np.sqrt(variance + np.float32(epsilon))).astype(np.float32)
+def multiplier(gamma: Floats, sigma: Floats) -> Floats:
+    """What BatchNorm multiplies each channel by: m = gamma / sigma, with sigma = sqrt(variance + epsilon); [C] each."""
+    result: Floats = (gamma / sigma).astype(np.float32)
     return result
 
 
@@ -70,10 +72,10 @@ def of_module(bn: nn.modules.batchnorm._BatchNorm, bias: Floats) -> tuple[Floats
     if bn.running_mean is None or bn.running_var is None:
         msg = "a BatchNorm without running statistics cannot be folded"
         raise ValueError(msg)
-    mean, variance = _numbers(bn.running_mean), _numbers(bn.running_var)
+    mean, sigma = _numbers(bn.running_mean), _numbers(torch.sqrt(bn.running_var + bn.eps))
     gamma = np.ones_like(mean) if bn.weight is None else _numbers(bn.weight)
     beta = np.zeros_like(mean) if bn.bias is None else _numbers(bn.bias)
-    factor = multiplier(gamma, variance, bn.eps)
+    factor = multiplier(gamma, sigma)
     return factor, folded_bias(bias, beta, mean, factor)
 
 

@@ -18,7 +18,8 @@ def fold_batchnorm(graph: Graph) -> None:
             kept.append(node)
             continue
         gamma, beta, mean, variance = (graph.constants[name].astype(np.float32) for name in node.input[1:5])
-        factor = multiplier(gamma, variance, next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5))
+        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
+        factor = multiplier(gamma, np.sqrt(variance + np.float32(epsilon)))
         bias = graph.constants[conv.input[2]] if len(conv.input) > 2 else np.zeros_like(mean)
         marker = producers.get(conv.input[1])
         weight = graph.constants[conv.input[1] if marker is None else marker.input[0]]
