@@ -22,7 +22,7 @@ import onnx
 from bench.vs_onnxruntime import METADATA, Case, calibrated, cases
 from crqat.core.targets import Residual
 from crqat.core.typed_json import to_json
-from crqat.export.graph.onnx_graph import macs
+from crqat.export.graph.macs import macs
 from crqat.pipeline.console import show_table
 from crqat.runtime_eval.config import BenchmarkConfig
 from crqat.runtime_eval.measure.worker_client import Worker

@@ -23,11 +23,12 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from bench import exporter_peers
+from bench.onnxruntime_process import WITHOUT_VNNI
 from bench.vs_onnxruntime import IMAGENET, METADATA, Case, calibrated, cases, interleaved, predicted
-from bench.wrong_codes import WITHOUT_VNNI, differing_codes, with_constants_folded
+from bench.wrong_codes import differing_codes, with_constants_folded
 from crqat.core.errors import CrqatError, ToolError
 from crqat.core.typed_json import to_json
-from crqat.export.analysis.smallest_failing_part import file_macs
+from crqat.export.graph.macs import file_macs
 from crqat.export.qdq.write import float_model
 from crqat.pipeline.console import show_table
 from crqat.runtime_eval.config import BenchmarkConfig

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -25,10 +23,13 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 import torch
-from onnx import TensorProto, helper
+from onnx import helper
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 
+from bench import onnxruntime_process
+from bench.wrong_codes import shown_codes
+from crqat.core.compare_codes import compare_codes
 from crqat.core.preprocessing import Preprocessing
 from crqat.core.targets import Residual
 from crqat.core.typed_json import to_json
@@ -48,16 +49,6 @@ IMAGENET = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 METADATA = {"crqat.preprocessing": json.dumps({"mean": IMAGENET.mean, "std": IMAGENET.std})}
 TARGETS = ("onnxruntime",)
 OUT = Path("bench-out/infer.json")
-# Prints how many of a file's outputs differ from the expected ones.
-CHECK = """
-import json, sys, numpy, onnxruntime
-names, arrays = json.loads(sys.argv[3]), numpy.load(sys.argv[2])
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 3
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-outputs = session.run(names, {"input": arrays["input"]})
-print(sum(int((a.astype("int64") != arrays[f"expected{i}"]).sum()) for i, a in enumerate(outputs)))
-"""
 
 
 @dataclass
@@ -140,7 +131,7 @@ def wrong_codes(path: Path, images: npt.NDArray[np.float32], folder: Path, cpu: 
         folder: For scratch files.
         cpu: A CPU model of qemu, None for this one.
     """
-    if cpu is not None and shutil.which("qemu-x86_64") is None:
+    if onnxruntime_process.missing(cpu) is not None:
         return None
     model = onnx.load(path)
     try:
@@ -149,19 +140,11 @@ def wrong_codes(path: Path, images: npt.NDArray[np.float32], folder: Path, cpu: 
         print(f"{path.name}: {reason}", file=sys.stderr)
         return None
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    arrays: dict[str, Any] = {"input": images}
-    names: list[str] = []
-    for node in list(model.graph.node):
-        if node.op_type == "QuantizeLinear" and node.output[0] in simulation.codes:
-            arrays[f"expected{len(names)}"] = simulation.codes[node.output[0]] + int(constants[node.input[2]])
-            names.append(node.output[0])
-            model.graph.output.append(helper.make_tensor_value_info(node.output[0], TensorProto.UINT8, None))
-    onnx.save(model, folder / "tapped.onnx")
-    np.savez(folder / "expected.npz", **arrays)
-    emulator = [] if cpu is None else ["qemu-x86_64", "-cpu", cpu]
-    arguments = [str(folder / "tapped.onnx"), str(folder / "expected.npz"), json.dumps(names)]
-    command = [*emulator, sys.executable, "-c", CHECK, *arguments]
-    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    quantizers = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
+    zeros = {n.output[0]: constants[n.input[2]] for n in quantizers if n.output[0] in simulation.codes}
+    ran = shown_codes(path, zeros, images, folder, cpu)
+    expected = [simulation.codes[name] + int(zero) for name, zero in zeros.items()]
+    return compare_codes(dict(zip(zeros, zip(expected, ran, strict=True), strict=True))).wrong
 
 
 def interleaved(
@@ -218,8 +201,8 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
             "rounds": rounds,
             "wrong_codes": wrong_codes(paths["ours"], few, folder, None),
             "peer_wrong_codes": wrong_codes(paths["peer"], few, folder, None),
-            "wrong_codes_without_vnni": wrong_codes(paths["ours"], few, folder, "Haswell"),
-            "peer_wrong_codes_without_vnni": wrong_codes(paths["peer"], few, folder, "Haswell"),
+            "wrong_codes_without_vnni": wrong_codes(paths["ours"], few, folder, onnxruntime_process.WITHOUT_VNNI),
+            "peer_wrong_codes_without_vnni": wrong_codes(paths["peer"], few, folder, onnxruntime_process.WITHOUT_VNNI),
             "accuracy": None,
             "peer_accuracy": None,
         }  # fmt: skip

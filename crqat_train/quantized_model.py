@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from crqat.core.errors import UsageError
-from crqat.core.field_bounds import checked
 from crqat.core.grid import Grid
 from crqat.core.targets import ALL, Residual
+from crqat.train.arguments import checked
 from crqat.train.checkpoint import read_header, read_tensors, write_tensors
 from crqat.train.config import Override, QuantizationConfig
 from crqat.train.placement.insert import QuantizerSpec, insert_quantizers

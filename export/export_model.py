@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError, VerificationError
-from crqat.core.field_bounds import checked
 from crqat.core.grid import grids_hash
 from crqat.core.preprocessing import Preprocessing, checked_bytes
 from crqat.core.results.export import Claim, ExportedModel, ExportPayload
@@ -28,6 +27,7 @@ from crqat.export.config import ExportConfig
 from crqat.export.to_onnx import Quantized
 from crqat.export.verification import checks
 from crqat.export.write_models import METADATA_SCHEMA, make_file, write_models
+from crqat.train.arguments import checked
 from crqat.train.distributed import unwrapped
 from crqat.train.quantized_model import QuantizedModel
 

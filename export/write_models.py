@@ -14,7 +14,8 @@ from crqat.core.progress import Progress, quiet
 from crqat.core.results.export import ExportedModel
 from crqat.export.config import ExportConfig
 from crqat.export.graph.from_torch import marked_graph
-from crqat.export.graph.onnx_graph import Graph, split_macs
+from crqat.export.graph.macs import split_macs
+from crqat.export.graph.onnx_graph import Graph
 from crqat.export.qdq.lint import lint
 from crqat.export.qdq.write import QDQModel, float_model
 from crqat.export.to_onnx import Quantized

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from crqat.core.errors import UsageError
-from crqat.core.field_bounds import checked
 from crqat.core.preprocessing import checked_bytes
 from crqat.core.progress import Progress, quiet
 from crqat.core.results.benchmark import ModelResult, Results, read_results
@@ -24,6 +23,7 @@ from crqat.pipeline.gate import rules
 from crqat.pipeline.report import tables
 from crqat.runtime_eval.benchmark import benchmark as measure
 from crqat.runtime_eval.config import BenchmarkConfig, Provider
+from crqat.train.arguments import checked
 
 if TYPE_CHECKING:
     from crqat.export.export_model import Export

@@ -17,25 +17,13 @@ from torch import Tensor, fx
 
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
+from crqat.train.graph import fold_batchnorm
 from crqat.train.graph.operations import parameter
 from crqat.train.placement.insert import QuantizerSpec, quantizer_node
 from crqat.train.quantizers import MIN_SCALE, quantizer_of, specs_of
 from crqat.train.quantizers.base import is_step
 
 _STATISTICS = ("running_mean", "running_var")
-
-
-def fold_multiplier(bn: torch.nn.modules.batchnorm._BatchNorm) -> Tensor:
-    """What BN multiplies each channel of a convolution by: gamma / sqrt(running_var + eps), float32 of shape [C]."""
-    gamma = bn.weight if bn.weight is not None else torch.ones_like(_running(bn.running_var))
-    return gamma.detach() / torch.sqrt(_running(bn.running_var) + bn.eps)
-
-
-def _running(statistics: Tensor | None) -> Tensor:
-    if statistics is None:
-        msg = "a BatchNorm without running statistics cannot be folded"
-        raise ValueError(msg)
-    return statistics
 
 
 @torch.no_grad()
@@ -79,7 +67,7 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
             continue
         scale = scales[spec.edge]
         asked = _numbers(scale).reshape(-1)
-        multiplier, bias = (_numbers(tensor) for tensor in _folded(model, spec, scale))
+        multiplier, bias = _folded(model, spec, scale.numel())
         fed = None if spec.input_edge is None else np.float32(scales[spec.input_edge].item())
         folded, raised = constraints.weight_scale(asked, multiplier, bias, fed)
         folded = _stored(constraints, folded, spec, why)
@@ -102,7 +90,7 @@ def _representable(model: fx.GraphModule, scales: Mapping[str, Tensor], constrai
         values, rounding = _numbers(scale).reshape(-1), np.float32(0.0)
         if spec.kind == "weight":
             rounding = np.float32(2.0**-22)
-            multiplier, bias = (_numbers(tensor) for tensor in _folded(model, spec, scale))
+            multiplier, bias = _folded(model, spec, scale.numel())
             fed = None if spec.input_edge is None else np.float32(scales[spec.input_edge].item())
             if constraints.weight_scale(values * (1 + rounding), multiplier, bias, fed)[1].any():
                 return False
@@ -113,22 +101,22 @@ def _representable(model: fx.GraphModule, scales: Mapping[str, Tensor], constrai
     return True
 
 
-def _folded(model: fx.GraphModule, spec: QuantizerSpec, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _folded(
+    model: fx.GraphModule, spec: QuantizerSpec, channels: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
     """BN's multiplier and the folded bias of the operation that a weight belongs to, both of shape [channels]."""
     operation = next(iter(quantizer_node(model, spec).users))
     argument = operation.args[2] if len(operation.args) > 2 else operation.kwargs.get("bias")
-    bias = torch.zeros(scale.numel(), device=scale.device)
+    bias = np.zeros(channels, np.float32)
     if isinstance(argument, fx.Node):
-        bias = parameter(model, argument).detach()
+        bias = _numbers(parameter(model, argument))
     if spec.bn is None:
-        return torch.ones_like(bias), bias
+        return np.ones_like(bias), bias
     bn = model.get_submodule(spec.bn)
     if not isinstance(bn, torch.nn.modules.batchnorm._BatchNorm):
         msg = f"{spec.bn}: {type(bn).__name__} cannot be folded"
         raise TypeError(msg)
-    multiplier = fold_multiplier(bn)
-    shift = bn.bias.detach() if bn.bias is not None else torch.zeros_like(multiplier)
-    return multiplier, shift + (bias - _running(bn.running_mean)) * multiplier
+    return fold_batchnorm.of_module(bn, bias)
 
 
 def check_values(model: torch.nn.Module, source: str, why: str = "the file is damaged") -> None:

@@ -1,38 +1,14 @@
-"""The smallest part of an ONNX file that a builder refuses, and what its Conv and Gemm compute."""
+"""The smallest part of an ONNX file that a builder refuses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 # What a builder says of a part that it refuses, None of one that it takes.
 Refusal = Callable[[onnx.ModelProto], str | None]
-
-
-def file_macs(model: onnx.ModelProto) -> dict[str, int] | None:
-    """Multiply-accumulates of each Conv, Gemm and MatMul for one image, by the node's name as TensorRT has it.
-
-    Returns:
-        None if a size is not known: of a file with dynamic dimensions beside the batch, for instance.
-    """
-    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    values = [*inferred.graph.value_info, *inferred.graph.input, *inferred.graph.output]
-    shapes = {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}
-    shapes |= {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
-    result = {}
-    for node in model.graph.node:
-        if node.op_type not in {"Conv", "Gemm", "MatMul"} or len(node.input) < 2:
-            continue
-        output, weight = shapes.get(node.output[0], []), shapes.get(node.input[1], [])
-        if len(output) < 2 or len(weight) < 2 or 0 in output[1:] or 0 in weight[1:]:
-            return None
-        transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
-        terms = weight[-2] if node.op_type != "Conv" and not transposed else int(np.prod(weight[1:]))
-        result[node.name or f"node_of_{node.output[0]}"] = int(np.prod(output[1:])) * terms
-    return result
 
 
 def smallest_cut(model: onnx.ModelProto, refused: Refusal) -> onnx.ModelProto:

@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import onnx
 import torch
 from onnx import helper, numpy_helper
@@ -25,6 +24,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import Tensor, fx, nn
 
 from crqat.core.errors import UsageError
+from crqat.export.graph.fold_batchnorm import fold_batchnorm
 from crqat.export.graph.fold_shapes import flatten_views, fold_shapes
 from crqat.export.graph.linear_to_gemm import linears_as_gemm, scale_behind_product
 from crqat.export.graph.onnx_graph import OPSET, Graph, shapes
@@ -93,7 +93,7 @@ def marked_graph(model: fx.GraphModule, input_shape: Sequence[int], classes: int
         scale_behind_product(graph)
         graph.drop_unused()
     _pool_means(graph)
-    _fold_bn(graph)
+    fold_batchnorm(graph)
     _name_operations(graph)
     _take_float_markers(graph)
     return graph
@@ -200,40 +200,6 @@ def _weight_edge(graph: Graph, node: onnx.NodeProto) -> str | None:
     """The edge name of a Conv or Gemm's quantized weight."""
     marker = graph.producers().get(node.input[1])
     return None if marker is None or marker.op_type != "Edge" else marker.attribute[0].s.decode()
-
-
-def _fold_bn(graph: Graph) -> None:
-    """Conv -> BatchNormalization becomes Conv with scaled weights and a bias; the factor is kept for the Grids.
-
-    y = gamma (conv(x, w) + b - mean) / sigma + beta = conv(x, m w) + beta + (b - mean) m, with m = gamma / sigma.
-    """
-    producers, consumers = graph.producers(), graph.consumers()
-    kept = []
-    for node in graph.nodes:
-        conv = producers.get(node.input[0]) if node.op_type == "BatchNormalization" else None
-        if conv is None or conv.op_type != "Conv" or len(consumers[conv.output[0]]) != 1:
-            kept.append(node)
-            continue
-        gamma, beta, mean, variance = (graph.constants[name].astype(np.float32) for name in node.input[1:5])
-        epsilon = next((a.f for a in node.attribute if a.name == "epsilon"), 1e-5)
-        multiplier = (gamma / np.sqrt(variance + np.float32(epsilon))).astype(np.float32)
-        bias = graph.constants[conv.input[2]] if len(conv.input) > 2 else np.zeros_like(mean)
-        marker = producers.get(conv.input[1])
-        weight_name = conv.input[1] if marker is None else marker.input[0]
-        weight = graph.constants[weight_name]
-        # Named by the output: the exporter stores equal weights once, and each of their convolutions has its own BN.
-        folded_weight, folded_bias = f"{node.output[0]}.folded_weight", f"{node.output[0]}.folded_bias"
-        graph.constants[folded_weight] = weight * multiplier.reshape(-1, *[1] * (weight.ndim - 1))
-        graph.constants[folded_bias] = (beta + (bias - mean) * multiplier).astype(np.float32)
-        if marker is None:
-            conv.input[1] = folded_weight
-        else:
-            marker.input[0] = folded_weight
-            graph.fold[marker.attribute[0].s.decode()] = multiplier
-        del conv.input[2:]
-        conv.input.append(folded_bias)
-        conv.output[0] = node.output[0]
-    graph.nodes[:] = kept
 
 
 def _name_operations(graph: Graph) -> None:

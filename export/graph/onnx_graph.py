@@ -1,4 +1,4 @@
-"""An ONNX graph taken apart into plain lists and dictionaries: its shapes, its multiplications, and back to a model."""
+"""An ONNX graph taken apart into plain lists and dictionaries: its shapes, and back to a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
-
-from crqat.core.results.benchmark import FloatLayers
 
 OPSET = 17
 
@@ -100,36 +98,3 @@ def shapes(graph: Graph, batch: int = 1) -> dict[str, list[int]]:
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     values = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]
     return {value.name: [d.dim_value for d in value.type.tensor_type.shape.dim] for value in values}
-
-
-def macs(graph: Graph) -> dict[str, int]:
-    """Multiply-accumulates of each Conv, Gemm and MatMul for one image, by node name, from ONNX shape inference."""
-    sizes = shapes(graph)
-    result = {}
-    for node in graph.nodes:
-        if node.op_type == "MatMul":
-            result[node.name] = int(np.prod(sizes[node.output[0]])) * _size(graph, sizes, node.input[0])[-1]
-        if node.op_type not in {"Conv", "Gemm"}:
-            continue
-        producer = graph.producers().get(node.input[1])
-        weight = graph.constants[node.input[1] if producer is None else producer.input[0]]
-        # Each element of the output takes one multiplication per weight of its channel. A sequence's rows are images'.
-        result[node.name] = int(np.prod(sizes[node.output[0]])) * int(weight.size // weight.shape[0])
-    return result
-
-
-def split_macs(graph: Graph) -> tuple[dict[str, int], FloatLayers]:
-    """The multiply-accumulates that INT8 is asked of, and what `float_layers` costs.
-
-    Returns:
-        `macs` without the nodes of layers that the recipe keeps in float; and these.
-    """
-    amounts = macs(graph)
-    total, kept = sum(amounts.values()), dict.fromkeys(graph.float_layers.values(), 0)
-    for node, name in graph.float_layers.items():
-        kept[name] += amounts.pop(node)
-    return amounts, FloatLayers(kept, sum(kept.values()) / total if total else 0.0)
-
-
-def _size(graph: Graph, sizes: dict[str, list[int]], name: str) -> list[int]:
-    return list(graph.constants[name].shape) if name in graph.constants else sizes[name]

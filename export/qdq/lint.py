@@ -12,11 +12,11 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from crqat.core import targets as runtimes
+from crqat.export.graph.data_movement import ON_CODES
 from crqat.export.graph.from_torch import DOMAIN
 
 # TensorRT moves a DequantizeLinear behind these.
-COMMUTING = {"MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Pad", "Concat",
-             "Gather"}  # fmt: skip
+_COMMUTING = {*ON_CODES, "Concat"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ def _quantized_operands(view: _View, node: onnx.NodeProto) -> list[bool]:
     quantized = []
     for name in node.input[:2]:
         source = view.producer.get(name)
-        while source is not None and source.op_type in COMMUTING:
+        while source is not None and source.op_type in _COMMUTING:
             source = view.producer.get(source.input[0])
         quantized.append(source is not None and source.op_type == "DequantizeLinear")
     return quantized

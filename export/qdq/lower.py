@@ -14,6 +14,7 @@ import numpy.typing as npt
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
 from crqat.core.grid import Grid
+from crqat.train.graph.fold_batchnorm import folded_codes, per_channel
 
 _STORED: dict[str, type[np.int8] | type[np.uint8]] = {"int8": np.int8, "uint8": np.uint8}
 Claim = Literal["exact", "lossy"]
@@ -109,8 +110,6 @@ def lower_weight(
 ) -> Weight:
     """Encode a weight for a target, with BN folded into the scale: codes are not rounded again.
 
-    Folding multiplies a channel's scale by |m| and flips the sign of its codes where m < 0; where m = 0 codes are 0.
-
     Args:
         grid: Trained per-channel Grid of the unfolded weight.
         weight: The unfolded latent weight, float32 of shape [C, ...].
@@ -121,15 +120,12 @@ def lower_weight(
         target: Name of a runtime; see `crqat.core.targets`.
     """
     rules = runtimes.get(target)
-    column = (-1,) + (1,) * (weight.ndim - 1)
-    sign = np.sign(multiplier).astype(np.int32).reshape(column)
-    codes = grid.quantize(weight) * sign
-    scale = np.broadcast_to(grid.scale, multiplier.shape).astype(np.float32) * np.abs(multiplier)
+    codes, scale = folded_codes(grid.quantize(weight), grid.scale, multiplier)
     # The trained scale was chosen so that the folded one is a float16; take the product's last rounding back.
     half = scale.astype(np.float16).astype(np.float32)
     rounded_to = (np.abs(multiplier) != 1) & (np.abs(half - scale) <= scale * 2.0**-21)
     scale = np.where(rounded_to, half, scale).astype(np.float32)
-    codes = np.where(scale.reshape(column) == 0, 0, codes)  # the product may underflow
+    codes = np.where(per_channel(scale, codes.ndim) == 0, 0, codes)  # the product may underflow
     used = codes.reshape(len(scale), -1).any(axis=1)
     scale = np.where(used, scale, _UNUSED_SCALE).astype(np.float32)
     claim, note = "exact", ""

@@ -15,15 +15,13 @@ from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
 from crqat.core.grid import Grid
 from crqat.core.results.export import Claim
+from crqat.export.graph.data_movement import moves_codes
 from crqat.export.graph.onnx_graph import OPSET, Graph, build_model
 from crqat.export.qdq.lower import Activation, Weight, clip_bound, lower_activation, lower_weight
 from crqat.train.placement.insert import QuantizerSpec
 
 # QuantizeLinear takes float16 scales from opset 19 on.
 OPSET_FLOAT16 = 19
-# Values pass through these unchanged, so they can run on codes: one DequantizeLinear behind them is enough, and ONNX
-# Runtime finds it right before the Add or Conv that it wants to fuse.
-MOVEMENT = {"Slice", "Pad", "MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Gather"}
 
 _Lowered = TypeVar("_Lowered", Activation, Weight)
 
@@ -156,7 +154,7 @@ class _Writer:
         for node in self.graph.nodes:
             if node.op_type == "Edge":
                 self._edge(node)
-            elif self._moves(node) and node.input[0] in self.coded and self.rules.moves_codes:
+            elif moves_codes(node, self.graph.constants) and node.input[0] in self.coded and self.rules.moves_codes:
                 self._move_codes(node)
             elif node.op_type == "Concat" and self.rules.moves_codes and self._same_edge(node.input):
                 self._concat_codes(node)
@@ -249,11 +247,6 @@ class _Writer:
             return lowered
         return replace(lowered, claim="lossy", note="float16 does not hold its scale")
 
-    def _moves(self, node: onnx.NodeProto) -> bool:
-        """Whether the node's values are those of its first input, in other places, apart from zeros."""
-        padding = self.graph.constants.get(node.input[2]) if node.op_type == "Pad" and len(node.input) > 2 else None
-        return node.op_type in MOVEMENT and (padding is None or not padding.any())
-
     def _same_edge(self, names: Sequence[str]) -> bool:
         """Whether all these tensors are codes of one quantizer, as NNCF wants it for what is joined before a layer."""
         return all(name in self.coded for name in names) and len({self.coded[name][1] for name in names}) == 1
@@ -269,7 +262,7 @@ class _Writer:
         """The edge whose codes stand behind a tensor of the float graph, None if it is not quantized."""
         producers = self.graph.producers()
         node = producers.get(name)
-        while node is not None and self._moves(node):
+        while node is not None and moves_codes(node, self.graph.constants):
             node = producers.get(node.input[0])
         if node is not None and node.op_type == "Concat":
             edges = {self._input_edge(part) for part in node.input}

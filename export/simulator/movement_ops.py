@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import torch
 
+from crqat.export.graph.data_movement import ON_REAL_VALUES, PARTIAL_MOVEMENT
 from crqat.export.simulator.float_ops import compute
 from crqat.export.simulator.values import (
     UNIT_ROUNDOFF,
@@ -23,13 +24,10 @@ from crqat.export.simulator.values import (
     attributes_of,
 )
 
-# The exporter lets these move codes themselves where it can.
-MOVING = ("Slice", "Pad", "Flatten", "Reshape", "Squeeze", "Unsqueeze", "Transpose", "MaxPool", "Gather",
-          "DepthToSpace", "SpaceToDepth", "Tile")  # fmt: skip
 # Of several tensors of codes on the same Grid they select codes; of others they are computed on real values.
 SELECTING = ("Max", "Min", "Where", "ReduceMax", "ReduceMin", "GlobalMaxPool")
-# ONNX Runtime has no rule to move a DequantizeLinear behind these: what reads them reads real values.
-_BEHIND_REAL = {"DepthToSpace", "SpaceToDepth", "Tile", "Split", "Resize", "Expand"}
+# What reads these reads real values.
+_BEHIND_REAL = {*ON_REAL_VALUES, *PARTIAL_MOVEMENT, *SELECTING}
 
 
 def move(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
@@ -52,7 +50,7 @@ def move(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Ar
 
 
 def _same_grid(node: onnx.NodeProto, value: Codes, integers: Array) -> Codes:
-    selected = value.selected or (value.real and node.op_type in (*_BEHIND_REAL, *SELECTING))
+    selected = value.selected or (value.real and node.op_type in _BEHIND_REAL)
     return replace(value, integers=integers, selected=selected)
 
 

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from crqat.export.graph.data_movement import DATA_MOVEMENT
 from crqat.export.simulator import float_ops, integer_ops, matmul_ops, movement_ops
 from crqat.export.simulator.values import UNIT_ROUNDOFF, Array, NotSimulated, Simulation, Sum, Value, as_float, column
 
@@ -95,5 +96,5 @@ _OPERATIONS: dict[str, Any] = {
     "Split": movement_ops.split,
     "Resize": movement_ops.resize,
     **dict.fromkeys(movement_ops.SELECTING, movement_ops.select),
-    **dict.fromkeys(movement_ops.MOVING, movement_ops.move),
+    **dict.fromkeys(DATA_MOVEMENT, movement_ops.move),
 }

@@ -23,6 +23,7 @@ from onnx import TensorProto, helper
 from torch import Tensor, fx, nn
 
 from crqat.core import targets as runtimes
+from crqat.core.compare_codes import Tie, compare_codes
 from crqat.core.grid import Grid
 from crqat.core.results.verification import Check, Verification
 from crqat.export.qdq.lower import lower_activation
@@ -106,30 +107,14 @@ def _compare(pairs: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], sim
         pairs: Tensor name to (codes of the simulator, codes of the other).
         simulation: Of the first.
     """
-    codes = differing = violations = 0
-    widest, where = 0.0, ""
-    for name, (own, other) in pairs.items():
-        codes += own.size
-        different = own != other
-        count = int(different.sum())
-        if not count:
-            continue
-        differing += count
-        before = simulation.before_rounding[name].reshape(own.shape)[different]
-        bound = simulation.bounds[name]
-        allowed = bound.reshape(own.shape)[different] if bound.ndim else bound
-        # A code that differs by one lies half a code and the distance of the tie away.
-        distance = np.abs(other[different] - before) - 0.5
-        steps = np.abs(own.astype(np.int64) - other)[different]
-        violations += int((~((distance <= allowed) & (steps <= np.maximum(1, np.ceil(allowed))))).sum())
-        if float(distance.max()) > widest:
-            widest, where = float(distance.max()), name
+    ties = {name: Tie(simulation.before_rounding[name], simulation.bounds[name]) for name in pairs}
+    counted = compare_codes(pairs, ties)
     return Check(
-        codes=codes,
-        differing=differing,
-        violations=violations,
-        at=where,
-        farthest_from_tie=widest,
+        codes=counted.codes,
+        differing=counted.differing,
+        violations=counted.wrong,
+        at=counted.farthest_in,
+        farthest_from_tie=counted.farthest_from_tie,
         largest_bound=max((simulation.tie_bound[name] for name in pairs), default=0.0),
     )
 
@@ -231,21 +216,19 @@ def _against_runtime(
         # Each quantizer is fed with the runtime's codes: a difference shows where it arises and does not spread.
         forced = theirs if simulation.inexact else None
         simulation = simulate(file.model, images, forced, grids=trained)
-    exact = {name: codes for name, codes in theirs.items() if name not in simulation.inexact}
-    wrong = {name: int((simulation.codes[name] != codes).sum()) for name, codes in exact.items()}
-    near = _compare(
-        {name: (simulation.codes[name], theirs[name]) for name in names if name in simulation.inexact}, simulation
-    )
+    pairs = {name: (simulation.codes[name], theirs[name]) for name in names}
+    exact = compare_codes({name: pair for name, pair in pairs.items() if name not in simulation.inexact})
+    near = _compare({name: pair for name, pair in pairs.items() if name in simulation.inexact}, simulation)
     allowed = 0.0 if simulation.logits_bound is None else simulation.logits_bound
     differing_logits = _outside(logits.astype(np.float64), simulation.logits, allowed)
     # Looking at the codes must not have changed what is computed.
     observed = any(len(before[op]) != len(after[op]) for op in computing)
     return Check(
         codes=sum(codes.size for codes in theirs.values()),
-        differing=sum(wrong.values()) + near.violations,
+        differing=exact.wrong + near.violations,
         differing_logits=differing_logits,
-        at=next((name for name, count in wrong.items() if count), near.at if near.violations else ""),
-        violations=sum(wrong.values()) + near.violations + differing_logits + int(observed),
+        at=exact.first_wrong or (near.at if near.violations else ""),
+        violations=exact.wrong + near.violations + differing_logits + int(observed),
         observed_graph_is_shipped_graph=not observed,
         # Codes behind float operations, and those that lie on the other side of a tie.
         inexact=near.codes,

@@ -12,7 +12,7 @@ import onnx
 
 from crqat.core import targets as runtimes
 from crqat.core.results.verification import FloatNode, Fusion
-from crqat.export.qdq.write import MOVEMENT
+from crqat.export.graph.data_movement import ON_CODES
 from crqat.export.verification import UNEXPLAINED
 
 
@@ -68,7 +68,7 @@ def _before_output(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
     """Whether nothing but movement lies between a node and the logits."""
     names = {model.graph.output[0].name}
     for other in reversed(model.graph.node):
-        if names.intersection(other.output) and (other is node or other.op_type in MOVEMENT):
+        if names.intersection(other.output) and (other is node or other.op_type in ON_CODES):
             if other is node:
                 return True
             names.update(other.input[:1])

@@ -80,7 +80,7 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
 
 def _macs(path: Path, model: onnx.ModelProto) -> dict[str, int] | None:
     """The MACs that the export's manifest beside the file states, else what the file itself says."""
-    from crqat.export.analysis.smallest_failing_part import file_macs
+    from crqat.export.graph.macs import file_macs
 
     if (path.parent / run_directory.MANIFEST).is_file():
         manifest = run_directory.read_manifest(path.parent)

@@ -26,7 +26,7 @@ from crqat.core import targets as runtimes
 from crqat.core.errors import CrqatError, InternalError, ToolError, UsageError
 from crqat.core.progress import quiet
 from crqat.core.typed_json import to_json
-from crqat.export.graph.onnx_graph import macs
+from crqat.export.graph.macs import macs
 from crqat.export.qdq.lint import left_in_float, lint
 from crqat.export.qdq.write import QDQModel
 from crqat.export.to_onnx import Quantized

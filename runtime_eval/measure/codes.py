@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime as ort
 
+from crqat.core.compare_codes import compare_codes
 from crqat.core.errors import ToolError
 from crqat.core.results.benchmark import CountedCodes
 
@@ -45,13 +46,10 @@ def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
         msg = f"{expected.name} holds {codes.size} codes, {model.name} computes another number; export again"
         raise ToolError(msg)
     parts = np.split(codes, np.cumsum([tensor.size for tensor in raw])[:-1])
-    wrong = {
-        name: int((own != part).sum()) for name, own, part in zip(names, raw, parts, strict=True) if (own != part).any()
-    }
-    differing = sum(wrong.values())
+    counted = compare_codes(dict(zip(names, zip(parts, raw, strict=True), strict=True)))
     status = PASSED
-    if differing:
-        status = f"failed: {differing} of {codes.size} codes differ, first in {next(iter(wrong))}"
+    if counted.differing:
+        status = f"failed: {counted.differing} of {counted.codes} codes differ, first in {counted.first_wrong}"
     elif not np.array_equal(logits, shipped):
         # Then it is another computation that was looked at.
         status = "failed: with its codes shown the file computes other logits than as it ships"
@@ -60,8 +58,8 @@ def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
         images=len(images),
         tensors=len(names),
         left_out=int(arrays["left_out"]),
-        codes=codes.size,
-        differing=differing,
+        codes=counted.codes,
+        differing=counted.differing,
     )
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bench import exporter_peers, vs_exporters, wrong_codes
+from bench import exporter_peers, onnxruntime_process, vs_exporters, wrong_codes
 from bench.vs_onnxruntime import IMAGENET, Case
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from tests.export.conftest import sane_bn
@@ -52,7 +52,9 @@ def case() -> Case:
 @pytest.fixture(scope="module")
 def rows(case: Case) -> Iterator[Rows]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("bench.wrong_codes.shutil.which", lambda name: None)  # an emulated CPU takes too long for a test
+        patch.setattr(
+            "bench.onnxruntime_process.shutil.which", lambda name: None
+        )  # an emulated CPU takes too long for a test
         patch.setattr(exporter_peers, "WAYS", {name: exporter_peers.WAYS[name] for name in WAYS})
         yield {row["way"]: row for row in vs_exporters.measure(case, rounds=1, seconds=0.05)}
 
@@ -146,7 +148,7 @@ def test_a_wrong_code_is_counted_once_and_a_tie_is_not(tmp_path: Path, monkeypat
 
     def shown(first: list[int], second: list[int]) -> dict[str, Any]:
         codes = [np.array([values], np.uint8) for values in (first, second)]
-        monkeypatch.setattr(wrong_codes, "_shown", lambda *arguments: codes)
+        monkeypatch.setattr(wrong_codes, "shown_codes", lambda *arguments: codes)
         return wrong_codes.differing_codes(path, images, tmp_path)
 
     assert shown([0, 2, 3, 200], [0, 4, 6, 255])["wrong"] == 0
@@ -161,10 +163,18 @@ def test_a_file_that_shows_other_codes_than_it_ships_is_not_comparable(
     path = tmp_path / "model.onnx"
     onnx.save(quantized_twice(), path)
     images = np.zeros((1, 4), np.float32)
-    monkeypatch.setattr(wrong_codes, "_RUN", wrong_codes._RUN.replace("(logits ==", "(logits + 1 =="))
+    monkeypatch.setattr(
+        onnxruntime_process, "outputs", lambda model, names, *_: [np.zeros(1) if len(names) > 1 else np.ones(1)]
+    )
     assert wrong_codes.differing_codes(path, images, tmp_path)["status"].startswith("not comparable: with its codes")
-    monkeypatch.setattr(wrong_codes, "_RUN", "import sys; sys.exit('no such thing')")
-    assert wrong_codes.differing_codes(path, images, tmp_path)["status"] == "not comparable: no such thing"
+
+
+def test_a_file_that_onnx_runtime_does_not_run_is_not_comparable(tmp_path: Path) -> None:
+    path, model = tmp_path / "model.onnx", quantized_twice()
+    model.graph.node[-1].op_type = "NoSuchOperation"
+    onnx.save(model, path)
+    status = wrong_codes.differing_codes(path, np.zeros((1, 4), np.float32), tmp_path)["status"]
+    assert status.startswith("not comparable: ") and "NoSuchOperation" in status
 
 
 def test_uint8_codes_become_int8_of_the_same_scale() -> None:

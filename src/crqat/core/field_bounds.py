@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from crqat.core.errors import UsageError
 
-_Config = TypeVar("_Config")
 # Where a recipe is validated, unknown keys are errors.
 STRICT = {"extra": "forbid"}
 
@@ -40,27 +39,6 @@ class Range:
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
         """Add the bounds to the number's own schema; pydantic calls this."""
         return {**handler(source), **{name: bound for name, bound in asdict(self).items() if bound is not None}}
-
-
-def checked(config: _Config, arguments: Mapping[str, str] | None = None) -> _Config:
-    """A configuration that a user's own code filled in, held against its types and bounds as a recipe's is.
-
-    Args:
-        config: A dataclass.
-        arguments: Field to what the user's argument is called where that is something else.
-
-    Raises:
-        UsageError: A value is of another type or out of bounds; the message names the argument.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        return TypeAdapter(type(config)).validate_python(asdict(config))  # type: ignore[call-overload]
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        msg = f"{(arguments or {}).get(name, name)}: {first['msg']}, not {first['input']!r}"
-        raise UsageError(msg) from error
 
 
 def user_path(text: str, key: str) -> Path:

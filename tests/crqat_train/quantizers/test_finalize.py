@@ -21,7 +21,7 @@ from crqat.train.placement.insert import weight_node
 from crqat.train.quantized_model import QuantizedModel, quantize_model
 from crqat.train.quantizers import LSQQuantizer, quantizer_of
 from crqat.train.quantizers.calibration import calibrate
-from crqat.train.quantizers.finalize import fold_multiplier, make_representable
+from crqat.train.quantizers.finalize import make_representable
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 BOTH = ("onnxruntime", "tensorrt")
@@ -360,12 +360,3 @@ def test_a_scale_beyond_float16_is_a_users_error() -> None:
         with pytest.raises(UsageError, match=rf"^{spec.operation}: a scale of 70000 is more than .*; lower qat\.lr"):
             make_representable(model, BOTH)
         assert make_representable(model, ("onnxruntime",)) == []
-
-
-def test_bn_without_affine_parameters_folds_by_its_statistics() -> None:
-    bn = nn.BatchNorm2d(3, affine=False)
-    bn.running_var = torch.tensor([1.0, 4.0, 0.0])
-    expected = 1 / np.sqrt(np.array([1.0, 4.0, 0.0]) + bn.eps)
-    np.testing.assert_allclose(fold_multiplier(bn).numpy(), expected, rtol=1e-6)
-    with pytest.raises(ValueError, match="without running statistics"):
-        fold_multiplier(nn.BatchNorm2d(3, track_running_stats=False))

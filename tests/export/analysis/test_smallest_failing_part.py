@@ -5,10 +5,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from crqat.export.analysis.smallest_failing_part import file_macs, smallest_cut
-from crqat.export.graph.onnx_graph import macs
-from crqat.train.models import build as models
-from tests.export.conftest import quantize, random_images, sane_bn, session
+from crqat.export.analysis.smallest_failing_part import smallest_cut
+from tests.export.conftest import session
 
 
 def chain(length: int = 20) -> onnx.ModelProto:
@@ -93,37 +91,3 @@ def test_a_part_after_a_node_of_unknown_type_starts_before_it() -> None:
     model.opset_import.append(helper.make_opsetid("nowhere", 1))
     cut = smallest_cut(model, lambda part: "the rule" if "relu2" in names(part) else None)
     assert [node.op_type for node in cut.graph.node][-4:] == ["Unknown", "DequantizeLinear", "Add", "Relu"]
-
-
-def test_macs_of_a_file_are_those_of_the_graph_that_it_was_made_from() -> None:
-    for name in ("cifar/resnet20", "cifar/mobilenet_v2"):
-        images = random_images(2, 3, 32, 32)
-        quantized = quantize(sane_bn(models.build(name, 10, 3), images), images)
-        expected = macs(quantized.graph)
-        assert file_macs(quantized.file("tensorrt", "float16").model) == expected
-        assert file_macs(quantized.file("onnxruntime").model) == expected
-
-
-def test_macs_of_nodes_without_names_and_of_files_that_do_not_tell() -> None:
-    def model(height: int | str) -> onnx.ModelProto:
-        sizes = {"w": (8, 3, 3, 3), "m": (5, 7), "h": (8, 2)}
-        nodes = [
-            helper.make_node("Conv", ["input", "w"], ["c"], pads=[1, 1, 1, 1]),
-            helper.make_node("MatMul", ["c", "m"], ["d"], "matmul"),
-            helper.make_node("GlobalAveragePool", ["d"], ["p"]),
-            helper.make_node("Flatten", ["p"], ["f"]),
-            helper.make_node("Gemm", ["f", "h"], ["logits"], "gemm"),
-        ]
-        constants = [numpy_helper.from_array(np.ones(size, np.float32), name) for name, size in sizes.items()]
-        graph = helper.make_graph(
-            nodes,
-            "g",
-            [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 3, height, 5])],
-            [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 2])],
-            constants,
-        )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-    conv, matmul, gemm = 8 * 4 * 5 * 3 * 9, 8 * 4 * 7 * 5, 2 * 8
-    assert file_macs(model(4)) == {"node_of_c": conv, "matmul": matmul, "gemm": gemm}
-    assert file_macs(model("height")) is None

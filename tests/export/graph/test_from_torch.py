@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from crqat.core.errors import UsageError
 from crqat.core.results.benchmark import FloatLayers
 from crqat.export.graph.from_torch import marked_graph
-from crqat.export.graph.onnx_graph import macs, split_macs
+from crqat.export.graph.macs import macs, split_macs
 from crqat.export.qdq.lint import left_in_float, lint
 from crqat.export.qdq.write import float_model
 from crqat.export.verification.checks import verify

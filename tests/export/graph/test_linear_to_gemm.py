@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from crqat.export.graph.onnx_graph import macs
+from crqat.export.graph.macs import macs
 from crqat.export.qdq.write import float_model
 from crqat.export.verification.checks import verify
 from crqat.export.verification.fusion import fusion

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from onnx import TensorProto
 from torch import Tensor, nn
 
+from crqat.core.compare_codes import compare_codes
 from crqat.export.qdq.lower import clip_bound
 from crqat.export.qdq.write import QDQModel, float_model, qdq_model
 from crqat.export.simulator.run import simulate
@@ -34,8 +35,8 @@ def runtime_codes(file: QDQModel, images: np.ndarray) -> dict[str, np.ndarray]:
 
 def differing(file: QDQModel, images: np.ndarray) -> int:
     simulation, runtime = simulate(file.model, images), runtime_codes(file, images)
-    expected: Mapping[str, np.ndarray] = {"logits": simulation.logits, **simulation.codes}
-    return sum(int((values != expected[name]).sum()) for name, values in runtime.items())
+    wrong = int((simulation.logits != runtime.pop("logits")).sum())
+    return wrong + compare_codes({name: (simulation.codes[name], codes) for name, codes in runtime.items()}).wrong
 
 
 @pytest.mark.parametrize("bits", [8, 4])

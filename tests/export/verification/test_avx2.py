@@ -6,10 +6,6 @@ without it: ONNX Runtime then picks the kernels that add two products in 16 bits
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -18,37 +14,22 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
+from bench import onnxruntime_process
+from bench.onnxruntime_process import WITHOUT_VNNI
+from crqat.core.compare_codes import compare_codes
 from crqat.export.simulator.run import simulate
 from crqat.train.data import sources
 from crqat.train.models import build as models
 from tests.export.conftest import quantize
 
-QEMU = shutil.which("qemu-x86_64")
-# Compares a file's outputs with expected ones and prints how many differ.
-SCRIPT = """
-import json, sys
-import numpy, onnxruntime
-names, arrays = json.loads(sys.argv[3]), numpy.load(sys.argv[2])
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 3
-session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
-outputs = session.run(names, {"input": arrays["input"]})
-print(sum(int((a.astype(numpy.int64) != arrays[f"expected{i}"]).sum()) for i, a in enumerate(outputs)))
-"""
 
-
-def differing_without_vnni(
-    folder: Path, model: onnx.ModelProto, arrays: dict[str, np.ndarray], names: list[str]
-) -> int:
-    if QEMU is None:
+def outputs_without_vnni(
+    folder: Path, model: onnx.ModelProto, images: np.ndarray, names: list[str]
+) -> list[np.ndarray]:
+    if onnxruntime_process.missing(WITHOUT_VNNI) is not None:
         pytest.skip("qemu-x86_64 is not installed (Debian: qemu-user); no CPU without VNNI to check on")
     onnx.save(model, folder / "model.onnx")
-    np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
-    arguments = [str(folder / "model.onnx"), str(folder / "arrays.npz"), json.dumps(names)]
-    command = [QEMU, "-cpu", "Haswell", sys.executable, "-c", SCRIPT, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert result.returncode == 0, result.stderr
-    return int(result.stdout)
+    return onnxruntime_process.outputs(folder / "model.onnx", names, images, folder, WITHOUT_VNNI)
 
 
 def test_full_range_codes_do_saturate_there(tmp_path: Path) -> None:
@@ -71,7 +52,8 @@ def test_full_range_codes_do_saturate_there(tmp_path: Path) -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     sums = torch.nn.functional.conv2d(torch.from_numpy(codes).double(), torch.from_numpy(weight).double(), padding=1)
     exact = np.clip(np.rint(sums.numpy() / 4096) + 128, 0, 255).astype(np.int64)
-    assert differing_without_vnni(tmp_path, model, {"input": codes, "expected0": exact}, ["y"]) > 100
+    (saturated,) = outputs_without_vnni(tmp_path, model, codes, ["y"])
+    assert compare_codes({"y": (exact, saturated)}).wrong > 100
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -83,8 +65,10 @@ def test_our_codes_are_exact_there(tmp_path: Path, bits: int) -> None:
     file = quantize(network, torch.from_numpy(images), bits).file("onnxruntime")
     simulation = simulate(file.model, images)
     tensors = [(name, edge) for edge, names in file.codes.items() for name in names]
-    arrays: dict[str, np.ndarray] = {"input": images}
-    for index, (name, edge) in enumerate(tensors):
+    expected = {}
+    for name, edge in tensors:
         file.model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, None))
-        arrays[f"expected{index}"] = simulation.codes[name] + file.activations[edge].grid.zero_point
-    assert differing_without_vnni(tmp_path, file.model, arrays, [name for name, _ in tensors]) == 0
+        expected[name] = simulation.codes[name] + file.activations[edge].grid.zero_point
+    ran = outputs_without_vnni(tmp_path, file.model, images, list(expected))
+    counted = compare_codes({name: (codes, own) for (name, codes), own in zip(expected.items(), ran, strict=True)})
+    assert counted.codes > 100_000 and counted.differing == 0

@@ -25,7 +25,7 @@ from crqat.core.run_directory import Manifest, write_stage
 from crqat.core.typed_json import to_json
 from crqat.export import stage
 from crqat.export.config import ExportConfig
-from crqat.export.graph.onnx_graph import macs
+from crqat.export.graph.macs import macs
 from crqat.export.qdq import write as qdq
 from crqat.export.qdq.write import QDQModel, float_model, qdq_model
 from crqat.pipeline.gate.rules import GateConfig, exit_code, judge

@@ -1,0 +1,84 @@
+"""BatchNorm folded into the convolution before it, as numbers; the export rewrites its graphs by it.
+
+y = gamma (conv(x, w) + b - mean) / sigma + beta = conv(x, m w) + beta + (b - mean) m, with m = gamma / sigma.
+
+All arrays are float32. The caller takes the square root: torch's (on some CPUs a vector library's, not correctly
+rounded) and numpy's may differ in their last place, and delivered scales were chosen by torch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+Floats = npt.NDArray[np.float32]
+
+
+def multiplier(gamma: Floats, sigma: Floats) -> Floats:
+    """What BatchNorm multiplies each channel by: m = gamma / sigma, with sigma = sqrt(variance + epsilon); [C] each."""
+    result: Floats = (gamma / sigma).astype(np.float32)
+    return result
+
+
+def folded_bias(bias: Floats, beta: Floats, mean: Floats, factor: Floats) -> Floats:
+    """The convolution's bias after folding, of shape [C]; `factor` is `multiplier`'s result."""
+    result: Floats = (beta + (bias - mean) * factor).astype(np.float32)
+    return result
+
+
+def folded_weight(weight: Floats, factor: Floats) -> Floats:
+    """The convolution's weight after folding, of shape [C, ...]."""
+    result: Floats = weight * per_channel(factor, weight.ndim)
+    return result
+
+
+def folded_codes(codes: npt.NDArray[np.int32], scale: Floats, factor: Floats) -> tuple[npt.NDArray[np.int32], Floats]:
+    """A quantized weight after folding: its codes are not rounded again.
+
+    A channel's scale is multiplied by |m|, the sign of its codes changes where m < 0, and where m = 0 codes are 0.
+
+    Args:
+        codes: int32 of shape [C, ...].
+        scale: Of shape [1] or [C].
+        factor: `multiplier`'s result, of shape [C].
+
+    Returns:
+        Codes and scales, of shape [C].
+    """
+    sign = np.sign(factor).astype(np.int32)
+    folded: Floats = np.broadcast_to(scale, factor.shape).astype(np.float32) * np.abs(factor)
+    return codes * per_channel(sign, codes.ndim), folded
+
+
+def per_channel(values: npt.NDArray[Any], ndim: int) -> npt.NDArray[Any]:
+    """One value for each channel, in a shape that broadcasts over a weight of `ndim` dimensions."""
+    return values.reshape(-1, *[1] * (ndim - 1))
+
+
+def of_module(bn: nn.modules.batchnorm._BatchNorm, bias: Floats) -> tuple[Floats, Floats]:
+    """A module's multiplier, and the bias of the convolution before it after folding, both of shape [C].
+
+    Args:
+        bn: In eval mode, on any device.
+        bias: The convolution's own, zeros if it has none.
+
+    Raises:
+        ValueError: The module has no running statistics.
+    """
+    if bn.running_mean is None or bn.running_var is None:
+        msg = "a BatchNorm without running statistics cannot be folded"
+        raise ValueError(msg)
+    mean, sigma = _numbers(bn.running_mean), _numbers(torch.sqrt(bn.running_var + bn.eps))
+    gamma = np.ones_like(mean) if bn.weight is None else _numbers(bn.weight)
+    beta = np.zeros_like(mean) if bn.bias is None else _numbers(bn.bias)
+    factor = multiplier(gamma, sigma)
+    return factor, folded_bias(bias, beta, mean, factor)
+
+
+def _numbers(tensor: Tensor) -> Floats:
+    numbers: Floats = tensor.detach().cpu().numpy()
+    return numbers

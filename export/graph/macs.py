@@ -1,0 +1,83 @@
+"""Multiply-accumulates of each Conv, Gemm and MatMul: the one count that coverage, float layers and surveys go by."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+import onnx
+
+from crqat.core.results.benchmark import FloatLayers
+from crqat.export.graph.onnx_graph import Graph, shapes
+
+COUNTED = ("Conv", "Gemm", "MatMul")
+
+
+def macs(graph: Graph) -> dict[str, int]:
+    """Multiply-accumulates for one image by node name, of a graph of the exporter.
+
+    Raises:
+        ValueError: A shape is not known, which no graph of the exporter has.
+    """
+    sizes = shapes(graph) | {name: list(value.shape) for name, value in graph.constants.items()}
+    counted = _count(graph.nodes, sizes)
+    if counted is None:
+        msg = "a shape is not known"
+        raise ValueError(msg)
+    return counted
+
+
+def split_macs(graph: Graph) -> tuple[dict[str, int], FloatLayers]:
+    """The multiply-accumulates that INT8 is asked of, and what `float_layers` costs.
+
+    Returns:
+        `macs` without the nodes of layers that the recipe keeps in float; and these.
+    """
+    amounts = macs(graph)
+    total, kept = sum(amounts.values()), dict.fromkeys(graph.float_layers.values(), 0)
+    for node, name in graph.float_layers.items():
+        kept[name] += amounts.pop(node)
+    return amounts, FloatLayers(kept, sum(kept.values()) / total if total else 0.0)
+
+
+def file_macs(model: onnx.ModelProto) -> dict[str, int] | None:
+    """Multiply-accumulates for one image by the node's name as TensorRT has it, of any ONNX file.
+
+    Returns:
+        None if a size is not known: of a file with dynamic dimensions beside the batch, for instance.
+    """
+    single, batch = onnx.ModelProto(), 1
+    single.CopyFrom(model)
+    constants = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    for value in single.graph.input:
+        dims = value.type.tensor_type.shape.dim
+        if value.name in constants or not dims:
+            continue
+        if dims[0].dim_value:
+            batch = dims[0].dim_value  # shapes inside may be written for it
+        else:
+            dims[0].dim_value = 1
+    del single.graph.value_info[:]  # may name the batch, too
+    inferred = onnx.shape_inference.infer_shapes(single, data_prop=True).graph
+    sizes = {
+        value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
+        for value in (*inferred.value_info, *inferred.input, *inferred.output)
+    }
+    counted = _count(model.graph.node, sizes | constants)
+    return None if counted is None else {name: amount // batch for name, amount in counted.items()}
+
+
+def _count(nodes: Iterable[onnx.NodeProto], sizes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
+    """The number of each node, None if a size of one is not known."""
+    result = {}
+    for node in nodes:
+        if node.op_type not in COUNTED or len(node.input) < 2:
+            continue
+        output, weight = sizes.get(node.output[0], []), sizes.get(node.input[1], [])
+        if len(output) < 2 or len(weight) < 2 or 0 in output or 0 in weight:
+            return None
+        transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
+        # Each element of the output takes one multiplication per weight of its channel.
+        terms = math.prod(weight[1:]) if node.op_type == "Conv" or transposed else weight[-2]
+        result[node.name or f"node_of_{node.output[0]}"] = math.prod(output) * terms
+    return result
