@@ -34,6 +34,7 @@ from crqat.train.models import build as models
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import METHODS
 from crqat.train.quantizers.calibration import calibrate
+from crqat.train.training import loop
 from crqat.train.training.consistency import ConsistencyTraining
 from crqat.train.training.optimizer import Fit
 from crqat.train.training.resume import SAVE_EVERY, Keeper, Training
@@ -97,8 +98,8 @@ class Bench:
 
         def step() -> None:
             *images, labels = next(batches)
-            update(optimizer, training.loss(images, labels, 1.0))
-            training.after_step(next(count))
+            update(optimizer, loop.objective(images, labels, training, 1.0))
+            training.update_teacher(next(count))
 
         return step
 
@@ -110,7 +111,7 @@ class Bench:
         )
         cpu, generators = torch.device("cpu"), Generators.of(0, torch.device("cpu"))
         fit = Fit(student, OptimizerConfig(), len(self.batches), "qat", cpu, quiet)
-        fit.step(student(self.calibration[0]).sum())
+        loop.update(fit, student(self.calibration[0]).sum())
         feed = Feed(self.batches, generators)
         next(feed.epoch())
         networks = {"float": float_model, "student": student, "teacher": copy.deepcopy(student)}

@@ -16,6 +16,7 @@ from crqat.pipeline import cli
 from crqat.train.config import DataConfig
 from crqat.train.data import imagefolder, sources
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
+from crqat.train.training import loop
 from crqat.train.training.optimizer import Fit
 from tests.crqat_train.stored_sets import PER_SHARD, write_saved, write_shards
 
@@ -186,7 +187,7 @@ def test_a_training_from_recipe_to_weights(
         (tmp_path / f"{name}.yaml").write_text(RECIPE.format(name=name))
     assert crqat(monkeypatch, "train", "whole.yaml") == 0
     steps: list[int] = []
-    original = Fit.step
+    original = loop.update
 
     def step(self: Fit, loss: Tensor) -> None:
         steps.append(1)
@@ -194,7 +195,7 @@ def test_a_training_from_recipe_to_weights(
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, loss)
 
-    monkeypatch.setattr(Fit, "step", step)
+    monkeypatch.setattr(loop, "update", step)
     assert crqat(monkeypatch, "train", "cut.yaml", "--unchecked") == 143
     assert crqat(monkeypatch, "train", "cut.yaml") == 0
     assert len(steps) == 6

@@ -35,6 +35,7 @@ from crqat.train.models import build as models
 from crqat.train.models import published
 from crqat.train.quantized_model import QuantizedModel, quantize_model
 from crqat.train.scaling.model import default_processes, local_batches
+from crqat.train.training import loop
 from crqat.train.training.consistency import ConsistencyTraining
 from crqat.train.training.optimizer import Fit
 
@@ -108,10 +109,7 @@ class Work:
             *images, labels = next(batches)
             if unlabeled is not None:
                 images = [torch.cat(pair) for pair in zip(images, next(unlabeled), strict=True)]
-            with fit.autocast():
-                loss = training.loss(images, labels, self.config.consistency.weight)
-            fit.step(loss)
-            training.after_step(fit.steps_done - 1)
+            loop.step(images, labels, training, fit)
 
         return run
 

@@ -23,7 +23,7 @@ from crqat.pipeline.stages import disk, lock, staleness
 if TYPE_CHECKING:
     from crqat.pipeline.gate.rules import GateConfig, KnownAccuracy, Verdict
     from crqat.runtime_eval.board.ssh import Board
-    from crqat.train.training.loop import Start
+    from crqat.train.training.stage import Start
 
 STATES = ".states"
 RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
@@ -63,7 +63,7 @@ def train(
         shutil.rmtree(states, ignore_errors=True)
 
     def fill(out: Path) -> dict[str, Any]:
-        from crqat.train.training.loop import train as run_training
+        from crqat.train.training.stage import train as run_training
 
         def check(start: Start) -> None:
             from crqat.pipeline.stages import precheck

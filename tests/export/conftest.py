@@ -35,7 +35,7 @@ from crqat.train.config import (
 from crqat.train.data import sources
 from crqat.train.load_trained import rebuild
 from crqat.train.models import build as models
-from crqat.train.training.loop import train
+from crqat.train.training.stage import train
 from crqat.train.untrained import sane_bn as sane_bn
 
 BOTH: tuple[Target, ...] = ("onnxruntime", "tensorrt")

@@ -15,7 +15,7 @@ import pytest
 
 from bench import kill_and_resume
 from crqat.pipeline import cli
-from crqat.train.training import loop as trainer
+from crqat.train.training import stage as trainer
 
 EPOCHS = ("--set", "float.epochs=40", "--set", "qat.epochs=1")
 

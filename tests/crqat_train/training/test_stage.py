@@ -42,12 +42,13 @@ from crqat.train.models import build as models
 from crqat.train.quantizers import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
 from crqat.train.quantizers.calibration import calibrate, weight_of
 from crqat.train.quantizers.finalize import make_representable
-from crqat.train.training import loop as trainer
+from crqat.train.training import loop
+from crqat.train.training import stage as trainer
 from crqat.train.training.consistency import consistency_loss, ema_alpha
 from crqat.train.training.evaluate import accuracy
-from crqat.train.training.loop import train
 from crqat.train.training.optimizer import Fit
 from crqat.train.training.resume import Keeper
+from crqat.train.training.stage import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -256,7 +257,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
     monkeypatch.setattr(trainer._Run, "_compile", spy_compile)
     monkeypatch.setattr(functional, "cross_entropy", spy_ce)
-    monkeypatch.setattr("crqat.train.training.consistency.consistency_loss", spy_kl)
+    monkeypatch.setattr("crqat.train.training.loop.consistency_loss", spy_kl)
     monkeypatch.setattr(Batches, "__init__", spy_batches)
     return seen
 
@@ -473,14 +474,14 @@ def test_weights_that_are_no_numbers_at_the_end_of_an_epoch_are_divergence_too(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last step of all can break the weights after the last loss was finite."""
-    original = Fit.step
+    original = loop.update
 
     def breaks(self: Any, loss: Tensor) -> None:
         original(self, loss)
         if self.steps_done == self.steps:
             self.model.get_parameter("fc.bias").data[3] = math.inf
 
-    monkeypatch.setattr(Fit, "step", breaks)
+    monkeypatch.setattr(loop, "update", breaks)
     with pytest.raises(UsageError, match=r"^qat\.lr: weights are not finite in epoch 2; lower qat\.lr \(now 0\.002\)$"):
         train(tuned(), tmp_path, quiet)
 
@@ -647,8 +648,8 @@ PLANTED: dict[str, Callable[[Tensor], Any]] = {
 def test_a_planted_wait_is_noticed(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    step = Fit.step
-    monkeypatch.setattr(Fit, "step", lambda self, loss: (PLANTED[kind](loss), step(self, loss))[1])
+    step = loop.update
+    monkeypatch.setattr(loop, "update", lambda self, loss: (PLANTED[kind](loss), step(self, loss))[1])
     with HostWaits(monkeypatch) as waits:
         train(tuned(qat=QATConfig(1, 300, 0.002)), tmp_path, quiet)
     assert len(waits.found) >= 3  # in each of the three steps
@@ -686,7 +687,7 @@ def test_calibration_observes_the_float_network_and_leaves_the_quantizers_on(
 def test_steps_stay_positive_and_a_networks_own_scale_does_not_have_to(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Fit.step
+    original = loop.update
 
     def shrinks(self: Any, loss: Tensor) -> None:
         """The optimizer's step ends with a negative scale."""
@@ -700,7 +701,7 @@ def test_steps_stay_positive_and_a_networks_own_scale_does_not_have_to(
         original(self, loss)
         hook.remove()
 
-    monkeypatch.setattr(Fit, "step", shrinks)
+    monkeypatch.setattr(loop, "update", shrinks)
     train(tuned(targets=("onnxruntime",), qat=QATConfig(1, 300, 0.002)), tmp_path, quiet)
     state = safetensors.torch.load_file(tmp_path / "student.safetensors")
     assert state["quantizers.post_hooks_x__0_0.scale"].item() == np.float32(MIN_SCALE)
@@ -722,7 +723,7 @@ def test_learning_rate_and_weight_decay() -> None:
     rates = []
     for epoch in fit.epochs():
         for _ in range(50):
-            fit.step(model.fc.bias.sum() * 0 + 2.0)
+            loop.update(fit, model.fc.bias.sum() * 0 + 2.0)
             (rate,) = {group["lr"] for group in fit.optimizer.param_groups}
             rates.append(rate)
         row = fit.end_of_epoch(epoch, validation=0.5)
