@@ -30,6 +30,7 @@ from crqat.runtime_eval.measure.latency import median_interval
 from crqat.train.config import ConsistencyConfig, OptimizerConfig, QuantizationConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches
+from crqat.train.data.builtin import CIFAR10_PREPROCESSING
 from crqat.train.models import build as models
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import METHODS
@@ -57,8 +58,8 @@ class Bench:
             dataset = sources.load("cifar10", str(cifar10), False)
             images, labels = dataset.train_images[:5000], dataset.train_labels[:5000]
         cpu = torch.device("cpu")
-        self.batches = Batches(images, labels, sources.CIFAR10_PREPROCESSING, BATCH, 4, True, cpu)
-        self.calibration = list(evaluation_batches(images[:256], sources.CIFAR10_PREPROCESSING, 256))
+        self.batches = Batches(images, labels, CIFAR10_PREPROCESSING, BATCH, 4, True, cpu)
+        self.calibration = list(evaluation_batches(images[:256], CIFAR10_PREPROCESSING, 256))
         # The trainer's memory layout, for every mode.
         self.network = models.build("cifar/resnet20", 10, 3).to(memory_format=torch.channels_last)
 

@@ -29,7 +29,7 @@ class DataConfig:
 
     Attributes:
         source: "digits", "cifar10", "cifar100", "imagefolder", "webdataset", "huggingface", "huggingface:NAME", or
-            "package.module:function" that returns a `crqat.train.data.sources.Dataset`.
+            "package.module:function" that returns a `crqat.train.data.dataset.Dataset`.
         root: Folder of an on-disk source; of "imagefolder" the one with train/CLASS/* and test/CLASS/* (or val/), of
             "webdataset" the one with train-*.tar and test-*.tar, of "huggingface" one that `save_to_disk` wrote.
         download: Fetch the data set into `root` if it is not there.

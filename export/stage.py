@@ -27,6 +27,7 @@ from crqat.export.verification.links import REFUSED, fusion, verify
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Images
+from crqat.train.data.split import split as split_images
 from crqat.train.load_trained import rebuild, take_float_weights
 from crqat.train.models.published import data_section
 from crqat.train.quantizers.calibration import rounded_weights
@@ -117,7 +118,7 @@ def export(
     for name, kind in baselines.items():
         baseline = float_model(float_graph, {**metadata, "crqat.target": name}, kind)
         onnx.save(baseline, out / f"{name}.onnx")
-    chosen = sources.split(len(dataset.train_labels), train.data.validation, train.seed).validation[
+    chosen = split_images(len(dataset.train_labels), train.data.validation, train.seed).validation[
         : config.verify_images
     ]
     verified = preprocessing(dataset.train_images[chosen].numpy())

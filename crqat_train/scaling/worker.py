@@ -30,6 +30,7 @@ from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat.train.data.imagefolder import workers
+from crqat.train.data.split import split as split_images
 from crqat.train.device import choose_device, compiler
 from crqat.train.models import build as models
 from crqat.train.models import published
@@ -56,7 +57,7 @@ class Work:
     def __init__(self, config: TrainConfig, device: torch.device, seed: int) -> None:
         self.config, self.device = config, device
         self.dataset = sources.of_recipe(published.data_section(config))
-        self.chosen = sources.split(len(self.dataset.train_labels), config.data.validation, config.seed).train
+        self.chosen = split_images(len(self.dataset.train_labels), config.data.validation, config.seed).train
         self.batch = min(config.qat.batch_size, len(self.chosen))
         self.unlabeled = config.data.unlabeled
         self.generators = Generators.of(seed, device)

@@ -21,6 +21,9 @@ from crqat.train.checkpoint import write_tensors
 from crqat.train.config import ConsistencyConfig, OptimizerConfig, QATConfig, TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
+from crqat.train.data.dataset import Dataset
+from crqat.train.data.split import Split
+from crqat.train.data.split import split as split_images
 from crqat.train.device import channels_last, choose_device, compiler, deterministic
 from crqat.train.graph.explain import check_module
 from crqat.train.models import build as models
@@ -54,8 +57,8 @@ class Start:
 
     network: nn.Module
     trained: bool
-    dataset: sources.Dataset
-    split: sources.Split
+    dataset: Dataset
+    split: Split
     device: torch.device
     processes: int
 
@@ -177,7 +180,7 @@ def _begin(
     preparation += [] if missing is None else [missing]
     for note in preparation:
         progress("normalization", 1, 1, note)
-    split = sources.split(len(dataset.train_labels), config.data.validation, config.seed)
+    split = split_images(len(dataset.train_labels), config.data.validation, config.seed)
     shares.check_images(len(split.train), "data.validation: training images", distributed.world())
     keeper = Keeper(states, save_every, device, progress)
     run = _Run(config, dataset, split, device, progress, keeper)
@@ -197,8 +200,8 @@ class _Run:
     def __init__(
         self,
         config: TrainConfig,
-        dataset: sources.Dataset,
-        split: sources.Split,
+        dataset: Dataset,
+        split: Split,
         device: torch.device,
         progress: Progress,
         keeper: Keeper,

@@ -28,6 +28,7 @@ from crqat.train.checkpoint import read_tensors
 from crqat.train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches
+from crqat.train.data.split import split as split_images
 from crqat.train.models import build as models
 from crqat.train.quantizers import ActivationObserver
 from crqat.train.training import loop
@@ -155,7 +156,7 @@ def observed(share: Any) -> ActivationObserver:
 
 def estimated(config: TrainConfig) -> list[float]:
     """BN's statistics of a network that draws, each rank something else."""
-    dataset, split = sources.load("digits", None, False), sources.split(1000, 0.1, 0)
+    dataset, split = sources.load("digits", None, False), split_images(1000, 0.1, 0)
     config = replace(config, qat=replace(config.qat, bn_images=200))
     run = SimpleNamespace(config=config, dataset=dataset, split=split, device=torch.device("cpu"))
     norm = nn.BatchNorm2d(1)

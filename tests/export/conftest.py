@@ -33,6 +33,7 @@ from crqat.train.config import (
     TrainConfig,
 )
 from crqat.train.data import sources
+from crqat.train.data.split import split as split_images
 from crqat.train.load_trained import rebuild
 from crqat.train.models import build as models
 from crqat.train.training.stage import train
@@ -158,7 +159,7 @@ def digits(trained: Callable[..., tuple[Path, TrainConfig]]) -> Callable[[int], 
             payload = read_manifest(directory).payload
             model = rebuild(directory, config, payload, payload["best"])
             images = sources.load("digits", None, False).train_images
-            chosen = sources.split(len(images), config.data.validation, config.seed).validation[:32]
+            chosen = split_images(len(images), config.data.validation, config.seed).validation[:32]
             preprocessing = Preprocessing.from_json(payload["preprocessing"])
             grids = load_grids(directory / f"{payload['best']}.grids.json")
             made[bits] = Quantized(model, grids, preprocessing(images[chosen].numpy()))

@@ -31,8 +31,9 @@ from crqat.train.config import (
     QuantizationConfig,
     TrainConfig,
 )
-from crqat.train.data import imagefolder, sources
+from crqat.train.data import imagefolder
 from crqat.train.data.batches import Batches, Feed, Generators
+from crqat.train.data.builtin import CIFAR10_PREPROCESSING
 from crqat.train.training import loop
 from crqat.train.training import stage as trainer
 from crqat.train.training.evaluate import accuracy
@@ -316,7 +317,7 @@ def test_what_is_behind_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("crqat.train.data.batches.stream_batches", spy)
     images = imagefolder.FolderImages((imagefolder.ImageFile(tmp_path / "none.png", 0, 0, 0),) * 20, 8, 8, False)
     labels, cpu = torch.zeros(20, dtype=torch.int64), torch.device("cpu")
-    batches = Batches(images, labels, sources.CIFAR10_PREPROCESSING, 5, 0, False, cpu)
+    batches = Batches(images, labels, CIFAR10_PREPROCESSING, 5, 0, False, cpu)
     feed = Feed(batches, Generators.of(0, cpu))
     feed.order, feed.done = torch.randperm(20), 3
     order = feed.order

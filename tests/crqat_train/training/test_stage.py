@@ -36,6 +36,8 @@ from crqat.train.config import (
 from crqat.train.data import imagefolder as folder
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, evaluation_batches
+from crqat.train.data.dataset import Dataset
+from crqat.train.data.split import split as split_images
 from crqat.train.device import choose_device
 from crqat.train.load_trained import rebuild
 from crqat.train.models import build as models
@@ -92,11 +94,11 @@ def wider(classes: int, channels: int) -> nn.Module:
     return net
 
 
-def plain_images() -> sources.Dataset:
+def plain_images() -> Dataset:
     """An unlabeled source whose images are each of one grey: to be told from digits at any place."""
     grey = torch.arange(50, 250, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
     labels = torch.zeros(len(grey), dtype=torch.int64)
-    return sources.Dataset(grey, labels, grey, labels, ("unknown",), sources.load("digits", None, False).preprocessing)
+    return Dataset(grey, labels, grey, labels, ("unknown",), sources.load("digits", None, False).preprocessing)
 
 
 def recipe(**changes: Any) -> TrainConfig:
@@ -292,14 +294,14 @@ def test_unlabeled_files_stream_and_the_first_process_downloads_them(
     monkeypatch.setattr(distributed, "first_rank_first", lambda: turn(turns))
     load = sources.load_unlabeled
 
-    def load_in_turn(*arguments: Any) -> sources.Dataset:
+    def load_in_turn(*arguments: Any) -> Dataset:
         turns.append("load")
         return load(*arguments)
 
     monkeypatch.setattr(sources, "load_unlabeled", load_in_turn)
     dataset, device = sources.of_recipe(config.data), torch.device("cpu")
     keeper = Keeper(None, 1.0, device, quiet)
-    run = trainer._Run(config, dataset, sources.split(10, 0.2, 0), device, quiet, keeper)
+    run = trainer._Run(config, dataset, split_images(10, 0.2, 0), device, quiet, keeper)
     batches = run._unlabeled()
     assert batches is not None
     assert isinstance(batches.images, folder.StoredImages)  # not all of them decoded at once
@@ -373,7 +375,7 @@ def test_training_sees_the_training_part_alone(
 ) -> None:
     """The validation part selects, nothing else; of test images a training does not even hold a reference."""
     digits = sources.load("digits", None, False)
-    part = sources.split(1000, 0.1, seed=0)
+    part = split_images(1000, 0.1, seed=0)
     visible = ("train_images", "train_labels", "class_names", "preprocessing", "notes")
     monkeypatch.setattr(
         sources, "load", lambda *_, **__: SimpleNamespace(**{name: getattr(digits, name) for name in visible})
@@ -659,7 +661,7 @@ def test_calibration_observes_the_float_network_and_leaves_the_quantizers_on(
     tuned: Callable[..., TrainConfig],
 ) -> None:
     digits = sources.load("digits", None, False)
-    run = trainer._Run(tuned(), digits, sources.split(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
+    run = trainer._Run(tuned(), digits, split_images(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
     model = run.float_model(*run.network())
     student = run.quantize(model)
     (x,) = evaluation_batches(digits.train_images[run.split.train[:256]], digits.preprocessing, 256)
@@ -822,4 +824,4 @@ def test_published_weights_of_other_classes_need_a_float_section(
 
 def _run_of(config: TrainConfig) -> trainer._Run:
     digits = sources.load("digits", None, False)
-    return trainer._Run(config, digits, sources.split(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
+    return trainer._Run(config, digits, split_images(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))

@@ -24,7 +24,7 @@ RECIPE = """
 name: checked
 compile: never
 data: {source: digits, crop_padding: 0, flip: false}
-model: {name: "tests.pipeline.test_precheck:MODEL"}
+model: {name: "tests.pipeline.stages.test_precheck:MODEL"}
 float: {epochs: 1, batch_size: 300, lr: 0.05}
 quantization: {calibration_images: 64}
 qat: {epochs: 1, batch_size: 300, lr: 0.005}
