@@ -36,7 +36,7 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
         raise UsageError(msg) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        msg = f"{key}: module {module_name!r} ({module.__file__}) has no function {function_name!r}"
+        msg = f"{key}: module {module_name!r} ({module.__file__}) has no function or class {function_name!r}"
         raise UsageError(msg)
     return function  # type: ignore[no-any-return]
 
