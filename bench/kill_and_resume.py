@@ -67,7 +67,7 @@ def network(classes, channels):
     return Net(classes, channels)
 """
 PRELOADED = [
-    "crqat.train.training.loop",
+    "crqat.train.training.stage",
     "crqat.export.stage",
     "matplotlib.pyplot",
     "nncf.torch",

@@ -31,10 +31,12 @@ from crqat.runtime_eval.measure.latency import median_interval
 from crqat.train.config import ConsistencyConfig, OptimizerConfig, QuantizationConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches
+from crqat.train.data.builtin import CIFAR10_PREPROCESSING
 from crqat.train.models import build as models
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import METHODS
 from crqat.train.quantizers.calibration import calibrate
+from crqat.train.training import loop
 from crqat.train.training.consistency import ConsistencyTraining
 from crqat.train.training.optimizer import Fit
 from crqat.train.training.resume import SAVE_EVERY, Keeper, Training
@@ -57,8 +59,8 @@ class Bench:
             dataset = sources.load("cifar10", str(cifar10), False)
             images, labels = dataset.train_images[:5000], dataset.train_labels[:5000]
         cpu = torch.device("cpu")
-        self.batches = Batches(images, labels, sources.CIFAR10_PREPROCESSING, BATCH, 4, True, cpu)
-        self.calibration = list(evaluation_batches(images[:256], sources.CIFAR10_PREPROCESSING, 256))
+        self.batches = Batches(images, labels, CIFAR10_PREPROCESSING, BATCH, 4, True, cpu)
+        self.calibration = list(evaluation_batches(images[:256], CIFAR10_PREPROCESSING, 256))
         # The trainer's memory layout, for every mode.
         self.network = models.build("cifar/resnet20", 10, 3).to(memory_format=torch.channels_last)
 
@@ -98,8 +100,8 @@ class Bench:
 
         def step() -> None:
             *images, labels = next(batches)
-            update(optimizer, training.loss(images, labels, 1.0))
-            training.after_step(next(count))
+            update(optimizer, loop.objective(images, labels, training, 1.0))
+            training.update_teacher(next(count))
 
         return step
 
@@ -111,7 +113,7 @@ class Bench:
         )
         cpu, generators = torch.device("cpu"), Generators.of(0, torch.device("cpu"))
         fit = Fit(student, OptimizerConfig(), len(self.batches), "qat", cpu, quiet)
-        fit.step(student(self.calibration[0]).sum())
+        loop.update(fit, student(self.calibration[0]).sum())
         feed = Feed(self.batches, generators)
         next(feed.epoch())
         networks = {"float": float_model, "student": student, "teacher": copy.deepcopy(student)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-from crqat.core.field_bounds import STRICT, Range
+from crqat.core.field_bounds import STRICT, OneOf, Range
 from crqat.core.targets import ByTarget, TargetName
 
 Bits = Annotated[int, Range(ge=2, le=8)]
@@ -29,7 +29,7 @@ class DataConfig:
 
     Attributes:
         source: "digits", "cifar10", "cifar100", "imagefolder", "webdataset", "huggingface", "huggingface:NAME", or
-            "package.module:function" that returns a `crqat.train.data.sources.Dataset`.
+            "package.module:function" that returns a `crqat.train.data.dataset.Dataset`.
         root: Folder of an on-disk source; of "imagefolder" the one with train/CLASS/* and test/CLASS/* (or val/), of
             "webdataset" the one with train-*.tar and test-*.tar, of "huggingface" one that `save_to_disk` wrote.
         download: Fetch the data set into `root` if it is not there.
@@ -173,9 +173,10 @@ class QuantizationConfig:
     Attributes:
         weight_method: How weights learn their Grid; docs/methods.md has each method. "lsq" learns each step (arXiv
             1902.08153), "lsq+" as well, from a start of its own (2004.09576), "dorefa" squeezes weights by tanh
-            (1606.06160), "minmax" keeps the range that calibration found.
+            (1606.06160), "minmax" keeps the range that calibration found, "package.module:Class" is your own; see
+            docs/adding_a_method.md.
         activation_method: Likewise of activations: "lsq"; "lsq+" learns an offset, too; "pact" the clipping level
-            (1805.06085); "dorefa" and "minmax" keep the range that calibration found.
+            (1805.06085); "dorefa" and "minmax" keep the range that calibration found; or your own, likewise.
         weights: Bits of the weights.
         activations: Bits of the activations.
         first_layer: Bits of the network's input and of the first layer's weights.
@@ -192,8 +193,8 @@ class QuantizationConfig:
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
-    weight_method: Literal["lsq", "lsq+", "dorefa", "minmax"] = "lsq"
-    activation_method: Literal["lsq", "lsq+", "pact", "dorefa", "minmax"] = "lsq"
+    weight_method: Annotated[str, OneOf(("lsq", "lsq+", "dorefa", "minmax"))] = "lsq"
+    activation_method: Annotated[str, OneOf(("lsq", "lsq+", "pact", "dorefa", "minmax"))] = "lsq"
     weights: Bits = 8
     activations: Bits = 8
     first_layer: Bits = 8

@@ -145,7 +145,8 @@ def quantize(
         overrides: Bit widths of single layers by name or pattern, before all of the above.
         float_layers: Convolutions and linear layers that stay in float, by name or pattern such as "layer4.*"; a
             mapping gives them by target. What they cost is in `Export.float_layers`.
-        weight_method: How weights learn their scales; docs/methods.md has each method.
+        weight_method: How weights learn their scales; docs/methods.md has each method. "package.module:Class"
+            is your own; see docs/adding_a_method.md.
         activation_method: Likewise for activations.
         calibration_method: "mse", "minmax" or "percentile".
         calibration_images: At most this many images are taken from `calibration`.
@@ -167,8 +168,8 @@ def quantize(
         msg = "calibration: it holds no images; pass a DataLoader or a list of batches"
         raise UsageError(msg)
     config = QuantizationConfig(
-        weight_method=weight_method,  # type: ignore[arg-type]
-        activation_method=activation_method,  # type: ignore[arg-type]
+        weight_method=weight_method,
+        activation_method=activation_method,
         weights=weights,
         activations=activations,
         first_layer=first_layer,

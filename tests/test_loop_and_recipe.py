@@ -31,7 +31,10 @@ from crqat.train.config import (
     TrainConfig,
 )
 from crqat.train.data import sources
-from crqat.train.training.loop import train
+from crqat.train.data.dataset import Dataset
+from crqat.train.data.split import Split
+from crqat.train.data.split import split as split_images
+from crqat.train.training.stage import train
 
 SEED, BATCH, EPOCHS, DECAY, LR, LAMBDA = 3, 100, 2, 5e-4, 0.01, 0.7
 
@@ -93,10 +96,10 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def digits() -> tuple[Tensor, Tensor, sources.Dataset, sources.Split]:
+def digits() -> tuple[Tensor, Tensor, Dataset, Split]:
     """The recipe's training images, normalized, float32 of shape [N, 1, 8, 8], labels, and their source."""
     dataset = sources.load("digits", None, download=False)
-    split = sources.split(len(dataset.train_labels), 0.1, SEED)
+    split = split_images(len(dataset.train_labels), 0.1, SEED)
     images = torch.from_numpy(dataset.preprocessing(dataset.train_images[split.train].numpy()))
     return images, dataset.train_labels[split.train], dataset, split
 

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from crqat.pipeline.cli import crqat
 from crqat.train.data import sources
+from crqat.train.data.dataset import Dataset
 from crqat.train.models import build as models
 from tests.export.conftest import sane_bn
 
@@ -38,12 +39,12 @@ NETWORKS = {
 }
 
 
-def few_images(root: str) -> sources.Dataset:
+def few_images(root: str) -> Dataset:
     """200 training and 50 test images of CIFAR-10, every second pixel."""
     whole = sources.load("cifar10", root, False)
     images = (part[:, :, ::2, ::2].contiguous() for part in (whole.train_images[:200], whole.test_images[:50]))
     train, test = images
-    return sources.Dataset(
+    return Dataset(
         train, whole.train_labels[:200], test, whole.test_labels[:50], whole.class_names, whole.preprocessing
     )
 

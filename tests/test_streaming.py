@@ -16,6 +16,8 @@ from crqat.pipeline import cli
 from crqat.train.config import DataConfig
 from crqat.train.data import imagefolder, sources
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
+from crqat.train.data.dataset import Dataset
+from crqat.train.training import loop
 from crqat.train.training.optimizer import Fit
 from tests.crqat_train.stored_sets import PER_SHARD, write_saved, write_shards
 
@@ -41,7 +43,7 @@ qat: {{epochs: 1, batch_size: 60, lr: 0.01}}
 
 
 @pytest.fixture(scope="module")
-def cifar(cifar10_root: Path) -> sources.Dataset:
+def cifar(cifar10_root: Path) -> Dataset:
     whole = sources.load("cifar10", str(cifar10_root), False)
     parts = {f"train_{kind}": getattr(whole, f"train_{kind}")[:TRAIN].clone() for kind in ("images", "labels")}
     parts |= {f"test_{kind}": getattr(whole, f"test_{kind}")[:TEST].clone() for kind in ("images", "labels")}
@@ -49,7 +51,7 @@ def cifar(cifar10_root: Path) -> sources.Dataset:
 
 
 @pytest.fixture(scope="module")
-def roots(cifar: sources.Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def roots(cifar: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     place = tmp_path_factory.mktemp("sets")
     return {
         "webdataset": write_shards(place / "shards", cifar, TRAIN, TEST),
@@ -63,13 +65,13 @@ def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 0)
 
 
-def loaded(source: str, root: Path) -> sources.Dataset:
+def loaded(source: str, root: Path) -> Dataset:
     dataset = sources.of_recipe(DataConfig(source, str(root), size=32, crop=32))
     assert isinstance(dataset.train_images, imagefolder.StoredImages)
     return dataset
 
 
-def feed(dataset: sources.Dataset, chosen: Tensor, seed: int, size: int = 32) -> tuple[Feed, Generators]:
+def feed(dataset: Dataset, chosen: Tensor, seed: int, size: int = 32) -> tuple[Feed, Generators]:
     generators = Generators.of(seed, torch.device("cpu"))
     images, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
     batches = Batches(images, labels, dataset.preprocessing, size, 4, True, torch.device("cpu"), strong=True)
@@ -78,9 +80,7 @@ def feed(dataset: sources.Dataset, chosen: Tensor, seed: int, size: int = 32) ->
 
 @pytest.mark.usefixtures("streamed")
 @pytest.mark.parametrize("source", SOURCES)
-def test_two_views_have_the_bits_of_those_from_memory(
-    cifar: sources.Dataset, roots: dict[str, Path], source: str
-) -> None:
+def test_two_views_have_the_bits_of_those_from_memory(cifar: Dataset, roots: dict[str, Path], source: str) -> None:
     """Same permutation, same augmentation; worker processes decode. Both normalize as ImageNet's networks want it."""
     dataset = loaded(source, roots[source])
     assert dataset.class_names == cifar.class_names and dataset.preprocessing.mean == cifar.preprocessing.mean
@@ -96,7 +96,7 @@ def test_two_views_have_the_bits_of_those_from_memory(
     assert torch.equal(tests, expected) and torch.equal(dataset.test_labels, cifar.test_labels[:TEST])
 
 
-def test_webdataset_reads_the_same(cifar: sources.Dataset, roots: dict[str, Path]) -> None:
+def test_webdataset_reads_the_same(cifar: Dataset, roots: dict[str, Path]) -> None:
     """Its writer made the shards; its reader gives the same images and labels, in the same order."""
     import webdataset
 
@@ -176,7 +176,7 @@ def crqat(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.mark.usefixtures("streamed")
 def test_a_training_from_recipe_to_weights(
-    cifar: sources.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    cifar: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Interrupted in the middle of an epoch and continued, it ends with the same bits; a damaged set is one line."""
     monkeypatch.chdir(tmp_path)
@@ -186,7 +186,7 @@ def test_a_training_from_recipe_to_weights(
         (tmp_path / f"{name}.yaml").write_text(RECIPE.format(name=name))
     assert crqat(monkeypatch, "train", "whole.yaml") == 0
     steps: list[int] = []
-    original = Fit.step
+    original = loop.update
 
     def step(self: Fit, loss: Tensor) -> None:
         steps.append(1)
@@ -194,7 +194,7 @@ def test_a_training_from_recipe_to_weights(
             os.kill(os.getpid(), signal.SIGTERM)
         original(self, loss)
 
-    monkeypatch.setattr(Fit, "step", step)
+    monkeypatch.setattr(loop, "update", step)
     assert crqat(monkeypatch, "train", "cut.yaml", "--unchecked") == 143
     assert crqat(monkeypatch, "train", "cut.yaml") == 0
     assert len(steps) == 6

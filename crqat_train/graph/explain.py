@@ -23,6 +23,7 @@ _OWN = {
     "crqat.train.training.first_step",
     "crqat.train.training.optimizer",
     "crqat.train.training.loop",
+    "crqat.train.training.stage",
 }
 _ADAPTIVE_POOLS: set[Any] = {functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d}
 # Words of the error, and the way out.

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crqat.core.errors import ToolError, UsageError
-from crqat.train.data.sources import call_function, import_function
 from crqat.train.models import weight_files
+from crqat.train.own_code import call_function, import_function
 
 # Residual blocks in each of the three stages of a CIFAR ResNet of 6 n + 2 layers.
 CIFAR_BLOCKS = {"cifar/resnet20": 3, "cifar/resnet56": 9}

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from torch import Tensor
+
+from crqat.core.errors import UsageError
 from crqat.train.config import QuantizationConfig
+from crqat.train.own_code import call_function, import_function
 from crqat.train.placement.insert import QuantizerSpec
 from crqat.train.quantizers.base import MIN_SCALE, Quantizer, quantizer_of, specs_of
 from crqat.train.quantizers.dorefa import DoReFaQuantizer
@@ -19,21 +23,19 @@ from crqat.train.quantizers.minmax import MinMaxQuantizer
 from crqat.train.quantizers.observers import PERCENTILE, ActivationObserver, calibrate_weight
 from crqat.train.quantizers.pact import PACTQuantizer
 
-WEIGHT_METHODS: dict[str, type[Quantizer]] = {
+# The one registry of methods. Which of them a weight may have, `Quantizer.for_weights` says.
+METHODS: dict[str, type[Quantizer]] = {
     "lsq": LSQQuantizer,
     "lsq+": LSQPlusQuantizer,
     "dorefa": DoReFaQuantizer,
     "minmax": MinMaxQuantizer,
+    "pact": PACTQuantizer,
 }
-ACTIVATION_METHODS: dict[str, type[Quantizer]] = {**WEIGHT_METHODS, "pact": PACTQuantizer}
-METHODS: dict[str, type[Quantizer]] = {**WEIGHT_METHODS, **ACTIVATION_METHODS}
 
 __all__ = [
-    "ACTIVATION_METHODS",
     "METHODS",
     "MIN_SCALE",
     "PERCENTILE",
-    "WEIGHT_METHODS",
     "ActivationObserver",
     "DoReFaQuantizer",
     "LSQPlusQuantizer",
@@ -42,18 +44,66 @@ __all__ = [
     "PACTQuantizer",
     "Quantizer",
     "calibrate_weight",
+    "method_named",
     "quantizer_maker",
     "quantizer_of",
     "specs_of",
 ]
 
 
+def method_named(name: str, key: str) -> type[Quantizer]:
+    """The class of a method: one of `METHODS`, or the user's own as "package.module:Class".
+
+    Args:
+        name: As in the recipe.
+        key: The recipe's key, "quantization.weight_method" or "quantization.activation_method".
+
+    Raises:
+        UsageError: It cannot be imported, or is no `Quantizer` that can be used there.
+    """
+    kind = "weights" if key.endswith("weight_method") else "activations"
+    if ":" in name:
+        found = import_function(name, key)
+        if not (isinstance(found, type) and issubclass(found, Quantizer)):
+            msg = f"{key}: {name} is no class that derives from crqat.train.quantizers.Quantizer; derive it from that"
+            raise UsageError(msg)
+        if found.forward is Quantizer.forward:
+            msg = f"{key}: {name} has no forward(self, x) of its own; define it, see docs/adding_a_method.md"
+            raise UsageError(msg)
+    elif name in METHODS:
+        found = METHODS[name]
+    else:
+        msg = f'{key}: "{name}" is none of {", ".join(METHODS)}, and no "package.module:Class"'
+        raise UsageError(msg)
+    if not (found.for_weights if kind == "weights" else found.for_activations):
+        msg = f"{key}: {name} is not for {kind}; choose another method"
+        raise UsageError(msg)
+    return found
+
+
 def quantizer_maker(config: QuantizationConfig) -> Callable[[QuantizerSpec], Quantizer]:
-    """What makes each spec's quantizer, by the recipe's methods for weights and activations."""
+    """What makes each spec's quantizer, by the recipe's methods for weights and activations.
+
+    Raises:
+        UsageError: See `method_named`; what it returns raises, too, where a user's class does not keep to `Quantizer`.
+    """
+    names = {"weight": config.weight_method, "activation": config.activation_method}
+    methods = {kind: method_named(name, f"quantization.{kind}_method") for kind, name in names.items()}
 
     def make(spec: QuantizerSpec) -> Quantizer:
-        if spec.kind == "weight":
-            return WEIGHT_METHODS[config.weight_method](spec)
-        return ACTIVATION_METHODS[config.activation_method](spec)
+        method, name, key = methods[spec.kind], names[spec.kind], f"quantization.{spec.kind}_method"
+        if ":" not in name:
+            return method(spec)
+        made: Quantizer = call_function(method, name, key, {"spec": spec})
+        scale = getattr(made, "scale", None)
+        if (
+            not isinstance(scale, Tensor)
+            or scale.shape != made.initial_scale().shape
+            or "scale" not in made.state_dict()
+        ):
+            shape = list(made.initial_scale().shape)
+            msg = f"{key}: {name} needs a Parameter or buffer `scale` of shape {shape}, such as self.initial_scale()"
+            raise UsageError(msg)
+        return made
 
     return make

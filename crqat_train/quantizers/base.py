@@ -23,11 +23,15 @@ class Quantizer(nn.Module):
         spec: The place and codes of the quantizer.
         decays_scale: Whether the recipe's weight decay is on `scale`, too.
         asymmetric: Whether calibration sets a range by `set_range`, not a scale.
+        for_weights: Whether a recipe may choose the method for weights.
+        for_activations: Likewise for activations.
     """
 
     scale: Tensor
     decays_scale = False
     asymmetric = False
+    for_weights = True
+    for_activations = True
 
     def __init__(self, spec: QuantizerSpec) -> None:
         super().__init__()

@@ -42,6 +42,7 @@ class PACTQuantizer(Quantizer):
 
     scale: nn.Parameter
     decays_scale = True
+    for_weights = False
 
     def __init__(self, spec: QuantizerSpec) -> None:
         super().__init__(spec)

@@ -30,11 +30,13 @@ from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat.train.data.imagefolder import workers
+from crqat.train.data.split import split as split_images
 from crqat.train.device import choose_device, compiler
 from crqat.train.models import build as models
 from crqat.train.models import published
 from crqat.train.quantized_model import QuantizedModel, quantize_model
 from crqat.train.scaling.model import default_processes, local_batches
+from crqat.train.training import loop
 from crqat.train.training.consistency import ConsistencyTraining
 from crqat.train.training.optimizer import Fit
 
@@ -55,7 +57,7 @@ class Work:
     def __init__(self, config: TrainConfig, device: torch.device, seed: int) -> None:
         self.config, self.device = config, device
         self.dataset = sources.of_recipe(published.data_section(config))
-        self.chosen = sources.split(len(self.dataset.train_labels), config.data.validation, config.seed).train
+        self.chosen = split_images(len(self.dataset.train_labels), config.data.validation, config.seed).train
         self.batch = min(config.qat.batch_size, len(self.chosen))
         self.unlabeled = config.data.unlabeled
         self.generators = Generators.of(seed, device)
@@ -108,10 +110,7 @@ class Work:
             *images, labels = next(batches)
             if unlabeled is not None:
                 images = [torch.cat(pair) for pair in zip(images, next(unlabeled), strict=True)]
-            with fit.autocast():
-                loss = training.loss(images, labels, self.config.consistency.weight)
-            fit.step(loss)
-            training.after_step(fit.steps_done - 1)
+            loop.step(images, labels, training, fit)
 
         return run
 

@@ -1,12 +1,9 @@
-"""What training at few bits needs, each a switch of the recipe's `qat` section; all of it follows from the step number.
-
-Nothing in here waits for the device: Python branches on the number of the step alone.
-"""
+"""Features of low-bit training, each a callback that a key of the recipe's `qat` section switches on."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import torch
@@ -21,66 +18,115 @@ from crqat.train.training.optimizer import Fit
 _Compile = Callable[[nn.Module], Callable[..., Tensor]]
 
 
-class LowBitTraining:
-    """The switches in one training: `before_step` before each of its steps, `penalized` on each loss.
+class Callback:
+    """A feature of a training, called by `crqat.train.training.loop` at fixed points; each method may do nothing.
+
+    No method may wait for the device: no `.item()`, and no Python branch on a tensor's values. `fit.steps_done` of
+    `fit.steps` steps are behind it at each call. A callback has no state of its own to save: what it does follows from
+    the number of the step, so that a resumed training has the same bits.
+    """
+
+    def on_start(self, fit: Fit) -> None:
+        """Before the first step, and after a saved state was loaded."""
+
+    def before_step(self, fit: Fit) -> None:
+        """Before the forward pass."""
+
+    def add_to_loss(self, loss: Tensor, fit: Fit) -> Tensor:
+        """The scalar loss with what the callback adds to it."""
+        return loss
+
+    def after_step(self, fit: Fit) -> None:
+        """After the optimizer and the teacher."""
+
+    def on_epoch_end(self, fit: Fit) -> None:
+        """After an epoch's last step, before the network is evaluated."""
+
+
+def low_bit_callbacks(
+    student: fx.GraphModule, teacher: fx.GraphModule | None, config: QATConfig, compile_model: _Compile
+) -> list[Callback]:
+    """The features of low-bit training that a recipe's `qat` section switches on.
 
     Args:
         student: The quantized network.
-        teacher: Its average, whose widths change with it; None if there is none.
-        config: Which switches are on.
-        fit: The training's optimizer, which knows the step.
+        teacher: Its average, whose bit widths change with it; None if there is none.
+        config: Which features are on.
         compile_model: Makes a module's forward pass faster, or returns it as it is.
     """
+    found: list[Callback] = [
+        FreezeBatchNorm(student, config.freeze_bn_at),
+        ScaleLearningRate(config.scale_lr, config.freeze_ranges_at),
+        ProgressiveBits((student,) if teacher is None else (student, teacher), config.progressive_bits),
+    ]
+    if config.damping:
+        found.append(DampenOscillations(compile_model(OscillationDamping(student)), config.damping))
+    return found
 
-    def __init__(
-        self,
-        student: fx.GraphModule,
-        teacher: fx.GraphModule | None,
-        config: QATConfig,
-        fit: Fit,
-        compile_model: _Compile,
-    ) -> None:
-        self.config, self._fit = config, fit
+
+class FreezeBatchNorm(Callback):
+    """From a share of the steps on, BatchNorm uses its running statistics and no longer changes them."""
+
+    def __init__(self, student: nn.Module, at: float) -> None:
         self._norms = [module for module in student.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-        self._quantizers = [q for model in (student, teacher) if model is not None for q in quantizers(model)]
-        self._damping = compile_model(OscillationDamping(student)) if config.damping else None
-        self._width: int | None = None
-        self._begun = False
+        self._at = at
 
-    def before_step(self) -> None:
-        """Set what holds for the step that comes next."""
-        step, steps, config = self._fit.steps_done, self._fit.steps, self.config
-        if step >= config.freeze_bn_at * steps:
+    def before_step(self, fit: Fit) -> None:
+        """Freeze."""
+        if fit.steps_done >= self._at * fit.steps:
             for norm in self._norms:
                 norm.training = False  # after each `student.train()` anew
-        self._fit.scale_lr(0.0 if step >= config.freeze_ranges_at * steps else config.scale_lr)
-        self.go_on()
-        self._set_width(width_of_step(step, steps, config.progressive_bits), keep_range=True)
 
-    def go_on(self) -> None:
-        """Of a training that was interrupted: take on the width of the step before, whose scales were loaded."""
-        step = self._fit.steps_done
-        if not self._begun and step:
-            width = width_of_step(step - 1, self._fit.steps, self.config.progressive_bits)
-            self._set_width(width, keep_range=False)
-        self._begun = True
 
-    def penalized(self, loss: Tensor) -> Tensor:
-        """The loss with the damping of oscillations, a scalar too."""
-        if self._damping is None:
-            return loss
-        return loss + damping_weight(self._fit.steps_done, self._fit.steps, self.config.damping) * self._damping()
+class ScaleLearningRate(Callback):
+    """The quantizers' own learning rate, as a factor; from a share of the steps on they no longer change."""
 
-    def _set_width(self, width: int | None, keep_range: bool) -> None:
+    def __init__(self, factor: float, freeze_at: float) -> None:
+        self._factor, self._freeze_at = factor, freeze_at
+
+    def before_step(self, fit: Fit) -> None:
+        """Set the factor."""
+        fit.scale_lr(0.0 if fit.steps_done >= self._freeze_at * fit.steps else self._factor)
+
+
+class ProgressiveBits(Callback):
+    """Descending bit widths, an equal share of the steps each, below which no quantizer is."""
+
+    def __init__(self, models: Sequence[nn.Module], widths: tuple[int, ...]) -> None:
+        self._quantizers = [quantizer for model in models for quantizer in quantizers(model)]
+        self._widths = widths
+        self._width: int | None = None
+
+    def on_start(self, fit: Fit) -> None:
+        """In a resumed training: take the bit width of the step before, whose scales were loaded."""
+        if fit.steps_done:
+            self._set(width_of_step(fit.steps_done - 1, fit.steps, self._widths), fit, keep_range=False)
+
+    def before_step(self, fit: Fit) -> None:
+        """Change to the bit width of the step that comes next."""
+        self._set(width_of_step(fit.steps_done, fit.steps, self._widths), fit, keep_range=True)
+
+    def _set(self, width: int | None, fit: Fit, keep_range: bool) -> None:
         if width == self._width:
             return
         self._width = width
         for quantizer in self._quantizers:
             set_width(quantizer, max(quantizer.spec.bits, width or 0), keep_range)
             # Steps of momentum were made in units of the old scale.
-            momentum = self._fit.optimizer.state.get(quantizer.scale, {}).get("momentum_buffer")
+            momentum = fit.optimizer.state.get(quantizer.scale, {}).get("momentum_buffer")
             if keep_range and momentum is not None:
                 momentum.zero_()
+
+
+class DampenOscillations(Callback):
+    """Adds `OscillationDamping` to the loss, with a weight that rises over all steps."""
+
+    def __init__(self, damping: Callable[[], Tensor], largest: float) -> None:
+        self._damping, self._largest = damping, largest
+
+    def add_to_loss(self, loss: Tensor, fit: Fit) -> Tensor:
+        """The loss with the damping of oscillations, a scalar too."""
+        return loss + damping_weight(fit.steps_done, fit.steps, self._largest) * self._damping()
 
 
 def quantizers(model: nn.Module) -> Iterator[Quantizer]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -123,28 +123,29 @@ class EMATeacher:
 
 
 class ConsistencyTraining:
-    """What a step of QAT minimizes, with the teacher that belongs to it; plain QAT is the one without a teacher.
+    """The networks of a training step: the student, and the teacher if there is one; plain QAT has none.
 
     Args:
-        student: The quantized network.
+        student: The network that is trained: quantized, or float where there is no teacher.
         float_model: The network that it was quantized from.
         config: Which teacher, and how much it counts.
         compile_model: Makes a network's forward pass faster, or returns it as it is.
 
     Attributes:
+        student: The student's forward pass, compiled: images to logits.
         teacher: The EMA teacher, None unless the recipe asks for one.
         views: How many augmentations of each image a step needs.
     """
 
     def __init__(
         self,
-        student: QuantizedModel,
+        student: nn.Module,
         float_model: nn.Module,
         config: ConsistencyConfig,
         compile_model: Callable[[nn.Module], Callable[[Tensor], Tensor]],
     ) -> None:
         self.config = config
-        self._student = compile_model(student)
+        self.student = compile_model(student)
         self.teacher: QuantizedModel | None = None
         self._teach: Callable[[Tensor], Tensor] | None = None
         if config.teacher == "ema":
@@ -157,23 +158,23 @@ class ConsistencyTraining:
             self._teach = compile_model(copy.deepcopy(float_model).eval().requires_grad_(False))
         self.views = 1 if self._teach is None else 2
 
-    def loss(self, images: Sequence[Tensor], labels: Tensor, weight: float) -> Tensor:
-        """The scalar of one step; see the module.
+    def weight(self, step: int, steps: int) -> float:
+        """lambda(t) of step `step` of `steps`; 0 where no teacher is asked."""
+        return 0.0 if self._teach is None else consistency_weight(step, steps, self.config)
 
-        Args:
-            images: `views` augmentations, float32 of shape [N, C, H, W] each; the first B images are labeled.
-            labels: int64 of shape [B].
-            weight: lambda(t).
+    def target(self, images: Tensor) -> Tensor:
+        """The teacher's logits, without gradient, for the second view of the images.
+
+        Raises:
+            ValueError: There is no teacher: `views` is 1.
         """
-        logits = self._student(images[0])
-        loss = functional.cross_entropy(logits[: len(labels)], labels)
         if self._teach is None:
-            return loss
+            msg = "this training has no teacher"
+            raise ValueError(msg)
         with torch.no_grad():
-            target = self._teach(images[1])
-        return loss + weight * consistency_loss(logits, target, self.config.temperature)
+            return self._teach(images)
 
-    def after_step(self, step: int) -> None:
+    def update_teacher(self, step: int) -> None:
         """Move the teacher after optimizer step `step`, from 0."""
         if self.teacher is not None:
             self._average.steps = step  # a resumed training counts on

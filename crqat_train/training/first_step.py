@@ -15,6 +15,7 @@ from crqat.core.errors import UsageError
 from crqat.core.progress import quiet
 from crqat.train.config import OptimizerConfig
 from crqat.train.graph.explain import check_module, failing_module, forward_of, one_line, passes_through, where
+from crqat.train.training import loop
 from crqat.train.training.optimizer import Fit
 
 # Sizes and channels that are tried to say what a network takes that does not take the data, and for how long.
@@ -74,7 +75,7 @@ def check_step(
             logits = network(images)
             _check_logits(network, logits, len(images), None, " in training")
             loss = functional.cross_entropy(logits, labels)
-        fit.step(loss)
+        loop.update(fit, loss)
     except Exception as error:
         if passes_through(error):
             raise

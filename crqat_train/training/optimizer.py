@@ -85,16 +85,15 @@ class Fit:
         bfloat16 = self.section.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
-    def step(self, loss: Tensor) -> None:
-        """One optimizer step on a scalar loss; nothing in here waits for the device."""
+    def set_learning_rate(self) -> None:
+        """Set the learning rate of the step that comes next."""
         warm_up = max(1.0, _WARM_UP * self.steps)
         cosine = 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self.section.lr * min(1.0, (self.steps_done + 1) / warm_up) * cosine * group["factor"]
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        distributed.average_statistics(self.model)
+
+    def count(self, loss: Tensor) -> None:
+        """Record a step that is done; nothing in here waits for the device."""
         self.loss_sum += loss.detach()
         self.steps_done += 1
         self.steps_in_epoch += 1

@@ -41,6 +41,7 @@ from crqat.train.models import build as models
 from crqat.train.placement.insert import QuantizerSpec
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers.base import is_step
+from crqat.train.training import loop
 from crqat.train.training.optimizer import Fit
 from crqat.train.untrained import awake, sane_bn
 
@@ -134,7 +135,7 @@ def _train_one_step(model: nn.Module, images: Tensor, labels: Tensor) -> dict[st
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     model.train()
     loss = functional.cross_entropy(model(images), labels)
-    fit.step(loss)
+    loop.update(fit, loss)
     model.eval()
     parameters = dict(model.named_parameters())
     unreached = [name for name, parameter in parameters.items() if parameter.grad is None]

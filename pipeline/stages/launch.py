@@ -138,7 +138,7 @@ def train(
     from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
     from crqat.train import distributed
-    from crqat.train.training.loop import train as run_training
+    from crqat.train.training.stage import train as run_training
 
     _prctl_pr_set_pdeathsig(signal.SIGTERM)  # a killed launcher leaves nobody behind
     # By torchrun, a process that died is started again by the same command, which is not to discard the state.

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from crqat.core.results.verdict import Verdict
     from crqat.pipeline.gate.rules import GateConfig, KnownAccuracy
     from crqat.runtime_eval.board.ssh import Board
-    from crqat.train.training.loop import Start
+    from crqat.train.training.stage import Start
 
 _Payload = TrainingPayload | ExportPayload | BenchmarkPayload | SensitivityPayload
 STATES = ".states"
@@ -70,7 +70,7 @@ def train(
         shutil.rmtree(states, ignore_errors=True)
 
     def fill(out: Path) -> TrainingPayload:
-        from crqat.train.training.loop import train as run_training
+        from crqat.train.training.stage import train as run_training
 
         def check(start: Start) -> None:
             from crqat.pipeline.stages import precheck

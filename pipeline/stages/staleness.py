@@ -212,7 +212,8 @@ def own_modules(config: recipe.Recipe) -> imports.Imports:
     """The user's own modules that a recipe's functions lie in or import, found without importing them."""
     files: dict[str, Path] = {}
     packages: frozenset[str] = frozenset()
-    for name in (config.data.source, config.data.unlabeled, config.model.name):
+    methods = config.quantization.weight_method, config.quantization.activation_method
+    for name in (config.data.source, config.data.unlabeled, config.model.name, *methods):
         module, colon, _ = (name or "").partition(":")
         if colon and source_kind(name) != "huggingface":
             found = imports.imports_of(module)

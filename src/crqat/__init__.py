@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from crqat.core.targets import names as targets
     from crqat.export.export_model import Export, export, verify
     from crqat.pipeline.measure import Benchmark, Gate, benchmark, gate
-    from crqat.train.data.sources import Dataset
+    from crqat.train.data.dataset import Dataset
     from crqat.train.quantized_model import QuantizedModel, load, quantize, save
     from crqat.train.training.consistency import EMATeacher, consistency_loss
     from crqat.train.training.optimizer import parameter_groups
@@ -32,7 +32,7 @@ __all__ = [
 # Name to the module that defines it; the imports above are the same for type checkers, as a test asserts.
 _MODULES = {
     "Benchmark": "crqat.pipeline.measure",
-    "Dataset": "crqat.train.data.sources",
+    "Dataset": "crqat.train.data.dataset",
     "EMATeacher": "crqat.train.training.consistency",
     "Export": "crqat.export.export_model",
     "Gate": "crqat.pipeline.measure",

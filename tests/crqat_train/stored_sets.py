@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from torch import Tensor
 
-from crqat.train.data import sources
+from crqat.train.data.dataset import Dataset
 
 PER_SHARD = 100
 
@@ -36,7 +36,7 @@ def sample(key: str, image: Tensor, label: int) -> list[tuple[str, bytes]]:
     return [(f"{key}.png", png(image)), (f"{key}.cls", str(label).encode())]
 
 
-def write_shards(root: Path, cifar: sources.Dataset, train: int, test: int) -> Path:
+def write_shards(root: Path, cifar: Dataset, train: int, test: int) -> Path:
     """By webdataset's own writer; the class names beside them."""
     webdataset = pytest.importorskip("webdataset", reason="no package webdataset, which writes the shards")
     root.mkdir(parents=True)
@@ -49,7 +49,7 @@ def write_shards(root: Path, cifar: sources.Dataset, train: int, test: int) -> P
     return root
 
 
-def write_saved(root: Path, cifar: sources.Dataset, train: int, test: int) -> Path:
+def write_saved(root: Path, cifar: Dataset, train: int, test: int) -> Path:
     """By `datasets`; columns are named as on the hub."""
     datasets = pytest.importorskip("datasets", reason="no package datasets, which writes the data set")
     datasets.disable_progress_bars()
@@ -72,7 +72,7 @@ def write_saved(root: Path, cifar: sources.Dataset, train: int, test: int) -> Pa
     return root
 
 
-def parts(cifar: sources.Dataset, train: int, test: int) -> Sequence[tuple[str, Tensor, list[int]]]:
+def parts(cifar: Dataset, train: int, test: int) -> Sequence[tuple[str, Tensor, list[int]]]:
     return (
         ("train", cifar.train_images[:train], cifar.train_labels[:train].tolist()),
         ("test", cifar.test_images[:test], cifar.test_labels[:test].tolist()),

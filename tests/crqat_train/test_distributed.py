@@ -28,10 +28,12 @@ from crqat.train.checkpoint import read_tensors
 from crqat.train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches
+from crqat.train.data.split import split as split_images
 from crqat.train.models import build as models
 from crqat.train.quantizers import ActivationObserver
-from crqat.train.training.loop import _Run, train
+from crqat.train.training import loop
 from crqat.train.training.optimizer import Fit
+from crqat.train.training.stage import _Run, train
 
 ROOT = Path(__file__).parents[2]
 STEPS = 27
@@ -80,7 +82,7 @@ sys.path.append({tests!r})
 import test_distributed as tests
 from crqat.core.progress import quiet
 from crqat.train import distributed
-from crqat.train.training.loop import train
+from crqat.train.training.stage import train
 
 folder = Path(sys.argv[1])
 with distributed.started("cpu"):
@@ -113,13 +115,13 @@ def recipe(folder: Path) -> TrainConfig:
 def record_losses() -> list[float]:
     """The loss of each step from now on."""
     losses: list[float] = []
-    original = Fit.step
+    original = loop.update
 
     def step(self: Fit, loss: torch.Tensor) -> None:
         losses.append(float(loss.detach()))
         original(self, loss)
 
-    Fit.step = step  # type: ignore[method-assign]
+    loop.update = step  # type: ignore[assignment]
     return losses
 
 
@@ -154,7 +156,7 @@ def observed(share: Any) -> ActivationObserver:
 
 def estimated(config: TrainConfig) -> list[float]:
     """BN's statistics of a network that draws, each rank something else."""
-    dataset, split = sources.load("digits", None, False), sources.split(1000, 0.1, 0)
+    dataset, split = sources.load("digits", None, False), split_images(1000, 0.1, 0)
     config = replace(config, qat=replace(config.qat, bn_images=200))
     run = SimpleNamespace(config=config, dataset=dataset, split=split, device=torch.device("cpu"))
     norm = nn.BatchNorm2d(1)
@@ -201,7 +203,7 @@ def told(folder: Path, rank: int) -> dict[str, Any]:
 
 
 def test_two_processes_have_the_losses_of_one(together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Fit, "step", Fit.step)
+    monkeypatch.setattr(loop, "update", loop.update)
     alone = record_losses()
     train(recipe(together), tmp_path, quiet)
     shares = [told(together, rank) for rank in range(2)]

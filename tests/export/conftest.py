@@ -34,9 +34,10 @@ from crqat.train.config import (
     TrainConfig,
 )
 from crqat.train.data import sources
+from crqat.train.data.split import split as split_images
 from crqat.train.load_trained import rebuild
 from crqat.train.models import build as models
-from crqat.train.training.loop import train
+from crqat.train.training.stage import train
 from crqat.train.untrained import sane_bn as sane_bn
 
 BOTH: tuple[Target, ...] = ("onnxruntime", "tensorrt")
@@ -159,7 +160,7 @@ def digits(trained: Callable[..., tuple[Path, TrainConfig]]) -> Callable[[int], 
             payload = payload_of(TrainingPayload, directory, read_manifest(directory))
             model = rebuild(directory, config, payload, payload.best)
             images = sources.load("digits", None, False).train_images
-            chosen = sources.split(len(images), config.data.validation, config.seed).validation[:32]
+            chosen = split_images(len(images), config.data.validation, config.seed).validation[:32]
             preprocessing = payload.preprocessing
             grids = load_grids(directory / f"{payload.best}.grids.json")
             made[bits] = Quantized(model, grids, preprocessing(images[chosen].numpy()))

@@ -23,6 +23,7 @@ from crqat.export.config import ExportConfig
 from crqat.export.qdq.lint import lint
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
+from crqat.train.data.split import split as split_images
 from tests.export.conftest import BOTH, nodes, session
 
 Trained = Callable[..., tuple[Path, TrainConfig]]
@@ -136,7 +137,7 @@ def test_verification_does_not_see_test_images(trained: Trained, tmp_path: Path,
     training = trained()
     export(training, tmp_path, ExportConfig(verify_images=5))
     dataset = sources.load("digits", None, False)
-    split = sources.split(len(dataset.train_labels), training[1].data.validation, training[1].seed)
+    split = split_images(len(dataset.train_labels), training[1].data.validation, training[1].seed)
     expected = dataset.preprocessing(dataset.train_images[split.validation[:5]].numpy())
     np.testing.assert_array_equal(seen[0], expected)
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from crqat.core.preprocessing import Preprocessing
 from crqat.runtime_eval.trt import plan_file
-from crqat.train.data.sources import Dataset
+from crqat.train.data.dataset import Dataset
 
 FOLDER = Path(__file__).parent
 # The command, on a machine without a name.

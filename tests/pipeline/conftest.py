@@ -154,7 +154,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
     recipe.write_text(RECIPE)
     made = Fakes(recipe, measured(0.2, (0.1, 0.3)))
     functions: dict[str, tuple[str, Callable[..., Any]]] = {
-        "crqat.train.training.loop": ("train", made.train),
+        "crqat.train.training.stage": ("train", made.train),
         "crqat.export.stage": ("export", made.export),
         "crqat.runtime_eval.benchmark": ("benchmark", made.benchmark),
     }

@@ -41,6 +41,22 @@ class Range:
         return {**handler(source), **{name: bound for name, bound in asdict(self).items() if bound is not None}}
 
 
+@dataclass(frozen=True)
+class OneOf:
+    """One of some names, or the user's own as "package.module:name", for use in an ``Annotated`` str."""
+
+    names: tuple[str, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
+        """Replace the text's own schema; pydantic calls this."""
+
+        def own(value: Any, check: Callable[[Any], Any]) -> Any:
+            return value if isinstance(value, str) and ":" in value else check(value)
+
+        known = {"type": "literal", "expected": list(self.names)}
+        return {"type": "function-wrap", "function": {"type": "no-info", "function": own}, "schema": known}
+
+
 def user_path(text: str, key: str) -> Path:
     """A path that a recipe names, with "~" and "~name" as a shell takes them.
 

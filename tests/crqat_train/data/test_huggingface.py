@@ -14,6 +14,7 @@ import torch
 from crqat.core.errors import ToolError, UsageError
 from crqat.train.config import DataConfig
 from crqat.train.data import huggingface, sources
+from crqat.train.data.dataset import Dataset
 from tests.crqat_train.stored_sets import png
 
 datasets = pytest.importorskip("datasets", reason="no package datasets; pip install crqat-edge[huggingface]")
@@ -38,7 +39,7 @@ def saved(root: Path, **splits: Any) -> Path:
     return place
 
 
-def loaded(root: Path, **changes: object) -> sources.Dataset:
+def loaded(root: Path, **changes: object) -> Dataset:
     values = {**DataConfig("huggingface", size=8, crop=8).__dict__, "root": str(root), **changes}
     return sources.of_recipe(DataConfig(**values))
 

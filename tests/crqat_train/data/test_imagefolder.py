@@ -20,6 +20,7 @@ from crqat.core.progress import quiet
 from crqat.train.config import DataConfig
 from crqat.train.data import imagefolder, sources
 from crqat.train.data.batches import Batches, evaluation_batches, subset
+from crqat.train.data.dataset import Dataset
 
 CLASSES = ("cat", "dog", "eel")
 CONFIG = DataConfig("imagefolder", crop_padding=2, size=20, crop=16)
@@ -41,7 +42,7 @@ def root(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def loaded(root: Path, **changes: object) -> sources.Dataset:
+def loaded(root: Path, **changes: object) -> Dataset:
     return sources.of_recipe(DataConfig(**{**CONFIG.__dict__, "root": str(root), **changes}))
 
 

@@ -22,6 +22,9 @@ from crqat.train.config import DataConfig
 from crqat.train.data import sources
 from crqat.train.data.augment import random_crop, random_flip
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches
+from crqat.train.data.builtin import CIFAR10_PREPROCESSING
+from crqat.train.data.dataset import Dataset, doubts, validate
+from crqat.train.data.split import split as split_images
 
 CPU = torch.device("cpu")
 PLAIN = Preprocessing((0.0,), (1 / 255,))
@@ -32,27 +35,27 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @pytest.fixture(scope="module")
-def digits() -> sources.Dataset:
+def digits() -> Dataset:
     return sources.load("digits", None, download=False)
 
 
 @pytest.fixture(scope="module")
-def cifar10(cifar10_root: Path) -> sources.Dataset:
+def cifar10(cifar10_root: Path) -> Dataset:
     return sources.load("cifar10", str(cifar10_root), download=False)
 
 
-def numbered(n: int) -> sources.Dataset:
+def numbered(n: int) -> Dataset:
     """A data set whose image i is all i and has the label i."""
     labels = torch.arange(n)
     images = labels.to(torch.uint8)[:, None, None, None].expand(n, 1, 4, 4).clone()
-    return sources.Dataset(images, labels, images, labels, tuple(map(str, range(n))), PLAIN)
+    return Dataset(images, labels, images, labels, tuple(map(str, range(n))), PLAIN)
 
 
-def batches(dataset: sources.Dataset, size: int, padding: int = 0, flip: bool = False) -> Batches:
+def batches(dataset: Dataset, size: int, padding: int = 0, flip: bool = False) -> Batches:
     return Batches(dataset.train_images, dataset.train_labels, dataset.preprocessing, size, padding, flip, CPU)
 
 
-def test_digits_keep_every_pixel_value(digits: sources.Dataset) -> None:
+def test_digits_keep_every_pixel_value(digits: Dataset) -> None:
     from sklearn.datasets import load_digits
 
     pixels, labels = load_digits(return_X_y=True)
@@ -66,13 +69,13 @@ def test_digits_keep_every_pixel_value(digits: sources.Dataset) -> None:
     assert len(digits.train_images) == 1000
 
 
-def test_digits_are_normalized_to_mean_0_and_std_1_on_the_training_images(digits: sources.Dataset) -> None:
+def test_digits_are_normalized_to_mean_0_and_std_1_on_the_training_images(digits: Dataset) -> None:
     normalized = digits.preprocessing(digits.train_images[:].numpy())
     assert normalized.mean() == pytest.approx(0, abs=1e-5)
     assert normalized.std() == pytest.approx(1, abs=1e-5)
 
 
-def test_cifar10_is_complete_and_in_its_published_order(cifar10: sources.Dataset) -> None:
+def test_cifar10_is_complete_and_in_its_published_order(cifar10: Dataset) -> None:
     assert list(cifar10.train_images.shape) == [50000, 3, 32, 32]
     assert list(cifar10.test_images.shape) == [10000, 3, 32, 32]
     assert torch.equal(cifar10.train_labels.bincount(), torch.full((10,), 5000))
@@ -174,7 +177,7 @@ def test_a_failed_download_is_the_environments_fault(
 USER_MODULE = """
 import torch
 from crqat.core.preprocessing import Preprocessing
-from crqat.train.data.sources import Dataset
+from crqat.train.data.dataset import Dataset
 
 def make(size=3, value=7):
     images = torch.full((2, 1, size, size), value, dtype=torch.uint8)
@@ -219,7 +222,7 @@ def test_a_users_function_is_the_source() -> None:
         (":f", r"cannot import '' \(ValueError"),
         ("user_images:absent", r"module 'user_images' \(.*user_images\.py\) has no function 'absent'"),
         ("user_images:number", r"has no function 'number'"),
-        ("user_images:wrong", r"must return a crqat\.train\.data\.sources\.Dataset, got list"),
+        ("user_images:wrong", r"must return a crqat\.train\.data\.dataset\.Dataset, got list"),
         ("user_images:greedy", r"must be callable as greedy\(root=\) \(missing a required argument: 'mode'\)"),
     ],
 )
@@ -274,9 +277,9 @@ def test_an_unknown_source_names_the_nearest() -> None:
     ],
 )
 def test_an_invalid_data_set_is_named(changes: dict[str, Any], message: str) -> None:
-    sources.validate(numbered(3), "here")
+    validate(numbered(3), "here")
     with pytest.raises(UsageError, match=f"^here: .*{message}"):
-        sources.validate(dataclasses.replace(numbered(3), **changes), "here")
+        validate(dataclasses.replace(numbered(3), **changes), "here")
 
 
 def test_swapped_labels_are_told() -> None:
@@ -285,17 +288,17 @@ def test_swapped_labels_are_told() -> None:
         many, test_images=few.test_images, test_labels=many.test_labels, train_labels=few.train_labels
     )
     with pytest.raises(UsageError, match=r"5 train_images but 3 train_labels; train_labels and test_labels seem to be"):
-        sources.validate(mixed, "here")
+        validate(mixed, "here")
 
 
 def test_what_is_probably_a_mistake_is_a_note() -> None:
     few, many = numbered(3), numbered(5)
-    assert sources.doubts(many) == ()
+    assert doubts(many) == ()
     swapped = dataclasses.replace(many, train_images=few.train_images, train_labels=few.train_labels)
-    larger, absent = sources.doubts(swapped)
+    larger, absent = doubts(swapped)
     assert larger.startswith("more test images (5) than training images (3): are the two parts swapped?")
     assert absent == "2 classes of the test images have no training image (3, 4)"
-    (dark,) = sources.doubts(dataclasses.replace(many, train_images=many.train_images[:].clamp(max=1)))
+    (dark,) = doubts(dataclasses.replace(many, train_images=many.train_images[:].clamp(max=1)))
     assert dark.startswith("no byte of the training images is above 1 of 255: were they floats in 0..1?")
 
 
@@ -308,7 +311,7 @@ def test_cifar_can_be_grey(cifar100_root: Path) -> None:
 
 
 @pytest.mark.usefixtures("user_folder")
-def test_unlabeled_images_must_have_the_shape_of_the_labeled_ones(digits: sources.Dataset) -> None:
+def test_unlabeled_images_must_have_the_shape_of_the_labeled_ones(digits: Dataset) -> None:
     config = DataConfig("digits")
     unlabeled = sources.load_unlabeled("digits", config, digits)
     assert torch.equal(unlabeled.train_images[:], digits.train_images[:])
@@ -319,10 +322,10 @@ def test_unlabeled_images_must_have_the_shape_of_the_labeled_ones(digits: source
 
 
 def test_a_split_is_disjoint_complete_and_repeatable() -> None:
-    parts = sources.split(1000, 0.1, seed=3)
+    parts = split_images(1000, 0.1, seed=3)
     assert len(parts.validation) == 100
     assert torch.equal(torch.cat([parts.train, parts.validation]).sort().values, torch.arange(1000))
-    again, other = sources.split(1000, 0.1, seed=3), sources.split(1000, 0.1, seed=4)
+    again, other = split_images(1000, 0.1, seed=3), split_images(1000, 0.1, seed=4)
     assert torch.equal(parts.train, again.train)
     assert torch.equal(parts.validation, again.validation)
     assert not torch.equal(parts.validation, other.validation)
@@ -334,7 +337,7 @@ def test_a_split_is_disjoint_complete_and_repeatable() -> None:
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
 def test_a_split_with_an_empty_part_is_refused(fraction: float) -> None:
     with pytest.raises(UsageError, match=r"^data\.validation: "):
-        sources.split(10, fraction, seed=0)
+        split_images(10, fraction, seed=0)
 
 
 @pytest.mark.parametrize(("padding", "shape"), [(4, (200, 3, 8, 8)), (1, (50, 1, 5, 9)), (9, (900, 1, 8, 8))])
@@ -382,7 +385,7 @@ def test_all_batches_have_one_shape(size: int, steps: int, shape: int) -> None:
     assert len(loader) == steps
 
 
-def test_views_are_independent_augmentations_of_the_same_images(digits: sources.Dataset) -> None:
+def test_views_are_independent_augmentations_of_the_same_images(digits: Dataset) -> None:
     loader = batches(digits, 100, padding=2, flip=True)
     first, second, labels = next(loader.epoch(generator(), views=2))
     differ = (first != second).flatten(1).any(1).float().mean()
@@ -400,7 +403,7 @@ def test_views_are_independent_augmentations_of_the_same_images(digits: sources.
             assert any(torch.equal(made, crop) or torch.equal(made, crop.flip(2)) for crop in crops)
 
 
-def test_crop_and_flip_can_be_switched_off(digits: sources.Dataset) -> None:
+def test_crop_and_flip_can_be_switched_off(digits: Dataset) -> None:
     order = torch.randperm(1000, generator=generator())[:100]
     original = torch.from_numpy(digits.preprocessing(digits.train_images[order].numpy()))
     for padding, flip in ((0, False), (2, False), (0, True)):
@@ -408,7 +411,7 @@ def test_crop_and_flip_can_be_switched_off(digits: sources.Dataset) -> None:
         assert torch.equal(images, original) == (not padding and not flip)
 
 
-def test_the_seed_decides_every_bit(digits: sources.Dataset) -> None:
+def test_the_seed_decides_every_bit(digits: Dataset) -> None:
     def run(seed: int) -> list[Tensor]:
         return [part for batch in batches(digits, 300, 2, True).epoch(generator(seed), views=2) for part in batch]
 
@@ -440,9 +443,7 @@ def test_a_stream_goes_on_without_labels_in_a_new_order() -> None:
     assert len({tuple(epoch) for epoch in values.tolist()}) > 1
 
 
-def test_batches_are_normalized_to_the_bits_of_the_deployed_preprocessing(
-    cifar10: sources.Dataset, digits: sources.Dataset
-) -> None:
+def test_batches_are_normalized_to_the_bits_of_the_deployed_preprocessing(cifar10: Dataset, digits: Dataset) -> None:
     for dataset in (cifar10, digits):
         images = dataset.test_images[:500].clone()
         # All 256 values a pixel can have, in each channel, whatever the images contain.
@@ -487,7 +488,7 @@ def test_no_value_is_read_back_from_the_device() -> None:
 
 
 def test_normalization_that_was_not_given_is_told() -> None:
-    note = sources.normalization_note(DataConfig("cifar10"), sources.CIFAR10_PREPROCESSING) or ""
+    note = sources.normalization_note(DataConfig("cifar10"), CIFAR10_PREPROCESSING) or ""
     assert note.startswith(
         "data.mean and data.std not given: images are normalized by ImageNet's, mean 0.485/0.456/0.40"
     )

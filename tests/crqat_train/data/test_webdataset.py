@@ -17,12 +17,13 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import quiet
 from crqat.train.config import DataConfig
 from crqat.train.data import imagefolder, sources, webdataset
+from crqat.train.data.dataset import Dataset
 from tests.crqat_train.stored_sets import png, sample, tar
 
 IMAGES = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-def loaded(root: Path, **changes: object) -> sources.Dataset:
+def loaded(root: Path, **changes: object) -> Dataset:
     values = {**DataConfig("webdataset", size=8, crop=8).__dict__, "root": str(root), **changes}
     return sources.of_recipe(DataConfig(**values))
 

@@ -32,7 +32,7 @@ from crqat.train.nncf.checkpoint import Checkpoint, of_grid, read
 from crqat.train.placement import nncf_layout
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import LSQQuantizer, quantizer_maker, quantizer_of
-from crqat.train.training.loop import train
+from crqat.train.training.stage import train
 from tests.crqat_train import stock_nncf
 
 NETWORK = "tests.crqat_train.nncf.test_start_from:small"

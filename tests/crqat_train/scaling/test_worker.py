@@ -29,7 +29,7 @@ from crqat.train.config import (
 )
 from crqat.train.data import imagefolder
 from crqat.train.scaling.worker import Work, endless, gradient_bytes, measure_alone, measure_data, message_sizes
-from crqat.train.training.consistency import ConsistencyTraining
+from crqat.train.training import loop
 from crqat.train.training.optimizer import Fit
 
 CONFIG = TrainConfig(
@@ -62,14 +62,14 @@ def test_frozen_parameters_have_no_gradients_to_share() -> None:
 
 def test_gradient_bytes_are_those_of_the_gradients(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    original = Fit.step
+    original = loop.update
 
     def step(self: Fit, loss: torch.Tensor) -> None:
         original(self, loss)
         gradients = [parameter.grad for parameter in self.model.parameters()]
         seen.append(sum(g.numel() * g.element_size() for g in gradients if g is not None))
 
-    monkeypatch.setattr(Fit, "step", step)
+    monkeypatch.setattr(loop, "update", step)
     work.step(8)()  # on a copy: the work's own student stays as it is
     assert all(parameter.grad is None for parameter in work.student.parameters())
     assert seen == [gradient_bytes(work.student)]
@@ -90,14 +90,14 @@ def test_an_image_is_its_pixels_and_those_of_the_unlabeled_one_beside_it(work: W
 @pytest.mark.parametrize(("teacher", "views"), [("none", 1), ("float", 2)])
 def test_steps_without_an_ema_teacher(work: Work, teacher: str, views: int, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int, int, float]] = []
-    original = ConsistencyTraining.loss
+    original = loop.objective
 
-    def loss(self: ConsistencyTraining, images: Sequence[torch.Tensor], *rest: Any) -> torch.Tensor:
-        made = original(self, images, *rest)
+    def loss(images: Sequence[torch.Tensor], *rest: Any) -> torch.Tensor:
+        made = original(images, *rest)
         seen.append((len(images), len(images[0]), float(made.detach())))
         return made
 
-    monkeypatch.setattr(ConsistencyTraining, "loss", loss)
+    monkeypatch.setattr(loop, "objective", loss)
     monkeypatch.setattr(work, "config", replace(CONFIG, consistency=ConsistencyConfig(teacher=teacher)))  # type: ignore[arg-type]
     work.step(4)()
     assert [(made, size) for made, size, _ in seen] == [(views, 4)]

@@ -33,16 +33,19 @@ from crqat.train.placement.insert import QuantizerSpec
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import LSQQuantizer, MinMaxQuantizer
 from crqat.train.quantizers.calibration import calibrate
+from crqat.train.training import loop
 from crqat.train.training.callbacks import (
-    LowBitTraining,
+    Callback,
     OscillationDamping,
     damping_weight,
+    low_bit_callbacks,
     quantizers,
     set_width,
     width_of_step,
 )
-from crqat.train.training.loop import train
+from crqat.train.training.consistency import ConsistencyTraining
 from crqat.train.training.optimizer import Fit
+from crqat.train.training.stage import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 STEPS_PER_EPOCH = 9  # of 100 of the 900 training digits
@@ -115,7 +118,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
         if str(qat) in made:
             return made[str(qat)]
         result = made[str(qat)] = Trained(tmp_path_factory.mktemp("run"))
-        step = Fit.step
+        step = loop.update
 
         def spy(fit: Fit, loss: Tensor) -> None:
             if fit.name == "qat" and not result.states:
@@ -126,7 +129,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trained]:
                 result.codes.append({q.spec.edge: (q.qmin, q.qmax) for q in quantizers(fit.model)})
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Fit, "step", spy)
+            patch.setattr(loop, "update", spy)
             train(config, result.out, quiet)
         return result
 
@@ -288,6 +291,11 @@ def fit_of(model: nn.Module, section: QATConfig, steps: int) -> Fit:
     return Fit(model, section, steps, "qat", torch.device("cpu"), quiet)
 
 
+def before_step(callbacks: list[Callback], fit: Fit) -> None:
+    for callback in callbacks:
+        callback.before_step(fit)
+
+
 ALL = QATConfig(1, freeze_bn_at=0.7, freeze_ranges_at=0.8, scale_lr=0.5, damping=0.1, progressive_bits=(8, 6, 3))
 
 
@@ -296,13 +304,13 @@ def test_all_together_compile_once_for_each_width() -> None:
     counter = CompileCounter()
     torch._dynamo.reset()
     fit = fit_of(model, ALL, 12)
-    low_bits = LowBitTraining(model, None, ALL, fit, lambda module: torch.compile(module, backend=counter))
-    student = torch.compile(model, backend=counter)
+    callbacks = low_bit_callbacks(model, None, ALL, lambda module: torch.compile(module, backend=counter))
+    plain = ConsistencyConfig(teacher="none")
+    networks = ConsistencyTraining(model, model, plain, lambda module: torch.compile(module, backend=counter))
     frames = []
     for _ in range(12):
         model.train()
-        low_bits.before_step()
-        fit.step(low_bits.penalized(functional.cross_entropy(student(images), labels)))
+        loop.step([images], labels, networks, fit, callbacks)
         frames.append(counter.frame_count)
     # Student and damping at 8, 6 and the asked bits, and the student with BN frozen; nothing in the steps between.
     new = [after - before for before, after in zip([0, *frames], frames, strict=False)]
@@ -316,16 +324,19 @@ def test_a_training_that_goes_on_takes_on_its_width_with_the_scales_it_loads(don
     section = QATConfig(1, progressive_bits=(8, 6, 3))
     first = quantized()
     fit = fit_of(first, section, 9)
-    low_bits = LowBitTraining(first, None, section, fit, lambda module: module)
+    callbacks = low_bit_callbacks(first, None, section, lambda module: module)
     for _ in range(done):
-        low_bits.before_step()
+        before_step(callbacks, fit)
         fit.steps_done += 1
     second = quantized()
     second.load_state_dict(first.state_dict())
     again = fit_of(second, section, 9)
     again.steps_done = done
-    low_bits.before_step()
-    LowBitTraining(second, None, section, again, lambda module: module).before_step()
+    before_step(callbacks, fit)
+    resumed = low_bit_callbacks(second, None, section, lambda module: module)
+    for callback in resumed:
+        callback.on_start(again)
+    before_step(resumed, again)
     for a, b in zip(quantizers(first), quantizers(second), strict=True):
         assert (a.qmin, a.qmax) == (b.qmin, b.qmax) and a.grad_scale == pytest.approx(b.grad_scale)
         assert torch.equal(a.scale, b.scale)

@@ -19,6 +19,7 @@ from crqat.train.data.batches import evaluation_batches
 from crqat.train.placement.insert import QuantizerSpec
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import LSQQuantizer
+from crqat.train.training import loop
 from crqat.train.training.consistency import (
     ConsistencyTraining,
     WeightAverage,
@@ -188,7 +189,7 @@ def test_the_teachers_batchnorm_statistics_are_those_of_its_weights() -> None:
     fit(network, 0.05, 60, lambda i: functional.cross_entropy(network(batches[i]), labels[i]), lambda _: None)
     student: Any = fx.symbolic_trace(network).train()
     training = ConsistencyTraining(student, network, ConsistencyConfig(weight=0.0), lambda model: model)
-    fit(student, 0.3, 40, lambda i: training.loss([batches[i]], labels[i], 0.0), training.after_step)
+    fit(student, 0.3, 40, lambda i: loop.objective([batches[i]], labels[i], training, 0.0), training.update_teacher)
     teacher = training.teacher
     assert teacher is not None
     anew = copy.deepcopy(teacher)
@@ -265,13 +266,13 @@ def test_a_teacher_without_weight_costs_no_forward_pass(teacher: Literal["ema", 
     training = ConsistencyTraining(student, network, ConsistencyConfig(teacher=teacher, weight=weight), count)
     x, labels = torch.randn(5, 4), torch.arange(5) % 3
     assert (training.views, len(compiled)) == ((2, 2) if weight else (1, 1))
-    loss = training.loss([x, x + 1][: training.views], labels, weight)
+    loss = loop.objective([x, x + 1][: training.views], labels, training, weight)
     plain = functional.cross_entropy(student(x), labels)
     assert torch.equal(loss, plain) == (weight == 0)
     # The average is kept all the same.
     with torch.no_grad():
         student.get_parameter("0.weight").add_(1.0)
-    training.after_step(0)
+    training.update_teacher(0)
     if teacher == "ema":
         assert training.teacher is not None
         assert torch.equal(training.teacher.get_parameter("0.weight"), student.get_parameter("0.weight"))

@@ -31,12 +31,14 @@ from crqat.train.config import (
     QuantizationConfig,
     TrainConfig,
 )
-from crqat.train.data import imagefolder, sources
+from crqat.train.data import imagefolder
 from crqat.train.data.batches import Batches, Feed, Generators
-from crqat.train.training import loop as trainer
+from crqat.train.data.builtin import CIFAR10_PREPROCESSING
+from crqat.train.training import loop
+from crqat.train.training import stage as trainer
 from crqat.train.training.evaluate import accuracy
-from crqat.train.training.loop import train
 from crqat.train.training.optimizer import Fit
+from crqat.train.training.stage import train
 
 STEPS = 3  # of an epoch
 EPOCHS = 2  # of each phase
@@ -102,7 +104,7 @@ class Cut(Exception):
 
 def cut_after(patch: pytest.MonkeyPatch, steps: int, ends: Callable[[], None]) -> None:
     """Call `ends` after so many steps of this process."""
-    original = Fit.step
+    original = loop.update
     done: list[int] = []
 
     def step(self: Fit, loss: Tensor) -> None:
@@ -111,7 +113,7 @@ def cut_after(patch: pytest.MonkeyPatch, steps: int, ends: Callable[[], None]) -
         done.append(1)
         original(self, loss)
 
-    patch.setattr(Fit, "step", step)
+    patch.setattr(loop, "update", step)
 
 
 def raise_cut() -> None:
@@ -271,7 +273,7 @@ def test_another_kind_of_device_is_refused(tmp_path: Path, monkeypatch: pytest.M
     states = tmp_path / "states"
     with pytest.raises(Cut):
         train(recipe(), tmp_path, quiet, states, save_every=0.0)
-    monkeypatch.setattr("crqat.train.training.loop.choose_device", lambda _: torch.device("meta"))
+    monkeypatch.setattr("crqat.train.training.stage.choose_device", lambda _: torch.device("meta"))
     with pytest.raises(UsageError, match=r"a training on cpu cannot go on on meta; --restart discards it$"):
         train(recipe(), tmp_path, quiet, states)
 
@@ -315,7 +317,7 @@ def test_what_is_behind_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("crqat.train.data.batches.stream_batches", spy)
     images = imagefolder.FolderImages((imagefolder.ImageFile(tmp_path / "none.png", 0, 0, 0),) * 20, 8, 8, False)
     labels, cpu = torch.zeros(20, dtype=torch.int64), torch.device("cpu")
-    batches = Batches(images, labels, sources.CIFAR10_PREPROCESSING, 5, 0, False, cpu)
+    batches = Batches(images, labels, CIFAR10_PREPROCESSING, 5, 0, False, cpu)
     feed = Feed(batches, Generators.of(0, cpu))
     feed.order, feed.done = torch.randperm(20), 3
     order = feed.order

@@ -17,6 +17,7 @@ from crqat.core.run_directory import read_manifest
 from crqat.export.analysis.bit_width_cost import Divergences, LayerDivergence
 from crqat.train.config import QuantizationConfig, TrainConfig
 from crqat.train.data import sources
+from crqat.train.data.split import split as split_images
 from crqat.train.models import build as models
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import LSQQuantizer
@@ -54,7 +55,7 @@ def test_one_value_is_that_of_a_network_quantized_the_ordinary_way(
     model = models.build("cifar/resnet20", 10, 1)
     model.load_state_dict(load_file(directory / "float.safetensors"))
     dataset = sources.load("digits", None, False)
-    chosen = sources.split(len(dataset.train_labels), config.data.validation, config.seed).train
+    chosen = split_images(len(dataset.train_labels), config.data.validation, config.seed).train
     images = torch.from_numpy(dataset.preprocessing(dataset.train_images[chosen[:128]].numpy()))
     two = QuantizationConfig(weights=2, activations=2)
     quantized = quantize_model(model.eval(), images[:2], two, config.targets, LSQQuantizer)

@@ -16,7 +16,8 @@ from crqat.core.progress import quiet
 from crqat.pipeline.commands.check import check
 from crqat.pipeline.recipe import recipe
 from crqat.pipeline.stages import precheck
-from crqat.train.training import loop as trainer
+from crqat.train.training import loop
+from crqat.train.training import stage as trainer
 from crqat.train.training.optimizer import Fit
 
 RECIPE = """
@@ -81,13 +82,13 @@ def test_training_behind_it_has_the_same_bits(of: Callable[..., Path], tmp_path:
 def test_a_recipe_is_tried_and_nothing_is_trained(of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     path = of("Dropping")
     keys: list[str] = []
-    step = Fit.step
+    step = loop.update
 
     def counted(self: Fit, loss: Tensor) -> None:
         keys.append(self.name)
         step(self, loss)
 
-    monkeypatch.setattr(Fit, "step", counted)
+    monkeypatch.setattr(loop, "update", counted)
     lines = check(path)
     assert keys == ["float", "qat"]  # one of each, on copies
     assert lines[1:] == [

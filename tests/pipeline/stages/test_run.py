@@ -541,7 +541,7 @@ def test_data_that_its_function_fetched_is_what_was_trained_on(fakes: Fakes, mon
         return made(*arguments, **further)
 
     made = fakes.train
-    monkeypatch.setattr(sys.modules["crqat.train.training.loop"], "train", fetch)
+    monkeypatch.setattr(sys.modules["crqat.train.training.stage"], "train", fetch)
     assert train() == ["train"]
     assert train() == []
     Path("pictures/test/cat/1.png").write_bytes(b"other")

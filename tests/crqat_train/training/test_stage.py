@@ -38,18 +38,21 @@ from crqat.train.config import (
 from crqat.train.data import imagefolder as folder
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, evaluation_batches
+from crqat.train.data.dataset import Dataset
+from crqat.train.data.split import split as split_images
 from crqat.train.device import choose_device
 from crqat.train.load_trained import rebuild
 from crqat.train.models import build as models
 from crqat.train.quantizers import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
 from crqat.train.quantizers.calibration import calibrate, weight_of
 from crqat.train.quantizers.finalize import make_representable
-from crqat.train.training import loop as trainer
+from crqat.train.training import loop
+from crqat.train.training import stage as trainer
 from crqat.train.training.consistency import consistency_loss, ema_alpha
 from crqat.train.training.evaluate import accuracy
-from crqat.train.training.loop import train
 from crqat.train.training.optimizer import Fit
 from crqat.train.training.resume import Keeper
+from crqat.train.training.stage import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = torch.device("cpu")
@@ -93,11 +96,11 @@ def wider(classes: int, channels: int) -> nn.Module:
     return net
 
 
-def plain_images() -> sources.Dataset:
+def plain_images() -> Dataset:
     """An unlabeled source whose images are each of one grey: to be told from digits at any place."""
     grey = torch.arange(50, 250, dtype=torch.uint8).reshape(-1, 1, 1, 1).expand(-1, 1, 8, 8).contiguous()
     labels = torch.zeros(len(grey), dtype=torch.int64)
-    return sources.Dataset(grey, labels, grey, labels, ("unknown",), sources.load("digits", None, False).preprocessing)
+    return Dataset(grey, labels, grey, labels, ("unknown",), sources.load("digits", None, False).preprocessing)
 
 
 def recipe(**changes: Any) -> TrainConfig:
@@ -258,7 +261,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
 
     monkeypatch.setattr(trainer._Run, "_compile", spy_compile)
     monkeypatch.setattr(functional, "cross_entropy", spy_ce)
-    monkeypatch.setattr("crqat.train.training.consistency.consistency_loss", spy_kl)
+    monkeypatch.setattr("crqat.train.training.loop.consistency_loss", spy_kl)
     monkeypatch.setattr(Batches, "__init__", spy_batches)
     return seen
 
@@ -293,14 +296,14 @@ def test_unlabeled_files_stream_and_the_first_process_downloads_them(
     monkeypatch.setattr(distributed, "first_rank_first", lambda: turn(turns))
     load = sources.load_unlabeled
 
-    def load_in_turn(*arguments: Any) -> sources.Dataset:
+    def load_in_turn(*arguments: Any) -> Dataset:
         turns.append("load")
         return load(*arguments)
 
     monkeypatch.setattr(sources, "load_unlabeled", load_in_turn)
     dataset, device = sources.of_recipe(config.data), torch.device("cpu")
     keeper = Keeper(None, 1.0, device, quiet)
-    run = trainer._Run(config, dataset, sources.split(10, 0.2, 0), device, quiet, keeper)
+    run = trainer._Run(config, dataset, split_images(10, 0.2, 0), device, quiet, keeper)
     batches = run._unlabeled()
     assert batches is not None
     assert isinstance(batches.images, folder.StoredImages)  # not all of them decoded at once
@@ -374,7 +377,7 @@ def test_training_sees_the_training_part_alone(
 ) -> None:
     """The validation part selects, nothing else; of test images a training does not even hold a reference."""
     digits = sources.load("digits", None, False)
-    part = sources.split(1000, 0.1, seed=0)
+    part = split_images(1000, 0.1, seed=0)
     visible = ("train_images", "train_labels", "class_names", "preprocessing", "notes")
     monkeypatch.setattr(
         sources, "load", lambda *_, **__: SimpleNamespace(**{name: getattr(digits, name) for name in visible})
@@ -475,14 +478,14 @@ def test_weights_that_are_no_numbers_at_the_end_of_an_epoch_are_divergence_too(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last step of all can break the weights after the last loss was finite."""
-    original = Fit.step
+    original = loop.update
 
     def breaks(self: Any, loss: Tensor) -> None:
         original(self, loss)
         if self.steps_done == self.steps:
             self.model.get_parameter("fc.bias").data[3] = math.inf
 
-    monkeypatch.setattr(Fit, "step", breaks)
+    monkeypatch.setattr(loop, "update", breaks)
     with pytest.raises(UsageError, match=r"^qat\.lr: weights are not finite in epoch 2; lower qat\.lr \(now 0\.002\)$"):
         train(tuned(), tmp_path, quiet)
 
@@ -649,8 +652,8 @@ PLANTED: dict[str, Callable[[Tensor], Any]] = {
 def test_a_planted_wait_is_noticed(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    step = Fit.step
-    monkeypatch.setattr(Fit, "step", lambda self, loss: (PLANTED[kind](loss), step(self, loss))[1])
+    step = loop.update
+    monkeypatch.setattr(loop, "update", lambda self, loss: (PLANTED[kind](loss), step(self, loss))[1])
     with HostWaits(monkeypatch) as waits:
         train(tuned(qat=QATConfig(1, 300, 0.002)), tmp_path, quiet)
     assert len(waits.found) >= 3  # in each of the three steps
@@ -660,7 +663,7 @@ def test_calibration_observes_the_float_network_and_leaves_the_quantizers_on(
     tuned: Callable[..., TrainConfig],
 ) -> None:
     digits = sources.load("digits", None, False)
-    run = trainer._Run(tuned(), digits, sources.split(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
+    run = trainer._Run(tuned(), digits, split_images(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
     model = run.float_model(*run.network())
     student = run.quantize(model)
     (x,) = evaluation_batches(digits.train_images[run.split.train[:256]], digits.preprocessing, 256)
@@ -688,7 +691,7 @@ def test_calibration_observes_the_float_network_and_leaves_the_quantizers_on(
 def test_steps_stay_positive_and_a_networks_own_scale_does_not_have_to(
     tuned: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = Fit.step
+    original = loop.update
 
     def shrinks(self: Any, loss: Tensor) -> None:
         """The optimizer's step ends with a negative scale."""
@@ -702,7 +705,7 @@ def test_steps_stay_positive_and_a_networks_own_scale_does_not_have_to(
         original(self, loss)
         hook.remove()
 
-    monkeypatch.setattr(Fit, "step", shrinks)
+    monkeypatch.setattr(loop, "update", shrinks)
     train(tuned(targets=("onnxruntime",), qat=QATConfig(1, 300, 0.002)), tmp_path, quiet)
     state = safetensors.torch.load_file(tmp_path / "student.safetensors")
     assert state["quantizers.post_hooks_x__0_0.scale"].item() == np.float32(MIN_SCALE)
@@ -724,7 +727,7 @@ def test_learning_rate_and_weight_decay() -> None:
     rates = []
     for epoch in fit.epochs():
         for _ in range(50):
-            fit.step(model.fc.bias.sum() * 0 + 2.0)
+            loop.update(fit, model.fc.bias.sum() * 0 + 2.0)
             (rate,) = {group["lr"] for group in fit.optimizer.param_groups}
             rates.append(rate)
         row = fit.end_of_epoch(epoch, validation=0.5)
@@ -823,4 +826,4 @@ def test_published_weights_of_other_classes_need_a_float_section(
 
 def _run_of(config: TrainConfig) -> trainer._Run:
     digits = sources.load("digits", None, False)
-    return trainer._Run(config, digits, sources.split(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
+    return trainer._Run(config, digits, split_images(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))

@@ -1,0 +1,164 @@
+"""The Dataset contract: what every source and a recipe's own function returns, and the checks of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crqat.core.errors import UsageError
+from crqat.core.preprocessing import Preprocessing
+from crqat.train.data.imagefolder import StoredImages
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A labeled data set on the CPU, in memory or in files that are decoded when needed.
+
+    A recipe's own function returns one, and the recipe names it as `data.source: my_module:my_images`::
+
+        def my_images(root: str) -> crqat.Dataset:  # root is the recipe's `data.root`; leave it out if you need none
+            arrays = numpy.load(f"{root}/images.npz", allow_pickle=False)
+            parts = [torch.from_numpy(arrays[name]) for name in ("train_x", "train_y", "test_x", "test_y")]
+            names = ("cat", "dog")
+            return crqat.Dataset(*parts, names, crqat.Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
+
+    What it returns is checked against what stands below before anything is trained.
+
+    Attributes:
+        train_images: uint8 of shape [N, C, H, W].
+        train_labels: int64 of shape [N], each an index into `class_names`.
+        test_images: uint8 of shape [M, C, H, W].
+        test_labels: int64 of shape [M].
+        class_names: One name per class.
+        preprocessing: How the network wants its input normalized; one mean and one std per channel.
+        notes: What a user should know of the data, one line each.
+    """
+
+    train_images: Tensor | StoredImages[Any]
+    train_labels: Tensor
+    test_images: Tensor | StoredImages[Any]
+    test_labels: Tensor
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    notes: tuple[str, ...] = ()
+
+
+def validate(dataset: Dataset, source: str) -> None:
+    """Check that a data set is what its class promises.
+
+    Args:
+        dataset: What a source returned.
+        source: What to call it in a message.
+
+    Raises:
+        UsageError: It is not; the message names the source and the field.
+    """
+
+    def require(condition: bool, problem: str) -> None:
+        if not condition:
+            msg = f"{source}: {problem}"
+            raise UsageError(msg)
+
+    names = dataset.class_names
+    require(
+        isinstance(names, tuple) and all(isinstance(name, str) for name in names), "class_names must be a tuple of str"
+    )
+    require(not _places_mixed(dataset), _ORDER)
+    for part, images, labels in (
+        ("train", dataset.train_images, dataset.train_labels),
+        ("test", dataset.test_images, dataset.test_labels),
+    ):
+        for field, value, dtype, ndim in (
+            (f"{part}_images", images, torch.uint8, 4),
+            (f"{part}_labels", labels, torch.int64, 1),
+        ):
+            if isinstance(value, StoredImages):
+                continue
+            require(isinstance(value, Tensor), f"{field} must be a torch.Tensor, got {type(value).__name__}")
+            require(value.device.type == "cpu", f"{field} must be on the CPU, got {value.device}")
+            hint = _type_hint(value, ndim)
+            require(value.dtype == dtype, f"{field} must be {dtype}, got {value.dtype}{hint}")
+            require(value.ndim == ndim, f"{field} must have {ndim} dimensions, got shape {list(value.shape)}")
+            require(value.numel() > 0, f"{field} is empty: shape {list(value.shape)}")
+        exchanged = (len(dataset.train_images), len(dataset.test_images)) == (
+            len(dataset.test_labels),
+            len(dataset.train_labels),
+        )
+        swapped = "; train_labels and test_labels seem to be swapped" if exchanged else ""
+        require(len(images) == len(labels), f"{len(images)} {part}_images but {len(labels)} {part}_labels{swapped}")
+        classes, low, high = len(names), int(labels.min()), int(labels.max())
+        from_one = "; they begin at 1: subtract 1" if (low, high) == (1, classes) else ""
+        require(
+            low >= 0 and high < classes,
+            f"{part}_labels must be in 0..{classes - 1}, one class_names entry each; got {low}..{high}{from_one}",
+        )
+    shape, test_shape = list(dataset.train_images.shape[1:]), list(dataset.test_images.shape[1:])
+    require(shape == test_shape, f"train_images are {shape} each but test_images {test_shape}")
+    require(
+        shape[0] in (1, 3) or shape[2] not in (1, 3) or shape[2] == shape[1],
+        f"images are [channels, height, width] each, got {shape}; images.permute(0, 3, 1, 2) puts the channels first",
+    )
+    preprocessing = dataset.preprocessing
+    require(isinstance(preprocessing, Preprocessing), "preprocessing must be an crqat.core.preprocessing.Preprocessing")
+    _, mean, std = preprocessing.constants()
+    require(
+        mean.size == std.size == shape[0],
+        f"preprocessing must have one mean and std per channel ({shape[0]}), got {mean.size} and {std.size}",
+    )
+    require(bool(np.isfinite(mean).all() and np.isfinite(std).all()), "preprocessing mean and std must be finite")
+    require(bool((std > 0).all()), f"preprocessing std must be positive, got {preprocessing.std}")
+
+
+_ORDER = (
+    "images and labels are in each other's places; the order is train_images, train_labels, test_images, test_labels"
+)
+
+
+def _places_mixed(dataset: Dataset) -> bool:
+    """Whether a field of labels holds what can only be images, and a field of images what can only be labels."""
+    labels = [value for value in (dataset.train_labels, dataset.test_labels) if isinstance(value, Tensor)]
+    images = [value for value in (dataset.train_images, dataset.test_images) if isinstance(value, Tensor)]
+    return any(value.ndim > 2 for value in labels) and any(value.ndim == 1 for value in images)
+
+
+def _type_hint(value: Tensor, ndim: int) -> str:
+    """What to do about images or labels of another type, for a message; "" where that is not known."""
+    if not value.numel():
+        return ""
+    if ndim == 1:
+        if value.ndim == 2 and value.shape[1] > 1:
+            return "; labels are class numbers: labels.argmax(1), if these are one per class"
+        return "" if value.is_floating_point() and bool((value % 1 != 0).any()) else "; convert them: labels.long()"
+    if not value.is_floating_point():
+        return "; images are bytes, 0..255: images.to(torch.uint8), if they are in that range"
+    low, high = float(value.min()), float(value.max())
+    if low < 0:
+        return f" from {low:.3g} to {high:.3g}; give the bytes before normalization, which `preprocessing` describes"
+    scaled = "(images * 255).round()" if high <= 1 else "images.round()"
+    return f" from {low:.3g} to {high:.3g}; images are bytes, 0..255: {scaled}.to(torch.uint8)"
+
+
+def doubts(dataset: Dataset) -> tuple[str, ...]:
+    """What of a valid data set is probably a mistake, one line each."""
+    found = []
+    train, test = len(dataset.train_images), len(dataset.test_images)
+    if test > train:
+        found.append(
+            f"more test images ({test}) than training images ({train}): are the two parts swapped? The network is "
+            "trained and calibrated on the training part"
+        )
+    images = dataset.train_images
+    if isinstance(images, Tensor) and len(dataset.class_names) > 1 and int(images.max()) <= 1:
+        found.append(
+            "no byte of the training images is above 1 of 255: were they floats in 0..1? (images * 255).round() before "
+            ".to(torch.uint8) keeps them"
+        )
+    absent = sorted(set(dataset.test_labels.tolist()) - set(dataset.train_labels.tolist()))
+    if absent:
+        names = ", ".join(dataset.class_names[label] for label in absent[:3])
+        found.append(f"{len(absent)} classes of the test images have no training image ({names})")
+    return tuple(found)

@@ -1,0 +1,395 @@
+"""The `train` stage: a float network, loaded or trained; its quantized copy, calibrated and trained; the best one."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from crqat.core.errors import UsageError
+from crqat.core.field_bounds import user_path
+from crqat.core.grid import save_grids
+from crqat.core.progress import Progress
+from crqat.core.results.training import Candidate, FloatNetwork, TrainingPayload
+from crqat.train import distributed, shares
+from crqat.train.checkpoint import write_tensors
+from crqat.train.config import ConsistencyConfig, OptimizerConfig, QATConfig, TrainConfig
+from crqat.train.data import sources
+from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
+from crqat.train.data.dataset import Dataset
+from crqat.train.data.split import Split
+from crqat.train.data.split import split as split_images
+from crqat.train.device import channels_last, choose_device, compiler, deterministic
+from crqat.train.graph.explain import check_module
+from crqat.train.models import build as models
+from crqat.train.models import published
+from crqat.train.nncf import checkpoint as nncf_checkpoint
+from crqat.train.nncf import start_from
+from crqat.train.quantized_model import QuantizedModel, quantize_model
+from crqat.train.quantizers.finalize import check_values
+from crqat.train.training import loop
+from crqat.train.training.callbacks import Callback, low_bit_callbacks
+from crqat.train.training.consistency import ConsistencyTraining
+from crqat.train.training.evaluate import BATCH, accuracy
+from crqat.train.training.optimizer import Fit
+from crqat.train.training.resume import SAVE_EVERY, Keeper, Training
+
+Forward = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a training starts from.
+
+    Attributes:
+        network: Float, on the device, with the recipe's weights; not to be changed.
+        trained: Whether it stays as it is, because its weights are those of a file.
+        dataset: The images.
+        split: Which of them train.
+        device: Where training runs.
+        processes: That train together.
+    """
+
+    network: nn.Module
+    trained: bool
+    dataset: Dataset
+    split: Split
+    device: torch.device
+    processes: int
+
+
+# Raises what is wrong with a start. It draws from no generator that the training draws from.
+Precheck = Callable[[Start], None]
+
+
+def train(
+    config: TrainConfig,
+    out: Path | None,
+    progress: Progress,
+    states: Path | None = None,
+    save_every: float = SAVE_EVERY,
+    precheck: Precheck | None = None,
+) -> TrainingPayload:
+    """Run the stage and fill `out` with checkpoints, Grids, the layout and the history.
+
+    Args:
+        config: Resolved recipe.
+        out: Empty directory; None writes nothing, as on ranks above 0.
+        progress: Told of epochs.
+        states: Where an interrupted training's states are, and are saved; None saves none. They must be of this recipe.
+        save_every: Seconds between two states; each epoch's end is saved, too.
+        precheck: Called on rank 0 before anything is trained, unless there is a state to go on from.
+
+    Returns:
+        The manifest's payload: accuracies on the validation split, which candidate is the best, and what ran where. The
+        calibrated network is one beside what training made of it, so that training delivers nothing worse.
+
+    Raises:
+        UsageError: The recipe does not fit its data or weights, or training diverged.
+        ToolError: The device asked for is not there, or a state cannot be saved.
+        Interrupted: By SIGINT or SIGTERM; the state is saved.
+    """
+    with deterministic(config.seed):
+        run, network, trained = _begin(config, progress, states, save_every, precheck)
+        dataset, split, device, keeper = run.dataset, run.split, run.device, run.keeper
+        float_model = run.float_model(network, trained)
+        if out is not None:
+            write_tensors(out / "float.safetensors", _state(float_model))
+        float_accuracy = run.validate(float_model)
+        progress("float network", 1, 1, f"validation {float_accuracy:.2%}")
+        student = run.quantize(float_model)
+        candidates: dict[str, float] = {}
+        notes: list[str] = []
+
+        def finish(name: str, candidate: QuantizedModel) -> None:
+            candidate.to(memory_format=torch.contiguous_format)
+            made = candidate.finalize(trained=config.qat.epochs > 0 and name != "calibrated")
+            notes.extend(f"{name}: {note}" for note in made)
+            candidates[name] = run.validate(candidate)
+            if out is not None:
+                write_tensors(out / f"{name}.safetensors", _state(candidate))
+                save_grids(out / f"{name}.grids.json", candidate.grids())
+            progress(f"quantized {name}", 1, 1, f"validation {candidates[name]:.2%}")
+
+        if config.qat.epochs:
+            finish("calibrated", copy.deepcopy(student))
+            run.begin_history(candidates["calibrated"])
+        teacher = run.train_quantized(student, float_model)
+        for name, candidate in {"student": student, "teacher": teacher}.items():
+            if candidate is not None:
+                run.estimate_bn(candidate)
+                finish(name, candidate)
+    # Of equal ones the first.
+    best = max((n for n in ("student", "teacher", "calibrated") if n in candidates), key=candidates.__getitem__)
+    if out is not None:
+        (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in student.specs], indent=1))
+        (out / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in run.history))
+    return TrainingPayload(
+        device=str(device),
+        processes=distributed.world(),
+        compiled=run.compiled,
+        float_network=FloatNetwork(float_accuracy, published.published_accuracy(config, len(dataset.class_names))),
+        candidates={name: Candidate(accuracy) for name, accuracy in candidates.items()},
+        best=best,
+        validation_images=len(split.validation),
+        preprocessing=dataset.preprocessing,
+        class_names=list(dataset.class_names),
+        input_shape=list(dataset.train_images.shape[1:]),
+        quantizers=len(student.specs),
+        preparation=run.preparation,
+        notes=[*dataset.notes, *run.preparation, *run.notes, *notes]
+        + [f"{spec.operation}: {spec.bits} bits: {spec.reason}" for spec in student.specs if spec.reason],
+        warnings=[_worse(candidates, config.qat, len(split.validation))] if best == "calibrated" else [],
+        seconds=round(keeper.seconds, 1),
+    )
+
+
+def check(config: TrainConfig, progress: Progress, precheck: Precheck) -> None:
+    """Do all that comes before the training, and train nothing.
+
+    Raises:
+        UsageError: As `train`.
+        ToolError: As `train`.
+    """
+    with deterministic(config.seed):
+        _begin(config, progress, None, SAVE_EVERY, precheck)
+
+
+def _begin(
+    config: TrainConfig, progress: Progress, states: Path | None, save_every: float, precheck: Precheck | None
+) -> tuple[_Run, nn.Module, bool]:
+    """Read the data, build the network, check both; see `_Run.network`."""
+    device = choose_device(config.device)
+    shares.check(config, distributed.world())
+    if config.qat.sync_bn:
+        distributed.check_sync_bn(device)
+    models.check_name(config.model.name)
+    with distributed.first_rank_first():
+        preparation = [f"images prepared {note}" for note in published.notes(config)]
+        config = replace(config, data=published.data_section(config))
+        dataset = sources.of_recipe(config.data, progress)
+        missing = sources.normalization_note(config.data, dataset.preprocessing)
+    preparation += [] if missing is None else [missing]
+    for note in preparation:
+        progress("normalization", 1, 1, note)
+    split = split_images(len(dataset.train_labels), config.data.validation, config.seed)
+    shares.check_images(len(split.train), "data.validation: training images", distributed.world())
+    keeper = Keeper(states, save_every, device, progress)
+    run = _Run(config, dataset, split, device, progress, keeper)
+    run.preparation = preparation
+    network, trained = run.network()
+    if not keeper.found:
+        start = Start(network, trained, dataset, split, device, distributed.world())
+        with distributed.first_rank_alone() as first:
+            if first and precheck is not None:
+                precheck(start)
+    return run, network, trained
+
+
+class _Run:
+    """What the parts of one training share: data on the device, the split, the generator and the progress."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        dataset: Dataset,
+        split: Split,
+        device: torch.device,
+        progress: Progress,
+        keeper: Keeper,
+    ) -> None:
+        self.config, self.dataset, self.split, self.device, self.progress = config, dataset, split, device, progress
+        self.keeper = keeper
+        nncf = config.model.nncf
+        self.nncf = None if nncf is None else nncf_checkpoint.read(user_path(nncf, "model.nncf"))
+        self.generators = Generators.of(config.seed, device)
+        self.history: list[dict[str, Any]] = []
+        self.notes: list[str] = []
+        self.preparation: list[str] = []
+        self.compiler = "" if config.compile == "never" else compiler(device)
+        self.compiled = self.compiler or (
+            "no: the recipe says never" if config.compile == "never" else "no: no compiler"
+        )
+        self.validation_images = subset(dataset.train_images, split.validation).to(device)
+        self.validation_labels = dataset.train_labels[split.validation].to(device)
+
+    def network(self) -> tuple[nn.Module, bool]:
+        """The float network as the recipe has it before training, and whether it stays so."""
+        config = self.config
+        channels = self.dataset.train_images.shape[1]
+        classes, weights = len(self.dataset.class_names), config.model.weights
+        if weights == "pretrained":
+            with distributed.first_rank_first():
+                model, new_classifier = models.pretrained(config.model.name, classes, channels)
+            if new_classifier and config.float_training.epochs == 0:
+                msg = (
+                    f"model.weights: the published weights of {config.model.name} are not for {classes} classes; "
+                    "add a `float` section to train the new classifier"
+                )
+                raise UsageError(msg)
+        else:
+            model = models.build(config.model.name, classes, channels)
+        check_module(model)
+        # Never slower than the other layout where it was measured, and a third faster for depthwise convolutions.
+        model = channels_last(model.to(self.device))
+        source = ""
+        if self.nncf is not None:
+            source = f"model.nncf: {config.model.nncf}"
+            models.fill(model, self.nncf.weights, source)
+        elif weights is not None and weights != "pretrained":
+            source = f"model.weights: {weights}"
+            said = models.load_weights(model, user_path(weights, "model.weights"), config.model.weights_key)
+            if said:
+                self.notes.append(f"model.weights: {said}")
+                self.progress("weights", 1, 1, said)
+        # A function may have loaded weights of its own.
+        check_values(model, source or f"model.name: {config.model.name}")
+        return model, bool(source)
+
+    def float_model(self, model: nn.Module, trained: bool) -> nn.Module:
+        """The float network in eval mode, trained by the recipe's `float` section unless it is already."""
+        config = self.config
+        if trained or self.keeper.finished("float", model):
+            return model.eval()
+        batches = self._batches(config.float_training, "float.batch_size", strong=False)
+        fit = Fit(model, config.float_training, len(batches), "float", self.device, self.progress)
+        networks = ConsistencyTraining(model, model, ConsistencyConfig(teacher="none"), self._compile)
+        feeds = {"images": self._feed(batches, 1)}
+        self._epochs(fit, feeds, {"float": model}, networks, [], lambda: {"validation": self.validate(model)})
+        return model.eval()
+
+    def quantize(self, float_model: nn.Module) -> QuantizedModel:
+        """Insert quantizers and start their ranges from training images."""
+        config = self.config
+        images = self.dataset.train_images[self.split.train[: config.quantization.calibration_images]].to(self.device)
+        batches = list(evaluation_batches(images, self.dataset.preprocessing, BATCH))
+        student = quantize_model(float_model, batches[0][:2], config.quantization, config.targets).to(self.device)
+        student.calibrate(batches, config.quantization.calibration)
+        self.progress("calibration", 1, 1, f"{len(student.specs)} quantizers from {len(images)} training images")
+        if self.nncf is not None:
+            edges = start_from.summary(start_from.take_ranges(student, self.nncf, config.targets))
+            self.notes.append(f"{config.model.nncf}: edges: {edges}")
+            self.progress("ranges", 1, 1, edges)
+        return student
+
+    def begin_history(self, calibrated: float) -> None:
+        """The row from which the training of the quantized network starts: what calibration alone has."""
+        row = {"phase": "qat", "epoch": 0, "validation": calibrated}
+        if self.config.consistency.teacher == "ema":
+            row["validation_teacher"] = calibrated
+        self.history.append(row)
+
+    def train_quantized(self, student: QuantizedModel, float_model: nn.Module) -> QuantizedModel | None:
+        """CR-QAT: returns the EMA teacher, None where there is none."""
+        config, consistency = self.config, self.config.consistency
+        if config.qat.epochs == 0:
+            return None
+        batches = self._batches(config.qat, "qat.batch_size", strong=config.data.strong != "none")
+        fit = Fit(student, config.qat, len(batches), "qat", self.device, self.progress)
+        networks = ConsistencyTraining(student, float_model, consistency, self._compile)
+        feeds = {"images": self._feed(batches, networks.views)}
+        unlabeled = self._unlabeled()
+        if unlabeled is not None and networks.views == 2:
+            feeds["unlabeled"] = self._feed(unlabeled, 2)
+
+        def measure() -> dict[str, float]:
+            row = {"lambda": networks.weight(fit.steps_done, fit.steps), "validation": self.validate(student)}
+            if networks.teacher is not None:
+                row["validation_teacher"] = self.validate(networks.teacher)
+            return row
+
+        saved: dict[str, nn.Module] = {"float": float_model, "student": student}
+        if networks.teacher is not None:
+            saved["teacher"] = networks.teacher
+        with distributed.synchronized_norms(student, config.qat.sync_bn):
+            callbacks = low_bit_callbacks(student, networks.teacher, config.qat, self._compile)
+            self._epochs(fit, feeds, saved, networks, callbacks, measure)
+        student.eval()
+        return networks.teacher
+
+    def _epochs(
+        self,
+        fit: Fit,
+        feeds: dict[str, Feed],
+        saved: dict[str, nn.Module],
+        networks: ConsistencyTraining,
+        callbacks: Sequence[Callback],
+        measure: Callable[[], dict[str, float]],
+    ) -> None:
+        distributed.seed_rank(self.config.seed)
+        training = Training(fit, feeds, saved, self.generators, self.history)
+        loop.epochs(training, networks, callbacks, self.keeper, measure)
+
+    def estimate_bn(self, model: QuantizedModel) -> None:
+        """Replace BN's running statistics by those of `qat.bn_images` training images; the model ends in eval mode."""
+        count, dataset = self.config.qat.bn_images, self.dataset
+        if count:
+            images = dataset.train_images[self.split.train[:count]].to(self.device)
+            made = evaluation_batches(images, dataset.preprocessing, self.config.qat.batch_size)
+            # Full batches alone: a small one would count as much as they do.
+            full = [batch for batch in made if len(batch) == min(count, self.config.qat.batch_size)]
+            torch.optim.swa_utils.update_bn(full, model)
+            distributed.take_statistics(model)
+        model.eval()
+
+    def validate(self, model: nn.Module) -> float:
+        """Accuracy on the validation split, in 0..1."""
+        return accuracy(model, self.validation_images, self.validation_labels, self.dataset.preprocessing)
+
+    def _feed(self, batches: Batches, views: int) -> Feed:
+        return Feed(batches, self.generators, views)
+
+    def _batches(self, section: OptimizerConfig, key: str, strong: bool) -> Batches:
+        images = subset(self.dataset.train_images, self.split.train)
+        labels = self.dataset.train_labels[self.split.train]
+        config = self.config.data
+        batches = Batches(
+            images,
+            labels,
+            self.dataset.preprocessing,
+            section.batch_size,
+            config.crop_padding,
+            config.flip,
+            self.device,
+            strong,
+        )
+        shares.check_batch(batches.batch_size, f"{key}, of {len(images)} images", distributed.world())
+        return batches
+
+    def _unlabeled(self) -> Batches | None:
+        config = self.config.data
+        if config.unlabeled is None:
+            return None
+        with distributed.first_rank_first():
+            source = sources.load_unlabeled(config.unlabeled, config, self.dataset)
+        # Of the labeled source itself only the training part: the validation images stay unseen.
+        own = self.split.train if config.unlabeled == config.source else torch.arange(len(source.train_labels))
+        batches = Batches(
+            subset(source.train_images, own), source.train_labels[own], self.dataset.preprocessing,
+            self.config.qat.batch_size, config.crop_padding, config.flip, self.device,
+        )  # fmt: skip
+        shares.check_batch(batches.batch_size, f"qat.batch_size, of {len(own)} unlabeled images", distributed.world())
+        return batches
+
+    def _compile(self, model: nn.Module) -> Forward:
+        return distributed.wrap(torch.compile(model) if self.compiler else model)
+
+
+def _worse(candidates: dict[str, float], qat: QATConfig, images: int) -> str:
+    """What to say where no trained network is as good as the calibrated one."""
+    trained = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in candidates.items() if name != "calibrated")
+    return (
+        f"training made the network worse: {trained}, calibration alone {candidates['calibrated']:.2%} of {images} "
+        f"validation images, so the calibrated network is the best; try a lower qat.lr (now {qat.lr:g}), "
+        f"more qat.epochs (now {qat.epochs}), or qat.epochs: 0, which saves the time"
+    )
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
