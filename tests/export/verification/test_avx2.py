@@ -7,7 +7,6 @@ without it: ONNX Runtime then picks the kernels that add two products in 16 bits
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,8 +21,8 @@ from crqat.export.simulator.run import simulate
 from crqat.train.data import sources
 from crqat.train.models import build as models
 from tests.export.conftest import quantize
+from tests.needs import require
 
-QEMU = shutil.which("qemu-x86_64")
 # Compares a file's outputs with expected ones and prints how many differ.
 SCRIPT = """
 import json, sys
@@ -40,12 +39,11 @@ print(sum(int((a.astype(numpy.int64) != arrays[f"expected{i}"]).sum()) for i, a 
 def differing_without_vnni(
     folder: Path, model: onnx.ModelProto, arrays: dict[str, np.ndarray], names: list[str]
 ) -> int:
-    if QEMU is None:
-        pytest.skip("qemu-x86_64 is not installed (Debian: qemu-user); no CPU without VNNI to check on")
+    require("qemu")  # no CPU without VNNI to check on
     onnx.save(model, folder / "model.onnx")
     np.savez(folder / "arrays.npz", **arrays)  # type: ignore[arg-type]
     arguments = [str(folder / "model.onnx"), str(folder / "arrays.npz"), json.dumps(names)]
-    command = [QEMU, "-cpu", "Haswell", sys.executable, "-c", SCRIPT, *arguments]
+    command = ["qemu-x86_64", "-cpu", "Haswell", sys.executable, "-c", SCRIPT, *arguments]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr
     return int(result.stdout)

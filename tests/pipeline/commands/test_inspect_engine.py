@@ -16,8 +16,9 @@ from crqat.core.errors import CrqatError, ToolError, UsageError
 from crqat.core.run_directory import Manifest, write_stage
 from crqat.pipeline.cli import crqat
 from crqat.runtime_eval.trt import versions as tensorrt_api
+from tests.needs import needs
 
-rtx = pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")
+rtx = needs("tensorrt_rtx")
 
 
 def network(zero_point: int = 0) -> onnx.ModelProto:
