@@ -1,10 +1,11 @@
 # make train export benchmark gate   runs a recipe from its images to its verdict
-# make test                          runs the tests
+# make test                          runs the tests; make test-all those that take long, too
 # RECIPE=... takes another recipe, VENV=... an environment of yours that has crqat's dependencies.
 
 RECIPE ?= recipes/digits.yaml
 VENV ?= .venv
 PYTHON ?= python3
+WORKERS ?= 2
 
 # A VENV that was given and has crqat is used as it is; otherwise it is made, and made anew when pyproject.toml changes.
 INSTALLED := $(VENV)/.crqat-installed
@@ -17,10 +18,12 @@ endif
 # This directory's crqat comes first, wherever the environment's own may point.
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 CRQAT := $(VENV)/bin/python -m crqat
+# The tests of one file stay in one process, which makes its fixtures once.
+PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test lint models bench-infer bench-train bench-arms bench-residual soak fuzz bench-export
+.PHONY: help install train export benchmark gate test test-all lint models bench-infer bench-train bench-arms bench-residual soak fuzz bench-export
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -39,8 +42,11 @@ benchmark: $(INSTALLED) ## measure the files on this machine
 gate: $(INSTALLED) ## judge the results; the exit code is the verdict
 	$(CRQAT) gate $(RECIPE)
 
-test: $(INSTALLED) ## run the tests
-	$(VENV)/bin/python -m pytest
+test: $(INSTALLED) ## run the tests that do not take long; WORKERS=... processes
+	$(PYTEST) -m "not slow" $(ARGS)
+
+test-all: $(INSTALLED) ## run all tests
+	$(PYTEST) $(ARGS)
 
 lint: $(INSTALLED) ## ruff and mypy --strict
 	$(VENV)/bin/python -m ruff check .

@@ -381,7 +381,7 @@ def test_layers_kept_in_float_and_what_they_cost(tmp_path: Path) -> None:
 
 def test_the_example_of_a_data_set_is_one(tmp_path: Path) -> None:
     """The function in the docstring of `crqat.Dataset`, as a recipe's `data.source` calls it."""
-    from crqat.train.data import sources
+    from crqat.train.data.dataset import validate
 
     lines = str(crqat.Dataset.__doc__).partition("::\n\n")[2].partition("    What it returns")[0]
     scope: dict[str, Any] = {"crqat": crqat, "numpy": np, "torch": torch}
@@ -389,5 +389,5 @@ def test_the_example_of_a_data_set_is_one(tmp_path: Path) -> None:
     x, y = BYTES.numpy(), LABELS.numpy() % 2
     np.savez(tmp_path / "images.npz", train_x=x, train_y=y, test_x=x[:4], test_y=y[:4])
     dataset = scope["my_images"](str(tmp_path))
-    sources.validate(dataset, "the example")
+    validate(dataset, "the example")
     assert dataset.train_images.shape == (48, 3, 12, 12) and dataset.class_names == ("cat", "dog")

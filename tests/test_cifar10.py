@@ -11,6 +11,8 @@ from click.testing import CliRunner
 
 from crqat.pipeline.cli import crqat
 
+pytestmark = pytest.mark.slow
+
 FLOAT_ACCURACY = 0.9173
 RECIPE = Path(__file__).parent.parent / "recipes" / "cifar10_resnet20_w8a8.yaml"
 

@@ -17,6 +17,8 @@ from crqat.core.run_directory import read_manifest
 from crqat.train.data import sources
 from tests.own_process import run
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 TRAIN, TEST = 40, 20  # of each class
 RECIPE = """

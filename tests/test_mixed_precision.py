@@ -11,6 +11,8 @@ from click.testing import CliRunner
 from crqat.core.run_directory import verify_stage
 from crqat.pipeline.cli import crqat
 
+pytestmark = pytest.mark.slow
+
 RECIPE = Path(__file__).parent.parent / "recipes" / "cifar10_resnet20_w4a4.yaml"
 
 

@@ -16,6 +16,9 @@ from crqat.train.data import sources
 from crqat.train.data.dataset import Dataset
 from crqat.train.models import build as models
 from tests.export.conftest import sane_bn
+from tests.needs import require
+
+pytestmark = pytest.mark.slow
 
 # Networks that were hardly trained: what counts is that every stage takes them and that the codes are right.
 RECIPE = """
@@ -52,7 +55,7 @@ def few_images(root: str) -> Dataset:
 @pytest.mark.parametrize("model", NETWORKS)
 def test_from_recipe_to_verdict(cifar10_root: Path, tmp_path: Path, model: str) -> None:
     if model.startswith("timm/"):
-        pytest.importorskip("timm")
+        require("timm")
     name, (integer, in_float, coverage) = model.replace("/", "_"), NETWORKS[model]
     images = few_images(str(cifar10_root))
     torch.manual_seed(0)

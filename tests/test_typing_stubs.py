@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import typing_stubs
+from tests.needs import missing
 
 ROOT = Path(__file__).parent.parent
 SOURCE = """
@@ -27,7 +28,7 @@ def bad(config: trt.IBuilderConfig, engine: trt.ICudaEngine) -> None:
 @pytest.fixture
 def stubs(tmp_path: Path) -> Path:
     if not typing_stubs.write(tmp_path / "stubs"):
-        pytest.skip("tensorrt-stubs is not installed")
+        missing("tensorrt-stubs")
     return tmp_path / "stubs"
 
 

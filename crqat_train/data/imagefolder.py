@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
@@ -354,7 +355,7 @@ def _leave_signals(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if sys.platform == "linux":  # elsewhere nobody tells who sent it
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # SIGTERM has been blocked since the worker's start
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
 
@@ -363,6 +364,19 @@ def _end_with(parent: int) -> None:
         pass
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     os.kill(os.getpid(), signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """A process started meanwhile inherits the blocked signals: none ends it before `_leave_signals` has run there."""
+    if sys.platform != "linux":
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def workers() -> int:
@@ -394,7 +408,9 @@ def stream_batches(images: StoredImages[Any], batches: Sequence[Tensor]) -> Iter
         # Its own, which draws nothing that training sees: an epoch may be read in two parts.
         generator=torch.Generator(),
     )
-    for batch in loader:
+    with _signals_wait():
+        decoded = iter(loader)
+    for batch in decoded:
         if isinstance(batch, CrqatError):
             raise batch
         yield batch.to(images.device, non_blocking=on_gpu)

@@ -19,6 +19,7 @@ from bench import exporter_peers, onnxruntime_process, vs_exporters, wrong_codes
 from bench.vs_onnxruntime import IMAGENET, Case
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from tests.export.conftest import sane_bn
+from tests.needs import needs
 
 NNCF = importlib.util.find_spec("torchao") is not None
 RTX = tensorrt_api.installed(tensorrt_api.RTX) is not None
@@ -59,6 +60,7 @@ def rows(case: Case) -> Iterator[Rows]:
         yield {row["way"]: row for row in vs_exporters.measure(case, rounds=1, seconds=0.05)}
 
 
+@pytest.mark.slow
 def test_every_way_has_a_row_with_all_that_was_measured(rows: Rows) -> None:
     assert list(rows) == [vs_exporters.FLOAT, *WAYS, *vs_exporters.OURS]
     written = [name for name in rows if NNCF or not name.startswith("NNCF")]
@@ -76,6 +78,7 @@ def test_every_way_has_a_row_with_all_that_was_measured(rows: Rows) -> None:
     json.dumps(list(rows.values()))
 
 
+@pytest.mark.slow
 def test_codes_are_counted_where_they_can_be_compared(rows: Rows) -> None:
     ours = rows["ours, onnxruntime.onnx"]["codes"]
     assert (ours["status"], ours["wrong"], ours["images"]) == ("counted", 0, vs_exporters.CODE_IMAGES)
@@ -84,7 +87,8 @@ def test_codes_are_counted_where_they_can_be_compared(rows: Rows) -> None:
     assert rows["ours, tensorrt.onnx"]["codes"]["status"] == "not comparable: computes in float16"
 
 
-@pytest.mark.skipif(not RTX, reason="tensorrt_rtx is not installed")
+@pytest.mark.slow
+@needs("tensorrt_rtx")
 def test_tensorrt_takes_its_own_file_and_refuses_zero_points(rows: Rows) -> None:
     ours = rows["ours, tensorrt.onnx"]["tensorrt"]
     assert (ours["status"], ours["int8_by_macs"]) == ("built", 1.0)
@@ -94,7 +98,8 @@ def test_tensorrt_takes_its_own_file_and_refuses_zero_points(rows: Rows) -> None
         assert rows[name]["tensorrt"]["int8_by_macs"] is None
 
 
-@pytest.mark.skipif(not (RTX and NNCF), reason="torchao, which NNCF's strip needs, or tensorrt_rtx is not installed")
+@pytest.mark.slow
+@needs("tensorrt_rtx", "torchao")
 def test_nncf_clips_in_tensorrt_or_is_refused(rows: Rows) -> None:
     symmetric = rows["NNCF, PERFORMANCE"]
     assert symmetric["tensorrt"]["status"] == "built"

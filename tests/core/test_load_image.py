@@ -12,11 +12,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from torchvision.transforms.v2 import functional as torchvision_f  # type: ignore[import-untyped]
 
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.preprocessing import Preprocessing, endings, load_image
-
-torchvision_f = pytest.importorskip("torchvision.transforms.v2.functional")
 
 
 def picture(width: int = 40, height: int = 30) -> npt.NDArray[np.uint8]:

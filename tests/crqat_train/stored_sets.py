@@ -7,11 +7,11 @@ import tarfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import pytest
 from PIL import Image
 from torch import Tensor
 
 from crqat.train.data.dataset import Dataset
+from tests.needs import require
 
 PER_SHARD = 100
 
@@ -38,7 +38,9 @@ def sample(key: str, image: Tensor, label: int) -> list[tuple[str, bytes]]:
 
 def write_shards(root: Path, cifar: Dataset, train: int, test: int) -> Path:
     """By webdataset's own writer; the class names beside them."""
-    webdataset = pytest.importorskip("webdataset", reason="no package webdataset, which writes the shards")
+    require("webdataset")
+    import webdataset
+
     root.mkdir(parents=True)
     for part, images, labels in parts(cifar, train, test):
         pattern = f"file:{root}/{part}-%04d.tar"
@@ -51,7 +53,9 @@ def write_shards(root: Path, cifar: Dataset, train: int, test: int) -> Path:
 
 def write_saved(root: Path, cifar: Dataset, train: int, test: int) -> Path:
     """By `datasets`; columns are named as on the hub."""
-    datasets = pytest.importorskip("datasets", reason="no package datasets, which writes the data set")
+    require("datasets")
+    import datasets
+
     datasets.disable_progress_bars()
     features = datasets.Features(
         {

@@ -202,6 +202,7 @@ def told(folder: Path, rank: int) -> dict[str, Any]:
     return json.loads((folder / f"told-{rank}.json").read_text())  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_losses_of_one(together: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "update", loop.update)
     alone = record_losses()
@@ -219,6 +220,7 @@ def test_two_processes_have_the_losses_of_one(together: Path, tmp_path: Path, mo
         assert rows[1] == rows[2] == pytest.approx(rows[0], abs=tolerance), key
 
 
+@pytest.mark.slow
 def test_processes_end_with_the_same_bits_and_the_first_alone_writes_states(together: Path) -> None:
     for name in ("student", "teacher"):
         own, other = (read_tensors(together / f"out-{rank}" / f"{name}.safetensors") for rank in range(2))
@@ -228,6 +230,7 @@ def test_processes_end_with_the_same_bits_and_the_first_alone_writes_states(toge
     assert not (together / "states-1").exists()
 
 
+@pytest.mark.slow
 def test_processes_share_the_order_of_images_and_nothing_else_that_is_random(together: Path) -> None:
     first, second = (told(together, rank)["seeds"] for rank in range(2))
     assert {kind: len(seeds) for kind, seeds in first.items()} == {"order": 3, "augmentation": 3, "torch": 3}
@@ -236,6 +239,7 @@ def test_processes_share_the_order_of_images_and_nothing_else_that_is_random(tog
     assert not {*first["torch"]} & {*second["torch"]}
 
 
+@pytest.mark.slow
 def test_observers_are_added_exactly(together: Path) -> None:
     """For one process the whole batches; bins, counts and ends are the same."""
     alone = observed(lambda batch: batch)
@@ -245,12 +249,14 @@ def test_observers_are_added_exactly(together: Path) -> None:
         assert torch.equal(torch.tensor(found["counts"], dtype=torch.float64), alone.counts)
 
 
+@pytest.mark.slow
 def test_processes_estimate_the_same_statistics_and_wait_for_the_first_as_long_as_it_takes(together: Path) -> None:
     shares = [told(together, rank) for rank in range(2)]
     assert shares[0]["estimated"] == shares[1]["estimated"]
     assert [one["after"] for one in shares] == [True, True]
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_does_not_go_on(together: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UsageError, match=r"in 2 processes cannot go on in 1; `crqat train RECIPE --nproc 2` does, or --restart"
@@ -310,6 +316,7 @@ def trained(folder: Path, *options: str, **environment: str) -> tuple[dict[str, 
     return digests, ended.stderr
 
 
+@pytest.mark.slow
 def test_a_killed_process_restarts_all_from_the_last_state_with_the_same_bits_and_export_goes_on(
     tmp_path: Path,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +40,7 @@ from crqat.train.load_trained import rebuild
 from crqat.train.models import build as models
 from crqat.train.training.stage import train
 from crqat.train.untrained import sane_bn as sane_bn
+from tests.conftest import made_once
 
 BOTH: tuple[Target, ...] = ("onnxruntime", "tensorrt")
 
@@ -139,9 +141,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., tuple[Pat
         if made:  # the float network is the same in all of them
             weights = str(made[repr(DIGITS)][0] / "float.safetensors")
             config = replace(config, model=replace(config.model, weights=weights))
-        key = repr(replace(config, model=DIGITS.model))
+        key = repr(replace(config, model=DIGITS.model))  # without the weights' path
         if key not in made:
-            made[key] = (write_train_stage(tmp_path_factory.mktemp("run"), config), config)
+            name = hashlib.sha256(key.encode()).hexdigest()[:16]
+            with made_once(tmp_path_factory, f"trained-{name}") as (run, filled):
+                made[key] = (run / "train" if filled else write_train_stage(run, config), config)
         return made[key]
 
     of()

@@ -16,12 +16,12 @@ from crqat.core.run_directory import read_manifest
 from crqat.core.typed_json import to_json
 from crqat.export import stage
 from crqat.export.config import ExportConfig
-from crqat.runtime_eval.trt import versions as tensorrt_api
 from crqat.runtime_eval.trt.engine import EngineOptions, build
 from crqat.train.config import Override, QuantizationConfig, TrainConfig
 from tests.export.conftest import DIGITS, nodes
+from tests.needs import needs
 
-rtx = pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")
+rtx = needs("tensorrt_rtx")
 OVERRIDES = {
     "layer1.0.*": Override(weights=5, activations=6),
     "layer2.*": Override(weights=3, activations=5),

@@ -16,6 +16,9 @@ import pytest
 from bench import kill_and_resume
 from crqat.pipeline import cli
 from crqat.train.quantized_model import QuantizedModel
+from tests.needs import missing
+
+pytestmark = pytest.mark.slow
 
 EPOCHS = ("--set", "float.epochs=40", "--set", "qat.epochs=1")
 
@@ -116,7 +119,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(place)], capture_output=True, text=True, check=False
     )
     if mounted.returncode != 0:
-        pytest.skip(f"no tmpfs can be mounted here: {mounted.stderr.strip()}")
+        missing("tmpfs", f"none can be mounted here: {mounted.stderr.strip()}")
     yield place
     subprocess.run(["umount", "-l", str(place)], check=True)
 

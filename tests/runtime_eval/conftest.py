@@ -22,6 +22,7 @@ from sklearn.neural_network import MLPClassifier
 from crqat.core.preprocessing import Preprocessing
 from crqat.core.run_directory import Manifest, write_stage
 from crqat.runtime_eval.config import BenchmarkConfig
+from tests.needs import missing
 
 TRAINING_IMAGES = 1000
 PREPROCESSING = Preprocessing(mean=(0.3,), std=(0.4,))
@@ -202,7 +203,7 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The interpreter of a Python 3.10 environment with numpy and ONNX Runtime only, as a JetPack 6 board has it."""
     python = pythons("3.10")
     if python is None:
-        pytest.skip("no python3.10 on this machine")
+        missing("python3.10")
     environment = tmp_path_factory.mktemp("board") / "venv"
     subprocess.run([python, "-m", "venv", environment], check=True)
     interpreter = environment / "bin" / "python"
@@ -210,5 +211,5 @@ def board(tmp_path_factory: pytest.TempPathFactory) -> Path:
     install = [str(interpreter), "-m", "pip", "install", *options, "numpy", "onnxruntime"]
     result = subprocess.run(install, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        pytest.skip(f"pip cannot install numpy and onnxruntime: {result.stderr.strip().splitlines()[-1]}")
+        missing("python3.10", f"pip cannot install numpy and onnxruntime: {result.stderr.strip().splitlines()[-1]}")
     return interpreter

@@ -31,6 +31,7 @@ from crqat.runtime_eval.measure.worker_client import Worker
 from crqat.runtime_eval.runners.onnxruntime import float16_is_rounded
 from crqat.runtime_eval.trt import engine, plan_file
 from crqat.runtime_eval.trt import versions as tensorrt_api
+from tests.needs import needs
 from tests.runtime_eval.conftest import (
     FUSION,
     PREPROCESSING,
@@ -158,7 +159,7 @@ def test_results(write_export: WriteExport, digits: Digits, monkeypatch: pytest.
     assert (base.engine, fast.engine, results.engines) == (None, None, {})
 
 
-@pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")
+@needs("tensorrt_rtx")
 def test_the_engine_of_the_file_for_tensorrt(write_export: WriteExport, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_api, "choose", lambda: "tensorrt_rtx")
     models = [

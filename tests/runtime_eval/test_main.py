@@ -31,6 +31,7 @@ def test_no_module_pulls_in_what_a_board_does_not_have() -> None:
     assert result.stdout.strip() == ""
 
 
+@pytest.mark.slow
 def test_it_runs_on_a_board(board: Path, write_export: WriteExport, digits: Digits, tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(SOURCES)}
     for name in HEAVY:

@@ -16,8 +16,11 @@ from crqat.train.config import DataConfig
 from crqat.train.data import huggingface, sources
 from crqat.train.data.dataset import Dataset
 from tests.crqat_train.stored_sets import png
+from tests.needs import require
 
-datasets = pytest.importorskip("datasets", reason="no package datasets; pip install crqat-edge[huggingface]")
+require("datasets")
+import datasets  # noqa: E402
+
 datasets.disable_progress_bars()
 
 IMAGES = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))

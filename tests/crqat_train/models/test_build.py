@@ -21,6 +21,7 @@ from crqat.train.graph.operations import trace
 from crqat.train.models import build as models
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import METHODS
+from tests.needs import require
 
 
 @pytest.fixture
@@ -319,7 +320,7 @@ def test_networks_with_a_small_stem_keep_the_resolution_that_small_images_have(n
 
 @pytest.mark.parametrize(("name", "quantizers"), [("resnet18", 51), ("mobilenetv2_100", 117)])
 def test_timms_networks_are_mapped(name: str, quantizers: int) -> None:
-    pytest.importorskip("timm")
+    require("timm")
     torch.manual_seed(0)
     model = models.build(f"timm/{name}", 10, 3).eval()
     x = torch.rand(2, 3, 64, 64)
@@ -333,7 +334,7 @@ def test_timms_networks_are_mapped(name: str, quantizers: int) -> None:
 
 
 def test_an_unknown_network_of_timm_brings_the_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("timm")
+    require("timm")
     with pytest.raises(UsageError, match=r'^model\.name: timm has no "resnet81"; did you mean "timm/resnet\w+"\?$'):
         models.build("timm/resnet81", 10, 3)
     monkeypatch.setitem(sys.modules, "timm", None)

@@ -9,6 +9,7 @@ import pytest
 from crqat.core.errors import UsageError
 from crqat.train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
 from crqat.train.models import published
+from tests.needs import require
 
 
 def config(name: str, source: str = "imagefolder", weights: str | None = "pretrained", **data: Any) -> TrainConfig:
@@ -34,7 +35,7 @@ IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 def test_each_set_of_weights_has_its_own() -> None:
     assert prepared("torchvision/resnet50") == (232, 224, "bilinear", *IMAGENET)
     assert prepared("torchvision/efficientnet_b3") == (320, 300, "bicubic", *IMAGENET)
-    pytest.importorskip("timm")
+    require("timm")
     half = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     assert prepared("timm/vit_tiny_patch16_224.augreg_in21k_ft_in1k") == (248, 224, "bicubic", *half)
     assert prepared("timm/vit_tiny_patch16_224") == (248, 224, "bicubic", *half)

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pytest
 import torch
 from torch import Tensor
 
 from crqat.train.placement.insert import QuantizerSpec
 from crqat.train.quantizers import LSQQuantizer, Quantizer
+from tests.needs import needs
 
 Floats = npt.NDArray[Any]
 # Every kind of code range in the layout: 8-bit weights and activations, both signs of low widths.
 RANGES = [(-127, 127), (-128, 127), (0, 127), (-64, 63), (-8, 7), (0, 15), (-2, 1), (0, 3)]
-needs_compiler = pytest.mark.skipif(
-    not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="torch.compile needs a C++ compiler"
-)
+needs_compiler = needs("compiler")
 
 
 def spec_of(qmin: int, qmax: int, channels: int | None = None, ndim: int = 4) -> QuantizerSpec:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from crqat.train.quantizers import LSQPlusQuantizer, LSQQuantizer, Quantizer
 from tests.crqat_train.quantizers.reference import set_scale, spec_of
+from tests.needs import require
 
 PAGE = Path(__file__).parents[3] / "docs" / "methods.md"
 CODES = [(-128, 127), (-8, 7), (0, 255), (0, 15)]
@@ -54,7 +55,6 @@ def gradients(function: Any, x: Tensor, parameters: list[Tensor]) -> tuple[Tenso
 
 def nncf_quantizer(qmin: int, qmax: int, scale: float, zero_point: int = 0) -> Any:
     """NNCF's module with the same codes and step; its extension in C++ is replaced by its reference, in PyTorch."""
-    pytest.importorskip("nncf", reason="NNCF is not installed")
     from nncf.common.quantization.structs import QuantizationScheme
     from nncf.torch.quantization import layers
 
@@ -146,7 +146,7 @@ def torch_quantizer(qmin: int, qmax: int, zero_point: int = 0) -> tuple[Any, lis
 
 
 def brevitas_quantizer(qmin: int, qmax: int) -> tuple[Any, list[Tensor]]:
-    pytest.importorskip("brevitas", reason="brevitas is not installed")
+    require("brevitas")
     from brevitas.core.quant import IntQuant
 
     quant: Any = IntQuant(narrow_range=False, signed=qmin < 0, input_view_impl=torch.nn.Identity())

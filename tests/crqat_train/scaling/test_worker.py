@@ -150,6 +150,7 @@ def test_what_workers_decode_at_once_is_not_taken_for_a_faster_source(
     assert statistics.median(rates) < 2 * 4 * 3 * 16 * 16 / 0.4  # four workers sleep at once
 
 
+@pytest.mark.slow
 def test_files_that_stream_are_decoded_for_the_data_and_in_memory_for_the_step(
     images: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -39,6 +39,7 @@ from crqat.train.training import stage as trainer
 from crqat.train.training.evaluate import accuracy
 from crqat.train.training.optimizer import Fit
 from crqat.train.training.stage import train
+from tests.needs import needs
 
 STEPS = 3  # of an epoch
 EPOCHS = 2  # of each phase
@@ -195,6 +196,7 @@ def test_without_a_state_in_an_epoch_it_goes_on_from_the_epochs_start(
     assert fingerprint(tmp_path / "out") == undisturbed
 
 
+@pytest.mark.slow
 def test_the_last_state_damaged_it_goes_on_from_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
 ) -> None:
@@ -240,7 +242,8 @@ def test_asked_twice_it_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         train(recipe(), tmp_path, quiet, tmp_path / "states")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+@pytest.mark.slow
+@needs("compiler")
 def test_compiled_it_ends_with_the_same_bits_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("whole", "first"):
         (tmp_path / name).mkdir()
@@ -278,6 +281,7 @@ def test_another_kind_of_device_is_refused(tmp_path: Path, monkeypatch: pytest.M
         train(recipe(), tmp_path, quiet, states)
 
 
+@pytest.mark.slow
 def test_a_folder_of_images_that_vanishes_mid_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One error that names a file; the folder back in its place, the training goes on and ends with the same bits."""
     drawn = np.random.default_rng(0)

@@ -21,13 +21,13 @@ from crqat.export.simulator.run import simulate
 from crqat.train.data import sources
 from crqat.train.models import build as models
 from tests.export.conftest import quantize
+from tests.needs import require
 
 
 def outputs_without_vnni(
     folder: Path, model: onnx.ModelProto, images: np.ndarray, names: list[str]
 ) -> list[np.ndarray]:
-    if onnxruntime_process.missing(WITHOUT_VNNI) is not None:
-        pytest.skip("qemu-x86_64 is not installed (Debian: qemu-user); no CPU without VNNI to check on")
+    require("qemu")  # no CPU without VNNI to check on
     onnx.save(model, folder / "model.onnx")
     return onnxruntime_process.outputs(folder / "model.onnx", names, images, folder, WITHOUT_VNNI)
 

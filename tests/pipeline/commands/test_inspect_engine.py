@@ -21,8 +21,9 @@ from crqat.pipeline.cli import crqat
 from crqat.runtime_eval.trt import engine
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from crqat.runtime_eval.trt.engine import EngineOptions, Found
+from tests.needs import needs
 
-rtx = pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")
+rtx = needs("tensorrt_rtx")
 
 
 def network(zero_point: int = 0) -> onnx.ModelProto:

@@ -17,6 +17,7 @@ from click.testing import CliRunner
 from crqat.pipeline.cli import crqat
 from crqat.pipeline.commands.scale import formula, show
 from crqat.train.scaling.model import Constants, Link, predict
+from tests.needs import require
 
 ROOT = Path(__file__).parents[3]
 DIGITS, DOCS = str(ROOT / "recipes" / "digits.yaml"), (ROOT / "docs" / "scaling.md").read_text()
@@ -27,8 +28,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", DOCS, re.DOTALL | re.MULTILINE)
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     """Output and JSON of one real measurement with two processes and a second machine."""
     cores = len(os.sched_getaffinity(0))
-    if cores < 2:
-        pytest.skip("one core: no two processes to measure")
+    require("second core")
     out = tmp_path_factory.mktemp("scale") / "scale.json"
     # Of so many threads two processes fill this machine, or three an odd one; the last number is of several machines.
     arguments = ["scale", DIGITS, "--processes", "1", "--processes", "2", "--processes", "32", "--out", str(out)]
@@ -40,6 +40,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, A
     return result.stdout, json.loads(out.read_text())
 
 
+@pytest.mark.slow
 def test_predictions_are_the_formula_of_the_constants(measured: tuple[str, dict[str, Any]]) -> None:
     written = measured[1]["constants"]
     local = Link(*(written["local"][name]["value"] for name in ("latency", "bandwidth")))
@@ -58,6 +59,7 @@ def test_predictions_are_the_formula_of_the_constants(measured: tuple[str, dict[
         assert row["step_seconds"] >= row["compute_seconds"] == pytest.approx(compute)
 
 
+@pytest.mark.slow
 def test_every_constant_has_its_spread_and_n(measured: tuple[str, dict[str, Any]]) -> None:
     constants = measured[1]["constants"]
     numbers = [constants[name] for name in ("step_seconds", "image_seconds", "data_rate")]
@@ -71,6 +73,7 @@ def test_every_constant_has_its_spread_and_n(measured: tuple[str, dict[str, Any]
     assert "not measured" in constants["between"]["source"]
 
 
+@pytest.mark.slow
 def test_the_check_is_a_measurement_beside_its_prediction(measured: tuple[str, dict[str, Any]]) -> None:
     output, result = measured
     check = result["check"]
@@ -81,6 +84,7 @@ def test_the_check_is_a_measurement_beside_its_prediction(measured: tuple[str, d
     assert f"measured / predicted {ratio:.2f}" in output
 
 
+@pytest.mark.slow
 def test_the_table_shows_the_predictions_as_such(measured: tuple[str, dict[str, Any]]) -> None:
     output, result = measured
     assert "predicted from constants measured on this machine" in output
@@ -92,6 +96,7 @@ def test_the_table_shows_the_predictions_as_such(measured: tuple[str, dict[str, 
     assert f"{result['constants']['gradient_bytes']} B" in output
 
 
+@pytest.mark.slow
 def test_a_row_without_its_constant_shows_no_number(
     measured: tuple[str, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from crqat.core.typed_json import from_json
 from crqat.pipeline.gate import rules
 from crqat.pipeline.gate.rules import GateConfig
 from crqat.pipeline.report import html as report
+from tests.needs import require
 from tests.pipeline.conftest import measured
 
 # What the browser may not obey, the template language, the SVG's labels (mathtext) and a terminal may not either.
@@ -135,10 +136,10 @@ def finished_run(run: Path, name: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if chromium is None or driver is None:
-        pytest.skip("chromium and chromedriver are not installed (Debian: chromium, chromium-driver)")
+    require("selenium", "chromium")
+    from selenium import webdriver
+
+    chromium, driver = shutil.which("chromium") or "", shutil.which("chromedriver") or ""
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     profile = tmp_path_factory.mktemp("profile")

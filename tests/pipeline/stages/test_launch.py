@@ -111,6 +111,7 @@ def test_an_error_of_the_first_process_alone_ends_the_others_without_a_word(comm
     assert lines[0].startswith("crqat: error: cannot write to runs/net: Not a directory")
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_each_time_is_tried_so_often_and_no_more(command: list[str], tmp_path: Path) -> None:
     code, lines = run([*command, "--max-restarts", "1"], tmp_path, DIES="1")
     assert code == 3
@@ -170,6 +171,7 @@ def test_asked_to_end_it_saves_and_says_so_once(started: subprocess.Popen[str], 
     assert last[0].startswith("crqat: error: interrupted; saved at float epoch")
 
 
+@pytest.mark.slow
 def test_who_does_not_answer_in_time_is_ended_with_a_line(command: list[str], tmp_path: Path) -> None:
     patience = environment(SLEEPS="1", TORCH_ELASTIC_SHUTDOWN_TIMEOUT="1")
     unchecked = [*command, "--unchecked"]  # the check before training would sleep, too, and rank 0 alone

@@ -27,6 +27,7 @@ from crqat.runtime_eval.benchmark import benchmark
 from crqat.runtime_eval.board import job, ssh
 from crqat.runtime_eval.board.bundle import Bundle, describe
 from crqat.runtime_eval.board.ssh import Board, Disconnected, clean, measure
+from tests.needs import missing, require
 from tests.runtime_eval.conftest import QUICK, Digits, export_writer, pythons
 
 SSHD = shutil.which("sshd") or "/usr/sbin/sshd"
@@ -132,8 +133,7 @@ def processes() -> dict[int, tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    if shutil.which("ssh") is None or not Path(SSHD).is_file():
-        pytest.skip("no ssh client and sshd on this machine")
+    require("sshd")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -211,6 +211,7 @@ def test_the_board_has_no_torch(server: Server, orin: Board) -> None:
     assert result.stdout == "3.10 ['numpy']\n"
 
 
+@pytest.mark.slow
 def test_work_goes_on_through_cut_connections_and_gives_the_local_accuracy(
     server: Server, orin: Board, export: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,7 +382,7 @@ def test_a_python_that_will_not_do_is_one_line(server: Server, orin: Board, cont
         measure(replace(orin, python=str(tmp_path / "none")), *contents, False, quiet)
     old = pythons("3.8")
     if old is None:
-        pytest.skip("no python3.8 on this machine")
+        missing("python3.8")
     with pytest.raises(ToolError, match=r"ssh://orin: the Python there is 3\.8; 3\.10 or newer is needed"):
         measure(replace(orin, python=old), *contents, False, quiet)
 

@@ -18,6 +18,7 @@ from crqat.pipeline.gate.rules import GateConfig, judge
 from crqat.runtime_eval.benchmark import benchmark as typed_benchmark
 from crqat.runtime_eval.measure.worker_client import Worker
 from crqat.runtime_eval.trt import versions as tensorrt_api
+from tests.needs import require
 from tests.runtime_eval.conftest import (
     PREPROCESSING,
     QUICK,
@@ -37,7 +38,9 @@ TOLD = {
     ("openvino", "onnxruntime.onnx"): 0.001,
 }
 
-openvino = pytest.importorskip("openvino", reason="openvino is not installed (pip install crqat-edge[openvino])")
+require("openvino")
+import openvino  # noqa: E402
+
 from crqat.runtime_eval.runners.openvino import OpenVINORunner  # noqa: E402
 
 # A test knows which of the parts that may be None are there.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, files
@@ -20,6 +21,7 @@ from crqat.runtime_eval.runners import Description
 from crqat.runtime_eval.runners import tensorrt as runner_module
 from crqat.runtime_eval.runners.tensorrt import TensorRTRunner, _Cuda, device_capability, tensorrt_version
 from crqat.runtime_eval.trt import plan_file
+from tests.needs import missing, require
 from tests.runtime_eval.runners.fake_cuda import PLAN, FakeCuda, FakeEngine, FakeTensorRT
 
 ROOT = Path(__file__).parents[3]
@@ -31,7 +33,8 @@ RTX_LACKS: dict[str, str] = {}
 
 
 def rtx() -> Any:
-    return pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed")
+    require("tensorrt_rtx")
+    return importlib.import_module("tensorrt_rtx")
 
 
 def write(path: Path, **changes: Any) -> Path:
@@ -237,7 +240,7 @@ def test_without_pycuda_or_with_a_driver_that_does_not_start(monkeypatch: pytest
 
 
 def test_a_graph_that_cannot_be_captured_is_told_by_the_real_cuda_python() -> None:
-    pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    require("cuda-python")
     if host.cuda_device():
         pytest.skip("CUDA works here; this is about the driver's error code")
     boundary = object.__new__(_Cuda)
@@ -252,7 +255,8 @@ def test_a_graph_that_cannot_be_captured_is_told_by_the_real_cuda_python() -> No
 
 
 def test_every_name_of_cuda_python_exists() -> None:
-    runtime: Any = pytest.importorskip("cuda.bindings.runtime", reason="cuda-python is not installed")
+    require("cuda-python")
+    runtime: Any = importlib.import_module("cuda.bindings.runtime")
     names = {
         text
         for node in ast.walk(ast.parse(RUNNER.read_text()))
@@ -282,7 +286,7 @@ def stub_members() -> dict[str, set[str]]:
     try:
         (stub,) = (file for file in files("tensorrt-stubs") or [] if file.name == "tensorrt.pyi")
     except PackageNotFoundError:
-        pytest.skip("tensorrt-stubs is not installed")
+        missing("tensorrt-stubs")
     members: dict[str, set[str]] = {}
     for kind in ast.parse(repaired(Path(str(stub.locate())).read_text())).body:
         if isinstance(kind, ast.ClassDef):

@@ -41,9 +41,10 @@ from crqat.train.models import build as models
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import LSQQuantizer
 from tests.export.conftest import DIGITS, Quantized, edited, nodes, random_images, sane_bn, write_train_stage
+from tests.needs import needs
 from tests.runtime_eval.conftest import QUICK
 
-rtx = pytest.mark.skipif(tensorrt_api.installed("tensorrt_rtx") is None, reason="no tensorrt_rtx: pip install .[dev]")
+rtx = needs("tensorrt_rtx")
 DYNAMIC, STATIC = (1, 8, 64), (4, 4, 4)
 # A test knows which of the parts that may be None are there.
 build: Callable[..., Any] = typed_build

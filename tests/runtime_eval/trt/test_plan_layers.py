@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from crqat.runtime_eval.trt.plan_layers import Layer, from_inspector, from_log
+from tests.needs import missing
 
 NHWC = "Format: (NHWC) Channel major format"
 
@@ -141,7 +142,7 @@ def published(shared_data: Path) -> Callable[[str], list[Layer]]:
     """Layers of NVIDIA's ResNet-18 engines (TensorRT 8, A100, batch 32), by the engine's name."""
     root = shared_data / "trt-engine-explorer" / "resnet18-A100"
     if not root.is_dir():
-        pytest.skip(f"no folder {root}")
+        missing("shared", f"no folder {root}")
 
     def of(name: str) -> list[Layer]:
         (path,) = (root / name).glob("*.graph.json")

@@ -11,6 +11,7 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.runtime_eval.machine import host
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from crqat.runtime_eval.trt.versions import capability, check_targets, choose, installed, load, network_flags
+from tests.needs import require
 
 
 @pytest.mark.parametrize(
@@ -76,8 +77,7 @@ def test_targets() -> None:
 
 
 def test_the_table_is_true_of_the_builder_that_is_here() -> None:
-    if installed("tensorrt_rtx") is None:
-        pytest.skip("no tensorrt_rtx: pip install .[dev]")
+    require("tensorrt_rtx")
     trt = load("tensorrt_rtx")
     row = capability("tensorrt_rtx", trt.__version__)
     assert installed("tensorrt_rtx") == trt.__version__

@@ -1,0 +1,100 @@
+"""A file's tests lie at its path: crqat_train/data/batches.py has tests/crqat_train/data/test_batches.py."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# The folders of code, by that of their tests.
+CODE = {
+    "core": "src/crqat/core",
+    "crqat_train": "crqat_train",
+    "export": "export",
+    "runtime_eval": "runtime_eval",
+    "pipeline": "pipeline",
+    "bench": "bench",
+}
+# Tests of several files together, and why.
+TOGETHER: dict[str, str] = {
+    "core/test_load_image.py": "load_image of preprocessing.py against torchvision's resizing",
+    "crqat_train/quantizers/test_method_peers.py": "every method against its peer in another library",
+    "export/simulator/test_activations.py": "activations as the exporter and the simulator compute them",
+    "export/test_methods.py": "every method from training to files",
+    "export/test_mixed_widths.py": "several bit widths in one file, in every part of the export",
+    "export/verification/test_avx2.py": "files on an emulated CPU without VNNI",
+    "pipeline/test_interrupted.py": "signals and full disks, in every stage",
+}
+# Files with functions that the tests of others run: of whom.
+ELSEWHERE: dict[str, str] = {
+    "src/crqat/core/errors.py": "tests/pipeline/test_cli.py",
+    "src/crqat/core/field_bounds.py": "tests/pipeline/recipe/test_recipe.py",
+    "src/crqat/core/folders.py": "tests/crqat_train/data/test_imagefolder.py",
+    "src/crqat/core/progress.py": "tests/pipeline/test_cli.py",
+    "src/crqat/core/targets/base.py": "tests/core/targets/test_init.py",
+    "src/crqat/core/targets/constraints.py": "tests/core/targets/test_init.py",
+    "src/crqat/core/targets/onnxruntime.py": "tests/core/targets/test_init.py",
+    "src/crqat/core/targets/tensorrt.py": "tests/core/targets/test_init.py",
+    "crqat_train/config.py": "tests/pipeline/recipe/test_recipe.py",
+    "crqat_train/data/batches.py": "tests/crqat_train/data/test_sources.py",
+    "crqat_train/device.py": "tests/crqat_train/test_compilers.py",
+    "crqat_train/placement/nncf_layout.py": "tests/crqat_train/nncf/test_checkpoint.py",
+    "crqat_train/quantized_model.py": "tests/crqat_train/quantizers/test_finalize.py",
+    "crqat_train/shares.py": "tests/crqat_train/test_distributed.py",
+    "export/analysis/sqnr.py": "tests/export/analysis/test_bit_width_cost.py",
+    "export/graph/fold_shapes.py": "tests/export/graph/test_from_torch.py",
+    "export/simulator/values.py": "tests/export/simulator/test_run.py",
+    "runtime_eval/board/job.py": "tests/runtime_eval/board/test_ssh.py",
+    "runtime_eval/config.py": "tests/pipeline/recipe/test_recipe.py",
+    "runtime_eval/measure/worker_client.py": "tests/runtime_eval/measure/test_worker.py",
+    "runtime_eval/runners/__init__.py": "tests/runtime_eval/test_benchmark.py",
+    "runtime_eval/trt/builder.py": "tests/runtime_eval/trt/test_engine.py",
+    "pipeline/cli_options.py": "tests/pipeline/test_cli.py",
+    "pipeline/cli_tools.py": "tests/pipeline/test_cli.py",
+    "pipeline/commands/model_survey_worker.py": "tests/pipeline/commands/test_model_survey.py",
+    "pipeline/commands/nncf.py": "tests/test_nncf_docs.py",
+    "pipeline/console.py": "tests/pipeline/test_cli.py",
+    "pipeline/recipe/yaml.py": "tests/pipeline/recipe/test_recipe.py",
+    "pipeline/report/read_results.py": "tests/pipeline/gate/test_rules.py",
+    "pipeline/report/tables.py": "tests/pipeline/test_cli.py",
+    "pipeline/stages/staleness.py": "tests/pipeline/stages/test_run.py",
+    "pipeline/streams.py": "tests/pipeline/test_cli.py",
+    "pipeline/untrusted_onnx.py": "tests/pipeline/commands/test_check.py",
+    "bench/exporter_peers.py": "tests/bench/test_vs_exporters.py",
+    "bench/vs_onnxruntime.py": "tests/bench/test_vs_exporters.py",
+    "bench/wrong_codes.py": "tests/bench/test_vs_exporters.py",
+}
+# `make` runs these measurements; they have no test of their own.
+MEASUREMENTS = {"bench/fuzz_readers.py", "bench/residual_add.py", "bench/step_time.py"}
+
+
+def code_of(test: Path) -> Path:
+    """The file that a test file is about: test_init.py and test_main.py are about __init__.py and __main__.py."""
+    folder, *inner = test.relative_to(ROOT / "tests").parent.parts
+    place = ROOT.joinpath(CODE[folder], *inner)
+    name = test.name.removeprefix("test_")
+    dunder = place / f"__{test.stem.removeprefix('test_')}__.py"
+    return dunder if dunder.is_file() else place / name
+
+
+def files_of_tests() -> list[Path]:
+    """All test files in the folders of CODE."""
+    return sorted(path for folder in CODE for path in (ROOT / "tests" / folder).rglob("test_*.py"))
+
+
+def test_each_test_file_is_at_the_path_of_its_code() -> None:
+    astray = {str(path.relative_to(ROOT / "tests")) for path in files_of_tests() if not code_of(path).is_file()}
+    assert astray == TOGETHER.keys()
+
+
+def test_each_code_file_with_functions_has_a_test_file_or_one_that_is_named() -> None:
+    mirrored = {code_of(path) for path in files_of_tests()}
+    alone = {
+        str(path.relative_to(ROOT))
+        for folder in CODE.values()
+        for path in (ROOT / folder).rglob("*.py")
+        if path not in mirrored
+        and any(isinstance(node, ast.FunctionDef) for node in ast.walk(ast.parse(path.read_text())))
+    }
+    assert alone == ELSEWHERE.keys() | MEASUREMENTS, "add a test file, or take out what has one by now"
+    assert [name for name in ELSEWHERE.values() if not (ROOT / name).is_file()] == []
