@@ -23,7 +23,7 @@ BETWEEN = {
 # Inside a package a room imports those before it. Rooms on one line import neither each other nor what comes after.
 ORDER: dict[str, list[set[str]]] = {
     "train": [
-        {"arguments", "checkpoint", "compilers", "config", "distributed", "untrained"},
+        {"arguments", "checkpoint", "compilers", "config", "distributed", "own_code", "untrained"},
         {"device", "shares", "data"},
         {"graph", "models"},
         {"placement"},

@@ -23,7 +23,7 @@ def test_the_two_commands_are_those_of_ci() -> None:
         "make test",
     ]
     script = (ROOT / ".ci" / "run").read_text()
-    for command in ("train export benchmark gate", "test"):
+    for command in ("train export benchmark gate", "test-all"):
         assert f"make --no-print-directory {command}\n" in script
 
 

@@ -73,13 +73,13 @@ def own_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("own_module")
 def test_a_users_own_method_is_saved_and_loaded(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = torch.nn.Sequential(torch.nn.Linear(4, 3))
-    images = torch.randn(8, 4)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    images = torch.randn(8, 1, 2, 2)
     model = quantize(network, [images], weight_method="own_methods:Softer")
     kinds = {spec.kind: type(model.quantizer(spec)).__name__ for spec in model.specs}
     assert kinds == {"activation": "LSQQuantizer", "weight": "Softer"}
     save(model, tmp_path / "saved.safetensors")
-    loaded = load(tmp_path / "saved.safetensors", torch.nn.Sequential(torch.nn.Linear(4, 3)))
+    loaded = load(tmp_path / "saved.safetensors", torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3)))
     assert {spec.kind: type(loaded.quantizer(spec)).__name__ for spec in loaded.specs} == kinds
     assert torch.equal(loaded(images), model(images))
 

@@ -14,9 +14,12 @@ import pytest
 from crqat.core.errors import ToolError
 from crqat.pipeline.stages import lock
 
-HOLDS = (
-    "import os, sys, time\nfrom pathlib import Path\nfrom pipeline import lock\nwith lock.hold(Path(sys.argv[1])):\n"
-)
+HOLDS = """
+import os, sys, time
+from pathlib import Path
+from crqat.pipeline.stages import lock
+with lock.hold(Path(sys.argv[1])):
+"""
 
 
 def holder(run: Path, inside: str = "time.sleep(100)") -> subprocess.Popen[str]:

@@ -23,7 +23,7 @@ from crqat.core.progress import quiet
 from crqat.core.results.engine import Builder, BuilderMessage, EngineReport, Uncovered
 from crqat.core.run_directory import Manifest, write_stage
 from crqat.core.typed_json import to_json
-from crqat.export import stage
+from crqat.export import stage, to_onnx
 from crqat.export.config import ExportConfig
 from crqat.export.graph.macs import macs
 from crqat.export.qdq import write as qdq
@@ -269,7 +269,7 @@ def test_an_unsafe_export_is_written_and_fails_the_gate(
         file = qdq.qdq_model(*arguments)
         return file if damage is None else replace(file, model=damage(file.model))
 
-    monkeypatch.setattr(stage, "qdq_model", damaged)
+    monkeypatch.setattr(to_onnx, "qdq_model", damaged)
     config = ExportConfig(targets=("tensorrt",), tensorrt_precision="float32", verify_images=2)
     directory, train = trained
     if damage is not None:
