@@ -33,7 +33,7 @@ install: $(INSTALLED) ## make the virtual environment
 train: $(INSTALLED) ## train and quantize what RECIPE says
 	$(CRQAT) train $(RECIPE)
 
-export: $(INSTALLED) ## write one proven ONNX file per target
+export: $(INSTALLED) ## write one verified ONNX file per target
 	$(CRQAT) export $(RECIPE)
 
 benchmark: $(INSTALLED) ## measure the files on this machine
