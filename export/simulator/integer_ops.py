@@ -67,20 +67,20 @@ def quantize(
         rounded = np.rint(fallback)
         if isinstance(value, Float):
             bound = 4 * UNIT_ROUNDOFF * np.abs(fallback) + value.error / float(scale)
-            _demand_proof(node, value, bound)
+            _demand_bound(node, value, bound)
             out.inexact.add(node.output[0])
     lowest = 0 if isinstance(value, (Sum, Added)) and value.relu else info.min - zero_point
     integers = np.clip(rounded, lowest, info.max - zero_point).astype(np.int32)
     return out.record(node.output[0], Codes(integers, scale, zero_point), fallback, bound)
 
 
-def _demand_proof(node: onnx.NodeProto, value: Float, bound: Array) -> None:
-    """A bound that no code can break is no proof."""
+def _demand_bound(node: onnx.NodeProto, value: Float, bound: Array) -> None:
+    """A bound that no code can break verifies nothing."""
     if np.isnan(value.values).any():
         msg = f"{node.name}: the operation in front of it gives values that are no numbers"
         raise NotSimulated(msg)
     if bound.size and (bound >= 0.5).all():
-        msg = f"{node.name}: float32 leaves none of its values within half a code, so nothing is proven"
+        msg = f"{node.name}: float32 leaves none of its values within half a code, so nothing is verified"
         raise NotSimulated(msg)
 
 

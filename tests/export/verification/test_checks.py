@@ -1,4 +1,4 @@
-"""The proof holds on trained networks, and each of its links breaks when what it proves is broken."""
+"""Verification passes on trained networks, and each of its checks fails when what it verifies is broken."""
 
 from __future__ import annotations
 
