@@ -359,7 +359,8 @@ def test_an_add_of_very_unlike_scales_agrees_across_targets_within_the_kernels_o
     assert verification._compare(pairs, own).violations > 0  # by the bound of real values alone
     check = verification._compare(pairs, own, kernel.kernel_bounds)
     assert check.differing > 0 and check.violations == 0
-    assert own.bounds["y"] < check.farthest_from_tie <= check.largest_bound < 0.05
+    assert check.farthest_from_tie is not None and check.largest_bound is not None
+    assert own.tie_bound["y"] < check.farthest_from_tie <= check.largest_bound < 0.05
     further = {"y": (own.codes["y"], kernel.codes["y"] + 1)}
     assert verification._compare(further, own, kernel.kernel_bounds).violations > 0
 
