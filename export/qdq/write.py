@@ -9,17 +9,16 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
 from crqat.core.grid import Grid
 from crqat.export.graph.onnx_graph import OPSET, Graph, build_model
+from crqat.export.qdq.float16 import float16_model
 from crqat.export.qdq.lower import Activation, Weight, clip_bound, lower_activation, lower_weight
 from crqat.train.placement.insert import QuantizerSpec
 
-# QuantizeLinear takes float16 scales from opset 19 on.
-OPSET_FLOAT16 = 19
 # Values pass through these unchanged, so they can run on codes: one DequantizeLinear behind them is enough, and ONNX
 # Runtime finds it right before the Add or Conv that it wants to fuse.
 MOVEMENT = {"Slice", "Pad", "MaxPool", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Gather"}
@@ -74,25 +73,7 @@ def float_model(graph: Graph, metadata: Mapping[str, str], precision: str = "flo
             nodes.append(copied)
     if precision == "float32":
         return build_model(nodes, graph.constants, graph, dict(metadata), OPSET)
-    for node in nodes:
-        _rename(node.input, "input", "input.float16")
-        _rename(node.output, "logits", "logits.float16")
-    nodes = [
-        helper.make_node("Cast", ["input"], ["input.float16"], "input/Cast", to=TensorProto.FLOAT16),
-        *nodes,
-        helper.make_node("Cast", ["logits.float16"], ["logits"], "logits/Cast", to=TensorProto.FLOAT),
-    ]
-    constants = {
-        name: value.astype(np.float16) if value.dtype == np.float32 else value
-        for name, value in graph.constants.items()
-    }
-    return build_model(nodes, constants, graph, dict(metadata), OPSET_FLOAT16)
-
-
-def _rename(names: Any, old: str, new: str) -> None:
-    for index, name in enumerate(names):
-        if name == old:
-            names[index] = new
+    return float16_model(nodes, graph.constants, graph, dict(metadata))
 
 
 def qdq_model(
@@ -143,7 +124,6 @@ class _Writer:
         self.rules = runtimes.get(target)
         self.specs = {spec.edge: spec for spec in specs}
         self.float_type = np.float16 if precision == "float16" else np.float32
-        self.onnx_type = TensorProto.FLOAT16 if precision == "float16" else TensorProto.FLOAT
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, npt.NDArray[Any]] = {}
         self.alias: dict[str, str] = {}
@@ -165,9 +145,10 @@ class _Writer:
                 self.alias[node.output[0]] = self.alias.get(node.input[0], node.input[0])
             else:
                 self._float_node(node)
-        self._cast_output()
-        opset = OPSET_FLOAT16 if self.float_type is np.float16 else OPSET
-        self.result.model = build_model(self.nodes, self.constants, self.graph, dict(metadata), opset)
+        if self.float_type is np.float16:
+            self.result.model = float16_model(self.nodes, self.constants, self.graph, metadata)
+        else:
+            self.result.model = build_model(self.nodes, self.constants, self.graph, dict(metadata), OPSET)
         return self.result
 
     def _constant(self, name: str, value: Any, dtype: Any) -> str:
@@ -189,19 +170,8 @@ class _Writer:
             value = self.graph.constants[name]
             if value.dtype == np.float32:
                 self.result.float_constants[name] = value
-            self._constant(name, value, self.float_type if value.dtype == np.float32 else value.dtype)
+            self._constant(name, value, value.dtype)
         return name
-
-    def _operand(self, name: str) -> str:
-        """As `_read`, and the image in the type of the float parts."""
-        read = self._read(name)
-        if read != "input" or self.float_type is np.float32:
-            return read
-        if not any(node.name == "input/Cast" for node in self.nodes):
-            self.nodes.append(
-                helper.make_node("Cast", ["input"], ["input.float16"], "input/Cast", to=TensorProto.FLOAT16)
-            )
-        return "input.float16"
 
     def _edge(self, node: onnx.NodeProto) -> None:
         edge = node.attribute[0].s.decode()
@@ -223,12 +193,8 @@ class _Writer:
             bound = clip_bound(float(self.graph.constants[producer.input[2]]), lowered.grid)
             clip = (0, bound) if bound < np.iinfo(lowered.dtype).max else None
         lowered = self._stored(lowered, lowered.grid.scale)
-        self._constant(f"{edge}.scale", lowered.grid.scale[0], self.float_type)
+        scale = self._constant(f"{edge}.scale", lowered.grid.scale[0], np.float32)
         zero_point = self._constant(f"{edge}.zero_point", lowered.grid.zero_point, lowered.dtype)
-        scale = f"{edge}.scale"
-        if node.input[0] == "input" and self.float_type is np.float16:
-            # The image is quantized in float32: rounding it to float16 first would move codes.
-            scale = self._constant(f"{edge}.input_scale", lowered.grid.scale[0], np.float32)
         tensors = self.result.codes.setdefault(edge, [])
         base = f"{edge}.{len(tensors)}" if tensors else edge
         codes = f"{base}.codes"
@@ -305,9 +271,9 @@ class _Writer:
             and self.specs[weight_marker.attribute[0].s.decode()].kind == "weight"
         )
         if is_weight and weight_marker is not None:
-            inputs = [self._operand(node.input[0]), *self._weight(node, weight_marker.attribute[0].s.decode())]
+            inputs = [self._read(node.input[0]), *self._weight(node, weight_marker.attribute[0].s.decode())]
         else:
-            inputs = [self._operand(name) if name else "" for name in node.input]
+            inputs = [self._read(name) if name else "" for name in node.input]
         self.nodes.append(_copy(node, inputs))
 
     def _weight(self, node: onnx.NodeProto, edge: str) -> list[str]:
@@ -324,14 +290,14 @@ class _Writer:
         lowered = self.result.weights[edge] = self._stored(lowered, lowered.scale)
         # A scale per channel needs a zero point per channel.
         grid = [
-            self._constant(f"{edge}.scale", lowered.scale, self.float_type),
+            self._constant(f"{edge}.scale", lowered.scale, np.float32),
             self._constant(f"{edge}.zero_point", np.zeros(channels), np.int8),
         ]
         codes = f"{edge}.codes"
         if self.weights == "float":
             # code * scale rounds by less than half a step, in float16 too, so the codes come back.
             scale = lowered.scale.reshape(-1, *[1] * (weight.ndim - 1))
-            values = self._constant(f"{edge}.values", lowered.codes * scale, self.float_type)
+            values = self._constant(f"{edge}.values", lowered.codes * scale, np.float32)
             self.nodes.append(
                 helper.make_node("QuantizeLinear", [values, *grid], [codes], f"{edge}/QuantizeLinear", axis=0)
             )
@@ -343,7 +309,7 @@ class _Writer:
         if not has_bias:
             return [output]
         if self.rules.bias_type == "float" or fed is None:
-            return [output, self._constant(f"{edge}.bias", lowered.bias, self.float_type)]
+            return [output, self._constant(f"{edge}.bias", lowered.bias, np.float32)]
         unit = (fed.grid.scale[0] * lowered.scale).astype(np.float32)
         names = [
             self._constant(f"{edge}.bias_codes", lowered.bias_codes, np.int32),
@@ -352,10 +318,3 @@ class _Writer:
         name = f"{edge}.bias/DequantizeLinear"
         self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{edge}.bias"], name, axis=0))
         return [output, f"{edge}.bias"]
-
-    def _cast_output(self) -> None:
-        if self.float_type is np.float32:
-            return
-        last = next(node for node in self.nodes if "logits" in node.output)
-        last.output[list(last.output).index("logits")] = "logits.float16"
-        self.nodes.append(helper.make_node("Cast", ["logits.float16"], ["logits"], "logits/Cast", to=TensorProto.FLOAT))

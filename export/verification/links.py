@@ -27,6 +27,7 @@ from torch import Tensor, fx, nn
 
 from crqat.core import targets as runtimes
 from crqat.core.grid import Grid
+from crqat.export.qdq.float16 import as_float16
 from crqat.export.qdq.lower import lower_activation
 from crqat.export.qdq.write import MOVEMENT, QDQModel
 from crqat.export.simulator.run import simulate
@@ -283,8 +284,8 @@ def _stored_error(file: QDQModel, edge: str) -> float:
         return 0.0
     # Of the bias that was to be written, not of the one in the file: that one is to be proven.
     bias = file.weights[edge].bias
-    values = bias.astype(helper.tensor_dtype_to_np_dtype(stored.data_type)).astype(np.float64)
-    return float(np.abs(values - bias).max())
+    values = as_float16(bias) if stored.data_type == TensorProto.FLOAT16 else bias
+    return float(np.abs(values.astype(np.float64) - bias).max())
 
 
 def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
@@ -297,7 +298,8 @@ def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
     result = {}
     for name, value in file.float_constants.items():
         # Of the constant that was to be written, not of the one in the file: that one is to be proven.
-        moved = np.abs(value.astype(types.get(name, value.dtype)).astype(np.float64) - value)
+        stored = as_float16(value) if types.get(name) == np.float16 else value
+        moved = np.abs(stored.astype(np.float64) - value)
         if value.size == 1:
             short = np.ldexp(value.astype(np.float64), 12) % 1 == 0
             moved = moved + np.where(short, 0.0, UNIT_ROUNDOFF * np.abs(value))
