@@ -134,7 +134,7 @@ class _Writer:
 
     def write(self, metadata: Mapping[str, str]) -> QDQModel:
         consumers = self.graph.consumers()
-        for node in self.graph.nodes:
+        for node in map(self._as_relu, self.graph.nodes):
             if node.op_type == "Edge":
                 self._edge(node)
             elif self._moves(node) and node.input[0] in self.coded and self.rules.moves_codes:
@@ -262,6 +262,13 @@ class _Writer:
             return False
         grid = self.grids[readers[0].attribute[0].s.decode()]
         return grid.qmin == 0 and len(node.input) > 2 and node.input[2] in self.graph.constants
+
+    def _as_relu(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """A Clip that bounds below by 0 alone is a ReLU, which runtimes fuse."""
+        low, high = [*node.input[1:], "", ""][:2] if node.op_type == "Clip" else ("", "")
+        if high or low not in self.graph.constants or self.graph.constants[low].any():
+            return node
+        return helper.make_node("Relu", node.input[:1], node.output, node.name)
 
     def _float_node(self, node: onnx.NodeProto) -> None:
         weight_marker = self.graph.producers().get(node.input[1]) if len(node.input) > 1 else None

@@ -234,10 +234,11 @@ def _runtime_link(
     zero_points = {name: file.activations[edge].grid.zero_point for edge, own in file.codes.items() for name in own}
     theirs = {name: own.astype(np.int64) - zero_points[name] for name, own in zip(names, codes, strict=True)}
     trained = _trained_grids(file, grids, runtimes.executed())
-    if simulation.inexact or simulation.logits_bound is not None or not _stores(file.model, trained):
+    seen = in_float(file.model, before)
+    if seen or simulation.inexact or simulation.logits_bound is not None or not _stores(file.model, trained):
         # Each quantizer is fed with the runtime's codes: a difference shows where it arises and does not spread.
-        forced = theirs if simulation.inexact else None
-        simulation = simulate(file.model, images, forced, grids=trained)
+        forced = theirs if simulation.inexact or seen else None
+        simulation = simulate(file.model, images, forced, grids=trained, in_float=seen)
     exact = {name: codes for name, codes in theirs.items() if name not in simulation.inexact}
     wrong = {name: int((simulation.codes[name] != codes).sum()) for name, codes in exact.items()}
     near = _compare(
@@ -357,6 +358,21 @@ def fusion(model: onnx.ModelProto) -> dict[str, Any]:
         "expected": {FUSED[op]: counts[op] for op in FUSED if counts[op]},
         "complete": not stayed,
         "float": stayed,
+    }
+
+
+def in_float(model: onnx.ModelProto, operations: Mapping[str, list[str]] | None = None) -> set[str]:
+    """Nodes that read codes and that ONNX Runtime leaves in float on this machine: a result with two readers is one.
+
+    Args:
+        model: The file.
+        operations: Of `optimized_operations`, if they are there already.
+    """
+    optimized = dict(operations or optimized_operations(model))
+    return {
+        node.name
+        for node in model.graph.node
+        if node.op_type in FUSED and node.name not in _computed_in_integers(optimized, node.op_type)
     }
 
 
