@@ -16,7 +16,7 @@ from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator import float_ops
 from crqat.export.simulator import run as simulate
 from crqat.export.simulator.values import Float, Pooled
-from crqat.export.verification.links import fusion, verify
+from crqat.export.verification.links import fusion, in_float, verify
 from crqat.train.config import QuantizationConfig, Target
 from tests.export.conftest import BOTH, Quantized, edited_file, initializer, quantize, random_images
 
@@ -224,6 +224,28 @@ def test_what_the_table_knows_is_proven_for_both_targets(name: str) -> None:
     torch.manual_seed(0)
     _, proof, _ = proven(COMPUTED[name](), BOTH)
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(BOTH, "passed")
+
+
+class TwoReaders(Net):
+    """The sum of two tensors is quantized, and read as it is, too: ONNX Runtime adds in float."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        """As above."""
+        x = super().middle(x)
+        total = x + torch.roll(x, (2, -2), (2, 3))
+        return F.relu(total) - total
+
+
+def test_what_the_runtime_leaves_in_float_is_seen_in_its_graph() -> None:
+    torch.manual_seed(0)
+    quantized, proof, _ = proven(TwoReaders(nn.ReLU()), ALONE)
+    assert proof["onnxruntime"]["status"] == "passed"
+    file = quantized.file("onnxruntime")
+    left = in_float(file.model)
+    assert left
+    exact = simulate.simulate(file.model, quantized.images)
+    seen = simulate.simulate(file.model, quantized.images, in_float=left)
+    assert exact.inexact < seen.inexact
 
 
 def test_a_scale_behind_the_last_quantizer_is_found() -> None:
