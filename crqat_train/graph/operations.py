@@ -162,15 +162,37 @@ def is_concat(node: fx.Node) -> bool:
 
 def is_unfused_activation(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether the node is an activation that ONNX Runtime cannot take into the convolution before it."""
-    # torchvision's and timm's ReLU6 is a Hardtanh by class.
-    if node.op == "call_module" and isinstance(graph_module.get_submodule(str(node.target)), nn.ReLU6):
-        return False
+    bounds = clip_bounds(graph_module, node)
+    if bounds is not None:
+        return bounds[0] != 0  # ReLU and ReLU6 are fused, whatever they are written as
     return _is(graph_module, node, _UNFUSED_MODULES, _UNFUSED_FUNCTIONS)
+
+
+def clip_bounds(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float | None, float | None] | None:
+    """The two numbers between which a node keeps its input, None for no bound; None if it is no such node."""
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        return (float(module.min_val), float(module.max_val)) if isinstance(module, nn.Hardtanh) else None
+    name = _name(node).rstrip("_") if node.op in ("call_function", "call_method") else ""
+    if name not in {"clamp", "clip", "clamp_min", "clamp_max", "hardtanh"}:
+        return None
+    keys = ("min_val", "max_val") if name == "hardtanh" else ("min", "max")
+    given: list[Any] = [-1.0, 1.0] if name == "hardtanh" else [None, None]
+    for index, value in enumerate(node.args[1:], start=int(name == "clamp_max")):
+        given[index] = value
+    given = [node.kwargs.get(key, value) for key, value in zip(keys, given, strict=True)]
+    if not all(value is None or isinstance(value, (int, float)) for value in given):
+        return None  # bounds that are computed
+    low, high = (None if value is None else float(value) for value in given)
+    return low, high
 
 
 def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     """Whether no value of the node can be negative, for any input of the network."""
     if _is(graph_module, node, _NONNEGATIVE_MODULES, _NONNEGATIVE_FUNCTIONS):
+        return True
+    low = (clip_bounds(graph_module, node) or (None,))[0]
+    if low is not None and low >= 0:
         return True
     sources: list[Any] = []
     if moves_values(graph_module, node):

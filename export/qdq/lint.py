@@ -180,5 +180,8 @@ def _float_clip_before_quantizer(view: _View, node: onnx.NodeProto) -> bool:
     if len(node.input) < 2 or node.input[1] not in view.tensors:
         return False
     is_float = view.tensors[node.input[1]].data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
+    source = view.producer.get(node.input[0])
+    if source is None or source.op_type not in {"Conv", "Gemm", "Add", "Relu"}:
+        return False  # a network's own clamp of dequantized codes, or of what is float in any case
     readers = view.readers.get(node.output[0], [])
     return is_float and any(reader.op_type == "QuantizeLinear" for reader in readers)

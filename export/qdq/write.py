@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper
+from onnx import helper
 
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
@@ -17,11 +17,9 @@ from crqat.core.grid import Grid
 from crqat.core.results.export import Claim
 from crqat.export.graph.data_movement import moves_codes
 from crqat.export.graph.onnx_graph import OPSET, Graph, build_model
+from crqat.export.qdq.float16 import float16_model
 from crqat.export.qdq.lower import Activation, Weight, clip_bound, lower_activation, lower_weight
 from crqat.train.placement.insert import QuantizerSpec
-
-# QuantizeLinear takes float16 scales from opset 19 on.
-OPSET_FLOAT16 = 19
 
 _Lowered = TypeVar("_Lowered", Activation, Weight)
 
@@ -71,25 +69,7 @@ def float_model(graph: Graph, metadata: Mapping[str, str], precision: str = "flo
             nodes.append(copied)
     if precision == "float32":
         return build_model(nodes, graph.constants, graph, dict(metadata), OPSET)
-    for node in nodes:
-        _rename(node.input, "input", "input.float16")
-        _rename(node.output, "logits", "logits.float16")
-    nodes = [
-        helper.make_node("Cast", ["input"], ["input.float16"], "input/Cast", to=TensorProto.FLOAT16),
-        *nodes,
-        helper.make_node("Cast", ["logits.float16"], ["logits"], "logits/Cast", to=TensorProto.FLOAT),
-    ]
-    constants = {
-        name: value.astype(np.float16) if value.dtype == np.float32 else value
-        for name, value in graph.constants.items()
-    }
-    return build_model(nodes, constants, graph, dict(metadata), OPSET_FLOAT16)
-
-
-def _rename(names: Any, old: str, new: str) -> None:
-    for index, name in enumerate(names):
-        if name == old:
-            names[index] = new
+    return float16_model(nodes, graph.constants, graph, dict(metadata))
 
 
 def qdq_model(
@@ -140,7 +120,6 @@ class _Writer:
         self.rules = runtimes.get(target)
         self.specs = {spec.edge: spec for spec in specs}
         self.float_type = np.float16 if precision == "float16" else np.float32
-        self.onnx_type = TensorProto.FLOAT16 if precision == "float16" else TensorProto.FLOAT
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, npt.NDArray[Any]] = {}
         self.alias: dict[str, str] = {}
@@ -151,7 +130,7 @@ class _Writer:
 
     def write(self, metadata: Mapping[str, str]) -> QDQModel:
         consumers = self.graph.consumers()
-        for node in self.graph.nodes:
+        for node in map(self._as_relu, self.graph.nodes):
             if node.op_type == "Edge":
                 self._edge(node)
             elif moves_codes(node, self.graph.constants) and node.input[0] in self.coded and self.rules.moves_codes:
@@ -162,9 +141,10 @@ class _Writer:
                 self.alias[node.output[0]] = self.alias.get(node.input[0], node.input[0])
             else:
                 self._float_node(node)
-        self._cast_output()
-        opset = OPSET_FLOAT16 if self.float_type is np.float16 else OPSET
-        self.result.model = build_model(self.nodes, self.constants, self.graph, dict(metadata), opset)
+        if self.float_type is np.float16:
+            self.result.model = float16_model(self.nodes, self.constants, self.graph, metadata)
+        else:
+            self.result.model = build_model(self.nodes, self.constants, self.graph, dict(metadata), OPSET)
         return self.result
 
     def _constant(self, name: str, value: Any, dtype: Any) -> str:
@@ -186,19 +166,8 @@ class _Writer:
             value = self.graph.constants[name]
             if value.dtype == np.float32:
                 self.result.float_constants[name] = value
-            self._constant(name, value, self.float_type if value.dtype == np.float32 else value.dtype)
+            self._constant(name, value, value.dtype)
         return name
-
-    def _operand(self, name: str) -> str:
-        """As `_read`, and the image in the type of the float parts."""
-        read = self._read(name)
-        if read != "input" or self.float_type is np.float32:
-            return read
-        if not any(node.name == "input/Cast" for node in self.nodes):
-            self.nodes.append(
-                helper.make_node("Cast", ["input"], ["input.float16"], "input/Cast", to=TensorProto.FLOAT16)
-            )
-        return "input.float16"
 
     def _edge(self, node: onnx.NodeProto) -> None:
         edge = node.attribute[0].s.decode()
@@ -220,12 +189,8 @@ class _Writer:
             bound = clip_bound(float(self.graph.constants[producer.input[2]]), lowered.grid)
             clip = (0, bound) if bound < np.iinfo(lowered.dtype).max else None
         lowered = self._stored(lowered, lowered.grid.scale)
-        self._constant(f"{edge}.scale", lowered.grid.scale[0], self.float_type)
+        scale = self._constant(f"{edge}.scale", lowered.grid.scale[0], np.float32)
         zero_point = self._constant(f"{edge}.zero_point", lowered.grid.zero_point, lowered.dtype)
-        scale = f"{edge}.scale"
-        if node.input[0] == "input" and self.float_type is np.float16:
-            # The image is quantized in float32: rounding it to float16 first would move codes.
-            scale = self._constant(f"{edge}.input_scale", lowered.grid.scale[0], np.float32)
         tensors = self.result.codes.setdefault(edge, [])
         base = f"{edge}.{len(tensors)}" if tensors else edge
         codes = f"{base}.codes"
@@ -289,6 +254,13 @@ class _Writer:
         grid = self.grids[readers[0].attribute[0].s.decode()]
         return grid.qmin == 0 and len(node.input) > 2 and node.input[2] in self.graph.constants
 
+    def _as_relu(self, node: onnx.NodeProto) -> onnx.NodeProto:
+        """A Clip that bounds below by 0 alone is a ReLU, which runtimes fuse."""
+        low, high = [*node.input[1:], "", ""][:2] if node.op_type == "Clip" else ("", "")
+        if high or low not in self.graph.constants or self.graph.constants[low].any():
+            return node
+        return helper.make_node("Relu", node.input[:1], node.output, node.name)
+
     def _float_node(self, node: onnx.NodeProto) -> None:
         weight_marker = self.graph.producers().get(node.input[1]) if len(node.input) > 1 else None
         is_weight = (
@@ -297,9 +269,9 @@ class _Writer:
             and self.specs[weight_marker.attribute[0].s.decode()].kind == "weight"
         )
         if is_weight and weight_marker is not None:
-            inputs = [self._operand(node.input[0]), *self._weight(node, weight_marker.attribute[0].s.decode())]
+            inputs = [self._read(node.input[0]), *self._weight(node, weight_marker.attribute[0].s.decode())]
         else:
-            inputs = [self._operand(name) if name else "" for name in node.input]
+            inputs = [self._read(name) if name else "" for name in node.input]
         self.nodes.append(_copy(node, inputs))
 
     def _weight(self, node: onnx.NodeProto, edge: str) -> list[str]:
@@ -316,14 +288,14 @@ class _Writer:
         lowered = self.result.weights[edge] = self._stored(lowered, lowered.scale)
         # A scale per channel needs a zero point per channel.
         grid = [
-            self._constant(f"{edge}.scale", lowered.scale, self.float_type),
+            self._constant(f"{edge}.scale", lowered.scale, np.float32),
             self._constant(f"{edge}.zero_point", np.zeros(channels), np.int8),
         ]
         codes = f"{edge}.codes"
         if self.weights == "float":
             # code * scale rounds by less than half a step, in float16 too, so the codes come back.
             scale = lowered.scale.reshape(-1, *[1] * (weight.ndim - 1))
-            values = self._constant(f"{edge}.values", lowered.codes * scale, self.float_type)
+            values = self._constant(f"{edge}.values", lowered.codes * scale, np.float32)
             self.nodes.append(
                 helper.make_node("QuantizeLinear", [values, *grid], [codes], f"{edge}/QuantizeLinear", axis=0)
             )
@@ -335,7 +307,7 @@ class _Writer:
         if not has_bias:
             return [output]
         if self.rules.bias_type == "float" or fed is None:
-            return [output, self._constant(f"{edge}.bias", lowered.bias, self.float_type)]
+            return [output, self._constant(f"{edge}.bias", lowered.bias, np.float32)]
         unit = (fed.grid.scale[0] * lowered.scale).astype(np.float32)
         names = [
             self._constant(f"{edge}.bias_codes", lowered.bias_codes, np.int32),
@@ -344,10 +316,3 @@ class _Writer:
         name = f"{edge}.bias/DequantizeLinear"
         self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{edge}.bias"], name, axis=0))
         return [output, f"{edge}.bias"]
-
-    def _cast_output(self) -> None:
-        if self.float_type is np.float32:
-            return
-        last = next(node for node in self.nodes if "logits" in node.output)
-        last.output[list(last.output).index("logits")] = "logits.float16"
-        self.nodes.append(helper.make_node("Cast", ["logits.float16"], ["logits"], "logits/Cast", to=TensorProto.FLOAT))

@@ -157,18 +157,23 @@ def relu(node: onnx.NodeProto, values: dict[str, Value], *further: Any) -> Value
     return compute(node, values, *further)
 
 
-def add(node: onnx.NodeProto, values: dict[str, Value], *further: Any) -> Value:
+def add(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
+) -> Value:
     """The sum of two tensors; of two tensors of codes it is rounded together with the quantizer behind."""
     first, second = (values.get(name) for name in node.input)
-    if isinstance(first, Codes) and isinstance(second, Codes) and not (first.selected or second.selected):
+    whole = isinstance(first, Codes) and not first.selected and node.name not in out.in_float
+    if whole and isinstance(first, Codes) and isinstance(second, Codes) and not second.selected:
         return Added(first, second)
-    return compute(node, values, *further)
+    return compute(node, values, constants, model, out)
 
 
-def global_average_pool(node: onnx.NodeProto, values: dict[str, Value], *further: Any) -> Value:
+def global_average_pool(
+    node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
+) -> Value:
     """The mean over the pixels; of codes it is rounded together with the quantizer behind."""
     value = values[node.input[0]]
-    if not isinstance(value, Codes) or value.selected:
-        return compute(node, values, *further)
+    if not isinstance(value, Codes) or value.selected or node.name in out.in_float:
+        return compute(node, values, constants, model, out)
     sums = value.integers.astype(np.float64).sum(axis=(2, 3), keepdims=True)
     return Pooled(sums, int(np.prod(value.integers.shape[2:])), value.scale)

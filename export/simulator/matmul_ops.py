@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 import torch
+from torch.nn import functional
 
 from crqat.export.simulator.float_ops import operands
 from crqat.export.simulator.values import (
@@ -32,7 +34,7 @@ def conv_or_gemm(
     if node.op_type == "Gemm" and not attributes.get("transB"):
         msg = f"{node.name}: the simulator wants a Gemm with transB"
         raise NotSimulated(msg)
-    if not isinstance(x, Codes) or x.selected or node.input[1] in constants:
+    if not isinstance(x, Codes) or x.selected or node.input[1] in constants or node.name in out.in_float:
         return _float_conv_or_gemm(node, as_float(x), attributes, constants, model, out)
     weight, weight_scale = _weight(node.input[1], constants, model, out)
     unit = (x.scale * weight_scale).astype(np.float32)
@@ -83,7 +85,8 @@ def matmul(
 ) -> Value:
     """The product of two tensors as in attention; of two tensors of codes it is exact."""
     first, second = (values.get(name) for name in node.input)
-    if isinstance(first, Codes) and isinstance(second, Codes) and not (first.selected or second.selected):
+    whole = isinstance(first, Codes) and not first.selected and node.name not in out.in_float
+    if whole and isinstance(first, Codes) and isinstance(second, Codes) and not second.selected:
         a, b = first.integers.astype(np.float64), second.integers.astype(np.float64)
         unit = np.asarray([first.scale * second.scale], np.float32)
         return Sum(a @ b, np.zeros(1), unit, np.abs(a) @ np.abs(b), a.shape[-1])
@@ -107,16 +110,39 @@ def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> 
     """Exact integer sums: float64 holds them all."""
     if op_type == "Gemm":
         return x @ weight.T
-    pads = attributes.get("pads", [0, 0, 0, 0])
-    padded = np.pad(x, ((0, 0), (0, 0), (pads[0], pads[2]), (pads[1], pads[3])))
-    convolved = torch.nn.functional.conv2d(
+    rank = x.ndim - 2
+    strides, dilations = (attributes.get(name, [1] * rank) for name in ("strides", "dilations"))
+    padding = _padding(x.shape[2:], weight.shape[2:], strides, dilations, attributes)
+    padded = np.pad(x, ((0, 0), (0, 0), *padding))
+    function: Any = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[rank]
+    convolved = function(
         torch.from_numpy(padded),
         torch.from_numpy(weight),
-        stride=attributes.get("strides", [1, 1]),
-        dilation=attributes.get("dilations", [1, 1]),
+        stride=strides,
+        dilation=dilations,
         groups=attributes.get("group", 1),
     )
-    return convolved.numpy()
+    return np.asarray(convolved.numpy())
+
+
+def _padding(
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    attributes: dict[str, Any],
+) -> list[tuple[int, int]]:
+    """Zeros before and behind on each axis, by `pads` or as `auto_pad` has it."""
+    rank, auto = len(sizes), attributes.get("auto_pad", b"NOTSET").decode()
+    if auto in ("NOTSET", "VALID"):
+        pads = attributes.get("pads", [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
+        return list(zip(pads[:rank], pads[rank:], strict=True))
+    result = []
+    for size, length, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
+        total = max((-(-size // stride) - 1) * stride + (length - 1) * dilation + 1 - size, 0)
+        less, more = total // 2, total - total // 2
+        result.append((less, more) if auto == "SAME_UPPER" else (more, less))
+    return result
 
 
 def _bias(

@@ -8,7 +8,7 @@ correct float32 computation may lie from them; codes behind such values are `ine
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ def simulate(
     forced: Mapping[str, Array] | None = None,
     stored_error: Mapping[str, Array] | None = None,
     grids: Mapping[str, tuple[Array, int]] | None = None,
+    in_float: Collection[str] = (),
 ) -> Simulation:
     """Run a QDQ file in integers.
 
@@ -36,11 +37,12 @@ def simulate(
         forced: See `Simulation`; with it, a difference shows where it arises and does not spread (teacher forcing).
         stored_error: See `Simulation`.
         grids: See `Simulation`.
+        in_float: See `Simulation`.
 
     Raises:
         NotSimulated: The file contains an operation that is not known here.
     """
-    result = Simulation(forced=forced or {}, stored_error=stored_error or {}, grids=grids or {})
+    result = Simulation(forced=forced or {}, stored_error=stored_error or {}, grids=grids or {}, in_float=in_float)
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     values: dict[str, Value] = {"input": images.astype(np.float32)}
     for node in model.graph.node:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -124,6 +124,7 @@ class Simulation:
             network's own values.
         grids: Name of a tensor of codes -> the scale, of one or one per channel, and the zero point that it is to have.
             They count instead of the file's.
+        in_float: Names of nodes that the runtime was seen to compute in float though their inputs are codes.
     """
 
     codes: dict[str, Array] = field(default_factory=dict)
@@ -137,6 +138,7 @@ class Simulation:
     forced: Mapping[str, Array] = field(default_factory=dict)
     stored_error: Mapping[str, Array] = field(default_factory=dict)
     grids: Mapping[str, tuple[Array, int]] = field(default_factory=dict)
+    in_float: Collection[str] = ()
 
     @property
     def tie_bound(self) -> dict[str, float]:

@@ -26,11 +26,12 @@ from crqat.core import targets as runtimes
 from crqat.core.compare_codes import Tie, compare_codes
 from crqat.core.grid import Grid
 from crqat.core.results.verification import Check, Verification
+from crqat.export.qdq.float16 import as_float16
 from crqat.export.qdq.lower import lower_activation
 from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.run import simulate
 from crqat.export.simulator.values import UNIT_ROUNDOFF, NotSimulated, Simulation
-from crqat.export.verification.fusion import optimized_operations, session
+from crqat.export.verification.fusion import in_float, optimized_operations, session
 from crqat.train.placement.insert import QuantizerSpec
 from crqat.train.quantizers import specs_of
 from crqat.train.quantizers.calibration import Hook, hooked
@@ -218,10 +219,11 @@ def _against_runtime(
     zero_points = {name: file.activations[edge].grid.zero_point for edge, own in file.codes.items() for name in own}
     theirs = {name: own.astype(np.int64) - zero_points[name] for name, own in zip(names, codes, strict=True)}
     trained = _trained_grids(file, grids, runtimes.executed())
-    if simulation.inexact or simulation.logits_bound is not None or not _stores(file.model, trained):
+    seen = in_float(file.model, before)
+    if seen or simulation.inexact or simulation.logits_bound is not None or not _stores(file.model, trained):
         # Each quantizer is fed with the runtime's codes: a difference shows where it arises and does not spread.
-        forced = theirs if simulation.inexact else None
-        simulation = simulate(file.model, images, forced, grids=trained)
+        forced = theirs if simulation.inexact or seen else None
+        simulation = simulate(file.model, images, forced, grids=trained, in_float=seen)
     pairs = {name: (simulation.codes[name], theirs[name]) for name in names}
     exact = compare_codes({name: pair for name, pair in pairs.items() if name not in simulation.inexact})
     near = _compare({name: pair for name, pair in pairs.items() if name in simulation.inexact}, simulation)
@@ -267,8 +269,8 @@ def _stored_error(file: QDQModel, edge: str) -> float:
         return 0.0
     # Of the bias that was to be written, not of the one in the file: that one is to be verified.
     bias = file.weights[edge].bias
-    values = bias.astype(helper.tensor_dtype_to_np_dtype(stored.data_type)).astype(np.float64)
-    return float(np.abs(values - bias).max())
+    values = as_float16(bias) if stored.data_type == TensorProto.FLOAT16 else bias
+    return float(np.abs(values.astype(np.float64) - bias).max())
 
 
 def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
@@ -281,7 +283,8 @@ def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
     result = {}
     for name, value in file.float_constants.items():
         # Of the constant that was to be written, not of the one in the file: that one is to be verified.
-        moved = np.abs(value.astype(types.get(name, value.dtype)).astype(np.float64) - value)
+        stored = as_float16(value) if types.get(name) == np.float16 else value
+        moved = np.abs(stored.astype(np.float64) - value)
         if value.size == 1:
             short = np.ldexp(value.astype(np.float64), 12) % 1 == 0
             moved = moved + np.where(short, 0.0, UNIT_ROUNDOFF * np.abs(value))

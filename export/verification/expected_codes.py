@@ -12,6 +12,7 @@ from onnx import TensorProto, helper
 from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.run import simulate
 from crqat.export.simulator.values import NotSimulated
+from crqat.export.verification.fusion import in_float
 
 # Every code of each image is stored: 0.3 million for a CIFAR ResNet-20, 11 million for a ResNet-50.
 IMAGES = 2
@@ -32,6 +33,9 @@ def expected_codes(file: QDQModel, images: npt.NDArray[np.float32], out: Path) -
     images = np.ascontiguousarray(images[:IMAGES])
     try:
         simulation = simulate(file.model, images)
+        seen = in_float(file.model)
+        if seen:
+            simulation = simulate(file.model, images, in_float=seen)
     except NotSimulated:
         return False
     zero_points = {name: file.activations[edge].grid.zero_point for edge, names in file.codes.items() for name in names}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def fusion(model: onnx.ModelProto) -> Fusion:
         in_float=stayed,
         complete=not stayed,
     )
+
+
+def in_float(model: onnx.ModelProto, operations: Mapping[str, list[str]] | None = None) -> set[str]:
+    """Nodes that read codes and that ONNX Runtime leaves in float on this machine: a result with two readers is one.
+
+    Args:
+        model: The file.
+        operations: Of `optimized_operations`, if they are there already.
+    """
+    optimized = dict(operations or optimized_operations(model))
+    return {
+        node.name
+        for node in model.graph.node
+        if node.op_type in FUSED and node.name not in _computed_in_integers(optimized, node.op_type)
+    }
 
 
 def _before_output(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:

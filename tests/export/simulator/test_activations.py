@@ -16,9 +16,9 @@ from crqat.core.typed_json import to_json
 from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator import float_ops
 from crqat.export.simulator import run as simulate
-from crqat.export.simulator.values import Pooled
+from crqat.export.simulator.values import Float, Pooled
 from crqat.export.verification.checks import verify
-from crqat.export.verification.fusion import fusion
+from crqat.export.verification.fusion import fusion, in_float
 from crqat.train.config import QuantizationConfig, Target
 from tests.export.conftest import BOTH, Quantized, edited_file, initializer, quantize, random_images
 
@@ -130,6 +130,13 @@ def proven(network: nn.Module, targets: tuple[Target, ...]) -> tuple[Quantized, 
 
 FUSED: dict[str, Callable[[], nn.Module]] = {
     "relu6": lambda: Net(nn.ReLU6()),
+    "clamp of negative values": lambda: Net(lambda x: x.clamp(min=0)),
+    "clamp to six": lambda: Net(lambda x: torch.clamp(x, 0, 6)),
+    "clamp to one": lambda: Net(lambda x: x.clip(0.0, 1.0)),
+    "hardtanh from zero": lambda: Net(nn.Hardtanh(0, 4)),
+    "padded to the same size": lambda: Net(
+        nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, (5, 2), padding="same"), nn.ReLU())
+    ),
     "average pool": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 2)),
     "padded average pool": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 3, 2, 1)),
     "pad": lambda: Net(lambda x: F.pad(F.relu(x), (1, 2, 0, 1))),
@@ -149,7 +156,7 @@ def test_these_run_in_integers(name: str, targets: tuple[Target, ...]) -> None:
     assert proof["onnxruntime"]["differing_codes"] == 0
     assert fused["float"] == [] and fused["complete"]
     operations = fused["operations"]
-    assert operations["QLinearConv"] == (3 if name == "concat" else 2)
+    assert operations["QLinearConv"] == (3 if name in ("concat", "padded to the same size") else 2)
     assert operations.get("QLinearAveragePool", 0) == ("average" in name)
     assert operations.get("QLinearLeakyRelu", 0) == (name == "leaky relu")
     # Sizes that the forward pass computes are constants in the file.
@@ -164,6 +171,10 @@ FLOAT: dict[str, tuple[Callable[[], nn.Module], dict[str, str]]] = {
         {"HardSigmoid": "ONNX Runtime has no integer kernel for HardSigmoid"},
     ),
     "hardtanh": (lambda: Net(nn.Hardtanh()), {"Clip": "ONNX Runtime has no integer kernel for a Clip of both signs"}),
+    "clamp": (
+        lambda: Net(lambda x: x.clamp(-1, 2)),
+        {"Clip": "ONNX Runtime has no integer kernel for a Clip of both signs"},
+    ),
     "elu": (lambda: Net(nn.ELU(0.5)), {"Elu": "ONNX Runtime has no integer kernel for Elu"}),
     "gelu": (lambda: Net(nn.GELU()), {"Erf": "ONNX Runtime has no integer kernel for Erf"}),
     "prelu": (lambda: Net(nn.PReLU(8)), {"PRelu": "ONNX Runtime has no integer kernel for PRelu"}),
@@ -215,6 +226,28 @@ def test_what_the_table_knows_is_proven_for_both_targets(name: str) -> None:
     torch.manual_seed(0)
     _, proof, _ = proven(COMPUTED[name](), BOTH)
     assert {target: entry["status"] for target, entry in proof.items()} == dict.fromkeys(BOTH, "passed")
+
+
+class TwoReaders(Net):
+    """The sum of two tensors is quantized, and read as it is, too: ONNX Runtime adds in float."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        """As above."""
+        x = super().middle(x)
+        total = x + torch.roll(x, (2, -2), (2, 3))
+        return F.relu(total) - total
+
+
+def test_what_the_runtime_leaves_in_float_is_seen_in_its_graph() -> None:
+    torch.manual_seed(0)
+    quantized, proof, _ = proven(TwoReaders(nn.ReLU()), ALONE)
+    assert proof["onnxruntime"]["status"] == "passed"
+    file = quantized.file("onnxruntime")
+    left = in_float(file.model)
+    assert left
+    exact = simulate.simulate(file.model, quantized.images)
+    seen = simulate.simulate(file.model, quantized.images, in_float=left)
+    assert exact.inexact < seen.inexact
 
 
 def test_a_scale_behind_the_last_quantizer_is_found() -> None:
@@ -278,9 +311,10 @@ def test_logits_behind_a_pool_have_a_bound_that_can_be_broken(monkeypatch: pytes
 
     def larger(*arguments: Any) -> Any:
         pooled = original(*arguments)
-        assert isinstance(pooled, Pooled)
-        pooled.scale = pooled.scale * np.float32(1 + 1e-5)
-        return pooled
+        if isinstance(pooled, Pooled):
+            return replace(pooled, scale=pooled.scale * np.float32(1 + 1e-5))
+        assert isinstance(pooled, Float)  # where the runtime was seen to compute it in float
+        return replace(pooled, values=pooled.values * (1 + 1e-5))
 
     monkeypatch.setitem(simulate._OPERATIONS, "GlobalAveragePool", larger)
     broken = verify(quantized.model, quantized.grids, {"onnxruntime": file}, quantized.images)

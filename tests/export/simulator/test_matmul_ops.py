@@ -190,3 +190,27 @@ def test_the_bound_of_ties_holds_for_float32_and_is_narrow() -> None:
         total = np.add.accumulate(ordered, axis=-1, dtype=np.float32)[..., -1]
         error = np.abs(total.astype(np.float64) / 0.3 - simulation.before_rounding["y"]).max()
         assert 0 < error <= simulation.tie_bound["y"] < 0.02
+
+
+@pytest.mark.parametrize("auto_pad", ["SAME_UPPER", "SAME_LOWER", "VALID"])
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_convolutions_of_any_rank_pad_by_themselves(rank: int, auto_pad: str) -> None:
+    rng = np.random.default_rng(rank)
+    x = random_tensor(rng, (2, 4, 9, 8, 7)[: 2 + rank], 120)
+    weight = rng.integers(-60, 61, (6, 2, 4, 2, 3)[: 2 + rank]).astype(np.int8)
+    constants = {
+        **grid("x", x.scale, 120), **grid("y", np.float32(0.02 * 2**rank), 119), "w": weight,
+        "w.scale": rng.uniform(0.001, 0.01, 6).astype(np.float32), "w.zero": np.zeros(6, np.int8),
+    }  # fmt: skip
+    attributes = {"auto_pad": auto_pad, "strides": [2, 1, 3][:rank], "group": 2}
+    nodes: list[Node] = [
+        quantize("x", "input"),
+        dequantize("x", "x", "x.real"),
+        ("DequantizeLinear", ["w", "w.scale", "w.zero"], "w.real", {"axis": 0}),
+        ("Conv", ["x.real", "w.real"], "sum", attributes),
+        quantize("y", "sum"),
+        dequantize("y", "y", "logits"),
+    ]
+    simulation, runtime, _ = run(model_of(nodes, constants, x.codes.shape), x.real, "y")
+    assert len(np.unique(runtime)) > 20
+    np.testing.assert_array_equal(simulation.codes["y"] + 119, runtime)
