@@ -33,7 +33,7 @@ install: $(INSTALLED) ## make the virtual environment
 train: $(INSTALLED) ## train and quantize what RECIPE says
 	$(CRQAT) train $(RECIPE)
 
-export: $(INSTALLED) ## write one proven ONNX file per target
+export: $(INSTALLED) ## write one verified ONNX file per target
 	$(CRQAT) export $(RECIPE)
 
 benchmark: $(INSTALLED) ## measure the files on this machine
@@ -48,9 +48,10 @@ test: $(INSTALLED) ## run the tests that do not take long; WORKERS=... processes
 test-all: $(INSTALLED) ## run all tests
 	$(PYTEST) $(ARGS)
 
-lint: $(INSTALLED) ## ruff and mypy --strict
+lint: $(INSTALLED) ## ruff, mypy --strict and the list of retired words
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+	$(VENV)/bin/python -m pytest -q tests/test_words.py
 	$(VENV)/bin/python -m tests.typing_stubs  # TensorRT's, for mypy
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m mypy --python-version 3.10 -p crqat.core -p crqat.runtime_eval  # what runs on a board

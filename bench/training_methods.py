@@ -29,7 +29,7 @@ FILE = "onnxruntime.onnx"
 TRAININGS: dict[str, tuple[tuple[str, ...], tuple[tuple[str, str], ...]]] = {
     "ptq": (("qat.epochs=0",), (("PTQ", "student"),)),
     "qat": (("consistency.weight=0",), (("QAT", "student"), ("QAT, EMA of the weights", "teacher"))),
-    "kd": (("consistency.teacher=float",), (("QAT, float teacher", "student"),)),
+    "kd": (("consistency.teacher=float",), (("QAT, distillation", "student"),)),
     "cr": ((), (("CR-QAT, student", "student"), ("CR-QAT, teacher", "teacher"))),
 }
 

@@ -88,7 +88,7 @@ class ModelConfig:
         weights_key: Where in `weights` the state dict lies, such as "state_dict_ema"; None takes the only one that
             fits.
         accuracy: Share of the test images that the float network is known to answer rightly, such as 0.9173. The gate
-            fails if it is proven to be further below than `gate.max_accuracy_drop`; nothing else depends on it.
+            fails if it is shown to be further below than `gate.max_accuracy_drop`; nothing else depends on it.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -136,8 +136,8 @@ class QATConfig(OptimizerConfig):
         scale_lr: Learning rate of the quantizers' parameters, as a factor of `lr`.
         damping: Largest weight of what pulls latent weights to the centres of their bins (arXiv 2203.11086); it rises
             from 0 over all steps as half a cosine.
-        progressive_bits: Descending widths, an equal share of the steps each, below which no quantizer is; the last
-            must not be above the narrowest width that is asked for.
+        progressive_bits: Descending bit widths, an equal share of the steps each, below which no quantizer is; the last
+            must not be above the smallest bit width that is asked for.
         sync_bn: In several processes, BN normalizes with the statistics of the whole batch instead of each process's
             share (SyncBatchNorm); needs CUDA.
     """
@@ -154,7 +154,7 @@ class QATConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class Override:
-    """Widths of the layers whose name matches a pattern; None leaves a width as it is.
+    """Bit widths of the layers whose name matches a pattern; None leaves a bit width as it is.
 
     Attributes:
         weights: Bits of the layer's weights.
@@ -168,7 +168,7 @@ class Override:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Widths and the way a quantizer learns its Grid.
+    """Bit widths, and how a quantizer learns its Grid.
 
     Attributes:
         weight_method: How weights learn their Grid; docs/methods.md has each method. "lsq" learns each step (arXiv
@@ -181,8 +181,8 @@ class QuantizationConfig:
         activations: Bits of the activations.
         first_layer: Bits of the network's input and of the first layer's weights.
         last_layer: Bits of the last layer's input and weights.
-        overrides: Widths by layer, before all of the above: a layer's name such as "layer1.0.conv1", or a pattern with
-            `*`, `?` and `[...]`. The longest pattern counts; see `crqat.train.placement.overrides`.
+        overrides: Bit widths by layer, before all of the above: a layer's name such as "layer1.0.conv1", or a pattern
+            with `*`, `?` and `[...]`. The longest pattern counts; see `crqat.train.placement.overrides`.
         float_layers: Convolutions and linear layers that carry no quantizers, on their input neither, by name or
             pattern as in `overrides`. A list is for all targets; a mapping gives one for each target by name. One
             placement serves all files, so a layer that is named for any target of the recipe is float in training and
@@ -231,11 +231,11 @@ class TrainConfig:
 
     Attributes:
         seed: Of the split, the initial weights, the order of images and the augmentation.
-        targets: The runtimes that the network must run on; they constrain where quantizers sit and their widths.
+        targets: The runtimes that the network must run on; they constrain where quantizers sit and their bit widths.
         data: The images.
         model: The float network.
         float_training: How the float network is trained if it has no weights; the recipe's `float` section.
-        quantization: Widths and method.
+        quantization: Bit widths and methods.
         qat: How the quantized network is trained.
         consistency: The consistency term.
         device: "auto" takes CUDA where there is one.

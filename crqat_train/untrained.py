@@ -33,7 +33,7 @@ def sane_bn(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
 def awake(network: nn.Module, seed: int = 0) -> nn.Module:
     """Redraw parameters of two and more dimensions that start as zeros or almost: class tokens, heads, layer scales.
 
-    Quantized, they would be one code everywhere, and a proof of codes would prove nothing behind them.
+    Quantized, they would be one code everywhere, and a comparison of codes would show nothing after them.
 
     Args:
         network: Changed in place.

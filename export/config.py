@@ -22,7 +22,7 @@ class ExportConfig:
             network in that type, which is what INT8 has to be faster than.
         weights: How tensorrt.onnx stores weights: "int8" codes with a DequantizeLinear, or "float" values with a pair
             of QuantizeLinear and DequantizeLinear, for parsers that know no other form. The engine is the same.
-        verify_images: Images of the training set on which the three links of the proof are checked.
+        verify_images: Images of the training set on which each file is verified by the three checks.
         allow_lossy: Write a file even if an edge cannot keep its trained Grid.
     """
 

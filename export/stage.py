@@ -1,4 +1,4 @@
-"""The `export` stage: a finished training becomes ONNX files, the proof of them, and the images to measure them on."""
+"""The `export` stage: a finished training becomes ONNX files, their verification, and the images to measure them on."""
 
 from __future__ import annotations
 

@@ -88,7 +88,7 @@ def quantize_network(
         network: On the CPU; it is not changed, but for being in eval mode afterwards.
         batches: Normalized images, float32 of shape [N, C, H, W] each, from which the ranges start.
         targets: Names of runtimes; see `crqat.core.targets`.
-        config: Widths and methods, None for the defaults.
+        config: Bit widths and methods, None for the defaults.
         residual: See `crqat.train.placement.insert.quantize_model`.
 
     Raises:

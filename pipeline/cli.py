@@ -47,7 +47,7 @@ class _Commands(click.Group):
 @click.group(cls=_Commands)
 @click.version_option(package_name="crqat-edge", prog_name="crqat")
 def crqat() -> None:
-    """A float image classifier goes in, an INT8 model that is proven on its runtime comes out.
+    """A float image classifier goes in, an INT8 model that is verified on its runtime comes out.
 
     \b
     Exit codes: 0 pass, 1 measured and judged a failure (gate, run,
@@ -145,7 +145,7 @@ def train(
     "--bisect", is_flag=True, help="If no engine can be made of tensorrt.onnx, write the smallest part that fails too."
 )
 def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, unsafe: bool, bisect: bool) -> None:
-    """Write one ONNX file per target and prove it."""
+    """Write one ONNX file per target and verify it."""
     from crqat.core import run_directory
     from crqat.core.results import export as results
     from crqat.core.targets import builds_engine
@@ -227,13 +227,16 @@ def gate(recipe: Path, overrides: tuple[str, ...], runs: Path, address: str | No
 @recipe_arguments
 @force_option
 @click.option(
-    "--average-bits", type=click.FloatRange(2, 8), default=5.0, help="Largest mean width of the weights. Default: 5."
+    "--average-bits",
+    type=click.FloatRange(2, 8),
+    default=5.0,
+    help="Largest mean bit width of the weights. Default: 5.",
 )
 @click.option("--images", type=click.IntRange(min=1), default=128, help="Calibration images. Default: 128.")
 def sensitivity(
     recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, average_bits: float, images: int
 ) -> None:
-    """Measure what fewer bits cost each layer of a trained run, and propose a recipe of mixed widths."""
+    """Measure what fewer bits cost each layer of a trained run, and propose a recipe of mixed bit widths."""
     from crqat.pipeline.commands import mixed_precision as proposal
 
     config = load(recipe, overrides)

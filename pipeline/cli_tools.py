@@ -43,7 +43,7 @@ def bundle(run: Path, out: Path | None) -> None:
 def check(path: Path, overrides: tuple[str, ...], syntax: bool) -> None:
     """Verify a run directory, a recipe, an ONNX file, Grids (grids.json) or results.json.
 
-    A recipe's network is tried on two images, from its data to the proof of its files, untrained.
+    A recipe's network is tried on two images, untrained, from its data to the verification of its files.
     """
     from crqat.pipeline import console
     from crqat.pipeline.commands import check as checks

@@ -1,4 +1,4 @@
-"""The published CIFAR-10 ResNet-20: the proposed widths keep to the size, and their recipe is proven like any other."""
+"""The published ResNet-20: the proposed bit widths keep to the size, and their recipe is verified like any other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each kind of network from a recipe to its verdict, on a few real images: both files proven in integer codes."""
+"""Each kind of network from a recipe to its verdict, on a few real images: both files verified in integer codes."""
 
 from __future__ import annotations
 

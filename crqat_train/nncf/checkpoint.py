@@ -60,7 +60,7 @@ class NNCFQuantizer:
 
     Attributes:
         hooks: All hook names that share it, sorted.
-        bits: Its width.
+        bits: Its bit width.
         signed: Of a symmetric one: whether it has negative codes.
         narrow: Of a symmetric one: without the smallest code (the largest, if it is unsigned).
         parameters: float32, of the scale's shape in NNCF: "scale", or "input_low" and "input_range".

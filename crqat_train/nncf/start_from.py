@@ -128,7 +128,7 @@ def check(path: Path, config: TrainConfig, progress: Progress) -> tuple[Checkpoi
 
 
 def usual_bits(checkpoint: Checkpoint) -> tuple[int, int]:
-    """The width of most weights and of most activations."""
+    """The bit width of most weights and of most activations."""
     weights = Counter(q.bits for q in checkpoint.quantizers if q.hooks[0].startswith("pre_hooks.") and len(q.shape) > 1)
     others = Counter(q.bits for q in checkpoint.quantizers)
     others.subtract(weights)

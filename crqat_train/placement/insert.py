@@ -48,14 +48,14 @@ class QuantizerSpec:
         edge: Its name: the first of its NNCF hook names.
         hooks: All hook names that share it, sorted.
         kind: "weight" or "activation".
-        bits: Width asked for, after the targets' constraints.
+        bits: Bit width asked for, after the targets' constraints.
         qmin: Smallest code.
         qmax: Largest code.
         channels: Length of a per-channel scale, None for per tensor.
         ndim: Dimensions of the quantized tensor.
         input_edge: For a weight, the edge of the activation that it meets.
         bn: For a weight, the name of the BatchNorm that the convolution folds, None if there is none.
-        reason: Why the width differs from the recipe's, empty if it does not.
+        reason: Why the bit width differs from the recipe's, empty if it does not.
     """
 
     edge: str
@@ -108,7 +108,7 @@ def insert_quantizers(
     Args:
         model: Float network; it is not changed.
         example: Input of shape [N, C, H, W], float32.
-        config: Widths.
+        config: Bit widths.
         targets: Names of runtimes; see `crqat.core.targets`.
         make_quantizer: Called once for each spec.
         residual: Which inputs of a residual Add are quantized; None takes what the targets want.
@@ -285,7 +285,7 @@ def _constrain(
     config: QuantizationConfig,
     constraints: runtimes.Constraints,
 ) -> list[QuantizerSpec]:
-    """The codes of each quantizer: signedness from the graph, widths from the recipe, within the targets' limits."""
+    """Each quantizer's codes: signedness from the graph, bit widths from the recipe, within the targets' limits."""
     activation_at = {place: names[0] for names, _, weight, places in groups if not weight for place in places}
     matmuls = [node for node in graph_module.graph.nodes if is_matmul(node)]
 
@@ -367,7 +367,7 @@ def _constrain(
 
 
 def codes_at(spec: QuantizerSpec, bits: int) -> tuple[int, int]:
-    """Smallest and largest code of a quantizer at another width than its own, whatever the targets say of it."""
+    """Smallest and largest code of a quantizer at another bit width than its own, whatever the targets say of it."""
     if bits == spec.bits:
         return spec.qmin, spec.qmax
     if spec.kind == "weight":

@@ -34,15 +34,15 @@ class Layer:
 def widths(
     overrides: Mapping[str, Override], layers: Sequence[Layer], activations: Mapping[str, str]
 ) -> dict[str, int]:
-    """The width of each edge that an override speaks of.
+    """The bit width of each edge that an override speaks of.
 
     Where several patterns match a name, the name itself counts before a pattern, and a longer pattern before a shorter
-    one. Of layers that read the same activation and ask for different widths, the largest is taken.
+    one. Of layers that read the same activation and ask for different bit widths, the largest is taken.
 
     Args:
-        overrides: Pattern to widths, as the recipe has them.
+        overrides: Pattern to bit widths, as the recipe has them.
         layers: Every quantized layer.
-        activations: Edge to name of every quantized activation whose width may change.
+        activations: Edge to name of every quantized activation whose bit width may change.
 
     Raises:
         UsageError: A pattern has no effect, or two of them contradict each other.

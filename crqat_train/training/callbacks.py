@@ -135,18 +135,18 @@ def quantizers(model: nn.Module) -> Iterator[Quantizer]:
 
 
 def width_of_step(step: int, steps: int, widths: tuple[int, ...]) -> int | None:
-    """The width that no quantizer is below in a step; None in the last part of the steps, and without `widths`."""
+    """The bit width that no quantizer is below in a step; None in the last part of the steps, and without `widths`."""
     part = step * len(widths) // steps
     return widths[part] if part < len(widths) - 1 else None
 
 
 @torch.no_grad()
 def set_width(quantizer: Quantizer, bits: int, keep_range: bool = True) -> None:
-    """Give a quantizer the codes of another width.
+    """Give a quantizer the codes of another bit width.
 
     Args:
         quantizer: Its `spec`, which says what it ends as, stays.
-        bits: The width.
+        bits: The bit width.
         keep_range: Change the scale so that the largest code stands for the same value as before.
     """
     qmin, qmax = codes_at(quantizer.spec, bits)

@@ -32,6 +32,7 @@ from crqat.train.models import published
 from crqat.train.nncf import checkpoint as nncf_checkpoint
 from crqat.train.nncf import start_from
 from crqat.train.quantized_model import QuantizedModel, quantize_model
+from crqat.train.quantizers import quantizer_maker
 from crqat.train.quantizers.finalize import check_values
 from crqat.train.training import loop
 from crqat.train.training.callbacks import Callback, low_bit_callbacks
@@ -170,6 +171,7 @@ def _begin(
     if config.qat.sync_bn:
         distributed.check_sync_bn(device)
     models.check_name(config.model.name)
+    quantizer_maker(config.quantization)  # a user's own method is wrong before anything is read or trained
     with distributed.first_rank_first():
         preparation = [f"images prepared {note}" for note in published.notes(config)]
         config = replace(config, data=published.data_section(config))

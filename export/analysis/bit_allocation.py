@@ -1,4 +1,4 @@
-"""Which layer gets which width: the smallest sum of divergences within a size, exactly."""
+"""Which layer gets which bit width: the smallest sum of divergences within a size, exactly."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from crqat.export.analysis.bit_width_cost import LayerDivergence
 
 
 def allocate(layers: Sequence[LayerDivergence], average_bits: float) -> dict[str, int]:
-    """The width of each layer that minimizes the summed divergence, a small integer program.
+    """The bit width of each layer that minimizes the summed divergence, a small integer program.
 
     The sum takes layers for independent of each other, which they are only roughly.
 
     Args:
-        layers: What each width of each layer costs; all have the same widths.
-        average_bits: The largest mean width over all weights of all layers.
+        layers: What each bit width of each layer costs; all have the same bit widths.
+        average_bits: The largest mean bit width over all weights of all layers.
 
     Raises:
-        UsageError: Even the smallest widths are above the average.
+        UsageError: Even the smallest bit widths are above the average.
         ToolError: The solver gives up.
     """
     widths = sorted(layers[0].divergence)
     if average_bits < widths[0]:
-        msg = f"--average-bits {average_bits:g}: the narrowest width is {widths[0]}"
+        msg = f"--average-bits {average_bits:g}: the smallest bit width is {widths[0]}"
         raise UsageError(msg)
     cost = np.array([[layer.divergence[bits] for bits in widths] for layer in layers])
     weights = np.array([layer.weights for layer in layers], dtype=float)
     shares = weights / weights.sum()
-    # Variables: one for each layer and width, of which a layer takes exactly one.
+    # Variables: one for each layer and bit width, of which a layer takes exactly one.
     one_each = np.kron(np.eye(len(layers)), np.ones(len(widths)))
     size = np.outer(shares, widths).ravel()
     outcome = milp(
@@ -42,12 +42,12 @@ def allocate(layers: Sequence[LayerDivergence], average_bits: float) -> dict[str
         options={"mip_rel_gap": 0.0},
     )
     if outcome.x is None:
-        msg = f"scipy's solver found no widths of {average_bits:g} bits on average: {outcome.message}"
+        msg = f"scipy's solver found no bit widths of {average_bits:g} on average: {outcome.message}"
         raise ToolError(msg)
     chosen = outcome.x.reshape(cost.shape).argmax(axis=1)
     return {layer.layer: widths[index] for layer, index in zip(layers, chosen, strict=True)}
 
 
 def mean_bits(layers: Sequence[LayerDivergence], bits: dict[str, int]) -> float:
-    """The mean width over all weights."""
+    """The mean bit width over all weights."""
     return sum(layer.weights * bits[layer.layer] for layer in layers) / sum(layer.weights for layer in layers)

@@ -1,4 +1,4 @@
-"""What each layer's width costs: the float network with one layer quantized, against itself, without any training."""
+"""What each layer's bit width costs: the float network with one layer quantized against itself, without training."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class LayerDivergence:
     Attributes:
         layer: Its name, as `quantization.overrides` takes it.
         weights: How many weights it has.
-        divergence: KL(float || quantized) of the softmax, mean over the images in nats, for each width.
+        divergence: KL(float || quantized) of the softmax, mean over the images in nats, for each bit width.
     """
 
     layer: str
@@ -44,7 +44,7 @@ class LayerDivergence:
 
 
 class Divergences:
-    """A float network whose quantizers can be switched on layer by layer at any width.
+    """A float network whose quantizers can be switched on layer by layer at any bit width.
 
     Args:
         train_dir: A finished train stage; its hashes are verified first. Of it the float network is taken.
@@ -58,7 +58,7 @@ class Divergences:
     def __init__(self, train_dir: Path, config: TrainConfig, images: int) -> None:
         trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
         asked = config.quantization
-        # At 8 bits the targets' limits show; no narrower width meets one.
+        # At 8 bits the targets' limits show; no smaller bit width meets one.
         widest = replace(asked, weights=8, activations=8, first_layer=8, last_layer=8, overrides={})
         self._model = rebuild(train_dir, replace(config, quantization=widest), trained, "student")
         self._specs = self._model.specs
@@ -79,7 +79,7 @@ class Divergences:
             self._float = self._log_probabilities()
 
     def one_layer_at_a_time(self, progress: Progress, widths: Sequence[int] = WIDTHS) -> list[LayerDivergence]:
-        """Every layer at every width, its weights and its input, all others in float; in the network's order."""
+        """Every layer at every bit width, its weights and its input, all others in float; in the network's order."""
         rows = {
             name: LayerDivergence(
                 name, sum(weight_of(self._model, spec).numel() for spec in specs if spec.kind == "weight")
@@ -96,10 +96,10 @@ class Divergences:
         return list(rows.values())
 
     def together(self, bits: Mapping[str, int]) -> float:
-        """The same with every layer quantized at once, each at its own width; what no layer reads stays in float.
+        """The same with every layer quantized at once, each at its own bit width; what no layer reads stays in float.
 
         Args:
-            bits: Layer to width. An activation that several layers read gets the largest of theirs.
+            bits: Layer to bit width. An activation that several layers read gets the largest of theirs.
         """
         widths: dict[str, int] = {}
         for name, specs in self._layers.items():

@@ -44,7 +44,7 @@ def fold_shapes(graph: Graph) -> None:
     """Sizes that a forward pass computes from a tensor's shape become constants, as far as the batch is not in them.
 
     They are computed for two batch sizes; what is the same in both is constant. A Reshape one dimension of which
-    follows the batch gets -1 there, an Expand to the batch is told the input's.
+    follows the batch gets -1 there, an Expand to the batch gets the input's.
     """
     computed: list[str] = []
     for node in graph.nodes:

@@ -44,6 +44,9 @@ def quantize(
     value = values[node.input[0]]
     fallback = real_values(value) / float(scale)
     bound: Array = np.asarray(4 * UNIT_ROUNDOFF * np.abs(fallback).max(initial=0.0))
+    # The kernels below round at most four times: a sum, a scale or two, and their product. An Add's has a bound of its
+    # own, and what is computed in float64 has none.
+    kernel_bound = float(bound)
     if isinstance(value, Sum):
         total = (value.sums + column(value.bias, value.sums)).astype(np.float32)
         rounded = np.rint(total * column((value.unit / scale).astype(np.float32), total))
@@ -54,6 +57,7 @@ def quantize(
         rounded = _qlinear_add(value, scale, zero_point)
         both = np.abs(real_values(value.first)) + np.abs(real_values(value.second))
         bound = bound + 8 * UNIT_ROUNDOFF * float(both.max(initial=0.0)) / float(scale)
+        kernel_bound = _qlinear_add_bound(value, scale, zero_point)
     elif isinstance(value, Pooled):
         rounded = np.rint(
             value.sums.astype(np.float32) * np.float32(value.scale / np.float32(scale * np.float32(value.count)))
@@ -65,22 +69,23 @@ def quantize(
         rounded = np.rint(value / scale)
     else:
         rounded = np.rint(fallback)
+        kernel_bound = 0.0
         if isinstance(value, Float):
             bound = 4 * UNIT_ROUNDOFF * np.abs(fallback) + value.error / float(scale)
-            _demand_proof(node, value, bound)
+            _demand_bound(node, value, bound)
             out.inexact.add(node.output[0])
     lowest = 0 if isinstance(value, (Sum, Added)) and value.relu else info.min - zero_point
     integers = np.clip(rounded, lowest, info.max - zero_point).astype(np.int32)
-    return out.record(node.output[0], Codes(integers, scale, zero_point), fallback, bound)
+    return out.record(node.output[0], Codes(integers, scale, zero_point), fallback, bound, kernel_bound)
 
 
-def _demand_proof(node: onnx.NodeProto, value: Float, bound: Array) -> None:
-    """A bound that no code can break is no proof."""
+def _demand_bound(node: onnx.NodeProto, value: Float, bound: Array) -> None:
+    """A bound that no code can break verifies nothing."""
     if np.isnan(value.values).any():
         msg = f"{node.name}: the operation in front of it gives values that are no numbers"
         raise NotSimulated(msg)
     if bound.size and (bound >= 0.5).all():
-        msg = f"{node.name}: float32 leaves none of its values within half a code, so nothing is proven"
+        msg = f"{node.name}: float32 leaves none of its values within half a code, so nothing is verified"
         raise NotSimulated(msg)
 
 
@@ -94,6 +99,22 @@ def _qlinear_add(value: Added, scale: np.float32, zero_point: int) -> Array:
     # A float64 holds the product of a float32 and an 8-bit code exactly, so rounding once to float32 is an fma.
     inner = (float(ratio_b) * raw_b + float(constant)).astype(np.float32)
     return np.rint((float(ratio_a) * raw_a + inner).astype(np.float32)) - zero_point
+
+
+def _qlinear_add_bound(value: Added, scale: np.float32, zero_point: int) -> float:
+    """How far, in codes, `_qlinear_add` can lie from the exact sum before it rounds to a code.
+
+    Raw codes and zero points are multiplied apart from each other: where the scale of an input is far above that of the
+    sum, two large products cancel, and their rounding errors stay. With
+    M = |z_y| + r_a (|A| + |z_a|) + r_b (|B| + |z_b|), no number that is rounded is larger than M: the products r_a z_a
+    and r_b z_b, their sum, its distance from z_y, and the two fma; that is six roundings. The two ratios are rounded as
+    well, which moves the result by at most one more u M. Together 7 u M, and less than 8 u M with the terms in u^2.
+    """
+    largest = float(abs(zero_point))
+    for codes in (value.first, value.second):
+        raw = np.abs(codes.integers.astype(np.float64) + codes.zero_point).max(initial=0.0)
+        largest += float(codes.scale) / float(scale) * (float(raw) + abs(codes.zero_point))
+    return 8 * UNIT_ROUNDOFF * largest
 
 
 def dequantize(
@@ -123,7 +144,8 @@ def clip(
         before, bound = out.before_rounding[node.input[0]], out.bounds[node.input[0]]
         if node.input[0] in out.inexact:
             out.inexact.add(node.output[0])
-        return out.record(node.output[0], Codes(clipped, value.scale, value.zero_point), before, bound)
+        kernel_bound = out.kernel_bounds[node.input[0]]
+        return out.record(node.output[0], Codes(clipped, value.scale, value.zero_point), before, bound, kernel_bound)
     return compute(node, values, constants, model, out)
 
 

@@ -70,7 +70,7 @@ def simulate(
     if not isinstance(logits, np.ndarray):
         approximate = as_float(logits)
         if approximate.error.size and not np.isfinite(approximate.error).any():
-            msg = "logits: float32 leaves nothing of their values, so nothing is proven"
+            msg = "logits: float32 leaves nothing of their values, so nothing is verified"
             raise NotSimulated(msg)
         result.logits_bound = approximate.error + UNIT_ROUNDOFF * np.abs(approximate.values)
         logits = approximate.values

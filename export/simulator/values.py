@@ -110,6 +110,9 @@ class Simulation:
         bounds: Name of a tensor of codes -> how far apart, in codes, two correct float32 computations of the same value
             can lie before they are rounded (probabilistic bound of Higham and Mary 2019 with lambda = 8 for a sum, plus
             single roundings): one number, or one for each code. Codes may differ only within this distance of a tie.
+        kernel_bounds: Name of a tensor of codes -> how far, in codes, the simulator's own arithmetic in the order of
+            ONNX Runtime's kernel can lie from `before_rounding`: where that computes with zero points, more than
+            computing with real values does. What judges these codes allows for it.
         before_rounding: Name of a tensor of codes -> values / scale before rounding, float64.
         inexact: Names of tensors of codes that a runtime computes from float values in an order of its own; another
             correct computation may differ from them by one code within `tie_bound` of a tie.
@@ -126,6 +129,7 @@ class Simulation:
     codes: dict[str, Array] = field(default_factory=dict)
     logits: Array = field(default_factory=lambda: np.zeros(0, np.float32))
     bounds: dict[str, Array] = field(default_factory=dict)
+    kernel_bounds: dict[str, float] = field(default_factory=dict)
     before_rounding: dict[str, Array] = field(default_factory=dict)
     inexact: set[str] = field(default_factory=set)
     logits_bound: Array | None = None
@@ -139,8 +143,9 @@ class Simulation:
         """The largest of each of the `bounds`."""
         return {name: float(np.max(bound, initial=0.0)) for name, bound in self.bounds.items()}
 
-    def record(self, name: str, codes: Codes, before: Array, bound: Array) -> Codes:
+    def record(self, name: str, codes: Codes, before: Array, bound: Array, kernel_bound: float) -> Codes:
         """Keep a quantizer's result and give what goes on from there."""
+        self.kernel_bounds[name] = kernel_bound
         self.codes[name], self.before_rounding[name], self.bounds[name] = codes.integers, before, bound
         return replace(codes, integers=self.forced.get(name, codes.integers))
 

@@ -65,7 +65,7 @@ def examine() -> list[Finding]:
         Finding("PyTorch", _version(torch), "training", reinstall, needed=True),
         Finding("NNCF", _version(nncf), "where quantizers sit", reinstall, needed=True),
         Finding("ONNX", _version(onnx), "export", reinstall, needed=True),
-        Finding("ONNX Runtime", _providers(runtime), "proof and benchmark", reinstall, needed=True),
+        Finding("ONNX Runtime", _providers(runtime), "verification and benchmark", reinstall, needed=True),
         Finding("OpenVINO", _released("openvino"), "benchmark.openvino", "pip install crqat-edge[openvino]"),
         Finding("scikit-learn", "importable" if sklearn else None, "the embedded data set `digits`", reinstall),
         Finding("datasets", _released("datasets"), "data.source: huggingface", "pip install crqat-edge[huggingface]"),
@@ -82,7 +82,7 @@ def examine() -> list[Finding]:
         Finding(
             "TensorRT for RTX",
             _released("tensorrt_rtx"),
-            "proof that TensorRT builds INT8, without a CUDA device",
+            "checking that TensorRT builds INT8, without a CUDA device",
             "pip install crqat-edge[tensorrt-cpu]",
         ),
         Finding(

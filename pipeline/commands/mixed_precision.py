@@ -1,4 +1,4 @@
-"""What fewer bits cost each layer, as table, JSON and picture, and the recipe of mixed widths that follows from it."""
+"""What fewer bits cost each layer, as table, JSON and picture, and the recipe of mixed bit widths that follows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def measure(
         runs: The directory of all runs.
         out: Empty directory.
         progress: Told of layers.
-        average_bits: The largest mean width over all weights.
+        average_bits: The largest mean bit width over all weights.
         images: How many calibration images to compare on.
 
     Returns:
@@ -85,7 +85,7 @@ def show(directory: Path) -> None:
     title = f"{report.run}: KL divergence from the float network, one layer at a time; images: {report.images}"
     console.show_table(title, ["layer", "weights", *(f"{width} bits" for width in widths), "proposed"], rows)
     divergence, uniform = report.divergence, report.divergence.uniform
-    click.echo(f"mean width of the weights: {asked.proposed:.3f} bits proposed, {asked.asked:g} allowed")
+    click.echo(f"mean bit width of the weights: {asked.proposed:.3f} bits proposed, {asked.asked:g} allowed")
     click.echo(
         f"all layers together: {divergence.together:.4f} (sum of the single ones {divergence.sum:.4f}); "
         f"{uniform.bits} bits everywhere: {uniform.together:.4f}"
@@ -95,7 +95,7 @@ def show(directory: Path) -> None:
 
 
 def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: Sensitivity) -> str:
-    """The run's recipe with the proposed widths, from the same float weights, without what is default anyway."""
+    """The run's recipe with the proposed bit widths, from the same float weights, without what is default anyway."""
     overrides = {name: Override(weights=width, activations=width) for name, width in bits.items()}
     model, float_training = config.model, config.float_training
     if model.weights in (None, "pretrained"):
@@ -133,7 +133,7 @@ def _changed(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, A
 
 
 def _draw(path: Path, layers: Sequence[LayerSensitivity]) -> None:
-    """Divergences as colours, widths over layers; the proposed widths are marked."""
+    """Divergences as colours, bit widths over layers; the proposed bit widths are marked."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

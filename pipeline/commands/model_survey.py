@@ -117,9 +117,9 @@ def run(
 def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:
     """As of all commands: 1 for a network that failed, before 3, 2 and 4.
 
-    A network has failed if its proof, its engine or its training step has, if it breaks a rule, or if it ends its
-    process or takes too long. 3 stands for what the machine lacks, 2 for a network that is refused, 4 for a proof that
-    could not be made.
+    A network has failed if its verification, its engine or its training step has, if it breaks a rule, or if it ends
+    its process or takes too long. 3 stands for what the machine lacks, 2 for a network that is refused, 4 for a
+    verification that could not be made.
     """
     codes = {_exit_code(row) for row in rows}
     return next((code for code in (1, 3, 2, 4) if code in codes), 0)

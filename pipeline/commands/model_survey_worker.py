@@ -1,6 +1,6 @@
 """One network through everything, in a process of its own; its arguments are NAME --report JSON.
 
-Quantized, trained for one step, exported for both runtimes, proven in integer codes, built as an engine. The weights
+Quantized, trained for one step, exported for both runtimes, verified in integer codes, built as an engine. The weights
 are untrained: this is about what is mapped, computed in integers and equal, not about accuracy.
 """
 
@@ -47,7 +47,7 @@ from crqat.train.untrained import awake, sane_bn
 
 TARGETS = runtimes.names()
 CLASSES = 10
-# Images that BN's statistics and the ranges come from, that the step trains on, and that the codes are proven on.
+# Images that BN's statistics and the ranges come from, that the step trains on, and that the codes are verified on.
 CALIBRATION_IMAGES, STEP_IMAGES = 8, 4
 _LEARNING_RATE = 1e-3
 

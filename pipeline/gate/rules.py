@@ -17,9 +17,9 @@ from crqat.core.results.verdict import Status, Verdict
 from crqat.core.results.verification import Verification
 from crqat.core.targets import TARGETS, builds_engine
 
-# What is compared with, and has nothing to prove.
+# What the other files are compared with.
 BASELINES = ("float", "float16", "float_openvino")
-# The share of the way from chance to always right that a float model must be proven to have gone where no limit is set.
+# The share of the way from chance to always right that a float model must be shown to have gone where no limit is set.
 BEYOND_CHANCE = 0.1
 NO_ENGINE = "not run: the benchmark is of a version that built no engine; run it again"
 
@@ -138,7 +138,7 @@ def _verification(file: str, verification: Verification | None) -> Verdict:
     if verification is None:
         return _plain("verification", file, "fail", "the export did not verify this file; export it again")
     if verification.status.startswith("not run"):
-        # Not disproven, but not verified either: it must not pass.
+        # Not refuted, but not verified either: it must not pass.
         return _plain("verification", file, "inconclusive", verification.status)
     codes, differing = verification.codes, verification.differing_codes
     return _equal("verification", file, verification.status, codes, differing, verification.images)
@@ -338,7 +338,7 @@ def _latency(file: str, model: ModelResult, versus: VersusFloat, float_unstable:
 def exit_code(verdicts: Sequence[Verdict]) -> int:
     """1 if a rule failed; else 3 for an error; else 4 if one is inconclusive or nothing passed; else 0.
 
-    A failure comes first because it is proven whatever else could not be measured.
+    A failure comes first because it stands whatever else could not be measured.
     """
     statuses = {verdict.status for verdict in verdicts}
     if "fail" in statuses:

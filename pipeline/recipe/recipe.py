@@ -67,7 +67,7 @@ class Recipe:
         device: Where training runs; "auto" takes CUDA where there is one.
         compile: "auto" fuses the training step by torch.compile where a C++ compiler is at hand.
         float_training: The `float` section: how the float network is trained if `model.weights` names none.
-        quantization: Widths and method.
+        quantization: Bit widths and methods.
         qat: How the quantized network is trained.
         consistency: The consistency term.
         export: What is written.
@@ -253,7 +253,7 @@ def _progression(recipe: Recipe) -> str | None:
         asked += [width for width in (override.weights, override.activations) if width is not None]
     least = min(asked)
     if bits[-1] > least:
-        return f"qat.progressive_bits: ends at {bits[-1]}, above the narrowest width that is asked for; add {least}"
+        return f"qat.progressive_bits: ends at {bits[-1]}, above the smallest bit width that is asked for; add {least}"
     return None
 
 

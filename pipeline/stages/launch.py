@@ -25,7 +25,7 @@ from crqat.pipeline.stages import lock
 from crqat.pipeline.stages import run as stages
 
 _SIGNALS = 128
-# How a process ends that has told why, or that the others were told to end with: -15 where it could not answer.
+# How a process ends that has said why, or that was asked to end because of the others: -15 where it could not answer.
 _TOLD = (2, 3, _SIGNALS + signal.SIGINT, _SIGNALS + signal.SIGTERM, -signal.SIGTERM)
 
 # Seconds; somewhat less than those that torch gives a process to answer, since its clock counts whole ones.
@@ -61,8 +61,8 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
         arguments: Behind `crqat train`.
         once: More of them, for the first start alone.
         processes: How many, each with a device of its own or a share of the CPU's cores.
-        max_restarts: How often all of them are started again, from the last state, after one has died. An error that
-            one of them has told is no death: it would be told again.
+        max_restarts: How often all of them are started again, from the last state, after one has died. A process
+            that ends with a reported error is not restarted: the error would recur.
 
     Raises:
         ToolError: One died, and there is no restart left.
@@ -75,7 +75,7 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
     # What DistributedDataParallel notes about its own speed is not the user's to mend.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.disable()  # torch's account of what the processes have told already, or is told below
+    logging.disable()  # torch's account of what the processes have reported already, or what is reported below
     command = ["-m", "crqat", "train", *arguments]
     for left in range(max_restarts, -1, -1):
         # Rendezvous as by torchrun's --standalone: on this machine, at a free port.

@@ -1,4 +1,4 @@
-"""One process at a time writes to a run's directory; another one is told who does."""
+"""One process at a time writes to a run's directory; another one learns who does."""
 
 from __future__ import annotations
 

@@ -40,10 +40,10 @@ from crqat.train.training import stage as trainer
 from crqat.train.training.first_step import check_forward, check_statistics, check_step, one_line_of
 from crqat.train.untrained import awake, sane_bn
 
-# Images for the ranges and BN's statistics, and of those the ones that a step trains on and codes are proven on.
+# Images for the ranges and BN's statistics, and of those the ones that a step trains on and codes are verified on.
 CALIBRATION_IMAGES, IMAGES = 8, 2
 _REPLACE = "replace that operation. Nothing was trained"
-_STAGES = ("forward", "training step", "layout", "calibration", "export", "lint", "proof")
+_STAGES = ("forward", "training step", "layout", "calibration", "export", "lint", "verification")
 
 
 def before_training(config: Recipe, progress: Progress, start: trainer.Start) -> None:
@@ -134,7 +134,7 @@ class _Check:
         quantized, files = export(model, self.images, self.training, self.config.export)
         self._at("lint")
         refuse_findings(files, self.config.export)
-        self._at("proof")
+        self._at("verification")
         proof = prove(quantized, files, self.images[:IMAGES].cpu())
         return [f"{len(model.specs)} quantizers, {', '.join(f'{name}.onnx' for name in files)}", *proof]
 
@@ -163,7 +163,7 @@ class _Check:
 
     @contextmanager
     def _telling(self, stage: str) -> Iterator[None]:
-        """What no stage knows how to refuse is told with the stage that it happened in."""
+        """What no stage knows how to refuse is reported with the stage that it happened in."""
         try:
             yield
         except Exception as error:
@@ -316,7 +316,7 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
     """Compare torch, simulator and runtime in codes.
 
     Returns:
-        What was found, and what of it cannot be proven, in lines.
+        What was found, and what of it cannot be verified, in lines.
 
     Raises:
         UsageError: They differ.
@@ -326,7 +326,7 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
     except Exception as error:
         if passes_through(error):
             raise
-        msg = f"model.name: the proof of the untrained network's files: {_operation(quantized, error)}; {_REPLACE}"
+        msg = f"model.name: verifying the untrained network's files: {_operation(quantized, error)}; {_REPLACE}"
         raise UsageError(msg) from error
     lines = []
     for target, entry in proof.items():

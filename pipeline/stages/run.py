@@ -130,7 +130,7 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
 def sensitivity(
     config: recipe.Recipe, runs: Path, force: bool, progress: Progress, average_bits: float, images: int
 ) -> Path:
-    """Measure what each layer's width costs, propose widths, and return the directory with both; see there."""
+    """Measure what each layer's bit width costs, propose bit widths, and return the directory with both; see there."""
     staleness.current(config, runs, "train")
 
     def fill(out: Path) -> SensitivityPayload:

@@ -89,7 +89,7 @@ class TensorRTRunner:
         return {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> tuple[Array, int]:
-        """Page-locked memory and device memory for a tensor; TensorRT is told the device's address."""
+        """Page-locked memory and device memory for a tensor; TensorRT gets the device's address."""
         import tensorrt as trt
 
         dtype = self._engine.get_tensor_dtype(name)

@@ -53,7 +53,7 @@ def test_all_arms_start_from_one_float_network_and_differ_in_one_thing(
     )
     assert result.exit_code == 0, result.output
     rows = json.loads((tmp_path / "bench-out" / "arms-small.json").read_text())["rows"]
-    names = ["PTQ", "QAT", "QAT, EMA of the weights", "QAT, float teacher", "CR-QAT, student", "CR-QAT, teacher"]
+    names = ["PTQ", "QAT", "QAT, EMA of the weights", "QAT, distillation", "CR-QAT, student", "CR-QAT, teacher"]
     assert [(row["arm"], row["seed"]) for row in rows] == [(name, seed) for seed in (0, 1) for name in names]
     assert [row["top1"] for row in rows] == [0.8] * 6 + [0.9] * 6
     assert [stage for _, _, stage in stages] == ["train", "export", "benchmark"] * 12

@@ -1,4 +1,4 @@
-"""Networks whose Grids come from each method, proven on their files: zero points, and weights that are transformed."""
+"""Networks with Grids of each method, verified on their files: zero points, and weights that are transformed."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_dorefas_codes_are_those_of_the_forward_pass(bits: int) -> None:
         latent = dict(quantized.model.named_parameters())[f"{spec.operation}.weight"].detach()
         forward = module(latent).detach().numpy()
         np.testing.assert_array_equal(grid.dequantize(grid.quantize(quantized.latent[spec.edge])), forward)
-    # Without the transformation the proof would fail: tanh moves codes.
+    # Without the transformation verification would fail: tanh moves codes.
     weights = {name: value for name, value in quantized.model.named_parameters() if value.ndim > 1}
     moved = [spec for spec in quantized.specs if spec.kind == "weight" and bits == 8 and (
         quantized.grids[spec.edge].quantize(weights[f"{spec.operation}.weight"].detach().numpy())

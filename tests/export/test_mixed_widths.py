@@ -1,4 +1,4 @@
-"""2 to 6 bits in one network: both targets' files are proven, and TensorRT plans all of it in INT8."""
+"""2 to 6 bits in one network: both targets' files are verified, and TensorRT plans all of it in INT8."""
 
 from __future__ import annotations
 

@@ -187,7 +187,7 @@ def test_float16_scales_are_refused_likewise(trained: Trained, tmp_path: Path) -
     with pytest.raises(UsageError, match=r"tensorrt cannot hold 20 trained Grids, .*TensorRT has no unsigned INT8"):
         export(training, tmp_path, config)
     payload = export(training, tmp_path, replace(config, allow_lossy=True))
-    # Half as many codes are not torch's, and the proof says so.
+    # Half as many codes are not torch's, and the verification says so.
     assert payload["models"][1]["verification"]["status"].startswith("failed: torch: ")
 
 

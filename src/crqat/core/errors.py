@@ -9,8 +9,8 @@ Python itself ends with it after an exception: `crqat.core.failures` sees to tha
 class CrqatError(Exception):
     """Something a user can act on: the message names the cause and the fix, and no traceback is shown.
 
-    Its text is one printable line, whatever the names and words in it: they may come from a file of a stranger's, and a
-    terminal obeys control characters.
+    Its text is one printable line, whatever the names and words in it: they may come from an untrusted file,
+    and a terminal obeys control characters.
     """
 
     exit_code = 2

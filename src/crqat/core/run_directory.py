@@ -160,7 +160,7 @@ def _fill(run: Path, manifest: Manifest, version: Path) -> Iterator[Path]:
         sync(version)
     except BaseException as error:
         shutil.rmtree(version, ignore_errors=True)
-        # One that names a file elsewhere, such as a temporary one, is told as that.
+        # One that names a file elsewhere, such as a temporary one, is reported as that.
         if isinstance(error, OSError) and error.errno in _PLACE_ERRORS and _concerns(error, version):
             what = f"cannot write the stage {manifest.stage} to {run}: {error.strerror}"
             msg = f"{what}; make room there, or for temporary files (TMPDIR)"

@@ -116,10 +116,10 @@ def test_settings_beside_the_weights_are_left_out_unread(tmp_path: Path) -> None
 
 
 class Settings:
-    """A class of a stranger's."""
+    """A class of an untrusted file's."""
 
 
-def test_a_strangers_class_is_named_with_the_way_out(tmp_path: Path) -> None:
+def test_an_untrusted_class_is_named_with_the_way_out(tmp_path: Path) -> None:
     torch.save({"state_dict": weights(), "hyper_parameters": Settings()}, tmp_path / "w.ckpt")
     with pytest.raises(
         UsageError, match=r"needs code to load \(.*Settings\) and is refused; .*weights_only=False"

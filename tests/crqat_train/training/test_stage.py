@@ -806,6 +806,18 @@ def test_bfloat16_trains_and_delivers_float32(
     assert method == "lsq" or steps[0] == steps[1]  # a range that is kept is the teacher's too
 
 
+def test_a_quantizer_method_that_cannot_be_had_is_told_before_anything_is_read_or_trained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: list[Any] = []
+    monkeypatch.setattr(sources, "of_recipe", lambda *arguments: reads.append(arguments))
+    for key in ("weight_method", "activation_method"):
+        config = recipe(quantization=QuantizationConfig(**{key: f"{__name__}:Net"}))  # type: ignore[arg-type]
+        with pytest.raises(UsageError, match=rf"^quantization\.{key}: .*:Net is no class that derives from"):
+            train(config, tmp_path, quiet)
+    assert not reads and not list(tmp_path.iterdir())
+
+
 def test_published_weights_of_other_classes_need_a_float_section(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

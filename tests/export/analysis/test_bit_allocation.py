@@ -1,4 +1,4 @@
-"""Which layer gets which width: within the size, and no better choice exists."""
+"""Which layer gets which bit width: within the size, and no better choice exists."""
 
 from __future__ import annotations
 
@@ -49,5 +49,5 @@ def test_mean_bits_counts_weights() -> None:
 
 
 def test_less_than_the_narrowest_width_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--average-bits 1.5: the narrowest width is 2"):
+    with pytest.raises(UsageError, match=r"--average-bits 1.5: the smallest bit width is 2"):
         allocate(layers(0), 1.5)

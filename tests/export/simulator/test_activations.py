@@ -1,4 +1,4 @@
-"""Activations, joins and pools other than ResNet's: what they become in ONNX Runtime, and the proof of them."""
+"""Activations, joins and pools other than ResNet's: what they become in ONNX Runtime, and their verification."""
 
 from __future__ import annotations
 

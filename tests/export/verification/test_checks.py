@@ -1,4 +1,4 @@
-"""The proof holds on trained networks, and each of its links breaks when what it proves is broken."""
+"""Verification passes on trained networks, and each of its checks fails when what it verifies is broken."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from crqat.train.data import sources
 from crqat.train.quantizers import quantizer_of
 from crqat.train.quantizers.calibration import weight_of
 from tests.export.conftest import Quantized, edited_file, initializer, nodes, quantize, random_images, session
+from tests.export.simulator import one_operation
+from tests.export.simulator.one_operation import Node
 
 Digits = Callable[[int], Quantized]
 # An inner convolution, its input and its output.
@@ -328,6 +330,39 @@ def test_layers_that_are_used_twice_are_proven() -> None:
     quantized = quantize(Shared(), random_images(8, 3, 8, 8))
     files = quantized.files()
     assert {entry["status"] for entry in proof_of(quantized, files).values()} == {"passed"}
+
+
+def test_an_add_of_very_unlike_scales_agrees_across_targets_within_the_kernels_own_rounding() -> None:
+    """A branch that is all zeros has a scale far above the sum's, and its zero point cancels with an error."""
+    step = np.float32(0.00385)
+    codes = np.arange(1, 126, 2)
+    images = np.stack([np.zeros(len(codes)), codes * 0.50001 * step]).astype(np.float32).reshape(1, 2, 1, -1)
+    simulations = {}
+    for dtype, zero_point in ((np.uint8, 128), (np.int8, 0)):
+        constants: dict[str, Any] = {}
+        made: list[Node] = []
+        for name, scale in (("a", 1.0), ("b", 0.50001 * step), ("y", step)):
+            constants.update({f"{name}.scale": np.float32(scale), f"{name}.zero": dtype(zero_point)})
+        for i, name in enumerate("ab"):
+            bounds = {"starts": i, "ends": i + 1, "axes": 1, "steps": 1}
+            constants.update({f"{name}.{key}": np.array([value], np.int64) for key, value in bounds.items()})
+            made += [
+                ("Slice", ["input", *(f"{name}.{key}" for key in bounds)], f"{name}.cut", {}),
+                one_operation.quantize(name, f"{name}.cut"),
+                one_operation.dequantize(name, name, f"{name}.real"),
+            ]
+        made += [("Add", ["a.real", "b.real"], "sum", {}), one_operation.quantize("y", "sum")]
+        made += [one_operation.dequantize("y", "y", "logits")]
+        simulations[zero_point] = simulate(one_operation.model_of(made, constants, images.shape), images)
+    kernel, own = simulations[128], simulations[0]
+    pairs = {"y": (own.codes["y"], kernel.codes["y"])}
+    assert verification._compare(pairs, own).violations > 0  # by the bound of real values alone
+    check = verification._compare(pairs, own, kernel.kernel_bounds)
+    assert check.differing > 0 and check.violations == 0
+    assert check.farthest_from_tie is not None and check.largest_bound is not None
+    assert own.tie_bound["y"] < check.farthest_from_tie <= check.largest_bound < 0.05
+    further = {"y": (own.codes["y"], kernel.codes["y"] + 1)}
+    assert verification._compare(further, own, kernel.kernel_bounds).violations > 0
 
 
 def test_accuracy_of_the_real_network_survives_the_way(published_resnet20: Digits, cifar10_root: Path) -> None:

@@ -1,4 +1,4 @@
-"""From a trained run to a proposal of mixed widths, and on with the proposed recipe."""
+"""From a trained run to a proposal of mixed bit widths, and on with the proposed recipe."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_table_shows_every_layer_and_the_sums(measured: tuple[Path, Result])
         assert cells[1] == str(row["weights"])
         assert cells[-1] == str(row["bits"])
         assert [float(cell) for cell in cells[2:-1]] == pytest.approx(list(row["divergence"].values()), rel=0.01)
-    assert any(line.startswith("mean width of the weights: ") and "4 allowed" in line for line in lines)
+    assert any(line.startswith("mean bit width of the weights: ") and "4 allowed" in line for line in lines)
 
 
 def test_the_proposal_respects_the_size(measured: tuple[Path, Result]) -> None:

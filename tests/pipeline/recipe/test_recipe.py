@@ -117,7 +117,7 @@ def test_sections_are_the_recipes_dataclass_fields(tmp_path: Path) -> None:
         ),
         (
             "quantization: {overrides: {conv1: {weights: 3}}}\nqat: {progressive_bits: [8, 4]}",
-            "FILE: qat.progressive_bits: ends at 4, above the narrowest width that is asked for; add 3",
+            "FILE: qat.progressive_bits: ends at 4, above the smallest bit width that is asked for; add 3",
         ),
         ("qat: {freeze_bn_at: 2}", "FILE: qat.freeze_bn_at: should be less than or equal to 1, not 2"),
         ("quantization: {weights: 8.0}", "FILE: quantization.weights: should be a valid integer, not 8.0"),

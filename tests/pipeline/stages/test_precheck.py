@@ -110,7 +110,7 @@ def test_what_cannot_be_called_is_told_before_data_is_read(
         check(of("Dropping"), ("model.name=cifar/resnet21",))
 
 
-@pytest.mark.parametrize("stage", ["layout", "export", "proof"])
+@pytest.mark.parametrize("stage", ["layout", "export", "verification"])
 def test_an_error_that_no_stage_expects_is_a_refusal(
     stage: str, of: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,7 +118,7 @@ def test_an_error_that_no_stage_expects_is_a_refusal(
         msg = "odd shape"
         raise ValueError(msg)
 
-    place = {"layout": "quantize_model", "export": "_file", "proof": "verify"}[stage]
+    place = {"layout": "quantize_model", "export": "_file", "verification": "verify"}[stage]
     monkeypatch.setattr(precheck, place, broken)
     with pytest.raises(UsageError, match=r"^model.name: .*ValueError: odd shape.*Nothing was trained"):
         check(of("Dropping"))

@@ -51,7 +51,7 @@ class EngineLayer:
         type: The engine's own word for what it is.
         inputs: Precision of each input.
         outputs: Precision of each output.
-        weights: Of a matmul: the precision of its second operand, if that is told.
+        weights: Of a matmul: the precision of its second operand, if that is reported.
         int8: Of a matmul: whether it multiplies INT8 by INT8.
         macs: Multiply-accumulates, if they are known.
         nodes: Names of the ONNX nodes that it came from.
