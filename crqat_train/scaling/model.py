@@ -329,7 +329,8 @@ def _machine(device: str) -> tuple[int, int]:
 def _run_processes(world: int, job: Mapping[str, Any], threads: int) -> dict[str, Any]:
     """Run `crqat.train.scaling.worker` as `world` processes; give what rank 0 measured."""
     path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": str(threads)}
+    # Nothing in the current folder takes the place of a library; Python 3.10 does not know the variable.
+    environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads)}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}

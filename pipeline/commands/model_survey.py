@@ -175,9 +175,12 @@ def _death(ended: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The process finds these packages, and the user's own module in the current directory."""
-    paths = [str(Path.cwd()), str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    """The process finds these packages, and nothing in the current folder takes the place of a library.
+
+    The user's own module there is found by `import_function`. Python 3.10 does not know the variable.
+    """
+    paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONSAFEPATH": "1"}
 
 
 def _versions() -> dict[str, str]:

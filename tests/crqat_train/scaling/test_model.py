@@ -244,3 +244,12 @@ def test_what_a_process_says_is_the_error(
     _rank_program(tmp_path, monkeypatch, text)
     with pytest.raises(kind, match=r"^data\.root: gone$"):
         scaling._run_processes(1, {}, 1)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always searches the current folder first")
+def test_a_file_of_the_users_takes_the_place_of_no_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("pydantic.py").write_text("raise RuntimeError('of the user')")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # for its traceback
+    with pytest.raises(ToolError, match="internal error in scale: KeyError"):  # the real process finds the job empty
+        scaling._run_processes(1, {}, 1)
