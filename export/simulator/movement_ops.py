@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from onnx.reference import ReferenceEvaluator
 
 from crqat.export.graph.data_movement import ON_REAL_VALUES, PARTIAL_MOVEMENT
 from crqat.export.simulator.float_ops import compute
@@ -228,9 +229,7 @@ def _pixel_shuffled(array: Array, op_type: str, attributes: dict[str, Any]) -> A
 def concat(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Value:
-    """Tensors joined along an axis, or a shape from its parts."""
-    if isinstance(values.get(node.input[0]), np.ndarray):
-        return batch_shape(node, values, constants)
+    """Tensors joined along an axis."""
     axis = attributes_of(node)["axis"]
     parts = [values[name] if name in values else out.real(name, values, constants) for name in node.input]
     first = parts[0]
@@ -241,16 +240,29 @@ def concat(
     return Float(np.concatenate([x.values for x in real], axis), np.concatenate([x.error for x in real], axis))
 
 
-def batch_shape(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
-    """The shape to which a constant is expanded, from the batch: [batch, ...]."""
+def sizes(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array]) -> Array | None:
+    """What a node computes of integers alone, a shape of the batch's size for instance; None for any other node."""
     if node.op_type == "Shape":
-        input_value = values[node.input[0]]
-        if not isinstance(input_value, np.ndarray):
-            msg = f"{node.name}: the simulator knows the shape of the network's input only"
-            raise NotSimulated(msg)
-        return np.asarray(input_value.shape[:1], np.int64)
-    batch, rest = values[node.input[0]], constants[node.input[1]]
-    return np.concatenate([np.asarray(batch), rest])
+        value, attributes = values[node.input[0]], attributes_of(node)
+        whole = value if isinstance(value, np.ndarray) else value.integers if isinstance(value, Codes) else None
+        shape = as_float(value).values.shape if whole is None else whole.shape
+        return np.asarray(shape[attributes.get("start", 0) : attributes.get("end", len(shape))], np.int64)
+    read = {name: values.get(name, constants.get(name)) for name in node.input if name}
+    arrays = {name: value for name, value in read.items() if isinstance(value, np.ndarray) and value.dtype.kind in "ib"}
+    computed = any(isinstance(values.get(name), np.ndarray) for name in arrays)
+    if not computed or len(arrays) < len(read) or node.op_type in ("ConstantOfShape", "DequantizeLinear"):
+        return None
+    result: Any = ReferenceEvaluator(node).run(None, arrays)
+    return np.asarray(result[0])
+
+
+def constant_of_shape(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
+    """A tensor of one number."""
+    shape = values.get(node.input[0], constants.get(node.input[0]))
+    given = attributes_of(node).get("value")
+    number = 0.0 if given is None else float(onnx.numpy_helper.to_array(given).reshape(()))
+    filled = np.full([int(size) for size in np.asarray(shape)], number)
+    return Float(filled, np.zeros(filled.shape))
 
 
 def expand(

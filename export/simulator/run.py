@@ -46,6 +46,10 @@ def simulate(
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     values: dict[str, Value] = {"input": images.astype(np.float32)}
     for node in model.graph.node:
+        integers = movement_ops.sizes(node, values, constants)
+        if integers is not None:
+            values[node.output[0]] = integers
+            continue
         operation = _OPERATIONS.get(node.op_type)
         if operation is None:
             msg = f"{node.name or node.output[0]}: the simulator does not know {node.op_type}"
@@ -92,7 +96,7 @@ _OPERATIONS: dict[str, Any] = {
     "Gemm": matmul_ops.conv_or_gemm,
     "MatMul": matmul_ops.matmul,
     "Concat": movement_ops.concat,
-    "Shape": movement_ops.batch_shape,
+    "ConstantOfShape": movement_ops.constant_of_shape,
     "Expand": movement_ops.expand,
     "Cast": movement_ops.cast,
     "Split": movement_ops.split,

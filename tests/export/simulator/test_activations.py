@@ -217,6 +217,9 @@ COMPUTED: dict[str, Callable[[], nn.Module]] = {
     "bilinear": lambda: Net(lambda x: F.interpolate(F.relu(x), scale_factor=2, mode="bilinear")),
     "pad": lambda: Net(lambda x: F.pad(F.relu(x), (1, 1, 1, 1), value=-1.0)),
     "pixel shuffle": lambda: Net(lambda x: F.pixel_shuffle(F.relu(x).repeat(1, 4, 1, 1), 2)),
+    "zeros of a computed size": lambda: Net(
+        lambda x: F.relu(x) + torch.cat([torch.zeros_like(x[:, :4]), x.new_ones(x.shape[0], 4, 16, 16)], 1)
+    ),
     "split": lambda: Net(lambda x: torch.cat(torch.split(F.relu(x), [2, 6], 1)[::-1], 1)),
 }
 
