@@ -127,17 +127,15 @@ def test_installed_it_works_beside_files_of_the_same_names(wheel: Path, tmp_path
     folder = users_folder(tmp_path / "project")
     crqat = str(programs / "crqat")
     for command in (
-        [crqat, "run", "recipe.yaml", "--set", "benchmark.latency_seconds=0.1", "--set", "gate.max_accuracy_drop=100"],
+        [crqat, "check", "recipe.yaml"],
         [crqat, "train", "recipe.yaml", "--unchecked", "--nproc", "2", "--set", "model.name=export:build"],
         [str(programs / "python"), "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "-m", "crqat", "train", "recipe.yaml", "--unchecked", "--set", "seed=3"],
         [crqat, "models", "export:build", "--size", "32"],
     ):  # fmt: skip
         ended = run(command, folder)
-        # The gate may find a network of one epoch too weak, which is no error.
-        allowed = (0, 1, 4) if command[1] == "run" else (0,)
-        assert ended.returncode in allowed, f"{command}: {ended.stdout}{ended.stderr}"
-    assert (folder / "runs" / "own" / "benchmark" / "report.html").is_file()
+        assert ended.returncode == 0, f"{command}: {ended.stdout}{ended.stderr}"
+    assert (folder / "runs" / "own" / "train" / "manifest.json").is_file()
     asked = run(
         [str(programs / "python"), "-c", "import crqat, export; print(crqat.__file__, export.__file__)"], folder
     )

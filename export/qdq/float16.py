@@ -164,7 +164,7 @@ def _types(names: Sequence[str], formal: Sequence[Any]) -> list[str]:
 
 
 def _type_attributes(node: onnx.NodeProto) -> None:
-    """What a node is told to make: `to` and `dtype` name a type, `value` is a tensor of it."""
+    """What a node is to make: `to` and `dtype` name a type, `value` is a tensor of it."""
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT:
             attribute.i = TensorProto.FLOAT16

@@ -181,7 +181,7 @@ def test_a_users_function_that_does_not_fit_is_named(function: str, message: str
             "more",
             r"must be callable as more\(classes=, channels=\), more\(num_classes=\) or more\(\) \(.*'depth'\); give",
         ),
-        ("absent", "has no function 'absent'"),
+        ("absent", "has no function or class 'absent'"),
         ("instance", r"is a network, not what makes one; name its class, or `def build\(\): return instance`"),
     ],
 )
