@@ -12,7 +12,7 @@ import onnx
 from onnx import TensorProto, numpy_helper
 
 from crqat.core import targets as runtimes
-from crqat.export.graph.from_torch import DOMAIN
+from crqat.export.graph.record import DOMAIN
 
 # TensorRT moves a DequantizeLinear behind these.
 COMMUTING = {"MaxPool", "Flatten", "Reshape", "Transpose", "Slice", "Squeeze", "Unsqueeze", "Pad", "Concat",
