@@ -923,12 +923,15 @@ def _narrow(w: Walk, a: Arguments) -> Any:
 
 @_operator("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk")
 def _split(w: Walk, a: Arguments) -> Any:
-    axis = _axis(_first(a), a.get("dim", 0))
+    """Slices, which move codes; a Split would leave them between two float values."""
+    axis, start, parts = _axis(_first(a), a.get("dim", 0)), 0, []
     w.known(_first(a), axis)
-    sizes = [int(part.shape[axis]) for part in w.node.meta["val"]]
-    if len(sizes) == 1:
-        return [w.name(_first(a))]
-    return w.emit("Split", [w.name(_first(a)), w.ints(sizes)], len(sizes), axis=axis)
+    read = {user.args[1] for user in w.node.users}
+    for index, part in enumerate(w.node.meta["val"]):
+        end = start + int(part.shape[axis])
+        parts.append(_sliced(w, _first(a), axis, start, end) if index in read else "")
+        start = end
+    return parts
 
 
 @_operator("unbind")
