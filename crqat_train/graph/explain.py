@@ -17,6 +17,7 @@ from crqat.core.errors import CrqatError, UsageError
 _STANDARD_LIBRARY = sysconfig.get_paths()["stdlib"]
 _OWN = {
     "crqat.train.graph.operations",
+    "crqat.train.graph.sizes",
     "crqat.train.placement.insert",
     "crqat.train.graph.attention",
     "crqat.train.placement.nncf_layout",

@@ -14,6 +14,7 @@ from torch.nn import functional
 from crqat.core.errors import UsageError
 from crqat.train.graph.attention import self_attention
 from crqat.train.graph.explain import forward_of, hint, one_line, where
+from crqat.train.graph.sizes import SizedTracer
 from crqat.train.graph.train_eval_diff import HOLDER, keep_dropouts
 
 _MATMULS = {functional.conv2d, functional.conv1d, functional.linear, torch.conv2d, torch.conv1d}
@@ -44,19 +45,20 @@ _SIGN_KEEPING_FUNCTIONS: set[Any] = {
 }  # fmt: skip
 
 
-def trace(model: nn.Module) -> fx.GraphModule:
+def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """The model as a GraphModule in which weights are edges of their own; keys of the state dict stay the same.
 
     Args:
         model: The float network in eval mode. Its modules become the graph's; see `_Tracer.call_module`.
+        example: Input of shape [N, C, H, W], float32, whose sizes the forward may ask for; None: it must not.
 
     Raises:
         UsageError: torch.fx cannot trace the model; the message says where.
     """
     # Tracing replaces some modules, so each of the two modes traces a network of its own.
     training = copy.deepcopy(model).train()
-    graph = _graph(model)
-    dropouts = keep_dropouts(model, graph, lambda: _graph(training))
+    graph = _graph(model, example)
+    dropouts = keep_dropouts(model, graph, lambda: _graph(training, example))
     if dropouts:
         model.add_module(HOLDER, nn.Sequential(*dropouts.values()).eval())
     (output,) = graph.find_nodes(op="output")
@@ -70,18 +72,17 @@ def trace(model: nn.Module) -> fx.GraphModule:
     return fx.GraphModule(model, graph)
 
 
-def _graph(model: nn.Module) -> fx.Graph:
+def _graph(model: nn.Module, example: Tensor | None) -> fx.Graph:
     try:
-        return _Tracer().trace(model)
+        with torch.no_grad():
+            return _Tracer(example).trace(model)
     except Exception as error:  # the forward is the user's: it may raise anything when it gets a Proxy
         msg = f"model.name: torch.fx cannot trace {type(model).__name__}{where(error)}: {one_line(error)}{hint(error)}"
         raise UsageError(msg) from error
 
 
-class _Tracer(fx.Tracer):
+class _Tracer(SizedTracer):
     """Traces into convolutions and linear layers, so that their weights become edges that a quantizer can sit on."""
-
-    record_stack_traces = True
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm, nn.MultiheadAttention)):
@@ -99,6 +100,8 @@ class _Tracer(fx.Tracer):
         Inside of one node the activation would be hidden from what asks for signs and for places of quantizers. An
         attention is written out.
         """
+        if self.computes:
+            return forward(*args, **kwargs)
         if isinstance(m, nn.MultiheadAttention):
             forward = partial(self_attention, m)
         result = super().call_module(m, forward, args, kwargs)

@@ -130,7 +130,7 @@ def insert_quantizers(
     in_float = _in_float(hooks, config, targets)
     if in_float:
         hooks = ask_layout(model, example, in_float)
-    graph_module = trace(model)
+    graph_module = trace(model, example)
     names_of_nodes, places = _map_hooks(graph_module, model, example, hooks)
     for node, name in names_of_nodes.items():
         if name in in_float:

@@ -1,56 +1,24 @@
 """The float network as ONNX, with a marker on every quantized edge, BN folded, and operations named by their layers.
 
-torch's exporters refuse narrow and low-bit fake quantization, so the float graph is exported and the markers say, by
-construction and not by matching names, where Q/DQ nodes belong.
+The graph that training holds is written by `operators`, one operation after the other: the markers say, by construction
+and not by matching names, where Q/DQ nodes belong. torch's own exporters refuse narrow and low-bit fake quantization.
 """
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import io
-import os
-import re
-import sys
-import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, cast
+from collections.abc import Sequence
 
 import onnx
-import torch
-from onnx import helper, numpy_helper
-from onnx.reference import ReferenceEvaluator
-from torch import Tensor, fx, nn
+from onnx import helper
+from torch import fx
 
-from crqat.core.errors import UsageError
 from crqat.export.graph.fold_batchnorm import fold_batchnorm
-from crqat.export.graph.fold_shapes import flatten_views, fold_shapes
-from crqat.export.graph.linear_to_gemm import linears_as_gemm, scale_behind_product
-from crqat.export.graph.onnx_graph import OPSET, Graph, shapes
+from crqat.export.graph.onnx_graph import Graph
+from crqat.export.graph.operators import Walk
+from crqat.export.graph.record import Marker, Program
 from crqat.train.placement.insert import FLOAT_LAYER, operation_of
 from crqat.train.quantizers import specs_of
-
-DOMAIN = "crqat"
-
-
-class _Mark(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, edge: str) -> Tensor:
-        return x.clone()
-
-    @staticmethod
-    def symbolic(g: Any, x: Any, edge: str) -> Any:
-        return g.op(f"{DOMAIN}::Edge", x, edge_s=edge).setType(x.type())
-
-
-class _Marker(nn.Module):
-    def __init__(self, edge: str) -> None:
-        super().__init__()
-        self.edge = edge
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _Mark.apply(x, self.edge)  # type: ignore[no-any-return]
 
 
 def marked_graph(model: fx.GraphModule, input_shape: Sequence[int], classes: int) -> Graph:
@@ -63,35 +31,18 @@ def marked_graph(model: fx.GraphModule, input_shape: Sequence[int], classes: int
 
     Returns:
         The float graph with a `crqat.Edge` node, attribute `edge`, on every quantized edge.
+
+    Raises:
+        UsageError: An operation has no form in ONNX; the message names module and line.
     """
     model = copy.deepcopy(model).eval()
     for spec in specs_of(model):
-        model.get_submodule("quantizers").add_module(spec.module_name, _Marker(spec.edge))
+        model.get_submodule("quantizers").add_module(spec.module_name, Marker(spec.edge))
     _mark_float_layers(model)
-    buffer = io.BytesIO()
-    with warnings.catch_warnings():
-        # The TorchScript exporter is deprecated and works; the other one has no hook for unknown operations without
-        # further packages. Its tracer warnings speak of shapes that are constant here.
-        warnings.simplefilter("ignore")
-        _export(
-            model,
-            (torch.zeros(2, *input_shape),),
-            buffer,
-            dynamo=False,
-            opset_version=OPSET,
-            input_names=["input"],
-            output_names=["logits"],
-            dynamic_axes={"input": {0: "batch"}, "logits": {0: "batch"}},
-            do_constant_folding=True,
-            custom_opsets={DOMAIN: 1},
-        )
-    graph = _take_apart(onnx.load_from_string(buffer.getvalue()), list(input_shape), classes)
-    flatten_views(graph)
-    fold_shapes(graph)
-    if any(node.op_type == "MatMul" for node in graph.nodes):
-        linears_as_gemm(graph, shapes(graph), shapes(graph, 2))
-        scale_behind_product(graph)
-        graph.drop_unused()
+    walk = Walk(Program(model, list(input_shape)))
+    walk.run()
+    graph = Graph(walk.nodes, walk.constants, {}, list(input_shape), classes)
+    graph.drop_unused()
     _pool_means(graph)
     fold_batchnorm(graph)
     _name_operations(graph)
@@ -104,7 +55,7 @@ def _mark_float_layers(model: fx.GraphModule) -> None:
     layers = [node for node in model.graph.nodes if FLOAT_LAYER in node.meta]
     for index, node in enumerate(layers):
         weight = node.args[1]
-        model.add_module(f"{FLOAT_LAYER}_{index}", _Marker(f"{FLOAT_LAYER}.{node.meta[FLOAT_LAYER]}__1.0"))
+        model.add_module(f"{FLOAT_LAYER}_{index}", Marker(f"{FLOAT_LAYER}.{node.meta[FLOAT_LAYER]}__1.0"))
         with model.graph.inserting_after(weight):
             marked = model.graph.call_module(f"{FLOAT_LAYER}_{index}", (weight,))
         node.replace_input_with(weight, marked)
@@ -121,50 +72,6 @@ def _take_float_markers(graph: Graph) -> None:
             graph.fold.pop(edge, None)
             node.input[1] = graph.producers()[node.input[1]].input[0]
     graph.drop_unused()
-
-
-@contextlib.contextmanager
-def _no_output() -> Iterator[None]:
-    """Nothing on stdout: the exporter's C++ part prints the whole graph before it raises."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    try:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-
-
-def _export(*arguments: Any, **options: Any) -> None:
-    try:
-        with _no_output():
-            torch.onnx.export(*arguments, **options)
-    except torch.onnx.errors.OnnxExporterError as error:
-        reason = " ".join(re.split(r"Please |\[Caused", str(error))[0].split())
-        msg = f"model.name: torch's ONNX exporter cannot write the network: {reason} Replace that operation"
-        raise UsageError(msg) from error
-
-
-def _take_apart(model: onnx.ModelProto, input_shape: list[int], classes: int) -> Graph:
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    alias: dict[str, str] = {}
-    nodes = []
-    for node in model.graph.node:
-        for index, name in enumerate(node.input):
-            node.input[index] = alias.get(name, name)
-        if node.op_type == "Constant":
-            constants[node.output[0]] = numpy_helper.to_array(node.attribute[0].t)
-        elif node.op_type in {"Identity", "Dropout"}:
-            alias[node.output[0]] = node.input[0]
-        elif node.input and node.domain == "" and all(name in constants for name in node.input if name):
-            # The exporter computes what a Pad needs by a chain of operations on constants.
-            feeds = {name: constants[name] for name in node.input if name}
-            constants.update(zip(node.output, cast(list[Any], ReferenceEvaluator(node).run(None, feeds)), strict=True))
-        else:
-            nodes.append(node)
-    return Graph(nodes, constants, {}, input_shape, classes)
 
 
 def _pool_means(graph: Graph) -> None:

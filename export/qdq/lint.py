@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 
 from crqat.core import targets as runtimes
 from crqat.export.graph.data_movement import ON_CODES
-from crqat.export.graph.from_torch import DOMAIN
+from crqat.export.graph.record import DOMAIN
 
 # TensorRT moves a DequantizeLinear behind these.
 _COMMUTING = {*ON_CODES, "Concat"}

@@ -62,17 +62,6 @@ def values_decide(m: Own, x: Tensor) -> Tensor:
     return m.head(x)
 
 
-def sizes_decide(m: Own, x: Tensor) -> Tensor:
-    if x.shape[-1] % 2:
-        x = functional.pad(x, (0, 1, 0, 1))
-    return m.head(x)
-
-
-def asserts(m: Own, x: Tensor) -> Tensor:
-    assert x.shape[1] == 8, "wrong channels"
-    return m.head(x)
-
-
 def changes_a_part(m: Own, x: Tensor) -> Tensor:
     x[:, :4] += 1.0
     return m.head(m.conv2(x))
@@ -118,8 +107,6 @@ def other_slope_in_training(m: Own, x: Tensor) -> Tensor:
     ("function", "line", "way_out"),
     [
         (values_decide, "if x", "depends on values or sizes; decide it in __init__, take torch.where for values"),
-        (sizes_decide, "if x", "depends on values or sizes; decide it in __init__"),
-        (asserts, "assert x", "leave asserts out"),
         (changes_a_part, "x[:, :4]", "a part of a tensor is assigned there; build the tensor by torch.cat"),
         (numpy_computes, "from_numpy", "NumPy computes there; take torch's operation"),
         (new_zeros, "torch.zeros", "write x.new_zeros(...)"),

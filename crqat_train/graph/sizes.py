@@ -1,0 +1,144 @@
+"""Tracing with sizes known: a forward may ask for shapes, unpack chunks and decide by sizes, as Python does.
+
+Each proxy carries the values that its operation has for two batch sizes. What is the same number in both is that
+number; a size that differs is the batch's and stays a part of the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+_BATCHES = (2, 3)
+_UNKNOWN = (None, None)
+
+
+class SizedProxy(fx.Proxy):
+    """A proxy that knows its shape, its length and the outcome of comparisons of sizes.
+
+    Attributes:
+        values: For each of two batch sizes; None where they are not known.
+    """
+
+    values: tuple[Any, Any] = _UNKNOWN
+
+    @property
+    def shape(self) -> Any:
+        """Numbers, and a proxy for the batch's size."""
+        if not isinstance(self.values[0], Tensor):
+            return fx.proxy.Attribute(self, "shape")
+        return self._sizes()
+
+    @property
+    def ndim(self) -> Any:
+        """The number of dimensions."""
+        return self.values[0].ndim if isinstance(self.values[0], Tensor) else fx.proxy.Attribute(self, "ndim")
+
+    def _sizes(self) -> tuple[Any, ...]:
+        one, other = (value.shape for value in self.values)
+        return tuple(
+            int(a) if a == b else self.tracer.create_proxy("call_method", "size", (self, axis), {})
+            for axis, (a, b) in enumerate(zip(one, other, strict=True))
+        )
+
+    def __len__(self) -> int:
+        one, other = self.values
+        if one is None or len(one) != len(other):
+            return super().__len__()
+        return len(one)
+
+    def __iter__(self) -> Iterator[Any]:
+        one, other = self.values
+        whole: Any = self
+        if isinstance(one, (tuple, list)):
+            return iter([whole[index] for index in range(len(one))])
+        if isinstance(one, Tensor) and one.ndim and len(one) == len(other):
+            parts = whole.unbind(0)  # as a tensor's own iterator does
+            return iter([parts[index] for index in range(len(one))])
+        return super().__iter__()
+
+
+class SizedTracer(fx.Tracer):
+    """A tracer that runs each operation for an example, too.
+
+    Args:
+        example: Input of shape [N, C, H, W], float32; None: nothing is known of sizes.
+    """
+
+    record_stack_traces = True
+    proxy_buffer_attributes = True
+
+    def __init__(self, example: Tensor | None) -> None:
+        super().__init__()
+        self.computes = False  # whether a module runs for its values
+        self._inputs: tuple[Any, Any] = _UNKNOWN
+        if example is not None:
+            one, other = (example[:1].repeat(batch, *[1] * (example.ndim - 1)) for batch in _BATCHES)
+            self._inputs = one, other
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """A proxy whose values are yet to be set."""
+        return SizedProxy(node, self)
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *further: Any, **named: Any) -> Any:
+        """A node and its values; a plain number, or a shape, where the operation gives one that is known.
+
+        An argument of the forward that has a default keeps it.
+        """
+        if kind == "placeholder" and args:
+            return args[0]
+        made = super().create_proxy(kind, target, args, kwargs, *further, **named)
+        if not isinstance(made, SizedProxy) or kind == "output" or self._inputs[0] is None:
+            return made
+        made.values = (self._value(kind, target, args, kwargs, 0), self._value(kind, target, args, kwargs, 1))
+        one, other = made.values
+        if isinstance(one, torch.Size):
+            self.graph.erase_node(made.node)
+            asked = args[0]
+            return asked.shape
+        if kind.startswith("call") and isinstance(one, (bool, int, float)) and one == other:
+            self.graph.erase_node(made.node)
+            return one
+        return made
+
+    def _value(self, kind: str, target: Any, args: Any, kwargs: Any, which: int) -> Any:
+        def known(value: Any) -> Any:
+            if isinstance(value, SizedProxy):
+                return value.values[which]
+            if isinstance(value, fx.proxy.Attribute):
+                return getattr(known(value.root), value.attr)
+            if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+                return type(value)(map(known, value))
+            if isinstance(value, dict):
+                return {key: known(item) for key, item in value.items()}
+            if isinstance(value, slice):
+                return slice(known(value.start), known(value.stop), known(value.step))
+            return value
+
+        args, kwargs = known(tuple(args)), known(dict(kwargs))
+        if kind == "placeholder":
+            return self._inputs[which]
+        if kind == "get_attr":
+            owner, _, name = target.rpartition(".")
+            module = self.root.get_submodule(owner)
+            return {**module._parameters, **module._buffers, **module.__dict__}[name]
+        if kind == "call_method":
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        if kind == "call_function":
+            return target(*args, **kwargs)
+        module = self.root.get_submodule(target)
+        modes = {part: part.training for part in module.modules()}
+        self.computes = True
+        try:
+            return module.eval()(*args, **kwargs)
+        finally:
+            self.computes = False
+            for part, mode in modes.items():
+                part.training = mode
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """A parameter as a proxy, unless a module runs for its values."""
+        return attr_val if self.computes else super().getattr(attr, attr_val, parameter_proxy_cache)

@@ -1,0 +1,114 @@
+"""What a network computes, as a flat list of torch's own operators with the sizes that they have.
+
+The network is run twice, with two batch sizes, and each operator is recorded before autograd takes it apart. What is
+the same in both runs is known; a size that differs is the batch's.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+from crqat.core.errors import UsageError
+
+DOMAIN = "crqat"
+BATCHES = (2, 3)
+_LIBRARY = torch.library.Library(DOMAIN, "DEF")  # type: ignore[no-untyped-call]
+_LIBRARY.define("edge(Tensor x, str edge) -> Tensor")  # type: ignore[no-untyped-call]
+_LIBRARY.impl("edge", lambda x, edge: x.clone(), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+# Of a tensor they take the sizes and the type alone.
+_MAKERS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+
+
+class Marker(nn.Module):
+    """Stands for a quantizer and passes values on.
+
+    Args:
+        edge: Which `record` finds in its place.
+    """
+
+    def __init__(self, edge: str) -> None:
+        super().__init__()
+        self.edge = edge
+
+    def forward(self, x: Tensor) -> Tensor:
+        """A copy of `x`."""
+        return cast("Tensor", torch.ops.crqat.edge(x, self.edge))
+
+
+class Program:
+    """The operators of a network.
+
+    Attributes:
+        nodes: In the order in which they run, with their sizes for the first of `BATCHES` in `meta["val"]`.
+        twins: Each of them in the run with the other batch size.
+    """
+
+    def __init__(self, model: fx.GraphModule, input_shape: list[int]) -> None:
+        self._runs = [_recorded(model, input_shape, batch) for batch in BATCHES]
+        lists = [list(run.graph.nodes) for run in self._runs]
+        if [str(node.target) for node in lists[0]] != [str(node.target) for node in lists[1]]:
+            msg = (
+                f"model.name: {type(model).__name__} computes something else for {BATCHES[0]} images than for "
+                f"{BATCHES[1]}; let no `if` or loop depend on their number"
+            )
+            raise UsageError(msg)
+        self.nodes: list[fx.Node] = lists[0]
+        self.twins: dict[fx.Node, fx.Node] = dict(zip(*lists, strict=True))
+        self._names = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+        self._fixed: dict[fx.Node, bool] = {}
+        self._values: dict[fx.Node, Any] = {}
+
+    def sizes(self, node: fx.Node) -> list[int | None]:
+        """The shape of a node's result; None stands for the batch, or a multiple of it."""
+        shapes = [n.meta["val"].shape for n in (node, self.twins[node])]
+        return [int(a) if a == b else None for a, b in zip(*shapes, strict=True)]
+
+    def is_fixed(self, node: fx.Node) -> bool:
+        """Whether no image has a part in a node's values."""
+        if node not in self._fixed:
+            schema = getattr(node.target, "_schema", None)
+            if node.op in ("placeholder", "output") or node.target is torch.ops.crqat.edge.default:
+                self._fixed[node] = False
+            elif schema is not None and schema.name.partition("::")[2] in _MAKERS:
+                self._fixed[node] = True
+            else:
+                self._fixed[node] = all(self.is_fixed(source) for source in node.all_input_nodes)
+        return self._fixed[node]
+
+    def value(self, node: fx.Node) -> Any:
+        """What a fixed node computes."""
+        if node not in self._values:
+            if node.op == "get_attr":
+                self._values[node] = getattr(self._runs[0], str(node.target))
+            else:
+                made = getattr(getattr(node.target, "_schema", None), "name", "").partition("::")[2] in _MAKERS
+
+                def known(source: fx.Node) -> Any:
+                    if made:
+                        return torch.empty(source.meta["val"].shape, dtype=source.meta["val"].dtype)
+                    return self.value(source)
+
+                args, kwargs = fx.map_arg((node.args, node.kwargs), known)
+                with torch.no_grad():
+                    self._values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self._values[node]
+
+    def stored_name(self, node: fx.Node) -> str | None:
+        """The name of the parameter or buffer that a node reads."""
+        return self._names.get(id(self.value(node))) if node.op == "get_attr" else None
+
+
+def _recorded(model: fx.GraphModule, input_shape: list[int], batch: int) -> fx.GraphModule:
+    with torch.no_grad(), preserve_node_meta():
+        return make_fx(fx.Interpreter(model).run, pre_dispatch=True)(torch.zeros(batch, *input_shape))
+
+
+def module_of(node: fx.Node) -> str:
+    """The path of the module that an operator was called in; empty for the network itself."""
+    stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+    return str(stack[-1]) if stack else ""
