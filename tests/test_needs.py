@@ -88,7 +88,9 @@ def test_ci_expects_what_it_installs() -> None:
 
 
 def test_every_skip_for_a_tool_goes_through_needs() -> None:
-    allowed = re.compile(r"sys\.platform|/proc|torch\.cuda\.is_available\(\), reason|CUDA|of another reason")
+    allowed = re.compile(
+        r"sys\.platform|sys\.version_info|/proc|torch\.cuda\.is_available\(\), reason|CUDA|of another reason"
+    )
     asked = re.compile(r"(pytest\.skip\(|skipif\(|importorskip\()(.*)")
     found = [
         f"{path.relative_to(ROOT)}: {call}"
