@@ -55,7 +55,7 @@ ELSEWHERE: dict[str, str] = {
     "export/__init__.py": "tests/test_init.py",
     "export/analysis/sqnr.py": "tests/export/analysis/test_bit_width_cost.py",
     "export/graph/fold_batchnorm.py": "tests/export/graph/test_from_torch.py",
-    "export/graph/fold_shapes.py": "tests/export/graph/test_from_torch.py",
+    "export/graph/record.py": "tests/export/graph/test_operators.py",
     "export/graph/onnx_graph.py": "tests/export/graph/test_from_torch.py",
     "export/simulator/values.py": "tests/export/simulator/test_run.py",
     "export/verification/fusion.py": "tests/export/verification/test_checks.py",
