@@ -402,7 +402,7 @@ def _extreme(w: Walk, a: Arguments) -> Any:
     return [values, w.emit(f"Arg{kind}", [name], axis=axes[0], keepdims=kept) if read else ""]
 
 
-@_operator("mean", "sum", "logsumexp")
+@_operator("mean", "sum", "prod", "logsumexp")
 def _reduced(w: Walk, a: Arguments) -> Any:
     axes = _axes(a["self"], a.get("dim"))
     for axis in axes:
@@ -412,7 +412,15 @@ def _reduced(w: Walk, a: Arguments) -> Any:
         return w.emit("ReduceMean", [name], axes=axes, keepdims=kept)
     if "logsumexp" in str(w.node.target):
         return w.emit("ReduceLogSumExp", [name], axes=axes, keepdims=kept)
+    if "prod" in str(w.node.target):
+        return w.emit("ReduceProd", [name], axes=axes, keepdims=kept)
     return w.emit("ReduceSum", [name, w.ints(axes)], keepdims=kept)
+
+
+@_operator("cumsum")
+def _cumulative_sum(w: Walk, a: Arguments) -> Any:
+    axis = _axes(a["self"], a["dim"])[0]
+    return w.emit("CumSum", [w.float_name(a["self"]), w.constant(np.asarray(axis, np.int64))])
 
 
 @_operator("linalg_vector_norm", "norm")

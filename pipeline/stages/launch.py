@@ -112,14 +112,15 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
 
 
 def exit_codes(failures: Sequence[Any]) -> list[int]:
-    """Of torch's `ProcessFailure`s, but for processes that it killed itself, long after the first had ended.
+    """Of torch's `ProcessFailure`s, but for processes that it ended itself because another one had ended.
 
-    It does so 30 s after a SIGTERM that was not answered: who waits for a device answers none. Why all of them end, the
-    first has told.
+    It sends them SIGTERM, which one that is still starting does not answer, and SIGKILL 30 s later: who waits for a
+    device answers none. Why all of them end, the first has told.
     """
     first = min(failure.timestamp for failure in failures)
     killed = [f.exitcode == -signal.SIGKILL and f.timestamp - first >= _UNANSWERED for f in failures]
-    return [failure.exitcode for failure, by_torch in zip(failures, killed, strict=True) if not by_torch]
+    codes = [failure.exitcode for failure, by_torch in zip(failures, killed, strict=True) if not by_torch]
+    return [code for code in codes if code != -signal.SIGTERM] or codes
 
 
 def several() -> bool:

@@ -137,6 +137,8 @@ def test_a_process_that_torch_killed_because_it_did_not_answer_did_not_die() -> 
     assert launch.exit_codes(failures((killed, 130), (3, 100))) == [3]
     assert launch.exit_codes(failures((3, 100), (killed, 100))) == [3, killed]
     assert launch.exit_codes(failures((killed, 100), (killed, 130))) == [killed]
+    assert launch.exit_codes(failures((-signal.SIGTERM, 101), (2, 100))) == [2]
+    assert launch.exit_codes(failures((-signal.SIGTERM, 100))) == [-signal.SIGTERM]
 
 
 def test_run_is_not_started_in_several_processes(command: list[str], tmp_path: Path) -> None:
