@@ -18,6 +18,8 @@ endif
 # This directory's crqat comes first, wherever the environment's own may point.
 export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 CRQAT := $(VENV)/bin/python -m crqat
+# Without that path: pip would take the metadata it has left in src for an install, and not replace the environment's.
+PIP := PYTHONPATH= $(VENV)/bin/python -m pip install --disable-pip-version-check
 # The tests of one file stay in one process, which makes its fixtures once.
 PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
 
@@ -78,11 +80,11 @@ soak: $(INSTALLED) ## kill 200 stages at random instants; ARGS="--kills 20" for 
 	$(VENV)/bin/python -m bench.kill_and_resume $(ARGS)
 
 fuzz: $(INSTALLED) ## every reader under a coverage-guided fuzzer; ARGS="--runs 1000000"
-	$(VENV)/bin/python -c 'import atheris' || $(VENV)/bin/python -m pip install --disable-pip-version-check -e '.[fuzz]'
+	$(VENV)/bin/python -c 'import atheris' || $(PIP) -e '.[fuzz]'
 	$(VENV)/bin/python -m bench.fuzz_readers $(ARGS)
 
 $(VENV)/.crqat-installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'
-	-$(VENV)/bin/python -m pip install --disable-pip-version-check --no-deps tensorrt-stubs==10.13.0.35.1  # not TensorRT
+	$(PIP) -c constraints.txt -e '.[dev]'
+	-$(PIP) --no-deps tensorrt-stubs==10.13.0.35.1  # not TensorRT
 	touch $@

@@ -510,6 +510,7 @@ def test_make_installs_into_a_new_environment_once(tmp_path: Path) -> None:
     plan = make(*arguments)
     assert plan[0] == f"python3 -m venv {tmp_path}"
     assert plan[1].endswith(" -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]'")
+    assert all(line.startswith("PYTHONPATH= ") for line in plan[1:3]), "src has metadata that pip takes for an install"
     # For mypy, and without its dependencies, which are TensorRT itself.
     assert "--no-deps tensorrt-stubs==" in plan[2]
     assert [line.split(" -m crqat ")[-1] for line in plan[4:]] == [
