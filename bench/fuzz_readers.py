@@ -101,7 +101,7 @@ def _checkpoints() -> Iterator[bytes]:
 
 def _readers(folder: Path) -> dict[str, Reader]:
     """Each reader with the inputs to start from; `folder` holds what a reader needs as a file."""
-    from crqat.core import grid, preprocessing, run_directory
+    from crqat.core import grid, image_file, run_directory
     from crqat.core.results import benchmark
     from crqat.pipeline.commands import check, inspect_engine
     from crqat.pipeline.gate import junit, latency_regression
@@ -176,7 +176,7 @@ def _readers(folder: Path) -> dict[str, Reader]:
         "shards": (shards, _shards()),
         "codes": (lambda content: codes.read(written("c.npz", content)), _frozen("onnxruntime.codes.npz")),
         "image": (
-            lambda content: preprocessing.load_image(written("i.png", content), 16, 16, convert=True),
+            lambda content: image_file.load_image(written("i.png", content), 16, 16, convert=True),
             _pictures(),
         ),
         "nncf": _nncf(folder / "nncf"),

@@ -18,7 +18,8 @@ from crqat.core.targets import ALL, Residual
 from crqat.train.arguments import checked
 from crqat.train.checkpoint import read_header, read_tensors, write_tensors
 from crqat.train.config import Override, QuantizationConfig
-from crqat.train.placement.insert import QuantizerSpec, insert_quantizers
+from crqat.train.placement.insert import insert_quantizers
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantizers import Quantizer, calibration, quantizer_maker, quantizer_of, specs_of
 from crqat.train.quantizers import finalize as representable
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import onnxruntime
 
 from crqat.core.errors import CrqatError
-from crqat.core.preprocessing import Preprocessing, load_image
+from crqat.core.image_file import load_image
+from crqat.core.preprocessing import Preprocessing
 
 model, photo = sys.argv[1:]
 session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])

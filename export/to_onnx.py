@@ -18,7 +18,7 @@ from crqat.export.graph.from_torch import marked_graph
 from crqat.export.graph.onnx_graph import Graph
 from crqat.export.qdq.write import QDQModel, qdq_model
 from crqat.train.config import QuantizationConfig
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantized_model import QuantizedModel, quantize_model
 from crqat.train.quantizers.calibration import rounded_weights
 

@@ -25,13 +25,13 @@ from crqat.core.results.benchmark import (
     Int8Layers,
     Latency,
     LatencyRatio,
-    LoadAverage,
     ModelResult,
     NoLatency,
     Results,
     Settings,
     VersusFloat,
 )
+from crqat.core.results.device import LoadAverage
 from crqat.core.results.engine import BUILT, EngineReport, EngineSummary
 from crqat.core.results.export import ExportedModel, ExportPayload
 from crqat.core.run_directory import Manifest, manifest_hash, payload_of, sha256_file, verify_stage

@@ -12,7 +12,8 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from crqat.core.preprocessing import Preprocessing, load_image
+from crqat.core.image_file import load_image
+from crqat.core.preprocessing import Preprocessing
 from crqat.core.run_directory import read_manifest
 from crqat.train.data import sources
 from tests.own_process import run

@@ -56,7 +56,7 @@ ALLOWED = {
 
 # Imported inside functions: a board that reads no image files needs no Pillow.
 EXTRA: dict[str, set[str]] = {
-    "core": {"core.preprocessing: PIL.Image", "core.preprocessing: PIL.ImageOps"},
+    "core": {"core.image_file: PIL.Image", "core.image_file: PIL.ImageOps"},
     "runtime_eval": set(),
 }
 

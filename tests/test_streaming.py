@@ -14,7 +14,7 @@ from torch import Tensor
 from crqat.core.run_directory import read_manifest
 from crqat.pipeline import cli
 from crqat.train.config import DataConfig
-from crqat.train.data import imagefolder, sources
+from crqat.train.data import sources, streaming
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat.train.data.dataset import Dataset
 from crqat.train.training import loop
@@ -62,12 +62,12 @@ def roots(cifar: Dataset, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
 @pytest.fixture
 def streamed(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few images would be decoded once and kept."""
-    monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 0)
 
 
 def loaded(source: str, root: Path) -> Dataset:
     dataset = sources.of_recipe(DataConfig(source, str(root), size=32, crop=32))
-    assert isinstance(dataset.train_images, imagefolder.StoredImages)
+    assert isinstance(dataset.train_images, streaming.StoredImages)
     return dataset
 
 

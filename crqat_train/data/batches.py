@@ -12,7 +12,7 @@ from torch import Tensor
 from crqat.core.preprocessing import Preprocessing, normalize
 from crqat.train import distributed
 from crqat.train.data.augment import random_crop, random_flip, strong_view
-from crqat.train.data.imagefolder import StoredImages, stream_batches
+from crqat.train.data.streaming import StoredImages, stream_batches
 
 Images = Tensor | StoredImages[Any]
 

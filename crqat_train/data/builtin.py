@@ -16,7 +16,7 @@ from torch import Tensor
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.preprocessing import Preprocessing
 from crqat.train.data.dataset import Dataset
-from crqat.train.data.imagefolder import StoredImages
+from crqat.train.data.streaming import StoredImages
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Not CIFAR-10's own statistics but ImageNet's: the published CIFAR-10 weights were trained with these.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from crqat.core.errors import UsageError
 from crqat.core.preprocessing import Preprocessing
-from crqat.train.data.imagefolder import StoredImages
+from crqat.train.data.streaming import StoredImages
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from torch import Tensor
 
 from crqat.core.errors import CrqatError, ToolError, UsageError
-from crqat.core.preprocessing import decode_image
-from crqat.train.data.imagefolder import StoredImages, check_unchanged, file_state
+from crqat.core.image_file import decode_image
+from crqat.train.data.imagefolder import check_unchanged, file_state
+from crqat.train.data.streaming import StoredImages
 
 TEST_SPLITS = ("test", "validation", "val")
 _LABEL_NAMES = ("label", "labels")

@@ -19,7 +19,8 @@ from crqat.train.config import FOLDER_CROP, FOLDER_SIZE, DataConfig
 from crqat.train.data import builtin
 from crqat.train.data.dataset import Dataset, doubts, validate
 from crqat.train.data.huggingface import TableImages, fetch, open_saved
-from crqat.train.data.imagefolder import FolderImages, StoredImages, decode, duplicates, list_folder
+from crqat.train.data.imagefolder import FolderImages, duplicates, list_folder
+from crqat.train.data.streaming import StoredImages, decode
 from crqat.train.data.webdataset import ShardImages, list_shards
 from crqat.train.own_code import call_function, import_function
 

@@ -19,9 +19,10 @@ import numpy.typing as npt
 from torch import Tensor
 
 from crqat.core.errors import CrqatError, ToolError, UsageError
-from crqat.core.preprocessing import MAX_FILE_BYTES, decode_image, endings
+from crqat.core.image_file import MAX_FILE_BYTES, decode_image, endings
 from crqat.core.progress import Progress
-from crqat.train.data.imagefolder import USUAL_ENDINGS, StoredImages, check_unchanged, file_state
+from crqat.train.data.imagefolder import USUAL_ENDINGS, check_unchanged, file_state
+from crqat.train.data.streaming import StoredImages
 
 CLASSES = "classes.txt"
 PARTS = {"train": ("train",), "test": ("test", "val", "validation")}

@@ -3,123 +3,20 @@
 from __future__ import annotations
 
 import difflib
-import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from crqat.core.errors import ToolError, UsageError
 from crqat.train.models import weight_files
-from crqat.train.own_code import call_function, import_function
+from crqat.train.models.cifar import CIFAR_BLOCKS, CIFAR_STEMS, CifarResNet
+from crqat.train.models.own_network import build_own, check_callable
 
-# Residual blocks in each of the three stages of a CIFAR ResNet of 6 n + 2 layers.
-CIFAR_BLOCKS = {"cifar/resnet20": 3, "cifar/resnet56": 9}
 RGB = 3
 AUXILIARY_HEADS = ("googlenet", "inception_v3")
-
-
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut without parameters ("option A" of arXiv 1512.03385).
-
-    Where the resolution halves, the shortcut takes every second pixel and pads the new channels with zeros.
-
-    Args:
-        channels: Of the input.
-        width: Channels of the output.
-        stride: 1, or 2 where the resolution halves.
-    """
-
-    def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.relu2 = nn.ReLU()
-        self.stride = stride
-        self.new_channels = width - channels
-
-    def forward(self, x: Tensor) -> Tensor:
-        """float32 [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
-        out = self.relu1(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        if self.stride == 2:
-            before = self.new_channels // 2
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new_channels - before))
-        return self.relu2(out + x)  # type: ignore[no-any-return]
-
-
-class CifarResNet(nn.Module):
-    """The ResNet for small images of arXiv 1512.03385, section 4.2.
-
-    Attribute names are those of the published CIFAR-10 weights.
-
-    Args:
-        blocks: Residual blocks in each of the three stages.
-        classes: Number of logits.
-        channels: Of the images.
-    """
-
-    def __init__(self, blocks: int, classes: int, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.relu = nn.ReLU()
-        self.layer1 = _stage(blocks, 16, 16, stride=1)
-        self.layer2 = _stage(blocks, 16, 32, stride=2)
-        self.layer3 = _stage(blocks, 32, 64, stride=2)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(64, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits, float32 [B, classes], of normalized float32 images [B, channels, H, W]."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(torch.flatten(self.pool(out), 1))  # type: ignore[no-any-return]
-
-
-def _stage(blocks: int, channels: int, width: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(channels, width, stride)
-    return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
-
-
-def _small_resnet18(classes: int, channels: int) -> nn.Module:
-    """The ResNet-18 of torchvision with the stem that small images need: 3x3, stride 1, no pooling."""
-    from torchvision.models import resnet18  # type: ignore[import-untyped]
-
-    model: nn.Module = resnet18(weights=None, num_classes=classes)
-    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-    return model
-
-
-def _small_mobilenet_v2(classes: int, channels: int) -> nn.Module:
-    """The MobileNetV2 of torchvision for small images: the stem and the second stage keep the resolution."""
-    from torchvision.models import mobilenet_v2
-
-    # Expansion, channels, repetitions, stride of each stage; 224 px networks have stride 2 in the second one too.
-    stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
-    model: nn.Module = mobilenet_v2(weights=None, num_classes=classes, inverted_residual_setting=stages)
-    stem = nn.Conv2d(channels, 32, 3, padding=1, bias=False)
-    nn.init.kaiming_normal_(stem.weight, mode="fan_out")
-    model.get_submodule("features.0").add_module("0", stem)
-    return model
-
-
-# Networks of torchvision whose first layers are replaced for images of about 32 pixels.
-CIFAR_STEMS: dict[str, Callable[[int, int], nn.Module]] = {
-    "cifar/resnet18": _small_resnet18,
-    "cifar/mobilenet_v2": _small_mobilenet_v2,
-}
 
 
 def check_name(name: str) -> None:
@@ -153,78 +50,10 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
     if name in CIFAR_STEMS:
         return CIFAR_STEMS[name](classes, channels)
     if ":" in name:
-        return _users(name, classes, channels)
+        return build_own(name, classes, channels)
     if name.startswith("timm/"):
         return _timm(name, classes, channels, pretrained=False)
     return _torchvision(name, classes, channels)
-
-
-# What functions and classes of a user's call the two numbers, the product's own name first.
-CLASSES_NAMES = ("classes", "num_classes", "n_classes", "nb_classes")
-CHANNELS_NAMES = ("channels", "in_channels", "in_chans", "num_channels", "input_channels")
-
-
-def check_callable(name: str) -> None:
-    """Check that `build` can call what `model.name` names, without calling it; other names than a user's pass.
-
-    Raises:
-        UsageError: It cannot be imported, or has a parameter that is neither number of classes, channels nor optional.
-    """
-    if ":" in name:
-        network_arguments(import_function(name, "model.name"), name, 1, 1)
-
-
-def network_arguments(function: Callable[..., Any], name: str, classes: int, channels: int) -> dict[str, int]:
-    """The arguments that a user's function or class of a network takes, by the names that it has for them.
-
-    Args:
-        function: See `check_callable`.
-        name: As in the recipe, for messages.
-        classes: Number of logits.
-        channels: Of the images.
-
-    Raises:
-        UsageError: See `check_callable`.
-    """
-    short = name.partition(":")[2]
-    if isinstance(function, nn.Module):
-        msg = f"model.name: {name} is a network, not what makes one; name its class, or `def build(): return {short}`"
-        raise UsageError(msg)
-    signature = inspect.signature(function)
-    named = [parameter.name for parameter in signature.parameters.values() if _by_name(parameter)]
-    every = any(parameter.kind == parameter.VAR_KEYWORD for parameter in signature.parameters.values())
-    arguments: dict[str, int] = {}
-    for names, value in ((CLASSES_NAMES, classes), (CHANNELS_NAMES, channels)):
-        taken = next((own for own in names if own in named), None)
-        if taken is not None:
-            arguments[taken] = value
-    if every and not arguments:
-        arguments = {CLASSES_NAMES[0]: classes, CHANNELS_NAMES[0]: channels}
-    try:
-        signature.bind(**arguments)
-    except TypeError as error:
-        msg = (
-            f"model.name: {name} must be callable as {short}(classes=, channels=), {short}(num_classes=) or {short}() "
-            f"({error}); give its other parameters defaults, or name a function of yours that calls it"
-        )
-        raise UsageError(msg) from error
-    return arguments
-
-
-def _by_name(parameter: inspect.Parameter) -> bool:
-    return parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
-
-
-def _users(name: str, classes: int, channels: int) -> nn.Module:
-    """The network of a user's function or class."""
-    function = import_function(name, "model.name")
-    arguments = network_arguments(function, name, classes, channels)
-    model = call_function(function, name, "model.name", arguments)
-    if not isinstance(model, nn.Module):
-        kind = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        msg = f"model.name: {name} must return a torch.nn.Module, got {kind}"
-        raise UsageError(msg)
-    return model
 
 
 def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]:
@@ -257,7 +86,7 @@ def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]
             configuration: Any = model.pretrained_cfg
             return model, configuration["num_classes"] != classes
         model = _torchvision(name, classes, channels)
-        from torchvision.models import get_model_weights
+        from torchvision.models import get_model_weights  # type: ignore[import-untyped]
 
         weights = get_model_weights(name.removeprefix("torchvision/")).DEFAULT
         state = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)

@@ -18,7 +18,7 @@ from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.models import build as models
 from crqat.train.nncf.checkpoint import Checkpoint, NNCFQuantizer, read
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import MIN_SCALE, Quantizer, quantizer_maker, quantizer_of, specs_of
 

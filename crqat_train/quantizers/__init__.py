@@ -14,7 +14,7 @@ from torch import Tensor
 from crqat.core.errors import UsageError
 from crqat.train.config import QuantizationConfig
 from crqat.train.own_code import call_function, import_function
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantizers.base import MIN_SCALE, Quantizer, quantizer_of, specs_of
 from crqat.train.quantizers.dorefa import DoReFaQuantizer
 from crqat.train.quantizers.lsq import LSQQuantizer

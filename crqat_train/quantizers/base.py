@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from crqat.core.grid import Grid
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 
 # No scale gets smaller: ONNX Runtime's int32 bias overflows near 1e-10, and a scale of 0 is no Grid. Each method clamps
 # the scale where it uses it and lets the gradient through, so that any optimizer may step beyond and come back.

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 
 from crqat.train import distributed
 from crqat.train.graph.operations import parameter
-from crqat.train.placement.insert import QuantizerSpec, weight_node
+from crqat.train.placement.insert import weight_node
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantizers import ActivationObserver, calibrate_weight, quantizer_of, specs_of
 
 Hook = Callable[[Any, tuple[Tensor], Tensor], Tensor | None]

@@ -17,9 +17,11 @@ from torch import Tensor, fx
 
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
+from crqat.core.targets.scale_rounding import folded_scale, round_up, too_large, unfolded
 from crqat.train.graph import fold_batchnorm
 from crqat.train.graph.operations import parameter
-from crqat.train.placement.insert import QuantizerSpec, quantizer_node
+from crqat.train.placement.insert import quantizer_node
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantizers import MIN_SCALE, quantizer_of, specs_of
 from crqat.train.quantizers.base import is_step
 
@@ -69,9 +71,9 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
         asked = _numbers(scale).reshape(-1)
         multiplier, bias = _folded(model, spec, scale.numel())
         fed = None if spec.input_edge is None else np.float32(scales[spec.input_edge].item())
-        folded, raised = constraints.weight_scale(asked, multiplier, bias, fed)
+        folded, raised = folded_scale(asked, multiplier, bias, fed, constraints.targets)
         folded = _stored(constraints, folded, spec, why)
-        scale.copy_(_like(scale, constraints.unfolded(folded, asked, multiplier, raised)))
+        scale.copy_(_like(scale, unfolded(folded, asked, multiplier, raised, constraints.targets)))
         if raised.any():
             notes.append(
                 f"{spec.operation}: scale of {int(raised.sum())} channels raised to what the targets can store"
@@ -92,11 +94,11 @@ def _representable(model: fx.GraphModule, scales: Mapping[str, Tensor], constrai
             rounding = np.float32(2.0**-22)
             multiplier, bias = _folded(model, spec, scale.numel())
             fed = None if spec.input_edge is None else np.float32(scales[spec.input_edge].item())
-            if constraints.weight_scale(values * (1 + rounding), multiplier, bias, fed)[1].any():
+            if folded_scale(values * (1 + rounding), multiplier, bias, fed, constraints.targets)[1].any():
                 return False
             values = (values * np.abs(multiplier))[multiplier != 0]
         with np.errstate(over="ignore"):
-            if (constraints.scale_up(values * (1 - rounding)) > values * (1 + rounding)).any():
+            if (round_up(values * (1 - rounding), constraints.targets) > values * (1 + rounding)).any():
                 return False
     return True
 
@@ -155,14 +157,14 @@ def _stored(
     constraints: runtimes.Constraints, scale: npt.NDArray[np.float32], spec: QuantizerSpec, why: str
 ) -> npt.NDArray[np.float32]:
     """The smallest scales that all targets store and that are not below `scale`."""
-    target = constraints.too_large(scale)
+    target = too_large(scale, constraints.targets)
     if target is not None:
         msg = (
             f"{spec.operation}: a scale of {scale.max():g} is more than {target.title}'s "
             f"{target.scale_type} holds: {why}, or take {target.name} out of `targets`"
         )
         raise UsageError(msg)
-    return constraints.scale_up(scale)
+    return round_up(scale, constraints.targets)
 
 
 def _numbers(tensor: Tensor) -> npt.NDArray[np.float32]:

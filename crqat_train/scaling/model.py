@@ -35,7 +35,7 @@ from crqat.train.config import TrainConfig
 SCHEMA_VERSION = 1
 _PACKAGES = Path(__file__).parents[3]
 # Of one group of processes, compilation included: longer is a hang.
-_TIME_LIMIT = 1800.0
+TIME_LIMIT = 1800.0
 _SMALLEST_DEFAULT = 4  # images a process; fewer are a question that the user has to ask
 _MOST_MACHINES = 8
 
@@ -362,10 +362,10 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
         UsageError: The first that failed says so of the recipe.
         ToolError: It failed otherwise, or the time limit is over.
     """
-    end = time.monotonic() + _TIME_LIMIT
+    end = time.monotonic() + TIME_LIMIT
     while any(process.poll() is None for process in ranks):
         if time.monotonic() > end:
-            msg = f"the measurement of {len(ranks)} processes takes longer than {_TIME_LIMIT:.0f} s; take a smaller one"
+            msg = f"the measurement of {len(ranks)} processes takes longer than {TIME_LIMIT:.0f} s; take a smaller one"
             raise ToolError(msg)
         if any(process.poll() for process in ranks):
             break

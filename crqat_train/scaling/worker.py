@@ -29,8 +29,8 @@ from crqat.train import distributed, shares
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
-from crqat.train.data.imagefolder import workers
 from crqat.train.data.split import split as split_images
+from crqat.train.data.streaming import workers
 from crqat.train.device import choose_device, compiler
 from crqat.train.models import build as models
 from crqat.train.models import published

@@ -11,7 +11,8 @@ from torch import Tensor, fx, nn
 
 from crqat.train.config import QATConfig
 from crqat.train.graph.operations import parameter
-from crqat.train.placement.insert import codes_at, weight_node
+from crqat.train.placement.insert import weight_node
+from crqat.train.placement.quantizer_spec import codes_at
 from crqat.train.quantizers import MIN_SCALE, LSQQuantizer, Quantizer
 from crqat.train.training.optimizer import Fit
 

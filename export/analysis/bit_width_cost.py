@@ -19,7 +19,7 @@ from crqat.train.data.batches import evaluation_batches
 from crqat.train.data.split import split as split_images
 from crqat.train.load_trained import rebuild, take_float_weights
 from crqat.train.models import published
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantizers import calibrate_weight, quantizer_of
 from crqat.train.quantizers.calibration import observe, only, weight_of
 from crqat.train.training.callbacks import set_width

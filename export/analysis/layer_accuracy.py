@@ -14,7 +14,7 @@ from crqat.train.data.batches import subset
 from crqat.train.data.split import split as split_images
 from crqat.train.load_trained import rebuild
 from crqat.train.models import published
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantizers.calibration import only
 from crqat.train.training.evaluate import accuracy
 

@@ -13,11 +13,12 @@ import onnx
 from onnx import helper
 from torch import fx
 
-from crqat.export.graph.fold_batchnorm import fold_batchnorm
+from crqat.export.graph.batchnorm_nodes import fold_batchnorm
 from crqat.export.graph.onnx_graph import Graph
 from crqat.export.graph.operators import Walk
 from crqat.export.graph.record import Marker, Program
-from crqat.train.placement.insert import FLOAT_LAYER, operation_of
+from crqat.train.placement.quantizer_spec import operation_of
+from crqat.train.placement.target_rules import FLOAT_LAYER
 from crqat.train.quantizers import specs_of
 
 

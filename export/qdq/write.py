@@ -19,7 +19,7 @@ from crqat.export.graph.data_movement import moves_codes
 from crqat.export.graph.onnx_graph import OPSET, Graph, build_model
 from crqat.export.qdq.float16 import float16_model
 from crqat.export.qdq.lower import Activation, Weight, clip_bound, lower_activation, lower_weight
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 
 _Lowered = TypeVar("_Lowered", Activation, Weight)
 

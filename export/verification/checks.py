@@ -32,7 +32,7 @@ from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.run import simulate
 from crqat.export.simulator.values import UNIT_ROUNDOFF, NotSimulated, Simulation
 from crqat.export.verification.fusion import in_float, optimized_operations, session
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantizers import specs_of
 from crqat.train.quantizers.calibration import Hook, hooked
 

@@ -38,7 +38,7 @@ from crqat.runtime_eval.trt import versions as tensorrt_api
 from crqat.train.config import DataConfig, OptimizerConfig, QuantizationConfig
 from crqat.train.data import sources
 from crqat.train.models import build as models
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers.base import is_step
 from crqat.train.training import loop

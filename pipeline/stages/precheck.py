@@ -34,7 +34,7 @@ from crqat.pipeline.recipe.recipe import Recipe, train_config
 from crqat.train.config import TrainConfig
 from crqat.train.data.batches import evaluation_batches
 from crqat.train.graph.explain import forward_of, passes_through, source_line
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantized_model import QuantizedModel, quantize_model
 from crqat.train.training import stage as trainer
 from crqat.train.training.first_step import check_forward, check_statistics, check_step, one_line_of

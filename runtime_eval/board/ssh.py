@@ -48,7 +48,7 @@ _OPTIONS = {
     "ClearAllForwardings": "yes",
     "RemoteCommand": "none",
 }
-_SILENCE_SECONDS = 60.0
+SILENCE_SECONDS = 60.0
 # What is said of a job that was found.
 _BEFORE = {
     "absent": "new",
@@ -243,7 +243,7 @@ class _Link:
 
     def follow(self, benchmark: Mapping[str, Any]) -> job.State:
         """Tell of the job's progress until it is over."""
-        limit = _SILENCE_SECONDS + sum(
+        limit = SILENCE_SECONDS + sum(
             benchmark.get(key, 0.0) for key in ("time_limit_seconds", "warm_up_seconds", "latency_seconds")
         )
         spoke = time.monotonic()
@@ -306,9 +306,9 @@ class _Link:
                         return message["result"]
                     self._advanced = self._advanced or bool(message)
                     heard(typed_json.from_json(_Told, message))
-                code = process.wait(_SILENCE_SECONDS)
+                code = process.wait(SILENCE_SECONDS)
             except (TimeoutError, subprocess.TimeoutExpired):
-                msg = f"{self._board.address}: no sign of life for {_SILENCE_SECONDS:.0f} s"
+                msg = f"{self._board.address}: no sign of life for {SILENCE_SECONDS:.0f} s"
                 raise Disconnected(msg) from None
             finally:
                 process.kill()
@@ -335,7 +335,7 @@ def _messages(process: subprocess.Popen[bytes], data: tuple[Path, int] | None) -
     threading.Thread(target=_listen, args=(process, lines), daemon=True).start()
     while True:
         try:
-            line = lines.get(timeout=_SILENCE_SECONDS)
+            line = lines.get(timeout=SILENCE_SECONDS)
         except queue.Empty:
             raise TimeoutError from None
         if line is None:

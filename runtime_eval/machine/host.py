@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from crqat.core.results.benchmark import Device
+from crqat.core.results.device import Device
 
 # What INT8 kernels are written for. Without VNNI or asimddp an INT8 product takes several instructions.
 FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "asimddp")
@@ -17,16 +17,16 @@ FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "asimddp")
 CUDA_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")
 
 
-def _read(path: str) -> str | None:
+def _read(root: Path, path: str) -> str | None:
     try:
-        return Path(path).read_text(errors="replace").strip("\0\n ")
+        return (root / path).read_text(errors="replace").strip("\0\n ")
     except OSError:
         return None
 
 
-def _cpuinfo() -> dict[str, str]:
+def _cpuinfo(root: Path) -> dict[str, str]:
     """The first processor's entries of /proc/cpuinfo."""
-    lines = (_read("/proc/cpuinfo") or "").split("\n\n")[0].splitlines()
+    lines = (_read(root, "proc/cpuinfo") or "").split("\n\n")[0].splitlines()
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
@@ -52,21 +52,26 @@ def load_average() -> float | None:
         return None
 
 
-def describe() -> Device:
-    """This machine, without what a measurement adds."""
-    cpu = _cpuinfo()
+def describe(root: Path = Path("/")) -> Device:
+    """This machine, without what a measurement adds.
+
+    Args:
+        root: Folder that has the system's `proc` and `sys`.
+    """
+    cpu = _cpuinfo(root)
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()  # x86 and ARM
-    frequency = _read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
+    frequency = _read(root, "sys/devices/system/cpu/cpu0/cpufreq/scaling_cur_freq")
     megahertz = float(frequency) / 1e3 if frequency else float(cpu["cpu MHz"]) if "cpu MHz" in cpu else None
-    memory = _read("/proc/meminfo")
+    memory = _read(root, "proc/meminfo")
+    board = _read(root, "proc/device-tree/model")
     return Device(
         # ARM's cpuinfo has no model name; there the board's is what tells machines apart.
-        cpu=cpu.get("model name") or _read("/proc/device-tree/model") or platform.processor() or platform.machine(),
+        cpu=cpu.get("model name") or board or platform.processor() or platform.machine(),
         architecture=platform.machine(),
         cores=os.cpu_count(),
         usable_cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         flags={flag: flag in flags for flag in FLAGS},
-        governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
+        governor=_read(root, "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         frequency_mhz=megahertz,
         memory_bytes=int(memory.split()[1]) * 1024 if memory else None,
         cuda_device=cuda_device(),

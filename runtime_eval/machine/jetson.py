@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-from crqat.core.results.benchmark import Jetson, JetsonRun
+from crqat.core.results.device import Jetson, JetsonRun
 
 _Number = TypeVar("_Number", int, float)
 ROOT = Path("/")
-_TOOL_SECONDS = 10.0
-_TEGRASTATS_SECONDS = 1.5
+TOOL_SECONDS = 10.0
+TEGRASTATS_SECONDS = 1.5
 # JetPack by L4T release, the longest prefix first. The rest of a release is named by its L4T alone.
 JETPACK = {
     "32.7": "4.6",
@@ -157,7 +157,7 @@ def describe(root: Path = ROOT) -> Jetson | None:
         soc=soc,
         l4t=release,
         jetpack=jetpack(release) if release else None,
-        power_mode=parse_power_mode(_output(root, "nvpmodel", ["-q"], _TOOL_SECONDS)),
+        power_mode=parse_power_mode(_output(root, "nvpmodel", ["-q"], TOOL_SECONDS)),
     )
 
 
@@ -167,7 +167,7 @@ def state(root: Path = ROOT) -> State:
     temperatures, over = _temperatures(root)
     power = _power(root)
     if not power or not temperatures:  # other places on some boards: the tool knows them
-        line = parse_tegrastats(_output(root, "tegrastats", ["--interval", "100"], _TEGRASTATS_SECONDS))
+        line = parse_tegrastats(_output(root, "tegrastats", ["--interval", "100"], TEGRASTATS_SECONDS))
         power, temperatures = power or line.power_mw, temperatures or line.temperatures_c
     return State(
         clocks_locked=None if locked is None else not free,

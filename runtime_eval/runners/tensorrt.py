@@ -1,6 +1,6 @@
 """TensorRT: a plan on a CUDA device, through pycuda. By tensor names, which every TensorRT from 8.5 on has.
 
-Everything that needs a device is behind `_Cuda` and TensorRT's own objects.
+Everything that needs a device is behind `Cuda` and TensorRT's own objects.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class TensorRTRunner:
             raise ToolError(msg)
         version = tensorrt_version()
         self._path, self._graph = path, graph
-        self._cuda = _Cuda()
+        self._cuda = Cuda()
         try:
             plan, self._sidecar = plan_file.load(path, "tensorrt", version, self._cuda.capability)
             self._open(plan)
@@ -203,7 +203,7 @@ def device_capability() -> tuple[int, int]:
     if not cuda_device():
         msg = "no CUDA device"
         raise ToolError(msg)
-    cuda = _Cuda()
+    cuda = Cuda()
     try:
         return cuda.capability
     finally:
@@ -233,7 +233,7 @@ def _log() -> Any:
     return Log()
 
 
-class _Cuda:
+class Cuda:
     """All that touches CUDA: the first device's primary context, one stream, memory, events and graphs.
 
     The context is the primary one, so that other libraries of the process share it, and belongs to this thread from

@@ -276,7 +276,8 @@ def test_fewer_training_images_than_processes_are_refused(tmp_path: Path, monkey
     """One of them would not calibrate, and the others wait for it."""
     monkeypatch.setattr(distributed, "world", lambda: 2)
     monkeypatch.setattr(distributed, "first_rank_first", nullcontext)
-    config = replace(recipe(tmp_path), data=DataConfig("digits", validation=0.999))
+    data, model = DataConfig("digits", validation=0.999), ModelConfig("cifar/resnet20")
+    config = replace(recipe(tmp_path), data=data, model=model)
     with pytest.raises(UsageError, match=r"^data\.validation: training images: each of 2 .* and they are 1$"):
         train(config, tmp_path, quiet)
 

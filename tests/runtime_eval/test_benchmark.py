@@ -18,7 +18,8 @@ import pytest
 from crqat.core import strict_json
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import Progress, quiet
-from crqat.core.results.benchmark import FloatLayers, Jetson, NoLatency, Results
+from crqat.core.results.benchmark import FloatLayers, NoLatency, Results
+from crqat.core.results.device import Jetson
 from crqat.core.results.engine import EngineReport
 from crqat.core.results.export import ExportedModel
 from crqat.core.run_directory import manifest_hash
@@ -215,7 +216,7 @@ from crqat.runtime_eval.machine import host
 from crqat.runtime_eval.runners import tensorrt
 sys.modules["tensorrt"] = FakeTensorRT("tensorrt")
 host.CUDA_DEVICES = ("/dev/null",)
-tensorrt._Cuda = FakeCuda
+tensorrt.Cuda = FakeCuda
 """
 
 

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from crqat.core.errors import ToolError, UsageError
+from crqat.core.errors import UsageError
+from crqat.core.image_file import FILTERS
 
 Float32 = TypeVar("Float32")
-# More than any camera's picture that a classifier is shown; what is larger is a mistake or a bomb, and not decoded.
-MAX_FILE_BYTES = 64 * 2**20
-MAX_PIXELS = 64 * 10**6
-FILTERS = ("bilinear", "bicubic", "lanczos", "nearest")
 
 
 @dataclass(frozen=True)
@@ -125,142 +118,3 @@ def normalize(images: Float32, constants: Sequence[Any]) -> Float32:
     """
     maximum, mean, std = constants
     return (images / maximum - mean) / std  # type: ignore[no-any-return]
-
-
-# Formats of Pillow's that are not decoded: EPS calls another program, the others are headers without a decoder.
-REFUSED_FORMATS = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
-
-
-@cache
-def formats() -> tuple[str, ...]:
-    """Pillow's names of what is decoded: all that it reads by itself; needs Pillow."""
-    from PIL import Image
-
-    Image.init()
-    return tuple(sorted(set(Image.OPEN) - REFUSED_FORMATS))
-
-
-@cache
-def endings() -> frozenset[str]:
-    """Endings of the files that are taken for images, such as ".jpg"; needs Pillow."""
-    from PIL import Image
-
-    known = set(formats())
-    return frozenset(ending for ending, kind in Image.registered_extensions().items() if kind in known)
-
-
-def load_image(
-    path: Path, size: int, crop: int, convert: bool = False, channels: int = 3, interpolation: str = "bilinear"
-) -> npt.NDArray[np.uint8]:
-    """Decode an image file; see `decode_image`.
-
-    Raises:
-        UsageError: It is no image, is damaged, too large or not of so many channels.
-        ToolError: It cannot be read.
-    """
-    try:
-        with path.open("rb") as file:
-            return decode_image(file, str(path), size, crop, convert, channels, interpolation)
-    except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}; did the folder change meanwhile?"
-        raise ToolError(msg) from error
-
-
-def decode_image(
-    file: IO[bytes],
-    name: str,
-    size: int,
-    crop: int,
-    convert: bool = False,
-    channels: int = 3,
-    interpolation: str = "bilinear",
-) -> npt.NDArray[np.uint8]:
-    """Decode an image, turn it upright by its EXIF tag, resize its shorter side, cut out the centre.
-
-    With antialiasing, as Pillow does it on uint8; needs Pillow.
-
-    Args:
-        file: JPEG, PNG, WebP, BMP or whatever else Pillow reads by itself; see `formats`.
-        name: What to call it in a message.
-        size: Pixels of the shorter side, at least `crop`.
-        crop: Pixels of the square.
-        convert: Turn images of another mode (grey, palette, CMYK) into RGB, or into grey, instead of refusing them.
-            Transparency and more than 8 bits have no agreed meaning there and are refused all the same.
-        channels: 3 is RGB, 1 is grey (of colours, ITU-R 601-2 luma).
-        interpolation: One of FILTERS.
-
-    Returns:
-        uint8 of shape [channels, crop, crop].
-
-    Raises:
-        UsageError: It is no image, is damaged, too large or not of so many channels.
-        OSError: It cannot be read.
-    """
-    from PIL import Image, ImageOps
-
-    if channels not in (1, 3):
-        msg = f"{name}: an image file has 1 channel (grey) or 3 (RGB), and {channels} are asked for"
-        raise UsageError(msg)
-    _silence_pillow()
-    try:
-        length = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        if length > MAX_FILE_BYTES:
-            msg = f"{name}: {length / 2**20:.0f} MiB; image files above {MAX_FILE_BYTES // 2**20} MiB are refused"
-            raise UsageError(msg)
-        with Image.open(file, formats=formats()) as opened:
-            width, height = opened.size
-            if width * height > MAX_PIXELS:
-                msg = f"{name}: {width} x {height} pixels; images above {MAX_PIXELS // 10**6} megapixels are refused"
-                raise UsageError(msg)
-            opened.load()
-            image = _in_mode(ImageOps.exif_transpose(opened), "RGB" if channels == 3 else "L", name, convert)
-    except OSError as error:
-        if error.errno is not None:
-            raise
-        raise _undecodable(name, error) from error
-    except UsageError:
-        raise
-    except Exception as error:  # a damaged file fails in whatever way its bytes lead the decoder to
-        raise _undecodable(name, error) from error
-    short = min(image.size)
-    if short != size:
-        width, height = (max(size, round(side * size / short)) for side in image.size)
-        image = image.resize((width, height), Image.Resampling[interpolation.upper()])
-    left, top = (image.width - crop) // 2, (image.height - crop) // 2
-    cropped = np.asarray(image.crop((left, top, left + crop, top + crop)), dtype=np.uint8)
-    return np.ascontiguousarray(cropped.reshape(crop, crop, channels).transpose(2, 0, 1))
-
-
-@cache
-def _silence_pillow() -> None:
-    """The limit here is the smaller one; Pillow's own warning would only be more lines on the same file."""
-    from PIL import Image
-
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-
-
-def _undecodable(name: str, error: Exception) -> UsageError:
-    reason = " ".join(str(error).replace(name, "it").split()) or type(error).__name__
-    return UsageError(f"{name}: cannot be decoded as an image ({reason[:120]}); replace or remove it")
-
-
-def _in_mode(image: Any, mode: str, name: str, convert: bool) -> Any:
-    """An image as Pillow's mode "RGB" or "L"."""
-    if image.mode == mode and "transparency" not in image.info:
-        return image
-    wanted = "RGB" if mode == "RGB" else "grey"
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        if image.convert("RGBA").getextrema()[3][0] < 255:
-            msg = f"{name}: has transparent pixels; put it on a background and save it as {wanted}"
-            raise UsageError(msg)
-    elif image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"):
-        msg = f"{name}: {image.mode} pixels of more than 8 bits; save it as 8-bit {wanted}"
-        raise UsageError(msg)
-    if not convert:
-        other = "; where all are grey, set data.channels: 1" if image.mode == "L" else ""
-        other = "; where all are RGB, leave data.channels out" if image.mode == "RGB" else other
-        remedy = f"save it as {wanted}, or set data.convert: true to convert such images{other}"
-        msg = f"{name}: {image.mode}, not {wanted}; {remedy}"
-        raise UsageError(msg)
-    return image.convert(mode)

@@ -24,6 +24,7 @@ from crqat.core.targets import (
     union,
     weight_codes,
 )
+from crqat.core.targets.scale_rounding import round_up, too_large
 
 BOTH = ("onnxruntime", "tensorrt")
 
@@ -77,17 +78,17 @@ def test_the_union_keeps_to_the_strictest() -> None:
 @given(st.floats(2.0**-30, 60000, width=32))
 def test_scales_go_up_to_the_next_value_that_is_stored(scale: float) -> None:
     scales = np.array([scale], np.float32)
-    raised = union(BOTH).scale_up(scales)
+    raised = round_up(scales, union(BOTH).targets)
     assert raised >= scales
     assert raised.astype(np.float16).astype(np.float32) == raised
     assert np.nextafter(raised.astype(np.float16), np.float16(0)).astype(np.float32) < scales
-    np.testing.assert_array_equal(union(["onnxruntime"]).scale_up(scales), scales)
+    np.testing.assert_array_equal(round_up(scales, union(["onnxruntime"]).targets), scales)
 
 
 def test_a_scale_beyond_float16_is_named() -> None:
     for large in (65536.0, np.nan):
-        assert union(BOTH).too_large(np.array([1.0, large], np.float32)) is TENSORRT
-    assert union(["onnxruntime"]).too_large(np.array([65536.0], np.float32)) is None
+        assert too_large(np.array([1.0, large], np.float32), union(BOTH).targets) is TENSORRT
+    assert too_large(np.array([65536.0], np.float32), union(["onnxruntime"]).targets) is None
 
 
 GOOD_ACTIVATION = {"of_constant": False, "zero_point_is_zero": True, "scalar_scale": True}

@@ -15,10 +15,10 @@ import torch
 from PIL import Image
 
 from crqat.core.errors import ToolError, UsageError
-from crqat.core.preprocessing import load_image
+from crqat.core.image_file import load_image
 from crqat.core.progress import quiet
 from crqat.train.config import DataConfig
-from crqat.train.data import imagefolder, sources
+from crqat.train.data import imagefolder, sources, streaming
 from crqat.train.data.batches import Batches, evaluation_batches, subset
 from crqat.train.data.dataset import Dataset
 
@@ -73,7 +73,7 @@ def test_val_may_take_the_place_of_test(root: Path) -> None:
 def test_a_streamed_set_gives_the_same_bits(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Worker processes decode, the order and the augmentation are the generator's: as from memory."""
     memory = loaded(root)
-    monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 100)
     streamed = loaded(root)
     assert isinstance(streamed.train_images, imagefolder.FolderImages)
     chosen = torch.tensor([5, 0, 17, 9, 23, 2, 3])
@@ -93,7 +93,7 @@ def test_a_streamed_set_gives_the_same_bits(root: Path, monkeypatch: pytest.Monk
 
 
 def test_a_broken_file_ends_a_stream_in_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 100)
     (root / "train" / "dog" / "2.png").write_bytes(b"broken")
     dataset = loaded(root)
     batches = Batches(
@@ -106,11 +106,11 @@ def test_a_broken_file_ends_a_stream_in_one_line(root: Path, monkeypatch: pytest
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells who sent a signal")
 def test_only_the_training_itself_ends_its_workers(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 100)
     images = loaded(root).train_images
-    assert isinstance(images, imagefolder.StoredImages)
+    assert isinstance(images, streaming.StoredImages)
     others = set(multiprocessing.active_children())
-    stream = imagefolder.stream_batches(images, [torch.tensor([index]) for index in range(24)])
+    stream = streaming.stream_batches(images, [torch.tensor([index]) for index in range(24)])
     next(stream)  # one worker has decoded a batch; another may still be starting
     workers = [str(worker.pid) for worker in set(multiprocessing.active_children()) - others]
     assert workers
@@ -118,7 +118,7 @@ def test_only_the_training_itself_ends_its_workers(root: Path, monkeypatch: pyte
         subprocess.run(["kill", f"-{name}", *workers], check=True)
     assert len(list(stream)) == 23
     others = set(multiprocessing.active_children())
-    stream = imagefolder.stream_batches(images, [torch.tensor([index]) for index in range(24)])
+    stream = streaming.stream_batches(images, [torch.tensor([index]) for index in range(24)])
     next(stream)
     worker = (set(multiprocessing.active_children()) - others).pop()
     with pytest.raises(RuntimeError, match=r"Terminated|exited unexpectedly"):
@@ -129,9 +129,9 @@ def test_only_the_training_itself_ends_its_workers(root: Path, monkeypatch: pyte
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere nobody tells who sent a signal")
 def test_a_signal_before_a_worker_is_ready_does_not_end_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 100)
     images = loaded(root).train_images
-    assert isinstance(images, imagefolder.StoredImages)
+    assert isinstance(images, streaming.StoredImages)
     fork = os.fork
     started: list[int] = []
 
@@ -143,9 +143,9 @@ def test_a_signal_before_a_worker_is_ready_does_not_end_it(root: Path, monkeypat
         return started[-1]
 
     monkeypatch.setattr(os, "fork", signalled)
-    streamed = list(imagefolder.stream_batches(images, [torch.tensor([index]) for index in range(24)]))
+    streamed = list(streaming.stream_batches(images, [torch.tensor([index]) for index in range(24)]))
     assert len(streamed) == 24
-    assert len(started) == imagefolder.workers()
+    assert len(started) == streaming.workers()
 
 
 @pytest.mark.parametrize("change", ["gone", "longer", "newer"])
@@ -243,11 +243,11 @@ def test_decoding_is_told_of(root: Path) -> None:
     _, train, _, _ = imagefolder.list_folder(root)
     seen: list[tuple[str, int, int]] = []
     images = imagefolder.FolderImages(train, 20, 16, False)
-    decoded = imagefolder.decode(
+    decoded = streaming.decode(
         images, "training images", lambda task, done, total, *_: seen.append((task, done, total))
     )
     assert isinstance(decoded, torch.Tensor) and seen == [("training images", 24, 24)]
-    assert torch.equal(imagefolder.decode(images, "", quiet)[:], images[:])
+    assert torch.equal(streaming.decode(images, "", quiet)[:], images[:])
 
 
 def test_swapped_parts_are_suspected(root: Path) -> None:
@@ -312,7 +312,7 @@ def test_grey_images_have_one_channel(root: Path, monkeypatch: pytest.MonkeyPatc
         image.convert("L").save(first.with_suffix(".png"))
     grey = load_image(first.with_suffix(".png"), 20, 16, channels=1)  # no leave needed
     assert grey.shape == (1, 16, 16) and grey.std() > 0
-    monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 100)
     images = loaded(root, channels=1, convert=True).train_images
-    assert isinstance(images, imagefolder.StoredImages)
-    assert next(imagefolder.stream_batches(images, [torch.tensor([1, 2])])).shape == (2, 1, 16, 16)
+    assert isinstance(images, streaming.StoredImages)
+    assert next(streaming.stream_batches(images, [torch.tensor([1, 2])])).shape == (2, 1, 16, 16)

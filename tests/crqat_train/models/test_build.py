@@ -19,6 +19,7 @@ from crqat.train.data import sources
 from crqat.train.data.batches import evaluation_batches
 from crqat.train.graph.operations import trace
 from crqat.train.models import build as models
+from crqat.train.models import cifar, own_network
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import METHODS
 from tests.needs import require
@@ -56,7 +57,7 @@ def test_published_resnet56_weights_fit(shared_data: Path) -> None:
 
 
 def test_the_shortcut_subsamples_and_pads_with_zeros() -> None:
-    block = models.BasicBlock(16, 32, stride=2).eval()
+    block = cifar.BasicBlock(16, 32, stride=2).eval()
     nn.init.zeros_(block.bn2.weight)  # leaves the shortcut alone
     x = torch.rand(2, 16, 7, 8)
     out = block(x)
@@ -156,7 +157,7 @@ def _user_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("_user_folder")
 @pytest.mark.parametrize("function", ["network", "nothing", "others", "Net"])
 def test_a_users_function_or_class_builds_the_network(function: str) -> None:
-    models.check_callable(f"user_network:{function}")
+    own_network.check_callable(f"user_network:{function}")
     assert list(models.build(f"user_network:{function}", 5, 2)(torch.rand(1, 2, 2, 2)).shape) == [1, 5]
 
 
@@ -187,7 +188,7 @@ def test_a_users_function_that_does_not_fit_is_named(function: str, message: str
 )
 def test_what_cannot_be_called_is_told_without_a_call(function: str, message: str) -> None:
     with pytest.raises(UsageError, match=rf"^model\.name: .*{message}"):
-        models.check_callable(f"user_network:{function}")
+        own_network.check_callable(f"user_network:{function}")
 
 
 def without_counts(state: dict[str, Tensor]) -> dict[str, Tensor]:

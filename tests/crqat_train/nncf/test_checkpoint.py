@@ -25,8 +25,8 @@ from crqat.train.models import build as models
 from crqat.train.nncf import checkpoint as nncf_checkpoint
 from crqat.train.nncf.checkpoint import Checkpoint, NNCFQuantizer, of_grid, read, write
 from crqat.train.placement import nncf_layout
-from crqat.train.placement.insert import QuantizerSpec
 from crqat.train.placement.nncf_layout import ask_layout
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import MinMaxQuantizer, quantizer_of
 from crqat.train.quantizers.calibration import calibrate

@@ -18,8 +18,9 @@ from crqat.train.config import Override, QuantizationConfig, Target
 from crqat.train.graph.operations import through_movement
 from crqat.train.models import build as models
 from crqat.train.placement import insert as layout
-from crqat.train.placement import nncf_layout
-from crqat.train.placement.insert import QuantizerSpec, codes_at, insert_quantizers, quantizer_node, weight_node
+from crqat.train.placement import nncf_layout, target_rules
+from crqat.train.placement.insert import insert_quantizers, quantizer_node, weight_node
+from crqat.train.placement.quantizer_spec import QuantizerSpec, codes_at
 from crqat.train.quantizers import LSQQuantizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -516,7 +517,7 @@ def test_float_layers_carry_no_quantizers(pattern: str, targets: Sequence[str]) 
     assert named
     kept = {spec.edge: spec for spec in specs if spec.kind == "weight"}
     assert kept.keys() == usual.keys() - named
-    found = [node for node in graph_module.graph.nodes if layout.FLOAT_LAYER in node.meta]
+    found = [node for node in graph_module.graph.nodes if target_rules.FLOAT_LAYER in node.meta]
     assert len(found) == len(named)
     for node in found:
         for source in node.all_input_nodes:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantizers import LSQQuantizer, Quantizer
 from tests.needs import needs
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from crqat.core.errors import UsageError
-from crqat.core.targets import BIAS_LIMIT
+from crqat.core.targets.scale_rounding import BIAS_LIMIT
 from crqat.train.config import QuantizationConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import evaluation_batches

@@ -230,7 +230,7 @@ def test_one_process_that_dies_ends_all_and_is_named(tmp_path: Path, monkeypatch
 
 def test_a_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _rank_program(tmp_path, monkeypatch, "import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(scaling, "_TIME_LIMIT", 0.2)
+    monkeypatch.setattr(scaling, "TIME_LIMIT", 0.2)
     with pytest.raises(ToolError, match="takes longer than"):
         scaling._run_processes(2, {}, 1)
 

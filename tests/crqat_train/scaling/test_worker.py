@@ -27,7 +27,7 @@ from crqat.train.config import (
     QuantizationConfig,
     TrainConfig,
 )
-from crqat.train.data import imagefolder
+from crqat.train.data import imagefolder, streaming
 from crqat.train.scaling.worker import Work, endless, gradient_bytes, measure_alone, measure_data, message_sizes
 from crqat.train.training import loop
 from crqat.train.training.optimizer import Fit
@@ -135,7 +135,7 @@ def images(tmp_path: Path) -> DataConfig:
 def test_what_workers_decode_at_once_is_not_taken_for_a_faster_source(
     images: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 100)
     work = Work(replace(CONFIG, data=images, qat=QATConfig(epochs=1, batch_size=1)), CPU, 0)
 
     def decode(self: imagefolder.FolderImages, chosen: list[int]) -> torch.Tensor:
@@ -154,7 +154,7 @@ def test_what_workers_decode_at_once_is_not_taken_for_a_faster_source(
 def test_files_that_stream_are_decoded_for_the_data_and_in_memory_for_the_step(
     images: DataConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 100)
+    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 100)
     work = Work(replace(CONFIG, data=images, qat=QATConfig(epochs=1, batch_size=8)), CPU, 0)
     assert isinstance(work.batches(8, in_memory=False).images, imagefolder.FolderImages)
     in_memory = work.batches(8, in_memory=True)

@@ -29,7 +29,7 @@ from crqat.train.config import (
     QuantizationConfig,
     TrainConfig,
 )
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import LSQQuantizer, MinMaxQuantizer
 from crqat.train.quantizers.calibration import calibrate

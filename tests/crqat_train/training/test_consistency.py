@@ -16,7 +16,7 @@ from torch.nn import functional
 from crqat.train.config import ConsistencyConfig, QuantizationConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import evaluation_batches
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import LSQQuantizer
 from crqat.train.training import loop

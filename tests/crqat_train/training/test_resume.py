@@ -31,7 +31,7 @@ from crqat.train.config import (
     QuantizationConfig,
     TrainConfig,
 )
-from crqat.train.data import imagefolder
+from crqat.train.data import imagefolder, streaming
 from crqat.train.data.batches import Batches, Feed, Generators
 from crqat.train.data.builtin import CIFAR10_PREPROCESSING
 from crqat.train.training import loop
@@ -291,7 +291,7 @@ def test_a_folder_of_images_that_vanishes_mid_epoch(tmp_path: Path, monkeypatch:
             place.mkdir(parents=True)
             for index in range(count):
                 Image.fromarray(drawn.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(place / f"{index}.png")
-    monkeypatch.setattr(imagefolder, "IN_MEMORY_BYTES", 0)  # so few images would be read once
+    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 0)  # so few images would be read once
     images = DataConfig("imagefolder", str(tmp_path / "images"), size=8, crop=8, crop_padding=1)
     config = recipe(data=images, float_training=OptimizerConfig(2, 6, 0.05), qat=QATConfig(1, 30, 0.01))
     for name in ("whole", "first"):

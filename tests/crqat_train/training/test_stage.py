@@ -35,8 +35,7 @@ from crqat.train.config import (
     QuantizationConfig,
     TrainConfig,
 )
-from crqat.train.data import imagefolder as folder
-from crqat.train.data import sources
+from crqat.train.data import sources, streaming
 from crqat.train.data.batches import Batches, evaluation_batches
 from crqat.train.data.dataset import Dataset
 from crqat.train.data.split import split as split_images
@@ -235,10 +234,10 @@ def test_without_ema_no_teacher_is_a_candidate(
 def observed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
     """What networks, the labels' loss and the consistency loss get during QAT."""
     seen: dict[str, list[Any]] = {"inputs": [], "ce": [], "kl": [], "batches": [], "modes": []}
-    compile_, ce, batches = trainer._Run._compile, functional.cross_entropy, Batches.__init__
+    wrap, ce, batches = distributed.wrap, functional.cross_entropy, Batches.__init__
 
-    def spy_compile(self: Any, model: nn.Module) -> Any:
-        forward = compile_(self, model)
+    def spy_wrap(model: nn.Module) -> Any:
+        forward = wrap(model)
 
         def spied(x: Tensor) -> Tensor:
             seen["inputs"].append(x.clone())
@@ -259,7 +258,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
         seen["batches"].append(images)
         batches(self, images, *args, **kwargs)
 
-    monkeypatch.setattr(trainer._Run, "_compile", spy_compile)
+    monkeypatch.setattr(distributed, "wrap", spy_wrap)
     monkeypatch.setattr(functional, "cross_entropy", spy_ce)
     monkeypatch.setattr("crqat.train.training.loop.consistency_loss", spy_kl)
     monkeypatch.setattr(Batches, "__init__", spy_batches)
@@ -290,7 +289,7 @@ def test_unlabeled_files_stream_and_the_first_process_downloads_them(
         (tmp_path / part / name).mkdir(parents=True)
         for index in range(5):
             Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / part / name / f"{index}.png")
-    monkeypatch.setattr(folder, "IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 0)
     config = recipe(data=DataConfig("imagefolder", root=str(tmp_path), size=8, crop=8, unlabeled="imagefolder"))
     turns: list[str] = []
     monkeypatch.setattr(distributed, "first_rank_first", lambda: turn(turns))
@@ -306,7 +305,7 @@ def test_unlabeled_files_stream_and_the_first_process_downloads_them(
     run = trainer._Run(config, dataset, split_images(10, 0.2, 0), device, quiet, keeper)
     batches = run._unlabeled()
     assert batches is not None
-    assert isinstance(batches.images, folder.StoredImages)  # not all of them decoded at once
+    assert isinstance(batches.images, streaming.StoredImages)  # not all of them decoded at once
     assert len(batches.images) == len(batches.labels) == 8  # without those that validate
     assert turns == ["begin", "load", "end"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 
 from crqat.core.results.analysis import LayerAccuracy
 from crqat.core.results.benchmark import Results
@@ -252,12 +253,13 @@ def test_the_training_starts_at_the_calibrated_network_and_has_floats_level(
 ) -> None:
     results = finished_run(tmp_path / "run", "digits")
     figures: list[Any] = []
+    save = Figure.savefig
 
-    def keep(figure: Any) -> str:
+    def keep(figure: Figure, *args: Any, **kwargs: Any) -> None:
         figures.append(figure)
-        return ""
+        save(figure, *args, **kwargs)
 
-    monkeypatch.setattr(report, "_svg", keep)
+    monkeypatch.setattr(Figure, "savefig", keep)
     page = render(tmp_path / "run", results, [])
     assert '<p class="remark">Warning: digits.</p>' in page
     (qat,) = (axes for figure in figures for axes in figure.axes if axes.get_title() == "qat")

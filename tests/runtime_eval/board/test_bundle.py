@@ -20,7 +20,8 @@ import pytest
 from crqat.core import typed_json
 from crqat.core.errors import CrqatError, ToolError, UsageError
 from crqat.core.progress import Progress, quiet
-from crqat.core.results.benchmark import Device, Results, Settings
+from crqat.core.results.benchmark import Results, Settings
+from crqat.core.results.device import Device
 from crqat.core.run_directory import verify_stage
 from crqat.runtime_eval.__main__ import measure
 from crqat.runtime_eval.benchmark import benchmark

@@ -22,7 +22,8 @@ import pytest
 from crqat.core import typed_json
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import quiet
-from crqat.core.results.benchmark import Device, Results, Settings
+from crqat.core.results.benchmark import Results, Settings
+from crqat.core.results.device import Device
 from crqat.runtime_eval.benchmark import benchmark
 from crqat.runtime_eval.board import job, ssh
 from crqat.runtime_eval.board.bundle import Bundle, describe
@@ -390,7 +391,7 @@ def test_a_python_that_will_not_do_is_one_line(server: Server, orin: Board, cont
 def test_silence_is_a_lost_connection(
     server: Server, contents: Contents, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ssh, "_SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(ssh, "SILENCE_SECONDS", 0.3)
     (tmp_path / "ssh").write_text("#!/bin/sh\nexec sleep 30\n")
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from crqat.core.results.benchmark import Device
+from crqat.core.results.device import Device
 from crqat.core.typed_json import from_json, text
 from crqat.runtime_eval.machine import host
 
@@ -20,7 +20,7 @@ def test_describe_is_json_without_the_machines_name() -> None:
     assert not any(platform.node() == value for value in vars(description).values())
 
 
-def test_an_arm_board_is_told_by_its_device_tree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_arm_board_is_told_by_its_device_tree(tmp_path: Path) -> None:
     files = {
         "/proc/cpuinfo": "processor\t: 0\nBogoMIPS\t: 62.50\nFeatures\t: fp asimd asimddp\n\nprocessor\t: 1\n",
         "/proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit",
@@ -28,17 +28,19 @@ def test_an_arm_board_is_told_by_its_device_tree(monkeypatch: pytest.MonkeyPatch
         "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor": "schedutil",
         "/proc/meminfo": "MemTotal:        7802344 kB\nMemFree: 1 kB",
     }
-    monkeypatch.setattr(host, "_read", files.get)
-    description = host.describe()
+    for name, content in files.items():
+        path = tmp_path / name.removeprefix("/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{content}\0\n")
+    description = host.describe(tmp_path)
     assert description.cpu == "NVIDIA Jetson Orin Nano Developer Kit"
     assert description.flags == {"avx2": False, "avx512_vnni": False, "avx_vnni": False, "asimddp": True}
     assert (description.governor, description.frequency_mhz) == ("schedutil", 1510.4)
     assert description.memory_bytes == 7802344 * 1024
 
 
-def test_a_system_without_proc_is_described_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host, "_read", lambda path: None)
-    description = host.describe()
+def test_a_system_without_proc_is_described_too(tmp_path: Path) -> None:
+    description = host.describe(tmp_path)
     assert description.memory_bytes is None
     assert description.frequency_mhz is None
     assert description.cpu

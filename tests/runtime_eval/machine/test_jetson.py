@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from crqat.core.results.benchmark import Jetson
+from crqat.core.results.device import Jetson
 from crqat.core.typed_json import from_json, to_json
 from crqat.runtime_eval.machine import jetson
 
@@ -255,7 +255,7 @@ def test_nvpmodel_gets_no_input_and_a_time_limit(board: Path, monkeypatch: pytes
     put_tool(board, "nvpmodel", 'read answer && echo "NV Power Mode: ASKED"; echo "NV Power Mode: QUIET"')
     assert power_mode(board) == "QUIET"
     put_tool(board, "nvpmodel", "exec sleep 60")
-    monkeypatch.setattr(jetson, "_TOOL_SECONDS", 0.2)
+    monkeypatch.setattr(jetson, "TOOL_SECONDS", 0.2)
     start = time.monotonic()
     assert power_mode(board) is None
     assert time.monotonic() - start < 10
@@ -265,7 +265,7 @@ def test_nvpmodel_gets_no_input_and_a_time_limit(board: Path, monkeypatch: pytes
 
 
 def test_tegrastats_is_asked_where_sysfs_has_no_power_and_ended(board: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jetson, "_TEGRASTATS_SECONDS", 0.5)
+    monkeypatch.setattr(jetson, "TEGRASTATS_SECONDS", 0.5)
     put_tool(board, "tegrastats", f"echo $$ > {board}/pid; echo '{ORIN_NANO_JP6}'; exec sleep 60")
     (board / f"{INA}/in1_label").unlink()
     state = jetson.state(board)

@@ -17,7 +17,7 @@ PLAN = b"a plan"
 
 
 class FakeCuda:
-    """Stands for `crqat.runtime_eval.runners.tensorrt._Cuda`.
+    """Stands for `crqat.runtime_eval.runners.tensorrt.Cuda`.
 
     Attributes:
         memory: The device's memory by address.

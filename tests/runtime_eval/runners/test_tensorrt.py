@@ -19,7 +19,7 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.runtime_eval.machine import host
 from crqat.runtime_eval.runners import Description
 from crqat.runtime_eval.runners import tensorrt as runner_module
-from crqat.runtime_eval.runners.tensorrt import TensorRTRunner, _Cuda, device_capability, tensorrt_version
+from crqat.runtime_eval.runners.tensorrt import Cuda, TensorRTRunner, device_capability, tensorrt_version
 from crqat.runtime_eval.trt import plan_file
 from tests.needs import missing, require
 from tests.runtime_eval.runners.fake_cuda import PLAN, FakeCuda, FakeEngine, FakeTensorRT
@@ -55,7 +55,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with a CUDA device and TensorRT 10.3."""
     monkeypatch.setattr(host, "CUDA_DEVICES", ("/dev/null",))
     monkeypatch.setitem(sys.modules, "tensorrt", FakeTensorRT("tensorrt"))
-    monkeypatch.setattr(runner_module, "_Cuda", FakeCuda)
+    monkeypatch.setattr(runner_module, "Cuda", FakeCuda)
 
 
 @pytest.fixture
@@ -204,7 +204,7 @@ def test_a_refusal_of_the_real_runtime_is_told_with_its_cause(plan: Path, monkey
     trt = rtx()
     monkeypatch.setattr(host, "CUDA_DEVICES", ("/dev/null",))
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
-    monkeypatch.setattr(runner_module, "_Cuda", FakeCuda)
+    monkeypatch.setattr(runner_module, "Cuda", FakeCuda)
     write(plan, version=trt.__version__)
     with pytest.raises(ToolError, match=r"^TensorRT does not load the plan \(tensorrt\.plan\): \S"):
         TensorRTRunner(plan)
@@ -223,7 +223,7 @@ def test_an_empty_package_that_stubs_leave_is_no_tensorrt(monkeypatch: pytest.Mo
 def test_without_pycuda_or_with_a_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
     with pytest.raises(ToolError, match="no pycuda"):
-        _Cuda()
+        Cuda()
 
     class Error(Exception):
         pass
@@ -236,14 +236,14 @@ def test_without_pycuda_or_with_a_driver_that_does_not_start(monkeypatch: pytest
     monkeypatch.setitem(sys.modules, "pycuda", SimpleNamespace(driver=driver))
     monkeypatch.setitem(sys.modules, "pycuda.driver", driver)
     with pytest.raises(ToolError, match="CUDA does not start: cuInit failed: no CUDA-capable device"):
-        _Cuda()
+        Cuda()
 
 
 def test_a_graph_that_cannot_be_captured_is_told_by_the_real_cuda_python() -> None:
     require("cuda-python")
     if host.cuda_device():
         pytest.skip("CUDA works here; this is about the driver's error code")
-    boundary = object.__new__(_Cuda)
+    boundary = object.__new__(Cuda)
     boundary.stream, boundary._graphs = 1, []
     called: list[None] = []
     with pytest.raises(

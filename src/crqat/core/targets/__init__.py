@@ -8,7 +8,6 @@ from typing import Any
 
 from crqat.core.errors import UsageError
 from crqat.core.targets.base import (
-    BIAS_LIMIT,
     INT16_MAX,
     BiasType,
     Broken,
@@ -27,7 +26,7 @@ from crqat.core.targets.constraints import Constraints
 from crqat.core.targets.onnxruntime import ONNXRUNTIME
 from crqat.core.targets.tensorrt import TENSORRT
 
-__all__ = ["ALL", "BIAS_LIMIT", "INT16_MAX", "ONNXRUNTIME", "TARGETS", "TENSORRT", "BiasType", "Broken", "ByTarget",
+__all__ = ["ALL", "INT16_MAX", "ONNXRUNTIME", "TARGETS", "TENSORRT", "BiasType", "Broken", "ByTarget",
            "ClipNode", "Constraints", "FloatType", "LayerNode", "Node", "QuantizeNode", "Residual", "Target",
            "TargetName", "activation_codes", "builds_engine", "executed", "find", "get", "is_depthwise", "names",
            "union", "weight_codes"]  # fmt: skip

@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+    pass
 
 CodeType = Literal["int8", "uint8"]
 FloatType = Literal["float32", "float16"]
@@ -23,12 +22,7 @@ Residual = Literal["none", "skip", "both"]
 
 # Kernels with 16-bit sums add two products: max(code) * (|w1| + |w2|) has to stay within this.
 INT16_MAX = 32767
-# |bias| / (s_x s_w) stays below this where a bias is int32: half of the type's range.
-BIAS_LIMIT = 2.0**30
 _CODE_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
-# The smallest positive number and the largest. float16's are 2^-24 apart below 2^-14, where scales get coarse; float32
-# holds whatever was trained in it.
-_SCALE_RANGES = {"float16": (2.0**-24, 65504.0), "float32": (0.0, 3.4028234663852886e38)}
 
 
 @dataclass(frozen=True)
@@ -186,26 +180,6 @@ class Target:
     def float_type(self, asked: FloatType) -> FloatType:
         """The type beside INT8: what is asked for where the runtime offers it, else its usual one."""
         return asked if asked in self.float_types else self.float_types[0]
-
-    @property
-    def smallest_scale(self) -> float:
-        """The smallest scale that is stored as something else than 0; 0 where float32 is stored, which holds any."""
-        return _SCALE_RANGES[self.scale_type][0]
-
-    @property
-    def largest_scale(self) -> float:
-        """The largest scale that is stored as a finite number."""
-        return _SCALE_RANGES[self.scale_type][1]
-
-    def scale_up(self, scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The smallest stored values that are not below scales; none is above `largest_scale`. Any shape, float32."""
-        import numpy as np
-
-        stored = scale.astype(self.scale_type)
-        below = stored.astype(np.float32) < scale
-        raised = np.where(below, np.nextafter(stored, stored.dtype.type(np.inf)), stored)
-        result: npt.NDArray[np.float32] = raised.astype(np.float32)
-        return result
 
 
 def is_depthwise(weight_shape: Sequence[int], groups: int) -> bool:

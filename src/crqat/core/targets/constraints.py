@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from crqat.core.targets.base import BIAS_LIMIT, Residual, Target, activation_codes, weight_codes
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
+from crqat.core.targets.base import Residual, Target, activation_codes, weight_codes
 
 _RESIDUALS: tuple[Residual, ...] = ("none", "skip", "both")
 
@@ -69,63 +63,3 @@ class Constraints:
                 bits -= 1
                 reason = f"{asked} bits could saturate {target.title}'s 16-bit sums behind its input"
         return bits, reason
-
-    def scale_up(self, scale: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """The smallest values that every target stores and that are not below scales, float32 of the same shape."""
-        for target in self._narrow:
-            scale = target.scale_up(scale)
-        return scale
-
-    def too_large(self, scale: npt.NDArray[np.float32]) -> Target | None:
-        """A target that does not hold the largest of the scales (or a NaN) as a finite number, None if all do."""
-        largest = scale.max()
-        return next((target for target in self._narrow if not largest <= target.largest_scale), None)
-
-    @property
-    def _narrow(self) -> Sequence[Target]:
-        return [target for target in self.targets if target.scale_type != "float32"]
-
-    def weight_scale(
-        self,
-        scale: npt.NDArray[np.float32],
-        multiplier: npt.NDArray[np.float32],
-        bias: npt.NDArray[np.float32],
-        input_scale: np.float32 | None,
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-        """A weight's folded scales, raised so that every target holds them and the bias in their units.
-
-        Args:
-            scale: Trained, of the unfolded weight, float32 of shape [C].
-            multiplier: What BN multiplies each channel by, float32 of shape [C]; ones without BN.
-            bias: Folded, float32 of shape [C].
-            input_scale: Scale of the activation that the weight meets, None if that is not quantized.
-
-        Returns:
-            The folded scales before they are rounded to stored values, and which channels had to be raised. A channel
-            that BN multiplies by 0 has codes 0 whatever its scale; it keeps the one it has.
-        """
-        import numpy as np
-
-        folded = scale * np.abs(multiplier)
-        smallest = np.full_like(folded, max(target.smallest_scale for target in self.targets))
-        if input_scale is not None and any(target.bias_type == "int32" for target in self.targets):
-            smallest = np.maximum(smallest, np.abs(bias) / np.float32(BIAS_LIMIT) / input_scale)
-        raised = (folded < smallest) & (multiplier != 0)
-        return np.where(raised, smallest, folded), raised
-
-    def unfolded(
-        self,
-        folded: npt.NDArray[np.float32],
-        scale: npt.NDArray[np.float32],
-        multiplier: npt.NDArray[np.float32],
-        raised: npt.NDArray[np.bool_],
-    ) -> npt.NDArray[np.float32]:
-        """The trained scales that fold to stored ones, float32 of shape [C]; see `weight_scale` for the arguments."""
-        import numpy as np
-
-        changed = (multiplier != 0) if self._narrow else raised
-        # The division's rounding alone must not make a scale smaller.
-        with np.errstate(divide="ignore", invalid="ignore"):
-            final = np.maximum(folded / np.abs(multiplier), scale)
-        result: npt.NDArray[np.float32] = np.where(changed, final, scale)
-        return result

@@ -15,7 +15,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as torchvision_f  # type: ignore[import-untyped]
 
 from crqat.core.errors import ToolError, UsageError
-from crqat.core.preprocessing import Preprocessing, endings, load_image
+from crqat.core.image_file import endings, load_image
+from crqat.core.preprocessing import Preprocessing
 
 
 def picture(width: int = 40, height: int = 30) -> npt.NDArray[np.uint8]:

@@ -1,0 +1,112 @@
+"""Networks of CIFAR size: ResNets of the original paper, and ImageNet's networks with a stem for 32 pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# Residual blocks in each of the three stages of a CIFAR ResNet of 6 n + 2 layers.
+CIFAR_BLOCKS = {"cifar/resnet20": 3, "cifar/resnet56": 9}
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut without parameters ("option A" of arXiv 1512.03385).
+
+    Where the resolution halves, the shortcut takes every second pixel and pads the new channels with zeros.
+
+    Args:
+        channels: Of the input.
+        width: Channels of the output.
+        stride: 1, or 2 where the resolution halves.
+    """
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.stride = stride
+        self.new_channels = width - channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        if self.stride == 2:
+            before = self.new_channels // 2
+            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new_channels - before))
+        return self.relu2(out + x)  # type: ignore[no-any-return]
+
+
+class CifarResNet(nn.Module):
+    """The ResNet for small images of arXiv 1512.03385, section 4.2.
+
+    Attribute names are those of the published CIFAR-10 weights.
+
+    Args:
+        blocks: Residual blocks in each of the three stages.
+        classes: Number of logits.
+        channels: Of the images.
+    """
+
+    def __init__(self, blocks: int, classes: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.layer1 = _stage(blocks, 16, 16, stride=1)
+        self.layer2 = _stage(blocks, 16, 32, stride=2)
+        self.layer3 = _stage(blocks, 32, 64, stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, float32 [B, classes], of normalized float32 images [B, channels, H, W]."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        return self.linear(torch.flatten(self.pool(out), 1))  # type: ignore[no-any-return]
+
+
+def _stage(blocks: int, channels: int, width: int, stride: int) -> nn.Sequential:
+    first = BasicBlock(channels, width, stride)
+    return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
+
+
+def _small_resnet18(classes: int, channels: int) -> nn.Module:
+    """The ResNet-18 of torchvision with the stem that small images need: 3x3, stride 1, no pooling."""
+    from torchvision.models import resnet18  # type: ignore[import-untyped]
+
+    model: nn.Module = resnet18(weights=None, num_classes=classes)
+    model.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    model.maxpool = nn.Identity()
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return model
+
+
+def _small_mobilenet_v2(classes: int, channels: int) -> nn.Module:
+    """The MobileNetV2 of torchvision for small images: the stem and the second stage keep the resolution."""
+    from torchvision.models import mobilenet_v2
+
+    # Expansion, channels, repetitions, stride of each stage; 224 px networks have stride 2 in the second one too.
+    stages = [[1, 16, 1, 1], [6, 24, 2, 1], [6, 32, 3, 2], [6, 64, 4, 2], [6, 96, 3, 1], [6, 160, 3, 2], [6, 320, 1, 1]]
+    model: nn.Module = mobilenet_v2(weights=None, num_classes=classes, inverted_residual_setting=stages)
+    stem = nn.Conv2d(channels, 32, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(stem.weight, mode="fan_out")
+    model.get_submodule("features.0").add_module("0", stem)
+    return model
+
+
+# Networks of torchvision whose first layers are replaced for images of about 32 pixels.
+CIFAR_STEMS: dict[str, Callable[[int, int], nn.Module]] = {
+    "cifar/resnet18": _small_resnet18,
+    "cifar/mobilenet_v2": _small_mobilenet_v2,
+}

@@ -1,0 +1,187 @@
+"""What the targets ask of the layout: residual Adds, activations that are not fused, codes and bit widths."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from crqat.core import targets as runtimes
+from crqat.core.errors import UsageError
+from crqat.core.targets import is_depthwise
+from crqat.train.config import QuantizationConfig
+from crqat.train.graph.operations import (
+    batch_norm_after,
+    convolution_groups,
+    is_add,
+    is_batch_norm,
+    is_concat,
+    is_matmul,
+    is_nonnegative,
+    is_unfused_activation,
+    parameter,
+    through_movement,
+)
+from crqat.train.placement import overrides
+from crqat.train.placement.quantizer_spec import QuantizerSpec, operation_of
+
+# Key of an FX node's `meta`: NNCF's name of a layer that the recipe keeps in float.
+FLOAT_LAYER = "crqat_float_layer"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a hook sits in the FX graph: behind `source`, on all of its uses or on the use by `consumer`."""
+
+    source: fx.Node
+    consumer: fx.Node | None
+
+
+def first_reader(place: Place) -> fx.Node:
+    """The first that reads a place."""
+    return place.consumer or next(iter(place.source.users))
+
+
+Groups = list[tuple[tuple[str, ...], "int | None", bool, list[Place]]]
+
+
+def before_activations(
+    graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], places: dict[str, Place]
+) -> Groups:
+    """Quantizers that NNCF does not ask for: between a convolution and an activation that is not fused with it.
+
+    Without them the convolution itself would run in float.
+    """
+    quantized = {place.source for place in places.values()}
+    groups: Groups = []
+    for activation in graph_module.graph.nodes:
+        if not is_unfused_activation(graph_module, activation):
+            continue
+        source = activation.all_input_nodes[0]
+        producer = source.all_input_nodes[0] if is_batch_norm(graph_module, source) else source
+        if is_matmul(producer) and source not in quantized and FLOAT_LAYER not in producer.meta:
+            quantized.add(source)
+            name = f"post_hooks.{names_of_nodes[source].replace('.', ':')}__0.0"
+            groups.append(((name,), None, False, [Place(source, None)]))
+    return groups
+
+
+def conv_branches(graph_module: fx.GraphModule, groups: Groups) -> set[str]:
+    """Edges on the convolution side of a residual Add; of two such sides the deeper, the other is the downsample."""
+    # A quantizer that edges share stays: the others need it.
+    quantized = {places[0].source: names[0] for names, _, weight, places in groups if not weight and len(places) == 1}
+    depth: dict[fx.Node, int] = {}
+    for node in graph_module.graph.nodes:
+        depth[node] = 1 + max((depth[source] for source in node.all_input_nodes), default=0)
+    dropped = set()
+    for add in filter(is_add, graph_module.graph.nodes):
+        candidates = []
+        for source in add.all_input_nodes:
+            producer = source.all_input_nodes[0] if is_batch_norm(graph_module, source) else source
+            if is_matmul(producer) and len(source.users) == 1 and source in quantized:
+                candidates.append(source)
+        if candidates and len(add.all_input_nodes) == 2:
+            dropped.add(quantized[max(candidates, key=depth.__getitem__)])
+    return dropped
+
+
+def without_skips(groups: Groups) -> Groups:
+    """The groups with each Add reading float values; a quantizer that nothing else reads is left out."""
+    result: Groups = []
+    for names, channels, weight, places in groups:
+        kept: list[Place] = []
+        for place in places:
+            readers = [place.consumer] if place.consumer is not None else list(place.source.users)
+            others = [reader for reader in readers if not is_add(reader)]
+            kept += [place] if len(others) == len(readers) else [Place(place.source, reader) for reader in others]
+        if kept:
+            result.append((names, channels, weight, kept))
+    return result
+
+
+def constrain(
+    graph_module: fx.GraphModule,
+    example: Tensor,
+    groups: Groups,
+    config: QuantizationConfig,
+    constraints: runtimes.Constraints,
+) -> list[QuantizerSpec]:
+    """Each quantizer's codes: signedness from the graph, bit widths from the recipe, within the targets' limits."""
+    activation_at = {place: names[0] for names, _, weight, places in groups if not weight for place in places}
+    matmuls = [node for node in graph_module.graph.nodes if is_matmul(node)]
+
+    def edge_between(source: fx.Node, reader: fx.Node) -> str | None:
+        for moved in through_movement(graph_module, source):
+            for place in (Place(moved, reader), Place(moved, None)):
+                if place in activation_at:
+                    return activation_at[place]
+            reader = moved
+        if is_concat(reader):
+            edges = {edge_between(part, reader) for part in reader.all_input_nodes}
+            return edges.pop() if len(edges) == 1 else None
+        return None
+
+    def edge_into(node: fx.Node) -> str | None:
+        return edge_between(node.all_input_nodes[0], node)
+
+    def feeds_float(places: list[Place]) -> bool:
+        return any(is_unfused_activation(graph_module, user) for place in places for user in place.source.users)
+
+    last_input = edge_into(matmuls[-1]) if matmuls else None
+    readers = [(names[0], first_reader(places[0])) for names, _, weight, places in groups if weight]
+    layers = [overrides.Layer(edge, operation_of(edge), edge_into(node)) for edge, node in readers if is_matmul(node)]
+    free = [names[0] for names, _, weight, places in groups if not weight and not feeds_float(places)]
+    overridden = overrides.widths(config.overrides, layers, {edge: operation_of(edge) for edge in free})
+    specs: dict[str, QuantizerSpec] = {}
+    for names, _, weight, places in groups:
+        if weight:
+            continue
+        bits = config.activations
+        if any(place.source.op == "placeholder" for place in places):
+            bits = config.first_layer
+        elif names[0] == last_input:
+            bits = config.last_layer
+        elif feeds_float(places):
+            bits = 8  # what it feeds is computed in float: fewer bits would only cost accuracy
+        bits = overridden.get(names[0], bits)
+        nonnegative = all(is_nonnegative(graph_module, place.source) for place in places)
+        qmin, qmax = constraints.activation_codes(bits, nonnegative)
+        specs[names[0]] = QuantizerSpec(names[0], names, "activation", bits, qmin, qmax, None, example.ndim)
+    ordered = []
+    for names, channels, weight, places in groups:
+        if not weight:
+            ordered.append(specs[names[0]])
+            continue
+        node = first_reader(places[0])
+        if not is_matmul(node):
+            msg = f"model.name: the weight of {names[0]} is of no Conv1d, Conv2d or Linear, the ones that are quantized"
+            raise UsageError(msg)
+        weights = parameter(graph_module, places[0].source)
+        bits = config.weights
+        if node is matmuls[0]:
+            bits = config.first_layer
+        elif node is matmuls[-1]:
+            bits = config.last_layer
+        bits = overridden.get(names[0], bits)
+        input_edge = edge_into(node)
+        fed = specs.get(input_edge or "")
+        depthwise = is_depthwise(weights.shape, convolution_groups(node))
+        codes = None if fed is None else fed.qmax - fed.qmin
+        bits, reason = constraints.weight_bits(bits, codes, depthwise)
+        qmin, qmax = runtimes.weight_codes(bits)
+        ordered.append(
+            QuantizerSpec(
+                names[0],
+                names,
+                "weight",
+                bits,
+                qmin,
+                qmax,
+                channels,
+                weights.ndim,
+                input_edge,
+                batch_norm_after(graph_module, node),
+                reason,
+            )
+        )
+    return ordered

@@ -1,0 +1,90 @@
+"""Scales that files can hold: rounded up to float16 where a target stores that, and large enough for int32 biases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from crqat.core.targets.base import Target
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+# |bias| / (s_x s_w) stays below this where a bias is int32: half of the type's range.
+BIAS_LIMIT = 2.0**30
+# The smallest positive number and the largest. float16's are 2^-24 apart below 2^-14, where scales get coarse; float32
+# holds whatever was trained in it.
+_RANGES = {"float16": (2.0**-24, 65504.0), "float32": (0.0, 3.4028234663852886e38)}
+
+
+def round_up(scale: npt.NDArray[np.float32], targets: Sequence[Target]) -> npt.NDArray[np.float32]:
+    """The smallest values that every target stores and that are not below scales, float32 of the same shape.
+
+    None is above float16's largest number where a target stores float16; see `too_large`.
+    """
+    import numpy as np
+
+    for target in _narrow(targets):
+        stored = scale.astype(target.scale_type)
+        below = stored.astype(np.float32) < scale
+        scale = np.where(below, np.nextafter(stored, stored.dtype.type(np.inf)), stored).astype(np.float32)
+    return scale
+
+
+def too_large(scale: npt.NDArray[np.float32], targets: Sequence[Target]) -> Target | None:
+    """A target that does not hold the largest of the scales (or a NaN) as a finite number, None if all do."""
+    largest = scale.max()
+    return next((target for target in _narrow(targets) if not largest <= _RANGES[target.scale_type][1]), None)
+
+
+def _narrow(targets: Sequence[Target]) -> list[Target]:
+    return [target for target in targets if target.scale_type != "float32"]
+
+
+def folded_scale(
+    scale: npt.NDArray[np.float32],
+    multiplier: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32],
+    input_scale: np.float32 | None,
+    targets: Sequence[Target],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
+    """A weight's folded scales, raised so that every target holds them and the bias in their units.
+
+    Args:
+        scale: Trained, of the unfolded weight, float32 of shape [C].
+        multiplier: What BN multiplies each channel by, float32 of shape [C]; ones without BN.
+        bias: Folded, float32 of shape [C].
+        input_scale: Scale of the activation that the weight meets, None if that is not quantized.
+        targets: Whose files are to hold it.
+
+    Returns:
+        The folded scales before they are rounded to stored values, and which channels had to be raised. A channel
+        that BN multiplies by 0 has codes 0 whatever its scale; it keeps the one it has.
+    """
+    import numpy as np
+
+    folded = scale * np.abs(multiplier)
+    smallest = np.full_like(folded, max(_RANGES[target.scale_type][0] for target in targets))
+    if input_scale is not None and any(target.bias_type == "int32" for target in targets):
+        smallest = np.maximum(smallest, np.abs(bias) / np.float32(BIAS_LIMIT) / input_scale)
+    raised = (folded < smallest) & (multiplier != 0)
+    return np.where(raised, smallest, folded), raised
+
+
+def unfolded(
+    folded: npt.NDArray[np.float32],
+    scale: npt.NDArray[np.float32],
+    multiplier: npt.NDArray[np.float32],
+    raised: npt.NDArray[np.bool_],
+    targets: Sequence[Target],
+) -> npt.NDArray[np.float32]:
+    """The trained scales that fold to stored ones, float32 of shape [C]; see `folded_scale` for the arguments."""
+    import numpy as np
+
+    changed = (multiplier != 0) if _narrow(targets) else raised
+    # The division's rounding alone must not make a scale smaller.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        final = np.maximum(folded / np.abs(multiplier), scale)
+    result: npt.NDArray[np.float32] = np.where(changed, final, scale)
+    return result
