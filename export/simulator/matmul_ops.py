@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from crqat.export.simulator.float_ops import operands
+from crqat.export.simulator.pool_ops import padding
 from crqat.export.simulator.values import (
     UNIT_ROUNDOFF,
     Array,
@@ -112,8 +112,7 @@ def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> 
         return x @ weight.T
     rank = x.ndim - 2
     strides, dilations = (attributes.get(name, [1] * rank) for name in ("strides", "dilations"))
-    padding = _padding(x.shape[2:], weight.shape[2:], strides, dilations, attributes)
-    padded = np.pad(x, ((0, 0), (0, 0), *padding))
+    padded = np.pad(x, ((0, 0), (0, 0), *padding(x.shape[2:], weight.shape[2:], attributes)))
     function: Any = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[rank]
     convolved = function(
         torch.from_numpy(padded),
@@ -123,26 +122,6 @@ def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> 
         groups=attributes.get("group", 1),
     )
     return np.asarray(convolved.numpy())
-
-
-def _padding(
-    sizes: Sequence[int],
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    attributes: dict[str, Any],
-) -> list[tuple[int, int]]:
-    """Zeros before and behind on each axis, by `pads` or as `auto_pad` has it."""
-    rank, auto = len(sizes), attributes.get("auto_pad", b"NOTSET").decode()
-    if auto in ("NOTSET", "VALID"):
-        pads = attributes.get("pads", [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
-        return list(zip(pads[:rank], pads[rank:], strict=True))
-    result = []
-    for size, length, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
-        total = max((-(-size // stride) - 1) * stride + (length - 1) * dilation + 1 - size, 0)
-        less, more = total // 2, total - total // 2
-        result.append((less, more) if auto == "SAME_UPPER" else (more, less))
-    return result
 
 
 def _bias(
