@@ -29,7 +29,7 @@ def calibrate_weight(quantizer: Quantizer, weight: Tensor, calibration: str = "m
     zero: any positive step represents it.
     """
     start = quantizer.start_weight(weight.detach())
-    per_channel = weight.detach().reshape(quantizer.scale.numel(), -1)
+    per_channel = quantizer.rows(weight.detach())
     largest = per_channel.abs().amax(dim=1)
     best_error = torch.full_like(largest, math.inf)
     # No value is clipped; the negative side of a full range holds one code more.
