@@ -132,6 +132,21 @@ class Volumes(Net):
         return (F.max_pool3d(x, 3, 1, 1, dilation=1) + F.avg_pool3d(x, 3, 1, 1)).flatten(1, 2)
 
 
+class Transposed(Net):
+    """A transposed convolution with uneven edges, one in groups, one with a BatchNorm behind."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU())
+        self.up = nn.ConvTranspose2d(8, 8, 3, 2, 1, output_padding=1)
+        self.grouped = nn.ConvTranspose2d(8, 8, 3, 1, 1, groups=2)
+        self.last, self.bn2 = nn.ConvTranspose2d(8, 8, 2, 1, dilation=2, bias=False), nn.BatchNorm2d(8)
+
+    def middle(self, x: Tensor) -> Tensor:
+        """As above."""
+        x = F.relu(self.grouped(F.relu(self.up(super().middle(x)))))
+        return F.relu(self.bn2(self.last(x)))
+
+
 class EndsIn(Net):
     """Behind the last layer comes a function."""
 
@@ -254,6 +269,7 @@ COMPUTED: dict[str, Callable[[], nn.Module]] = {
             + F.avg_pool2d(x.abs(), 3, 2, 1, ceil_mode=True, divisor_override=7)[..., :8, :8]
         )
     ),
+    "transposed convolutions": Transposed,
     "rows": Rows,
     "volumes": lambda: Volumes(nn.ReLU()),
     "split": lambda: Net(lambda x: torch.cat(torch.split(F.relu(x), [2, 6], 1)[::-1], 1)),
