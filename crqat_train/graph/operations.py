@@ -177,6 +177,27 @@ def is_unfused_activation(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return _is(graph_module, node, _UNFUSED_MODULES, _UNFUSED_FUNCTIONS)
 
 
+def is_fused_activation(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is a ReLU or a bound of one, which ONNX Runtime takes into the convolution before it."""
+    bounds = clip_bounds(graph_module, node)
+    if bounds is not None:
+        return bounds[0] == 0
+    return _is(graph_module, node, (nn.ReLU, nn.ReLU6), {functional.relu, functional.relu6, torch.relu, "relu"})
+
+
+def is_softmax(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node is a softmax."""
+    return _is(graph_module, node, (nn.Softmax, nn.Softmax2d), {functional.softmax, torch.softmax, "softmax"})
+
+
+def ends_network(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether nothing but movement lies between the node and the network's output."""
+    users = list(node.users)
+    return len(users) == 1 and (
+        users[0].op == "output" or (moves_values(graph_module, users[0]) and ends_network(graph_module, users[0]))
+    )
+
+
 def clip_bounds(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float | None, float | None] | None:
     """The two numbers between which a node keeps its input, None for no bound; None if it is no such node."""
     if node.op == "call_module":

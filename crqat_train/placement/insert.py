@@ -27,10 +27,11 @@ from crqat.train.placement.quantizer_spec import QuantizerSpec, operation_of
 from crqat.train.placement.target_rules import (
     FLOAT_LAYER,
     Place,
-    before_activations,
+    behind_layers,
     constrain,
     conv_branches,
     first_reader,
+    in_front_of_layers,
     without_skips,
 )
 
@@ -80,7 +81,8 @@ def insert_quantizers(
     groups = [group for group in groups if not (group[2] and is_layer_norm(first_reader(group[3][0])))]
     constraints = runtimes.union(targets)
     if constraints.quantize_before_activation:
-        groups += before_activations(graph_module, names_of_nodes, places)
+        groups = behind_layers(graph_module, names_of_nodes, groups)
+    groups += in_front_of_layers(graph_module, names_of_nodes, groups)
     residual = residual or constraints.residual
     if residual != "both":
         dropped = conv_branches(graph_module, groups)

@@ -13,13 +13,17 @@ from crqat.train.config import QuantizationConfig
 from crqat.train.graph.operations import (
     batch_norm_after,
     convolution_groups,
+    ends_network,
     is_add,
     is_batch_norm,
     is_concat,
+    is_fused_activation,
     is_matmul,
     is_nonnegative,
+    is_softmax,
     is_transposed,
     is_unfused_activation,
+    moves_values,
     parameter,
     through_movement,
 )
@@ -28,6 +32,8 @@ from crqat.train.placement.quantizer_spec import QuantizerSpec, operation_of
 
 # Key of an FX node's `meta`: NNCF's name of a layer that the recipe keeps in float.
 FLOAT_LAYER = "crqat_float_layer"
+# Likewise: that its quantizer is there for fusion alone, and what reads it computes in float.
+BEFORE_FLOAT = "crqat_before_float"
 
 
 @dataclass(frozen=True)
@@ -46,25 +52,68 @@ def first_reader(place: Place) -> fx.Node:
 Groups = list[tuple[tuple[str, ...], "int | None", bool, list[Place]]]
 
 
-def before_activations(
-    graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], places: dict[str, Place]
-) -> Groups:
-    """Quantizers that NNCF does not ask for: between a convolution and an activation that is not fused with it.
+def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups) -> Groups:
+    """The groups with a quantizer behind each layer whose result is read in float, so that it runs in integers.
 
-    Without them the convolution itself would run in float.
+    A runtime fuses a layer with a BatchNorm and a ReLU and then with a quantizer alone. NNCF does not ask for one in
+    front of an activation, or where it finds a better place behind what selects or moves values. A quantizer that some
+    readers of the result have already is shared by all of them.
     """
-    quantized = {place.source for place in places.values()}
-    groups: Groups = []
-    for activation in graph_module.graph.nodes:
-        if not is_unfused_activation(graph_module, activation):
+    places = {place: index for index, (_, _, weight, own) in enumerate(groups) if not weight for place in own}
+    weights = {reader for _, _, weight, own in groups if weight for place in own for reader in place.source.users}
+
+    def covered(source: fx.Node) -> bool:
+        if Place(source, None) in places:
+            return True
+        users = list(source.users)
+        moved = len(users) == 1 and moves_values(graph_module, users[0]) and covered(users[0])
+        return moved or all(Place(source, user) in places or user.op == "output" for user in users)
+
+    result = list(groups)
+    for node in graph_module.graph.nodes:
+        if node not in weights or not is_matmul(node) or FLOAT_LAYER in node.meta or ends_network(graph_module, node):
             continue
-        source = activation.all_input_nodes[0]
-        producer = source.all_input_nodes[0] if is_batch_norm(graph_module, source) else source
-        if is_matmul(producer) and source not in quantized and FLOAT_LAYER not in producer.meta:
-            quantized.add(source)
+        source = node
+        if batch_norm_after(graph_module, node) is not None and Place(node, None) not in places:
+            source = next(iter(node.users))
+        reader = next(iter(source.users))
+        if len(source.users) == 1 and Place(source, None) not in places and is_fused_activation(graph_module, reader):
+            source = reader
+        # ONNX Runtime's integer Softmax, which two quantizers around it ask for, is off by many codes.
+        if covered(source) or any(is_softmax(graph_module, user) for user in source.users):
+            continue
+        shared = {places[Place(source, user)] for user in source.users if Place(source, user) in places}
+        if len(shared) == 1:
+            index = shared.pop()
+            names, channels, weight, own = result[index]
+            kept = [place for place in own if place.source is not source]
+            result[index] = names, channels, weight, [Place(source, None), *kept]
+        elif not shared:
+            source.meta[BEFORE_FLOAT] = True
             name = f"post_hooks.{names_of_nodes[source].replace('.', ':')}__0.0"
-            groups.append(((name,), None, False, [Place(source, None)]))
-    return groups
+            result.append(((name,), None, False, [Place(source, None)]))
+    return result
+
+
+def in_front_of_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups) -> Groups:
+    """Quantizers of the inputs of layers whose weights are quantized, where NNCF asks for none."""
+    places = {place for _, _, weight, own in groups if not weight for place in own}
+    added: Groups = []
+
+    def quantized(source: fx.Node, reader: fx.Node) -> bool:
+        for moved in through_movement(graph_module, source):
+            if Place(moved, reader) in places or Place(moved, None) in places:
+                return True
+            source, reader = moved, moved
+        return is_concat(source) and all(quantized(part, source) for part in source.all_input_nodes)
+
+    for _, _, weight, own in groups:
+        node = first_reader(own[0])
+        if weight and is_matmul(node) and not quantized(node.all_input_nodes[0], node):
+            name = f"pre_hooks.{names_of_nodes[node].replace('.', ':')}__0.0"
+            places.add(Place(node.all_input_nodes[0], node))
+            added.append(((name,), None, False, [Place(node.all_input_nodes[0], node)]))
+    return added
 
 
 def conv_branches(graph_module: fx.GraphModule, groups: Groups) -> set[str]:
@@ -126,7 +175,10 @@ def constrain(
         return edge_between(node.all_input_nodes[0], node)
 
     def feeds_float(places: list[Place]) -> bool:
-        return any(is_unfused_activation(graph_module, user) for place in places for user in place.source.users)
+        sources = [place.source for place in places]
+        return any(BEFORE_FLOAT in source.meta for source in sources) or any(
+            is_unfused_activation(graph_module, user) for source in sources for user in source.users
+        )
 
     last_input = edge_into(matmuls[-1]) if matmuls else None
     readers = [(names[0], first_reader(places[0])) for names, _, weight, places in groups if weight]

@@ -546,3 +546,34 @@ def test_float_layers_that_match_nothing_are_refused_with_the_nearest() -> None:
         quantized(network, BOTH, QuantizationConfig(float_layers={"all": ("layer1.*", "liner")}))
     assert str(caught.value).startswith("quantization.float_layers: liner matches no layer that is quantized")
     assert "the nearest are linear" in str(caught.value)
+
+
+class Selects(nn.Module):
+    """Layers whose results are split, moved and read twice, and one whose input is a maximum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gated, self.rolled, self.twice = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+        self.end, self.fc = nn.Conv2d(4, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.glu(self.gated(x), 1)
+        x = self.twice(torch.roll(functional.relu(self.rolled(x)), 1, 2))
+        x = self.end(torch.maximum(x, x.exp()))
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_layer_whose_result_is_read_in_float_has_a_quantizer_behind_it_and_one_in_front() -> None:
+    graph_module, specs = quantized(Selects(), ("onnxruntime",))
+    sources = {quantizer_node(graph_module, spec).all_input_nodes[0].name: spec for spec in specs}
+    assert {"conv2d", "relu", "conv2d_2", "maximum"} <= set(sources)
+    narrow = QuantizationConfig(weights=4, activations=4)
+    bits = {spec.edge: spec.bits for spec in quantized(Selects(), ("onnxruntime",), narrow)[1]}
+    assert bits[sources["conv2d"].edge] == 8  # what reads it computes in float
+    assert bits[sources["maximum"].edge] == 4
+    alone = {quantizer_node(*pair).all_input_nodes[0].name for pair in _pairs(quantized(Selects(), ("tensorrt",)))}
+    assert "maximum" in alone and "conv2d" not in alone
+
+
+def _pairs(layout_: Layout) -> list[tuple[fx.GraphModule, QuantizerSpec]]:
+    return [(layout_[0], spec) for spec in layout_[1]]
