@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from crqat.train.config import QuantizationConfig
-from crqat.train.placement.insert import QuantizerSpec
+from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantized_model import QuantizedModel, quantize_model
 from crqat.train.quantizers import METHODS, Quantizer, quantizer_of
 from crqat.train.quantizers.calibration import calibrate, hooked, observe, only

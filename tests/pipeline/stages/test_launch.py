@@ -97,7 +97,7 @@ def children(parent: int) -> list[int]:
 def test_an_error_of_all_processes_is_told_once_and_not_tried_again(command: list[str], tmp_path: Path) -> None:
     options = ["--max-restarts", "3", "--set", "model.weights=none.pth"]
     code, lines = run(command + options, tmp_path)
-    assert code == 2
+    assert code == 2, lines
     assert len(lines) == 1, lines
     assert lines[0].startswith("crqat: error: ")
     assert "none.pth" in lines[0]
