@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from crqat.core import targets as runtimes
-from crqat.core.errors import UsageError
 from crqat.core.targets import is_depthwise
 from crqat.train.config import QuantizationConfig
 from crqat.train.graph.operations import (
@@ -154,9 +153,6 @@ def constrain(
             ordered.append(specs[names[0]])
             continue
         node = first_reader(places[0])
-        if not is_matmul(node):
-            msg = f"model.name: the weight of {names[0]} is of no convolution or Linear, the ones that are quantized"
-            raise UsageError(msg)
         weights = parameter(graph_module, places[0].source)
         bits = config.weights
         if node is matmuls[0]:
