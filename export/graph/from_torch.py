@@ -14,7 +14,7 @@ from onnx import helper
 from torch import fx
 
 from crqat.export.graph.batchnorm_nodes import fold_batchnorm
-from crqat.export.graph.onnx_graph import Graph
+from crqat.export.graph.onnx_graph import LAYERS, Graph
 from crqat.export.graph.operators import Walk
 from crqat.export.graph.record import Marker, Program
 from crqat.train.placement.quantizer_spec import operation_of
@@ -67,7 +67,7 @@ def _mark_float_layers(model: fx.GraphModule) -> None:
 def _take_float_markers(graph: Graph) -> None:
     """Remove what `_mark_float_layers` put there, and remember which nodes it was about."""
     for node in graph.nodes:
-        edge = _weight_edge(graph, node) if node.op_type in {"Conv", "Gemm", "MatMul"} else None
+        edge = _weight_edge(graph, node) if node.op_type in {*LAYERS, "MatMul"} else None
         if edge is not None and edge.startswith(f"{FLOAT_LAYER}."):
             graph.float_layers[node.name] = operation_of(edge)
             graph.fold.pop(edge, None)
@@ -111,9 +111,9 @@ def _weight_edge(graph: Graph, node: onnx.NodeProto) -> str | None:
 
 
 def _name_operations(graph: Graph) -> None:
-    """Give each Conv and Gemm the name of its layer; everything else keeps a unique name of its own."""
+    """Give each layer with a weight the name of its layer; everything else keeps a unique name of its own."""
     for index, node in enumerate(graph.nodes):
-        edge = _weight_edge(graph, node) if node.op_type in {"Conv", "Gemm", "MatMul"} else None
+        edge = _weight_edge(graph, node) if node.op_type in {*LAYERS, "MatMul"} else None
         node.name = edge.split(".", 1)[1].rsplit("/", 2)[0] if edge else f"{node.op_type}_{index}"
         if edge and any(other.name == node.name for other in graph.nodes[:index]):
             node.name = f"{node.name}_{index}"

@@ -1,4 +1,4 @@
-"""Multiply-accumulates of each Conv, Gemm and MatMul: the one count that coverage, float layers and surveys go by."""
+"""Multiply-accumulates of each layer and MatMul: the one count that coverage, float layers and surveys go by."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 import onnx
 
 from crqat.core.results.benchmark import FloatLayers
-from crqat.export.graph.onnx_graph import Graph, shapes
+from crqat.export.graph.onnx_graph import LAYERS, Graph, shapes
 
-COUNTED = ("Conv", "Gemm", "MatMul")
+COUNTED = (*LAYERS, "MatMul")
 
 
 def macs(graph: Graph) -> dict[str, int]:
@@ -76,6 +76,12 @@ def _count(nodes: Iterable[onnx.NodeProto], sizes: Mapping[str, Sequence[int]]) 
         output, weight = sizes.get(node.output[0], []), sizes.get(node.input[1], [])
         if len(output) < 2 or len(weight) < 2 or 0 in output or 0 in weight:
             return None
+        if node.op_type == "ConvTranspose":  # each element of the input meets each weight of its channel
+            given = sizes.get(node.input[0], [])
+            if len(given) < 2 or 0 in given:
+                return None
+            result[node.name or f"node_of_{node.output[0]}"] = math.prod(given) * math.prod(weight[1:])
+            continue
         transposed = node.op_type == "Gemm" and any(a.name == "transB" and a.i for a in node.attribute)
         # Each element of the output takes one multiplication per weight of its channel.
         terms = math.prod(weight[1:]) if node.op_type == "Conv" or transposed else weight[-2]

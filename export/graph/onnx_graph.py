@@ -11,6 +11,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+# Operations with a weight that may be quantized.
+LAYERS = ("Conv", "ConvTranspose", "Gemm")
 OPSET = 17
 
 

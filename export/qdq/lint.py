@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 
 from crqat.core import targets as runtimes
 from crqat.export.graph.data_movement import ON_CODES
+from crqat.export.graph.onnx_graph import LAYERS
 from crqat.export.graph.record import DOMAIN
 
 # TensorRT moves a DequantizeLinear behind these.
@@ -105,7 +106,7 @@ def _described(view: _View) -> Iterator[tuple[onnx.NodeProto, runtimes.Node]]:
     for node in view.qdq():
         yield node, _quantize_node(view, node)
     for node in view.nodes:
-        if node.op_type in {"Conv", "Gemm"}:
+        if node.op_type in LAYERS:
             yield node, _layer_node(view, node)
         elif node.op_type == "Clip":
             yield node, runtimes.ClipNode(_float_clip_before_quantizer(view, node))
@@ -137,7 +138,7 @@ def _layer_node(view: _View, node: onnx.NodeProto) -> runtimes.Node:
         stored_as_codes=True,
         largest_input=_largest_code(view, x.input[0]),
         largest_weight=int(np.abs(weight).max(initial=0)),
-        depthwise=runtimes.is_depthwise(weight.shape, group),
+        depthwise=node.op_type == "Conv" and runtimes.is_depthwise(weight.shape, group),
     )
 
 
@@ -152,13 +153,13 @@ def _quantized_operands(view: _View, node: onnx.NodeProto) -> list[bool]:
 
 
 def left_in_float(model: onnx.ModelProto) -> dict[str, str]:
-    """Which operands of each Conv, Gemm and MatMul have no quantizer: node name to "input", "weight" or both.
+    """Which operands of each layer and MatMul have no quantizer: node name to "input", "weight" or both.
 
     A runtime is not asked to compute these in integers. For a MatMul the operands are called first and second.
     """
     view, result = _View(model), {}
     for node in view.nodes:
-        if node.op_type in {"Conv", "Gemm", "MatMul"}:
+        if node.op_type in {*LAYERS, "MatMul"}:
             kinds = ("first", "second") if node.op_type == "MatMul" else ("input", "weight")
             quantized = _quantized_operands(view, node)
             missing = [kind for kind, there in zip(kinds, quantized, strict=True) if not there]
@@ -181,7 +182,7 @@ def _float_clip_before_quantizer(view: _View, node: onnx.NodeProto) -> bool:
         return False
     is_float = view.tensors[node.input[1]].data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
     source = view.producer.get(node.input[0])
-    if source is None or source.op_type not in {"Conv", "Gemm", "Add", "Relu"}:
+    if source is None or source.op_type not in {*LAYERS, "Add", "Relu"}:
         return False  # a network's own clamp of dequantized codes, or of what is float in any case
     readers = view.readers.get(node.output[0], [])
     return is_float and any(reader.op_type == "QuantizeLinear" for reader in readers)

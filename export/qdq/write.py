@@ -16,7 +16,7 @@ from crqat.core.errors import UsageError
 from crqat.core.grid import Grid
 from crqat.core.results.export import Claim
 from crqat.export.graph.data_movement import moves_codes
-from crqat.export.graph.onnx_graph import OPSET, Graph, build_model
+from crqat.export.graph.onnx_graph import LAYERS, OPSET, Graph, build_model
 from crqat.export.qdq.float16 import float16_model
 from crqat.export.qdq.lower import Activation, Weight, clip_bound, lower_activation, lower_weight
 from crqat.train.placement.quantizer_spec import QuantizerSpec
@@ -176,7 +176,7 @@ class _Writer:
             return
         # A weight is written with the Conv or Gemm that it belongs to, because its bias needs both scales.
         readers = [reader for reader in self.graph.nodes if node.output[0] in reader.input]
-        if any(reader.op_type not in {"Conv", "Gemm"} for reader in readers):
+        if any(reader.op_type not in LAYERS for reader in readers):
             kinds = ", ".join(sorted({reader.op_type for reader in readers}))
             msg = f"model.name: {self.specs[edge].operation}: its weight feeds {kinds}; give the linear layer a bias"
             raise UsageError(msg)
@@ -275,44 +275,56 @@ class _Writer:
         self.nodes.append(_copy(node, inputs))
 
     def _weight(self, node: onnx.NodeProto, edge: str) -> list[str]:
-        """Emit a Conv or Gemm's weight and bias; returns the tensor names."""
-        weight = self.latent[edge]
+        """Emit a layer's weight and bias; returns the tensor names."""
+        weight, trained = self.latent[edge], self.grids[edge]
+        transposed, shape = node.op_type == "ConvTranspose", weight.shape
+        if transposed:  # with the channels that share a scale in front, as other layers have them
+            weight = weight.reshape(1, -1) if trained.axis is None else np.swapaxes(weight, 0, 1)
+            trained = replace(trained, axis=None if trained.axis is None else 0)
         channels = weight.shape[0]
         multiplier = self.graph.fold.get(edge, np.ones(channels, np.float32))
         has_bias = len(node.input) > 2
         bias = self.graph.constants[node.input[2]] if has_bias else np.zeros(channels, np.float32)
         group = next((a.i for a in node.attribute if a.name == "group"), 1)
-        depthwise = runtimes.is_depthwise(weight.shape, group)
+        depthwise = not transposed and runtimes.is_depthwise(weight.shape, group)
         fed = self.result.activations.get(self._input_edge(node.input[0]) or "")
-        lowered = lower_weight(self.grids[edge], weight, multiplier, bias, fed, depthwise, self.target)
+        lowered = lower_weight(trained, weight, multiplier, bias, fed, depthwise, self.target)
         lowered = self.result.weights[edge] = self._stored(lowered, lowered.scale)
         # A scale per channel needs a zero point per channel.
+        whole = transposed and trained.axis is None
+        scales = lowered.scale.reshape(()) if whole else lowered.scale
         grid = [
-            self._constant(f"{edge}.scale", lowered.scale, np.float32),
-            self._constant(f"{edge}.zero_point", np.zeros(channels), np.int8),
+            self._constant(f"{edge}.scale", scales, np.float32),
+            self._constant(f"{edge}.zero_point", np.zeros(scales.shape), np.int8),
         ]
+        axis: dict[str, Any] = {} if whole else {"axis": int(transposed)}
+
+        def stored(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+            return values.reshape(shape) if whole or not transposed else np.swapaxes(values, 0, 1)
+
         codes = f"{edge}.codes"
         if self.weights == "float":
             # code * scale rounds by less than half a step, in float16 too, so the codes come back.
             scale = lowered.scale.reshape(-1, *[1] * (weight.ndim - 1))
-            values = self._constant(f"{edge}.values", lowered.codes * scale, np.float32)
+            values = self._constant(f"{edge}.values", stored(lowered.codes * scale), np.float32)
             self.nodes.append(
-                helper.make_node("QuantizeLinear", [values, *grid], [codes], f"{edge}/QuantizeLinear", axis=0)
+                helper.make_node("QuantizeLinear", [values, *grid], [codes], f"{edge}/QuantizeLinear", **axis)
             )
         else:
-            self._constant(codes, lowered.codes, np.int8)
+            self._constant(codes, stored(lowered.codes), np.int8)
         names = [codes, *grid]
         output = f"{edge}.dequantized"
-        self.nodes.append(helper.make_node("DequantizeLinear", names, [output], f"{edge}/DequantizeLinear", axis=0))
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [output], f"{edge}/DequantizeLinear", **axis))
         if not has_bias:
             return [output]
         if self.rules.bias_type == "float" or fed is None:
             return [output, self._constant(f"{edge}.bias", lowered.bias, np.float32)]
-        unit = (fed.grid.scale[0] * lowered.scale).astype(np.float32)
+        unit = np.asarray(fed.grid.scale[0] * scales, np.float32)
         names = [
             self._constant(f"{edge}.bias_codes", lowered.bias_codes, np.int32),
             self._constant(f"{edge}.bias_scale", unit, np.float32),
         ]
         name = f"{edge}.bias/DequantizeLinear"
-        self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{edge}.bias"], name, axis=0))
+        axis = axis and {"axis": 0}
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{edge}.bias"], name, **axis))
         return [output, f"{edge}.bias"]

@@ -29,9 +29,8 @@ from crqat.export.simulator.error_bounds import (
     sum_of,
     times,
 )
+from crqat.export.simulator.pool_ops import average_pool, average_pool_bound
 from crqat.export.simulator.reduction_ops import (
-    average_pool,
-    average_pool_bound,
     batch_norm,
     batch_norm_bound,
     einsum,

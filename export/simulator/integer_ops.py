@@ -20,16 +20,20 @@ from crqat.export.simulator.values import (
     Simulation,
     Sum,
     Value,
+    attributes_of,
     column,
     real_values,
 )
 
 
-def quantized_constant(values: Array, scale: Array, zero_point: Array) -> Array:
-    """The codes of a weight that is stored as float values, with a scale per channel of its first axis."""
+def quantized_constant(node: onnx.NodeProto, constants: dict[str, Array]) -> Array:
+    """The codes of a weight that is stored as float values, with one scale or one per channel of the node's axis."""
+    values, scale, zero_point = (constants[name] for name in node.input)
     info = np.iinfo(zero_point.dtype)
-    column = scale.astype(np.float32).reshape(-1, *[1] * (values.ndim - 1))
-    codes: Array = np.clip(np.rint(values.astype(np.float32) / column), info.min, info.max).astype(zero_point.dtype)
+    shape = [1] * values.ndim
+    shape[attributes_of(node).get("axis", 1)] = -1
+    steps = scale.astype(np.float32).reshape(shape)
+    codes: Array = np.clip(np.rint(values.astype(np.float32) / steps), info.min, info.max).astype(zero_point.dtype)
     return codes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from crqat.export.simulator.float_ops import operands
+from crqat.export.simulator.pool_ops import padding
 from crqat.export.simulator.values import (
     UNIT_ROUNDOFF,
     Array,
@@ -29,12 +29,13 @@ from crqat.export.simulator.values import (
 def conv_or_gemm(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
 ) -> Value:
-    """A Conv or Gemm; of codes its sums are exact."""
+    """A Conv or Gemm; of codes its sums are exact. A ConvTranspose has no integer kernel in ONNX Runtime."""
     x, attributes = values[node.input[0]], attributes_of(node)
     if node.op_type == "Gemm" and not attributes.get("transB"):
         msg = f"{node.name}: the simulator wants a Gemm with transB"
         raise NotSimulated(msg)
-    if not isinstance(x, Codes) or x.selected or node.input[1] in constants or node.name in out.in_float:
+    in_float = node.op_type == "ConvTranspose" or node.name in out.in_float
+    if not isinstance(x, Codes) or x.selected or node.input[1] in constants or in_float:
         return _float_conv_or_gemm(node, as_float(x), attributes, constants, model, out)
     weight, weight_scale = _weight(node.input[1], constants, model, out)
     unit = (x.scale * weight_scale).astype(np.float32)
@@ -54,16 +55,18 @@ def _float_conv_or_gemm(
     model: onnx.ModelProto,
     out: Simulation,
 ) -> Value:
-    """A Conv or Gemm that no runtime computes in integers, because its input or its weight is not quantized."""
+    """A Conv, ConvTranspose or Gemm that no runtime computes in integers, for want of a quantizer or of a kernel."""
     if node.input[1] in constants:
         stored = out.real(node.input[1], {}, constants)
-        weight, weight_error, bias_error = stored.values, stored.error, np.zeros(len(stored.values))
+        weight, weight_error, bias_error = stored.values, stored.error, np.zeros(())
     else:
         codes, scale = _weight(node.input[1], constants, model, out)
-        weight = codes * scale.astype(np.float64).reshape(-1, *[1] * (codes.ndim - 1))
+        shape = [1] * codes.ndim
+        shape[int(node.op_type == "ConvTranspose")] = -1
+        weight = codes * scale.astype(np.float64).reshape(shape)
         weight_error = np.zeros(weight.shape)
-        bias_error = np.full(len(weight), out.stored_error.get(node.input[1], 0.0))
-    bias = np.zeros(len(weight))
+        bias_error = np.asarray(out.stored_error.get(node.input[1], 0.0))
+    bias = np.zeros(1)
     if len(node.input) > 2 and node.input[2] in constants:
         stored = out.real(node.input[2], {}, constants)
         bias, bias_error = stored.values, bias_error + stored.error
@@ -76,8 +79,13 @@ def _float_conv_or_gemm(
     carried = _sums(x.error, np.abs(weight), attributes, node.op_type)
     if weight_error.any():
         carried = carried + _sums(np.abs(x.values) + x.error, weight_error, attributes, node.op_type)
-    carried = carried + column(bias_error, sums)
-    return Float(sums + added, carried + (8 * np.sqrt(weight[0].size + 1) + 8) * UNIT_ROUNDOFF * spread)
+    carried = carried + column(np.atleast_1d(bias_error), sums)
+    terms = (
+        weight.size // weight.shape[1] // attributes.get("group", 1)
+        if node.op_type == "ConvTranspose"
+        else weight[0].size
+    )
+    return Float(sums + added, carried + (8 * np.sqrt(terms + 1) + 8) * UNIT_ROUNDOFF * spread)
 
 
 def matmul(
@@ -112,8 +120,9 @@ def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> 
         return x @ weight.T
     rank = x.ndim - 2
     strides, dilations = (attributes.get(name, [1] * rank) for name in ("strides", "dilations"))
-    padding = _padding(x.shape[2:], weight.shape[2:], strides, dilations, attributes)
-    padded = np.pad(x, ((0, 0), (0, 0), *padding))
+    if op_type == "ConvTranspose":
+        return _transposed(x, weight, strides, dilations, attributes)
+    padded = np.pad(x, ((0, 0), (0, 0), *padding(x.shape[2:], weight.shape[2:], attributes)))
     function: Any = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}[rank]
     convolved = function(
         torch.from_numpy(padded),
@@ -125,24 +134,25 @@ def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> 
     return np.asarray(convolved.numpy())
 
 
-def _padding(
-    sizes: Sequence[int],
-    kernel: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int],
-    attributes: dict[str, Any],
-) -> list[tuple[int, int]]:
-    """Zeros before and behind on each axis, by `pads` or as `auto_pad` has it."""
-    rank, auto = len(sizes), attributes.get("auto_pad", b"NOTSET").decode()
-    if auto in ("NOTSET", "VALID"):
-        pads = attributes.get("pads", [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
-        return list(zip(pads[:rank], pads[rank:], strict=True))
-    result = []
-    for size, length, stride, dilation in zip(sizes, kernel, strides, dilations, strict=True):
-        total = max((-(-size // stride) - 1) * stride + (length - 1) * dilation + 1 - size, 0)
-        less, more = total // 2, total - total // 2
-        result.append((less, more) if auto == "SAME_UPPER" else (more, less))
-    return result
+def _transposed(x: Array, weight: Array, strides: Any, dilations: Any, attributes: dict[str, Any]) -> Array:
+    """The sums of a ConvTranspose: of all pixels that the input reaches, those that `pads` leaves."""
+    rank, group = x.ndim - 2, attributes.get("group", 1)
+    if "output_shape" in attributes or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
+        msg = "the simulator wants a ConvTranspose with pads"
+        raise NotSimulated(msg)
+    function: Any = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}[
+        rank
+    ]
+    reached = function(
+        torch.from_numpy(np.ascontiguousarray(x)), torch.from_numpy(np.ascontiguousarray(weight)), stride=strides,
+        dilation=dilations, groups=group,
+    ).numpy()  # fmt: skip
+    pads, further = attributes.get("pads", [0] * 2 * rank), attributes.get("output_padding", [0] * rank)
+    reached = np.pad(reached, [(0, 0), (0, 0), *((0, more) for more in further)])
+    kept = (
+        slice(first, size - last) for first, last, size in zip(pads[:rank], pads[rank:], reached.shape[2:], strict=True)
+    )
+    return np.asarray(reached[(slice(None), slice(None), *kept)])
 
 
 def _bias(

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import torch
 from onnx.reference import ReferenceEvaluator
 
 from crqat.export.graph.data_movement import ON_REAL_VALUES, PARTIAL_MOVEMENT
 from crqat.export.simulator.float_ops import compute
+from crqat.export.simulator.pool_ops import max_pool
 from crqat.export.simulator.values import (
     UNIT_ROUNDOFF,
     Array,
@@ -200,14 +200,7 @@ def _moved(node: onnx.NodeProto, array: Array, constants: dict[str, Array]) -> A
     if node.op_type in ("DepthToSpace", "SpaceToDepth"):
         return _pixel_shuffled(array, node.op_type, attributes)
     if node.op_type == "MaxPool":
-        tensor = torch.from_numpy(array.astype(np.float64))
-        kernel, pads = attributes["kernel_shape"], attributes.get("pads", [0, 0, 0, 0])
-        tensor = torch.nn.functional.pad(tensor, (pads[1], pads[3], pads[0], pads[2]), value=-np.inf)
-        pooled = torch.nn.functional.max_pool2d(
-            tensor, kernel, attributes.get("strides", [1, 1]), dilation=attributes.get("dilations", [1, 1]),
-            ceil_mode=bool(attributes.get("ceil_mode", 0)),
-        )  # fmt: skip
-        return pooled.numpy().astype(array.dtype)
+        return max_pool(attributes, array)
     msg = f"{node.name}: the simulator does not know {node.op_type}"
     raise NotSimulated(msg)
 

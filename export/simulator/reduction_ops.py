@@ -1,4 +1,4 @@
-"""Float operations that combine values: reductions, softmax, normalization, pooling and products, with their bounds."""
+"""Float operations that combine values: reductions, softmax, normalization and products, with their bounds."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 import numpy as np
 import scipy.special  # type: ignore[import-untyped]
-import torch
 
 from crqat.export.simulator.error_bounds import LIBRARY, Attributes, Known, sum_of
-from crqat.export.simulator.values import UNIT_ROUNDOFF, Array, Float, NotSimulated, column
+from crqat.export.simulator.values import UNIT_ROUNDOFF, Array, Float, column
 
 
 def _axes(attributes: Attributes, x: Array) -> tuple[int, ...]:
@@ -187,35 +186,6 @@ def batch_norm_bound(attributes: Attributes, _: Array, x: Float, *stored: Float)
     error = (x.error + d_mean) * np.abs(factor) + d_beta
     error = error + np.abs(centred) * (d_gamma / np.sqrt(noise) + np.abs(factor) * d_variance / (2 * noise))
     return np.asarray(error + 8 * UNIT_ROUNDOFF * spread)
-
-
-def _pooled(attributes: Attributes, x: Array) -> Array:
-    return torch.nn.functional.avg_pool2d(
-        torch.from_numpy(np.ascontiguousarray(x)),
-        attributes["kernel_shape"],
-        attributes.get("strides", [1, 1]),
-        attributes.get("pads", [0, 0, 0, 0])[:2],
-        bool(attributes.get("ceil_mode", 0)),
-        bool(attributes.get("count_include_pad", 0)),
-    ).numpy()
-
-
-def average_pool(attributes: Attributes, x: Array) -> Array:
-    """Means over windows, which ONNX Runtime takes of codes in float32 and in an order of its own."""
-    pads = attributes.get("pads", [0, 0, 0, 0])
-    if attributes.get("auto_pad", b"NOTSET") != b"NOTSET" or any(d != 1 for d in attributes.get("dilations", [1])):
-        msg = "the simulator does not know this AveragePool"
-        raise NotSimulated(msg)
-    if x.ndim != 4 or pads[:2] != pads[2:]:
-        msg = "the simulator wants an AveragePool of images with equal pads on both sides"
-        raise NotSimulated(msg)
-    return _pooled(attributes, x)
-
-
-def average_pool_bound(attributes: Attributes, _: Array, x: Float) -> Array:
-    """Bound of `average_pool`."""
-    rounding = sum_of(int(np.prod(attributes["kernel_shape"]))) * UNIT_ROUNDOFF
-    return _pooled(attributes, x.error + rounding * np.abs(x.values))
 
 
 def pixels(x: Array) -> Attributes:

@@ -55,7 +55,7 @@ def simulate(
             msg = f"{node.name or node.output[0]}: the simulator does not know {node.op_type}"
             raise NotSimulated(msg)
         if node.op_type == "QuantizeLinear" and node.input[0] in constants:
-            constants[node.output[0]] = integer_ops.quantized_constant(*(constants[name] for name in node.input))
+            constants[node.output[0]] = integer_ops.quantized_constant(node, constants)
             continue
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
             continue  # a weight or a bias: read where it is used
@@ -93,6 +93,7 @@ _OPERATIONS: dict[str, Any] = {
     "Add": integer_ops.add,
     "GlobalAveragePool": integer_ops.global_average_pool,
     "Conv": matmul_ops.conv_or_gemm,
+    "ConvTranspose": matmul_ops.conv_or_gemm,
     "Gemm": matmul_ops.conv_or_gemm,
     "MatMul": matmul_ops.matmul,
     "Concat": movement_ops.concat,

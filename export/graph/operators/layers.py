@@ -152,12 +152,32 @@ def _max_pool(w: Walk, a: Arguments) -> Any:
 
 @operator("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def _avg_pool(w: Walk, a: Arguments) -> Any:
-    attributes = _pool_attributes(a, w.node.meta["val"].ndim - 2)
-    divisor = a.get("divisor_override")
-    counts = bool(a["count_include_pad"] or divisor)
-    result = w.emit("AveragePool", [w.float_name(a["self"])], count_include_pad=int(counts), **attributes)
+    """A mean whose windows lie within the pixels and the zeros that are written around them.
+
+    ONNX Runtime's integer kernel divides a window that goes beyond its padding by a wrong number, and no attribute
+    stands for torch's `divisor_override`.
+    """
+    x, name, divisor = a["self"], w.float_name(a["self"]), a.get("divisor_override")
+    dims = w.node.meta["val"].ndim - 2
+    attributes = _pool_attributes(a, dims)
+    kernel, strides, pads = (attributes[key] for key in ("kernel_shape", "strides", "pads"))
+    beyond = []  # how far the last window goes beyond the padding
+    for axis in range(dims):
+        covered = (w.known(w.node, axis + 2) - 1) * strides[axis] + kernel[axis]
+        beyond.append(covered - w.known(x, axis + 2) - 2 * pads[axis])
+    if not any(further > 0 for further in beyond):
+        attributes["ceil_mode"] = 0
+    counts = bool(any(pads) and (a["count_include_pad"] or divisor))
+    if attributes["ceil_mode"] and (counts or divisor):
+        behind = [pad + (further if divisor or further < 0 else 0) for pad, further in zip(pads, beyond, strict=False)]
+        if min(behind) < 0:
+            w.refuse("an average pool with ceil_mode whose last pixels are in no window; crop its input")
+        name = w.emit("Pad", [name, w.ints([0, 0, *pads[:dims], 0, 0, *behind])])
+        attributes["pads"], counts = [0] * 2 * dims, False
+        attributes["ceil_mode"] = int(not divisor)
+    result = w.emit("AveragePool", [name], count_include_pad=int(counts), **attributes)
     if divisor:
-        result = w.emit("Mul", [result, w.name(math.prod(attributes["kernel_shape"]) / divisor)])
+        result = w.emit("Mul", [result, w.name(math.prod(kernel) / divisor)])
     return result
 
 

@@ -95,3 +95,13 @@ def test_macs_of_a_linear_layer_on_a_sequence_count_each_of_its_rows() -> None:
         [numpy_helper.from_array(value, name) for name, value in constants.items()],
     )
     assert file_macs(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])) == {"linear": 5 * 4 * 8}
+
+
+def test_macs_of_transposed_convolutions() -> None:
+    """Each of the 4 x 8 x 8 inputs meets the 3 x 2 x 2 weights of its channel in its group."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 4, 1), torch.nn.ReLU(), torch.nn.ConvTranspose2d(4, 6, 2, 2, groups=2),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+    )  # fmt: skip
+    graph = quantize(network, random_images(2, 3, 8, 8)).graph
+    assert macs(graph) == {"0": 3 * 4 * 64, "2": 4 * 64 * 3 * 4}

@@ -108,6 +108,45 @@ class EndsInPool(Net):
         return torch.flatten(F.adaptive_avg_pool2d(F.relu(self.last(self.middle(x))), 1), 1)
 
 
+class Rows(nn.Module):
+    """Convolutions and pools of one dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(48, 8, 3, padding=1), nn.Conv1d(8, 8, 3, padding=1)
+        self.fc = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of images."""
+        x = F.max_pool1d(F.relu(self.first(x.flatten(1, 2))), 3, 2, ceil_mode=True)
+        x = F.relu(self.second(F.avg_pool1d(x, 3, 2, 1)))
+        return self.fc(F.max_pool1d(x, 4).flatten(1))  # type: ignore[no-any-return]
+
+
+class Volumes(Net):
+    """Pools of three dimensions."""
+
+    def middle(self, x: Tensor) -> Tensor:
+        """As above."""
+        x = F.relu(super().middle(x)).reshape(-1, 2, 4, 16, 16)
+        return (F.max_pool3d(x, 3, 1, 1, dilation=1) + F.avg_pool3d(x, 3, 1, 1)).flatten(1, 2)
+
+
+class Transposed(Net):
+    """A transposed convolution with uneven edges, one in groups, one with a BatchNorm behind."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.ReLU())
+        self.up = nn.ConvTranspose2d(8, 8, 3, 2, 1, output_padding=1)
+        self.grouped = nn.ConvTranspose2d(8, 8, 3, 1, 1, groups=2)
+        self.last, self.bn2 = nn.ConvTranspose2d(8, 8, 2, 1, dilation=2, bias=False), nn.BatchNorm2d(8)
+
+    def middle(self, x: Tensor) -> Tensor:
+        """As above."""
+        x = F.relu(self.grouped(F.relu(self.up(super().middle(x)))))
+        return F.relu(self.bn2(self.last(x)))
+
+
 class EndsIn(Net):
     """Behind the last layer comes a function."""
 
@@ -139,6 +178,10 @@ FUSED: dict[str, Callable[[], nn.Module]] = {
     ),
     "average pool": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 2)),
     "padded average pool": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 3, 2, 1)),
+    "average pool up to the last pixel": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 3, 2, 0, ceil_mode=True)),
+    "average pool beyond its padding": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 3, 2, 1, ceil_mode=True)),
+    "average pool without its padding": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 3, 2, 1, True, False)),
+    "average pool that skips pixels": lambda: Net(lambda x: F.avg_pool2d(F.relu(x), 1, 4, 0, ceil_mode=True)),
     "pad": lambda: Net(lambda x: F.pad(F.relu(x), (1, 2, 0, 1))),
     "reflect": lambda: Net(lambda x: F.pad(x, (1, 1, 2, 2), "reflect")),
     "leaky relu": lambda: Net(nn.LeakyReLU(0.1)),
@@ -220,6 +263,15 @@ COMPUTED: dict[str, Callable[[], nn.Module]] = {
     "zeros of a computed size": lambda: Net(
         lambda x: F.relu(x) + torch.cat([torch.zeros_like(x[:, :4]), x.new_ones(x.shape[0], 4, 16, 16)], 1)
     ),
+    "pool of another divisor": lambda: Net(
+        lambda x: (
+            F.avg_pool2d(F.relu(x), 3, 2, 1, divisor_override=4)
+            + F.avg_pool2d(x.abs(), 3, 2, 1, ceil_mode=True, divisor_override=7)[..., :8, :8]
+        )
+    ),
+    "transposed convolutions": Transposed,
+    "rows": Rows,
+    "volumes": lambda: Volumes(nn.ReLU()),
     "split": lambda: Net(lambda x: torch.cat(torch.split(F.relu(x), [2, 6], 1)[::-1], 1)),
 }
 

@@ -60,9 +60,6 @@ def test_what_is_not_simulated_is_named() -> None:
     assert refused([("Det", ["input"], "logits", {})]) == "logits/Det: the simulator does not know Det"
     message = refused([*coded, ("Add", ["x.real", "none"], "logits", {})])
     assert message.startswith("logits/Add: the simulator does not know Add with 'none'")
-    for attributes in ({"dilations": [2, 2]}, {"pads": [0, 0, 1, 1]}, {"auto_pad": "SAME_UPPER"}):
-        pool: Node = ("AveragePool", ["x.real"], "logits", {"kernel_shape": [2, 2], **attributes})
-        assert refused([*coded, pool]).startswith("logits/AveragePool: the simulator ")
     flat: list[Node] = [*coded, ("Flatten", ["x.real"], "flat", {}), read]
     gemm = {**weight, "w": np.ones((32, 2), np.int8)}
     assert refused([*flat, ("Gemm", ["flat", "w.real"], "logits", {})], gemm).startswith("logits/Gemm: ")

@@ -40,7 +40,7 @@ from crqat.train.config import OptimizerConfig, QATConfig, QuantizationConfig, T
 from crqat.train.models import build as models
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import LSQQuantizer
-from tests.export.conftest import DIGITS, Quantized, edited, nodes, random_images, sane_bn, write_train_stage
+from tests.export.conftest import DIGITS, Quantized, edited, nodes, quantize, random_images, sane_bn, write_train_stage
 from tests.needs import needs
 from tests.runtime_eval.conftest import QUICK
 
@@ -507,3 +507,18 @@ def test_every_name_of_tensorrt_that_is_used_exists() -> None:
     assert [
         f"{kind.__name__}.{name}" for kind, names in methods.items() for name in names if not hasattr(kind, name)
     ] == []
+
+
+@rtx
+@pytest.mark.parametrize("weights", ["int8", "float"])
+def test_transposed_convolutions_are_built(weights: str, tmp_path: Path) -> None:
+    """Scales on axis 1, and one scale for all groups."""
+    network = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.ReLU(), torch.nn.ConvTranspose2d(8, 8, 3, 2, 1, output_padding=1),
+        torch.nn.ReLU(), torch.nn.ConvTranspose2d(8, 4, 2, 2, groups=2), torch.nn.ReLU(),
+        torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(4, 3),
+    )  # fmt: skip
+    quantized = quantize(network, random_images(4, 3, 8, 8))
+    path = tmp_path / "model.onnx"
+    onnx.save(quantized.file("tensorrt", "float16", weights=weights).model, path)
+    assert build(path, EngineOptions()).status == "built"

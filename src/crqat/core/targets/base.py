@@ -57,10 +57,10 @@ class QuantizeNode:
 
 @dataclass(frozen=True)
 class LayerNode:
-    """A Conv or Gemm, as lint describes it.
+    """A Conv, ConvTranspose or Gemm, as lint describes it.
 
     Attributes:
-        operation: "Conv" or "Gemm".
+        operation: "Conv", "ConvTranspose" or "Gemm".
         input_quantized: Whether its input comes out of a DequantizeLinear, with nothing but data movement between.
         weight_quantized: Likewise of its weight.
         stored_as_codes: Whether the weight's DequantizeLinear reads integers of the file; None unless input and weight

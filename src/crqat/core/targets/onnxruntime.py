@@ -68,7 +68,8 @@ ONNXRUNTIME = Target(
     # A product of codes whose result stays float, and is no input of a quantizer, as in attention.
     float_results={"MatMul": "MatMulIntegerToFloat"},
     always_float=(
-        "HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization", "ReduceMean",
+        "ConvTranspose", "HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization",
+        "ReduceMean",
         "LayerNormalization", "LogSoftmax", "InstanceNormalization", "LpNormalization", "Max", "Min", "Sub", "Pow",
         "Softplus", "Softsign", "Selu", "Celu", "ThresholdedRelu", "Exp", "Log", "Sqrt", "Reciprocal", "Abs", "Neg",
         "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Einsum",
