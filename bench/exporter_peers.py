@@ -64,14 +64,16 @@ class Way:
     modules: tuple[str, ...] = ()
 
 
-def nncf_way(source: Source, out: Path, preset: str) -> None:
+def nncf_way(source: Source, out: Path, preset: str, extension: bool = False) -> None:
     """nncf.quantize, strip to torch's own fake quantization, torch.onnx.export.
 
-    The exporter is the one that can write these modules; the newer one (dynamo) refuses them.
+    The exporter is the one that can write these modules; the newer one (dynamo) refuses them. NNCF's C++ extension,
+    which is compiled when it is first used, matters for the seconds that the way takes alone.
     """
     import nncf
 
-    without_extension()
+    if not extension:
+        without_extension()
     example = torch.from_numpy(source.images[:1])
     batches = [torch.from_numpy(batch) for batch in source.batches()]
     quantized = nncf.quantize(

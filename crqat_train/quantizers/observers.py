@@ -123,7 +123,8 @@ class ActivationObserver:
         floats, integers = torch.empty(size), torch.empty(size, dtype=torch.int16)
         zeros = len(values)
         for part in torch.split(values, _BLOCK):
-            place = torch.mul(part, bins / self.limit, out=floats[: len(part)]).add_(bins)
+            # Rounded down before the shift, so that bins of a smaller limit are parts of those of its double.
+            place = torch.mul(part, bins / self.limit, out=floats[: len(part)]).floor_().add_(bins)
             counts += torch.bincount(integers[: len(part)].copy_(place), minlength=len(counts))
             zeros -= int(torch.ne(part, 0, out=place).sum())
         counts[-2] += counts[-1]  # the limit itself
