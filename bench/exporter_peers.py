@@ -38,15 +38,17 @@ class Source:
         network: Float, eval mode.
         images: Calibration images, normalized, float32 [N, C, H, W].
         float_file: The network as ONNX, BN folded, with "input" and "logits" and a dynamic batch.
+        batch: Images that a way reads at a time.
     """
 
     network: nn.Module
     images: npt.NDArray[np.float32]
     float_file: Path
+    batch: int = BATCH
 
     def batches(self) -> list[npt.NDArray[np.float32]]:
         """The images in batches."""
-        return [self.images[start : start + BATCH] for start in range(0, len(self.images), BATCH)]
+        return [self.images[start : start + self.batch] for start in range(0, len(self.images), self.batch)]
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,12 @@ WAYS = {
 }
 
 
+def not_installed(name: str) -> str | None:
+    """What a way lacks here, as the status of its row; None if it can be gone."""
+    missing = [module for module in WAYS[name].modules if not _has(module)]
+    return f"not run: not installed ({', '.join(missing)})" if missing else None
+
+
 def write(name: str, source: Source, out: Path, metadata: dict[str, str]) -> str | None:
     """Go a way in a process of its own.
 
@@ -145,9 +153,9 @@ def write(name: str, source: Source, out: Path, metadata: dict[str, str]) -> str
     Returns:
         None if the file is there, else the reason in one line.
     """
-    missing = [module for module in WAYS[name].modules if not _has(module)]
-    if missing:
-        return f"not run: not installed ({', '.join(missing)})"
+    missing = not_installed(name)
+    if missing is not None:
+        return missing
     reason = out.with_suffix(".reason")
     arguments = (name, source, out, metadata, reason)
     process = multiprocessing.get_context("spawn").Process(target=_write_here, args=arguments)

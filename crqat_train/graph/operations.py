@@ -17,7 +17,8 @@ from crqat.train.graph.explain import forward_of, hint, one_line, where
 from crqat.train.graph.sizes import SizedTracer
 from crqat.train.graph.train_eval_diff import HOLDER, keep_dropouts
 
-_MATMULS = {functional.conv2d, functional.conv1d, functional.linear, torch.conv2d, torch.conv1d}
+_TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+_MATMULS = {"linear", "conv1d", "conv2d", "conv3d", *_TRANSPOSED}
 # Values pass through these unchanged, so a quantizer before them still holds behind them.
 _MOVEMENT_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd, nn.ZeroPad2d,
                      nn.ChannelShuffle, nn.ReflectionPad2d, nn.ReplicationPad2d)  # fmt: skip
@@ -140,7 +141,12 @@ def _name(node: fx.Node) -> str:
 
 def is_matmul(node: fx.Node) -> bool:
     """Whether the node is a convolution or a linear layer."""
-    return node.op == "call_function" and (node.target in _MATMULS or _name(node) in {"conv2d", "conv1d", "linear"})
+    return node.op == "call_function" and _name(node) in _MATMULS
+
+
+def is_transposed(node: fx.Node) -> bool:
+    """Whether the node is a transposed convolution, whose weight has the shape [in, out / groups, ...]."""
+    return node.op == "call_function" and _name(node) in _TRANSPOSED
 
 
 def is_layer_norm(node: fx.Node) -> bool:
@@ -223,13 +229,13 @@ def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx
 def batch_norm_after(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
     """Name of the BatchNorm that alone reads a convolution, None if there is none.
 
-    A BatchNorm behind a linear layer is not folded: no exporter does it, so it stays an operation of its own.
+    A BatchNorm behind a linear layer or a transposed convolution is not folded; it stays an operation of its own.
 
     Raises:
         UsageError: It cannot be folded, because it has no running statistics.
     """
     users = list(node.users)
-    if _name(node) == "linear" or len(users) != 1 or not is_batch_norm(graph_module, users[0]):
+    if _name(node) == "linear" or is_transposed(node) or len(users) != 1 or not is_batch_norm(graph_module, users[0]):
         return None
     name = str(users[0].target)
     if graph_module.get_submodule(name).running_var is None:

@@ -24,6 +24,8 @@ class QuantizerSpec:
         input_edge: For a weight, the edge of the activation that it meets.
         bn: For a weight, the name of the BatchNorm that the convolution folds, None if there is none.
         reason: Why the bit width differs from the recipe's, empty if it does not.
+        axis: Of the channels of a per-channel scale: 1 for a transposed convolution, whose weight has the shape
+            [in channels, out channels, ...], else 0.
     """
 
     edge: str
@@ -37,6 +39,7 @@ class QuantizerSpec:
     input_edge: str | None = None
     bn: str | None = None
     reason: str = ""
+    axis: int = 0
 
     @property
     def module_name(self) -> str:

@@ -18,6 +18,7 @@ from crqat.train.graph.operations import (
     is_concat,
     is_matmul,
     is_nonnegative,
+    is_transposed,
     is_unfused_activation,
     parameter,
     through_movement,
@@ -154,7 +155,7 @@ def constrain(
             continue
         node = first_reader(places[0])
         if not is_matmul(node):
-            msg = f"model.name: the weight of {names[0]} is of no Conv1d, Conv2d or Linear, the ones that are quantized"
+            msg = f"model.name: the weight of {names[0]} is of no convolution or Linear, the ones that are quantized"
             raise UsageError(msg)
         weights = parameter(graph_module, places[0].source)
         bits = config.weights
@@ -165,7 +166,10 @@ def constrain(
         bits = overridden.get(names[0], bits)
         input_edge = edge_into(node)
         fed = specs.get(input_edge or "")
-        depthwise = is_depthwise(weights.shape, convolution_groups(node))
+        # A transposed convolution has its output channels on axis 1, those of one group alone: groups share a scale.
+        axis, grouped = int(is_transposed(node)), convolution_groups(node) > 1
+        channels = None if axis and grouped else channels
+        depthwise = not axis and is_depthwise(weights.shape, convolution_groups(node))
         codes = None if fed is None else fed.qmax - fed.qmin
         bits, reason = constraints.weight_bits(bits, codes, depthwise)
         qmin, qmax = runtimes.weight_codes(bits)
@@ -182,6 +186,7 @@ def constrain(
                 input_edge,
                 batch_norm_after(graph_module, node),
                 reason,
+                axis if channels is not None else 0,
             )
         )
     return ordered

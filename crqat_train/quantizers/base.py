@@ -18,8 +18,8 @@ class Quantizer(nn.Module):
     """What every method is: a module that fake-quantizes in float32 and ends as a Grid, here with zero point 0.
 
     Attributes:
-        scale: The step, float32 of shape [1], or of full rank with the channels on axis 0; a Parameter where it is
-            learned, else a buffer.
+        scale: The step, float32 of shape [1], or of full rank with the channels on the spec's axis; a Parameter where
+            it is learned, else a buffer.
         spec: The place and codes of the quantizer.
         decays_scale: Whether the recipe's weight decay is on `scale`, too.
         asymmetric: Whether calibration sets a range by `set_range`, not a scale.
@@ -40,8 +40,17 @@ class Quantizer(nn.Module):
 
     def initial_scale(self) -> Tensor:
         """Ones of the scale's shape; calibration sets the values."""
-        channels, ndim = self.spec.channels, self.spec.ndim
-        return torch.ones([1] if channels is None else [channels] + [1] * (ndim - 1))
+        if self.spec.channels is None:
+            return torch.ones([1])
+        shape = [1] * self.spec.ndim
+        shape[self.spec.axis] = self.spec.channels
+        return torch.ones(shape)
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """A weight with the values that share a scale in one row, of shape [scales, values of one scale]."""
+        if self.spec.channels is None:
+            return weight.reshape(1, -1)
+        return weight.movedim(self.spec.axis, 0).reshape(self.spec.channels, -1)
 
     def forward(self, x: Tensor) -> Tensor:
         """Values of the nearest codes, of the shape of `x`; float32, also where `x` is of a smaller type."""
@@ -69,7 +78,7 @@ class Quantizer(nn.Module):
     def grid(self) -> Grid:
         """The Grid that training arrived at."""
         scale = self.scale.detach().clamp_min(MIN_SCALE).cpu().numpy().astype(np.float32).reshape(-1)
-        axis = None if self.spec.channels is None else 0
+        axis = None if self.spec.channels is None else self.spec.axis
         return Grid(scale, self.zero_point(), self.spec.qmin, self.spec.qmax, axis)
 
 

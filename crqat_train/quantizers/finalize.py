@@ -106,12 +106,14 @@ def _representable(model: fx.GraphModule, scales: Mapping[str, Tensor], constrai
 def _folded(
     model: fx.GraphModule, spec: QuantizerSpec, channels: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """BN's multiplier and the folded bias of the operation that a weight belongs to, both of shape [channels]."""
+    """BN's multiplier and the folded bias of the operation that a weight belongs to, both of shape [scales]."""
     operation = next(iter(quantizer_node(model, spec).users))
     argument = operation.args[2] if len(operation.args) > 2 else operation.kwargs.get("bias")
     bias = np.zeros(channels, np.float32)
     if isinstance(argument, fx.Node):
         bias = _numbers(parameter(model, argument))
+    if spec.channels is None:  # one scale for all channels: the largest bias needs most of it
+        bias = np.abs(bias).max(keepdims=True)
     if spec.bn is None:
         return np.ones_like(bias), bias
     bn = model.get_submodule(spec.bn)

@@ -78,7 +78,7 @@ class LSQPlusQuantizer(LSQQuantizer):
 
     def start_weight(self, weight: Tensor) -> Tensor:
         """The paper's start: three standard deviations to either side of the mean, of each channel."""
-        per_channel = weight.reshape(self.scale.numel(), -1)
+        per_channel = self.rows(weight)
         mean, deviation = per_channel.mean(dim=1), per_channel.std(dim=1, correction=0)
         return torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs()) / -self.qmin
 

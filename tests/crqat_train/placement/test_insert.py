@@ -432,7 +432,6 @@ def test_a_forward_that_fails_on_the_shape_is_named_by_file_and_line() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Refused(nn.ConvTranspose2d(4, 4, 2)), r"the weight of .*layer/conv_transpose2d/0__1\.0 is of no Conv1d"),
         (Refused(nn.BatchNorm2d(4, track_running_stats=False)), "layer is a BatchNorm without running statistics"),
         (nn.ModuleDict({"quantizers": nn.ReLU()}), r"ModuleDict\.quantizers is where quantizers are put"),
     ],
@@ -440,6 +439,16 @@ def test_a_forward_that_fails_on_the_shape_is_named_by_file_and_line() -> None:
 def test_what_cannot_be_quantized_is_refused_before_any_training(model: nn.Module, message: str) -> None:
     with pytest.raises(UsageError, match=rf"^model\.name: {message}"):
         quantized(model.eval())
+
+
+@pytest.mark.parametrize(("groups", "channels", "axis"), [(1, 6, 1), (2, None, 0)])
+def test_a_transposed_convolution_has_its_channels_on_axis_1_and_groups_share_a_scale(
+    groups: int, channels: int | None, axis: int
+) -> None:
+    specs = specs_of(Refused(nn.Sequential(nn.ReLU(), nn.ConvTranspose2d(4, 6, 2, groups=groups))).eval())
+    spec = specs["pre_hooks.layer/1/conv_transpose2d/0__1.0"]
+    assert (spec.channels, spec.axis, spec.ndim, spec.bits) == (channels, axis, 4, 8)
+    assert spec.input_edge == "post_hooks.layer/0/relu/0__0.0"
 
 
 def test_names_that_differ_in_punctuation_alone_are_refused() -> None:

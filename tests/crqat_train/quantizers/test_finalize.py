@@ -360,3 +360,19 @@ def test_a_scale_beyond_float16_is_a_users_error() -> None:
         with pytest.raises(UsageError, match=rf"^{spec.operation}: a scale of 70000 is more than .*; lower qat\.lr"):
             make_representable(model, BOTH)
         assert make_representable(model, ("onnxruntime",)) == []
+
+
+def test_a_scale_that_all_channels_share_holds_the_largest_of_their_biases() -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 8, 2, groups=2)
+    with torch.no_grad():
+        layer.weight.mul_(1e-6)
+        nn.init.zeros_(layer.bias)[-1] = -1e6  # type: ignore[arg-type]
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), layer, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    student = quantize_model(net, images()[:2], QuantizationConfig(), BOTH)
+    student.calibrate([images()])
+    (note,) = student.finalize()
+    assert note == "2: scale of 1 channels raised to what the targets can store"
+    (spec,) = [spec for spec in student.specs if spec.operation == "2" and spec.kind == "weight"]
+    fed = scales(student)[spec.input_edge or ""]
+    assert float(1e6 / (fed * scales(student)[spec.edge])) <= BIAS_LIMIT
