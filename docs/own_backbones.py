@@ -62,7 +62,9 @@ class C2f(nn.Module):
         super().__init__()
         half = outputs // 2
         self.first = convolution(inputs, outputs, 1)
-        self.blocks = nn.ModuleList(nn.Sequential(convolution(half, half), convolution(half, half)) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(convolution(half, half), convolution(half, half)) for _ in range(depth)
+        )
         self.last = convolution((2 + depth) * half, outputs, 1)
         self.shortcut = shortcut
 

@@ -18,7 +18,7 @@ from crqat.core.targets import Residual
 from crqat.train.config import QuantizationConfig
 from crqat.train.graph.explain import check_module, check_pools
 from crqat.train.graph.operations import (
-    is_layer_norm,
+    is_norm,
     trace,
 )
 from crqat.train.placement import overrides
@@ -76,8 +76,9 @@ def insert_quantizers(
         if name in in_float:
             node.meta[FLOAT_LAYER] = name
     groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
-    # NNCF quantizes the weight of a LayerNorm, too: no runtime computes one in integers, it would only cost accuracy.
-    groups = [group for group in groups if not (group[2] and is_layer_norm(first_reader(group[3][0])))]
+    # NNCF quantizes the weights of LayerNorm and GroupNorm, too: no runtime computes these in integers, it would only
+    # cost accuracy.
+    groups = [group for group in groups if not (group[2] and is_norm(first_reader(group[3][0])))]
     constraints = runtimes.union(targets)
     if constraints.quantize_before_activation:
         groups += before_activations(graph_module, names_of_nodes, places)
