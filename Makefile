@@ -76,8 +76,8 @@ bench-export: $(INSTALLED) ## the peers' own ways to a quantized ONNX file and o
 bench-ptq: $(INSTALLED) ## seconds and memory from a float network to INT8 files: ours by step, and the peers that are installed
 	$(VENV)/bin/python -m bench.calibration_time $(ARGS)
 
-models: $(INSTALLED) ## write docs/models.md; ARGS="timm/resnet18 --cifar10 DIR --size 64" for some networks and real images
-	$(CRQAT) models $(ARGS) --out docs/models.md
+models: $(INSTALLED) ## write docs/models.md, goes on where it was stopped; ARGS="timm/resnet18 --cifar10 DIR --engines" for some networks and real images
+	$(CRQAT) models --size 64 --no-engines --resume $(ARGS) --out docs/models.md
 
 soak: $(INSTALLED) ## kill 200 stages at random instants; ARGS="--kills 20" for fewer
 	$(VENV)/bin/python -m bench.kill_and_resume $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -79,11 +80,32 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
 
 def _graph(model: nn.Module, example: Tensor | None) -> fx.Graph:
     try:
-        with torch.no_grad():
-            return _Tracer(example).trace(model)
+        with torch.no_grad(), _caches_empty(model):
+            graph = _Tracer(example).trace(model)
     except Exception as error:  # the forward is the user's: it may raise anything when it gets a Proxy
         msg = f"model.name: torch.fx cannot trace {type(model).__name__}{where(error)}: {one_line(error)}{hint(error)}"
         raise UsageError(msg) from error
+    for node in reversed(graph.nodes):
+        if node.target is getattr and not node.users:
+            graph.erase_node(node)  # a device that was asked for in one of the modes alone
+    return graph
+
+
+@contextmanager
+def _caches_empty(model: nn.Module) -> Iterator[None]:
+    """What timm's networks keep from one pass to the next, in eval mode alone, is computed while this is traced.
+
+    Its values come from parameters, which are to be trained.
+    """
+    kept = [pair for part in model.modules() for pair in vars(part).items()]
+    caches = [value for name, value in kept if "cache" in name and type(value) is dict]
+    for cache in caches:
+        cache.clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.clear()  # of proxies
 
 
 class _Tracer(SizedTracer):
@@ -107,6 +129,8 @@ class _Tracer(SizedTracer):
         """
         if self.computes:
             return forward(*args, **kwargs)
+        if type(m) is nn.Identity and len(args) == 1:
+            return args[0]  # nothing may lie between a convolution and its activation
         result = super().call_module(m, forward, args, kwargs)
         if isinstance(m, nn.BatchNorm2d) and type(m) is not nn.BatchNorm2d and hasattr(m, "act"):
             m.__class__ = nn.BatchNorm2d  # the same tensors under the same names
