@@ -25,7 +25,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadsc
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test test-all lint models bench-infer bench-train bench-arms bench-residual soak fuzz bench-export
+.PHONY: help install train export benchmark gate test test-all lint models bench-infer bench-train bench-arms bench-residual soak fuzz bench-export bench-ptq
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -73,8 +73,11 @@ bench-residual: $(INSTALLED) ## TensorRT's plan with both inputs of a residual A
 bench-export: $(INSTALLED) ## the peers' own ways to a quantized ONNX file and ours, in TensorRT's builder and ONNX Runtime
 	$(VENV)/bin/python -m bench.vs_exporters $(ARGS)
 
-models: $(INSTALLED) ## write docs/models.md; ARGS="timm/resnet18 --cifar10 DIR --size 64" for some networks and real images
-	$(CRQAT) models $(ARGS) --out docs/models.md
+bench-ptq: $(INSTALLED) ## seconds and memory from a float network to INT8 files: ours by step, and the peers that are installed
+	$(VENV)/bin/python -m bench.calibration_time $(ARGS)
+
+models: $(INSTALLED) ## write docs/models.md, goes on where it was stopped; ARGS="timm/resnet18 --cifar10 DIR --engines" for some networks and real images
+	$(CRQAT) models --size 64 --no-engines --resume $(ARGS) --out docs/models.md
 
 soak: $(INSTALLED) ## kill 200 stages at random instants; ARGS="--kills 20" for fewer
 	$(VENV)/bin/python -m bench.kill_and_resume $(ARGS)

@@ -38,15 +38,17 @@ class Source:
         network: Float, eval mode.
         images: Calibration images, normalized, float32 [N, C, H, W].
         float_file: The network as ONNX, BN folded, with "input" and "logits" and a dynamic batch.
+        batch: Images that a way reads at a time.
     """
 
     network: nn.Module
     images: npt.NDArray[np.float32]
     float_file: Path
+    batch: int = BATCH
 
     def batches(self) -> list[npt.NDArray[np.float32]]:
         """The images in batches."""
-        return [self.images[start : start + BATCH] for start in range(0, len(self.images), BATCH)]
+        return [self.images[start : start + self.batch] for start in range(0, len(self.images), self.batch)]
 
 
 @dataclass(frozen=True)
@@ -62,14 +64,16 @@ class Way:
     modules: tuple[str, ...] = ()
 
 
-def nncf_way(source: Source, out: Path, preset: str) -> None:
+def nncf_way(source: Source, out: Path, preset: str, extension: bool = False) -> None:
     """nncf.quantize, strip to torch's own fake quantization, torch.onnx.export.
 
-    The exporter is the one that can write these modules; the newer one (dynamo) refuses them.
+    The exporter is the one that can write these modules; the newer one (dynamo) refuses them. NNCF's C++ extension,
+    which is compiled when it is first used, matters for the seconds that the way takes alone.
     """
     import nncf
 
-    without_extension()
+    if not extension:
+        without_extension()
     example = torch.from_numpy(source.images[:1])
     batches = [torch.from_numpy(batch) for batch in source.batches()]
     quantized = nncf.quantize(
@@ -133,6 +137,12 @@ WAYS = {
 }
 
 
+def not_installed(name: str) -> str | None:
+    """What a way lacks here, as the status of its row; None if it can be gone."""
+    missing = [module for module in WAYS[name].modules if not _has(module)]
+    return f"not run: not installed ({', '.join(missing)})" if missing else None
+
+
 def write(name: str, source: Source, out: Path, metadata: dict[str, str]) -> str | None:
     """Go a way in a process of its own.
 
@@ -145,9 +155,9 @@ def write(name: str, source: Source, out: Path, metadata: dict[str, str]) -> str
     Returns:
         None if the file is there, else the reason in one line.
     """
-    missing = [module for module in WAYS[name].modules if not _has(module)]
-    if missing:
-        return f"not run: not installed ({', '.join(missing)})"
+    missing = not_installed(name)
+    if missing is not None:
+        return missing
     reason = out.with_suffix(".reason")
     arguments = (name, source, out, metadata, reason)
     process = multiprocessing.get_context("spawn").Process(target=_write_here, args=arguments)

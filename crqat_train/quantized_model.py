@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,6 +19,7 @@ from crqat.core.targets import ALL, Residual
 from crqat.train.arguments import checked
 from crqat.train.checkpoint import read_header, read_tensors, write_tensors
 from crqat.train.config import Override, QuantizationConfig
+from crqat.train.graph.operations import NOTES
 from crqat.train.placement.insert import insert_quantizers
 from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantizers import Quantizer, calibration, quantizer_maker, quantizer_of, specs_of
@@ -34,6 +36,7 @@ class QuantizedModel(fx.GraphModule):
     Attributes:
         targets: The runtimes whose limits it keeps to.
         specs: Edge, bit width and integer range of each quantizer, in the order of NNCF's layout.
+        notes: What its training does otherwise than the float network's, in lines.
     """
 
     @property
@@ -45,6 +48,11 @@ class QuantizedModel(fx.GraphModule):
     def specs(self) -> list[QuantizerSpec]:
         """Edge, bit width and integer range of each quantizer."""
         return specs_of(self)
+
+    @property
+    def notes(self) -> list[str]:
+        """What its training does otherwise than the float network's, in lines."""
+        return list(self.meta.get(NOTES, ()))
 
     def quantizer(self, spec: QuantizerSpec) -> Quantizer:
         """The quantizer of one of `specs`."""
@@ -106,7 +114,7 @@ def quantize_model(
     inserted, specs = insert_quantizers(model, example, config, targets, make, residual)
     quantized = QuantizedModel(inserted, inserted.graph)
     # fx.GraphModule copies `meta` when it is copied; other attributes would be lost.
-    quantized.meta.update(specs=specs, targets=tuple(targets))
+    quantized.meta.update({"specs": specs, "targets": tuple(targets), NOTES: inserted.meta[NOTES]})
     return quantized
 
 
@@ -189,6 +197,8 @@ def quantize(
         # A recipe's words for what is an argument here.
         msg = str(error).replace("model.name: ", "net: ", 1).replace("quantization.", "", 1)
         raise UsageError(msg) from error
+    for note in model.notes:
+        warnings.warn(f"net: {note}", stacklevel=2)
     with torch.no_grad():
         logits = model(example)
     if logits.ndim != 2:

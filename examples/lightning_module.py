@@ -13,15 +13,11 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import crqat
-
-try:
-    from lightning import LightningModule
-except ImportError:  # the hooks below are plain methods, and another loop may call them
-    LightningModule = nn.Module
 
 
 class QuantizedClassifier(LightningModule):

@@ -129,13 +129,31 @@ def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out:
 )
 @click.option("--force", is_flag=True, help="Replace a file that this command has not written.")
 @click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="Of the images; 1 is grey. Default: 3.")
+@click.option("--engines/--no-engines", default=True, help="Build TensorRT's engines, too. Default: they are built.")
+@click.option(
+    "--resume", is_flag=True, help="Leave out networks that the file of --out has rows of, of the same images."
+)
+@click.option(
+    "--limit",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1800.0,
+    help="Seconds for each network. Default: 1800.",
+)
 def models(
-    names: tuple[str, ...], cifar10: Path | None, size: int, out: Path | None, force: bool, channels: str
+    names: tuple[str, ...],
+    cifar10: Path | None,
+    size: int,
+    out: Path | None,
+    force: bool,
+    channels: str,
+    engines: bool,
+    resume: bool,
+    limit: float,
 ) -> int:
     """Take networks through everything and say what is mapped, equal and computed in integers; exit 1 if one fails."""
     from crqat.pipeline.commands import model_survey
 
-    return model_survey.run(names, cifar10, size, out, force, int(channels))
+    return model_survey.run(names, cifar10, size, out, force, int(channels), engines, not resume, limit)
 
 
 @click.command()

@@ -149,30 +149,18 @@ def float_and_bytes(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Ten
     return normalized, pixels, torch.tensor(labels)
 
 
+@pytest.mark.needs("lightning")
 def test_lightning_module(folder: Path, tmp_path: Path) -> None:
-    """By Lightning's Trainer where it is installed, else by the same hooks in the same order."""
+    from lightning import Trainer
+
     images, pixels, labels = float_and_bytes(folder)
     batches = DataLoader(TensorDataset(images.flip(3), images, labels), batch_size=40, shuffle=True)
     module = loaded("lightning_module").QuantizedClassifier(small_network(), calibration=batches, steps=4)
     before = {name: value.clone() for name, value in module.model.named_parameters()}
-    if importlib.util.find_spec("lightning") is not None:
-        from lightning import Trainer  # type: ignore[import-not-found, unused-ignore]
-
-        trainer = Trainer(
-            max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-        )
-        trainer.fit(module, batches)
-    else:
-        configured = module.configure_optimizers()
-        optimizer, scheduler = configured["optimizer"], configured["lr_scheduler"]["scheduler"]
-        module.on_fit_start()
-        for index, batch in enumerate(batches):
-            loss = module.training_step(batch, index)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            module.on_train_batch_end(loss, batch, index)
-            scheduler.step()
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
+    )
+    trainer.fit(module, batches)
     assert all(not torch.equal(value, before[name]) for name, value in module.model.named_parameters())
     assert module.teacher.steps == len(batches) == 4
     preprocessing = crqat.Preprocessing((0.5,) * 3, (0.25,) * 3)
@@ -186,7 +174,7 @@ def quick(name: str, folder: Path, out: Path) -> list[str]:
         small = ["--model", "test_resnet", "--num-classes", str(CLASSES), "--img-size", "32", "--workers", "0"]
         return ["--data-dir", str(folder), *small, "--output", str(out / "int8"), "--epochs", "1", "--device", "cpu"]
     out.mkdir(exist_ok=True)
-    small = ["--model", "mnasnet0_5", "--resume", weights("mnasnet0_5", out), "--size", "32"]
+    small = ["--model", "resnet18", "--resume", weights("resnet18", out), "--size", "32"]
     return ["--data-path", str(folder), *small, "--output-dir", str(out), "--epochs", "1"]
 
 

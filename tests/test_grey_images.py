@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -40,6 +41,7 @@ class Net(nn.Sequential):
 """
 
 
+@pytest.mark.slow
 def test_a_folder_of_grey_images_runs_to_its_verdict(tmp_path: Path) -> None:
     pixels, labels = load_digits(n_class=3, return_X_y=True)
     for index, (image, label) in enumerate(zip(pixels[:180], labels[:180], strict=True)):

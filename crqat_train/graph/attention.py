@@ -1,12 +1,11 @@
-"""nn.MultiheadAttention as operations that torch.fx can show: those of torch's own forward, in its order.
+"""nn.MultiheadAttention as operations that torch.fx and NNCF can show: those of torch's own forward, in its order.
 
-NNCF names operations as they run inside of torch's functional attention. Written out with nothing between, the traced
-graph has the same operations under the same names, so that NNCF's layout maps to it one to one.
+Both see what is written out here, so that NNCF's layout maps to the graph one to one.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,7 +13,39 @@ from torch.nn import functional
 from crqat.core.errors import UsageError
 
 
-def self_attention(
+class _Weights:
+    """Stands for attention weights that are asked for: nothing may be done with them."""
+
+    def __getattr__(self, name: str) -> Any:
+        del name
+        self._refuse()
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        msg = (
+            "attention weights are used there, which are not quantized: use the first output of "
+            "nn.MultiheadAttention alone"
+        )
+        raise UsageError(msg)
+
+    __getitem__ = __iter__ = __add__ = __radd__ = __mul__ = __rmul__ = __truediv__ = __matmul__ = _refuse
+
+
+class WrittenOut(nn.MultiheadAttention):
+    """An attention whose forward is `attend`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See `attend`."""
+        return attend(self, *args, **kwargs)
+
+
+def write_out(model: nn.Module) -> None:
+    """Let each nn.MultiheadAttention of a network run as it is quantized; changed in place, parameters stay."""
+    for module in model.modules():
+        if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
+            module.__class__ = WrittenOut
+
+
+def attend(
     module: nn.MultiheadAttention,
     query: Tensor,
     key: Tensor,
@@ -23,53 +54,58 @@ def self_attention(
     need_weights: bool = True,
     attn_mask: Tensor | None = None,
     **further: Any,
-) -> tuple[Tensor, None]:
-    """What `module(query, query, query, need_weights=False)` computes; dropout of attention weights is left out.
+) -> tuple[Tensor, Any]:
+    """What `module(query, key, value)` computes; dropout of attention weights is left out.
 
     Args:
         module: Whose parameters are used.
         query: Shape [N, T, E], or [T, N, E] without `batch_first`.
-        key: The same object as `query`.
-        value: The same object as `query`.
+        key: Shape [N, S, E_k], or [S, N, E_k] without `batch_first`.
+        value: Shape [N, S, E_v], or [S, N, E_v] without `batch_first`.
         key_padding_mask: None.
-        need_weights: False.
+        need_weights: Whether the second output is used if it can be; it cannot.
         attn_mask: None.
         further: What else the module takes, and what changes nothing then.
 
     Returns:
-        Of the shape of `query`; and None, as torch gives it in place of the weights that are not needed.
+        Of the shape of `query`; and None, as torch gives it in place of weights that are not needed, or what refuses
+        any use.
 
     Raises:
         UsageError: It is called in another way, or has other parts.
     """
-    if key is not query or value is not query:
-        msg = "only self-attention is quantized: pass one tensor as query, key and value"
-        raise UsageError(msg)
-    if need_weights:
-        msg = "attention weights as an output are not quantized: call nn.MultiheadAttention with need_weights=False"
-        raise UsageError(msg)
     if key_padding_mask is not None or attn_mask is not None or further.get("is_causal"):
-        msg = "attention with a mask is not quantized: images need none"
+        msg = "attention with a mask is not quantized: images need none, call nn.MultiheadAttention without"
         raise UsageError(msg)
-    weight = module.in_proj_weight
-    if weight is None or module.bias_k is not None or module.add_zero_attn:
-        msg = "nn.MultiheadAttention is quantized without kdim, vdim, add_bias_kv and add_zero_attn"
+    if module.bias_k is not None or module.add_zero_attn:
+        msg = "nn.MultiheadAttention is quantized without add_bias_kv and add_zero_attn: leave them out"
         raise UsageError(msg)
-    x = query.transpose(1, 0) if module.batch_first else query
-    tokens, batch = x.shape[0], x.shape[1]
     heads, size, embedding = module.num_heads, module.head_dim, module.embed_dim
-    projected = functional.linear(x, weight, module.in_proj_bias)
-    split: Tensor = projected.unflatten(-1, (3, embedding))  # type: ignore[no-untyped-call]
-    parts = split.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
-    q, k, v = parts[0], parts[1], parts[2]
+    if key is query and value is query and module.in_proj_weight is not None:
+        x = query.transpose(1, 0) if module.batch_first else query
+        tokens, batch = x.shape[0], x.shape[1]
+        projected = functional.linear(x, module.in_proj_weight, module.in_proj_bias)
+        split: Tensor = projected.unflatten(-1, (3, embedding))  # type: ignore[no-untyped-call]
+        parts = split.unsqueeze(0).transpose(0, -2).squeeze(-2).contiguous()
+        q, k, v = parts[0], parts[1], parts[2]
+        keys = tokens
+    else:
+        if module.in_proj_weight is not None:
+            weights: Any = module.in_proj_weight.chunk(3)
+        else:
+            weights = module.q_proj_weight, module.k_proj_weight, module.v_proj_weight
+        biases: Any = (None, None, None) if module.in_proj_bias is None else module.in_proj_bias.chunk(3)
+        sources = (source.transpose(1, 0) if module.batch_first else source for source in (query, key, value))
+        q, k, v = (functional.linear(*part) for part in zip(sources, weights, biases, strict=True))
+        tokens, batch, keys = q.shape[0], q.shape[1], k.shape[0]
     q = q.view(tokens, batch * heads, size).transpose(0, 1)
-    k = k.view(tokens, batch * heads, size).transpose(0, 1)
-    v = v.view(tokens, batch * heads, size).transpose(0, 1)
+    k = k.view(keys, batch * heads, size).transpose(0, 1)
+    v = v.view(keys, batch * heads, size).transpose(0, 1)
     q = q.view(batch, heads, tokens, size)
-    k = k.view(batch, heads, tokens, size)
-    v = v.view(batch, heads, tokens, size)
+    k = k.view(batch, heads, keys, size)
+    v = v.view(batch, heads, keys, size)
     attended = functional.scaled_dot_product_attention(q, k, v)
     attended = attended.permute(2, 0, 1, 3).reshape(batch * tokens, embedding)
     out = functional.linear(attended, module.out_proj.weight, module.out_proj.bias)
     out = out.view(tokens, batch, embedding)
-    return (out.transpose(1, 0) if module.batch_first else out), None
+    return (out.transpose(1, 0) if module.batch_first else out), (_Weights() if need_weights else None)

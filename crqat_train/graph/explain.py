@@ -172,6 +172,28 @@ def check_pools(graph_module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> 
             raise UsageError(msg)
 
 
+def check_norms(graph_module: fx.GraphModule) -> None:
+    """Refuse a BatchNorm that takes the statistics of the batch in eval mode, too.
+
+    Raises:
+        UsageError: One has no running statistics.
+    """
+    for node in graph_module.graph.nodes:
+        module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_var is None:
+            msg = f"model.name: {place(graph_module, node)} has no running statistics; use track_running_stats=True"
+            raise UsageError(msg)
+
+
+def place(model: nn.Module, node: fx.Node) -> str:
+    """A node for people: the module that it runs in, its class and the line, as "layer1.conv (Conv2d) at file:line"."""
+    path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", type(model))}).values()))
+    if node.op == "call_module":
+        path, kind = str(node.target), type(model.get_submodule(str(node.target)))
+    name = getattr(kind, "__name__", str(kind).rpartition(".")[2])
+    return (f"{path} ({name})" if path else name) + source_line(node.stack_trace)
+
+
 def source_line(stack_trace: str | None) -> str:
     """The last line of the user's code in the stack trace of a node, as " at file:line"; empty if there is none."""
     found = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from functools import partial
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,11 +12,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional
 
 from crqat.core.errors import UsageError
-from crqat.train.graph.attention import self_attention
+from crqat.train.graph.attention import write_out
 from crqat.train.graph.explain import forward_of, hint, one_line, where
 from crqat.train.graph.sizes import SizedTracer
-from crqat.train.graph.train_eval_diff import HOLDER, keep_dropouts
+from crqat.train.graph.train_eval_diff import HOLDER, follow_eval
 
+# Key of a GraphModule's `meta`: lines on what its training does otherwise than the network's.
+NOTES = "crqat_notes"
 _TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 _MATMULS = {"linear", "conv1d", "conv2d", "conv3d", *_TRANSPOSED}
 # Values pass through these unchanged, so a quantizer before them still holds behind them.
@@ -56,10 +58,11 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     Raises:
         UsageError: torch.fx cannot trace the model; the message says where.
     """
+    write_out(model)
     # Tracing replaces some modules, so each of the two modes traces a network of its own.
     training = copy.deepcopy(model).train()
     graph = _graph(model, example)
-    dropouts = keep_dropouts(model, graph, lambda: _graph(training, example))
+    dropouts, note = follow_eval(model, graph, lambda: _graph(training, example))
     if dropouts:
         model.add_module(HOLDER, nn.Sequential(*dropouts.values()).eval())
     (output,) = graph.find_nodes(op="output")
@@ -70,23 +73,47 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
             "module whose forward returns the logits alone"
         )
         raise UsageError(msg)
-    return fx.GraphModule(model, graph)
+    made = fx.GraphModule(model, graph)
+    made.meta[NOTES] = [note] if note else []
+    return made
 
 
 def _graph(model: nn.Module, example: Tensor | None) -> fx.Graph:
     try:
-        with torch.no_grad():
-            return _Tracer(example).trace(model)
+        with torch.no_grad(), _caches_empty(model):
+            graph = _Tracer(example).trace(model)
     except Exception as error:  # the forward is the user's: it may raise anything when it gets a Proxy
         msg = f"model.name: torch.fx cannot trace {type(model).__name__}{where(error)}: {one_line(error)}{hint(error)}"
         raise UsageError(msg) from error
+    for node in reversed(graph.nodes):
+        if node.target is getattr and not node.users:
+            graph.erase_node(node)  # a device that was asked for in one of the modes alone
+    return graph
+
+
+@contextmanager
+def _caches_empty(model: nn.Module) -> Iterator[None]:
+    """What timm's networks keep from one pass to the next, in eval mode alone, is computed while this is traced.
+
+    Its values come from parameters, which are to be trained.
+    """
+    kept = [pair for part in model.modules() for pair in vars(part).items()]
+    caches = [value for name, value in kept if "cache" in name and type(value) is dict]
+    for cache in caches:
+        cache.clear()
+    try:
+        yield
+    finally:
+        for cache in caches:
+            cache.clear()  # of proxies
 
 
 class _Tracer(SizedTracer):
     """Traces into convolutions and linear layers, so that their weights become edges that a quantizer can sit on."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm, nn.MultiheadAttention)):
+        if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm, nn.MultiheadAttention,
+                          nn.TransformerEncoderLayer, nn.TransformerEncoder)):  # fmt: skip
             return False
         # timm derives from BatchNorm; traced into, its `self.training` would be fixed at the value of today.
         if isinstance(m, nn.modules.batchnorm._BatchNorm) or type(m).__name__ in _STOCHASTIC_DEPTH:
@@ -98,13 +125,12 @@ class _Tracer(SizedTracer):
     ) -> Any:
         """A BatchNormAct2d of timm becomes a BatchNorm2d and, as a node of its own, the activation that it holds.
 
-        Inside of one node the activation would be hidden from what asks for signs and for places of quantizers. An
-        attention is written out.
+        Inside of one node the activation would be hidden from what asks for signs and for places of quantizers.
         """
         if self.computes:
             return forward(*args, **kwargs)
-        if isinstance(m, nn.MultiheadAttention):
-            forward = partial(self_attention, m)
+        if type(m) is nn.Identity and len(args) == 1:
+            return args[0]  # nothing may lie between a convolution and its activation
         result = super().call_module(m, forward, args, kwargs)
         if isinstance(m, nn.BatchNorm2d) and type(m) is not nn.BatchNorm2d and hasattr(m, "act"):
             m.__class__ = nn.BatchNorm2d  # the same tensors under the same names
@@ -147,11 +173,6 @@ def is_matmul(node: fx.Node) -> bool:
 def is_transposed(node: fx.Node) -> bool:
     """Whether the node is a transposed convolution, whose weight has the shape [in, out / groups, ...]."""
     return node.op == "call_function" and _name(node) in _TRANSPOSED
-
-
-def is_layer_norm(node: fx.Node) -> bool:
-    """Whether the node is a LayerNorm."""
-    return node.op == "call_function" and node.target in {functional.layer_norm, torch.layer_norm}
 
 
 def is_batch_norm(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -247,22 +268,28 @@ def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx
         yield node
 
 
+def reads_images(node: fx.Node) -> bool:
+    """Whether the values of the node's first input depend on the network's input, more than by its size."""
+    left, seen = node.all_input_nodes[:1], set()
+    while left:
+        source = left.pop()
+        if source.op == "placeholder":
+            return True
+        if source not in seen and _name(source) not in {"size", "getattr"}:
+            seen.add(source)
+            left += source.all_input_nodes
+    return False
+
+
 def batch_norm_after(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
     """Name of the BatchNorm that alone reads a convolution, None if there is none.
 
     A BatchNorm behind a linear layer or a transposed convolution is not folded; it stays an operation of its own.
-
-    Raises:
-        UsageError: It cannot be folded, because it has no running statistics.
     """
     users = list(node.users)
     if _name(node) == "linear" or is_transposed(node) or len(users) != 1 or not is_batch_norm(graph_module, users[0]):
         return None
-    name = str(users[0].target)
-    if graph_module.get_submodule(name).running_var is None:
-        msg = f"model.name: {name} is a BatchNorm without running statistics; use track_running_stats=True"
-        raise UsageError(msg)
-    return name
+    return str(users[0].target)
 
 
 def convolution_groups(node: fx.Node) -> int:

@@ -1,19 +1,21 @@
 """What a forward does otherwise in training: torch.fx records one of the two, so the difference is found here.
 
-A functional dropout becomes a Dropout module, which asks for the mode each time it runs. Whatever else differs is
-refused: training would go on without it, and nobody would know.
+A functional dropout becomes a Dropout module, which asks for the mode each time it runs. Other operations that one of
+the modes has alone, such as noise, are reported: the quantized network is the one of eval mode. What training has
+weights or outputs of its own for is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from typing import Any
 
 from torch import fx, nn
 from torch.nn import functional
 
 from crqat.core.errors import UsageError
-from crqat.train.graph.explain import source_line
+from crqat.train.graph.explain import place
 
 # Where the modules are put in the network.
 HOLDER = "functional_dropouts"
@@ -27,8 +29,8 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
 }
 
 
-def keep_dropouts(model: nn.Module, graph: fx.Graph, trace: Callable[[], fx.Graph]) -> dict[str, nn.Module]:
-    """Compare the graph of evaluation with that of training, and turn what only drops values into modules.
+def follow_eval(model: nn.Module, graph: fx.Graph, trace: Callable[[], fx.Graph]) -> tuple[dict[str, nn.Module], str]:
+    """Compare the graph of evaluation with that of training, and turn functional dropouts into modules.
 
     Args:
         model: The network.
@@ -36,47 +38,92 @@ def keep_dropouts(model: nn.Module, graph: fx.Graph, trace: Callable[[], fx.Grap
         trace: Traces the same network in training mode.
 
     Returns:
-        The modules that the graph calls now, by name.
+        The modules that the graph calls now, by name; and a line on what it has otherwise than training, empty if
+        nothing.
 
     Raises:
-        UsageError: Something else differs.
+        UsageError: Training has weights, outputs or settings that evaluation has not.
     """
-    name = type(model).__name__
     try:
         twin = trace()
     except UsageError as error:
         msg = f"{error} (in training mode: in eval mode it is traced)"
         raise UsageError(msg) from error
-    pairs = list(zip(graph.nodes, twin.nodes, strict=False))
+    nodes, others = list(graph.nodes), list(twin.nodes)
+    _check_weights(model, nodes, others)
+    (output,), (other_output,) = graph.find_nodes(op="output"), twin.find_nodes(op="output")
+    if isinstance(output.args[0], fx.Node) != isinstance(other_output.args[0], fx.Node):
+        last = list(other_output.all_input_nodes)[-1:] or [other_output]
+        _refuse(model, last[0])
+    matcher = SequenceMatcher(None, list(map(_key, nodes)), list(map(_key, others)), autojunk=False)
     modules: dict[str, nn.Module] = {}
-    for node, other in pairs:
-        if (node.op, node.target) != (other.op, other.target):
-            _refuse(name, other)
-        if _plain(node) == _plain(other):
+    alone: list[list[fx.Node]] = [[], []]
+    for tag, begin, end, other_begin, other_end in matcher.get_opcodes():
+        if tag != "equal":
+            alone[0] += nodes[begin:end]
+            alone[1] += others[other_begin:other_end]
             continue
-        if node.target not in _DROPOUTS:
-            _refuse(name, other)
-        p = other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5)
-        path = f"{HOLDER}.{len(modules)}"
-        modules[path] = _DROPOUTS[node.target](p)
-    if len(graph.nodes) != len(twin.nodes):
-        longer = max((graph, twin), key=lambda g: len(g.nodes))
-        _refuse(name, list(longer.nodes)[len(pairs)])
-    nodes = [node for node, other in pairs if _plain(node) != _plain(other)]
-    for node, path in zip(nodes, modules, strict=True):
-        node.op, node.target = "call_module", path
-        node.args, node.kwargs = (node.all_input_nodes[0],), {}
-    return modules
+        for node, other in zip(nodes[begin:end], others[other_begin:other_end], strict=True):
+            if _settings(node) == _settings(other):
+                continue
+            if node.target not in _DROPOUTS:
+                _refuse(model, other)
+            p = other.kwargs.get("p", other.args[1] if len(other.args) > 1 else 0.5)
+            path = f"{HOLDER}.{len(modules)}"
+            modules[path] = _DROPOUTS[node.target](p)
+            node.op, node.target = "call_module", path
+            node.args, node.kwargs = (node.all_input_nodes[0],), {}
+    return modules, _note(model, *alone)
 
 
-def _plain(node: fx.Node) -> str:
-    """Arguments by the names of the nodes that make them, which are the same in both graphs as long as all agrees."""
-    return repr((node.args, node.kwargs))
+def _key(node: fx.Node) -> tuple[str, str]:
+    return node.op, str(node.target)
 
 
-def _refuse(name: str, node: fx.Node) -> None:
+def _settings(node: fx.Node) -> str:
+    """Arguments but for nodes, whose names differ as soon as one of the graphs has more of them."""
+    return repr(fx.map_arg((node.args, node.kwargs), lambda _: None))
+
+
+def _weights(model: nn.Module, node: fx.Node) -> set[str]:
+    """The parameters that a node uses, by name."""
+    if node.op == "get_attr":
+        return {str(node.target)} & dict(model.named_parameters(remove_duplicate=False)).keys()
+    if node.op == "call_module":
+        return {f"{node.target}.{name}" for name, _ in model.get_submodule(str(node.target)).named_parameters()}
+    return set()
+
+
+def _check_weights(model: nn.Module, nodes: Sequence[fx.Node], others: Sequence[fx.Node]) -> None:
+    used = set().union(*(_weights(model, node) for node in nodes))
+    for other in others:
+        if not _weights(model, other) <= used:
+            _refuse(model, other)
+
+
+def _note(model: nn.Module, alone: Sequence[fx.Node], other_alone: Sequence[fx.Node]) -> str:
+    parts = []
+    for mode, found in (("training", other_alone), ("eval", alone)):
+        found = [node for node in found if node.op.startswith("call") and node.target is not getattr]
+        if found:
+            names = ", ".join(dict.fromkeys(_name(node) for node in found))
+            parts.append(f"{place(model, found[0])} computes {names} in {mode} mode alone")
+    if not parts:
+        return ""
+    line = f"{', and '.join(parts)}; the quantized network is that of eval mode, and so is its training"
+    if any("softmax" in _name(node) or "sigmoid" in _name(node) for node in alone):
+        line += "; return the logits in both modes if the loss expects them"
+    return line
+
+
+def _name(node: fx.Node) -> str:
+    return str(getattr(node.target, "__name__", node.target))
+
+
+def _refuse(model: nn.Module, node: fx.Node) -> None:
     msg = (
-        f"model.name: {name} computes something else in training than in eval mode{source_line(node.stack_trace)} "
-        f"({node.name}); take a module such as nn.Dropout for it, which torch.fx keeps as one operation"
+        f"model.name: {type(model).__name__} computes something else in training than in eval mode: "
+        f"{place(model, node)} ({_name(node)}); leave auxiliary outputs and heads out, use the same settings in both "
+        "modes, or take a module such as nn.Dropout, which torch.fx keeps as one operation"
     )
     raise UsageError(msg)

@@ -8,19 +8,21 @@ live in a torch.fx GraphModule, because that is what torch.compile can fuse.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
 from crqat.core.targets import Residual
 from crqat.train.config import QuantizationConfig
-from crqat.train.graph.explain import check_module, check_pools
-from crqat.train.graph.operations import (
-    is_layer_norm,
-    trace,
-)
+from crqat.train.graph.attention import write_out
+from crqat.train.graph.computed_weights import channels_of, copied, fold_graph, fold_modules
+from crqat.train.graph.explain import check_module, check_norms, check_pools, forward_of, place
+from crqat.train.graph.operations import NOTES, is_matmul, parameter, reads_images, trace
 from crqat.train.placement import overrides
 from crqat.train.placement.nncf_layout import Hooks, ask_layout, name_operations
 from crqat.train.placement.quantizer_spec import QuantizerSpec, operation_of
@@ -30,7 +32,6 @@ from crqat.train.placement.target_rules import (
     behind_layers,
     constrain,
     conv_branches,
-    first_reader,
     in_front_of_layers,
     without_skips,
 )
@@ -66,19 +67,36 @@ def insert_quantizers(
         msg = f"model.name: {type(model).__name__}.quantizers is where quantizers are put; rename that attribute"
         raise UsageError(msg)
     check_module(model)
-    model = copy.deepcopy(model).eval()
-    hooks = ask_layout(model, example)
+    model = copy.deepcopy(model, copied(model)).eval()
+    notes = fold_modules(model)
+    write_out(model)
+    with _written_out():
+        hooks = ask_layout(model, example)
     in_float = _in_float(hooks, config, targets)
-    if in_float:
-        hooks = ask_layout(model, example, in_float)
-    graph_module = trace(model, example)
-    names_of_nodes, places = _map_hooks(graph_module, model, example, hooks)
+    with _written_out():
+        if in_float:
+            hooks = ask_layout(model, example, in_float)
+        graph_module = trace(model, example)
+        names_of_nodes, places, values = _map_hooks(graph_module, model, example, hooks)
+    folded, found = fold_graph(graph_module, model, values)
+    graph_module.meta[NOTES] += notes + found
     for node, name in names_of_nodes.items():
         if name in in_float:
             node.meta[FLOAT_LAYER] = name
-    groups = [(names, channels, weight, [places[name] for name in names]) for names, channels, weight in hooks.groups]
-    # NNCF quantizes the weight of a LayerNorm, too: no runtime computes one in integers, it would only cost accuracy.
-    groups = [group for group in groups if not (group[2] and is_layer_norm(first_reader(group[3][0])))]
+    alive, groups = set(graph_module.graph.nodes), []
+    for names, channels, weight in hooks.groups:
+        # What a layer's weight was computed by is no longer there.
+        kept = [places[name] for name in names if name in places and places[name].source in alive]
+        if weight:
+            # A layer that reads constants, such as learned queries, has no codes to read.
+            kept = [p for p in kept if p.consumer and p.consumer not in folded and reads_images(p.consumer)]
+        if kept:
+            groups.append((names, channels, weight, kept))
+    for node, stored in folded.items():
+        if names_of_nodes[node] not in in_float and reads_images(node):
+            edge = f"pre_hooks.{names_of_nodes[node].replace('.', ':')}__1.0"
+            channels = channels_of(node, parameter(graph_module, stored))
+            groups.append(((edge,), channels, True, [Place(stored, node)]))
     constraints = runtimes.union(targets)
     if constraints.quantize_before_activation:
         groups = behind_layers(graph_module, names_of_nodes, groups)
@@ -92,7 +110,11 @@ def insert_quantizers(
     specs = constrain(graph_module, example, groups, config, constraints)
     holder = nn.ModuleDict({spec.module_name: make_quantizer(spec) for spec in specs})
     if len(holder) != len(specs):
-        msg = f"model.name: {type(model).__name__} has operations whose names differ only in punctuation; rename one"
+        taken = {spec.module_name: spec for spec in specs}
+        twin = next(spec for spec in specs if taken[spec.module_name] is not spec)
+        both = f"{twin.operation} and {taken[twin.module_name].operation}"
+        kind = type(model).__name__
+        msg = f"model.name: {kind} has operations whose names differ only in punctuation, {both}; rename one"
         raise UsageError(msg)
     graph_module.add_module("quantizers", holder)
     for spec, (_, _, _, group_places) in zip(specs, groups, strict=True):
@@ -100,6 +122,17 @@ def insert_quantizers(
     graph_module.graph.lint()
     graph_module.recompile()
     return graph_module, specs
+
+
+@contextmanager
+def _written_out() -> Iterator[None]:
+    """Transformer layers run by their operations, not by torch's one operation for all of them."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _in_float(hooks: Hooks, config: QuantizationConfig, targets: Sequence[str]) -> list[str]:
@@ -112,34 +145,44 @@ def _in_float(hooks: Hooks, config: QuantizationConfig, targets: Sequence[str]) 
 
 def _map_hooks(
     graph_module: fx.GraphModule, model: nn.Module, example: Tensor, hooks: Hooks
-) -> tuple[dict[fx.Node, str], dict[str, Place]]:
-    """NNCF's name of each node and each hook name's place; certain, because NNCF's own code names the nodes too.
+) -> tuple[dict[fx.Node, str], dict[str, Place], dict[fx.Node, Any]]:
+    """NNCF's name of each node, each hook name's place and each node's value; certain, as NNCF's code names them all.
 
     The FX graph is run once node by node under NNCF's naming. The two lists of operations must agree in number, order
     and name; then a hook is the edge whose value is the very tensor that the operation read or wrote.
     """
+    check_norms(graph_module)
     operations, values = name_operations(graph_module, model, example)
     check_pools(graph_module, values)
     # A Proxy turns `a += b` into `add`, so a trailing underscore is no difference, nor is the number behind it that
     # counts calls of the same name; the order stands for that.
     if [_plain(name) for name in operations] != [_plain(name) for name in hooks.operations]:
         odd = set(map(_plain, hooks.operations)) ^ set(map(_plain, operations))
-        some = ", ".join(sorted(odd)[:3]) or "their order"
-        msg = f"model.name: torch.fx and NNCF see different operations in {type(model).__name__} ({some})"
+        some = ", ".join(_described(model, name) for name in sorted(odd)[:3]) or "their order"
+        msg = (
+            f"model.name: {type(model).__name__}{forward_of(model)} runs other operations when it is traced ({some}); "
+            "write them without asking what kind of tensor it is, and without what hides operations from torch"
+        )
         raise UsageError(msg)
     by_name = dict(zip(hooks.operations, operations.values(), strict=True))
     inputs = {node.target: node for node in graph_module.graph.nodes if node.op == "placeholder"}
     places: dict[str, Place] = {}
-    for name in (name for names, _, _ in hooks.groups for name in names):
+    for name, weight in ((name, weight) for names, _, weight in hooks.groups for name in names):
         side, rest = name.split(".", 1)
         operation, port = rest.rsplit(".", 1)[0].replace(":", ".").rsplit("__", 1)
         if side == "post_hooks" and operation in inputs:
             places[name] = Place(inputs[operation], None)
             continue
         if operation not in by_name:
-            msg = f"model.name: NNCF quantizes {operation}, which torch.fx does not show; it is inside a leaf module"
+            msg = (
+                f"model.name: {_described(model, operation)} is hidden in a module that is traced as one operation; "
+                "write that module's forward out in a module of your own"
+            )
             raise UsageError(msg)
         node, arguments, output = by_name[operation]
+        # No runtime computes a normalization, an embedding or the like in integers: its weight stays in float.
+        if weight and not is_matmul(node):
+            continue
         if side == "post_hooks":
             written = output[int(port)] if isinstance(output, (tuple, list)) else output
             found = [node] if values[node] is written else []
@@ -147,10 +190,27 @@ def _map_hooks(
             read = arguments[int(port)]
             found = [source for source in node.all_input_nodes if values[source] is read]
         if len(found) != 1:
-            msg = f"model.name: {name} cannot be mapped to one edge of the FX graph (node {node.name})"
+            msg = (
+                f"model.name: {place(graph_module, node)} computes what no quantizer can be put around "
+                f"({_function(operation)}); write it "
+                "out of convolutions, linear layers and plain tensor operations"
+            )
             raise UsageError(msg)
         places[name] = Place(found[0], None if side == "post_hooks" else node)
-    return {node: name for name, (node, _, _) in by_name.items()}, places
+    return {node: name for name, (node, _, _) in by_name.items()}, places, values
+
+
+def _described(model: nn.Module, operation: str) -> str:
+    """An operation of NNCF's for people: "conv2d in layer1.conv (Conv2d)"."""
+    path, _, function = operation.rpartition("/")
+    path = path.replace("/", ".")
+    if not path:
+        return function
+    return f"{function} in {path} ({type(model.get_submodule(path)).__name__})"
+
+
+def _function(operation: str) -> str:
+    return _plain(operation).rpartition("/")[2]
 
 
 def _plain(operation: str) -> str:
@@ -159,14 +219,14 @@ def _plain(operation: str) -> str:
 
 
 def _insert(graph: fx.Graph, target: str, places: list[Place]) -> None:
-    for place in places:
-        with graph.inserting_after(place.source):
-            quantized = graph.call_module(target, (place.source,))
-        if place.consumer is None:
-            others = [user for user in place.source.users if user is not quantized]
-            place.source.replace_all_uses_with(quantized, delete_user_cb=others.__contains__)
+    for edge in places:
+        with graph.inserting_after(edge.source):
+            quantized = graph.call_module(target, (edge.source,))
+        if edge.consumer is None:
+            others = [user for user in edge.source.users if user is not quantized]
+            edge.source.replace_all_uses_with(quantized, delete_user_cb=others.__contains__)
         else:
-            place.consumer.replace_input_with(place.source, quantized)
+            edge.consumer.replace_input_with(edge.source, quantized)
 
 
 def quantizer_node(model: fx.GraphModule, spec: QuantizerSpec) -> fx.Node:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from torch import Tensor, fx
 
 from crqat.core import targets as runtimes
-from crqat.core.errors import UsageError
 from crqat.core.targets import is_depthwise
 from crqat.train.config import QuantizationConfig
 from crqat.train.graph.operations import (
@@ -60,7 +59,7 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
     readers of the result have already is shared by all of them.
     """
     places = {place: index for index, (_, _, weight, own) in enumerate(groups) if not weight for place in own}
-    weights = {reader for _, _, weight, own in groups if weight for place in own for reader in place.source.users}
+    weights = {place.consumer for _, _, weight, own in groups if weight for place in own}
 
     def covered(source: fx.Node) -> bool:
         if Place(source, None) in places:
@@ -206,9 +205,6 @@ def constrain(
             ordered.append(specs[names[0]])
             continue
         node = first_reader(places[0])
-        if not is_matmul(node):
-            msg = f"model.name: the weight of {names[0]} is of no convolution or Linear, the ones that are quantized"
-            raise UsageError(msg)
         weights = parameter(graph_module, places[0].source)
         bits = config.weights
         if node is matmuls[0]:

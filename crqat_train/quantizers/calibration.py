@@ -34,15 +34,35 @@ def hooked(model: fx.GraphModule, hooks: Iterable[tuple[QuantizerSpec, Hook]]) -
             handle.remove()
 
 
-def _pass_through(_: nn.Module, inputs: tuple[Tensor], __: Tensor) -> Tensor:
-    return inputs[0]
+def _pass_through(x: Tensor) -> Tensor:
+    return x
 
 
 @contextmanager
 def only(model: fx.GraphModule, active: Sequence[QuantizerSpec]) -> Iterator[None]:
-    """Within the context every quantizer but the active ones passes its input through."""
-    with hooked(model, [(spec, _pass_through) for spec in specs_of(model) if spec not in active]):
+    """Within the context every quantizer but the active ones passes its input through, and computes nothing."""
+    idle = [quantizer_of(model, spec) for spec in specs_of(model) if spec not in active]
+    before = [vars(quantizer).get("forward") for quantizer in idle]
+    for quantizer in idle:
+        quantizer.forward = _pass_through  # type: ignore[method-assign]
+    try:
         yield
+    finally:
+        for quantizer, forward in zip(idle, before, strict=True):
+            del quantizer.forward
+            if forward is not None:
+                quantizer.forward = forward  # type: ignore[method-assign]
+
+
+def _layout(model: fx.GraphModule, image: Tensor) -> torch.memory_format:
+    """Channels last, which convolutions compute faster, unless the network's own code takes views that do not fit."""
+    if image.ndim != 4:
+        return torch.contiguous_format
+    try:
+        model(image.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last
 
 
 @torch.no_grad()
@@ -63,11 +83,14 @@ def observe(model: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, Activ
         return look
 
     looks = [(spec, look_at(spec)) for spec in specs if spec.kind == "activation"]
-    with hooked(model, looks), only(model, []):
+    layout = None
+    with only(model, []):
         for batch in batches:
             own = distributed.share(batch)
             if len(own):
-                model(own)
+                layout = layout or _layout(model, own[:1])
+                with hooked(model, looks):
+                    model(own.contiguous(memory_format=layout))
     for observer in observers.values():
         observer.reduce()
     return observers

@@ -12,6 +12,11 @@ from crqat.train.quantizers.base import MIN_SCALE, Quantizer
 
 # Ratios of a range to the largest magnitude that calibration tries.
 _CANDIDATES = 80
+_SHARES = torch.arange(_CANDIDATES, 0, -1, dtype=torch.float64) / _CANDIDATES
+# Values that are looked at at a time: what is computed of them stays in the cache.
+_BLOCK = 1 << 19
+# Weights of which the largest bounds the error of a clipped range from below.
+_GROUP = 16
 # Times that the search for an asymmetric range goes over both of its ends.
 _PASSES = 2
 _HISTOGRAM_BINS = 2048
@@ -30,22 +35,49 @@ def calibrate_weight(quantizer: Quantizer, weight: Tensor, calibration: str = "m
     """
     start = quantizer.start_weight(weight.detach())
     per_channel = quantizer.rows(weight.detach())
-    largest = per_channel.abs().amax(dim=1)
-    best_error = torch.full_like(largest, math.inf)
+    low, high = torch.aminmax(per_channel, dim=1)
+    largest = torch.maximum(-low, high)
     # No value is clipped; the negative side of a full range holds one code more.
-    best = torch.maximum(per_channel.amax(dim=1) / quantizer.qmax, per_channel.amin(dim=1) / quantizer.qmin)
-    # A percentile of a filter's few weights would be their largest, or cut it off.
-    for candidate in range(_CANDIDATES, 0, -1) if calibration == "mse" and start is None else ():
-        scale = (largest * (candidate / _CANDIDATES) / quantizer.qmax).clamp_min(MIN_SCALE)[:, None]
-        rounded = torch.clamp(torch.round(per_channel / scale), quantizer.qmin, quantizer.qmax) * scale
-        error = (rounded - per_channel).square().sum(dim=1)
-        better = error < best_error
-        best_error, best = torch.where(better, error, best_error), torch.where(better, scale[:, 0], best)
-    best = best if start is None else start
+    best = torch.maximum(high / quantizer.qmax, low / quantizer.qmin)
+    if start is not None:
+        best = start
+    elif calibration == "mse":  # a percentile of a filter's few weights would be their largest, or cut it off
+        rows = max(1, _BLOCK // per_channel.shape[1])
+        blocks = zip(torch.split(per_channel, rows), torch.split(largest, rows), torch.split(best, rows), strict=True)
+        best = torch.cat([_least_squares(*block, quantizer.qmin, quantizer.qmax) for block in blocks])
     fallback = best.max().clamp_min(0) if bool(largest.any()) else torch.ones(())
     best = torch.where(largest > 0, best, fallback).clamp_min(MIN_SCALE)
     quantizer.scale.copy_(best.reshape(quantizer.scale.shape))
     quantizer.set_grad_scale(per_channel.shape[1])
+
+
+def _least_squares(weights: Tensor, largest: Tensor, unclipped: Tensor, qmin: float, qmax: float) -> Tensor:
+    """Of each channel's candidates the step with the smallest squared error; `unclipped` where none has a finite one.
+
+    Args:
+        weights: Float of shape [channels, weights of one].
+        largest: Each channel's largest magnitude, of shape [channels].
+        unclipped: Of shape [channels].
+        qmin: Smallest code.
+        qmax: Largest code.
+    """
+    group = _GROUP if weights.shape[1] >= _GROUP**2 else 1
+    groups = weights.shape[1] // group
+    # Each is a weight of its own, so what they are clipped by is a part of the error, and grows as steps shrink.
+    peaks = weights[:, : groups * group].reshape(-1, group, groups).abs().amax(dim=1)
+    best_error, best = torch.full_like(largest, math.inf), unclipped
+    steps, codes = torch.empty_like(weights), torch.empty_like(weights)
+    for candidate in range(_CANDIDATES, 0, -1):
+        scale = (largest * (candidate / _CANDIDATES) / qmax).clamp_min(MIN_SCALE)
+        clipped = (peaks - (scale * max(qmax, -qmin))[:, None]).clamp_min_(0).square_().sum(dim=1)
+        if not bool((clipped < best_error).any()):
+            break
+        torch.mul(weights, scale.reciprocal()[:, None], out=steps)
+        torch.round(steps, out=codes).clamp_(qmin, qmax)
+        error = (torch.linalg.vector_norm(steps.sub_(codes), dim=1) * scale).square()
+        better = error < best_error
+        best_error, best = torch.where(better, error, best_error), torch.where(better, scale, best)
+    return best
 
 
 class ActivationObserver:
@@ -66,7 +98,10 @@ class ActivationObserver:
     def update(self, x: Tensor) -> None:
         """Count the values of a batch of shape [N, ...]."""
         self.features = x[0].numel()
-        largest = float(x.abs().amax())
+        # In the order in which they lie in memory: nothing is copied.
+        values = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)
+        low, high = torch.stack(torch.aminmax(values)).tolist()
+        largest = max(-low, high)
         if not self._begun and distributed.world() > 1:
             # All ranks' histograms begin with the same bins, those of the whole first batch, so that they can be added.
             first = distributed.largest(largest if largest < _LARGEST else math.inf)[0]
@@ -74,13 +109,28 @@ class ActivationObserver:
         self._begun = True
         if not largest < _LARGEST:
             return  # the caller's loss is not finite either, and says so
-        self.lowest, self.highest = min(self.lowest, float(x.amin())), max(self.highest, float(x.amax()))
+        self.lowest, self.highest = min(self.lowest, low), max(self.highest, high)
         if self.limit == 0.0:
             self.limit = max(largest, MIN_SCALE)
         while self.limit < largest:
             self._double()
-        for row, values in enumerate((x[x > 0], -x[x < 0])):
-            self.counts[row] += torch.histc(values.float().cpu(), _HISTOGRAM_BINS, 0.0, self.limit).double()
+        self._count(values.float().cpu())
+
+    def _count(self, values: Tensor) -> None:
+        """Add a flat tensor of values up to the limit; torch.histc takes several times as long."""
+        bins, counts = _HISTOGRAM_BINS, torch.zeros(2 * _HISTOGRAM_BINS + 1, dtype=torch.int64)
+        size = min(len(values), _BLOCK)
+        floats, integers = torch.empty(size), torch.empty(size, dtype=torch.int16)
+        zeros = len(values)
+        for part in torch.split(values, _BLOCK):
+            # Rounded down before the shift, so that bins of a smaller limit are parts of those of its double.
+            place = torch.mul(part, bins / self.limit, out=floats[: len(part)]).floor_().add_(bins)
+            counts += torch.bincount(integers[: len(part)].copy_(place), minlength=len(counts))
+            zeros -= int(torch.ne(part, 0, out=place).sum())
+        counts[-2] += counts[-1]  # the limit itself
+        counts[bins] -= zeros  # which are exact on every grid
+        self.counts[0] += counts[bins:-1]
+        self.counts[1] += counts[:bins].flip(0)
 
     def reduce(self) -> None:
         """Take in what all ranks have seen; from then on they hold the same. Each has seen its share of each batch."""
@@ -125,18 +175,16 @@ class ActivationObserver:
         return min(bins * self.limit / _HISTOGRAM_BINS, max(-self.lowest, self.highest))
 
     def _least_squares(self, quantizer: Quantizer) -> float:
-        used = torch.nonzero(self.counts.sum(dim=0)).flatten()
-        centres = (torch.arange(_HISTOGRAM_BINS, dtype=torch.float64) + 0.5) * (self.limit / _HISTOGRAM_BINS)
-        values = torch.stack([centres, -centres])
-        largest = float(centres[used[-1]]) + 0.5 * self.limit / _HISTOGRAM_BINS
-        best_error, best = math.inf, largest / quantizer.qmax
-        for candidate in range(_CANDIDATES, 0, -1):
-            scale = largest * candidate / _CANDIDATES / quantizer.qmax
-            rounded = torch.clamp(torch.round(values / scale), quantizer.qmin, quantizer.qmax) * scale
-            error = float((self.counts * (rounded - values).square()).sum())
-            if error < best_error:
-                best_error, best = error, scale
-        return best
+        values, counts = self._seen()
+        largest = float(values.abs().max()) + 0.5 * self.limit / _HISTOGRAM_BINS
+        scales = largest * _SHARES / quantizer.qmax
+        return float(scales[_best(values, counts, scales, quantizer.qmin, quantizer.qmax)])
+
+    def _seen(self) -> tuple[Tensor, Tensor]:
+        """The middles of the bins that are not empty, and how many values each holds; float64."""
+        middles = (torch.arange(_HISTOGRAM_BINS, dtype=torch.float64) + 0.5) * (self.limit / _HISTOGRAM_BINS)
+        used = self.counts > 0
+        return torch.stack([middles, -middles])[used], self.counts[used]
 
     def _range(self, quantizer: Quantizer, calibration: str) -> tuple[float, float]:
         """Both ends of an asymmetric range; it contains 0."""
@@ -145,20 +193,23 @@ class ActivationObserver:
             return max(self.lowest, -magnitude), min(self.highest, magnitude)
         if calibration == "minmax":
             return self.lowest, self.highest
-        used = self.counts > 0
-        centres = (torch.arange(_HISTOGRAM_BINS, dtype=torch.float64) + 0.5) * (self.limit / _HISTOGRAM_BINS)
-        values, counts = torch.stack([centres, -centres])[used], self.counts[used]
+        values, counts = self._seen()
         codes = quantizer.qmax - quantizer.qmin
 
-        def error(low: float, high: float) -> float:
-            scale = max((high - low) / codes, MIN_SCALE)
-            below = min(max(round(-low / scale), 0), codes)  # codes below the one of 0.0
-            rounded = torch.clamp(torch.round(values / scale), -below, codes - below) * scale
-            return float((counts * (rounded - values).square()).sum())
+        def best(lows: Tensor, highs: Tensor) -> int:
+            scales = ((highs - lows) / codes).clamp_min(MIN_SCALE)
+            below = torch.clamp(torch.round(-lows / scales), 0, codes)  # codes below the one of 0.0
+            return _best(values, counts, scales, -below[:, None], (codes - below)[:, None])
 
-        shares = [candidate / _CANDIDATES for candidate in range(_CANDIDATES, 0, -1)]
         low, high = self.lowest, self.highest
         for _ in range(_PASSES):
-            high = min((self.highest * share for share in shares), key=lambda end: error(low, end))
-            low = min((self.lowest * share for share in shares), key=lambda end: error(end, high))
+            high = float(self.highest * _SHARES[best(torch.full_like(_SHARES, low), self.highest * _SHARES)])
+            low = float(self.lowest * _SHARES[best(self.lowest * _SHARES, torch.full_like(_SHARES, high))])
         return low, high
+
+
+def _best(values: Tensor, counts: Tensor, scales: Tensor, qmin: float | Tensor, qmax: float | Tensor) -> int:
+    """Which of the scales, of shape [scales], has the smallest squared error; bounds may have shape [scales, 1]."""
+    steps = scales[:, None]
+    rounded = torch.round(values / steps).clamp_(qmin, qmax).mul_(steps)  # type: ignore[arg-type]
+    return int((rounded.sub_(values).square_() @ counts).argmin())

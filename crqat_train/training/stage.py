@@ -272,6 +272,9 @@ class _Run:
         images = self.dataset.train_images[self.split.train[: config.quantization.calibration_images]].to(self.device)
         batches = list(evaluation_batches(images, self.dataset.preprocessing, BATCH))
         student = quantize_model(float_model, batches[0][:2], config.quantization, config.targets).to(self.device)
+        for note in student.notes:
+            self.progress("layout", 1, 1, f"warning: {note}")
+            self.notes.append(note)
         student.calibrate(batches, config.quantization.calibration)
         self.progress("calibration", 1, 1, f"{len(student.specs)} quantizers from {len(images)} training images")
         if self.nncf is not None:

@@ -24,33 +24,15 @@ from crqat.core.targets import executed
 from crqat.export.verification import UNEXPLAINED
 from crqat.pipeline import console
 
-SCHEMA_VERSION = 1
-# Networks that take one size alone, and that pool to 7 pixels.
-SIZES = {"torchvision/vit_b_16": 224, "torchvision/vgg11_bn": 224}
-NETWORKS = (
-    "torchvision/resnet18",
-    "torchvision/resnet50",
-    "torchvision/mobilenet_v2",
-    "torchvision/mobilenet_v3_small",
-    "torchvision/efficientnet_b0",
-    "torchvision/squeezenet1_1",
-    "torchvision/densenet121",
-    "torchvision/regnet_y_400mf",
-    "torchvision/shufflenet_v2_x1_0",
-    "torchvision/vgg11_bn",
-    "torchvision/googlenet",
-    "torchvision/convnext_tiny",
-    "torchvision/vit_b_16",
-    "timm/resnet18",
-    "timm/mobilenetv2_100",
-    "timm/regnetx_002",
-    "timm/mobilenetv4_conv_small",
-    "docs.own_network:build",
-)
+SCHEMA_VERSION = 2
+# Each network, and its size in pixels where it does not take every size; null where it does.
+NETWORKS: dict[str, int | None] = json.loads(Path(__file__).with_name("model_survey_networks.json").read_text())
 TIME_LIMIT_SECONDS = 1800.0
 VERIFIED_IMAGES = 2
 _PACKAGES = ("torch", "torchvision", "timm", "nncf", "onnxruntime", "tensorrt-rtx-cu13")
 _MULTIPLYING = ("Conv", "Gemm", "MatMul")
+_INT8_SHARE = 0.9
+PASSES, NOT_PROVABLE = "passes", "not provable behind the last quantizer"
 
 
 @dataclass(frozen=True)
@@ -75,7 +57,15 @@ class Images:
 
 
 def run(
-    names: Sequence[str], cifar10: Path | None, size: int, out: Path | None, force: bool = False, channels: int = 3
+    names: Sequence[str],
+    cifar10: Path | None,
+    size: int,
+    out: Path | None,
+    force: bool = False,
+    channels: int = 3,
+    engines: bool = True,
+    again: bool = True,
+    limit: float = TIME_LIMIT_SECONDS,
 ) -> int:
     """Measure networks one by one, show their table, and write it as Markdown and as JSON beside.
 
@@ -86,9 +76,12 @@ def run(
         out: The Markdown file; None writes nothing. Rows of other networks in the JSON beside it stay.
         force: Replace files that this command has not written.
         channels: 3, or 1 for grey images.
+        engines: Build TensorRT's engines, too.
+        again: Measure networks that the JSON has rows of, with the same images, once more.
+        limit: Seconds for each network.
 
     Returns:
-        The exit code of the networks that were measured now; see `exit_code`.
+        The exit code of these networks; see `exit_code`.
 
     Raises:
         UsageError: There is no CIFAR-10 where it should be, or a file that this command has not written is in the way.
@@ -98,12 +91,14 @@ def run(
         msg = f"--cifar10: {cifar10} holds no cifar-10-batches-py; name the folder that does, or leave it out for noise"
         raise UsageError(msg)
     rows = {} if out is None else _read(out, force)
-    chosen = names or NETWORKS
+    chosen = list(names or NETWORKS)
     for index, name in enumerate(chosen, 1):
-        images = Images(SIZES.get(name, size), cifar10=cifar10, channels=channels)
-        row = measure(name, images)
+        images = Images(NETWORKS.get(name) or size, cifar10=cifar10, channels=channels)
+        if not again and rows.get(name, {}).get("images") == str(images):
+            continue
+        row = measure(name, images, limit, engines)
         rows[name] = row
-        console.say(f"{index}/{len(chosen)} {name}: {row['status']} ({row['total_seconds']:.0f} s)")
+        console.say(f"{index}/{len(chosen)} {name}: {outcome(row)} ({row['total_seconds']:.0f} s)")
         if out is not None:
             _write(out, rows)
     console.show_table("networks", COLUMNS, [cells(name, rows[name]) for name in chosen])
@@ -137,13 +132,42 @@ def _exit_code(row: Mapping[str, Any]) -> int:
     return 0 if all(text == "passed" for text in proofs) else 4
 
 
-def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS) -> dict[str, Any]:
+def outcome(row: Mapping[str, Any]) -> str:
+    """The class of a row: `PASSES`, `NOT_PROVABLE`, or what went wrong, in a word or two.
+
+    A network passes if its codes are proven and at least 90 % of its multiply-accumulates are INT8 in ONNX Runtime, or
+    each layer that stays float has a reason.
+    """
+    status = str(row["status"])
+    if status != "measured":
+        if "not finished after" in status:
+            return "time limit"
+        if status.startswith(("refused", "not run")):
+            return status.partition(":")[0]
+        return "traceback" if "traceback" in status.lower() else "failed"
+    if _exit_code(row) == 1:
+        return "failed"
+    open_proofs = [str(entry["status"]) for entry in row["verification"].values() if entry["status"] != "passed"]
+    if open_proofs:
+        return NOT_PROVABLE if all("logits:" in text for text in open_proofs) else "inconclusive"
+    unnamed = any(UNEXPLAINED in entry["reason"] for entry in row["fusion"]["float"])
+    return "float without a reason" if unnamed and int8_share(row) < _INT8_SHARE else PASSES
+
+
+def int8_share(row: Mapping[str, Any]) -> float:
+    """Share of the multiply-accumulates of Conv, Gemm and MatMul that ONNX Runtime computes in INT8."""
+    amounts = row["macs"]
+    return 1.0 - sum(amounts["float"].values()) / amounts["all"] if amounts["all"] else 1.0
+
+
+def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engines: bool = False) -> dict[str, Any]:
     """One network's row: `model_survey_worker.measure`'s result, or a status that says in a sentence why there is none.
 
     Args:
         name: As `model.name` of a recipe.
         images: What it sees.
         limit: Seconds, after which it is stopped.
+        engines: Build TensorRT's engine, too.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -151,6 +175,7 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS) -> dic
         command = [sys.executable, "-m", "crqat.pipeline.commands.model_survey_worker", name, "--report", str(report)]
         command += ["--size", str(images.size), "--verified", str(images.verified), "--channels", str(images.channels)]
         command += ["--cifar10", str(images.cifar10.resolve())] if images.cifar10 else []
+        command += ["--engines"] if engines else []
         row: dict[str, Any]
         try:
             ended = subprocess.run(
@@ -190,9 +215,11 @@ def _versions() -> dict[str, str]:
 
 COLUMNS = (
     "network",
+    "class",
     "quantizers / hooks",
     "claims: exact / lossy",
     "differing codes",
+    "ONNX Runtime: INT8",
     "TensorRT for RTX: INT8",
     "ONNX Runtime: integer / float",
     "what stays float, and why",
@@ -203,17 +230,18 @@ COLUMNS = (
 def cells(name: str, row: Mapping[str, Any]) -> list[str]:
     """A row of the table, as text."""
     if row["status"] != "measured":
-        return [name, "", "", "", "", "", str(row["status"]), f"{row['total_seconds']:.0f}"]
+        return [name, outcome(row), "", "", "", "", "", "", str(row["status"]), f"{row['total_seconds']:.0f}"]
     claims: Counter[str] = Counter()
     for counts in row["claims"].values():
         claims.update(counts)
-    proof = row["verification"]
     integer, in_float = multiplications(row)
     return [
         name,
+        outcome(row),
         f"{row['mapped']['quantizers']} / {row['mapped']['hooks']}",
         f"{claims['exact']} / {claims['lossy']}",
-        _codes(proof),
+        _codes(row),
+        f"{100 * int8_share(row):.2f} % of {row['macs']['all'] / 1e6:.0f} M MACs",
         _coverage(row["engine"]),
         f"{integer} / {in_float}",
         "; ".join(stays_float(row)) or "nothing",
@@ -221,12 +249,14 @@ def cells(name: str, row: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _codes(proof: Mapping[str, Any]) -> str:
+def _codes(row: Mapping[str, Any]) -> str:
+    proof = row["verification"]
     runtime = proof[executed()]
     text = f"{runtime['differing_codes']} of {runtime['codes']:,}"
     ties = runtime["links"]["runtime"]["inexact_differing"] if "links" in runtime else 0
     text += f", {ties} at ties" if ties else ""
     broken = [f"{target}.onnx {entry['status']}" for target, entry in proof.items() if entry["status"] != "passed"]
+    broken += [finding for findings in row["findings"].values() for finding in findings[:1]]
     return "; ".join([text, *broken])
 
 
@@ -276,6 +306,17 @@ def unexplained(row: Mapping[str, Any]) -> list[str]:
     return gaps
 
 
+def _counts(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """How many rows are of which class, and how many of those that pass are mostly INT8."""
+    counted = Counter(map(outcome, rows.values()))
+    others = "".join(f", {count} {kind}" for kind, count in counted.most_common() if kind != PASSES)
+    mostly = sum(outcome(row) == PASSES and int8_share(row) >= _INT8_SHARE for row in rows.values())
+    return (
+        f"{len(rows)} networks: {counted[PASSES]} pass ({mostly} of them with at least 90 % of their MACs in INT8, the "
+        f"rest with a reason for each layer in float){others}."
+    )
+
+
 def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """The Markdown page."""
     lines = [
@@ -285,15 +326,20 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "weights and BatchNorm statistics of the images, is quantized W8A8 for both runtimes, trained for one step,",
         "and exported. The table says what is mapped, equal and computed in integers, and nothing of accuracy.",
         "",
+        _counts(rows),
+        "",
+        "* class: a network passes if both files are proven in integer codes and at least 90 % of its",
+        "  multiply-accumulates are INT8 in ONNX Runtime, or each layer that stays float has its reason in the row.",
         "* quantizers / hooks: edges of the layout; several of NNCF's hooks may share a quantizer.",
         "* claims: of all edges of both files, how many hold the trained Grid exactly.",
         "* differing codes: of ONNX Runtime against the integer simulator, over all quantized tensors of two images.",
         "  Codes behind what is computed in float may lie on the other side of a tie, within the stated bound of it;",
         "  where some do, they are counted apart. The torch network against the simulator, and one file against the",
         "  other, hold too, unless the cell says otherwise.",
-        "* TensorRT for RTX: share of the multiply-accumulates of Conv, Gemm and MatMul that are INT8 in the plan of",
-        "  the engine, which is built and not run: no CUDA device.",
-        "* ONNX Runtime: Conv, Gemm and MatMul in integers / in float.",
+        "* ONNX Runtime: INT8: share of the multiply-accumulates of Conv, Gemm and MatMul that its optimized graph",
+        "  computes in integers; then these operations, in integers / in float.",
+        "* TensorRT for RTX: the same share in the plan of the engine, which is built where it was asked for, and not",
+        "  run: no CUDA device.",
         "* s: of the whole row, on a machine that did other things too.",
         "",
         f"| {' | '.join(COLUMNS)} |",

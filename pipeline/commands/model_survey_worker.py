@@ -25,6 +25,7 @@ from crqat.core import failures
 from crqat.core import targets as runtimes
 from crqat.core.errors import CrqatError, InternalError, ToolError, UsageError
 from crqat.core.progress import quiet
+from crqat.core.results.verification import Fusion
 from crqat.core.typed_json import to_json
 from crqat.export.graph.macs import macs
 from crqat.export.qdq.lint import left_in_float, lint
@@ -50,14 +51,16 @@ CLASSES = 10
 # Images that BN's statistics and the ranges come from, that the step trains on, and that the codes are verified on.
 CALIBRATION_IMAGES, STEP_IMAGES = 8, 4
 _LEARNING_RATE = 1e-3
+_NO_ENGINE: dict[str, Any] = {"status": "not run: not asked for", "coverage": None, "uncovered": []}
 
 
-def measure(name: str, images: Images) -> dict[str, Any]:
+def measure(name: str, images: Images, engines: bool = False) -> dict[str, Any]:
     """Take a network through all stages.
 
     Args:
         name: As `model.name` of a recipe.
         images: What it sees.
+        engines: Build the engine, too.
 
     Returns:
         The network's row, a JSON object, which `crqat.pipeline.commands.model_survey` shows.
@@ -85,7 +88,8 @@ def measure(name: str, images: Images) -> dict[str, Any]:
     proof = verify(model, quantized.grids, files, batch[: images.verified].numpy())
     fused = fusion(files[runtimes.executed()].model)
     clock("verify")
-    report = _engine(files[next(filter(runtimes.builds_engine, TARGETS))], macs(quantized.graph))
+    amounts = macs(quantized.graph)
+    report = _engine(files[next(filter(runtimes.builds_engine, TARGETS))], amounts) if engines else _NO_ENGINE
     clock("engine")
     return {
         "parameters": sum(parameter.numel() for parameter in network.parameters()),
@@ -96,6 +100,7 @@ def measure(name: str, images: Images) -> dict[str, Any]:
         "findings": {target: [str(finding) for finding in lint(file.model, target)] for target, file in files.items()},
         "verification": to_json(proof),
         "fusion": to_json(fused),
+        "macs": _multiplications(fused, amounts),
         "engine": report,
         "seconds": clock.seconds,
     }
@@ -159,6 +164,12 @@ def _mapped(specs: list[QuantizerSpec]) -> dict[str, Any]:
     }
 
 
+def _multiplications(fused: Fusion, amounts: dict[str, int]) -> dict[str, Any]:
+    """Multiply-accumulates for one image, and those that ONNX Runtime computes in float, by the layer's name."""
+    in_float = {entry.node: amounts[entry.node] for entry in fused.in_float if entry.node in amounts}
+    return {"all": sum(amounts.values()), "float": in_float}
+
+
 def _engine(file: QDQModel, amounts: dict[str, int]) -> dict[str, Any]:
     if tensorrt_api.choose() is None:
         return {"status": f"not run: {tensorrt_api.RTX} is not installed", "coverage": None, "uncovered": []}
@@ -185,11 +196,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--verified", type=int, required=True)
     parser.add_argument("--cifar10", type=Path)
     parser.add_argument("--channels", type=int, default=3)
+    parser.add_argument("--engines", action="store_true")
     given = parser.parse_args(arguments)
     warnings.simplefilter("ignore")
     try:
         images = Images(given.size, given.verified, given.cifar10, given.channels)
-        row = {"status": "measured", **measure(given.name, images)}
+        row = {"status": "measured", **measure(given.name, images, given.engines)}
     except (Exception, SystemExit) as error:
         told = error if isinstance(error, CrqatError) else failures.explain(error, given.name)
         kinds = {UsageError: "refused", ToolError: "not run", InternalError: "failed"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -181,7 +182,9 @@ class Walk:
         """A tensor in another shape; nothing if it has that one."""
         if [-1 if size is None else size for size in source] == list(shape):
             return name
-        if len(shape) == 2 and len(source) > 2 and source[0] is None and shape[0] == -1:
+        inner = [size for size in source[1:] if size is not None]
+        flattens = len(inner) == len(source) - 1 > 1 and source[0] is None and list(shape) == [-1, math.prod(inner)]
+        if flattens:
             return str(self.emit("Flatten", [name], axis=1))
         return str(self.emit("Reshape", [name, self.ints(shape)]))
 

@@ -240,13 +240,6 @@ def test_only_a_batch_norm_that_alone_reads_a_convolution_is_folded() -> None:
     assert batch_norm(lambda m, x: m.norm(m.fc(x)), fc=linear, norm=bn1d) is None
 
 
-def test_a_batch_norm_without_statistics_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"^model\.name: norm is a BatchNorm without running statistics; use track"):
-        batch_norm(
-            lambda m, x: m.norm(m.conv(x)), conv=nn.Conv2d(3, 3, 1), norm=nn.BatchNorm2d(3, track_running_stats=False)
-        )
-
-
 def test_tracing_changes_neither_the_state_nor_one_bit_of_the_output() -> None:
     torch.manual_seed(0)
     for name in ("cifar/resnet20", "torchvision/mobilenet_v2"):

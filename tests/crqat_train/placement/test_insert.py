@@ -399,6 +399,15 @@ class Refused(nn.Module):
         return self.layer(x).mean((2, 3))  # type: ignore[no-any-return]
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(4, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x.flatten(2).transpose(1, 2))[0].transpose(1, 2).reshape(x.shape)  # type: ignore[no-any-return]
+
+
 class Branching(Refused):
     def forward(self, x: Tensor) -> Tensor:
         if x.mean() > 0:
@@ -432,7 +441,14 @@ def test_a_forward_that_fails_on_the_shape_is_named_by_file_and_line() -> None:
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (Refused(nn.BatchNorm2d(4, track_running_stats=False)), "layer is a BatchNorm without running statistics"),
+        (
+            Refused(nn.BatchNorm2d(4, track_running_stats=False)),
+            rf"layer \(BatchNorm2d\) at {re.escape(__file__)}:\d+ has no running statistics; use track_running_stats",
+        ),
+        (
+            Refused(Recurrent()),
+            r"layer\.lstm \(LSTM\) at .*:\d+ computes what no quantizer can be put around \(lstm\); write",
+        ),
         (nn.ModuleDict({"quantizers": nn.ReLU()}), r"ModuleDict\.quantizers is where quantizers are put"),
     ],
 )
@@ -464,6 +480,60 @@ def test_names_that_differ_in_punctuation_alone_are_refused() -> None:
 
     with pytest.raises(UsageError, match=r"^model\.name: Twins has operations whose names differ only in punctuation"):
         quantized(Twins().eval())
+
+
+class Hidden(Refused):
+    """What a tracer that gives no real tensor does not see."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if type(x) is Tensor:
+            x = x * 2
+        return self.conv(x).mean((2, 3))  # type: ignore[no-any-return]
+
+
+REFUSED: dict[str, Callable[[], nn.Module]] = {
+    "a recurrent layer": lambda: Refused(Recurrent()),
+    "statistics of the batch": lambda: Refused(nn.BatchNorm2d(4, track_running_stats=False)),
+    "a branch on data": Branching,
+    "operations that tracing hides": Hidden,
+    "a layer that does not fit": lambda: Refused(nn.Linear(7, 2)),
+    "a bad pool": lambda: Refused(nn.AdaptiveAvgPool2d(5)),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refusals_speak_of_modules_and_lines_and_never_of_hooks(case: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        quantized(REFUSED[case]().eval())
+    message = str(caught.value)
+    assert message.startswith("model.name: ") and "\n" not in message
+    assert re.search(r" at \S+\.py:\d+", message)
+    assert not re.search(r"hook|NNCF|__\d|/\d", message)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True), nn.Sequential(nn.GroupNorm(1, 4), nn.PReLU(4))]
+)
+def test_weights_of_normalizations_and_activations_stay_in_float(layer: nn.Module) -> None:
+    specs = specs_of(Refused(nn.Sequential(layer, nn.Conv2d(4, 4, 1))).eval())
+    weights = [spec.operation for spec in specs.values() if spec.kind == "weight"]
+    assert weights == ["conv", "layer.1"]
+
+
+def test_an_embedding_of_positions_stays_in_float() -> None:
+    class Positions(Refused):
+        def __init__(self) -> None:
+            super().__init__()
+            self.positions, self.fc = nn.Embedding(1024, 4), nn.Linear(4, 2)
+            self.register_buffer("ids", torch.arange(1024)[None])
+
+        def forward(self, x: Tensor) -> Tensor:
+            tokens = self.conv(x).flatten(2).transpose(1, 2) + self.positions(self.ids)
+            return self.fc(tokens).mean(1)  # type: ignore[no-any-return]
+
+    specs = specs_of(Positions().eval())
+    assert [spec.operation for spec in specs.values() if spec.kind == "weight"] == ["conv", "fc"]
+    assert not any("positions" in hook for hook in hooks(list(specs.values())))
 
 
 def test_operations_are_named_for_people() -> None:

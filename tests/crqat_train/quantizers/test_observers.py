@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
@@ -189,3 +192,114 @@ def test_minmax_calibration_clips_no_weight(qmin: int, qmax: int, calibration: s
     codes = lsq.grid().quantize(weight.numpy()).reshape(6, -1)
     assert codes.min() >= qmin and codes.max() <= qmax
     assert bool(((codes.min(axis=1) == qmin) | (codes.max(axis=1) == qmax)).all())
+
+
+CANDIDATES = np.arange(80, 0, -1) / 80
+# What a tensor of shape [channels or batches, values] holds, of its generator.
+KINDS: dict[str, Callable[[np.random.Generator, tuple[int, int]], npt.NDArray[np.float64]]] = {
+    "normal": lambda g, shape: g.standard_normal(shape),
+    "heavy-tailed": lambda g, shape: g.standard_t(2.5, shape),
+    "behind ReLU": lambda g, shape: np.maximum(g.standard_normal(shape), 0),
+    "behind SiLU": lambda g, shape: (x := 2 * g.standard_normal(shape)) / (1 + np.exp(-x)),
+    "constant": lambda g, shape: np.full(shape, g.standard_normal()),
+    "few values": lambda g, shape: g.choice(g.standard_normal(4), shape),
+    "one outlier": lambda g, shape: np.where(np.arange(shape[1]) == 3, 50.0, g.standard_normal(shape)),
+    "unlike each other": lambda g, shape: g.standard_normal(shape) * 10.0 ** g.uniform(-4, 2, (shape[0], 1)),
+    "one sign": lambda g, shape: -np.abs(g.standard_normal(shape)) - 0.1,
+    "zeros": lambda g, shape: np.zeros(shape),
+}
+Drawn = npt.NDArray[np.float32]
+
+
+def drawn(kind: str, seed: int, shape: tuple[int, int], size: float) -> Drawn:
+    return np.asarray(KINDS[kind](np.random.default_rng(seed), shape) * size, np.float32)
+
+
+def true_errors(values: Drawn, scales: npt.NDArray[np.float64], qmin: int, qmax: int) -> npt.NDArray[np.float64]:
+    """The squared error of all values at each scale."""
+    wide, steps = values.astype(np.float64).reshape(1, -1), np.asarray(scales, np.float64).reshape(-1, 1)
+    result: npt.NDArray[np.float64] = np.square(np.clip(np.rint(wide / steps), qmin, qmax) * steps - wide).sum(axis=1)
+    return result
+
+
+def not_worse(found: float, values: Drawn, best: float) -> bool:
+    """By the last term what float32 rounds values and scales by is no error."""
+    return found <= 1.001 * best + 1e-12 * float(np.square(values.astype(np.float64)).sum())
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.sampled_from(sorted(KINDS)), st.integers(0, 2**32 - 1), st.sampled_from([r for r in RANGES if r[0] < 0]),
+    st.sampled_from([(1, 9), (700, 9), (5, 27), (3, 400), (2, 5000)]), st.sampled_from([1e-6, 1e-3, 1.0, 1e4]),
+)  # fmt: skip
+def test_no_candidate_for_a_weights_step_has_a_smaller_error(
+    kind: str, seed: int, codes: tuple[int, int], shape: tuple[int, int], size: float
+) -> None:
+    """Of 80 candidates, tried one by one on all weights: the search that leaves out the hopeless ones loses nothing."""
+    weights = drawn(kind, seed, shape, size)
+    lsq = quantizer(*codes, channels=shape[0], ndim=2)
+    calibrate_weight(lsq, torch.from_numpy(weights))
+    found = lsq.scale.detach().numpy().reshape(-1)
+    for channel in range(min(shape[0], 40)):
+        values = weights[channel]
+        candidates = np.maximum(np.abs(values).max() * CANDIDATES / codes[1], MIN_SCALE)
+        best = float(true_errors(values, candidates, *codes).min())
+        assert not_worse(float(true_errors(values, found[channel], *codes)[0]), values, best), channel
+
+
+def step_by_histogram(batches: Drawn, qmin: int, qmax: int) -> float:
+    """The best of 80 candidates for the middles of 2048 bins of each sign; the limit doubles from batch to batch."""
+    limit = max(float(np.abs(batches[0]).max()), MIN_SCALE)
+    while limit < np.abs(batches).max():
+        limit *= 2
+    counts = np.stack([np.histogram(side[side > 0], 2048, (0.0, limit))[0] for side in (batches, -batches)])
+    if not counts.any():
+        return 1.0
+    middles = (np.arange(2048) + 0.5) * limit / 2048
+    scales = (middles[np.flatnonzero(counts.sum(axis=0))[-1]] + limit / 4096) * CANDIDATES / qmax
+    values, steps = np.stack([middles, -middles]), scales[:, None, None]
+    errors = (counts * np.square(np.clip(np.rint(values / steps), qmin, qmax) * steps - values)).sum(axis=(1, 2))
+    return float(max(scales[np.argmin(errors)], MIN_SCALE))
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    st.sampled_from(sorted(KINDS)), st.integers(0, 2**32 - 1), st.sampled_from(RANGES),
+    st.sampled_from([(1, 200), (3, 20000), (20, 64)]), st.sampled_from([1e-6, 1e-3, 1.0, 1e4]),
+)  # fmt: skip
+def test_an_activations_step_has_the_error_of_a_search_bin_by_bin(
+    kind: str, seed: int, codes: tuple[int, int], shape: tuple[int, int], size: float
+) -> None:
+    batches = drawn(kind, seed, shape, size)
+    lsq, observer = quantizer(*codes), ActivationObserver()
+    for batch in batches:
+        observer.update(torch.from_numpy(batch)[None])
+    assert (observer.lowest, observer.highest) == (min(batches.min(), 0), max(batches.max(), 0))
+    observer.calibrate(lsq)
+    steps = np.array([lsq.scale.item(), step_by_histogram(batches, *codes)])
+    found, expected = true_errors(batches, steps, *codes)
+    assert not_worse(float(found), batches, float(expected))
+
+
+def test_a_tensor_is_counted_alike_in_every_memory_layout() -> None:
+    values = torch.randn(3, 5, 7, 9, generator=torch.Generator().manual_seed(0))
+    values[0, 0, 0, :4] = torch.tensor([0.0, -0.0, values.max(), values.min()])
+    observers = [ActivationObserver() for _ in range(4)]
+    layouts = (
+        values, values.contiguous(memory_format=torch.channels_last), values.transpose(1, 3),
+        values.repeat(1, 2, 1, 1)[:, ::2],
+    )  # fmt: skip
+    for observer, layout in zip(observers, layouts, strict=True):
+        observer.update(layout)
+    expected = [
+        np.histogram(side, 2048, (0, observers[0].limit))[0] for side in (values[values > 0], -values[values < 0])
+    ]
+    assert int(observers[0].counts.sum()) == values.numel() - 2
+    assert np.abs(observers[0].counts.numpy() - np.stack(expected)).sum() <= 4  # at the edges of bins
+    assert all(torch.equal(observer.counts, observers[0].counts) for observer in observers)
+
+
+def test_more_values_than_a_float32_counts_are_counted() -> None:
+    observer = ActivationObserver()
+    observer.update(torch.ones(1, (1 << 24) + 5))
+    assert int(observer.counts.sum()) == (1 << 24) + 5

@@ -265,6 +265,7 @@ def test_work_goes_on_through_cut_connections_and_gives_the_local_accuracy(
     assert server.jobs() == []
 
 
+@pytest.mark.slow
 def test_a_job_that_dies_is_told_and_the_next_call_starts_anew(server: Server, orin: Board, contents: Contents) -> None:
     call = Call(orin, contents)
     call.heard.wait_for("orin: accuracy of float.onnx")

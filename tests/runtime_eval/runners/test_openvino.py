@@ -133,6 +133,7 @@ def test_a_worker_runs_it(write_export: WriteExport) -> None:
     assert computed == []
 
 
+@pytest.mark.slow
 def test_a_benchmark_measures_both_files_in_openvino(
     write_export: WriteExport, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,279 @@
+"""How long from a float network and its images to INT8 files? Ours, step by step, and the peers' own ways.
+
+Each way starts from the same random weights, whose BN statistics fit the images; ways that start from ONNX read one
+float file. Every run is a process of its own, and rounds are interleaved. A step's seconds begin when torch, ONNX and
+the network are loaded; what a way imports for itself is counted. Writes bench-out/ptq.json with one row for each
+network and way: median wall seconds, CPU seconds of all threads and peak memory, and every round's steps.
+
+    python -m bench.calibration_time [--rounds 3] [--models resnet50,mobilenet_v2,vgg11_bn] [--images 100]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import onnx
+import safetensors.torch
+import torch
+from torch import nn
+
+from bench import exporter_peers
+from crqat.core.typed_json import to_json
+from crqat.runtime_eval.measure.worker import peak_memory
+from crqat.train.models import build as models
+
+OUT = Path("bench-out/ptq.json")
+OURS = "ours"
+NNCF = "NNCF, PERFORMANCE"
+PEERS = ("ONNX Runtime, U8S8", NNCF, "Model-Optimizer, fp32")
+FROM_TORCH = (OURS, NNCF)
+NETWORKS = "resnet50,mobilenet_v2,vgg11_bn"
+TARGETS = ("onnxruntime", "tensorrt")
+# Of one way in one round.
+TIME_LIMIT_SECONDS = 900.0
+BATCH = 10
+BN_IMAGES = 32
+VERIFIED_IMAGES = 2
+# No peer does it, so it is no part of the compared seconds.
+VERIFICATION = "verification"
+COLUMNS = ("network", "way", "wall s", "CPU s", "x fastest peer, wall", "x fastest peer, CPU", "peak GB",
+           "steps, wall s (CPU s)")  # fmt: skip
+Steps = dict[str, dict[str, float | None]]
+
+
+class Stopwatch:
+    """Wall and CPU seconds of each step, and the process's peak memory at its end.
+
+    Attributes:
+        steps: By name, in order: "wall_s", "cpu_s" (all threads), "peak_bytes".
+    """
+
+    def __init__(self) -> None:
+        self.steps: Steps = {}
+
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Measure what is done within the context."""
+        wall, cpu = time.perf_counter(), time.process_time()
+        yield
+        seconds = time.perf_counter() - wall, time.process_time() - cpu
+        self.steps[name] = {"wall_s": seconds[0], "cpu_s": seconds[1], "peak_bytes": peak_memory()}
+
+
+def prepare(model: str, images: int, size: int, folder: Path) -> None:
+    """Write what every way starts from: weights.safetensors, images.npy and float.onnx."""
+    from bench.vs_onnxruntime import IMAGENET, METADATA
+    from crqat.export.qdq.write import float_model
+    from crqat.export.to_onnx import Quantized
+    from crqat.train.config import QuantizationConfig
+    from crqat.train.data import sources
+    from crqat.train.quantized_model import quantize_model
+
+    digits = sources.load("digits", None, False).train_images[:images]
+    pixels = nn.functional.interpolate(digits.float().expand(-1, 3, -1, -1), size, mode="bilinear").byte()
+    values = torch.from_numpy(IMAGENET(pixels.numpy()))
+    torch.manual_seed(0)
+    network = models.build(model, 1000, 3)
+    with torch.no_grad():
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 1.0
+        network.train()(values[:BN_IMAGES])
+    network.eval()
+    safetensors.torch.save_file(network.state_dict(), folder / "weights.safetensors")
+    np.save(folder / "images.npy", values.numpy())
+    quantized = quantize_model(network, values[:2], QuantizationConfig(), TARGETS)
+    onnx.save(float_model(Quantized(quantized, {}, values[:2].numpy()).graph, METADATA), folder / "float.onnx")
+    if exporter_peers.not_installed(NNCF) is None:
+        from nncf.torch.quantization.extensions import QuantizedFunctionsCPULoader
+
+        QuantizedFunctionsCPULoader.load()  # is compiled once on a machine, which is no part of the way
+
+
+def run(model: str, way: str, folder: Path) -> Steps:
+    """Go a way in this process.
+
+    Args:
+        model: As `prepare` had it.
+        way: `OURS` or one of `PEERS`.
+        folder: Filled by `prepare`; the way's files are written here.
+    """
+    network = nn.Module()
+    if way in FROM_TORCH:
+        network = models.build(model, 1000, 3)
+        network.load_state_dict(safetensors.torch.load_file(folder / "weights.safetensors"))
+    watch, images = Stopwatch(), np.load(folder / "images.npy")
+    if way == OURS:
+        _ours(network.eval(), torch.from_numpy(images), folder, watch)
+        return watch.steps
+    source = exporter_peers.Source(network.eval(), images, folder / "float.onnx", BATCH)
+    write = partial(exporter_peers.nncf_way, preset="performance", extension=True)
+    with watch.step("all"):
+        (write if way == NNCF else exporter_peers.WAYS[way].write)(source, folder / f"{way}.onnx")
+    return watch.steps
+
+
+def _ours(network: nn.Module, images: torch.Tensor, folder: Path, watch: Stopwatch) -> None:
+    """What `quantize_network` does, and both files."""
+    with watch.step("layout"):
+        from crqat.train.config import QuantizationConfig
+        from crqat.train.quantized_model import quantize_model
+
+        config = QuantizationConfig()
+        model = quantize_model(network, images[:2], config, TARGETS)
+    with watch.step("calibration"):
+        model.calibrate(torch.split(images, BATCH), config.calibration)
+        model.finalize()
+    with watch.step("export"):
+        from crqat.export.to_onnx import Quantized
+
+        quantized = Quantized.of(model.eval(), images[:VERIFIED_IMAGES])
+        files = quantized.files()
+        for target, file in files.items():
+            onnx.save(file.model, folder / f"ours.{target}.onnx")
+    with watch.step(VERIFICATION):
+        from crqat.export.verification.checks import verify
+
+        found = verify(model, quantized.grids, files, quantized.images)
+    wrong = {target: verification.status for target, verification in found.items() if verification.status != "passed"}
+    if wrong:
+        print(f"not verified: {wrong}", file=sys.stderr)
+
+
+def measure(
+    model: str, rounds: int, images: int, size: int, ways: Sequence[str] = (OURS, *PEERS)
+) -> list[dict[str, Any]]:
+    """All rows of one network.
+
+    Args:
+        model: As in a recipe's `model.name`.
+        rounds: How often each way is gone; the order rotates.
+        images: Calibration images.
+        size: Of their sides, in pixels.
+        ways: `OURS` and any of `PEERS`.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    for way in ways:
+        status = None if way == OURS else exporter_peers.not_installed(way)
+        rows[way] = {"model": model, "way": way, "status": status or "written", "rounds": []}
+    with tempfile.TemporaryDirectory() as scratch:
+        _process("--prepare", model, scratch, str(images), str(size))
+        for turn in range(rounds):
+            first = turn % len(ways)
+            for way in [*ways[first:], *ways[:first]]:
+                row = rows[way]
+                if row["status"] != "written":
+                    continue
+                try:
+                    row["rounds"].append(json.loads(_process("--run", model, way, scratch)))
+                except (subprocess.SubprocessError, ValueError) as error:
+                    row["status"] = f"failed: {' '.join(str(error).split())[:300]}"
+                    continue
+                steps = row["rounds"][-1]
+                print(f"{model}, {way}: {_seconds(steps, 'wall_s'):.1f} s", file=sys.stderr)
+    return summarized(list(rows.values()))
+
+
+def _process(*arguments: str) -> str:
+    """The last line that a process of this file writes on standard output."""
+    command = [sys.executable, "-m", "bench.calibration_time", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=TIME_LIMIT_SECONDS)
+    return ["", *done.stdout.splitlines()][-1]
+
+
+def _seconds(steps: Steps, kind: str) -> float:
+    """Of all steps that peers have, too."""
+    return float(sum(step[kind] or 0.0 for name, step in steps.items() if name != VERIFICATION))
+
+
+def summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of one network with medians over rounds, and their ratios to the fastest peer, in wall and CPU seconds.
+
+    The seconds and the peak memory leave verification out.
+    """
+    for row in rows:
+        for kind in ("wall_s", "cpu_s"):
+            row[kind] = median([_seconds(steps, kind) for steps in row["rounds"]]) if row["rounds"] else None
+        peaks: list[float] = [
+            max(s["peak_bytes"] or 0 for n, s in steps.items() if n != VERIFICATION) for steps in row["rounds"]
+        ]
+        row["peak_bytes"] = median(peaks) if peaks and all(peaks) else None
+        names = row["rounds"][0] if row["rounds"] else ()
+        row["steps"] = {
+            name: {kind: median([steps[name][kind] for steps in row["rounds"]]) for kind in ("wall_s", "cpu_s")}
+            for name in names
+        }
+    for kind in ("wall_s", "cpu_s"):
+        fastest = min((row[kind] for row in rows if row["way"] != OURS and row[kind] is not None), default=None)
+        for row in rows:
+            known = fastest and row[kind] is not None
+            row[f"{kind}_to_fastest_peer"] = row[kind] / fastest if known else None
+    return rows
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the table, as `COLUMNS` has it."""
+    if row["status"] != "written":
+        return [row["model"], row["way"], row["status"], *[""] * (len(COLUMNS) - 3)]
+    values = [row["wall_s"], row["cpu_s"], row["wall_s_to_fastest_peer"], row["cpu_s_to_fastest_peer"]]
+    digits = (1, 1, 2, 2)
+    numbers = ["-" if v is None else f"{v:.{d}f}" for v, d in zip(values, digits, strict=True)]
+    peak = "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.1f}"
+    steps = ", ".join(f"{name} {s['wall_s']:.1f} ({s['cpu_s']:.1f})" for name, s in row["steps"].items())
+    return [row["model"], row["way"], *numbers, peak, steps]
+
+
+def main() -> None:
+    """Measure all networks, print a table, write the JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--models", default=NETWORKS, help="torchvision's names, separated by commas")
+    parser.add_argument("--images", type=int, default=100)
+    parser.add_argument("--size", type=int, default=224)
+    # Of the processes that this one starts.
+    parser.add_argument("--prepare", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.prepare:
+        model, folder, images, size = arguments.prepare
+        prepare(model, int(images), int(size), Path(folder))
+        return
+    if arguments.run:
+        model, way, folder = arguments.run
+        print(json.dumps(run(model, way, Path(folder))))
+        return
+    from bench.vs_exporters import versions
+    from crqat.pipeline.console import show_table
+    from crqat.runtime_eval.machine import host
+
+    rows: list[dict[str, Any]] = []
+    for name in arguments.models.split(","):
+        rows += measure(f"torchvision/{name}", arguments.rounds, arguments.images, arguments.size)
+    asked = {"images": arguments.images, "size": arguments.size, "batch": BATCH, "rounds": arguments.rounds}
+    described = {
+        "device": to_json(host.describe()),
+        "versions": versions(),
+        "threads": torch.get_num_threads(),
+        **asked,
+    }
+    OUT.parent.mkdir(exist_ok=True)
+    OUT.write_text(json.dumps({**described, "rows": rows}, indent=1))
+    title = f"{arguments.images} images of {arguments.size} px, {torch.get_num_threads()} threads"
+    show_table(f"{title}, {arguments.rounds} rounds", COLUMNS, [cells(row) for row in rows])
+    print(f"written: {OUT}")
+
+
+if __name__ == "__main__":
+    main()
