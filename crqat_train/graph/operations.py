@@ -211,14 +211,6 @@ def is_softmax(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     return _is(graph_module, node, (nn.Softmax, nn.Softmax2d), {functional.softmax, torch.softmax, "softmax"})
 
 
-def ends_network(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether nothing but movement lies between the node and the network's output."""
-    users = list(node.users)
-    return len(users) == 1 and (
-        users[0].op == "output" or (moves_values(graph_module, users[0]) and ends_network(graph_module, users[0]))
-    )
-
-
 def clip_bounds(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float | None, float | None] | None:
     """The two numbers between which a node keeps its input, None for no bound; None if it is no such node."""
     if node.op == "call_module":

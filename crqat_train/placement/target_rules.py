@@ -12,7 +12,6 @@ from crqat.train.config import QuantizationConfig
 from crqat.train.graph.operations import (
     batch_norm_after,
     convolution_groups,
-    ends_network,
     is_add,
     is_batch_norm,
     is_concat,
@@ -61,6 +60,13 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
     places = {place: index for index, (_, _, weight, own) in enumerate(groups) if not weight for place in own}
     weights = {place.consumer for _, _, weight, own in groups if weight for place in own}
 
+    # The last layer's result is the network's: what comes behind it, a LogSoftmax for instance, is no reason to round it.
+    quantized = weights | {place.source for place in places}
+    before_others: set[fx.Node] = set()
+    for node in reversed(graph_module.graph.nodes):
+        if any(user in quantized or user in before_others for user in node.users):
+            before_others.add(node)
+
     def covered(source: fx.Node) -> bool:
         if Place(source, None) in places:
             return True
@@ -70,7 +76,7 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
 
     result = list(groups)
     for node in graph_module.graph.nodes:
-        if node not in weights or not is_matmul(node) or FLOAT_LAYER in node.meta or ends_network(graph_module, node):
+        if node not in weights or not is_matmul(node) or FLOAT_LAYER in node.meta or node not in before_others:
             continue
         source = node
         if batch_norm_after(graph_module, node) is not None and Place(node, None) not in places:
