@@ -60,7 +60,7 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
     places = {place: index for index, (_, _, weight, own) in enumerate(groups) if not weight for place in own}
     weights = {place.consumer for _, _, weight, own in groups if weight for place in own}
 
-    # The last layer's result is the network's: what comes behind it, a LogSoftmax for instance, is no reason to round it.
+    # The last layer's result is the network's: what comes behind, a LogSoftmax for instance, is no reason to round it.
     quantized = weights | {place.source for place in places}
     before_others: set[fx.Node] = set()
     for node in reversed(graph_module.graph.nodes):
