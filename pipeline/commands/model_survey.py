@@ -135,8 +135,8 @@ def _exit_code(row: Mapping[str, Any]) -> int:
 def outcome(row: Mapping[str, Any]) -> str:
     """The class of a row: `PASSES`, `NOT_PROVABLE`, or what went wrong, in a word or two.
 
-    A network passes if its codes are verified and at least 90 % of its multiply-accumulates are INT8 in ONNX Runtime, or
-    each layer that stays float has a reason.
+    A network passes if its codes are verified and at least 90 % of its multiply-accumulates are INT8 in ONNX Runtime,
+    or each layer that stays float has a reason.
     """
     status = str(row["status"])
     if status != "measured":
