@@ -115,4 +115,10 @@ def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     between = [n.op_type for n in readers if n.op_type not in {"QuantizeLinear", "Relu"}]
     if between:
         return f"{between[0]} stands between it and a quantizer"
+    behind = [
+        n for n in model.graph.node for reader in readers if reader.op_type == "Relu" if reader.output[0] in n.input
+    ]
+    quantizers = sum(reader.op_type == "QuantizeLinear" for reader in (*readers, *behind))
+    if quantizers > 1:
+        return f"its result goes to {quantizers} quantizers, of which ONNX Runtime fuses none"
     return UNEXPLAINED
