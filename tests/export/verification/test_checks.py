@@ -379,15 +379,15 @@ def test_accuracy_of_the_real_network_survives_the_way(published_resnet20: Digit
     assert (own == labels).mean() > 0.90
 
 
-def test_a_result_with_two_quantizers_says_why_it_stays_float() -> None:
-    network = TwoQuantizers().eval()
+def test_a_result_that_two_operations_read_says_why_it_stays_float() -> None:
+    network = TwoReaders().eval()
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     file = quantize_network(network, [images], ("onnxruntime",)).files()["onnxruntime"]
     reasons = {entry.node: entry.reason for entry in fusion(file.model).in_float}
-    assert reasons["first"] == "its result goes to 2 quantizers, of which ONNX Runtime fuses none"
+    assert reasons["first"] == "its codes go to 2 operations, and ONNX Runtime fuses it with none"
 
 
-class TwoQuantizers(nn.Module):
+class TwoReaders(nn.Module):
     """A skip connection that shares its scale with what it is joined to, and not with the pool."""
 
     def __init__(self) -> None:
