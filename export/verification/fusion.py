@@ -115,4 +115,11 @@ def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     between = [n.op_type for n in readers if n.op_type not in {"QuantizeLinear", "Relu"}]
     if between:
         return f"{between[0]} stands between it and a quantizer"
+    behind = [n for n in model.graph.node for relu in readers if relu.op_type == "Relu" and relu.output[0] in n.input]
+    quantizers = [n for n in (*readers, *behind) if n.op_type == "QuantizeLinear"]
+    if len(quantizers) > 1:
+        return f"its result goes to {len(quantizers)} quantizers, of which ONNX Runtime fuses none"
+    users = sum(name in n.input for n in model.graph.node for quantizer in quantizers for name in quantizer.output)
+    if users > 1:
+        return f"its codes go to {users} operations, and ONNX Runtime fuses it with none"
     return UNEXPLAINED

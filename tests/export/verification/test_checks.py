@@ -18,6 +18,7 @@ from crqat.core.results.verification import FloatNode
 from crqat.core.typed_json import to_json
 from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.run import simulate
+from crqat.export.to_onnx import quantize_network
 from crqat.export.verification import checks as verification
 from crqat.export.verification import fusion as fusions
 from crqat.export.verification.checks import REFUSED, verify
@@ -376,3 +377,26 @@ def test_accuracy_of_the_real_network_survives_the_way(published_resnet20: Digit
     own = runtime.run(["logits"], {"input": images})[0].argmax(axis=1)
     assert (own == expected).mean() > 0.985
     assert (own == labels).mean() > 0.90
+
+
+def test_a_result_that_two_operations_read_says_why_it_stays_float() -> None:
+    network = TwoReaders().eval()
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    file = quantize_network(network, [images], ("onnxruntime",)).files()["onnxruntime"]
+    reasons = {entry.node: entry.reason for entry in fusion(file.model).in_float}
+    assert reasons["first"] == "its codes go to 2 operations, and ONNX Runtime fuses it with none"
+
+
+class TwoReaders(nn.Module):
+    """A skip connection that shares its scale with what it is joined to, and not with the pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.up, self.last = nn.Upsample(scale_factor=2), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        skip = torch.relu(self.first(x))
+        deep = torch.relu(self.second(torch.max_pool2d(skip, 2)))
+        logits: Tensor = self.last(torch.cat([self.up(deep), skip], dim=1)).mean((2, 3))
+        return logits
