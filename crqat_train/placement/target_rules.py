@@ -59,7 +59,6 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
     """
     places = {place: index for index, (_, _, weight, own) in enumerate(groups) if not weight for place in own}
     weights = {place.consumer for _, _, weight, own in groups if weight for place in own}
-
     # The last layer's result is the network's: what comes behind, a LogSoftmax for instance, is no reason to round it.
     quantized = weights | {place.source for place in places}
     before_others: set[fx.Node] = set()
@@ -76,7 +75,7 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
 
     result = list(groups)
     for node in graph_module.graph.nodes:
-        if node not in weights or not is_matmul(node) or FLOAT_LAYER in node.meta or node not in before_others:
+        if not is_matmul(node) or FLOAT_LAYER in node.meta or not node.users:
             continue
         source = node
         if batch_norm_after(graph_module, node) is not None and Place(node, None) not in places:
@@ -84,6 +83,9 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
         reader = next(iter(source.users))
         if len(source.users) == 1 and Place(source, None) not in places and is_fused_activation(graph_module, reader):
             source = reader
+        bent = any(is_unfused_activation(graph_module, user) for user in source.users)
+        if not bent and (node not in weights or node not in before_others):
+            continue
         # ONNX Runtime's integer Softmax, which two quantizers around it ask for, is off by many codes.
         if covered(source) or any(is_softmax(graph_module, user) for user in source.users):
             continue
