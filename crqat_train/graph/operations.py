@@ -170,6 +170,11 @@ def is_matmul(node: fx.Node) -> bool:
     return node.op == "call_function" and _name(node) in _MATMULS
 
 
+def is_linear(node: fx.Node) -> bool:
+    """Whether the node is a linear layer."""
+    return node.op == "call_function" and _name(node) == "linear"
+
+
 def is_transposed(node: fx.Node) -> bool:
     """Whether the node is a transposed convolution, whose weight has the shape [in, out / groups, ...]."""
     return node.op == "call_function" and _name(node) in _TRANSPOSED

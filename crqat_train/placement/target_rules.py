@@ -16,6 +16,7 @@ from crqat.train.graph.operations import (
     is_batch_norm,
     is_concat,
     is_fused_activation,
+    is_linear,
     is_matmul,
     is_nonnegative,
     is_softmax,
@@ -51,7 +52,7 @@ Groups = list[tuple[tuple[str, ...], "int | None", bool, list[Place]]]
 
 
 def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups) -> Groups:
-    """The groups with a quantizer behind each layer whose result is read in float, so that it runs in integers.
+    """The groups with a quantizer behind each convolution whose result is read in float, so that it runs in integers.
 
     A runtime fuses a layer with a BatchNorm and a ReLU and then with a quantizer alone. NNCF does not ask for one in
     front of an activation, or where it finds a better place behind what selects or moves values. A quantizer that some
@@ -73,6 +74,12 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
         moved = len(users) == 1 and moves_values(graph_module, users[0]) and covered(users[0])
         return moved or all(Place(source, user) in places or user.op == "output" for user in users)
 
+    def feeds_softmax(source: fx.Node) -> bool:
+        return any(
+            is_softmax(graph_module, user) or (moves_values(graph_module, user) and feeds_softmax(user))
+            for user in source.users
+        )
+
     result = list(groups)
     for node in graph_module.graph.nodes:
         if not is_matmul(node) or FLOAT_LAYER in node.meta or not node.users:
@@ -84,10 +91,11 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
         if len(source.users) == 1 and Place(source, None) not in places and is_fused_activation(graph_module, reader):
             source = reader
         bent = any(is_unfused_activation(graph_module, user) for user in source.users)
-        if not bent and (node not in weights or node not in before_others):
+        # A linear layer needs none: its integer kernel gives real values, too.
+        if not bent and (is_linear(node) or node not in weights or node not in before_others):
             continue
         # ONNX Runtime's integer Softmax, which two quantizers around it ask for, is off by many codes.
-        if covered(source) or any(is_softmax(graph_module, user) for user in source.users):
+        if covered(source) or feeds_softmax(source):
             continue
         shared = {places[Place(source, user)] for user in source.users if Place(source, user) in places}
         if len(shared) == 1:
