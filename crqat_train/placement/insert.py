@@ -28,6 +28,7 @@ from crqat.train.placement.nncf_layout import Hooks, ask_layout, name_operations
 from crqat.train.placement.quantizer_spec import QuantizerSpec, operation_of
 from crqat.train.placement.target_rules import (
     FLOAT_LAYER,
+    Groups,
     Place,
     behind_layers,
     constrain,
@@ -97,6 +98,7 @@ def insert_quantizers(
             edge = f"pre_hooks.{names_of_nodes[node].replace('.', ':')}__1.0"
             channels = channels_of(node, parameter(graph_module, stored))
             groups.append(((edge,), channels, True, [Place(stored, node)]))
+    groups += _left_out(graph_module, names_of_nodes, groups, in_float)
     constraints = runtimes.union(targets)
     if constraints.quantize_before_activation:
         groups = behind_layers(graph_module, names_of_nodes, groups)
@@ -133,6 +135,24 @@ def _written_out() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _left_out(
+    graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups, in_float: Sequence[str]
+) -> Groups:
+    """Weights that NNCF leaves in float though the recipe does not: those of squeeze-and-excitation.
+
+    Measured on MobileNetV3, EfficientNet, RegNet and GhostNet, as far from the float network and a tenth faster.
+    """
+    quantized = {place.consumer for _, _, weight, own in groups if weight for place in own}
+    added: Groups = []
+    for node in filter(is_matmul, graph_module.graph.nodes):
+        stored = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+        if node in quantized or names_of_nodes[node] in in_float or not reads_images(node) or stored.op != "get_attr":
+            continue
+        edge = f"pre_hooks.{names_of_nodes[node].replace('.', ':')}__1.0"
+        added.append(((edge,), channels_of(node, parameter(graph_module, stored)), True, [Place(stored, node)]))
+    return added
 
 
 def _in_float(hooks: Hooks, config: QuantizationConfig, targets: Sequence[str]) -> list[str]:
