@@ -229,7 +229,7 @@ def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         sources = node.all_input_nodes[:1]
     elif is_add(node) or node.target is torch.mul:
         sources = [*node.args, *node.kwargs.values()]  # numbers as well: x + y * alpha, x * -1
-    elif _is(graph_module, node, _SIGN_KEEPING_MODULES, _SIGN_KEEPING_FUNCTIONS):
+    elif _is(graph_module, node, _SIGN_KEEPING_MODULES, _SIGN_KEEPING_FUNCTIONS) or _interpolates(graph_module, node):
         sources = node.all_input_nodes
     return bool(sources) and all(
         is_nonnegative(graph_module, source)
@@ -237,6 +237,15 @@ def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         else isinstance(source, (int, float)) and source >= 0
         for source in sources
     )
+
+
+def _interpolates(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether values between neighbours are taken, or theirs; a cubic one may lie outside."""
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        return isinstance(module, nn.Upsample) and module.mode != "bicubic"
+    mode = node.kwargs.get("mode", node.args[3] if len(node.args) > 3 else "nearest")
+    return node.target is functional.interpolate and mode != "bicubic"
 
 
 def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:

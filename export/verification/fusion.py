@@ -96,6 +96,10 @@ def _computed_in_integers(operations: dict[str, list[str]], op_type: str) -> lis
     return [name for kind in kinds for name in operations.get(kind, [])]
 
 
+def _reads(node: onnx.NodeProto, producer: onnx.NodeProto) -> bool:
+    return producer.output[0] in node.input
+
+
 def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     producer = {output: n for n in model.graph.node for output in n.output}
     if node.op_type in ALWAYS_FLOAT:
@@ -115,4 +119,11 @@ def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     between = [n.op_type for n in readers if n.op_type not in {"QuantizeLinear", "Relu"}]
     if between:
         return f"{between[0]} stands between it and a quantizer"
+    quantizers = [n for n in model.graph.node if _reads(n, node) or any(_reads(n, r) for r in readers)]
+    quantizers = [n for n in quantizers if n.op_type == "QuantizeLinear"]
+    if len(quantizers) > 1:
+        return f"its result goes to {len(quantizers)} quantizers, of which ONNX Runtime fuses none"
+    zero_points = {t.name: t for t in model.graph.initializer if quantizers and t.name == quantizers[0].input[2]}
+    if readers[0].op_type == "Relu" and any(onnx.numpy_helper.to_array(t).any() for t in zero_points.values()):
+        return "the quantizer behind its Relu is shared with a tensor of both signs, so ONNX Runtime keeps the Relu"
     return UNEXPLAINED
