@@ -135,8 +135,8 @@ def _exit_code(row: Mapping[str, Any]) -> int:
 def outcome(row: Mapping[str, Any]) -> str:
     """The class of a row: `PASSES`, `NOT_PROVABLE`, or what went wrong, in a word or two.
 
-    A network passes if its codes are proven and at least 90 % of its multiply-accumulates are INT8 in ONNX Runtime, or
-    each layer that stays float has a reason.
+    A network passes if its codes are verified and at least 90 % of its multiply-accumulates are INT8 in ONNX Runtime,
+    or each layer that stays float has a reason.
     """
     status = str(row["status"])
     if status != "measured":
@@ -185,6 +185,8 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engine
             row = {"status": f"failed: not finished after {limit:g} s"}
         else:
             row = json.loads(report.read_text()) if report.is_file() else {"status": _death(ended)}
+    # Where this machine keeps its libraries is of no interest to readers of the table.
+    row["status"] = re.sub(r"[^ ]*/site-packages/", "", str(row["status"]))
     seconds = round(time.monotonic() - started, 1)
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
     return {**row, "images": str(images), "machine": machine, "versions": _versions(), "total_seconds": seconds}
@@ -328,7 +330,7 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "",
         _counts(rows),
         "",
-        "* class: a network passes if both files are proven in integer codes and at least 90 % of its",
+        "* class: a network passes if both files are verified in integer codes and at least 90 % of its",
         "  multiply-accumulates are INT8 in ONNX Runtime, or each layer that stays float has its reason in the row.",
         "* quantizers / hooks: edges of the layout; several of NNCF's hooks may share a quantizer.",
         "* claims: of all edges of both files, how many hold the trained Grid exactly.",
