@@ -96,8 +96,8 @@ def _computed_in_integers(operations: dict[str, list[str]], op_type: str) -> lis
     return [name for kind in kinds for name in operations.get(kind, [])]
 
 
-def _reads(node: onnx.NodeProto, producer: onnx.NodeProto) -> bool:
-    return producer.output[0] in node.input
+def _readers(model: onnx.ModelProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    return [reader for reader in model.graph.node if node.output[0] in reader.input]
 
 
 def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
@@ -113,17 +113,17 @@ def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
         if source is None or source.op_type != "DequantizeLinear":
             kind = source.op_type if source is not None else "constant" if name in constants else "network input"
             return f"its input {name} is not quantized ({kind})"
-    readers = [n for n in model.graph.node if node.output[0] in n.input]
     if _before_output(model, node):
         return "its result is the network's output, which is not quantized"
-    between = [n.op_type for n in readers if n.op_type not in {"QuantizeLinear", "Relu"}]
+    readers = _readers(model, node)
+    relu = any(reader.op_type == "Relu" for reader in readers)
+    behind = [n for reader in readers for n in (_readers(model, reader) if reader.op_type == "Relu" else [reader])]
+    between = [n.op_type for n in behind if n.op_type != "QuantizeLinear"]
     if between:
         return f"{between[0]} stands between it and a quantizer"
-    quantizers = [n for n in model.graph.node if _reads(n, node) or any(_reads(n, r) for r in readers)]
-    quantizers = [n for n in quantizers if n.op_type == "QuantizeLinear"]
-    if len(quantizers) > 1:
-        return f"its result goes to {len(quantizers)} quantizers, of which ONNX Runtime fuses none"
-    zero_points = {t.name: t for t in model.graph.initializer if quantizers and t.name == quantizers[0].input[2]}
-    if readers[0].op_type == "Relu" and any(onnx.numpy_helper.to_array(t).any() for t in zero_points.values()):
+    if len(behind) > 1:
+        return f"its result goes to {len(behind)} quantizers, of which ONNX Runtime fuses none"
+    zero_points = [t for t in model.graph.initializer if behind and t.name == behind[0].input[2]]
+    if relu and any(onnx.numpy_helper.to_array(tensor).any() for tensor in zero_points):
         return "the quantizer behind its Relu is shared with a tensor of both signs, so ONNX Runtime keeps the Relu"
     return UNEXPLAINED
