@@ -245,7 +245,7 @@ def _interpolates(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         module = graph_module.get_submodule(str(node.target))
         return isinstance(module, nn.Upsample) and module.mode != "bicubic"
     mode = node.kwargs.get("mode", node.args[3] if len(node.args) > 3 else "nearest")
-    return node.target is functional.interpolate and mode != "bicubic"
+    return bool(node.target is functional.interpolate and mode != "bicubic")
 
 
 def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
