@@ -36,7 +36,7 @@ class QuantizedModel(fx.GraphModule):
     Attributes:
         targets: The runtimes whose limits it keeps to.
         specs: Edge, bit width and integer range of each quantizer, in the order of NNCF's layout.
-        notes: What its training does otherwise than the float network's, in lines.
+        notes: How its training differs from that of the float network, one line for each difference.
     """
 
     @property
@@ -51,7 +51,7 @@ class QuantizedModel(fx.GraphModule):
 
     @property
     def notes(self) -> list[str]:
-        """What its training does otherwise than the float network's, in lines."""
+        """How its training differs from that of the float network, one line for each difference."""
         return list(self.meta.get(NOTES, ()))
 
     def quantizer(self, spec: QuantizerSpec) -> Quantizer:

@@ -303,7 +303,7 @@ def main() -> None:
     left = streams.flush()
     if left is not None and code == 0:
         if not isinstance(left, BrokenPipeError):
-            _say_error(f"the output cannot be written: {left.strerror}")
+            _say_error(f"the output cannot be written: {left.strerror}", ToolError.exit_code)
         code = NOBODY_READS if isinstance(left, BrokenPipeError) else ToolError.exit_code
     sys.exit(code)
 
@@ -314,26 +314,27 @@ def _run_command() -> int:
         code = crqat.main(prog_name="crqat", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except CrqatError as error:
-        _say_error(str(error))
-        if isinstance(error, InternalError) and "CRQAT_SAID" in os.environ:
-            return error.exit_code_of_rank
-        return error.exit_code
+        of_rank = isinstance(error, InternalError) and "CRQAT_SAID" in os.environ
+        code = InternalError.exit_code_of_rank if of_rank else error.exit_code
+        _say_error(str(error), code)
+        return code
     except click.ClickException as error:
         with suppress(OSError):
             error.show()
         return UsageError.exit_code  # click's own is 1 for some
     except (KeyboardInterrupt, click.Abort):
-        _say_error(f"interrupted; {_KEPT}")
+        _say_error(f"interrupted; {_KEPT}", INTERRUPTED)
         return INTERRUPTED
     except Told as ended:
+        code = ended.code if isinstance(ended.code, int) else 0
         if isinstance(ended, _Terminated):
-            _say_error(f"terminated; {_KEPT}")
-        return ended.code if isinstance(ended.code, int) else 0
+            _say_error(f"terminated; {_KEPT}", code)
+        return code
     except (Exception, SystemExit) as error:
         if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # click exits by 1
             return NOBODY_READS
         told = failures.explain(error, "crqat")
-        _say_error(str(told))
+        _say_error(str(told), told.exit_code)
         return told.exit_code
 
 
@@ -346,9 +347,10 @@ def _terminate(number: int, _: Any) -> None:
     raise _Terminated(128 + number)
 
 
-def _say_error(message: str) -> None:
+def _say_error(message: str, code: int) -> None:
     if "CRQAT_SAID" in os.environ:  # of `crqat.pipeline.stages.launch`, which speaks where no process of a training has
-        Path(os.environ["CRQAT_SAID"]).touch()
+        with suppress(FileExistsError), Path(os.environ["CRQAT_SAID"]).open("x") as said:
+            said.write(str(code))
     with suppress(OSError):  # nobody reads it, or it goes to a full disk
         click.echo(f"crqat: error: {message}", err=True)
 

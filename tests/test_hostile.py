@@ -24,6 +24,7 @@ from crqat.core import run_directory
 from crqat.pipeline import cli
 from crqat.pipeline.stages import staleness
 from crqat.runtime_eval.trt import versions as tensorrt_api
+from tests.hostile_pickle import Hostile
 
 ROOT = Path(__file__).parent.parent
 FROZEN = sorted((ROOT / "tests" / "frozen").glob("v*"))
@@ -352,13 +353,6 @@ def test_a_recipe_of_100_mb_is_refused_before_it_is_parsed(tmp_path: Path) -> No
 # --- Weights ---------------------------------------------------------------------------------------------------------
 
 
-class Hostile:
-    """Its pickle runs a command when it is loaded."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch ran",)
-
-
 def safetensors(header: object, data: bytes = b"", length: int | None = None) -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text + data
@@ -393,9 +387,9 @@ def test_weights_that_call_a_function_end_the_training(folder: Path, crqat: Crqa
     import torch
 
     if name == "bare.pth":
-        Path(name).write_bytes(pickle.dumps(Hostile()))
+        Path(name).write_bytes(pickle.dumps(Hostile("ran")))
     else:
-        torch.save({"state_dict": Hostile()}, name)
+        torch.save({"state_dict": Hostile("ran")}, name)
     line = refusal(train_with(crqat, name))
     assert name in line and "needs code to load" in line
     assert not Path("ran").exists()

@@ -14,7 +14,7 @@ from crqat.core.errors import UsageError
 
 
 class _Weights:
-    """Stands for attention weights that are asked for: nothing may be done with them."""
+    """A placeholder for attention weights: every use of it is refused."""
 
     def __getattr__(self, name: str) -> Any:
         del name
@@ -39,7 +39,7 @@ class WrittenOut(nn.MultiheadAttention):
 
 
 def write_out(model: nn.Module) -> None:
-    """Let each nn.MultiheadAttention of a network run as it is quantized; changed in place, parameters stay."""
+    """Make each nn.MultiheadAttention of a network run `attend`; changes the network in place, keeps its parameters."""
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
             module.__class__ = WrittenOut
@@ -63,7 +63,7 @@ def attend(
         key: Shape [N, S, E_k], or [S, N, E_k] without `batch_first`.
         value: Shape [N, S, E_v], or [S, N, E_v] without `batch_first`.
         key_padding_mask: None.
-        need_weights: Whether the second output is used if it can be; it cannot.
+        need_weights: Accepted as torch accepts it; the attention weights themselves cannot be used.
         attn_mask: None.
         further: What else the module takes, and what changes nothing then.
 
@@ -75,7 +75,7 @@ def attend(
         UsageError: It is called in another way, or has other parts.
     """
     if key_padding_mask is not None or attn_mask is not None or further.get("is_causal"):
-        msg = "attention with a mask is not quantized: images need none, call nn.MultiheadAttention without"
+        msg = "attention with a mask is not quantized: call nn.MultiheadAttention without a mask"
         raise UsageError(msg)
     if module.bias_k is not None or module.add_zero_attn:
         msg = "nn.MultiheadAttention is quantized without add_bias_kv and add_zero_attn: leave them out"

@@ -93,9 +93,9 @@ def _graph(model: nn.Module, example: Tensor | None) -> fx.Graph:
 
 @contextmanager
 def _caches_empty(model: nn.Module) -> Iterator[None]:
-    """What timm's networks keep from one pass to the next, in eval mode alone, is computed while this is traced.
+    """Empty the caches that timm's networks keep in eval mode, so that a trace computes their values.
 
-    Its values come from parameters, which are to be trained.
+    The cached values come from parameters, which are to be trained.
     """
     kept = [pair for part in model.modules() for pair in vars(part).items()]
     caches = [value for name, value in kept if "cache" in name and type(value) is dict]
@@ -130,7 +130,7 @@ class _Tracer(SizedTracer):
         if self.computes:
             return forward(*args, **kwargs)
         if type(m) is nn.Identity and len(args) == 1:
-            return args[0]  # nothing may lie between a convolution and its activation
+            return args[0]  # an Identity between a convolution and its activation would keep them from being fused
         result = super().call_module(m, forward, args, kwargs)
         if isinstance(m, nn.BatchNorm2d) and type(m) is not nn.BatchNorm2d and hasattr(m, "act"):
             m.__class__ = nn.BatchNorm2d  # the same tensors under the same names
@@ -247,7 +247,7 @@ def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         sources = node.all_input_nodes[:1]
     elif is_add(node) or node.target is torch.mul:
         sources = [*node.args, *node.kwargs.values()]  # numbers as well: x + y * alpha, x * -1
-    elif _is(graph_module, node, _SIGN_KEEPING_MODULES, _SIGN_KEEPING_FUNCTIONS):
+    elif _is(graph_module, node, _SIGN_KEEPING_MODULES, _SIGN_KEEPING_FUNCTIONS) or _interpolates(graph_module, node):
         sources = node.all_input_nodes
     return bool(sources) and all(
         is_nonnegative(graph_module, source)
@@ -255,6 +255,15 @@ def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
         else isinstance(source, (int, float)) and source >= 0
         for source in sources
     )
+
+
+def _interpolates(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether the node interpolates within the range of neighbouring values, which cubic interpolation may leave."""
+    if node.op == "call_module":
+        module = graph_module.get_submodule(str(node.target))
+        return isinstance(module, nn.Upsample) and module.mode != "bicubic"
+    mode = node.kwargs.get("mode", node.args[3] if len(node.args) > 3 else "nearest")
+    return bool(node.target is functional.interpolate and mode != "bicubic")
 
 
 def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:

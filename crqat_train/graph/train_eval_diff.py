@@ -81,7 +81,7 @@ def _key(node: fx.Node) -> tuple[str, str]:
 
 
 def _settings(node: fx.Node) -> str:
-    """Arguments but for nodes, whose names differ as soon as one of the graphs has more of them."""
+    """A node's arguments without other nodes, whose names differ as soon as one graph has more nodes."""
     return repr(fx.map_arg((node.args, node.kwargs), lambda _: None))
 
 
@@ -110,7 +110,7 @@ def _note(model: nn.Module, alone: Sequence[fx.Node], other_alone: Sequence[fx.N
             parts.append(f"{place(model, found[0])} computes {names} in {mode} mode alone")
     if not parts:
         return ""
-    line = f"{', and '.join(parts)}; the quantized network is that of eval mode, and so is its training"
+    line = f"{', and '.join(parts)}; the quantized network follows eval mode, in training too"
     if any("softmax" in _name(node) or "sigmoid" in _name(node) for node in alone):
         line += "; return the logits in both modes if the loss expects them"
     return line

@@ -166,7 +166,7 @@ def _in_float(hooks: Hooks, config: QuantizationConfig, targets: Sequence[str]) 
 def _map_hooks(
     graph_module: fx.GraphModule, model: nn.Module, example: Tensor, hooks: Hooks
 ) -> tuple[dict[fx.Node, str], dict[str, Place], dict[fx.Node, Any]]:
-    """NNCF's name of each node, each hook name's place and each node's value; certain, as NNCF's code names them all.
+    """NNCF's name of each node, the place of each hook name, and the value of each node.
 
     The FX graph is run once node by node under NNCF's naming. The two lists of operations must agree in number, order
     and name; then a hook is the edge whose value is the very tensor that the operation read or wrote.
@@ -181,7 +181,7 @@ def _map_hooks(
         some = ", ".join(_described(model, name) for name in sorted(odd)[:3]) or "their order"
         msg = (
             f"model.name: {type(model).__name__}{forward_of(model)} runs other operations when it is traced ({some}); "
-            "write them without asking what kind of tensor it is, and without what hides operations from torch"
+            "do not let the forward depend on the type of a tensor, or call what hides operations from torch"
         )
         raise UsageError(msg)
     by_name = dict(zip(hooks.operations, operations.values(), strict=True))
@@ -211,9 +211,8 @@ def _map_hooks(
             found = [source for source in node.all_input_nodes if values[source] is read]
         if len(found) != 1:
             msg = (
-                f"model.name: {place(graph_module, node)} computes what no quantizer can be put around "
-                f"({_function(operation)}); write it "
-                "out of convolutions, linear layers and plain tensor operations"
+                f"model.name: no quantizer can be placed around {_function(operation)} in {place(graph_module, node)}; "
+                "write it with convolutions, linear layers and plain tensor operations"
             )
             raise UsageError(msg)
         places[name] = Place(found[0], None if side == "post_hooks" else node)

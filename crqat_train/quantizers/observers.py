@@ -52,7 +52,7 @@ def calibrate_weight(quantizer: Quantizer, weight: Tensor, calibration: str = "m
 
 
 def _least_squares(weights: Tensor, largest: Tensor, unclipped: Tensor, qmin: float, qmax: float) -> Tensor:
-    """Of each channel's candidates the step with the smallest squared error; `unclipped` where none has a finite one.
+    """The candidate step with the smallest squared error for each channel; `unclipped` where no error is finite.
 
     Args:
         weights: Float of shape [channels, weights of one].

@@ -96,6 +96,10 @@ def _computed_in_integers(operations: dict[str, list[str]], op_type: str) -> lis
     return [name for kind in kinds for name in operations.get(kind, [])]
 
 
+def _readers(model: onnx.ModelProto, node: onnx.NodeProto) -> list[onnx.NodeProto]:
+    return [reader for reader in model.graph.node if node.output[0] in reader.input]
+
+
 def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
     producer = {output: n for n in model.graph.node for output in n.output}
     if node.op_type in ALWAYS_FLOAT:
@@ -109,17 +113,17 @@ def _why_float(model: onnx.ModelProto, node: onnx.NodeProto) -> str:
         if source is None or source.op_type != "DequantizeLinear":
             kind = source.op_type if source is not None else "constant" if name in constants else "network input"
             return f"its input {name} is not quantized ({kind})"
-    readers = [n for n in model.graph.node if node.output[0] in n.input]
     if _before_output(model, node):
         return "its result is the network's output, which is not quantized"
-    between = [n.op_type for n in readers if n.op_type not in {"QuantizeLinear", "Relu"}]
+    readers = _readers(model, node)
+    relu = any(reader.op_type == "Relu" for reader in readers)
+    behind = [n for reader in readers for n in (_readers(model, reader) if reader.op_type == "Relu" else [reader])]
+    between = [n.op_type for n in behind if n.op_type != "QuantizeLinear"]
     if between:
         return f"{between[0]} stands between it and a quantizer"
-    behind = [n for n in model.graph.node for relu in readers if relu.op_type == "Relu" and relu.output[0] in n.input]
-    quantizers = [n for n in (*readers, *behind) if n.op_type == "QuantizeLinear"]
-    if len(quantizers) > 1:
-        return f"its result goes to {len(quantizers)} quantizers, of which ONNX Runtime fuses none"
-    users = sum(name in n.input for n in model.graph.node for quantizer in quantizers for name in quantizer.output)
-    if users > 1:
-        return f"its codes go to {users} operations, and ONNX Runtime fuses it with none"
+    if len(behind) > 1:
+        return f"its result goes to {len(behind)} quantizers, of which ONNX Runtime fuses none"
+    zero_points = [t for t in model.graph.initializer if behind and t.name == behind[0].input[2]]
+    if relu and any(onnx.numpy_helper.to_array(tensor).any() for tensor in zero_points):
+        return "the quantizer behind its Relu is shared with a tensor of both signs, so ONNX Runtime keeps the Relu"
     return UNEXPLAINED

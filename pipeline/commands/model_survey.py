@@ -185,6 +185,8 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engine
             row = {"status": f"failed: not finished after {limit:g} s"}
         else:
             row = json.loads(report.read_text()) if report.is_file() else {"status": _death(ended)}
+    # Where this machine keeps its libraries is of no interest to readers of the table.
+    row["status"] = re.sub(r"[^ ]*/site-packages/", "", str(row["status"]))
     seconds = round(time.monotonic() - started, 1)
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
     return {**row, "images": str(images), "machine": machine, "versions": _versions(), "total_seconds": seconds}

@@ -33,6 +33,7 @@ from crqat.export.write_models import refuse
 from crqat.pipeline.recipe.recipe import Recipe, train_config
 from crqat.train.config import TrainConfig
 from crqat.train.data.batches import evaluation_batches
+from crqat.train.graph.computed_weights import copied
 from crqat.train.graph.explain import forward_of, passes_through, source_line
 from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantized_model import QuantizedModel, quantize_model
@@ -144,7 +145,7 @@ class _Check:
 
     def _copy(self, network: nn.Module) -> nn.Module:
         try:
-            return copy.deepcopy(network)
+            return copy.deepcopy(network, copied(network))
         except Exception as error:
             if passes_through(error):
                 raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -127,5 +128,11 @@ def test_a_weight_that_depends_on_the_image_is_no_weight() -> None:
 
 
 def test_the_line_reaches_who_calls_it_from_python() -> None:
-    with pytest.warns(UserWarning, match=r"^net: middle \(Conv2d\): its weight is computed \(WeightNorm\)"):
-        quantize(Net(parametrizations.weight_norm(nn.Conv2d(8, 8, 1))), torch.randn(4, 3, 8, 8))
+    network = Net(parametrizations.weight_norm(nn.Conv2d(8, 8, 1)))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model = quantize(network, torch.randn(4, 3, 8, 8))
+    (line,) = (str(one.message) for one in caught if "is computed" in str(one.message))
+    assert line.startswith("net: middle (Conv2d): its weight is computed (WeightNorm)")
+    assert list(model.notes) == [line.removeprefix("net: ")]
+    assert isinstance(network.middle.parametrizations, nn.ModuleDict), "the caller's own network stays as it is"

@@ -106,7 +106,7 @@ def other_slope_in_training(m: Own, x: Tensor) -> Tensor:
         (new_zeros, "torch.zeros", "write x.new_zeros(...)"),
         (uneven_pool, "adaptive", "pools (8, 8) pixels to (3, 3), which ONNX cannot: take images of a size"),
         (uses_weights, "weights.mean", "use the first output of nn.MultiheadAttention alone"),
-        (masked_attention, "attn_mask", "images need none, call nn.MultiheadAttention without"),
+        (masked_attention, "attn_mask", "call nn.MultiheadAttention without a mask"),
         (other_slope_in_training, "leaky_relu", "computes something else in training than in eval mode"),
     ],
 )

@@ -97,7 +97,7 @@ def test_what_has_no_weights_is_left_as_in_eval_mode_and_told(function: Callable
     torch.testing.assert_close(graph(x), model(x))
     (note,) = graph.notes
     assert re.sub(re.escape(__file__) + r":\d+", "FILE", note).startswith(line)
-    assert note.partition("; ")[2].startswith("the quantized network is that of eval mode, and so is its training")
+    assert note.partition("; ")[2].startswith("the quantized network follows eval mode, in training too")
     assert ("return the logits in both modes" in note) == (function is probabilities)
     # What is dropped stays a matter of the mode; noise does not.
     assert torch.equal(graph.train()(x), graph.eval()(x)) == (function is not noise)

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import sys
 import urllib.error
@@ -22,6 +21,7 @@ from crqat.train.models import build as models
 from crqat.train.models import cifar, own_network
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import METHODS
+from tests.hostile_pickle import Hostile, load_without_care
 from tests.needs import require
 
 
@@ -239,16 +239,6 @@ def test_weights_that_do_not_fit_are_named_and_change_nothing(net: nn.Module, tm
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
 
-class Hostile:
-    """Its pickle runs a command when it is loaded."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, (f"touch '{self.marker}'",)
-
-
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_that_would_run_a_command_is_refused_and_did_not_run(
     net: nn.Module, tmp_path: Path, zipped: bool
@@ -258,7 +248,7 @@ def test_a_file_that_would_run_a_command_is_refused_and_did_not_run(
     with pytest.raises(UsageError, match=r"^model\.weights: .* needs code to load \(\w+\.system\) and is refused"):
         models.load_weights(net, path)
     assert not marker.exists()
-    torch.load(path, weights_only=False)  # the specimen does run where it is loaded
+    load_without_care(path, "torch")
     assert marker.exists()
 
 

@@ -447,7 +447,7 @@ def test_a_forward_that_fails_on_the_shape_is_named_by_file_and_line() -> None:
         ),
         (
             Refused(Recurrent()),
-            r"layer\.lstm \(LSTM\) at .*:\d+ computes what no quantizer can be put around \(lstm\); write",
+            r"no quantizer can be placed around lstm in layer\.lstm \(LSTM\) at .*:\d+; write",
         ),
         (nn.ModuleDict({"quantizers": nn.ReLU()}), r"ModuleDict\.quantizers is where quantizers are put"),
     ],

@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from crqat.core.results.verification import FloatNode
@@ -379,21 +380,38 @@ def test_accuracy_of_the_real_network_survives_the_way(published_resnet20: Digit
     assert (own == labels).mean() > 0.90
 
 
-def test_a_result_that_two_operations_read_says_why_it_stays_float() -> None:
-    network = TwoReaders().eval()
+def test_a_relu_that_shares_its_scale_with_both_signs_says_why_its_convolution_stays_float() -> None:
     images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    file = quantize_network(network, [images], ("onnxruntime",)).files()["onnxruntime"]
-    reasons = {entry.node: entry.reason for entry in fusion(file.model).in_float}
-    assert reasons["first"] == "its codes go to 2 operations, and ONNX Runtime fuses it with none"
+    torch.manual_seed(0)
+    for up, kept in ((nn.Upsample(scale_factor=2), 0), (nn.ConvTranspose2d(8, 8, 2, stride=2), 1)):
+        file = quantize_network(Skip(up).eval(), [images], ("onnxruntime",)).files()["onnxruntime"]
+        reasons = [entry.reason for entry in fusion(file.model).in_float if entry.node == "first"]
+        told = "the quantizer behind its Relu is shared with a tensor of both signs, so ONNX Runtime keeps the Relu"
+        assert reasons == [told] * kept
 
 
-class TwoReaders(nn.Module):
-    """A skip connection that shares its scale with what it is joined to, and not with the pool."""
+def test_a_result_with_two_quantizers_says_why_it_stays_float() -> None:
+    names = ["scale", "zero"]
+    layers = [helper.make_node("DequantizeLinear", [name, *names], [f"{name}.real"]) for name in ("input", "weight")]
+    conv = helper.make_node("Conv", ["input.real", "weight.real"], ["y"], name="conv")
+    quantizers = [helper.make_node("QuantizeLinear", ["y", *names], [f"codes{i}"]) for i in range(2)]
+    outputs = [helper.make_tensor_value_info(f"codes{i}", TensorProto.UINT8, None) for i in range(2)]
+    shapes = {"scale": np.float32(0.1), "zero": np.uint8(0), "weight": np.ones((2, 2, 1, 1), np.uint8)}
+    constants = [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in shapes.items()]
+    read = [helper.make_tensor_value_info("input", TensorProto.UINT8, [1, 2, 3, 3])]
+    graph = helper.make_graph([*layers, conv, *quantizers], "g", read, outputs, constants)
+    file = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    told = "its result goes to 2 quantizers, of which ONNX Runtime fuses none"
+    assert fusion(file).in_float == [FloatNode("conv", "Conv", told)]
 
-    def __init__(self) -> None:
+
+class Skip(nn.Module):
+    """A skip connection that shares its scale with what it is joined to."""
+
+    def __init__(self, up: nn.Module) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
-        self.up, self.last = nn.Upsample(scale_factor=2), nn.Conv2d(16, 4, 1)
+        self.up, self.last = up, nn.Conv2d(16, 4, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         skip = torch.relu(self.first(x))

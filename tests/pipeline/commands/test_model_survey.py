@@ -30,8 +30,7 @@ def test_nearly_all_networks_pass_and_none_ends_in_a_traceback() -> None:
     classes = Counter(map(model_survey.outcome, ROWS.values()))
     assert len(ROWS) >= 60
     assert classes[model_survey.PASSES] + classes[model_survey.NOT_PROVABLE] >= 55
-    assert not {"traceback", "time limit", "not run", "failed"} & set(classes)
-    assert classes["float without a reason"] <= 1
+    assert not {"traceback", "time limit", "not run", "failed", "float without a reason"} & set(classes)
 
 
 @pytest.mark.parametrize("name", [name for name, row in ROWS.items() if row["status"] == "measured"])
@@ -40,7 +39,7 @@ def test_no_row_has_an_unexplained_gap(name: str) -> None:
     assert row["verification"]["onnxruntime"]["codes"] > 20_000
     assert row["claims"]["onnxruntime"]["exact"] == row["mapped"]["quantizers"]
     assert row["step"]["changed"] > 0.4 * row["step"]["parameters"]  # a step reaches few of what starts at 0
-    if model_survey.outcome(row) == model_survey.PASSES and model_survey.int8_share(row) < 0.9:
+    if model_survey.outcome(row) == model_survey.PASSES:
         assert model_survey.unexplained(row) == []
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils import prune, weight_norm
 
 from crqat.core.errors import UsageError
 from crqat.core.progress import quiet
@@ -45,6 +46,18 @@ class Dropping(nn.Module):
 
 def thirteen(classes: int, channels: int) -> nn.Module:
     return Dropping(13, channels)
+
+
+def pruned(classes: int, channels: int) -> nn.Module:
+    network = Dropping(classes, channels)
+    prune.l1_unstructured(network.conv, "weight", 0.5)  # type: ignore[no-untyped-call]
+    return network
+
+
+def weight_normed(classes: int, channels: int) -> nn.Module:
+    network = Dropping(classes, channels)
+    weight_norm(network.fc)
+    return network
 
 
 def needs_width(width: int) -> nn.Module:
@@ -98,6 +111,18 @@ def test_a_recipe_is_tried_and_nothing_is_trained(of: Callable[..., Path], monke
     assert len(check(path, syntax=True)) == 1
     with pytest.raises(UsageError, match="the network gives 13 logits, the data has 10 classes"):
         check(of("thirteen"))
+
+
+@pytest.mark.parametrize("name", ["pruned", "weight_normed"])
+def test_weights_that_hooks_compute_are_folded_from_check_to_training(
+    of: Callable[..., Path], tmp_path: Path, name: str
+) -> None:
+    """What such a hook has computed is a tensor that `copy.deepcopy` alone refuses."""
+    config = recipe.load(of(name))
+    hook = partial(precheck.before_training, config, quiet)
+    trained = trainer.train(recipe.train_config(config), tmp_path, quiet, precheck=hook)
+    assert any("its weight is computed" in note for note in trained.notes)
+    assert (tmp_path / "student.safetensors").stat().st_size > 1000
 
 
 def test_what_cannot_be_called_is_told_before_data_is_read(
