@@ -647,3 +647,31 @@ def test_a_layer_whose_result_is_read_in_float_has_a_quantizer_behind_it_and_one
 
 def _pairs(layout_: Layout) -> list[tuple[fx.GraphModule, QuantizerSpec]]:
     return [(layout_[0], spec) for spec in layout_[1]]
+
+
+class SqueezeExcite(nn.Module):
+    """Squeeze-and-excitation by two convolutions and by two linear layers (arXiv 1709.01507)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.end, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+        self.reduce, self.expand = nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 1)
+        self.down, self.up = nn.Linear(8, 4), nn.Linear(4, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.relu(self.first(x))
+        x = x * self.expand(functional.relu(self.reduce(functional.adaptive_avg_pool2d(x, 1)))).sigmoid()
+        weights = self.up(functional.relu(self.down(x.mean((2, 3))))).sigmoid()
+        return self.fc(self.end(x * weights[:, :, None, None]).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("targets", [("onnxruntime",), ("tensorrt",), BOTH])
+def test_the_layers_of_squeeze_and_excitation_are_quantized_unless_the_recipe_keeps_them(
+    targets: Sequence[Target],
+) -> None:
+    layers = {"first", "end", "fc", "reduce", "expand", "down", "up"}
+    _, specs = quantized(SqueezeExcite(), targets)
+    assert {spec.operation for spec in specs if spec.kind == "weight"} == layers
+    kept = QuantizationConfig(float_layers={"all": ("reduce", "expand", "down", "up")})
+    _, specs = quantized(SqueezeExcite(), targets, kept)
+    assert {spec.operation for spec in specs if spec.kind == "weight"} == {"first", "end", "fc"}

@@ -1,0 +1,135 @@
+"""Layers that networks put between their convolutions: each is written, verified, and leaves the convolutions in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from crqat.export.qdq.lint import lint
+from crqat.export.verification.checks import verify
+from crqat.export.verification.fusion import fusion
+from tests.export.conftest import BOTH, quantize, random_images
+
+CHANNELS = 8
+
+
+class Attention(nn.Module):
+    """Of all pixels to all pixels, with queries, keys and values unpacked from one tensor."""
+
+    def __init__(self, unpack: Callable[[Tensor], tuple[Tensor, ...]]) -> None:
+        super().__init__()
+        self.qkv, self.unpack, self.out = nn.Linear(CHANNELS, 3 * CHANNELS), unpack, nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        n, c, h, w = x.shape
+        q, k, v = self.unpack(self.qkv(x.flatten(2).transpose(1, 2)))
+        attention = torch.softmax(q @ k.transpose(-2, -1) * c**-0.5, dim=-1)
+        return self.out(attention @ v).transpose(1, 2).reshape(n, c, h, w)  # type: ignore[no-any-return]
+
+
+class GeneralizedMean(nn.Module):
+    """Over windows of two by two pixels (GeM, arXiv 1711.02512), with a learned power."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.power = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to [N, C, H / 2, W / 2]."""
+        return F.avg_pool2d(x.clamp(min=1e-3).pow(self.power), 2).pow(1.0 / self.power)
+
+
+class EfficientChannelAttention(nn.Module):
+    """ECA, arXiv 1910.03151: a convolution over the means of neighboring channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(1, 1, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        weights: Tensor = self.conv(x.mean((2, 3)).unsqueeze(1)).transpose(1, 2).unsqueeze(-1)
+        return x * weights.sigmoid()
+
+
+class BlockAttention(nn.Module):
+    """CBAM, arXiv 1807.06521: channels, then pixels, weighted by means and maxima."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared = nn.Sequential(nn.Conv2d(CHANNELS, 4, 1), nn.ReLU(), nn.Conv2d(4, CHANNELS, 1))
+        self.pixels = nn.Conv2d(2, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        x = x * torch.sigmoid(self.shared(F.adaptive_avg_pool2d(x, 1)) + self.shared(F.adaptive_max_pool2d(x, 1)))
+        means, maxima = x.mean(1, keepdim=True), x.amax(1, keepdim=True)
+        return x * torch.sigmoid(self.pixels(torch.cat([means, maxima], 1)))
+
+
+class FunctionOf(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to what the function gives."""
+        return self.function(x)
+
+
+LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "group norm": lambda: nn.GroupNorm(2, CHANNELS),
+    "instance norm": lambda: nn.InstanceNorm2d(CHANNELS, affine=True),
+    "prelu per channel": lambda: nn.PReLU(CHANNELS),
+    "pixel shuffle": lambda: nn.Sequential(nn.PixelShuffle(2), nn.Conv2d(CHANNELS // 4, CHANNELS, 1)),
+    "upsample nearest": lambda: nn.Upsample(scale_factor=2, mode="nearest"),
+    "upsample nearest exact": lambda: nn.Upsample(scale_factor=2, mode="nearest-exact"),
+    "upsample bilinear": lambda: nn.Upsample(scale_factor=2, mode="bilinear"),
+    "upsample bilinear by corners": lambda: nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True),
+    "upsample bicubic": lambda: nn.Upsample(scale_factor=2, mode="bicubic"),
+    "upsample to a size": lambda: FunctionOf(lambda x: F.interpolate(x, size=(9, 11), mode="bilinear")),
+    "gated linear unit": lambda: nn.Sequential(
+        FunctionOf(lambda x: F.glu(x, 1)), nn.Conv2d(CHANNELS // 2, CHANNELS, 1)
+    ),
+    "normalize": lambda: FunctionOf(lambda x: F.normalize(x, dim=1)),
+    "log softmax": lambda: nn.LogSoftmax(1),
+    "generalized mean": GeneralizedMean,
+    "efficient channel attention": EfficientChannelAttention,
+    "block attention": BlockAttention,
+    "attention by chunk": lambda: Attention(lambda x: x.chunk(3, -1)),
+    "attention by unbind": lambda: Attention(lambda x: x.unflatten(-1, (3, CHANNELS)).unbind(-2)),
+    "transposed convolution": lambda: nn.ConvTranspose2d(CHANNELS, CHANNELS, 2, 2),
+}
+
+
+class Network(nn.Module):
+    """A layer between two convolutions."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.before, self.layer = nn.Conv2d(3, CHANNELS, 3, padding=1), layer
+        self.after, self.fc = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1), nn.Linear(CHANNELS, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, 3, H, W] to logits [N, 5]."""
+        x = self.layer(F.relu(self.before(x)))
+        return self.fc(F.relu(self.after(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_between_two_convolutions_is_verified_for_both_targets(name: str) -> None:
+    torch.manual_seed(0)
+    quantized = quantize(Network(LAYERS[name]()), random_images(8, 3, 8, 8), targets=BOTH)
+    files = quantized.files()
+    assert {target: lint(file.model, target) for target, file in files.items()} == dict.fromkeys(BOTH, [])
+    proof = verify(quantized.model, quantized.grids, files, quantized.images)
+    assert {target: entry.status for target, entry in proof.items()} == dict.fromkeys(BOTH, "passed")
+    in_float = {entry.operation for entry in fusion(files["onnxruntime"].model).in_float}
+    assert not in_float & {"Conv", "Gemm"}, in_float
