@@ -8,6 +8,7 @@ live in a torch.fx GraphModule, because that is what torch.compile can fuse.
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -140,7 +141,7 @@ def _written_out() -> Iterator[None]:
 def _left_out(
     graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups, in_float: Sequence[str]
 ) -> Groups:
-    """Weights that NNCF's ignored patterns leave in float and the recipe does not: the layers of squeeze-and-excitation.
+    """Weights that NNCF leaves in float and the recipe does not: the layers of squeeze-and-excitation.
 
     They are up to a tenth of a small network's multiply-accumulates, and what holds a runtime in float between the
     global pool and the sigmoid.
@@ -160,6 +161,10 @@ def _in_float(hooks: Hooks, config: QuantizationConfig, targets: Sequence[str]) 
     """NNCF's names of the operations that `float_layers` keeps in float."""
     edges = [names[0] for names, _, weight in hooks.groups if weight]
     layers = {edge.split(".", 1)[1].rsplit("__", 1)[0].replace(":", "."): operation_of(edge) for edge in edges}
+    # Those that NNCF leaves out by itself are quantized here, see `_left_out`.
+    for name in hooks.operations:
+        if re.search(r"/(conv[123]d|linear|conv_transpose[123]d)/\d+$", name):
+            layers.setdefault(name, operation_of(f"pre_hooks.{name.replace('.', ':')}__1.0"))
     chosen = overrides.in_float(config.float_layers, targets, sorted(layers.values()))
     return [operation for operation, name in layers.items() if name in chosen]
 

@@ -81,6 +81,7 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
         )
 
     result = list(groups)
+    merged: set[int] = set()
     for node in graph_module.graph.nodes:
         if not is_matmul(node) or FLOAT_LAYER in node.meta or not node.users:
             continue
@@ -98,16 +99,19 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
         if covered(source) or feeds_softmax(source):
             continue
         shared = {places[Place(source, user)] for user in source.users if Place(source, user) in places}
-        if len(shared) == 1:
-            index = shared.pop()
-            names, channels, weight, own = result[index]
-            kept = [place for place in own if place.source is not source]
-            result[index] = names, channels, weight, [Place(source, None), *kept]
-        elif not shared:
+        if shared:
+            # One value has one quantizer: where its readers were given several, the first of them serves all.
+            first, *rest = sorted(shared)
+            hooks = tuple(sorted({name for index in (first, *rest) for name in result[index][0]}))
+            own = [place for index in (first, *rest) for place in result[index][3] if place.source is not source]
+            result[first] = hooks, result[first][1], False, [Place(source, None), *own]
+            places.update(dict.fromkeys([Place(source, None), *own], first))
+            merged.update(rest)
+        else:
             source.meta[BEFORE_FLOAT] = True
             name = f"post_hooks.{names_of_nodes[source].replace('.', ':')}__0.0"
             result.append(((name,), None, False, [Place(source, None)]))
-    return result
+    return [group for index, group in enumerate(result) if index not in merged]
 
 
 def in_front_of_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups) -> Groups:
