@@ -146,10 +146,11 @@ def test_what_moves_or_selects_real_values_of_one_grid_is_exact_in_codes(
 
 
 @pytest.mark.parametrize("mode", ["half_pixel", "pytorch_half_pixel", "align_corners", "asymmetric"])
-def test_interpolation_lies_within_a_narrow_bound(mode: str) -> None:
+@pytest.mark.parametrize("kind", ["linear", "cubic"])
+def test_interpolation_lies_within_a_narrow_bound(mode: str, kind: str) -> None:
     x = random_tensor(np.random.default_rng(0), (2, 3, 5, 7), 119)
     resize: Node = (
-        "Resize", ["x.real", "", "", "sizes"], "logits", {"mode": "linear", "coordinate_transformation_mode": mode},
+        "Resize", ["x.real", "", "", "sizes"], "logits", {"mode": kind, "coordinate_transformation_mode": mode},
     )  # fmt: skip
     constants = {**grid("x", x.scale, 119), "sizes": np.array([2, 3, 11, 9])}
     model = model_of([quantize("x", "input"), dequantize("x", "x", "x.real"), resize], constants, x.codes.shape)
