@@ -1,4 +1,4 @@
-"""A pickle that runs a command where it is loaded, and the control that it does: in a process of its own."""
+"""A pickle that runs a command when it is loaded, and a loader that lets it, in a process of its own."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LOADS = {
 
 
 class Hostile:
-    """Its pickle creates the file `marker` when it is loaded."""
+    """An object whose pickle creates the file `marker` when it is loaded."""
 
     def __init__(self, marker: str | Path) -> None:
         self.marker = marker
@@ -24,7 +24,7 @@ class Hostile:
 
 
 def load_without_care(path: Path, library: str) -> None:
-    """What a reader that trusts the file would do.
+    """Load a file as a reader that trusts it would.
 
     Args:
         path: The file.

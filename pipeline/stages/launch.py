@@ -94,16 +94,16 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
                 raise Interrupted(msg, asked.sigval) from asked
             except ChildFailedError as error:
                 codes = exit_codes(list(error.failures.values()))
-                # torch may end who has told before his own exit, and report the code of one that followed him.
-                first = said.read_text() if said.exists() else ""
-                codes = [int(first), *codes] if first else codes
+                # torch may stop the process that reported the error before it exits by itself, and then gives the code
+                # of a process that only followed it.
+                reported = int(said.read_text() or 0) if said.exists() else 0
             else:
                 return 0
             finally:
                 del os.environ["CRQAT_SAID"]
-        died = [code for code in codes if code not in _TOLD]
+        died = [code for code in (reported, *codes) if code and code not in _TOLD]
         if not died:
-            return int(first) if first else min((code for code in codes if code > 0), default=_SIGNALS + signal.SIGTERM)
+            return reported or min((code for code in codes if code > 0), default=_SIGNALS + signal.SIGTERM)
         how_it_died = f"by signal {-died[0]}" if died[0] < 0 else f"with {died[0]}"
         if died[0] == InternalError.exit_code_of_rank:
             how_it_died = "by an internal error"
