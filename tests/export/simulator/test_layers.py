@@ -104,7 +104,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "efficient channel attention": EfficientChannelAttention,
     "block attention": BlockAttention,
     "attention by chunk": lambda: Attention(lambda x: x.chunk(3, -1)),
-    "attention by unbind": lambda: Attention(lambda x: x.unflatten(-1, (3, CHANNELS)).unbind(-2)),
+    "attention by unbind": lambda: Attention(lambda x: x.reshape(*x.shape[:-1], 3, CHANNELS).unbind(-2)),
     "transposed convolution": lambda: nn.ConvTranspose2d(CHANNELS, CHANNELS, 2, 2),
 }
 
