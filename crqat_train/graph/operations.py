@@ -33,7 +33,10 @@ _MOVEMENT_FUNCTIONS: set[Any] = {
     "__getitem__",
 }  # fmt: skip
 _NONNEGATIVE_MODULES = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Hardsigmoid, nn.Softmax)
-_NONNEGATIVE_FUNCTIONS = {functional.relu, functional.relu6, torch.relu, torch.sigmoid, functional.hardsigmoid, "relu"}
+_NONNEGATIVE_FUNCTIONS = {
+    functional.relu, functional.relu6, torch.relu, torch.sigmoid, functional.hardsigmoid, "relu",
+    torch.zeros, torch.ones, torch.zeros_like, torch.ones_like, "new_zeros", "new_ones",
+}  # fmt: skip
 # ONNX Runtime fuses a convolution with what follows it only if that is a quantizer, or a ReLU or ReLU6 before one.
 _UNFUSED_MODULES = (nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.Hardsigmoid, nn.GELU, nn.ELU, nn.Tanh, nn.PReLU,
                     nn.Hardtanh, nn.Mish)  # fmt: skip

@@ -72,6 +72,81 @@ class BlockAttention(nn.Module):
         return x * torch.sigmoid(self.pixels(torch.cat([means, maxima], 1)))
 
 
+class MeanOverTokens(nn.Module):
+    """Patches as tokens, mixed and averaged, spread over the pixels again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mix = nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        means = F.relu(self.mix(x.flatten(2).transpose(1, 2))).mean(1)
+        return x + means[:, :, None, None]
+
+
+class Normalization(nn.Module):
+    """By buffers, as a network does that takes images as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, CHANNELS, 1, 1), 0.1))
+        self.register_buffer("std", torch.full((1, CHANNELS, 1, 1), 0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        return (x - self.mean) / self.std
+
+
+class SamePadding(nn.Conv2d):
+    """Padding as TensorFlow computes it, with a condition on the size of the image."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same of half the size."""
+        need = max((-(-x.shape[-1] // 2) - 1) * 2 + 3 - x.shape[-1], 0)
+        if need > 0:
+            x = F.pad(x, [need // 2, need - need // 2, need // 2, need - need // 2])
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0)
+
+
+class Optional(nn.Module):
+    """A forward whose second argument has a default and decides what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(CHANNELS, CHANNELS, 1)
+
+    def forward(self, x: Tensor, features_only: bool = False) -> Tensor:
+        """[N, C, H, W] to the same."""
+        return x if features_only else self.conv(x)
+
+
+class Blur(nn.Module):
+    """Anti-aliased pooling (arXiv 1904.11486): a fixed filter, expanded over the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kernel", torch.full((1, 1, 3, 3), 1 / 9))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same of half the size."""
+        kernel = self.kernel.expand(CHANNELS, 1, 3, 3)  # type: ignore[operator]
+        return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=CHANNELS)
+
+
+class PreActivation(nn.Module):
+    """A residual block that rectifies its input, while the skip takes it as it is (arXiv 1603.05027)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(CHANNELS, CHANNELS, 3, padding=1, bias=False), nn.BatchNorm2d(CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        branch: Tensor = self.bn(self.conv(F.relu(x)))
+        return branch + x
+
+
 class FunctionOf(nn.Module):
     """A function as a module."""
 
@@ -105,6 +180,19 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "block attention": BlockAttention,
     "attention by chunk": lambda: Attention(lambda x: x.chunk(3, -1)),
     "attention by unbind": lambda: Attention(lambda x: x.reshape(*x.shape[:-1], 3, CHANNELS).unbind(-2)),
+    "mean over tokens": MeanOverTokens,
+    "normalization by buffers": Normalization,
+    "padding same": lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding="same"),
+    "padding same with a dilation": lambda: nn.Conv2d(CHANNELS, CHANNELS, 3, padding="same", dilation=2),
+    "padding by size": lambda: SamePadding(CHANNELS, CHANNELS, 3, stride=2),
+    "padding by new zeros": lambda: nn.Sequential(
+        FunctionOf(lambda x: torch.cat([x, x.new_zeros(x.shape[0], 4, *x.shape[2:])], 1)),
+        nn.Conv2d(CHANNELS + 4, CHANNELS, 1),
+    ),
+    "mask": lambda: FunctionOf(lambda x: x * (x > 0.5).float()),
+    "optional argument": Optional,
+    "anti-aliased pooling": Blur,
+    "pre-activation residuals": lambda: nn.Sequential(*(PreActivation() for _ in range(3))),
     "transposed convolution": lambda: nn.ConvTranspose2d(CHANNELS, CHANNELS, 2, 2),
 }
 
