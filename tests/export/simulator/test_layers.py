@@ -88,6 +88,9 @@ class MeanOverTokens(nn.Module):
 class Normalization(nn.Module):
     """By buffers, as a network does that takes images as they are."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("mean", torch.full((1, CHANNELS, 1, 1), 0.1))
@@ -124,13 +127,15 @@ class Optional(nn.Module):
 class Blur(nn.Module):
     """Anti-aliased pooling (arXiv 1904.11486): a fixed filter, expanded over the channels."""
 
+    kernel: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("kernel", torch.full((1, 1, 3, 3), 1 / 9))
 
     def forward(self, x: Tensor) -> Tensor:
         """[N, C, H, W] to the same of half the size."""
-        kernel = self.kernel.expand(CHANNELS, 1, 3, 3)  # type: ignore[operator]
+        kernel = self.kernel.expand(CHANNELS, 1, 3, 3)
         return F.conv2d(F.pad(x, (1, 1, 1, 1), mode="reflect"), kernel, stride=2, groups=CHANNELS)
 
 
