@@ -33,12 +33,18 @@ class DataConfig:
         root: Folder of an on-disk source; of "imagefolder" the one with train/CLASS/* and test/CLASS/* (or val/), of
             "webdataset" the one with train-*.tar and test-*.tar, of "huggingface" one that `save_to_disk` wrote.
         download: Fetch the data set into `root` if it is not there.
-        unlabeled: A further source of the same kinds whose training images feed the consistency term only.
+        unlabeled: A further source of the same kinds whose training images are used without their labels, by the
+            consistency term alone.
+        unlabeled_root: Its folder, None for `root`. Of "imagefolder" any folder: all images in it and below it are
+            taken, in class folders or not.
+        unlabeled_ratio: Unlabeled images in a training step for each labeled one; 0 leaves them out.
+        labeled: Keep the labels of so many training images, as many of each class as there are, drawn with the recipe's
+            seed; validation images are among them. The others are unlabeled. None keeps all labels.
         validation: Share of the training images held out for selection, drawn with the recipe's seed.
         crop_padding: Random crop after padding each side by this many pixels; 0 switches it off.
         flip: Random horizontal flip.
-        strong: "randaugment" shows the student a strongly changed view in QAT (`train.data.augment.strong_view`), the
-            teacher a weak one; "none" shows both weak ones.
+        strong: "randaugment" shows the student a strongly changed view of all images in QAT
+            (`train.data.augment.strong_view`), the teacher a weak one; "none" shows both weak ones.
         size: Of stored images (FILE_SOURCES): resize the shorter side to so many pixels; None is 256.
         crop: Of stored images: cut a square of so many pixels out of the centre; None is 224.
         channels: Of stored images and CIFAR: 3 is RGB, 1 is grey; None is 3.
@@ -57,6 +63,9 @@ class DataConfig:
     root: str | None = None
     download: bool = False
     unlabeled: str | None = None
+    unlabeled_root: str | None = None
+    unlabeled_ratio: Annotated[float, Range(ge=0)] = 1.0
+    labeled: Annotated[int, Range(ge=2)] | None = None
     validation: Annotated[float, Range(gt=0, lt=1)] = 0.1
     crop_padding: Annotated[int, Range(ge=0)] = 4
     flip: bool = True
@@ -120,6 +129,45 @@ class OptimizerConfig:
     lr: Annotated[float, Range(gt=0)] = 0.1
     weight_decay: Annotated[float, Range(ge=0)] = 5e-4
     precision: Literal["float32", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """The consistency term (arXiv 2402.13497): L = CE + lambda(t) KL(teacher || student).
+
+    Attributes:
+        teacher: "ema" of the student, the frozen "float" network, or "none" for plain QAT. "pseudo-label" is no teacher
+            in the loop: the float network labels the unlabeled images once, as they are, and the term is the
+            cross-entropy with these labels.
+        weight: lambda_max; 0 with the "ema" teacher is plain QAT beside an average of its weights.
+        ramp_up: Share of the steps over which lambda rises to `weight` as exp(-5 (1 - t/T)^2).
+        temperature: Of both softmaxes; the term is multiplied by its square.
+        ema_decay: Largest alpha of theta' = alpha theta' + (1 - alpha) theta; step t uses min(1 - 1/(t+1), alpha).
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    teacher: Literal["ema", "float", "pseudo-label", "none"] = "ema"
+    weight: Annotated[float, Range(ge=0)] = 1.0
+    ramp_up: Annotated[float, Range(ge=0, le=1)] = 0.3
+    temperature: Annotated[float, Range(gt=0)] = 1.0
+    ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.99
+
+
+@dataclass(frozen=True)
+class FloatConfig(OptimizerConfig):
+    """The training of the float network.
+
+    Attributes:
+        fine_tune: Train on from the weights that `model.weights` names, which else stay as they are.
+        strong: As `data.strong`, in this training.
+        consistency: The consistency term in this training, as the recipe's section of that name is in QAT: a teacher
+            that is the average of the float network, on unlabeled images if there are any. The network or its teacher
+            is kept, whichever is better on the validation images. None trains without.
+    """
+
+    fine_tune: bool = False
+    strong: Literal["none", "randaugment"] = "none"
+    consistency: ConsistencyConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -206,26 +254,6 @@ class QuantizationConfig:
 
 
 @dataclass(frozen=True)
-class ConsistencyConfig:
-    """The consistency term (arXiv 2402.13497): L = CE + lambda(t) KL(teacher || student).
-
-    Attributes:
-        teacher: "ema" of the quantized student, the frozen "float" network, or "none" for plain QAT.
-        weight: lambda_max; 0 with the "ema" teacher is plain QAT beside an average of its weights.
-        ramp_up: Share of the steps over which lambda rises to `weight` as exp(-5 (1 - t/T)^2).
-        temperature: Of both softmaxes; the term is multiplied by its square.
-        ema_decay: Largest alpha of theta' = alpha theta' + (1 - alpha) theta; step t uses min(1 - 1/(t+1), alpha).
-    """
-
-    __pydantic_config__: ClassVar[Any] = STRICT
-    teacher: Literal["ema", "float", "none"] = "ema"
-    weight: Annotated[float, Range(ge=0)] = 1.0
-    ramp_up: Annotated[float, Range(ge=0, le=1)] = 0.3
-    temperature: Annotated[float, Range(gt=0)] = 1.0
-    ema_decay: Annotated[float, Range(ge=0, lt=1)] = 0.99
-
-
-@dataclass(frozen=True)
 class TrainConfig:
     """Everything the `train` stage depends on; `pipeline.recipe.recipe` puts it together from a recipe's sections.
 
@@ -247,7 +275,7 @@ class TrainConfig:
     targets: tuple[Target, ...]
     data: DataConfig
     model: ModelConfig
-    float_training: OptimizerConfig
+    float_training: FloatConfig
     quantization: QuantizationConfig
     qat: QATConfig
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)

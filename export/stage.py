@@ -23,7 +23,7 @@ from crqat.train.checkpoint import read_tensors
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Images
-from crqat.train.data.split import split as split_images
+from crqat.train.data.split import split_of
 from crqat.train.load_trained import rebuild
 from crqat.train.models.published import data_section
 
@@ -79,9 +79,7 @@ def export(
         "crqat.git_revision": git_revision,
     }
     dataset = sources.of_recipe(data_section(train), progress)
-    chosen = split_images(len(dataset.train_labels), train.data.validation, train.seed).validation[
-        : config.verify_images
-    ]
+    chosen = split_of(dataset.train_labels, train.data, train.seed).validation[: config.verify_images]
     quantized = Quantized(model, grids, preprocessing(dataset.train_images[chosen].numpy()))
     config = replace(config, targets=config.targets or train.targets)
     entries = write_models(quantized, out, config, metadata, progress, unsafe)

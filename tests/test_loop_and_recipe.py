@@ -24,8 +24,8 @@ from crqat.export.config import ExportConfig
 from crqat.train.config import (
     ConsistencyConfig,
     DataConfig,
+    FloatConfig,
     ModelConfig,
-    OptimizerConfig,
     QATConfig,
     QuantizationConfig,
     TrainConfig,
@@ -72,7 +72,7 @@ def recipe(weights: Path) -> TrainConfig:
         targets=("onnxruntime", "tensorrt"),
         data=DataConfig("digits", crop_padding=0, flip=False),
         model=ModelConfig(f"{__name__}:network", str(weights)),
-        float_training=OptimizerConfig(epochs=0),
+        float_training=FloatConfig(epochs=0),
         quantization=QuantizationConfig(weights=4, activations=4, calibration_images=200),
         qat=QATConfig(epochs=EPOCHS, batch_size=BATCH, lr=LR, weight_decay=DECAY, bn_images=0),
         consistency=ConsistencyConfig(weight=LAMBDA, ramp_up=0.0, ema_decay=0.9),

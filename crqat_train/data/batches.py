@@ -149,10 +149,9 @@ class Feed:
         self.order, self.done = None, 0
 
     def stream(self) -> Iterator[tuple[Tensor, ...]]:
-        """Epochs without end and without labels: yields the views alone."""
+        """Epochs without end."""
         while True:
-            for batch in self.epoch():
-                yield batch[:-1]
+            yield from self.epoch()
 
 
 def evaluation_batches(images: Images, preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:

@@ -95,6 +95,37 @@ def list_folder(root: Path) -> tuple[tuple[str, ...], tuple[ImageFile, ...], tup
     return names, files[0], files[1], str(left_out)
 
 
+def list_images(root: Path, key: str) -> tuple[ImageFile, ...]:
+    """All image files in a folder and below it, sorted, each with label 0; hidden ones are left out.
+
+    Args:
+        root: The folder.
+        key: The recipe's key that names it, for messages.
+
+    Raises:
+        UsageError: There is no such folder, or no image in it.
+        ToolError: A folder cannot be read.
+    """
+    if not root.is_dir():
+        msg = f"{key}: {root} is no folder"
+        raise UsageError(msg)
+    paths = sorted(
+        parent / name
+        for parent, found, _, _ in walk(root, hidden=False, refuse=_refuse)
+        for name in found
+        if not name.startswith(".") and Path(name).suffix.lower() in endings()
+    )
+    if not paths:
+        msg = f"{key}: {root} has no images ({USUAL_ENDINGS})"
+        raise UsageError(msg)
+    return tuple(ImageFile(path, 0, *_state_of(path)) for path in paths)
+
+
+def _refuse(error: OSError) -> None:
+    msg = f"{error.filename}: cannot be read: {error.strerror}"
+    raise ToolError(msg) from error
+
+
 def _layout_hint(root: Path) -> str:
     """What a folder seems to be that has no training and test part."""
     if not root.is_dir():
@@ -171,16 +202,11 @@ def _classes(folder: Path, left_out: _LeftOut) -> tuple[str, ...]:
 
 def _files(folder: Path, names: Sequence[str], present: Sequence[str], left_out: _LeftOut) -> tuple[ImageFile, ...]:
     """All image files below the class folders that are present, sorted; none of these may be without images."""
-
-    def refuse(error: OSError) -> None:
-        msg = f"{error.filename}: cannot be read: {error.strerror}"
-        raise ToolError(msg) from error
-
     by_class: dict[str, list[Path]] = {}
     reasons: dict[str, str] = {}
     for name in present:
         paths, others = [], list[tuple[str, Path]]()
-        for parent, found, hidden, again in walk(folder / name, hidden=False, refuse=refuse):
+        for parent, found, hidden, again in walk(folder / name, hidden=False, refuse=_refuse):
             others += [("hidden folder", parent / below) for below in hidden]
             others += [("link to a folder that is read already", parent / below) for below in again]
             for path in (parent / file for file in found):

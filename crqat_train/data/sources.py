@@ -6,6 +6,7 @@ import difflib
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from crqat.core.preprocessing import Preprocessing
 from crqat.core.progress import Progress, quiet
 from crqat.train.config import FOLDER_CROP, FOLDER_SIZE, DataConfig
 from crqat.train.data import builtin
+from crqat.train.data.batches import Images
 from crqat.train.data.dataset import Dataset, doubts, validate
 from crqat.train.data.huggingface import TableImages, fetch, open_saved
-from crqat.train.data.imagefolder import FolderImages, duplicates, list_folder
+from crqat.train.data.imagefolder import FolderImages, duplicates, list_folder, list_images
 from crqat.train.data.streaming import StoredImages, decode
 from crqat.train.data.webdataset import ShardImages, list_shards
 from crqat.train.own_code import call_function, import_function
@@ -113,19 +115,35 @@ def normalization_note(config: DataConfig, preprocessing: Preprocessing) -> str 
     )
 
 
-def load_unlabeled(source: str, config: DataConfig, labeled: Dataset) -> Dataset:
-    """The recipe's `data.unlabeled`: its training images go through the same network as the labeled ones.
+def load_unlabeled(source: str, config: DataConfig, labeled: Dataset) -> Images:
+    """The recipe's `data.unlabeled`: uint8 of shape [N, C, H, W], or files.
+
+    They are the source's training images, or all images of the folder `data.unlabeled_root`, and go through the same
+    network as the labeled ones.
 
     Raises:
         UsageError: As `load`, or the images' shape is not that of the labeled images.
         ToolError: As `load`.
     """
-    dataset = load(source, config.root, config.download, "data.unlabeled", config)
-    shape, expected = list(dataset.train_images.shape[1:]), list(labeled.train_images.shape[1:])
+    if source == "imagefolder" and config.unlabeled_root is not None:
+        images = _unlabeled_folder(user_path(config.unlabeled_root, "data.unlabeled_root"), config)
+    else:
+        root = config.unlabeled_root or config.root
+        images = load(source, root, config.download, "data.unlabeled", config).train_images
+    shape, expected = list(images.shape[1:]), list(labeled.train_images.shape[1:])
     if shape != expected:
         msg = f"data.unlabeled: images of {source} have shape {shape}, those of data.source {expected}; resize them"
         raise UsageError(msg)
-    return dataset
+    return images
+
+
+def _unlabeled_folder(root: Path, config: DataConfig) -> Images:
+    """All images in a folder and below it."""
+    files = list_images(root, "data.unlabeled_root")
+    size, crop = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP
+    images = FolderImages(files, size, crop, config.convert, channels=config.channels or 3)
+    images = replace(images, interpolation=config.interpolation or "bilinear")
+    return decode(images, "unlabeled images", quiet)
 
 
 def _from_function(source: str, root: str | None, key: str) -> Dataset:

@@ -8,18 +8,42 @@ import torch
 from torch import Tensor
 
 from crqat.core.errors import UsageError
+from crqat.train.config import DataConfig
 
 
 @dataclass(frozen=True)
 class Split:
-    """Which training images train and which select; int64 indices on the CPU."""
+    """Which training images train, which select, and which are used without their label; int64 indices on the CPU."""
 
     train: Tensor
     validation: Tensor
+    unlabeled: Tensor
+
+
+def split_of(labels: Tensor, config: DataConfig, seed: int) -> Split:
+    """The split of a recipe's training images.
+
+    Args:
+        labels: Of the training images, int64 of shape [N].
+        config: `validation` is the share of the labeled images that select, `labeled` how many images keep their label.
+        seed: Of the recipe.
+
+    Raises:
+        UsageError: As `split`, or there are fewer than `labeled` images.
+    """
+    if config.labeled is None:
+        return split(len(labels), config.validation, seed)
+    if config.labeled > len(labels):
+        msg = f"data.labeled: {config.labeled} of {len(labels)} training images cannot keep their label; take fewer"
+        raise UsageError(msg)
+    drawn = _balanced(labels, seed)
+    chosen, unlabeled = drawn[: config.labeled].sort().values, drawn[config.labeled :].sort().values
+    inside = split(len(chosen), config.validation, seed)
+    return Split(chosen[inside.train], chosen[inside.validation], unlabeled)
 
 
 def split(n: int, fraction: float, seed: int) -> Split:
-    """Divide n images at random, the same way for the same seed whatever the training device.
+    """Divide n labeled images at random, the same way for the same seed whatever the training device.
 
     Args:
         n: Number of images.
@@ -34,4 +58,14 @@ def split(n: int, fraction: float, seed: int) -> Split:
         msg = f"data.validation: a share of {fraction} of {n} training images leaves one part empty; change it"
         raise UsageError(msg)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return Split(train=order[count:], validation=order[:count])
+    return Split(train=order[count:], validation=order[:count], unlabeled=order[:0])
+
+
+def _balanced(labels: Tensor, seed: int) -> Tensor:
+    """All images in an order whose beginnings have as many of each class as there are; int64 of shape [N]."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    place = torch.empty_like(order)
+    for label in set(labels.tolist()):
+        own = (labels[order] == label).nonzero().squeeze(1)
+        place[own] = torch.arange(len(own))
+    return order[place.argsort(stable=True)]

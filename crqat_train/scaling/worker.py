@@ -29,7 +29,7 @@ from crqat.train import distributed, shares
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
-from crqat.train.data.split import split as split_images
+from crqat.train.data.split import split_of
 from crqat.train.data.streaming import workers
 from crqat.train.device import choose_device, compiler
 from crqat.train.models import build as models
@@ -57,9 +57,10 @@ class Work:
     def __init__(self, config: TrainConfig, device: torch.device, seed: int) -> None:
         self.config, self.device = config, device
         self.dataset = sources.of_recipe(published.data_section(config))
-        self.chosen = split_images(len(self.dataset.train_labels), config.data.validation, config.seed).train
+        self.chosen = split_of(self.dataset.train_labels, config.data, config.seed).train
         self.batch = min(config.qat.batch_size, len(self.chosen))
-        self.unlabeled = config.data.unlabeled
+        data = config.data
+        self.unlabeled = data.unlabeled_ratio if data.unlabeled is not None or data.labeled is not None else 0.0
         self.generators = Generators.of(seed, device)
         # A step takes as long whatever the weights are: none are loaded, none trained.
         channels, classes = self.dataset.train_images.shape[1], len(self.dataset.class_names)
@@ -72,7 +73,7 @@ class Work:
     def image_bytes(self) -> int:
         """What the source delivers for one image of a step: its pixels, and those of an unlabeled one beside it."""
         own = math.prod(self.dataset.train_images.shape[1:])
-        return own * (2 if self.unlabeled is not None else 1)
+        return round(own * (1 + self.unlabeled))
 
     def batches(self, size: int, in_memory: bool) -> Batches:
         """The recipe's training batches: of `size` images that are in memory, or of all from their source."""
@@ -100,17 +101,20 @@ class Work:
         training = ConsistencyTraining(student, self.network, self.config.consistency, faster)
         fit = Fit(student, self.config.qat, _MANY_STEPS, "qat", self.device, quiet)
         batches = endless(self.batches(size, in_memory=True), self.generators.augmentation, training.views)
-        # Of unlabeled images, as many again; other ones would take as long.
-        unlabeled = None
-        if self.unlabeled is not None and training.views == 2:
-            unlabeled = Feed(self.batches(size, in_memory=True), self.generators, views=2).stream()
+        # Labeled images in place of unlabeled ones: they take as long.
+        unlabeled, further = None, round(size * self.unlabeled)
+        if further and (training.views == 2 or training.pseudo_labels):
+            unlabeled = Feed(self.batches(further, in_memory=True), self.generators, training.views).stream()
         student.train()
 
         def run() -> None:
             *images, labels = next(batches)
+            pseudo_labels = None
             if unlabeled is not None:
-                images = [torch.cat(pair) for pair in zip(images, next(unlabeled), strict=True)]
-            loop.step(images, labels, training, fit)
+                *others, given = next(unlabeled)
+                images = [torch.cat(pair) for pair in zip(images, others, strict=True)]
+                pseudo_labels = given if training.pseudo_labels else None
+            loop.step(images, labels, training, fit, pseudo_labels=pseudo_labels)
 
         return run
 

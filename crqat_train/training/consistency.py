@@ -135,6 +135,7 @@ class ConsistencyTraining:
         student: The student's forward pass, compiled: images to logits.
         teacher: The EMA teacher, None unless the recipe asks for one.
         views: How many augmentations of each image a step needs.
+        pseudo_labels: Whether labels that the float network has given stand in for a teacher.
     """
 
     def __init__(
@@ -157,10 +158,13 @@ class ConsistencyTraining:
         elif config.teacher == "float" and config.weight > 0:
             self._teach = compile_model(copy.deepcopy(float_model).eval().requires_grad_(False))
         self.views = 1 if self._teach is None else 2
+        self.pseudo_labels = config.teacher == "pseudo-label" and config.weight > 0
 
     def weight(self, step: int, steps: int) -> float:
         """lambda(t) of step `step` of `steps`; 0 where no teacher is asked."""
-        return 0.0 if self._teach is None else consistency_weight(step, steps, self.config)
+        if self._teach is None and not self.pseudo_labels:
+            return 0.0
+        return consistency_weight(step, steps, self.config)
 
     def target(self, images: Tensor) -> Tensor:
         """The teacher's logits, without gradient, for the second view of the images.

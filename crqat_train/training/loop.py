@@ -19,7 +19,12 @@ from crqat.train.training.resume import Keeper, Training
 
 
 def step(
-    views: Sequence[Tensor], labels: Tensor, networks: ConsistencyTraining, fit: Fit, callbacks: Sequence[Callback] = ()
+    views: Sequence[Tensor],
+    labels: Tensor,
+    networks: ConsistencyTraining,
+    fit: Fit,
+    callbacks: Sequence[Callback] = (),
+    pseudo_labels: Tensor | None = None,
 ) -> None:
     """One training step: loss, gradient, optimizer, teacher.
 
@@ -29,11 +34,12 @@ def step(
         networks: The network that is trained, and its teacher.
         fit: The optimizer and the learning rate.
         callbacks: What else happens in a step, in this order.
+        pseudo_labels: Of the unlabeled images, int64, where the float network has given them some.
     """
     for callback in callbacks:
         callback.before_step(fit)
     with fit.autocast():
-        loss = objective(views, labels, networks, networks.weight(fit.steps_done, fit.steps))
+        loss = objective(views, labels, networks, networks.weight(fit.steps_done, fit.steps), pseudo_labels)
         for callback in callbacks:
             loss = callback.add_to_loss(loss, fit)
     update(fit, loss)
@@ -42,10 +48,21 @@ def step(
         callback.after_step(fit)
 
 
-def objective(views: Sequence[Tensor], labels: Tensor, networks: ConsistencyTraining, weight: float) -> Tensor:
-    """The loss of `step`, a scalar: cross-entropy of labeled images + `weight` times consistency of all images."""
+def objective(
+    views: Sequence[Tensor],
+    labels: Tensor,
+    networks: ConsistencyTraining,
+    weight: float,
+    pseudo_labels: Tensor | None = None,
+) -> Tensor:
+    """The loss of `step`, a scalar: cross-entropy of labeled images + `weight` times consistency of all images.
+
+    With `pseudo_labels`, the second term is the cross-entropy of the unlabeled images.
+    """
     logits = networks.student(views[0])
     loss = functional.cross_entropy(logits[: len(labels)], labels)
+    if pseudo_labels is not None:
+        return loss + weight * functional.cross_entropy(logits[len(labels) :], pseudo_labels)
     if networks.views == 1:
         return loss
     target = networks.target(views[1])
@@ -73,7 +90,7 @@ def epochs(
 
     Args:
         training: What is saved and resumed. Its feed "images" gives the batches; a feed "unlabeled" gives further
-            images for the consistency term.
+            images for the consistency term, whose labels are those of `networks.pseudo_labels` or not used.
         networks: The network that is trained, and its teacher.
         callbacks: Features of this training.
         keeper: Saves and resumes.
@@ -87,9 +104,12 @@ def epochs(
         for epoch in fit.epochs():
             fit.model.train()
             for *views, labels in training.feeds["images"].epoch():
+                pseudo_labels = None
                 if further is not None:
-                    views = [torch.cat(pair) for pair in zip(views, next(further), strict=True)]
-                step(views, labels, networks, fit, callbacks)
+                    *others, given = next(further)
+                    views = [torch.cat(pair) for pair in zip(views, others, strict=True)]
+                    pseudo_labels = given if networks.pseudo_labels else None
+                step(views, labels, networks, fit, callbacks, pseudo_labels)
                 keeper.after_step()
             for callback in callbacks:
                 callback.on_epoch_end(fit)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,10 +22,9 @@ from crqat.train import distributed, shares
 from crqat.train.checkpoint import write_tensors
 from crqat.train.config import ConsistencyConfig, OptimizerConfig, QATConfig, TrainConfig
 from crqat.train.data import sources
-from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
+from crqat.train.data.batches import Batches, Feed, Generators, Images, evaluation_batches, subset
 from crqat.train.data.dataset import Dataset
-from crqat.train.data.split import Split
-from crqat.train.data.split import split as split_images
+from crqat.train.data.split import Split, split_of
 from crqat.train.device import channels_last, choose_device, compiler, deterministic
 from crqat.train.graph.explain import check_module
 from crqat.train.models import build as models
@@ -180,11 +180,12 @@ def _begin(
     preparation += [] if missing is None else [missing]
     for note in preparation:
         progress("normalization", 1, 1, note)
-    split = split_images(len(dataset.train_labels), config.data.validation, config.seed)
+    split = split_of(dataset.train_labels, config.data, config.seed)
     shares.check_images(len(split.train), "data.validation: training images", distributed.world())
     keeper = Keeper(states, save_every, device, progress)
     run = _Run(config, dataset, split, device, progress, keeper)
     run.preparation = preparation
+    _ = run.unlabeled_images  # what is wrong with them is said before anything is trained
     network, trained = run.network()
     if not keeper.found:
         start = Start(network, trained, dataset, split, device, distributed.world())
@@ -252,18 +253,25 @@ class _Run:
                 self.progress("weights", 1, 1, said)
         # A function may have loaded weights of its own.
         check_values(model, source or f"model.name: {config.model.name}")
-        return model, bool(source)
+        return model, bool(source) and not config.float_training.fine_tune
 
     def float_model(self, model: nn.Module, trained: bool) -> nn.Module:
         """The float network in eval mode, trained by the recipe's `float` section unless it is already."""
         config = self.config
-        if trained or self.keeper.finished("float", model):
+        if trained or self.keeper.finished("float", model) or config.float_training.epochs == 0:
             return model.eval()
-        batches = self._batches(config.float_training, "float.batch_size", strong=False)
-        fit = Fit(model, config.float_training, len(batches), "float", self.device, self.progress)
-        networks = ConsistencyTraining(model, model, ConsistencyConfig(teacher="none"), self._compile)
-        feeds = {"images": self._feed(batches, 1)}
-        self._epochs(fit, feeds, {"float": model}, networks, [], lambda: {"validation": self.validate(model)})
+        section = config.float_training
+        batches = self._batches(section, "float.batch_size", strong=section.strong != "none")
+        fit = Fit(model, section, len(batches), "float", self.device, self.progress)
+        consistency = section.consistency or ConsistencyConfig(teacher="none")
+        networks = ConsistencyTraining(model, model, consistency, self._compile)
+        teacher = networks.teacher
+        feeds = self._feeds(batches, networks, fit, model)
+        saved = {"float": model} if teacher is None else {"float": model, "teacher": teacher}
+        self._epochs(fit, feeds, saved, networks, [], lambda: self._measure(fit, networks, model))
+        if teacher is not None and self.history[-1]["validation_teacher"] > self.history[-1]["validation"]:
+            model.load_state_dict(teacher.state_dict())
+            self.progress("float network", 1, 1, "the average of its weights is the better one, and is taken")
         return model.eval()
 
     def quantize(self, float_model: nn.Module) -> QuantizedModel:
@@ -298,25 +306,35 @@ class _Run:
         batches = self._batches(config.qat, "qat.batch_size", strong=config.data.strong != "none")
         fit = Fit(student, config.qat, len(batches), "qat", self.device, self.progress)
         networks = ConsistencyTraining(student, float_model, consistency, self._compile)
-        feeds = {"images": self._feed(batches, networks.views)}
-        unlabeled = self._unlabeled()
-        if unlabeled is not None and networks.views == 2:
-            feeds["unlabeled"] = self._feed(unlabeled, 2)
-
-        def measure() -> dict[str, float]:
-            row = {"lambda": networks.weight(fit.steps_done, fit.steps), "validation": self.validate(student)}
-            if networks.teacher is not None:
-                row["validation_teacher"] = self.validate(networks.teacher)
-            return row
-
+        feeds = self._feeds(batches, networks, fit, float_model)
         saved: dict[str, nn.Module] = {"float": float_model, "student": student}
         if networks.teacher is not None:
             saved["teacher"] = networks.teacher
         with distributed.synchronized_norms(student, config.qat.sync_bn):
             callbacks = low_bit_callbacks(student, networks.teacher, config.qat, self._compile)
-            self._epochs(fit, feeds, saved, networks, callbacks, measure)
+            self._epochs(fit, feeds, saved, networks, callbacks, lambda: self._measure(fit, networks, student))
         student.eval()
         return networks.teacher
+
+    def _measure(self, fit: Fit, networks: ConsistencyTraining, student: nn.Module) -> dict[str, float]:
+        """What an epoch's row of the history says beside the loss."""
+        row = {"validation": self.validate(student)}
+        if fit.name == "qat" or networks.config.teacher != "none":
+            row = {"lambda": networks.weight(fit.steps_done, fit.steps), **row}
+        if networks.teacher is not None:
+            row["validation_teacher"] = self.validate(networks.teacher)
+        return row
+
+    def _feeds(
+        self, batches: Batches, networks: ConsistencyTraining, fit: Fit, float_model: nn.Module
+    ) -> dict[str, Feed]:
+        """The images of a training's steps, and further ones without labels if the consistency term has them."""
+        feeds = {"images": self._feed(batches, networks.views)}
+        if networks.views == 2 or networks.pseudo_labels:
+            unlabeled = self._unlabeled(fit.section, batches.strong, float_model if networks.pseudo_labels else None)
+            if unlabeled is not None:
+                feeds["unlabeled"] = self._feed(unlabeled, networks.views)
+        return feeds
 
     def _epochs(
         self,
@@ -367,20 +385,37 @@ class _Run:
         shares.check_batch(batches.batch_size, f"{key}, of {len(images)} images", distributed.world())
         return batches
 
-    def _unlabeled(self) -> Batches | None:
-        config = self.config.data
-        if config.unlabeled is None:
+    def _unlabeled(self, section: OptimizerConfig, strong: bool, labeler: nn.Module | None) -> Batches | None:
+        """Images whose labels are not used, or that `labeler` has labeled; None if there are none."""
+        config, images = self.config.data, self.unlabeled_images
+        size = round(config.unlabeled_ratio * section.batch_size)
+        if size == 0 or len(images) == 0:
             return None
-        with distributed.first_rank_first():
-            source = sources.load_unlabeled(config.unlabeled, config, self.dataset)
-        # Of the labeled source itself only the training part: the validation images stay unseen.
-        own = self.split.train if config.unlabeled == config.source else torch.arange(len(source.train_labels))
+        labels = torch.zeros(len(images), dtype=torch.int64) if labeler is None else self._label(images, labeler)
         batches = Batches(
-            subset(source.train_images, own), source.train_labels[own], self.dataset.preprocessing,
-            self.config.qat.batch_size, config.crop_padding, config.flip, self.device,
-        )  # fmt: skip
-        shares.check_batch(batches.batch_size, f"qat.batch_size, of {len(own)} unlabeled images", distributed.world())
+            images, labels, self.dataset.preprocessing, size, config.crop_padding, config.flip, self.device, strong
+        )
+        key = f"data.unlabeled_ratio times batch_size, of {len(images)} unlabeled images"
+        shares.check_batch(batches.batch_size, key, distributed.world())
         return batches
+
+    @functools.cached_property
+    def unlabeled_images(self) -> Images:
+        """All images that are used without their labels."""
+        config, images = self.config.data, self.dataset.train_images
+        if config.unlabeled is None:
+            return subset(images, self.split.unlabeled)
+        if config.unlabeled == config.source and config.unlabeled_root is None:
+            # Of the labeled source itself all but the validation images, which stay unseen.
+            return subset(images, torch.cat([self.split.train, self.split.unlabeled]))
+        with distributed.first_rank_first():
+            return sources.load_unlabeled(config.unlabeled, config, self.dataset)
+
+    def _label(self, images: Images, labeler: nn.Module) -> Tensor:
+        """The classes that a network sees in images as they are, int64 of shape [N] on the CPU."""
+        batches = evaluation_batches(images, self.dataset.preprocessing, BATCH)
+        with torch.no_grad():
+            return torch.cat([labeler(batch.to(self.device)).argmax(1).cpu() for batch in batches])
 
     def _compile(self, model: nn.Module) -> Forward:
         return distributed.wrap(torch.compile(model) if self.compiler else model)

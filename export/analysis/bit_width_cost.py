@@ -16,7 +16,7 @@ from crqat.core.run_directory import payload_of, verify_stage
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import evaluation_batches
-from crqat.train.data.split import split as split_images
+from crqat.train.data.split import split_of
 from crqat.train.load_trained import rebuild, take_float_weights
 from crqat.train.models import published
 from crqat.train.placement.quantizer_spec import QuantizerSpec
@@ -65,7 +65,7 @@ class Divergences:
         take_float_weights(self._model, train_dir)
         self._asked, self._calibration = {spec.edge: spec for spec in self._specs}, asked.calibration
         dataset = sources.of_recipe(published.data_section(config))
-        chosen = split_images(len(dataset.train_labels), config.data.validation, config.seed).train
+        chosen = split_of(dataset.train_labels, config.data, config.seed).train
         calibrating = dataset.train_images[chosen[: asked.calibration_images]]
         self.images = min(images, len(calibrating))
         self._batches = list(evaluation_batches(calibrating[: self.images], dataset.preprocessing, _BATCH))

@@ -11,7 +11,7 @@ from crqat.core.run_directory import payload_of, verify_stage
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import subset
-from crqat.train.data.split import split as split_images
+from crqat.train.data.split import split_of
 from crqat.train.load_trained import rebuild
 from crqat.train.models import published
 from crqat.train.placement.quantizer_spec import QuantizerSpec
@@ -38,7 +38,7 @@ def accuracy_of_each_layer(
     model = rebuild(train_dir, config, trained, candidate)
     specs = model.specs
     dataset = sources.of_recipe(published.data_section(config))
-    chosen = split_images(len(dataset.train_labels), config.data.validation, config.seed).validation
+    chosen = split_of(dataset.train_labels, config.data, config.seed).validation
     images, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
     by_edge = {spec.edge: spec for spec in specs}
     rows: list[LayerAccuracy] = []

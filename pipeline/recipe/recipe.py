@@ -26,8 +26,8 @@ from crqat.train.config import (
     FOLDER_SIZE,
     ConsistencyConfig,
     DataConfig,
+    FloatConfig,
     ModelConfig,
-    OptimizerConfig,
     Override,
     QATConfig,
     QuantizationConfig,
@@ -39,7 +39,7 @@ from crqat.train.config import (
 SECTIONS: dict[str, type[Any]] = {
     "data": DataConfig,
     "model": ModelConfig,
-    "float": OptimizerConfig,
+    "float": FloatConfig,
     "quantization": QuantizationConfig,
     "qat": QATConfig,
     "consistency": ConsistencyConfig,
@@ -83,7 +83,7 @@ class Recipe:
     targets: tuple[Target, ...] = ("onnxruntime", "tensorrt")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "never"] = "auto"
-    float_training: Annotated[OptimizerConfig | None, pydantic.Field(alias="float")] = None
+    float_training: Annotated[FloatConfig | None, pydantic.Field(alias="float")] = None
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     qat: QATConfig = field(default_factory=QATConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
@@ -153,7 +153,10 @@ def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
         *section, key = detail["loc"]
         if place in _REPLACED:
             return f"{where}: {_REPLACED[place]}"
-        kind = Override if "overrides" in section else SECTIONS[str(section[0])] if section else None
+        kind = None
+        if section:
+            # The last name that is a section's: `consistency` is one inside of `float`, too.
+            kind = Override if "overrides" in section else SECTIONS[[str(s) for s in section if s in SECTIONS][-1]]
         valid = top_level_keys() if kind is None else [item.name for item in fields(kind)]
         near = _near(str(key), valid)
         hint = f"did you mean `{near[0]}`?" if near else f"valid here: {', '.join(valid)}"
@@ -186,8 +189,9 @@ def _contradiction(recipe: Recipe) -> str | None:
         )
     if recipe.export.candidate == "teacher" and (recipe.consistency.teacher != "ema" or not recipe.qat.epochs):
         return "export.candidate: the training has no teacher; set consistency.teacher: ema, or candidate: student"
-    if recipe.data.unlabeled is not None and (recipe.consistency.teacher == "none" or recipe.consistency.weight == 0):
-        return "data.unlabeled: feeds the consistency term alone, which is off; set consistency.teacher and .weight"
+    problem = _unlabeled(recipe)
+    if problem is not None:
+        return problem
     kinds = {source_kind(recipe.data.source), source_kind(recipe.data.unlabeled)}
     problem = _channels(recipe, kinds)
     if problem is not None:
@@ -227,6 +231,25 @@ def _contradiction(recipe: Recipe) -> str | None:
     return None
 
 
+def _unlabeled(recipe: Recipe) -> str | None:
+    """What is wrong with unlabeled images and with what is made of them, None if nothing is."""
+    data, section = recipe.data, recipe.float_training
+    in_float = None if section is None else section.consistency
+    used = [term for term in (recipe.consistency, in_float) if term and term.teacher != "none" and term.weight > 0]
+    if data.unlabeled is not None and not used:
+        return "data.unlabeled: feeds the consistency term alone, which is off; set consistency.teacher and .weight"
+    if data.unlabeled_root is not None and data.unlabeled is None:
+        return "data.unlabeled_root: the folder of data.unlabeled, which is missing; add `unlabeled: imagefolder`"
+    found = data.unlabeled_ratio > 0 and (data.unlabeled is not None or data.labeled is not None)
+    if recipe.consistency.teacher == "pseudo-label" and not found:
+        return "consistency.teacher: pseudo-label labels unlabeled images; name some by data.unlabeled or data.labeled"
+    if in_float is not None and in_float.teacher != "ema":
+        return f"float.consistency.teacher: is {in_float.teacher}; in float training only ema is possible"
+    if section is not None and section.fine_tune and recipe.model.weights is None:
+        return "float.fine_tune: trains on from given weights; name their file as model.weights, or remove it"
+    return None
+
+
 def _channels(recipe: Recipe, kinds: set[str | None]) -> str | None:
     """What is wrong with `data.channels`, `data.mean` and `data.std`, None if nothing is."""
     data = recipe.data
@@ -257,9 +280,11 @@ def _progression(recipe: Recipe) -> str | None:
     return None
 
 
-def _has_weights(recipe: Recipe) -> bool:
-    """Whether the float network is given, so that nothing is trained by the `float` section."""
-    return recipe.model.weights not in (None, "pretrained") or recipe.model.nncf is not None
+def _trained(recipe: Recipe) -> FloatConfig | None:
+    """How the float network is trained, None if it is given and stays as it is."""
+    section = recipe.float_training
+    given = recipe.model.weights not in (None, "pretrained") or recipe.model.nncf is not None
+    return None if section is None or (given and not section.fine_tune) else section
 
 
 def from_resolved(values: dict[str, Any]) -> Recipe:
@@ -284,9 +309,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
         data=recipe.data,
         model=recipe.model,
         # Not used beside given weights: a fixed value there keeps a change in it from training anew.
-        float_training=recipe.float_training
-        if recipe.float_training and not _has_weights(recipe)
-        else OptimizerConfig(epochs=0),
+        float_training=_trained(recipe) or FloatConfig(epochs=0),
         quantization=recipe.quantization,
         qat=recipe.qat,
         consistency=recipe.consistency,
@@ -299,7 +322,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     """A recipe as JSON, complete with its defaults, in the keys of the YAML file."""
     values = asdict(recipe)
     values["float"] = values.pop("float_training")
-    if _has_weights(recipe):
+    if _trained(recipe) is None:
         values["float"] = None
     data: dict[str, Any] = json.loads(json.dumps(values))
     return data

@@ -191,6 +191,9 @@ def inputs(
     root = data_root(config)
     if root is not None:
         found[f"{_DATA}{root}"] = str(disk.disk_state(root, runs, progress))
+    if config.data.unlabeled_root is not None:
+        folder = user_path(config.data.unlabeled_root, "data.unlabeled_root")
+        found[f"{_DATA}{folder}"] = str(disk.disk_state(folder, runs, progress))
     return found
 
 

@@ -25,7 +25,7 @@ from crqat.core.progress import quiet
 from crqat.train import distributed
 from crqat.train import shares as ranks
 from crqat.train.checkpoint import read_tensors
-from crqat.train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
+from crqat.train.config import DataConfig, FloatConfig, ModelConfig, QATConfig, QuantizationConfig, TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches
 from crqat.train.data.split import split as split_images
@@ -105,7 +105,7 @@ def recipe(folder: Path) -> TrainConfig:
         targets=("onnxruntime", "tensorrt"),
         data=DataConfig("digits", crop_padding=0, flip=False),
         model=ModelConfig("net:plain", str(folder / "start.pth")),
-        float_training=OptimizerConfig(0),
+        float_training=FloatConfig(0),
         quantization=QuantizationConfig(calibration_images=100),
         qat=QATConfig(3, 100, 0.01, freeze_bn_at=0.0, damping=1e-4),
         compile="never",

@@ -27,8 +27,8 @@ from crqat.export.to_onnx import quantize_network
 from crqat.train.config import (
     ConsistencyConfig,
     DataConfig,
+    FloatConfig,
     ModelConfig,
-    OptimizerConfig,
     QATConfig,
     QuantizationConfig,
     Target,
@@ -105,7 +105,7 @@ DIGITS = TrainConfig(
     targets=BOTH,
     data=DataConfig("digits", crop_padding=0, flip=False),
     model=ModelConfig("cifar/resnet20"),
-    float_training=OptimizerConfig(epochs=3, batch_size=64, lr=0.05),
+    float_training=FloatConfig(epochs=3, batch_size=64, lr=0.05),
     quantization=QuantizationConfig(calibration_images=128),
     qat=QATConfig(epochs=1, batch_size=64, lr=0.005),
     consistency=ConsistencyConfig(teacher="none"),

@@ -5,6 +5,7 @@ import hashlib
 import pickle
 import sys
 import urllib.error
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batch
 from crqat.train.data.builtin import CIFAR10_PREPROCESSING
 from crqat.train.data.dataset import Dataset, doubts, validate
 from crqat.train.data.split import split as split_images
+from crqat.train.data.split import split_of
 from tests.hostile_pickle import Hostile, load_without_care
 
 CPU = torch.device("cpu")
@@ -304,7 +306,7 @@ def test_cifar_can_be_grey(cifar100_root: Path) -> None:
 def test_unlabeled_images_must_have_the_shape_of_the_labeled_ones(digits: Dataset) -> None:
     config = DataConfig("digits")
     unlabeled = sources.load_unlabeled("digits", config, digits)
-    assert torch.equal(unlabeled.train_images[:], digits.train_images[:])
+    assert torch.equal(unlabeled[:], digits.train_images[:])
     with pytest.raises(UsageError, match=r"^data\.unlabeled: .*shape \[1, 3, 3\], those of data\.source \[1, 8, 8\]"):
         sources.load_unlabeled("user_images:no_arguments", config, digits)
     with pytest.raises(UsageError, match=r"^data\.unlabeled: "):
@@ -322,6 +324,20 @@ def test_a_split_is_disjoint_complete_and_repeatable() -> None:
     # Drawn, not cut off at an end.
     assert parts.validation.max() > 900
     assert parts.validation.min() < 100
+
+
+def test_few_labels_are_balanced_and_the_other_images_are_left() -> None:
+    labels = torch.tensor([0] * 500 + [1] * 300 + [2] * 4)
+    config = DataConfig("digits", validation=0.25, labeled=100)
+    parts, again = split_of(labels, config, seed=3), split_of(labels, config, seed=3)
+    kept = torch.cat([parts.train, parts.validation])
+    assert labels[kept].bincount().tolist() == [48, 48, 4]  # as many as there are
+    assert (len(parts.train), len(parts.validation)) == (75, 25)
+    assert torch.equal(torch.cat([kept, parts.unlabeled]).sort().values, torch.arange(804))
+    assert all(torch.equal(*pair) for pair in zip(astuple(parts), astuple(again), strict=True))
+    assert not torch.equal(split_of(labels, config, seed=4).train, parts.train)
+    with pytest.raises(UsageError, match=r"^data\.labeled: 805 of 804 training images"):
+        split_of(labels, replace(config, labeled=805), seed=3)
 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.99])
@@ -424,9 +440,9 @@ def test_the_order_of_images_is_the_same_whatever_augmentation_draws() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(views, other_views, strict=True))
 
 
-def test_a_stream_goes_on_without_labels_in_a_new_order() -> None:
+def test_a_stream_goes_on_in_a_new_order() -> None:
     stream = Feed(batches(numbered(6), size=3), Generators(generator(), generator()), views=2).stream()
-    drawn = [next(stream) for _ in range(6)]
+    drawn = [next(stream)[:-1] for _ in range(6)]
     assert all(len(views) == 2 and torch.equal(*views) for views in drawn)
     values = torch.stack([first[:, 0, 0, 0].round() for first, _ in drawn]).reshape(3, 6)
     assert torch.equal(values.sort().values, torch.arange(6.0).expand(3, 6))

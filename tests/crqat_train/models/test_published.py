@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from crqat.core.errors import UsageError
-from crqat.train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
+from crqat.train.config import DataConfig, FloatConfig, ModelConfig, QATConfig, QuantizationConfig, TrainConfig
 from crqat.train.models import published
 from tests.needs import require
 
@@ -18,7 +18,7 @@ def config(name: str, source: str = "imagefolder", weights: str | None = "pretra
         ("onnxruntime",),
         DataConfig(source, root="x", **data),
         ModelConfig(name, weights),
-        OptimizerConfig(epochs=0),
+        FloatConfig(epochs=0),
         QuantizationConfig(),
         QATConfig(),
     )

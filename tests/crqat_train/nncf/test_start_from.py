@@ -17,8 +17,8 @@ from crqat.core.typed_json import to_json
 from crqat.train.config import (
     ConsistencyConfig,
     DataConfig,
+    FloatConfig,
     ModelConfig,
-    OptimizerConfig,
     QATConfig,
     QuantizationConfig,
     Target,
@@ -65,7 +65,7 @@ def config(targets: tuple[Target, ...], nncf: Path | None, epochs: int = 0) -> T
         targets=targets,
         data=DataConfig("digits"),
         model=ModelConfig(NETWORK, None, None if nncf is None else str(nncf)),
-        float_training=OptimizerConfig(epochs=0),
+        float_training=FloatConfig(epochs=0),
         quantization=QuantizationConfig(),
         qat=QATConfig(epochs=epochs),
         consistency=ConsistencyConfig(),

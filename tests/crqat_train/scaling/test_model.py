@@ -14,7 +14,7 @@ import pytest
 
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import quiet
-from crqat.train.config import DataConfig, ModelConfig, OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
+from crqat.train.config import DataConfig, FloatConfig, ModelConfig, QATConfig, QuantizationConfig, TrainConfig
 from crqat.train.scaling import model as scaling
 from crqat.train.scaling.model import Constants, Link, all_reduce_terms, fit, fit_rounds, predict
 
@@ -34,7 +34,7 @@ CONFIG = TrainConfig(
     targets=("onnxruntime",),
     data=DataConfig("digits"),
     model=ModelConfig("cifar/resnet20"),
-    float_training=OptimizerConfig(epochs=0),
+    float_training=FloatConfig(epochs=0),
     quantization=QuantizationConfig(),
     qat=QATConfig(epochs=1, batch_size=64),
     device="cpu",

@@ -21,8 +21,8 @@ from crqat.core.errors import UsageError
 from crqat.train.config import (
     ConsistencyConfig,
     DataConfig,
+    FloatConfig,
     ModelConfig,
-    OptimizerConfig,
     QATConfig,
     QuantizationConfig,
     TrainConfig,
@@ -37,7 +37,7 @@ CONFIG = TrainConfig(
     targets=("onnxruntime",),
     data=DataConfig("digits", crop_padding=1, flip=False),
     model=ModelConfig("cifar/resnet20"),
-    float_training=OptimizerConfig(epochs=0),
+    float_training=FloatConfig(epochs=0),
     quantization=QuantizationConfig(),
     qat=QATConfig(epochs=1, batch_size=64, lr=0.5),
     device="cpu",

@@ -22,8 +22,8 @@ from crqat.core.progress import quiet
 from crqat.train.config import (
     ConsistencyConfig,
     DataConfig,
+    FloatConfig,
     ModelConfig,
-    OptimizerConfig,
     Override,
     QATConfig,
     QuantizationConfig,
@@ -75,7 +75,7 @@ def recipe(**qat: Any) -> TrainConfig:
         targets=("onnxruntime", "tensorrt"),
         data=DataConfig("digits", crop_padding=0, flip=False),
         model=ModelConfig(f"{__name__}:network"),
-        float_training=OptimizerConfig(epochs=3, batch_size=100, lr=0.1),
+        float_training=FloatConfig(epochs=3, batch_size=100, lr=0.1),
         quantization=W3A4,
         qat=QATConfig(**{"epochs": 2, "batch_size": 100, "lr": 0.02, **qat}),
         consistency=ConsistencyConfig(weight=0.0),

@@ -25,8 +25,8 @@ from crqat.core.progress import quiet
 from crqat.train.config import (
     ConsistencyConfig,
     DataConfig,
+    FloatConfig,
     ModelConfig,
-    OptimizerConfig,
     QATConfig,
     QuantizationConfig,
     TrainConfig,
@@ -69,7 +69,7 @@ def recipe(**changes: Any) -> TrainConfig:
         targets=("onnxruntime", "tensorrt"),
         data=DataConfig("digits", crop_padding=1, flip=True, strong="randaugment", unlabeled="digits"),
         model=ModelConfig(f"{__name__}:network"),
-        float_training=OptimizerConfig(EPOCHS, 300, 0.1),
+        float_training=FloatConfig(EPOCHS, 300, 0.1, strong="randaugment", consistency=ConsistencyConfig()),
         quantization=QuantizationConfig(first_layer=4, last_layer=4, calibration_images=64),
         qat=QATConfig(
             EPOCHS,
@@ -171,7 +171,8 @@ def test_cut_off_in_the_validation_behind_an_epoch_it_ends_with_the_same_bits(
     (tmp_path / "first").mkdir()
 
     def validate(*arguments: Any) -> float:
-        if next(calls) == EPOCHS + 2:  # after the float epochs', the float and the calibrated network's: QAT's first
+        # After two of each float epoch, the float and the calibrated network's: QAT's first.
+        if next(calls) == 2 * EPOCHS + 2:
             raise Cut
         return accuracy(*arguments)
 
@@ -293,7 +294,7 @@ def test_a_folder_of_images_that_vanishes_mid_epoch(tmp_path: Path, monkeypatch:
                 Image.fromarray(drawn.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(place / f"{index}.png")
     monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 0)  # so few images would be read once
     images = DataConfig("imagefolder", str(tmp_path / "images"), size=8, crop=8, crop_padding=1)
-    config = recipe(data=images, float_training=OptimizerConfig(2, 6, 0.05), qat=QATConfig(1, 30, 0.01))
+    config = recipe(data=images, float_training=FloatConfig(2, 6, 0.05), qat=QATConfig(1, 30, 0.01))
     for name in ("whole", "first"):
         (tmp_path / name).mkdir()
     train(config, tmp_path / "whole", quiet)

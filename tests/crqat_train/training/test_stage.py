@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.grid import load_grids
+from crqat.core.preprocessing import normalize
 from crqat.core.progress import quiet
 from crqat.core.results.training import Candidate, TrainingPayload
 from crqat.core.typed_json import from_json, to_json
@@ -29,16 +30,17 @@ from crqat.train import distributed
 from crqat.train.config import (
     ConsistencyConfig,
     DataConfig,
+    FloatConfig,
     ModelConfig,
-    OptimizerConfig,
     QATConfig,
     QuantizationConfig,
     TrainConfig,
 )
 from crqat.train.data import sources, streaming
-from crqat.train.data.batches import Batches, evaluation_batches
+from crqat.train.data.batches import Batches, Images, evaluation_batches
 from crqat.train.data.dataset import Dataset
 from crqat.train.data.split import split as split_images
+from crqat.train.data.split import split_of
 from crqat.train.device import choose_device
 from crqat.train.load_trained import rebuild
 from crqat.train.models import build as models
@@ -108,7 +110,7 @@ def recipe(**changes: Any) -> TrainConfig:
         targets=("onnxruntime", "tensorrt"),
         data=DataConfig("digits", crop_padding=1, flip=False),
         model=ModelConfig(f"{__name__}:network"),
-        float_training=OptimizerConfig(epochs=4, batch_size=BATCH, lr=0.1),
+        float_training=FloatConfig(epochs=4, batch_size=BATCH, lr=0.1),
         quantization=QuantizationConfig(calibration_images=256),
         qat=QATConfig(epochs=2, batch_size=BATCH, lr=0.002),
         device="cpu",
@@ -289,13 +291,17 @@ def test_unlabeled_files_stream_and_the_first_process_downloads_them(
         (tmp_path / part / name).mkdir(parents=True)
         for index in range(5):
             Image.new("RGB", (8, 8), (index, 0, 0)).save(tmp_path / part / name / f"{index}.png")
+    (tmp_path / "camera" / "day").mkdir(parents=True)
+    for name in ("0.png", "1.png", "day/0.png", ".hidden.png"):
+        Image.new("RGB", (8, 8), (9, 0, 0)).save(tmp_path / "camera" / name)
     monkeypatch.setattr(streaming, "IN_MEMORY_BYTES", 0)
-    config = recipe(data=DataConfig("imagefolder", root=str(tmp_path), size=8, crop=8, unlabeled="imagefolder"))
+    source = DataConfig("imagefolder", root=str(tmp_path), size=8, crop=8, unlabeled="imagefolder")
+    config = recipe(data=replace(source, unlabeled_root=str(tmp_path / "camera")))
     turns: list[str] = []
     monkeypatch.setattr(distributed, "first_rank_first", lambda: turn(turns))
     load = sources.load_unlabeled
 
-    def load_in_turn(*arguments: Any) -> Dataset:
+    def load_in_turn(*arguments: Any) -> Images:
         turns.append("load")
         return load(*arguments)
 
@@ -303,11 +309,94 @@ def test_unlabeled_files_stream_and_the_first_process_downloads_them(
     dataset, device = sources.of_recipe(config.data), torch.device("cpu")
     keeper = Keeper(None, 1.0, device, quiet)
     run = trainer._Run(config, dataset, split_images(10, 0.2, 0), device, quiet, keeper)
-    batches = run._unlabeled()
+    batches = run._unlabeled(config.qat, strong=True, labeler=None)
     assert batches is not None
     assert isinstance(batches.images, streaming.StoredImages)  # not all of them decoded at once
-    assert len(batches.images) == len(batches.labels) == 8  # without those that validate
+    assert len(batches.images) == len(batches.labels) == 3
     assert turns == ["begin", "load", "end"]
+    run = trainer._Run(recipe(data=source), dataset, split_images(10, 0.2, 0), device, quiet, keeper)
+    batches = run._unlabeled(config.qat, strong=True, labeler=None)
+    assert batches is not None
+    assert (
+        len(batches.images) == 8
+    )  # of the labeled images themselves those that do not validate, without a look at files
+
+
+def test_images_without_labels_get_the_views_of_labeled_ones_and_their_share_of_a_step(
+    tuned: Callable[..., TrainConfig], tmp_path: Path, observed: dict[str, list[Any]]
+) -> None:
+    source = DataConfig("digits", crop_padding=0, flip=False, unlabeled=f"{__name__}:plain_images")
+    source = replace(source, strong="randaugment", unlabeled_ratio=0.5)
+    train(tuned(data=source, qat=QATConfig(1, BATCH, 0.002)), tmp_path, quiet)
+    students, teachers = observed["inputs"][::2], observed["inputs"][1::2]
+    assert {len(images) for images in observed["inputs"]} == {BATCH + BATCH // 2}
+    # A plain grey image stays one but for what cutout and shifts bring in: the student's views, not the teacher's.
+    assert all((images[BATCH:].flatten(1).std(dim=1) == 0).all() for images in teachers)
+    assert all((images[BATCH:].flatten(1).std(dim=1) > 0).any() for images in students)
+    changed = [
+        (images[:BATCH] != others[:BATCH]).flatten(1).any(1).float().mean()
+        for images, others in zip(students, teachers, strict=True)
+    ]
+    assert min(changed) > 0.5
+
+
+def test_few_labels_leave_the_other_images_unlabeled(
+    tuned: Callable[..., TrainConfig], tmp_path: Path, observed: dict[str, list[Any]]
+) -> None:
+    source = DataConfig("digits", crop_padding=0, flip=False, labeled=200, validation=0.25)
+    payload = train(tuned(data=source, qat=QATConfig(1, 50, 0.002)), tmp_path, quiet)
+    assert payload.validation_images == 50
+    digits = sources.load("digits", None, False)
+    parts = split_of(digits.train_labels, source, 0)
+    constants = [torch.from_numpy(value) for value in digits.preprocessing.constants()]
+    of_part = {
+        name: normalize(digits.train_images[indices].float(), constants) for name, indices in asdict(parts).items()
+    }
+    known = {name: {image.numpy().tobytes() for image in images} for name, images in of_part.items()}
+    assert len(observed["ce"]) == 3
+    for images in observed["inputs"][::2]:
+        names = [next(n for n in known if image.contiguous().numpy().tobytes() in known[n]) for image in images]
+        assert names == ["train"] * 50 + ["unlabeled"] * 50
+
+
+def test_the_float_network_goes_on_from_given_weights_with_a_teacher_of_its_own(
+    tuned: Callable[..., TrainConfig], tmp_path: Path, observed: dict[str, list[Any]]
+) -> None:
+    source = DataConfig("digits", crop_padding=0, flip=False, labeled=200)
+    section = FloatConfig(2, 60, 0.02, fine_tune=True, strong="randaugment", consistency=ConsistencyConfig(ramp_up=0.5))
+    config = tuned(data=source, float_training=section, qat=QATConfig(0))
+    payload = train(config, tmp_path, quiet)
+    assert len(observed["ce"]) == len(observed["kl"]) == 2 * 3
+    assert {len(images) for images in observed["inputs"]} == {120}
+    assert observed["modes"] == [("Net", True, True), ("Net", False, False)] * 6
+    assert config.model.weights is not None
+    files = Path(config.model.weights), tmp_path / "float.safetensors"
+    start, end = (safetensors.torch.load_file(path) for path in files)
+    assert not torch.equal(start["conv1.weight"], end["conv1.weight"])
+    rows = history(tmp_path)
+    assert [(row["phase"], row["epoch"]) for row in rows] == [("float", 1), ("float", 2)]
+    assert rows[-1]["lambda"] == 1
+    last = max(rows[-1]["validation"], rows[-1]["validation_teacher"])
+    assert payload.float_network.validation_accuracy == last
+
+
+def test_the_float_network_labels_the_images_without_labels_once(
+    tuned: Callable[..., TrainConfig], tmp_path: Path, observed: dict[str, list[Any]]
+) -> None:
+    source = DataConfig("digits", crop_padding=0, flip=False, labeled=200)
+    config = tuned(
+        data=source, qat=QATConfig(1, 60, 0.002), consistency=ConsistencyConfig(teacher="pseudo-label", ramp_up=0)
+    )
+    train(config, tmp_path, quiet)
+    assert not observed["kl"]
+    pairs = observed["ce"]  # of each step the labeled half, then the other
+    assert len(pairs) == 2 * 3
+    float_network = models.build(config.model.name, 10, 1)
+    float_network.load_state_dict(safetensors.torch.load_file(tmp_path / "float.safetensors"))
+    with torch.no_grad():
+        for images, (logits, labels) in zip(observed["inputs"], pairs[1::2], strict=True):
+            assert len(logits) == len(labels) == 60
+            assert torch.equal(labels, float_network.eval()(images[60:]).argmax(1))
 
 
 @contextmanager
@@ -464,8 +553,8 @@ def test_a_training_that_wrecks_the_network_leaves_the_calibrated_one_as_it_was(
 def test_a_training_that_diverges_names_its_learning_rate(
     tuned: Callable[..., TrainConfig], tmp_path: Path, section: str, lr: float
 ) -> None:
-    diverging = QATConfig(1, BATCH, lr)
-    config = recipe(float_training=diverging) if section == "float" else tuned(qat=diverging)
+    diverging = 1, BATCH, lr
+    config = recipe(float_training=FloatConfig(*diverging)) if section == "float" else tuned(qat=QATConfig(*diverging))
     with pytest.raises(UsageError, match=r"lr") as caught:
         train(config, tmp_path, quiet)
     # Float32 can hold the ruins of the smaller rates; then it is a scale that no file can hold that shows them.
@@ -715,7 +804,7 @@ def test_steps_stay_positive_and_a_networks_own_scale_does_not_have_to(
 def test_learning_rate_and_weight_decay() -> None:
     model = Net(10, 1)
     model.add_module("quantizers", nn.ParameterDict({"a": nn.Parameter(torch.ones(8, 1, 1, 1))}))
-    section = OptimizerConfig(epochs=4, batch_size=1, lr=0.5, weight_decay=0.1)
+    section = FloatConfig(epochs=4, batch_size=1, lr=0.5, weight_decay=0.1)
     fit = Fit(model, section, 50, "qat", torch.device("cpu"), quiet)
     groups: dict[float, set[int]] = {0.0: set(), 0.1: set()}
     for group in fit.optimizer.param_groups:
@@ -786,7 +875,7 @@ def test_bfloat16_trains_and_delivers_float32(
 
     monkeypatch.setattr(METHODS[method], "forward", spy)
     config = recipe(
-        float_training=OptimizerConfig(4, BATCH, 0.05, precision="bfloat16"),
+        float_training=FloatConfig(4, BATCH, 0.05, precision="bfloat16"),
         qat=QATConfig(1, BATCH, 0.002, precision="bfloat16"),
         quantization=QuantizationConfig(weight_method=method, activation_method=method, calibration_images=256),
     )
@@ -825,12 +914,12 @@ def test_published_weights_of_other_classes_need_a_float_section(
     monkeypatch.setattr("crqat.train.models.published.data_section", lambda config: config.data)  # the digits are grey
     asked = ModelConfig("timm/resnet18", "pretrained")
     with pytest.raises(UsageError, match=r"^model\.weights: .* not for 10 classes; add a `float` section"):
-        train(recipe(model=asked, float_training=OptimizerConfig(0)), tmp_path, quiet)
-    run = _run_of(recipe(model=asked, float_training=OptimizerConfig(1, BATCH, 0.01)))
+        train(recipe(model=asked, float_training=FloatConfig(0)), tmp_path, quiet)
+    run = _run_of(recipe(model=asked, float_training=FloatConfig(1, BATCH, 0.01)))
     trained = run.float_model(*run.network())
     assert not torch.equal(trained.state_dict()["fc.weight"], made.state_dict()["fc.weight"])
     monkeypatch.setattr(models, "pretrained", lambda *_: (copy.deepcopy(made), False))
-    run = _run_of(recipe(model=asked, float_training=OptimizerConfig(0)))
+    run = _run_of(recipe(model=asked, float_training=FloatConfig(0)))
     kept = run.float_model(*run.network())
     assert torch.equal(kept.state_dict()["fc.weight"], made.state_dict()["fc.weight"])
 

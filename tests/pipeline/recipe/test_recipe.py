@@ -19,7 +19,7 @@ from crqat.export.config import ExportConfig
 from crqat.pipeline.gate.rules import GateConfig
 from crqat.pipeline.recipe import recipe
 from crqat.runtime_eval.config import BenchmarkConfig
-from crqat.train.config import ConsistencyConfig, OptimizerConfig, QATConfig, QuantizationConfig
+from crqat.train.config import ConsistencyConfig, FloatConfig, QATConfig, QuantizationConfig
 
 ROOT = Path(__file__).parents[3]
 TEMPLATE = ROOT / "pipeline" / "templates" / "recipe.yaml"
@@ -45,7 +45,7 @@ def test_minimal_recipe_gets_the_defaults(tmp_path: Path) -> None:
     loaded = recipe.load(write(tmp_path, MINIMAL))
     assert loaded.seed == 0
     assert loaded.targets == ("onnxruntime", "tensorrt")
-    assert loaded.float_training == OptimizerConfig(epochs=1)
+    assert loaded.float_training == FloatConfig(epochs=1)
     assert loaded.qat == QATConfig()
     assert loaded.gate == GateConfig()
 
@@ -59,7 +59,7 @@ def test_template_states_every_key_with_its_default() -> None:
     """Where the template departs from a default, its comment says so."""
     loaded = recipe.load(TEMPLATE)
     assert loaded.quantization == QuantizationConfig()
-    assert loaded.float_training == OptimizerConfig()
+    assert loaded.float_training == FloatConfig()
     assert loaded.qat == QATConfig()
     assert loaded.consistency == ConsistencyConfig()
     assert (loaded.export, loaded.benchmark, loaded.gate) == (ExportConfig(), BenchmarkConfig(), GateConfig())
@@ -206,6 +206,33 @@ def test_unlabeled_images_without_a_teacher_are_refused(tmp_path: Path) -> None:
         assert message.startswith("FILE: data.unlabeled: feeds the consistency term alone")
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.unlabeled_root=frames"], "data.unlabeled_root: the folder of data.unlabeled, which is missing"),
+        (["consistency.teacher=pseudo-label"], "consistency.teacher: pseudo-label labels unlabeled images; name some"),
+        (
+            ["consistency.teacher=pseudo-label", "data.labeled=100", "data.unlabeled_ratio=0"],
+            "consistency.teacher: pseudo-label labels unlabeled images; name some",
+        ),
+        (["float.consistency={teacher: float}"], "float.consistency.teacher: is float; in float training only ema"),
+        (["float.fine_tune=true"], "float.fine_tune: trains on from given weights; name their file"),
+        (["float.consistency={weigth: 1}"], "unknown key; did you mean `weight`?"),
+    ],
+)
+def test_what_unlabeled_images_and_float_training_need(tmp_path: Path, overrides: list[str], message: str) -> None:
+    assert message in refusal(tmp_path, MINIMAL, *overrides)
+
+
+def test_given_weights_are_trained_on_only_if_the_recipe_says_so(tmp_path: Path) -> None:
+    weights = ["model.weights=float.safetensors", "float.epochs=3"]
+    fixed, tuned = (recipe.load(write(tmp_path, MINIMAL), [*weights, f"float.fine_tune={on}"]) for on in (False, True))
+    assert recipe.train_config(fixed).float_training.epochs == 0
+    assert recipe.resolved(fixed)["float"] is None
+    assert recipe.train_config(tuned).float_training.epochs == 3
+    assert recipe.load(write(tmp_path, json.dumps(recipe.resolved(tuned)))) == tuned
+
+
 def test_several_errors_share_the_line(tmp_path: Path) -> None:
     text = refusal(tmp_path, "model: {}\nqat: {epochs: x, lr: x, batch_size: x}")
     assert text == (
@@ -239,8 +266,8 @@ def test_unused_float_section_does_not_change_what_train_depends_on(tmp_path: Pa
     one, other = (recipe.load(path, ["model.weights=w.pth", f"float.epochs={epochs}"]) for epochs in (1, 2))
     assert recipe.train_config(one) == recipe.train_config(other)
     one, other = (recipe.load(path, [f"float.epochs={epochs}"]) for epochs in (1, 2))
-    assert recipe.train_config(one).float_training == OptimizerConfig(epochs=1)
-    assert recipe.train_config(other).float_training == OptimizerConfig(epochs=2)
+    assert recipe.train_config(one).float_training == FloatConfig(epochs=1)
+    assert recipe.train_config(other).float_training == FloatConfig(epochs=2)
 
 
 @pytest.mark.parametrize(
@@ -292,7 +319,7 @@ def test_set_replaces_values_of_the_file(tmp_path: Path) -> None:
     loaded = recipe.load(write(tmp_path, MINIMAL), overrides)
     assert loaded.qat == QATConfig(epochs=3)
     assert loaded.targets == ("tensorrt",)
-    assert loaded.float_training == OptimizerConfig(epochs=1, lr=1.0)
+    assert loaded.float_training == FloatConfig(epochs=1, lr=1.0)
     assert loaded.data.root == "a=b"
     assert loaded.gate.min_agreement == 0.5
 
@@ -318,7 +345,10 @@ def test_resolved_is_json_and_complete(tmp_path: Path) -> None:
     loaded = recipe.load(write(tmp_path, MINIMAL))
     values = recipe.resolved(loaded)
     assert json.loads(json.dumps(values)) == values
-    assert values["float"] == {"epochs": 1, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "precision": "float32"}
+    assert values["float"] == {
+        "epochs": 1, "batch_size": 128, "lr": 0.1, "weight_decay": 5e-4, "precision": "float32",
+        "fine_tune": False, "strong": "none", "consistency": None,
+    }  # fmt: skip
     again = write(tmp_path, json.dumps(values))
     assert recipe.load(again) == loaded
 

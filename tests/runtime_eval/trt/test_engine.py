@@ -36,7 +36,7 @@ from crqat.runtime_eval.trt import engine, plan_layers, timing_cache
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from crqat.runtime_eval.trt.engine import EngineOptions
 from crqat.runtime_eval.trt.engine import build as typed_build
-from crqat.train.config import OptimizerConfig, QATConfig, QuantizationConfig, TrainConfig
+from crqat.train.config import FloatConfig, QATConfig, QuantizationConfig, TrainConfig
 from crqat.train.models import build as models
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import LSQQuantizer
@@ -242,7 +242,7 @@ def test_a_layer_left_in_float_is_found_and_weighed(files: Callable[[str], Files
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, TrainConfig]:
     """A train stage that has hardly trained."""
-    config = replace(DIGITS, float_training=OptimizerConfig(epochs=1, batch_size=128), qat=QATConfig(epochs=0))
+    config = replace(DIGITS, float_training=FloatConfig(epochs=1, batch_size=128), qat=QATConfig(epochs=0))
     return write_train_stage(tmp_path_factory.mktemp("run"), config), config
 
 
