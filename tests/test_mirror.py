@@ -21,6 +21,7 @@ TOGETHER: dict[str, str] = {
     "crqat_train/quantizers/test_method_peers.py": "every method against its peer in another library",
     "export/graph/test_linear_and_attention.py": "linear layers and attention, from the graph to ONNX Runtime",
     "export/simulator/test_activations.py": "activations as the exporter and the simulator compute them",
+    "export/simulator/test_layers.py": "layers between convolutions, from the network to both verified files",
     "export/test_methods.py": "every method from training to files",
     "export/test_mixed_widths.py": "several bit widths in one file, in every part of the export",
     "export/verification/test_avx2.py": "files on an emulated CPU without VNNI",

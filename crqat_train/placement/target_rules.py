@@ -98,6 +98,9 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
         # ONNX Runtime's integer Softmax, which two quantizers around it ask for, is off by many codes.
         if covered(source) or feeds_softmax(source):
             continue
+        # What the recipe keeps in float reads real values.
+        if any(FLOAT_LAYER in user.meta for user in source.users):
+            continue
         shared = {places[Place(source, user)] for user in source.users if Place(source, user) in places}
         if shared:
             # One value has one quantizer: where its readers were given several, the first of them serves all.
