@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import click
@@ -203,4 +204,63 @@ def init(path: Path) -> None:
     click.echo(f"wrote {path}; next: crqat run {path}")
 
 
-COMMANDS = (compare, bundle, check, report, inspect, nncf, models, scale, doctor, init)
+@click.command()
+@click.argument("recipe", type=click.Path(path_type=Path))
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value everywhere.")
+@click.option("--methods", default="", help="Separated by commas. Default: all.")
+@click.option("--seeds", default="0", help="Separated by commas. Default: 0.")
+@click.option("--labels", default="", help="Numbers of labeled images, `all` for all. Default: the recipe's.")
+@click.option("--bits", default="", help="Bits of weights and activations. Default: the recipe's.")
+@click.option("--equal", type=click.Choice(["steps", "time"]), default="steps", help="Default: steps.")
+@click.option("--jobs", type=click.IntRange(1), default=None, help="Trainings at once. Default: one for each core.")
+@click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: studies/NAME.md.")
+@click.option("--runs", type=click.Path(path_type=Path), default=None, help="Default: runs/study-NAME.")
+def study(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    methods: str,
+    seeds: str,
+    labels: str,
+    bits: str,
+    equal: str,
+    jobs: int | None,
+    out: Path | None,
+    runs: Path | None,
+) -> None:
+    """Compare training methods on one recipe, over seeds, with the controls that a gain needs.
+
+    The same command goes on where it was stopped; what is in the JSON beside OUT is not trained again.
+    """
+    from crqat.pipeline import console
+    from crqat.pipeline.study import report
+    from crqat.pipeline.study import study as studies
+
+    config = load(recipe, overrides)
+    out, runs = out or Path("studies") / f"{config.name}.md", runs or Path("runs") / f"study-{config.name}"
+    chosen = studies.load(recipe, overrides, out, runs)
+    counts = _numbers(labels, "--labels") if labels else [config.data.labeled]
+    widths = _numbers(bits, "--bits") if bits else [None]
+    wanted = tuple(filter(None, (method.strip() for method in methods.split(","))))
+    plan = chosen.plan(wanted, [seed or 0 for seed in _numbers(seeds, "--seeds")], counts, widths, equal)
+    failed = studies.run(chosen, plan, jobs or len(os.sched_getaffinity(0)))
+    for cell, rows in report.cells(chosen.rows).items():
+        console.show_table(report.title(cell), report.COLUMNS, report.table(rows))
+        if headline := report.headline(rows):
+            click.echo(headline)
+    click.echo(f"{chosen.out}, with the numbers and a picture beside")
+    if failed:
+        more = f"; {len(failed) - 1} more failed or were not run" if len(failed) > 1 else ""
+        msg = f"{failed[0]}{more}; the same command tries them again"
+        raise ToolError(msg)
+
+
+def _numbers(text: str, option: str) -> list[int | None]:
+    """Numbers separated by commas; None for `all`."""
+    try:
+        return [None if part.strip() == "all" else int(part) for part in text.split(",")]
+    except ValueError:
+        msg = f"{option}: {text} is no list of numbers such as 0,1,2"
+        raise UsageError(msg) from None
+
+
+COMMANDS = (compare, bundle, check, report, inspect, nncf, models, study, scale, doctor, init)

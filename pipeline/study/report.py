@@ -1,0 +1,165 @@
+"""What the rows of a study say: means, intervals over seeds and images, a table and a picture."""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats  # type: ignore[import-untyped]
+
+from crqat.pipeline.study.methods import METHODS, REFERENCE
+
+COLUMNS = (
+    "method", "views", "unlabeled images", "seeds", "test top-1 %", "95 % over seeds", "validation %",
+    f"{REFERENCE} minus it, points", "95 % over seeds", "95 % over images", "s",
+)  # fmt: skip
+_HEAD = """# Study: {name}
+
+Written by `crqat study`; the numbers are in the `.json` beside. All methods of a table share labels, the float
+network that they start from, optimizer steps (or, with `time`, about the seconds) and the batch of labeled images.
+Accuracies are of the torch network on all test images. Intervals over seeds are Student's t; those over images are
+paired, of the mean difference of all seeds. `s`: seconds of the training itself on one core, in the mean over the
+seeds, on a machine that may have done other things too.
+"""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A method in one cell of a study.
+
+    Attributes:
+        method: Its name.
+        rows: One for each seed.
+        mean: Of the test accuracy in percent.
+        half: Half the 95 % interval over seeds; None with one seed.
+        difference: Mean of the reference minus the method in points, over the seeds that both have; None without.
+        difference_half: Half its interval over seeds, None with one seed.
+        difference_images: Half its paired interval over images.
+    """
+
+    method: str
+    rows: list[dict[str, Any]]
+    mean: float
+    half: float | None
+    difference: float | None = None
+    difference_half: float | None = None
+    difference_images: float | None = None
+
+
+def correct(row: dict[str, Any]) -> npt.NDArray[np.float64]:
+    """1 for each test image that was answered rightly, else 0; shape [N]."""
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(row["correct"]), np.uint8))
+    return bits[: row["n"]].astype(np.float64)
+
+
+def top1(row: dict[str, Any]) -> float:
+    """Share of the test images that were answered rightly."""
+    return float(correct(row).mean())
+
+
+def half_interval(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of a mean by Student's t; None for one value."""
+    if len(values) < 2:
+        return None
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+
+
+def lines(rows: Sequence[dict[str, Any]]) -> list[Line]:
+    """The methods of one cell, in the order of `METHODS`."""
+    reference = {row["seed"]: row for row in rows if row["method"] == REFERENCE}
+    found = []
+    for method in METHODS:
+        own = sorted((row for row in rows if row["method"] == method), key=lambda row: int(row["seed"]))
+        if not own:
+            continue
+        values = [100 * top1(row) for row in own]
+        both = [row for row in own if row["seed"] in reference] if method != REFERENCE else []
+        if not both:
+            found.append(Line(method, own, float(np.mean(values)), half_interval(values)))
+            continue
+        images = np.stack([100 * (correct(reference[row["seed"]]) - correct(row)) for row in both])
+        spread = images.mean(0).std(ddof=1) / math.sqrt(images.shape[1])
+        difference = float(images.mean()), half_interval(images.mean(1).tolist()), float(stats.norm.ppf(0.975) * spread)
+        found.append(Line(method, own, float(np.mean(values)), half_interval(values), *difference))
+    return found
+
+
+def cells(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, Any, str], list[dict[str, Any]]]:
+    """The rows by number of labels, bit width and what is equal."""
+    found: dict[tuple[Any, Any, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["labels"], row["bits"], row["equal"]), []).append(row)
+    return found
+
+
+def title(cell: tuple[Any, Any, str]) -> str:
+    """A cell in words."""
+    labels, bits, equal = cell
+    named = "all labels" if labels is None else f"{labels:,} labels"
+    return f"{named}, {'bits of the recipe' if bits is None else f'W{bits}A{bits}'}, equal {equal}"
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """The lines of one cell as text."""
+    return [
+        [
+            line.method, line.rows[0]["views"], line.rows[0]["unlabeled"], str(len(line.rows)), f"{line.mean:.2f}",
+            _plus_minus(line.half), f"{100 * np.mean([row['validation'] for row in line.rows]):.2f}",
+            "" if line.difference is None else f"{line.difference:+.2f}", _plus_minus(line.difference_half),
+            _plus_minus(line.difference_images), f"{np.mean([row['seconds'] for row in line.rows]):.0f}",
+        ]
+        for line in lines(rows)
+    ]  # fmt: skip
+
+
+def headline(rows: Sequence[dict[str, Any]]) -> str:
+    """The reference beside the best of the others on the validation images, in a sentence; "" if there is no pair."""
+    found = [line for line in lines(rows) if line.difference is not None]
+    if not found:
+        return ""
+    best = max(found, key=lambda line: float(np.mean([row["validation"] for row in line.rows])))
+    seeds = f"{len(best.rows)} seed{'s' * (len(best.rows) > 1)}"
+    return (
+        f"{REFERENCE} minus {best.method}, the best of the others on the validation images: {best.difference:+.2f} "
+        f"± {best.difference_images:.2f} points (paired over images, {seeds})."
+    )
+
+
+def markdown(rows: Sequence[dict[str, Any]], name: str) -> str:
+    """The whole page."""
+    parts = [_HEAD.format(name=name), f"![accuracy of each method]({name}.png)\n"]
+    for cell, own in cells(rows).items():
+        head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+        body = ["| " + " | ".join(row) + " |" for row in table(own)]
+        parts += [f"## {title(cell)}\n", f"{headline(own)}\n", "\n".join([*head, *body]) + "\n"]
+    return "\n".join(parts)
+
+
+def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Each cell's methods with their seeds, means and intervals."""
+    from matplotlib.figure import Figure
+
+    found = cells(rows)
+    heights = [len(lines(own)) for own in found.values()]
+    figure = Figure(figsize=(8, 0.9 + sum(0.32 * height + 0.9 for height in heights)), layout="constrained")
+    axes = figure.subplots(len(found), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axis, (cell, own) in zip(axes, found.items(), strict=True):
+        for place, line in enumerate(reversed(lines(own))):
+            values = [100 * top1(row) for row in line.rows]
+            axis.plot(values, [place] * len(values), "o", color="#9aa5b1", markersize=5)
+            axis.errorbar([line.mean], [place], xerr=line.half, fmt="D", color="#1f5fa8", markersize=6, capsize=3)
+        axis.set_yticks(range(len(lines(own))), [line.method for line in reversed(lines(own))])
+        axis.set_title(title(cell), loc="left", fontsize=10)
+        axis.set_xlabel("top-1 % on the test images; diamonds: means with 95 % intervals over seeds, dots: seeds")
+        axis.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=120, metadata={"Software": ""})
+
+
+def _plus_minus(half: float | None) -> str:
+    return "" if half is None else f"± {half:.2f}"

@@ -1,0 +1,300 @@
+"""Runs the trainings of a study, each in a process of its own, and keeps what they found."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from crqat.core.errors import ToolError, UsageError
+from crqat.pipeline import console
+from crqat.pipeline.recipe import recipe
+from crqat.pipeline.study import report
+from crqat.pipeline.study.methods import BEST, TRAININGS, needed, settings
+
+SCHEMA_VERSION = 1
+_POLL_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training with one seed, number of labels and bit width.
+
+    Attributes:
+        training: Its name; see `TRAININGS`.
+        seed: The recipe's.
+        labels: Labeled images; None: all.
+        bits: Of weights and activations; None: the recipe's.
+        equal: Whether all trainings of a comparison have equal "steps" or, about, equal "time".
+        overrides: What it changes in the recipe, but for the float network's file.
+        key: Of everything that the result depends on.
+        name: Of its run.
+        start: The name of the run whose float network it starts from.
+    """
+
+    training: str
+    seed: int
+    labels: int | None
+    bits: int | None
+    equal: str
+    overrides: tuple[str, ...]
+    key: str
+    name: str
+    start: str | None
+
+
+@dataclass
+class Study:
+    """What is to be run, and where.
+
+    Attributes:
+        path: The recipe.
+        overrides: Of every training, as `--set` writes them.
+        out: The Markdown file; JSON and picture lie beside.
+        runs: The directory of the runs.
+        rows: What was found so far, one for each method, seed, number of labels and bit width.
+    """
+
+    path: Path
+    overrides: tuple[str, ...]
+    out: Path
+    runs: Path
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def plan(
+        self, methods: tuple[str, ...], seeds: Sequence[int], labels: Sequence[int | None],
+        bits: Sequence[int | None], equal: str,
+    ) -> list[Job]:  # fmt: skip
+        """All trainings, each behind the one that it starts from.
+
+        Raises:
+            UsageError: The recipe is wrong with the settings of one of them, or a method is unknown; with `equal`
+                "time": there are no results of equal steps yet, whose times it needs.
+        """
+        jobs: list[Job] = []
+        names = needed(methods)
+        for count in labels:
+            for width in bits:
+                cell = [f"data.labeled={'null' if count is None else count}"]
+                cell += [] if width is None else [f"quantization.weights={width}", f"quantization.activations={width}"]
+                for seed in seeds:
+                    own: dict[str, Job] = {}
+                    for name in names:
+                        own[name] = self._job(name, seed, count, width, equal, tuple(cell), own)
+                    jobs += own.values()
+        return jobs
+
+    def _job(
+        self, name: str, seed: int, labels: int | None, bits: int | None, equal: str, cell: tuple[str, ...],
+        others: dict[str, Job],
+    ) -> Job:  # fmt: skip
+        base = recipe.load(self.path, [*self.overrides, *cell])
+        factor = self._factor(name, labels, bits) if equal == "time" else 1.0
+        given = [*self.overrides, *cell, f"seed={seed}", *settings(name, base, factor)]
+        if labels is None and base.data.unlabeled is None and "data.unlabeled=null" not in given:
+            given.append(f"data.unlabeled={base.data.source}")  # the labeled images themselves
+        start = TRAININGS[name].start
+        behind = None if start is None else others[start]
+        # The weights' place is no matter, what they are is.
+        checked = [*given, *([] if behind is None else ["model.weights=start.safetensors"])]
+        resolved = recipe.resolved(recipe.load(self.path, checked))
+        wanted = {
+            key: resolved[key] for key in ("seed", "data", "model", "float", "quantization", "qat", "consistency")
+        }
+        text = json.dumps([wanted, None if behind is None else behind.key], sort_keys=True)
+        key = hashlib.sha256(text.encode()).hexdigest()[:16]
+        run = f"{name.replace('+', '-')}-{key[:8]}"
+        return Job(name, seed, labels, bits, equal, tuple(given), key, run, None if behind is None else behind.name)
+
+    def _factor(self, name: str, labels: int | None, bits: int | None) -> float:
+        """By how much the steps of a training change so that it takes as long as plain QAT does."""
+        training = TRAININGS[name]
+        if training.start is None:
+            return 1.0
+
+        def seconds(of: str) -> float:
+            found = [
+                row["seconds"] for row in self.rows
+                if (row["training"], row["labels"], row["bits"], row["equal"]) == (of, labels, bits, "steps")
+            ]  # fmt: skip
+            if not found:
+                msg = f"--equal time: needs the times of {of}; run the same study with --equal steps before"
+                raise UsageError(msg)
+            return float(sum(found)) / len(found)
+
+        own = seconds(name) + (seconds(training.start) if training.start != "float" else 0.0)
+        share = FLOAT_TIME if training.steps < 1 else 1.0
+        return share * seconds("qat") / own
+
+    def done(self, job: Job) -> bool:
+        """Whether there are rows of a training, and its float network if another one is to start from it."""
+        return any(row["key"] == job.key for row in self.rows)
+
+    def weights(self, name: str) -> Path:
+        """The float network of a run."""
+        return self.runs / name / "train" / "float.safetensors"
+
+    def add(self, job: Job, result: dict[str, Any]) -> None:
+        """Keep what a training has found, in place of rows of earlier settings."""
+        training, networks = TRAININGS[job.training], result["networks"]
+        place = {"labels": job.labels, "bits": job.bits, "seed": job.seed, "equal": job.equal}
+        for method, network in training.methods.items():
+            if network == BEST:
+                network = max(
+                    (n for n in ("student", "teacher") if n in networks), key=lambda n: networks[n]["validation"]
+                )
+            found = networks[network]
+            row = {
+                **place, "method": method, "training": job.training, "network": network, "start": training.start,
+                "views": training.views, "unlabeled": training.unlabeled, "seconds": result["seconds"],
+                "n": result["n"], **found, "key": job.key,
+            }  # fmt: skip
+            same = {**place, "method": method}
+            self.rows = [old for old in self.rows if any(old[key] != value for key, value in same.items())]
+            self.rows.append(row)
+
+
+FLOAT_TIME = 2 / 3
+
+
+def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study:
+    """A study with the rows that `out` has already.
+
+    Raises:
+        UsageError: The JSON beside `out` is not of a study.
+    """
+    study, file = Study(path, overrides, out, runs), out.with_suffix(".json")
+    if file.is_file():
+        try:
+            known = json.loads(file.read_text())
+            study.rows = known["rows"]
+        except (ValueError, KeyError, TypeError) as error:
+            msg = f"{file}: not written by `crqat study`; name another --out"
+            raise UsageError(msg) from error
+    return study
+
+
+def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
+    """Run what has no rows yet, and write after each training.
+
+    Args:
+        study: Gets the rows.
+        jobs: In this order, as far as those that they start from have ended.
+        processes: How many at once.
+
+    Returns:
+        What went wrong, a line for each training that did.
+    """
+    pending = [job for job in jobs if not study.done(job)]
+    wanted = {job.start for job in pending}
+    pending = [job for job in jobs if job in pending or (job.name in wanted and not study.weights(job.name).is_file())]
+    console.say(f"study: {len(jobs) - len(pending)} of {len(jobs)} trainings are there already")
+    failed: dict[str, str] = {}
+    with _processes() as running:
+        while pending or running:
+            for job in list(pending):
+                blocked = job.start is not None and (
+                    any(job.start == other.name for other in (*pending, *running)) or job.start in failed
+                )
+                if job.start in failed:
+                    failed[job.name] = f"{job.training}, seed {job.seed}: not run, because {job.start} failed"
+                    pending.remove(job)
+                elif not blocked and len(running) < processes:
+                    running[job] = _start(study, job)
+                    pending.remove(job)
+            for job, process in list(running.items()):
+                if process.poll() is not None:
+                    del running[job]
+                    _end(study, job, process.returncode, failed)
+            time.sleep(_POLL_SECONDS)
+    return list(failed.values())
+
+
+@contextmanager
+def _processes() -> Iterator[dict[Job, subprocess.Popen[bytes]]]:
+    """The trainings that run; those that still do are ended, saved, when something else ends the study."""
+    running: dict[Job, subprocess.Popen[bytes]] = {}
+    try:
+        yield running
+    finally:
+        for process in running.values():
+            process.send_signal(signal.SIGTERM)
+        for process in running.values():
+            process.wait()
+
+
+def _files(study: Study, job: Job) -> tuple[Path, Path, Path]:
+    return tuple(study.runs / f"{job.name}.{kind}" for kind in ("job", "result", "log"))  # type: ignore[return-value]
+
+
+def _start(study: Study, job: Job) -> subprocess.Popen[bytes]:
+    file, result, log = _files(study, job)
+    study.runs.mkdir(parents=True, exist_ok=True)
+    result.unlink(missing_ok=True)
+    given = [*job.overrides, f"name={job.name}"]
+    given += [] if job.start is None else [f"model.weights={study.weights(job.start)}"]
+    file.write_text(json.dumps({"recipe": str(study.path), "settings": given, "runs": str(study.runs)}))
+    console.say(f"{job.training}, seed {job.seed}{_cell(job)}: begins; {log}")
+    # One core each: two trainings on two cores are faster than one after the other on both.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with log.open("ab") as lines:
+        command = [sys.executable, "-m", "crqat.pipeline.study.worker", str(file)]
+        # A session of its own: Ctrl-C reaches the study alone, which then ends its trainings in order. The pipe ends
+        # with the study, however that ends, and the training with the pipe.
+        return subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=lines, stderr=lines, env=environment, start_new_session=True
+        )
+
+
+def _end(study: Study, job: Job, code: int, failed: dict[str, str]) -> None:
+    _, result, log = _files(study, job)
+    if code != 0 or not result.is_file():
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        failed[job.name] = f"{job.training}, seed {job.seed}{_cell(job)}: {lines[-1] if lines else code} ({log})"
+        console.say(failed[job.name])
+        return
+    study.add(job, json.loads(result.read_text()))
+    write(study)
+    found = [row for row in study.rows if row["key"] == job.key]
+    shown = ", ".join(f"{row['method']} {100 * report.top1(row):.2f} %" for row in found)
+    console.say(f"{job.training}, seed {job.seed}{_cell(job)}: {shown} in {found[0]['seconds']:.0f} s")
+
+
+def _cell(job: Job) -> str:
+    labels = "" if job.labels is None else f", {job.labels} labels"
+    return labels + ("" if job.bits is None else f", {job.bits} bits")
+
+
+def write(study: Study) -> None:
+    """Write the table, the picture and the rows.
+
+    Raises:
+        ToolError: A file cannot be written.
+    """
+    packages = {name: metadata.version(name) for name in ("torch", "nncf")}
+    data = {
+        "schema_version": SCHEMA_VERSION, "recipe": recipe.resolved(recipe.load(study.path, study.overrides)),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "versions": packages, "rows": study.rows,
+    }  # fmt: skip
+    file = study.out.with_suffix(".json")
+    try:
+        study.out.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".json.partial")
+        partial.write_text(json.dumps(data, indent=1) + "\n")
+        partial.replace(file)
+        study.out.write_text(report.markdown(study.rows, study.out.stem))
+        report.picture(study.rows, study.out.with_suffix(".png"))
+    except OSError as error:
+        msg = f"{error.filename or study.out}: cannot be written: {error.strerror}"
+        raise ToolError(msg) from error

@@ -1,0 +1,102 @@
+"""One training of a study in a process of its own, and its networks on the test images."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from crqat.core.progress import Progress, quiet
+from crqat.core.results.training import TrainingPayload
+from crqat.core.run_directory import payload_of, read_manifest
+from crqat.pipeline import console
+from crqat.pipeline.recipe import recipe
+from crqat.pipeline.stages import lock
+from crqat.pipeline.stages import run as stages
+from crqat.train.checkpoint import read_tensors
+from crqat.train.data import sources
+from crqat.train.data.batches import Images, evaluation_batches
+from crqat.train.data.dataset import Dataset
+from crqat.train.load_trained import rebuild
+from crqat.train.models import build as models
+from crqat.train.models import published
+from crqat.train.training.evaluate import BATCH
+
+
+def run(path: Path, overrides: tuple[str, ...], runs: Path, progress: Progress) -> dict[str, Any]:
+    """Train, or go on, and measure each network of the training on all test images.
+
+    Args:
+        path: The recipe.
+        overrides: As `crqat.pipeline.recipe.recipe.load` takes them.
+        runs: The directory of the study's runs.
+        progress: Told of the training.
+
+    Returns:
+        "seconds" of the training, "n" test images and "networks": of each its validation accuracy and `packed` answers.
+    """
+    config = recipe.load(path, overrides)
+    with lock.hold(runs / config.name):
+        directory = stages.train(config, runs, False, progress, save_every=60.0, unchecked=True)
+    payload = payload_of(TrainingPayload, directory, read_manifest(directory))
+    training = recipe.train_config(config)
+    dataset = sources.of_recipe(published.data_section(training), quiet)
+    float_network = models.build(config.model.name, len(dataset.class_names), payload.input_shape[0])
+    float_network.load_state_dict(read_tensors(directory / "float.safetensors"))
+    networks: dict[str, tuple[float, nn.Module]] = {
+        "float": (payload.float_network.validation_accuracy, float_network.eval())
+    }
+    for name, candidate in payload.candidates.items():
+        networks[name] = candidate.validation_accuracy, rebuild(directory, training, payload, name)
+    return {
+        "seconds": payload.seconds,
+        "n": len(dataset.test_labels),
+        "networks": {
+            name: {"validation": validation, "correct": packed(answers(network, dataset))}
+            for name, (validation, network) in networks.items()
+        },
+    }
+
+
+@torch.no_grad()
+def answers(network: nn.Module, dataset: Dataset) -> Tensor:
+    """Which test images a network answers rightly, bool of shape [N]."""
+    images: Images = dataset.test_images
+    batches = evaluation_batches(images, dataset.preprocessing, BATCH)
+    return torch.cat([network(batch).argmax(1) for batch in batches]) == dataset.test_labels
+
+
+def packed(correct: Tensor) -> str:
+    """Bool of shape [N] as a text: base64 of eight images a byte."""
+    return base64.b64encode(np.packbits(correct.numpy()).tobytes()).decode()
+
+
+def _end_with_the_study() -> None:
+    """Wait for the end of the pipe that the study holds, and save and end then."""
+    os.read(0, 1)  # not sys.stdin's, whose lock the interpreter would wait for at its end
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def main() -> None:
+    """Read what to do from the file that the only argument names, and write "result" beside it."""
+    job = Path(sys.argv[1])
+    given = json.loads(job.read_text())
+    threading.Thread(target=_end_with_the_study, daemon=True).start()
+    with console.show_progress() as progress:
+        result = run(Path(given["recipe"]), tuple(given["settings"]), Path(given["runs"]), progress)
+    partial = job.with_suffix(".partial")
+    partial.write_text(json.dumps(result))
+    partial.replace(job.with_suffix(".result"))
+
+
+if __name__ == "__main__":
+    main()
