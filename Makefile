@@ -25,7 +25,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadsc
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test test-all lint models bench-infer bench-train bench-arms bench-residual soak fuzz bench-export bench-ptq
+.PHONY: help install train export benchmark gate test test-all lint models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -61,8 +61,8 @@ lint: $(INSTALLED) ## ruff, mypy --strict and the list of retired words
 bench-train: $(INSTALLED) ## seconds of a training step: float, QAT, CR-QAT and the peers that are installed
 	$(VENV)/bin/python -m bench.step_time $(ARGS)
 
-bench-arms: $(INSTALLED) ## PTQ, QAT, distillation and CR-QAT of RECIPE side by side; ARGS="--seeds 0,1" for several
-	$(VENV)/bin/python -m bench.training_methods $(RECIPE) $(ARGS)
+study: $(INSTALLED) ## docs/study: training methods side by side from few labels, goes on where it was stopped; takes hours
+	$(CRQAT) study recipes/study_resnet20_w4a4.yaml --seeds 0,1,2 --out docs/study/resnet20_w4a4.md $(ARGS)
 
 bench-infer: $(INSTALLED) ## float, ours and ONNX Runtime's own quantization; ARGS="--cifar10 DIR --weights FILE" for accuracy
 	$(VENV)/bin/python -m bench.vs_onnxruntime $(ARGS)

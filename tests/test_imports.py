@@ -42,7 +42,7 @@ ORDER: dict[str, list[set[str]]] = {
     ],
     "pipeline": [
         {"streams", "console", "untrusted_onnx", "gate"}, {"recipe", "report"}, {"stages", "cli_options", "measure"},
-        {"commands"}, {"cli_tools"}, {"cli"},
+        {"commands", "study"}, {"cli_tools"}, {"cli"},
     ],
 }  # fmt: skip
 # What a room imports against the order, with the reason.

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from crqat.core.errors import CrqatError
 from crqat.core.progress import Progress, quiet
 from crqat.core.results.training import TrainingPayload
 from crqat.core.run_directory import payload_of, read_manifest
@@ -91,8 +92,12 @@ def main() -> None:
     job = Path(sys.argv[1])
     given = json.loads(job.read_text())
     threading.Thread(target=_end_with_the_study, daemon=True).start()
-    with console.show_progress() as progress:
-        result = run(Path(given["recipe"]), tuple(given["settings"]), Path(given["runs"]), progress)
+    try:
+        with console.show_progress() as progress:
+            result = run(Path(given["recipe"]), tuple(given["settings"]), Path(given["runs"]), progress)
+    except CrqatError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
     partial = job.with_suffix(".partial")
     partial.write_text(json.dumps(result))
     partial.replace(job.with_suffix(".result"))

@@ -1,0 +1,122 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from crqat.core.errors import UsageError
+from crqat.pipeline.cli import crqat
+from crqat.pipeline.study import report, study
+from crqat.train.data import sources
+
+RECIPE = """
+name: tiny
+compile: never
+data: {source: digits, crop_padding: 0, flip: false, labeled: 200}
+model: {name: "tiny_network:network"}
+float: {epochs: 2, batch_size: 20, lr: 0.1}
+quantization: {calibration_images: 20}
+qat: {epochs: 6, batch_size: 20, lr: 0.01}
+"""
+
+
+NETWORK = """
+from torch import nn
+
+
+def network(classes: int, channels: int) -> nn.Module:
+    first, second = nn.Conv2d(channels, 8, 3), nn.Conv2d(8, 8, 3, 2)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(32, classes))
+"""
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A recipe, and beside it the module of its network, which all processes find."""
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    (tmp_path / "tiny_network.py").write_text(NETWORK)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]]))
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path / "recipe.yaml"
+
+
+def planned(path: Path, seeds: tuple[int, ...] = (0,), **changes: Any) -> list[study.Job]:
+    made = study.load(path, (), path.parent / "out.md", path.parent / "runs")
+    given: dict[str, Any] = {"methods": ("cr-unlabeled",), "labels": [200], "bits": [None], "equal": "steps", **changes}
+    return made.plan(given["methods"], seeds, given["labels"], given["bits"], given["equal"])
+
+
+def test_a_training_has_a_key_of_all_that_it_depends_on(path: Path) -> None:
+    jobs = planned(path, (0, 1))
+    assert [(job.training, job.seed) for job in jobs] == [
+        ("float", 0), ("cr-unlabeled", 0), ("float", 1), ("cr-unlabeled", 1),
+    ]  # fmt: skip
+    assert jobs[1].start == jobs[0].name
+    assert [job.key for job in jobs] == [job.key for job in planned(path, (0, 1))]
+    others = [*planned(path, labels=[100]), *planned(path, bits=[4])]
+    assert len({job.key for job in (*jobs, *others)}) == 8
+    path.write_text(RECIPE.replace("epochs: 2", "epochs: 3"))  # of the float network, which the other starts from
+    assert not {job.key for job in jobs} & {job.key for job in planned(path, (0, 1))}
+
+
+def test_with_all_labels_the_labeled_images_are_the_unlabeled_ones_too(path: Path) -> None:
+    _, job = planned(path, labels=[None])
+    assert "data.unlabeled=digits" in job.overrides
+    assert not any("data.unlabeled=" in text for text in planned(path)[1].overrides)
+
+
+def test_equal_time_changes_the_steps_by_the_times_of_equal_steps(path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"^--equal time: needs the times of cr-unlabeled; run the same study with --equal"
+    ):
+        planned(path, equal="time")
+    seconds = {"qat": 10.0, "cr-unlabeled": 30.0}
+    rows = [
+        {"training": name, "labels": 200, "bits": None, "equal": "steps", "seconds": taken}
+        for name, taken in seconds.items()
+    ]
+    path.with_name("out.json").write_text(json.dumps({"rows": rows}))
+    _, job = planned(path, equal="time")
+    assert "qat.epochs=2" in job.overrides  # a third of six
+
+
+def test_a_file_of_something_else_is_not_written_over(path: Path) -> None:
+    path.with_name("out.json").write_text("[]")
+    with pytest.raises(UsageError, match=r"out\.json: not written by `crqat study`; name another --out"):
+        planned(path)
+
+
+def test_a_killed_study_goes_on_and_what_it_has_is_not_trained_again(path: Path) -> None:
+    out, runs = path.with_name("out.md"), path.parent / "runs"
+    arguments = ["study", str(path), "--methods", "qat-strong,cr-unlabeled", "--out", str(out), "--runs", str(runs)]
+    with (path.parent / "log").open("wb") as log:
+        process = subprocess.Popen([sys.executable, "-m", "crqat", *arguments, "--jobs", "1"], stderr=log)
+    until = time.monotonic() + 120
+    while not out.with_suffix(".json").is_file() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.05)
+    while b"cr-unlabeled, seed 0, 200 labels: begins" not in (path.parent / "log").read_bytes():
+        time.sleep(0.05)  # one more has begun
+        assert process.poll() is None and time.monotonic() < until
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = {row["method"]: row["key"] for row in json.loads(out.with_suffix(".json").read_text())["rows"]}
+    assert kept.keys() == {"float", "ptq", "qat-strong"}
+    result = CliRunner().invoke(crqat, arguments, standalone_mode=False)
+    assert result.exception is None, result.output
+    assert "study: 2 of 3 trainings are there already" in result.output
+    rows = {row["method"]: row for row in json.loads(out.with_suffix(".json").read_text())["rows"]}
+    assert rows.keys() == kept.keys() | {"cr-unlabeled"}
+    assert {method: rows[method]["key"] for method in kept} == kept
+    labels = sources.load("digits", None, False).test_labels
+    assert all(row["n"] == len(labels) for row in rows.values())
+    # They have learned: far above chance, which the packed answers of another order would not be.
+    assert report.top1(rows["float"]) > 0.3
+    assert "cr-unlabeled minus" in out.read_text() and out.with_suffix(".png").is_file()
