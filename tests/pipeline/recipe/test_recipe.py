@@ -50,7 +50,7 @@ def test_minimal_recipe_gets_the_defaults(tmp_path: Path) -> None:
     assert loaded.gate == GateConfig()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_recipes_are_valid_and_named_as_their_file(path: Path) -> None:
     assert recipe.load(path).name == path.stem
 
