@@ -285,9 +285,16 @@ def _perturb(config: Recipe, runs: Path, force: bool, others: tuple[Path, ...], 
     for other in others:
         path = other.resolve()
         found = from_resolved(verify_stage(path / "train").config)
+        if _validation(found) != _validation(config):
+            click.echo(f"warning: {other}: of another data.source, data.validation or seed: its images are others")
         asked.append((replace(found, name=path.name), path.parent))  # the directory may have another name by now
     directories = [_run_stage("perturbation", found, where, force, **further) for found, where in asked]
     perturbation.show(directories)
+
+
+def _validation(config: Recipe) -> tuple[object, ...]:
+    """What the choice of the validation images depends on."""
+    return config.data.source, config.data.root, config.data.validation, config.seed
 
 
 def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> Path:

@@ -106,6 +106,20 @@ def test_it_is_up_to_date_until_something_else_is_asked(measured: tuple[Path, Re
     assert before["inputs"]["--draws"] == "3"
 
 
+def test_a_run_of_other_images_is_named(measured: tuple[Path, Result]) -> None:
+    folder, outcome = measured
+    assert "warning" not in outcome.output
+    runs = folder / "other"
+    common = (folder / "recipe.yaml", "--runs", runs, "--set", "seed=1")
+    assert (
+        call("train", *common, "--unchecked", "--set", "qat.epochs=0", "--set", "consistency.teacher=none").exit_code
+        == 0
+    )
+    beside = ("--run", runs / "trained", "--draws", "3", "--images", "100")
+    said = call("sensitivity", folder / "recipe.yaml", "--runs", folder / "runs", "--perturbation", *beside)
+    assert f"warning: {runs / 'trained'}: of another data.source, data.validation or seed" in said.stdout
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
