@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -226,22 +227,74 @@ def gate(recipe: Path, overrides: tuple[str, ...], runs: Path, address: str | No
 @crqat.command()
 @recipe_arguments
 @force_option
+@click.option("--average-bits", type=click.FloatRange(2, 8), help="Largest mean bit width of the weights. Default: 5.")
 @click.option(
-    "--average-bits",
-    type=click.FloatRange(2, 8),
-    default=5.0,
-    help="Largest mean bit width of the weights. Default: 5.",
+    "--images",
+    type=click.IntRange(min=1),
+    help="Calibration images, default: 128; with --perturbation validation images, default: all.",
 )
-@click.option("--images", type=click.IntRange(min=1), default=128, help="Calibration images. Default: 128.")
+@click.option(
+    "--perturbation",
+    is_flag=True,
+    help="Instead: accuracy and loss of the run's networks under noise on input and weights.",
+)
+@click.option(
+    "--run",
+    "others",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    metavar="RUN",
+    help="With --perturbation: the directory of another trained run, shown beside; may be given again.",
+)
+@click.option("--draws", type=click.IntRange(min=1), help="With --perturbation: draws of each noise. Default: 5.")
 def sensitivity(
-    recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, average_bits: float, images: int
+    recipe: Path,
+    overrides: tuple[str, ...],
+    runs: Path,
+    force: bool,
+    average_bits: float | None,
+    images: int | None,
+    perturbation: bool,
+    others: tuple[Path, ...],
+    draws: int | None,
 ) -> None:
     """Measure what fewer bits cost each layer of a trained run, and propose a recipe of mixed bit widths."""
+    config = load(recipe, overrides)
+    if perturbation:
+        if average_bits is not None:
+            msg = "--average-bits: proposes bit widths, which --perturbation does not; leave one of them out"
+            raise UsageError(msg)
+        _perturb(config, runs, force, others, draws=draws or 5, images=images)
+        return
+    if others or draws is not None:
+        msg = "--run and --draws are of noise; add --perturbation"
+        raise UsageError(msg)
     from crqat.pipeline.commands import mixed_precision as proposal
 
-    config = load(recipe, overrides)
-    _run_stage("sensitivity", config, runs, force, average_bits=average_bits, images=images)
+    _run_stage("sensitivity", config, runs, force, average_bits=average_bits or 5.0, images=images or 128)
     proposal.show(runs / config.name / "sensitivity")
+
+
+def _perturb(config: Recipe, runs: Path, force: bool, others: tuple[Path, ...], **further: Any) -> None:
+    """Measure this run and the others under noise, and show them together."""
+    from crqat.core.run_directory import verify_stage
+    from crqat.pipeline.commands import perturbation
+    from crqat.pipeline.recipe.recipe import from_resolved
+
+    asked = [(config, runs)]
+    for other in others:
+        path = other.resolve()
+        found = from_resolved(verify_stage(path / "train").config)
+        if _validation(found) != _validation(config):
+            click.echo(f"warning: {other}: of another data.source, data.validation or seed: its images are others")
+        asked.append((replace(found, name=path.name), path.parent))  # the directory may have another name by now
+    directories = [_run_stage("perturbation", found, where, force, **further) for found, where in asked]
+    perturbation.show(directories)
+
+
+def _validation(config: Recipe) -> tuple[object, ...]:
+    """What the choice of the validation images depends on."""
+    return config.data.source, config.data.root, config.data.validation, config.seed
 
 
 def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> Path:

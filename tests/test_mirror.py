@@ -33,6 +33,7 @@ ELSEWHERE: dict[str, str] = {
     "src/crqat/core/field_bounds.py": "tests/pipeline/recipe/test_recipe.py",
     "src/crqat/core/folders.py": "tests/crqat_train/data/test_imagefolder.py",
     "src/crqat/core/progress.py": "tests/pipeline/test_cli.py",
+    "src/crqat/core/results/analysis.py": "tests/export/analysis/test_perturbation.py",
     "src/crqat/core/results/benchmark.py": "tests/core/results/test_frozen_runs.py",
     "src/crqat/core/results/engine.py": "tests/core/results/test_frozen_runs.py",
     "src/crqat/core/results/training.py": "tests/core/results/test_frozen_runs.py",

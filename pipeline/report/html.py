@@ -14,7 +14,7 @@ import jinja2
 from crqat.core import strict_json
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
-from crqat.core.results.analysis import LayerAccuracy
+from crqat.core.results.analysis import LayerAccuracy, Perturbation, mean_and_deviation
 from crqat.core.results.benchmark import Results
 from crqat.core.results.export import ExportPayload
 from crqat.core.results.training import Epoch, TrainingPayload
@@ -29,6 +29,10 @@ WORDS = {0: "pass", 1: "fail", 3: "not judged", 4: "inconclusive"}
 # Readable on white and on near-black.
 _PALETTE = ("#8a8f98", "#8957c9", "#2f81d6", "#4f9d3a", "#d9822b", "#c0392b")
 _COLORS = dict(zip(("float", "openvino", *runtimes.names()), _PALETTE, strict=False))
+# What `crqat sensitivity --perturbation` writes, and its networks in plain words.
+PERTURBATION = "perturbation.json"
+NETWORKS = {"float": "float", "calibrated": "calibration alone", "student": "trained", "teacher": "EMA teacher"}
+_NETWORK_COLORS = dict(zip(NETWORKS, ("#8a8f98", "#8957c9", "#2f81d6", "#d9822b"), strict=True))
 _LINES = {"validation": "#2f81d6", "validation_teacher": "#d9822b", "lambda": "#4f9d3a"}
 
 
@@ -38,6 +42,7 @@ def render(
     verdicts: Sequence[Verdict],
     layers: Sequence[LayerAccuracy] = (),
     others: Sequence[Results] = (),
+    perturbation: Perturbation | None = None,
 ) -> str:
     """The page.
 
@@ -47,6 +52,7 @@ def render(
         verdicts: What the gate says of it.
         layers: What `crqat.export.analysis.layer_accuracy.accuracy_of_each_layer` measured, if it was asked for.
         others: Results of the same files on other devices.
+        perturbation: How the run's networks stand noise, if it was measured.
 
     Raises:
         UsageError: The run's files do not hold what the page shows.
@@ -78,6 +84,8 @@ def render(
         recipe=manifest.config,
         edges=_edges(export),
         layers=layers,
+        perturbation=perturbation,
+        noise="" if perturbation is None else _noise(perturbation),
         columns=COMPARED,
         devices=side_by_side([results, *others]) if others else [],
         tradeoff=_tradeoff(results),
@@ -194,6 +202,28 @@ def _curves(history: list[Epoch], float_accuracy: float) -> str:
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.margins(y=0.1)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))  # no accuracy is above 100 %
+    return _svg(figure)
+
+
+def _noise(perturbation: Perturbation) -> str:
+    """Accuracy against noise on the input and on the weights, one line per network, with its spread over draws."""
+    figure, (left, right) = _figure(6.4, 3.2, columns=2)
+    for network in perturbation.networks:
+        for axes, levels in ((left, network.input_noise), (right, network.weight_noise)):
+            points = [mean_and_deviation([100 * value for value in level.accuracy]) for level in levels]
+            means, spreads = zip(*points, strict=True)
+            axes.errorbar(
+                [level.level for level in levels], means, yerr=spreads, fmt=".-", capsize=3,
+                color=_NETWORK_COLORS[network.network], label=NETWORKS[network.network],
+            )  # fmt: skip
+    left.set_title("noise on the input")
+    left.set_xlabel("standard deviation")
+    right.set_title("noise on the weights")
+    right.set_xlabel("share of the weight norm")
+    for axes in (left, right):
+        axes.set_ylabel("validation accuracy, %")
+        axes.legend(frameon=False, fontsize=8)
         axes.set_ylim(top=min(axes.get_ylim()[1], 101.0))  # no accuracy is above 100 %
     return _svg(figure)
 

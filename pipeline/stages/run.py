@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from crqat.core import run_directory
 from crqat.core.errors import CrqatError, ToolError, UsageError
 from crqat.core.progress import Progress
-from crqat.core.results.analysis import LayerAccuracy, SensitivityPayload
+from crqat.core.results.analysis import LayerAccuracy, Perturbation, PerturbationPayload, SensitivityPayload
 from crqat.core.results.benchmark import BenchmarkPayload, Results, read_results
 from crqat.core.results.engine import Engines
 from crqat.core.results.export import ExportPayload
 from crqat.core.results.training import TrainingPayload
 from crqat.core.results.verdict import Judgement
-from crqat.core.typed_json import text, to_json
+from crqat.core.typed_json import read, text, to_json
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
 from crqat.pipeline.stages import disk, lock, staleness
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from crqat.runtime_eval.board.ssh import Board
     from crqat.train.training.stage import Start
 
-_Payload = TrainingPayload | ExportPayload | BenchmarkPayload | SensitivityPayload
+_Payload = TrainingPayload | ExportPayload | BenchmarkPayload | SensitivityPayload | PerturbationPayload
 STATES = ".states"
 RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
 VERDICT = "verdict.json"
@@ -141,6 +141,22 @@ def sensitivity(
     asked = {"--average-bits": f"{average_bits:g}", "--images": str(images)}
     inputs = {**staleness.inputs("sensitivity", config, runs), **asked}
     return _run_stage("sensitivity", config, runs, force, inputs, fill)
+
+
+def perturbation(
+    config: recipe.Recipe, runs: Path, force: bool, progress: Progress, draws: int, images: int | None
+) -> Path:
+    """Measure how the run's networks stand noise, and return the directory with the result."""
+    staleness.current(config, runs, "train")
+
+    def fill(out: Path) -> PerturbationPayload:
+        from crqat.pipeline.commands.perturbation import measure
+
+        return measure(config, runs, out, progress, draws, images)
+
+    asked = {"--draws": str(draws), "--images": "all" if images is None else str(images)}
+    inputs = {**staleness.inputs("perturbation", config, runs), **asked}
+    return _run_stage("perturbation", config, runs, force, inputs, fill)
 
 
 def judge(
@@ -293,7 +309,7 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         rows = accuracy_of_each_layer(run / "train", training, candidate, progress)
     limits = rules.GateConfig(**manifest.config["gate"])
     verdicts = judge(results, limits, known=known_accuracy(manifest.config["model"].get("accuracy"), limits, run))
-    page = render(run, results, verdicts, rows, _others(run, "benchmark"))
+    page = render(run, results, verdicts, rows, _others(run, "benchmark"), _perturbation(run))
     try:
         out.write_text(page, "utf-8")
     except OSError as error:
@@ -320,7 +336,20 @@ def _write_verdict(out: Path, run: Path, stage: str, results: Results, verdicts:
 
     (out / JUNIT).write_text(junit(verdicts, run.name), "utf-8")
     (out / VERDICT).write_text(text(Judgement(rules.exit_code(verdicts), verdicts)), "utf-8")
-    (out / REPORT).write_text(report.render(run, results, verdicts, others=_others(run, stage)), "utf-8")
+    page = report.render(run, results, verdicts, others=_others(run, stage), perturbation=_perturbation(run))
+    (out / REPORT).write_text(page, "utf-8")
+
+
+def _perturbation(run: Path) -> Perturbation | None:
+    """What `crqat sensitivity --perturbation` measured of this training; None if it did not, or is damaged."""
+    from crqat.pipeline.report.html import PERTURBATION
+
+    directory = run / "perturbation"
+    try:
+        staleness.check_parent(run, run_directory.verify_stage(directory))
+        return read(Perturbation, directory / PERTURBATION, "measure it again with --force")
+    except CrqatError:
+        return None
 
 
 def _others(run: Path, own: str) -> list[Results]:

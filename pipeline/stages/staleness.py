@@ -20,7 +20,7 @@ from crqat.pipeline.stages import disk, imports
 from crqat.train.config import FILE_SOURCES, source_kind
 
 STAGES = ("train", "export", "benchmark")
-PARENTS = {"train": None, "export": "train", "benchmark": "export", "sensitivity": "train"}
+PARENTS = {"train": None, "export": "train", "benchmark": "export", "sensitivity": "train", "perturbation": "train"}
 # The keys of a recipe that a stage's result depends on; the stage before it brings in its own.
 KEYS = {
     "train": (
@@ -38,6 +38,7 @@ KEYS = {
     "export": ("name", "export"),
     "benchmark": ("benchmark",),
     "sensitivity": ("name",),
+    "perturbation": ("name",),
 }
 # Of a section: what only the gate reads.
 _JUDGED = {"model": ("accuracy",)}
@@ -48,6 +49,7 @@ _LIBRARIES = {
     "export": ("torch", "onnx", *_RUNTIMES),
     "benchmark": _RUNTIMES,
     "sensitivity": ("torch", "nncf"),
+    "perturbation": ("torch", "nncf"),
 }
 _LIBRARIES_OF_SOURCE = {
     "digits": ("scikit-learn",),

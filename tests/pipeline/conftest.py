@@ -164,7 +164,7 @@ def fakes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fakes:
         monkeypatch.setitem(sys.modules, name, module)
     # The page needs a whole run; tests/pipeline/report/test_html.py has one.
 
-    def page(run: Path, results: Results, verdicts: list[Any], others: list[Any]) -> str:
+    def page(run: Path, results: Results, verdicts: list[Any], others: list[Any], perturbation: Any) -> str:
         return f"<p>{len(verdicts)} rules, {len(others)} other devices</p>"
 
     monkeypatch.setattr("crqat.pipeline.report.html.render", page)

@@ -241,6 +241,8 @@ def replace_file(path: Path, content: bytes) -> None:
 def command(stage: str) -> str:
     """The command line, without its name, that runs a stage."""
     kind, at, _ = stage.partition("@")
+    if kind == "perturbation":
+        return "sensitivity RECIPE --perturbation"
     return f"{kind} RECIPE --on ssh://HOST" if at else f"{kind} RECIPE"
 
 

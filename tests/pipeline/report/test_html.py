@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from matplotlib.figure import Figure
 
-from crqat.core.results.analysis import LayerAccuracy
+from crqat.core.results.analysis import LayerAccuracy, NoiseLevel, NoisyNetwork, Perturbation
 from crqat.core.results.benchmark import Results
 from crqat.core.results.verdict import Verdict
 from crqat.core.run_directory import Manifest, read_manifest, write_stage
@@ -267,6 +267,32 @@ def test_the_training_starts_at_the_calibrated_network_and_has_floats_level(
     assert lines.keys() == {"student", "teacher", "float"}
     assert lines["student"] == ([0, 1, 2], [80.0, 90.0, 90.0]) and lines["teacher"][1] == [80.0, 91.0, 91.0]
     assert lines["float"][1] == [99.0, 99.0]
+
+
+def test_noise_has_a_chart_of_each_kind_where_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = finished_run(tmp_path / "run", "digits")
+    assert "Noise on input and weights" not in render(tmp_path / "run", results, [])
+    on_input = [NoiseLevel(0, [0.9], [0.3]), NoiseLevel(0.4, [0.5, 0.7], [1.0, 1.2])]
+    on_weights = [NoiseLevel(0, [0.9], [0.3]), NoiseLevel(0.1, [0.8, 0.8], [0.4, 0.4])]
+    names = {"float": "float", "calibrated": "calibration alone", "student": "trained", "teacher": "EMA teacher"}
+    networks = [NoisyNetwork(name, on_input, on_weights) for name in names]  # type: ignore[arg-type]
+    figures: list[Any] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *args: Any, **kwargs: Any) -> None:
+        figures.append(figure)
+        save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    measured_noise = Perturbation("digits", 100, 2, networks)
+    page = report.render(tmp_path / "run", from_json(Results, results), [], perturbation=measured_noise)
+    assert "Accuracy on 100 validation images, mean and standard deviation over 2 draws" in page
+    axes = {axes.get_title(): axes for figure in figures for axes in figure.axes}
+    for title, last in (("noise on the input", (0.4, 60.0)), ("noise on the weights", (0.1, 80.0))):
+        drawn = axes[title].containers
+        assert [container.get_label() for container in drawn] == list(names.values())
+        for line in (container.lines[0] for container in drawn):
+            assert (line.get_xdata()[-1], line.get_ydata()[-1]) == pytest.approx(last)
 
 
 def test_devices_stand_side_by_side(tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from crqat.core.field_bounds import Range
 
 
 @dataclass(frozen=True)
@@ -96,3 +100,67 @@ class SensitivityPayload:
     divergence: Divergence
     device: str = "cpu"
     schema_version: int = 1
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """A network under one strength of noise.
+
+    Attributes:
+        level: Of input noise the standard deviation, in units of the normalized input; of weight noise the norm, as a
+            share of the norm of each layer's weights.
+        accuracy: Top-1, share of the validation images, one value a draw; a single one without noise.
+        loss: Cross-entropy in nats, mean over the images, likewise.
+    """
+
+    level: Annotated[float, Range(ge=0)]
+    accuracy: Annotated[list[float], Range(ge=1)]
+    loss: Annotated[list[float], Range(ge=1)]
+
+
+@dataclass(frozen=True)
+class NoisyNetwork:
+    """One network of a run under noise.
+
+    Attributes:
+        network: "float", or the name of a candidate: "calibrated", "student" or "teacher".
+        input_noise: From weak to strong.
+        weight_noise: Likewise.
+    """
+
+    network: Literal["float", "calibrated", "student", "teacher"]
+    input_noise: list[NoiseLevel]
+    weight_noise: list[NoiseLevel]
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """perturbation.json.
+
+    Attributes:
+        run: The run's name.
+        images: Validation images.
+        draws: Of noise at each level above 0.
+        networks: The float network first.
+    """
+
+    run: str
+    images: int
+    draws: int
+    networks: list[NoisyNetwork]
+    schema_version: int = 1
+
+
+@dataclass(frozen=True)
+class PerturbationPayload:
+    """The payload of the stage's manifest; attributes as in `Perturbation`."""
+
+    images: int
+    draws: int
+    device: str = "cpu"
+    schema_version: int = 1
+
+
+def mean_and_deviation(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation over draws; of one draw the latter is 0."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

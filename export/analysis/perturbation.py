@@ -1,0 +1,124 @@
+"""How a run's networks stand noise on their input and on their weights, each network under the same draws of noise."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from crqat.core.progress import Progress
+from crqat.core.results.analysis import NoiseLevel, NoisyNetwork, Perturbation
+from crqat.core.results.training import TrainingPayload
+from crqat.core.run_directory import payload_of, verify_stage
+from crqat.train.config import TrainConfig
+from crqat.train.data import sources
+from crqat.train.data.batches import evaluation_batches, subset
+from crqat.train.data.split import split as split_images
+from crqat.train.load_trained import rebuild, take_float_weights
+from crqat.train.models import published
+from crqat.train.quantized_model import QuantizedModel
+from crqat.train.quantizers.calibration import only, weight_of
+from crqat.train.training.evaluate import BATCH
+
+INPUT_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.4)
+WEIGHT_LEVELS = (0.0, 0.01, 0.02, 0.05, 0.1)
+
+
+def under_noise(
+    train_dir: Path, config: TrainConfig, run: str, progress: Progress, draws: int, images: int | None = None
+) -> Perturbation:
+    """Accuracy and loss on validation images under Gaussian noise, of the float network and of every candidate.
+
+    A draw of input noise depends on its number and on the images' shape alone, one of weight noise on its number and on
+    the layer's name and shape: all networks see the same, and each level scales the same draws. Weight noise is added
+    to the weights in front of their quantizers, which stay as they are. The float network gets it on the same layers.
+
+    Args:
+        train_dir: A finished train stage; its hashes are verified first.
+        config: The recipe it was trained by.
+        run: Its name.
+        progress: Told of levels.
+        draws: How many of each noise.
+        images: At most so many validation images; None takes all.
+    """
+    trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
+    dataset = sources.of_recipe(published.data_section(config))
+    chosen = split_images(len(dataset.train_labels), config.data.validation, config.seed).validation[:images]
+    pixels, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
+    # Without training the student is the calibrated network, and there is no other.
+    candidates: dict[str, str] = {
+        name: name for name in ("calibrated", "student", "teacher") if name in trained.candidates
+    }
+    if config.qat.epochs == 0:
+        candidates = {"calibrated": "student"}
+    of_each = len(INPUT_LEVELS) + len(WEIGHT_LEVELS)
+    networks: list[NoisyNetwork] = []
+    for name in ("float", *candidates):
+        model = rebuild(train_dir, config, trained, candidates.get(name, "student"))
+        active = model.specs
+        if name == "float":
+            take_float_weights(model, train_dir)
+            active = []
+        weights = weights_of(model)
+        levels: dict[str, list[NoiseLevel]] = {"input": [], "weights": []}
+        with only(model, active):
+            for kind, level in [("input", x) for x in INPUT_LEVELS] + [("weights", x) for x in WEIGHT_LEVELS]:
+                found = []
+                for draw in range(draws if level else 1):
+                    batches = evaluation_batches(pixels, dataset.preprocessing, BATCH)
+                    if kind == "input":
+                        found.append(_quality(model, noisy_batches(batches, level, draw), labels))
+                    else:
+                        with noisy_weights(weights, level, draw):
+                            found.append(_quality(model, batches, labels))
+                accuracies, losses = zip(*found, strict=True)
+                levels[kind].append(NoiseLevel(level, list(accuracies), list(losses)))
+                done = len(networks) * of_each + sum(map(len, levels.values()))
+                progress("noise", done, of_each * (1 + len(candidates)), f"{name}, {level:g} on the {kind}")
+        networks.append(NoisyNetwork(name, levels["input"], levels["weights"]))  # type: ignore[arg-type]
+    return Perturbation(run, len(labels), draws, networks)
+
+
+def weights_of(model: QuantizedModel) -> dict[str, Tensor]:
+    """The latent weights of each quantized layer by the layer's name; what several layers share comes once."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for spec in model.specs:
+        if spec.kind == "weight":
+            weight = weight_of(model, spec)
+            found.setdefault(id(weight), (spec.operation, weight))
+    return dict(found.values())
+
+
+@contextmanager
+def noisy_weights(weights: Mapping[str, Tensor], level: float, draw: int) -> Iterator[None]:
+    """Within the context each layer's weights carry noise whose norm is `level` times their own."""
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    try:
+        for name, weight in weights.items():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{draw} {name}".encode()))
+            noise = torch.randn(weight.shape, generator=generator)
+            weight.data += noise * (level * weight.data.norm() / noise.norm())
+        yield
+    finally:
+        for name, weight in weights.items():
+            weight.data.copy_(before[name])
+
+
+def noisy_batches(batches: Iterator[Tensor], level: float, draw: int) -> Iterator[Tensor]:
+    """The batches with Gaussian noise of standard deviation `level` on each value."""
+    generator = torch.Generator().manual_seed(draw)
+    for batch in batches:
+        yield batch + level * torch.randn(batch.shape, generator=generator)
+
+
+@torch.no_grad()
+def _quality(model: nn.Module, batches: Iterator[Tensor], labels: Tensor) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy."""
+    logits = torch.cat([model(batch) for batch in batches]).double()
+    correct = int((logits.argmax(dim=1) == labels).sum())
+    return correct / len(labels), float(functional.cross_entropy(logits, labels))
