@@ -18,7 +18,7 @@ from crqat.core.run_directory import payload_of, verify_stage
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import evaluation_batches, subset
-from crqat.train.data.split import split as split_images
+from crqat.train.data.split import split_of
 from crqat.train.load_trained import rebuild, take_float_weights
 from crqat.train.models import published
 from crqat.train.quantized_model import QuantizedModel
@@ -48,7 +48,7 @@ def under_noise(
     """
     trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
     dataset = sources.of_recipe(published.data_section(config))
-    chosen = split_images(len(dataset.train_labels), config.data.validation, config.seed).validation[:images]
+    chosen = split_of(dataset.train_labels, config.data, config.seed).validation[:images]
     pixels, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
     # Without training the student is the calibrated network, and there is no other.
     candidates: dict[str, str] = {
