@@ -6,7 +6,7 @@ number; a size that differs is the batch's and stays a part of the graph.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -14,6 +14,18 @@ from torch import Tensor, fx
 
 _BATCHES = (2, 3)
 _UNKNOWN = (None, None)
+
+
+# A tensor's own views of itself, as operations that have names. NNCF takes one without for the question of a shape.
+VIEWS: dict[str, Callable[[Any], Any]] = {
+    "T": lambda x: x.permute(*range(x.ndim - 1, -1, -1)),
+    "mT": lambda x: x.transpose(-2, -1),
+    "H": lambda x: x.transpose(0, 1),
+    "mH": lambda x: x.transpose(-2, -1),
+    "data": lambda x: x.detach(),
+    "real": torch.real,
+    "imag": torch.imag,
+}
 
 
 class SizedProxy(fx.Proxy):
@@ -43,6 +55,12 @@ class SizedProxy(fx.Proxy):
             int(a) if a == b else self.tracer.create_proxy("call_method", "size", (self, axis), {})
             for axis, (a, b) in enumerate(zip(one, other, strict=True))
         )
+
+    def __getattr__(self, name: str) -> Any:
+        """A view as the operation that it is, everything else as fx has it."""
+        if name in VIEWS and isinstance(self.values[0], Tensor):
+            return VIEWS[name](self)
+        return super().__getattr__(name)
 
     def __len__(self) -> int:
         one, other = self.values

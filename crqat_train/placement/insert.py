@@ -24,6 +24,7 @@ from crqat.train.graph.attention import write_out
 from crqat.train.graph.computed_weights import channels_of, copied, fold_graph, fold_modules
 from crqat.train.graph.explain import check_module, check_norms, check_pools, forward_of, place
 from crqat.train.graph.operations import NOTES, is_matmul, parameter, reads_images, trace
+from crqat.train.graph.sizes import VIEWS
 from crqat.train.placement import overrides
 from crqat.train.placement.nncf_layout import Hooks, ask_layout, name_operations
 from crqat.train.placement.quantizer_spec import QuantizerSpec, operation_of
@@ -129,12 +130,17 @@ def insert_quantizers(
 
 @contextmanager
 def _written_out() -> Iterator[None]:
-    """Transformer layers run by their operations, not by torch's one operation for all of them."""
+    """Transformer layers and views run by their operations, not by torch's one for all of them or by attributes."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
+    for name, view in VIEWS.items():
+        own = getattr(torch._C.TensorBase, name)
+        setattr(Tensor, name, property(view, own.__set__))
     try:
         yield
     finally:
+        for name in VIEWS:
+            delattr(Tensor, name)
         torch.backends.mha.set_fastpath_enabled(before)
 
 

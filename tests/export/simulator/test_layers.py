@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from crqat.core.errors import UsageError
 from crqat.export.qdq.lint import lint
 from crqat.export.verification.checks import verify
 from crqat.export.verification.fusion import fusion
@@ -194,6 +195,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
         FunctionOf(lambda x: torch.cat([x, x.new_zeros(x.shape[0], 4, *x.shape[2:])], 1)),
         nn.Conv2d(CHANNELS + 4, CHANNELS, 1),
     ),
+    "views by attributes": lambda: FunctionOf(lambda x: x.transpose(2, 3).mT.data),
     "mask": lambda: FunctionOf(lambda x: x * (x > 0.5).float()),
     "optional argument": Optional,
     "anti-aliased pooling": Blur,
@@ -226,3 +228,10 @@ def test_a_layer_between_two_convolutions_is_verified_for_both_targets(name: str
     assert {target: entry.status for target, entry in proof.items()} == dict.fromkeys(BOTH, "passed")
     in_float = {entry.operation for entry in fusion(files["onnxruntime"].model).in_float}
     assert not in_float & {"Conv", "Gemm"}, in_float
+
+
+def test_complex_numbers_are_refused_with_the_line_that_computes_them() -> None:
+    network = Network(FunctionOf(lambda x: torch.fft.fft2(x).real))
+    quantized = quantize(network, random_images(2, 3, 8, 8))
+    with pytest.raises(UsageError, match=r"layer at .*test_layers\.py:\d+: torch's fft_fft2 has no form in ONNX"):
+        quantized.files()
