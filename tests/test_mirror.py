@@ -36,6 +36,7 @@ ELSEWHERE: dict[str, str] = {
     "src/crqat/core/results/analysis.py": "tests/export/analysis/test_perturbation.py",
     "src/crqat/core/results/benchmark.py": "tests/core/results/test_frozen_runs.py",
     "src/crqat/core/results/engine.py": "tests/core/results/test_frozen_runs.py",
+    "src/crqat/core/results/study.py": "tests/pipeline/study/test_study.py",
     "src/crqat/core/results/training.py": "tests/core/results/test_frozen_runs.py",
     "src/crqat/core/results/verification.py": "tests/export/test_export_model.py",
     "src/crqat/core/targets/base.py": "tests/core/targets/test_init.py",

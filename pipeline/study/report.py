@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats  # type: ignore[import-untyped]
 
+from crqat.core.results.study import StudyRow
 from crqat.pipeline.study.methods import METHODS, REFERENCE
 
 COLUMNS = (
@@ -44,7 +45,7 @@ class Line:
     """
 
     method: str
-    rows: list[dict[str, Any]]
+    rows: list[StudyRow]
     mean: float
     half: float | None
     difference: float | None = None
@@ -52,13 +53,13 @@ class Line:
     difference_images: float | None = None
 
 
-def correct(row: dict[str, Any]) -> npt.NDArray[np.float64]:
+def correct(row: StudyRow) -> npt.NDArray[np.float64]:
     """1 for each test image that was answered rightly, else 0; shape [N]."""
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(row["correct"]), np.uint8))
-    return bits[: row["n"]].astype(np.float64)
+    bits = np.unpackbits(np.frombuffer(base64.b64decode(row.correct), np.uint8))
+    return bits[: row.n].astype(np.float64)
 
 
-def top1(row: dict[str, Any]) -> float:
+def top1(row: StudyRow) -> float:
     """Share of the test images that were answered rightly."""
     return float(correct(row).mean())
 
@@ -70,31 +71,31 @@ def half_interval(values: Sequence[float]) -> float | None:
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
-def lines(rows: Sequence[dict[str, Any]]) -> list[Line]:
+def lines(rows: Sequence[StudyRow]) -> list[Line]:
     """The methods of one cell, in the order of `METHODS`."""
-    reference = {row["seed"]: row for row in rows if row["method"] == REFERENCE}
+    reference = {row.seed: row for row in rows if row.method == REFERENCE}
     found = []
     for method in METHODS:
-        own = sorted((row for row in rows if row["method"] == method), key=lambda row: int(row["seed"]))
+        own = sorted((row for row in rows if row.method == method), key=lambda row: row.seed)
         if not own:
             continue
         values = [100 * top1(row) for row in own]
-        both = [row for row in own if row["seed"] in reference] if method != REFERENCE else []
+        both = [row for row in own if row.seed in reference] if method != REFERENCE else []
         if not both:
             found.append(Line(method, own, float(np.mean(values)), half_interval(values)))
             continue
-        images = np.stack([100 * (correct(reference[row["seed"]]) - correct(row)) for row in both])
+        images = np.stack([100 * (correct(reference[row.seed]) - correct(row)) for row in both])
         spread = images.mean(0).std(ddof=1) / math.sqrt(images.shape[1])
         difference = float(images.mean()), half_interval(images.mean(1).tolist()), float(stats.norm.ppf(0.975) * spread)
         found.append(Line(method, own, float(np.mean(values)), half_interval(values), *difference))
     return found
 
 
-def cells(rows: Sequence[dict[str, Any]]) -> dict[tuple[Any, Any, str], list[dict[str, Any]]]:
+def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]]:
     """The rows by number of labels, bit width and what is equal."""
-    found: dict[tuple[Any, Any, str], list[dict[str, Any]]] = {}
+    found: dict[tuple[Any, Any, str], list[StudyRow]] = {}
     for row in rows:
-        found.setdefault((row["labels"], row["bits"], row["equal"]), []).append(row)
+        found.setdefault((row.labels, row.bits, row.equal), []).append(row)
     return found
 
 
@@ -105,25 +106,25 @@ def title(cell: tuple[Any, Any, str]) -> str:
     return f"{named}, {'bits of the recipe' if bits is None else f'W{bits}A{bits}'}, equal {equal}"
 
 
-def table(rows: Sequence[dict[str, Any]]) -> list[list[str]]:
+def table(rows: Sequence[StudyRow]) -> list[list[str]]:
     """The lines of one cell as text."""
     return [
         [
-            line.method, line.rows[0]["views"], line.rows[0]["unlabeled"], str(len(line.rows)), f"{line.mean:.2f}",
-            _plus_minus(line.half), f"{100 * np.mean([row['validation'] for row in line.rows]):.2f}",
+            line.method, line.rows[0].views, line.rows[0].unlabeled, str(len(line.rows)), f"{line.mean:.2f}",
+            _plus_minus(line.half), f"{100 * np.mean([row.validation for row in line.rows]):.2f}",
             "" if line.difference is None else f"{line.difference:+.2f}", _plus_minus(line.difference_half),
-            _plus_minus(line.difference_images), f"{np.mean([row['seconds'] for row in line.rows]):.0f}",
+            _plus_minus(line.difference_images), f"{np.mean([row.seconds for row in line.rows]):.0f}",
         ]
         for line in lines(rows)
     ]  # fmt: skip
 
 
-def headline(rows: Sequence[dict[str, Any]]) -> str:
+def headline(rows: Sequence[StudyRow]) -> str:
     """The reference beside the best of the others on the validation images, in a sentence; "" if there is no pair."""
     found = [line for line in lines(rows) if line.difference is not None]
     if not found:
         return ""
-    best = max(found, key=lambda line: float(np.mean([row["validation"] for row in line.rows])))
+    best = max(found, key=lambda line: float(np.mean([row.validation for row in line.rows])))
     seeds = f"{len(best.rows)} seed{'s' * (len(best.rows) > 1)}"
     return (
         f"{REFERENCE} minus {best.method}, the best of the others on the validation images: {best.difference:+.2f} "
@@ -131,7 +132,7 @@ def headline(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def markdown(rows: Sequence[dict[str, Any]], name: str) -> str:
+def markdown(rows: Sequence[StudyRow], name: str) -> str:
     """The whole page."""
     parts = [_HEAD.format(name=name), f"![accuracy of each method]({name}.png)\n"]
     for cell, own in cells(rows).items():
@@ -141,7 +142,7 @@ def markdown(rows: Sequence[dict[str, Any]], name: str) -> str:
     return "\n".join(parts)
 
 
-def picture(rows: Sequence[dict[str, Any]], path: Path) -> None:
+def picture(rows: Sequence[StudyRow], path: Path) -> None:
     """Each cell's methods with their seeds, means and intervals."""
     from matplotlib.figure import Figure
 

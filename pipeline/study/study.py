@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from crqat.core.errors import ToolError, UsageError
+from crqat.core.results.study import StudyResults, StudyRow
+from crqat.core.typed_json import read, text
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
 from crqat.pipeline.study import report
-from crqat.pipeline.study.methods import BEST, TRAININGS, needed, settings
+from crqat.pipeline.study.methods import BEST, FLOAT_SHARE, TRAININGS, needed, settings
 
-SCHEMA_VERSION = 1
 _POLL_SECONDS = 0.5
 
 
@@ -70,7 +71,7 @@ class Study:
     overrides: tuple[str, ...]
     out: Path
     runs: Path
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[StudyRow] = field(default_factory=list)
 
     def plan(
         self, methods: tuple[str, ...], seeds: Sequence[int], labels: Sequence[int | None],
@@ -124,22 +125,20 @@ class Study:
             return 1.0
 
         def seconds(of: str) -> float:
-            found = [
-                row["seconds"] for row in self.rows
-                if (row["training"], row["labels"], row["bits"], row["equal"]) == (of, labels, bits, "steps")
-            ]  # fmt: skip
+            cell = of, labels, bits, "steps"
+            found = [row.seconds for row in self.rows if (row.training, row.labels, row.bits, row.equal) == cell]
             if not found:
                 msg = f"--equal time: needs the times of {of}; run the same study with --equal steps before"
                 raise UsageError(msg)
-            return float(sum(found)) / len(found)
+            return sum(found) / len(found)
 
         own = seconds(name) + (seconds(training.start) if training.start != "float" else 0.0)
-        share = FLOAT_TIME if training.steps < 1 else 1.0
+        share = FLOAT_SHARE if training.steps < 1 else 1.0
         return share * seconds("qat") / own
 
     def done(self, job: Job) -> bool:
         """Whether there are rows of a training, and its float network if another one is to start from it."""
-        return any(row["key"] == job.key for row in self.rows)
+        return any(row.key == job.key for row in self.rows)
 
     def weights(self, name: str) -> Path:
         """The float network of a run."""
@@ -148,24 +147,26 @@ class Study:
     def add(self, job: Job, result: dict[str, Any]) -> None:
         """Keep what a training has found, in place of rows of earlier settings."""
         training, networks = TRAININGS[job.training], result["networks"]
-        place = {"labels": job.labels, "bits": job.bits, "seed": job.seed, "equal": job.equal}
         for method, network in training.methods.items():
             if network == BEST:
-                network = max(
-                    (n for n in ("student", "teacher") if n in networks), key=lambda n: networks[n]["validation"]
-                )
-            found = networks[network]
-            row = {
-                **place, "method": method, "training": job.training, "network": network, "start": training.start,
-                "views": training.views, "unlabeled": training.unlabeled, "seconds": result["seconds"],
-                "n": result["n"], **found, "key": job.key,
-            }  # fmt: skip
-            same = {**place, "method": method}
-            self.rows = [old for old in self.rows if any(old[key] != value for key, value in same.items())]
-            self.rows.append(row)
-
-
-FLOAT_TIME = 2 / 3
+                network = max(("student", "teacher"), key=lambda name: float(networks[name]["validation"]))
+            row = StudyRow(
+                labels=job.labels,
+                bits=job.bits,
+                seed=job.seed,
+                equal=job.equal,
+                method=method,
+                training=job.training,
+                network=network,
+                start=training.start,
+                views=training.views,
+                unlabeled=training.unlabeled,
+                seconds=result["seconds"],
+                n=result["n"],
+                key=job.key,
+                **networks[network],
+            )
+            self.rows = [*(old for old in self.rows if old.place != row.place), row]
 
 
 def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study:
@@ -173,15 +174,11 @@ def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study
 
     Raises:
         UsageError: The JSON beside `out` is not of a study.
+        ToolError: It cannot be read.
     """
     study, file = Study(path, overrides, out, runs), out.with_suffix(".json")
     if file.is_file():
-        try:
-            known = json.loads(file.read_text())
-            study.rows = known["rows"]
-        except (ValueError, KeyError, TypeError) as error:
-            msg = f"{file}: not written by `crqat study`; name another --out"
-            raise UsageError(msg) from error
+        study.rows = read(StudyResults, file, "name another --out").rows
     return study
 
 
@@ -266,9 +263,9 @@ def _end(study: Study, job: Job, code: int, failed: dict[str, str]) -> None:
         return
     study.add(job, json.loads(result.read_text()))
     write(study)
-    found = [row for row in study.rows if row["key"] == job.key]
-    shown = ", ".join(f"{row['method']} {100 * report.top1(row):.2f} %" for row in found)
-    console.say(f"{job.training}, seed {job.seed}{_cell(job)}: {shown} in {found[0]['seconds']:.0f} s")
+    found = [row for row in study.rows if row.key == job.key]
+    shown = ", ".join(f"{row.method} {100 * report.top1(row):.2f} %" for row in found)
+    console.say(f"{job.training}, seed {job.seed}{_cell(job)}: {shown} in {found[0].seconds:.0f} s")
 
 
 def _cell(job: Job) -> str:
@@ -282,16 +279,17 @@ def write(study: Study) -> None:
     Raises:
         ToolError: A file cannot be written.
     """
-    packages = {name: metadata.version(name) for name in ("torch", "nncf")}
-    data = {
-        "schema_version": SCHEMA_VERSION, "recipe": recipe.resolved(recipe.load(study.path, study.overrides)),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "versions": packages, "rows": study.rows,
-    }  # fmt: skip
+    results = StudyResults(
+        recipe=recipe.resolved(recipe.load(study.path, study.overrides)),
+        machine=f"{platform.machine()}, {os.cpu_count()} CPUs",
+        versions={name: metadata.version(name) for name in ("torch", "nncf")},
+        rows=study.rows,
+    )
     file = study.out.with_suffix(".json")
     try:
         study.out.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".json.partial")
-        partial.write_text(json.dumps(data, indent=1) + "\n")
+        partial.write_text(text(results))
         partial.replace(file)
         study.out.write_text(report.markdown(study.rows, study.out.stem))
         report.picture(study.rows, study.out.with_suffix(".png"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,19 @@ import torch
 from PIL import Image
 from scipy import stats  # type: ignore[import-untyped]
 
+from crqat.core.results.study import StudyRow
 from crqat.pipeline.study import report
 from crqat.pipeline.study.worker import packed
 
 
-def row(method: str, seed: int, right: int, n: int = 100, validation: float = 0.5, **changes: Any) -> dict[str, Any]:
+def row(method: str, seed: int, right: int, n: int = 100, validation: float = 0.5, **changes: Any) -> StudyRow:
     """A method that answers the first `right` images rightly."""
-    correct = packed(torch.arange(n) < right)
-    place = {"labels": 400, "bits": 4, "seed": seed, "equal": "steps", "method": method, "training": method}
-    described = {"views": "weak", "unlabeled": "no", "seconds": 10.0, "n": n, "validation": validation}
-    return {**place, **described, "correct": correct, **changes}
+    made = StudyRow(
+        labels=400, bits=4, seed=seed, equal="steps", method=method, training=method, network="student", start="float",
+        views="weak", unlabeled="no", seconds=10.0, n=n, validation=validation, key="0",
+        correct=packed(torch.arange(n) < right),
+    )  # fmt: skip
+    return replace(made, **changes)
 
 
 ROWS = [
@@ -29,7 +33,7 @@ ROWS = [
 
 def test_answers_survive_packing() -> None:
     right = torch.rand(1003, generator=torch.Generator().manual_seed(0)) < 0.5
-    found = report.correct({"correct": packed(right), "n": 1003})
+    found = report.correct(row("qat", 0, 0, n=1003, correct=packed(right)))
     np.testing.assert_array_equal(found, right.numpy())
 
 
@@ -55,7 +59,7 @@ def test_the_headline_is_the_difference_to_the_best_other_method_on_validation_i
     assert report.headline(ROWS).startswith(
         "cr-unlabeled minus qat, the best of the others on the validation images: +3.00 "
     )
-    assert report.headline([line for line in ROWS if line["method"] != "cr-unlabeled"]) == ""
+    assert report.headline([line for line in ROWS if line.method != "cr-unlabeled"]) == ""
 
 
 def test_each_cell_has_its_table_and_its_part_of_the_picture(tmp_path: Path) -> None:

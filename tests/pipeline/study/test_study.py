@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,8 @@ import pytest
 from click.testing import CliRunner
 
 from crqat.core.errors import UsageError
+from crqat.core.results.study import StudyResults, StudyRow
+from crqat.core.typed_json import read, text
 from crqat.pipeline.cli import crqat
 from crqat.pipeline.study import report, study
 from crqat.train.data import sources
@@ -54,6 +55,11 @@ def planned(path: Path, seeds: tuple[int, ...] = (0,), **changes: Any) -> list[s
     return made.plan(given["methods"], seeds, given["labels"], given["bits"], given["equal"])
 
 
+def found(out: Path) -> dict[str, StudyRow]:
+    """The rows by method."""
+    return {row.method: row for row in read(StudyResults, out.with_suffix(".json"), "").rows}
+
+
 def test_a_training_has_a_key_of_all_that_it_depends_on(path: Path) -> None:
     jobs = planned(path, (0, 1))
     assert [(job.training, job.seed) for job in jobs] == [
@@ -78,19 +84,20 @@ def test_equal_time_changes_the_steps_by_the_times_of_equal_steps(path: Path) ->
         UsageError, match=r"^--equal time: needs the times of cr-unlabeled; run the same study with --equal"
     ):
         planned(path, equal="time")
-    seconds = {"qat": 10.0, "cr-unlabeled": 30.0}
-    rows = [
-        {"training": name, "labels": 200, "bits": None, "equal": "steps", "seconds": taken}
-        for name, taken in seconds.items()
-    ]
-    path.with_name("out.json").write_text(json.dumps({"rows": rows}))
+    made = study.load(path, (), path.with_name("out.md"), path.parent / "runs")
+    for job in planned(path, methods=("qat", "cr-unlabeled")):
+        found = {name: {"validation": 0.5, "correct": ""} for name in ("float", "student", "teacher")}
+        made.add(
+            job, {"seconds": {"float": 5.0, "qat": 10.0, "cr-unlabeled": 30.0}[job.training], "n": 0, "networks": found}
+        )
+    path.with_name("out.json").write_text(text(StudyResults({}, "", {}, made.rows)))
     _, job = planned(path, equal="time")
     assert "qat.epochs=2" in job.overrides  # a third of six
 
 
 def test_a_file_of_something_else_is_not_written_over(path: Path) -> None:
     path.with_name("out.json").write_text("[]")
-    with pytest.raises(UsageError, match=r"out\.json: not written by `crqat study`; name another --out"):
+    with pytest.raises(UsageError, match=r"out\.json: damaged: .*; name another --out"):
         planned(path)
 
 
@@ -107,16 +114,16 @@ def test_a_killed_study_goes_on_and_what_it_has_is_not_trained_again(path: Path)
         assert process.poll() is None and time.monotonic() < until
     process.send_signal(signal.SIGKILL)
     process.wait()
-    kept = {row["method"]: row["key"] for row in json.loads(out.with_suffix(".json").read_text())["rows"]}
+    kept = {method: row.key for method, row in found(out).items()}
     assert kept.keys() == {"float", "ptq", "qat-strong"}
     result = CliRunner().invoke(crqat, arguments, standalone_mode=False)
     assert result.exception is None, result.output
     assert "study: 2 of 3 trainings are there already" in result.output
-    rows = {row["method"]: row for row in json.loads(out.with_suffix(".json").read_text())["rows"]}
+    rows = found(out)
     assert rows.keys() == kept.keys() | {"cr-unlabeled"}
-    assert {method: rows[method]["key"] for method in kept} == kept
+    assert {method: rows[method].key for method in kept} == kept
     labels = sources.load("digits", None, False).test_labels
-    assert all(row["n"] == len(labels) for row in rows.values())
+    assert all(row.n == len(labels) for row in rows.values())
     # They have learned: far above chance, which the packed answers of another order would not be.
     assert report.top1(rows["float"]) > 0.3
     assert "cr-unlabeled minus" in out.read_text() and out.with_suffix(".png").is_file()
