@@ -449,3 +449,10 @@ def test_float_layers_for_all_targets_or_for_one(tmp_path: Path, text: str, expe
 )
 def test_wrong_float_layers(tmp_path: Path, text: str, message: str) -> None:
     assert re.search(message, refusal(tmp_path, f"{MINIMAL}quantization: {{float_layers: {text}}}\n"))
+
+
+def test_the_recipe_of_the_page_on_images_without_labels_is_valid(tmp_path: Path) -> None:
+    text = (ROOT / "docs" / "unlabeled.md").read_text().partition("```yaml\n")[2].partition("```")[0]
+    loaded = recipe.load(write(tmp_path, text))
+    assert loaded.data.unlabeled_root == "frames"
+    assert recipe.train_config(loaded).float_training.consistency is not None
