@@ -12,6 +12,7 @@ To teach the simulator an operation, add a row; tests/export/simulator/test_floa
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,7 @@ from crqat.export.simulator.reduction_ops import (
 from crqat.export.simulator.values import (
     UNIT_ROUNDOFF,
     Array,
+    Codes,
     Float,
     NotSimulated,
     Simulation,
@@ -227,7 +229,9 @@ def compute(
     else:
         inputs = [out.real(name, values, constants) for name in names if name]
     try:
-        return FLOAT_OPERATIONS[node.op_type](attributes, *inputs)
+        result = FLOAT_OPERATIONS[node.op_type](attributes, *inputs)
+        product = node.op_type == "Mul" and all(isinstance(values.get(name), Codes) for name in names)
+        return replace(result, product=product)
     except NotSimulated as reason:
         msg = f"{node.name}: {reason}"
         raise NotSimulated(msg) from reason

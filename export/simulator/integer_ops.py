@@ -76,6 +76,9 @@ def quantize(
         kernel_bound = 0.0
         if isinstance(value, Float):
             bound = 4 * UNIT_ROUNDOFF * np.abs(fallback) + value.error / float(scale)
+            if value.product:
+                # ONNX Runtime's QLinearMul adds the zero point before it rounds to a code: one rounding of their sum.
+                bound = bound + UNIT_ROUNDOFF * (np.abs(fallback) + abs(zero_point))
             _demand_bound(node, value, bound)
             out.inexact.add(node.output[0])
     lowest = 0 if isinstance(value, (Sum, Added)) and value.relu else info.min - zero_point

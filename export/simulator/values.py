@@ -91,10 +91,12 @@ class Float:
     Attributes:
         values: What exact arithmetic gives.
         error: Bound of the distance of a float32 computation of the same, of the values' shape.
+        product: Whether it is a product of two tensors of codes.
     """
 
     values: Array
     error: Array
+    product: bool = False
 
 
 Value = Codes | Sum | Added | Pooled | Float | Array

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 
+from crqat.export.simulator import integer_ops
 from crqat.export.simulator.run import simulate
+from crqat.export.simulator.values import Float, Simulation
 from tests.export.conftest import session
 from tests.export.simulator.one_operation import (
     Node,
@@ -134,3 +139,39 @@ def test_an_integer_clip_bounds_codes() -> None:
     np.testing.assert_array_equal(simulation.codes["y"] + 7, np.clip(x.codes, 5, 90))
     np.testing.assert_array_equal(simulation.codes["y"] + 7, runtime)
     np.testing.assert_array_equal(simulation.logits, logits)
+
+
+def test_a_product_of_codes_is_rounded_with_the_zero_point_added() -> None:
+    """Scales and codes of a squeeze-and-excitation, whose product lies 4.8e-6 of a code beside a tie."""
+    scales, zero_points = (0.03390503, 0.0050582886, 0.016326904), (128, 0, 128)
+    constants = {
+        f"{kind}{index}": np.asarray(value, kind_of)
+        for kind, values, kind_of in (("s", scales, np.float32), ("z", zero_points, np.uint8))
+        for index, value in enumerate(values)
+    }
+    node = onnx.helper.make_node(
+        "QLinearMul", ["a", "s0", "z0", "b", "s1", "z1", "s2", "z2"], ["y"], domain="com.microsoft"
+    )
+    shapes = {"a": [1, 1, 4, 4], "b": [1, 1, 1, 1], "y": [1, 1, 4, 4]}
+    uint8 = onnx.TensorProto.UINT8
+    infos = {name: onnx.helper.make_tensor_value_info(name, uint8, size) for name, size in shapes.items()}
+    graph = onnx.helper.make_graph(
+        [node], "product", [infos["a"], infos["b"]], [infos["y"]],
+        [onnx.numpy_helper.from_array(value, name) for name, value in constants.items()],
+    )  # fmt: skip
+    opsets = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("com.microsoft", 1)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    feed = {"a": np.full(shapes["a"], 130, np.uint8), "b": np.full(shapes["b"], 119, np.uint8)}
+    (theirs,) = onnxruntime.InferenceSession(model.SerializeToString()).run(None, feed)
+    exact = 2 * 119 * float(np.float32(scales[0])) * float(np.float32(scales[1])) / float(np.float32(scales[2]))
+    assert exact > 2.5
+    out = Simulation()
+    value = Float(np.asarray([exact * float(np.float32(scales[2]))]), np.zeros(1), product=True)
+    quantizer = onnx.helper.make_node("QuantizeLinear", ["x", "s2", "z2"], ["codes"])
+    integer_ops.quantize(quantizer, {"x": value}, constants, None, out)
+    distance = np.abs((theirs.astype(np.int64) - 128) - exact) - 0.5
+    assert (distance <= out.bounds["codes"]).all()
+    assert (out.bounds["codes"] < 2e-5).all()
+    out.bounds.clear()
+    integer_ops.quantize(quantizer, {"x": replace(value, product=False)}, constants, None, out)
+    assert (theirs == 130).all() and (distance > out.bounds["codes"]).all()
