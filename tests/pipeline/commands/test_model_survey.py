@@ -38,7 +38,8 @@ def test_no_row_has_an_unexplained_gap(name: str) -> None:
     row = ROWS[name]
     assert row["verification"]["onnxruntime"]["codes"] > 20_000
     assert row["claims"]["onnxruntime"]["exact"] == row["mapped"]["quantizers"]
-    assert row["step"]["changed"] > 0.4 * row["step"]["parameters"]  # a step reaches few of what starts at 0
+    # A step moves few of what starts at 0 or behind a layer scale of 1e-5; "unreached" says what gets no gradient.
+    assert row["step"]["changed"] > 0.3 * row["step"]["parameters"]
     if model_survey.outcome(row) == model_survey.PASSES:
         assert model_survey.unexplained(row) == []
 
