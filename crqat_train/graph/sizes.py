@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional
 
 _BATCHES = (2, 3)
 _UNKNOWN = (None, None)
@@ -28,48 +29,65 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
 }
 
 
+# What a forward may ask of a tensor: the same for all that it is given here.
+_KINDS = ("is_nested", "is_cuda", "is_sparse", "is_quantized", "is_mps", "requires_grad", "is_leaf")
+
+
+def _written_out(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What a function of torch's makes of proxies by its operations, instead of being one itself."""
+    asks = vars(functional)["has_torch_function"]
+    functional.has_torch_function = lambda _: False  # type: ignore[attr-defined]
+    try:
+        return function(*args, **kwargs)
+    finally:
+        functional.has_torch_function = asks  # type: ignore[attr-defined]
+
+
 class SizedProxy(fx.Proxy):
     """A proxy that knows its shape, its length and the outcome of comparisons of sizes.
 
     Attributes:
-        values: For each of two batch sizes; None where they are not known.
+        known: The value for each of two batch sizes; None where it is not known.
     """
 
-    values: tuple[Any, Any] = _UNKNOWN
+    known: tuple[Any, Any] = _UNKNOWN
 
     @property
     def shape(self) -> Any:
         """Numbers, and a proxy for the batch's size."""
-        if not isinstance(self.values[0], Tensor):
+        if not isinstance(self.known[0], Tensor):
             return fx.proxy.Attribute(self, "shape")
         return self._sizes()
 
     @property
     def ndim(self) -> Any:
         """The number of dimensions."""
-        return self.values[0].ndim if isinstance(self.values[0], Tensor) else fx.proxy.Attribute(self, "ndim")
+        return self.known[0].ndim if isinstance(self.known[0], Tensor) else fx.proxy.Attribute(self, "ndim")
 
     def _sizes(self) -> tuple[Any, ...]:
-        one, other = (value.shape for value in self.values)
+        one, other = (value.shape for value in self.known)
         return tuple(
             int(a) if a == b else self.tracer.create_proxy("call_method", "size", (self, axis), {})
             for axis, (a, b) in enumerate(zip(one, other, strict=True))
         )
 
     def __getattr__(self, name: str) -> Any:
-        """A view as the operation that it is, everything else as fx has it."""
-        if name in VIEWS and isinstance(self.values[0], Tensor):
-            return VIEWS[name](self)
+        """A view as the operation that it is, a tensor's kind as it is known, everything else as fx has it."""
+        if isinstance(self.known[0], Tensor):
+            if name in VIEWS:
+                return VIEWS[name](self)
+            if name in _KINDS:
+                return getattr(self.known[0], name)
         return super().__getattr__(name)
 
     def __len__(self) -> int:
-        one, other = self.values
+        one, other = self.known
         if one is None or len(one) != len(other):
             return super().__len__()
         return len(one)
 
     def __iter__(self) -> Iterator[Any]:
-        one, other = self.values
+        one, other = self.known
         whole: Any = self
         if isinstance(one, (tuple, list)):
             return iter([whole[index] for index in range(len(one))])
@@ -108,11 +126,13 @@ class SizedTracer(fx.Tracer):
         """
         if kind == "placeholder" and args:
             return args[0]
+        if target is functional.multi_head_attention_forward:
+            return _written_out(target, args, kwargs)
         made = super().create_proxy(kind, target, args, kwargs, *further, **named)
         if not isinstance(made, SizedProxy) or kind == "output" or self._inputs[0] is None:
             return made
-        made.values = (self._value(kind, target, args, kwargs, 0), self._value(kind, target, args, kwargs, 1))
-        one, other = made.values
+        made.known = (self._value(kind, target, args, kwargs, 0), self._value(kind, target, args, kwargs, 1))
+        one, other = made.known
         if isinstance(one, torch.Size):
             self.graph.erase_node(made.node)
             asked = args[0]
@@ -125,7 +145,7 @@ class SizedTracer(fx.Tracer):
     def _value(self, kind: str, target: Any, args: Any, kwargs: Any, which: int) -> Any:
         def known(value: Any) -> Any:
             if isinstance(value, SizedProxy):
-                return value.values[which]
+                return value.known[which]
             if isinstance(value, fx.proxy.Attribute):
                 return getattr(known(value.root), value.attr)
             if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):

@@ -7,6 +7,7 @@ weights or outputs of its own for is refused.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
 from typing import Any
@@ -64,7 +65,7 @@ def follow_eval(model: nn.Module, graph: fx.Graph, trace: Callable[[], fx.Graph]
             alone[1] += others[other_begin:other_end]
             continue
         for node, other in zip(nodes[begin:end], others[other_begin:other_end], strict=True):
-            if _settings(node) == _settings(other):
+            if _settings(node) == _settings(other) or _drops_nothing(node, other):
                 continue
             if node.target not in _DROPOUTS:
                 _refuse(model, other)
@@ -83,6 +84,20 @@ def _key(node: fx.Node) -> tuple[str, str]:
 def _settings(node: fx.Node) -> str:
     """A node's arguments without other nodes, whose names differ as soon as one graph has more nodes."""
     return repr(fx.map_arg((node.args, node.kwargs), lambda _: None))
+
+
+def _drops_nothing(node: fx.Node, other: fx.Node) -> bool:
+    """Whether two calls differ in `training` alone, as attention without dropout does."""
+    found = []
+    for call in (node, other):
+        try:
+            given = inspect.signature(call.target).bind(*call.args, **call.kwargs).arguments  # type: ignore[arg-type]
+        except (TypeError, ValueError):  # no function, or one without a signature
+            return False
+        if given.pop("training", None) is None or given.get("dropout_p", given.get("p")) != 0:
+            return False
+        found.append(repr(fx.map_arg(given, lambda _: None)))
+    return found[0] == found[1]
 
 
 def _weights(model: nn.Module, node: fx.Node) -> set[str]:

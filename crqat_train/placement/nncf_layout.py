@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +78,8 @@ def ask_layout(model: nn.Module, example: Tensor, in_float: Sequence[str] = ()) 
     root = _Chain(model) if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward else model
     wrapper = GraphModelWrapper(wrap_model(copy.deepcopy(root)), example)
     try:
-        graph = wrapper.build_graph()
+        with _tuples_as_lists():
+            graph = wrapper.build_graph()
     except Exception as error:  # whatever the user's forward raises
         shape, line = tuple(example.shape), where(error) or forward_of(model)
         msg = f"model.name: {type(model).__name__} cannot run on an input of shape {shape}{line}: {one_line(error)}"
@@ -113,7 +115,44 @@ def ask_layout(model: nn.Module, example: Tensor, in_float: Sequence[str] = ()) 
         groups.append((names, channels, bool(first.is_weight_target_point())))
     constants = ("nncf_model_input", "nncf_model_output", "nncf_model_const")
     nodes = sorted(graph.get_all_nodes(), key=lambda node: node.node_id)
-    return Hooks(sorted(groups, key=lambda g: g[0]), [n.node_name for n in nodes if n.node_type not in constants])
+    # What the forward makes of nothing, such as torch.arange, is a constant to torch.fx, and no operation.
+    left = [node for node in nodes if node.node_type in ("nncf_model_input", "nncf_model_const")]
+    reached = {node.node_id for node in left}
+    while left:
+        new = [node for node in graph.get_next_nodes(left.pop()) if node.node_id not in reached]
+        reached |= {node.node_id for node in new}
+        left += new
+    operations = [n for n in nodes if n.node_type not in constants]
+    made = {n.node_name for n in operations if n.node_id not in reached}
+    kept = []
+    for names, channels, is_weight in groups:
+        names = tuple(name for name in names if operation_in(name) not in made)
+        if names:
+            kept.append((names, channels, is_weight))
+    return Hooks(sorted(kept, key=lambda g: g[0]), [n.node_name for n in operations if n.node_name not in made])
+
+
+@contextmanager
+def _tuples_as_lists() -> Iterator[None]:
+    """Let NNCF see the parameters in a tuple, such as torch.cat((a, b))'s: it looks into lists alone."""
+    from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode
+
+    original = FunctionHookMode.process_parameters
+
+    def process(self: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        listed = [list(value) if type(value) is tuple else value for value in args]
+        return original(self, listed, {k: list(v) if type(v) is tuple else v for k, v in kwargs.items()})
+
+    FunctionHookMode.process_parameters = process
+    try:
+        yield
+    finally:
+        FunctionHookMode.process_parameters = original
+
+
+def operation_in(hook: str) -> str:
+    """NNCF's name of the operation that a hook name is of."""
+    return hook.split(".", 1)[1].rsplit(".", 1)[0].replace(":", ".").rsplit("__", 1)[0]
 
 
 def without_extension() -> None:
@@ -146,6 +185,8 @@ def name_operations(
     from nncf.torch.function_hook.hook_storage import HookStorage
 
     operations: dict[str, tuple[fx.Node, list[Any], Any]] = {}
+    # Kept, so that no other value gets their addresses.
+    from_nothing: dict[int, Any] = {}
 
     class Recorder(FunctionHookMode):  # type: ignore[misc]
         node: fx.Node
@@ -159,8 +200,12 @@ def name_operations(
             return args, kwargs
 
         def execute_post_hooks(self, output: Any, op_meta: Any) -> Any:
-            if op_meta.func.__name__ != "__get__" or isinstance(output, Tensor):  # not x.shape and the like
-                operations[op_meta.op_name] = (self.node, op_meta.extra_info["flat"], output)
+            flat = op_meta.extra_info["flat"]
+            results = output if isinstance(output, (list, tuple)) else [output]
+            if all(id(value) in from_nothing for value in flat if isinstance(value, Tensor)):
+                from_nothing.update({id(value): value for value in results})  # as `ask_layout` leaves them out
+            elif op_meta.func.__name__ != "__get__" or isinstance(output, Tensor):  # not x.shape and the like
+                operations[op_meta.op_name] = (self.node, flat, output)
             return output
 
     class Interpreter(fx.Interpreter):

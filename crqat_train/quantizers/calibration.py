@@ -88,7 +88,8 @@ def observe(model: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, Activ
         for batch in batches:
             own = distributed.share(batch)
             if len(own):
-                layout = layout or _layout(model, own[:1])
+                # Of two images: a view of one may fit any layout.
+                layout = layout or _layout(model, own[:2])
                 with hooked(model, looks):
                     model(own.contiguous(memory_format=layout))
     for observer in observers.values():

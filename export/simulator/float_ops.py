@@ -34,6 +34,7 @@ from crqat.export.simulator.pool_ops import average_pool, average_pool_bound
 from crqat.export.simulator.reduction_ops import (
     batch_norm,
     batch_norm_bound,
+    cumulative_bound,
     einsum,
     einsum_bound,
     extreme,
@@ -44,9 +45,11 @@ from crqat.export.simulator.reduction_ops import (
     layer_norm,
     layer_norm_bound,
     log_softmax_bound,
+    log_sum_exp_bound,
     lp_bound,
     lp_normalized,
     pixels,
+    product_bound,
     reduced,
     reduced_count,
     reduction,
@@ -174,6 +177,9 @@ FLOAT_OPERATIONS: dict[str, Known] = {
     "PRelu": elementwise(lambda _, x, slope: np.where(x > 0, x, slope * x), times(1)),
     "ReduceSum": reduction(np.sum),
     "ReduceMean": reduction(np.mean),
+    "ReduceProd": Known(lambda a, x: reduced(np.prod, a, x), product_bound),
+    "ReduceLogSumExp": Known(lambda a, x: reduced(scipy.special.logsumexp, a, x), log_sum_exp_bound),
+    "CumSum": Known(lambda a, x: np.cumsum(x, a["axis"]), cumulative_bound),
     "ReduceMax": extreme(np.max),
     "ReduceMin": extreme(np.min),
     "ReduceL1": Known(
@@ -220,6 +226,8 @@ def compute(
         if names[1]:
             attributes["axes"] = constants[names[1]].reshape(-1).tolist()
         names = names[:1]
+    if node.op_type == "CumSum":
+        attributes["axis"], names = int(constants[names[1]]), names[:1]
     if node.op_type == "Clip":
         ends = zip((-np.inf, np.inf), [*names[1:], "", ""], strict=False)
         bounds = [

@@ -41,6 +41,28 @@ def extreme(function: Callable[..., Any]) -> Known:
     return Known(lambda a, x: reduced(function, a, x), lambda a, _, x: reduced(np.max, a, x.error))
 
 
+def product_bound(attributes: Attributes, result: Array, x: Float) -> Array:
+    """Bound of a product along axes: of factors that are off, each product rounded."""
+    factors = np.abs(x.values) + x.error
+    rounding = 1 + reduced_count(attributes, x.values) * 2 * UNIT_ROUNDOFF
+    return np.asarray(reduced(np.prod, attributes, factors) * rounding - np.abs(result))
+
+
+def log_sum_exp_bound(attributes: Attributes, result: Array, x: Float) -> Array:
+    """Bound of log(sum(exp(x))): the largest value is taken off before exp, and added behind log."""
+    spread = reduced(np.max, attributes, x.values) - reduced(np.min, attributes, x.values)
+    largest = np.abs(reduced(np.max, attributes, np.abs(x.values)))
+    roundings = 2 * LIBRARY + sum_of(reduced_count(attributes, x.values)) + spread + largest + 2 * np.abs(result)
+    return np.asarray(reduced(np.max, attributes, x.error) + (roundings + 2) * UNIT_ROUNDOFF)
+
+
+def cumulative_bound(attributes: Attributes, _: Array, x: Float) -> Array:
+    """Bound of a running sum: the errors' running sum, and that of adding."""
+    axis = attributes["axis"]
+    rounding = sum_of(x.values.shape[axis]) * UNIT_ROUNDOFF
+    return np.asarray(np.cumsum(x.error + rounding * np.abs(x.values), axis))
+
+
 def l2_norm(x: Array, axis: Any, keepdims: bool) -> Array:
     """The Euclidean norm."""
     return np.asarray(np.sqrt((x * x).sum(axis=axis, keepdims=keepdims)))

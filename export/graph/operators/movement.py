@@ -20,6 +20,11 @@ def _nothing(w: Walk, a: Arguments) -> Any:
 
 @operator("to", "_to_copy", "type_as", "float")
 def _to(w: Walk, a: Arguments) -> Any:
+    before, after = a["self"].meta["val"].dtype, w.node.meta["val"].dtype
+    if after.is_floating_point and after != torch.float32:
+        w.refuse(f"a cast to {after}, and a runtime computes in the type of its file")
+    if before.is_floating_point and not after.is_floating_point and after != torch.bool:
+        w.refuse(f"a cast of real values to {after}, which cuts off what they have behind the point")
     return w.name(a["self"], w.node.meta["val"].dtype)
 
 
@@ -179,6 +184,12 @@ def _cat(w: Walk, a: Arguments) -> Any:
     parts = [w.name(part, dtype) for part in a["tensors"] if part.meta["val"].numel()]
     axis = axis_of(w.node, a["axis"] if "axis" in a else a["dim"])
     return w.emit("Concat", parts, axis=axis) if len(parts) > 1 else parts[0]
+
+
+@operator("hstack")
+def _hstack(w: Walk, a: Arguments) -> Any:
+    parts = [w.name(part, w.node.meta["val"].dtype) for part in a["tensors"]]
+    return w.emit("Concat", parts, axis=min(1, w.node.meta["val"].ndim - 1))
 
 
 @operator("stack")

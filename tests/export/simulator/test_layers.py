@@ -73,6 +73,43 @@ class BlockAttention(nn.Module):
         return x * torch.sigmoid(self.pixels(torch.cat([means, maxima], 1)))
 
 
+class StackedBias(nn.Module):
+    """A linear layer whose bias is put together in the forward, as of queries, keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(CHANNELS, CHANNELS) / CHANNELS**0.5)
+        self.one, self.other = nn.Parameter(torch.randn(CHANNELS // 2)), nn.Parameter(torch.randn(CHANNELS // 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        bias = torch.cat((self.one, self.other))
+        return F.linear(x.permute(0, 2, 3, 1), self.weight, bias).permute(0, 3, 1, 2)
+
+
+class AttentionPool(nn.Module):
+    """CLIP's: attention of the mean to all pixels, by torch's function, which is told the mode (arXiv 2103.00020)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(CHANNELS, CHANNELS) for _ in range(3))
+        self.out = nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[N, C, H, W] to the same."""
+        tokens = x.flatten(2).permute(2, 0, 1)
+        tokens = torch.cat([tokens.mean(0, keepdim=True), tokens])
+        query, key, value = self.query, self.key, self.value
+        pooled, _ = F.multi_head_attention_forward(
+            query=tokens[:1], key=tokens, value=tokens, embed_dim_to_check=CHANNELS, num_heads=2,
+            in_proj_weight=None, in_proj_bias=torch.cat([query.bias, key.bias, value.bias]), bias_k=None, bias_v=None,
+            add_zero_attn=False, dropout_p=0.0, out_proj_weight=self.out.weight, out_proj_bias=self.out.bias,
+            training=self.training, need_weights=False, use_separate_proj_weight=True,
+            q_proj_weight=query.weight, k_proj_weight=key.weight, v_proj_weight=value.weight,
+        )  # fmt: skip
+        return x + pooled.squeeze(0)[:, :, None, None]
+
+
 class MeanOverTokens(nn.Module):
     """Patches as tokens, mixed and averaged, spread over the pixels again."""
 
@@ -196,6 +233,27 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
         nn.Conv2d(CHANNELS + 4, CHANNELS, 1),
     ),
     "views by attributes": lambda: FunctionOf(lambda x: x.transpose(2, 3).mT.data),
+    "cumulative sum": lambda: FunctionOf(lambda x: x.cumsum(2)),
+    "product": lambda: FunctionOf(lambda x: torch.stack([x, x + 1, 1 - x]).prod(0)),
+    "log of a sum of exponentials": lambda: FunctionOf(lambda x: x.logsumexp(1, keepdim=True) + x),
+    "stack side by side": lambda: nn.Sequential(
+        FunctionOf(lambda x: torch.hstack((x, 1 - x))), nn.Conv2d(2 * CHANNELS, CHANNELS, 1)
+    ),
+    "largest values": lambda: FunctionOf(lambda x: x.max(1, keepdim=True).values * x),
+    "groups in the batch": lambda: FunctionOf(
+        lambda x: x.view(x.shape[0] * 2, CHANNELS // 2, *x.shape[2:]).sigmoid().view_as(x) * x
+    ),
+    "transformer encoder": lambda: nn.Sequential(
+        nn.Flatten(2),
+        FunctionOf(lambda x: x.transpose(1, 2)),
+        nn.TransformerEncoder(nn.TransformerEncoderLayer(CHANNELS, 2, 16, 0.1, batch_first=True), 2),
+        FunctionOf(lambda x: x.transpose(1, 2).unflatten(2, (8, 8))),  # type: ignore[no-untyped-call]
+    ),
+    "constants of the forward": lambda: FunctionOf(
+        lambda x: x * torch.linspace(0.5, 1, 8) + torch.sin(torch.arange(CHANNELS) / 3).view(1, -1, 1, 1)
+    ),
+    "stacked bias": StackedBias,
+    "attention pool": AttentionPool,
     "mask": lambda: FunctionOf(lambda x: x * (x > 0.5).float()),
     "optional argument": Optional,
     "anti-aliased pooling": Blur,
@@ -228,6 +286,21 @@ def test_a_layer_between_two_convolutions_is_verified_for_both_targets(name: str
     assert {target: entry.status for target, entry in proof.items()} == dict.fromkeys(BOTH, "passed")
     in_float = {entry.operation for entry in fusion(files["onnxruntime"].model).in_float}
     assert not in_float & {"Conv", "Gemm"}, in_float
+
+
+@pytest.mark.parametrize(
+    ("cast", "message"),
+    [
+        (lambda x: x.double().float(), r"a cast to torch\.float64"),
+        (lambda x: x.half().float(), r"a cast to torch\.float16"),
+        (lambda x: x.bfloat16().float(), r"a cast to torch\.bfloat16"),
+        (lambda x: x.long().float(), r"a cast of real values to torch\.int64"),
+    ],
+)
+def test_casts_that_no_file_keeps_are_refused_by_their_line(cast: Callable[[Tensor], Tensor], message: str) -> None:
+    quantized = quantize(Network(FunctionOf(cast)), random_images(2, 3, 8, 8))
+    with pytest.raises(UsageError, match=rf"layer at .*test_layers\.py:\d+: {message}"):
+        quantized.files()
 
 
 def test_complex_numbers_are_refused_with_the_line_that_computes_them() -> None:
