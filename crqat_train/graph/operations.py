@@ -279,7 +279,12 @@ def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx
 
 def reads_images(node: fx.Node) -> bool:
     """Whether the values of the node's first input depend on the network's input, more than by its size."""
-    left, seen = node.all_input_nodes[:1], set()
+    return any(of_images(source) for source in node.all_input_nodes[:1])
+
+
+def of_images(node: fx.Node) -> bool:
+    """Whether the node's own values depend on the network's input, more than by its size."""
+    left, seen = [node], set()
     while left:
         source = left.pop()
         if source.op == "placeholder":

@@ -23,7 +23,7 @@ from crqat.train.config import QuantizationConfig
 from crqat.train.graph.attention import write_out
 from crqat.train.graph.computed_weights import channels_of, copied, fold_graph, fold_modules
 from crqat.train.graph.explain import check_module, check_norms, check_pools, forward_of, place
-from crqat.train.graph.operations import NOTES, is_matmul, parameter, reads_images, trace
+from crqat.train.graph.operations import NOTES, is_linear, is_matmul, of_images, parameter, reads_images, trace
 from crqat.train.graph.sizes import VIEWS
 from crqat.train.placement import overrides
 from crqat.train.placement.nncf_layout import Hooks, ask_layout, name_operations
@@ -80,6 +80,7 @@ def insert_quantizers(
         if in_float:
             hooks = ask_layout(model, example, in_float)
         graph_module = trace(model, example)
+        _check_weights(graph_module, model)
         names_of_nodes, places, values = _map_hooks(graph_module, model, example, hooks)
     folded, found = fold_graph(graph_module, model, values)
     graph_module.meta[NOTES] += notes + found
@@ -142,6 +143,18 @@ def _written_out() -> Iterator[None]:
         for name in VIEWS:
             delattr(Tensor, name)
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _check_weights(graph_module: fx.GraphModule, model: nn.Module) -> None:
+    """Refuse convolutions whose weight is another for each image: no runtime has it as integers."""
+    for node in filter(is_matmul, graph_module.graph.nodes):
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
+        if not is_linear(node) and of_images(weight):
+            msg = (
+                f"model.name: {place(model, node)} convolves with a weight that depends on the image; convolve with each "
+                "weight and mix the results"
+            )
+            raise UsageError(msg)
 
 
 def _left_out(

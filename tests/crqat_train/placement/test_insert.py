@@ -399,6 +399,20 @@ class Refused(nn.Module):
         return self.layer(x).mean((2, 3))  # type: ignore[no-any-return]
 
 
+class PerImage(nn.Module):
+    """Dynamic convolution, arXiv 1912.03458: weights mixed anew for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights, self.attention = nn.Parameter(torch.randn(2, 4 * 4)), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        weight = torch.softmax(self.attention(x.mean((2, 3))), 1) @ self.weights
+        mixed = functional.conv2d(x.reshape(1, n * c, h, w), weight.reshape(n * c, c, 1, 1), groups=n)
+        return mixed.reshape(n, c, h, w)
+
+
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -448,6 +462,10 @@ def test_a_forward_that_fails_on_the_shape_is_named_by_file_and_line() -> None:
         (
             Refused(Recurrent()),
             r"no quantizer can be placed around lstm in layer\.lstm \(LSTM\) at .*:\d+; write",
+        ),
+        (
+            Refused(PerImage()),
+            r"layer \(PerImage\) at .*:\d+ convolves with a weight that depends on the image; convolve with each",
         ),
         (nn.ModuleDict({"quantizers": nn.ReLU()}), r"ModuleDict\.quantizers is where quantizers are put"),
     ],
