@@ -13,7 +13,7 @@ Target = Annotated[str, TargetName()]
 # Of images in folders, where the recipe does not say: what ImageNet's networks were evaluated with.
 FOLDER_SIZE, FOLDER_CROP = 256, 224
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
-FILE_SOURCES = ("imagefolder", "webdataset", "huggingface")
+FILE_SOURCES = ("imagefolder", "imagelist", "webdataset", "huggingface")
 # Sources whose images are RGB unless `data.channels` says otherwise.
 COLOUR_SOURCES = (*FILE_SOURCES, "cifar10", "cifar100")
 
@@ -28,10 +28,12 @@ class DataConfig:
     """Where the images come from and how they are augmented.
 
     Attributes:
-        source: "digits", "cifar10", "cifar100", "imagefolder", "webdataset", "huggingface", "huggingface:NAME", or
-            "package.module:function" that returns a `crqat.train.data.dataset.Dataset`.
+        source: "digits", "cifar10", "cifar100", "imagefolder", "imagelist", "webdataset", "huggingface",
+            "huggingface:NAME", or "package.module:function" that returns a `crqat.train.data.dataset.Dataset`.
         root: Folder of an on-disk source; of "imagefolder" the one with train/CLASS/* and test/CLASS/* (or val/), of
             "webdataset" the one with train-*.tar and test-*.tar, of "huggingface" one that `save_to_disk` wrote.
+        image_list: Of "imagelist": the JSON file that names its images and their classes; see
+            `crqat.train.data.imagelist.ImageList`. Paths in it are relative to `root`.
         download: Fetch the data set into `root` if it is not there.
         unlabeled: A further source of the same kinds whose training images are used without their labels, by the
             consistency term alone.
@@ -61,6 +63,7 @@ class DataConfig:
     __pydantic_config__: ClassVar[Any] = STRICT
     source: str
     root: str | None = None
+    image_list: str | None = None
     download: bool = False
     unlabeled: str | None = None
     unlabeled_root: str | None = None

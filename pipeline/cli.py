@@ -86,6 +86,80 @@ def run(
 
 
 @crqat.command()
+@click.argument("model")
+@click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of class folders, or of images.")
+@click.option("--test", type=click.Path(path_type=Path), help="Folder whose images judge. Default: a part of --images.")
+@click.option("--weights", help="Checkpoint. Default: what torchvision or timm publish.")
+@click.option("--no-labels", is_flag=True, help="Class folders are no labels: agreement with the float network judges.")
+@click.option("--classes", type=click.IntRange(min=2), help="Of the network, where no class folders say it.")
+@click.option("--bits", default="8,8", metavar="W,A", help="Of weights and activations. Default: 8,8.")
+@click.option("--max-drop", type=click.FloatRange(min=0), help="Points that may be lost; judges, like `crqat gate`.")
+@click.option("--mean", help="Of each channel, in units of 0..1, such as 0.485,0.456,0.406.")
+@click.option("--std", help="Likewise.")
+@click.option("--size", type=click.IntRange(min=1), help="Pixels of the shorter side after resizing.")
+@click.option("--crop", type=click.IntRange(min=1), help="Pixels of the square out of the center.")
+@click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "lanczos", "nearest"]))
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split. Default: 0.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: runs/MODEL-wWaA.")
+@force_option
+def quantize(
+    model: str,
+    images: Path,
+    test: Path | None,
+    weights: str | None,
+    no_labels: bool,
+    classes: int | None,
+    bits: str,
+    max_drop: float | None,
+    mean: str | None,
+    std: str | None,
+    size: int | None,
+    crop: int | None,
+    interpolation: str | None,
+    seed: int,
+    out: Path | None,
+    force: bool,
+) -> int:
+    """Quantize MODEL by calibration alone, from a folder of images, to verified files.
+
+    \b
+    MODEL is a name of torchvision or timm, or module:function with
+    --weights. The recipe that was used lies beside the results.
+    Without --max-drop nothing is judged, and the exit code is 0.
+    """  # noqa: D301 - click's mark for lines that stay as they are
+    from crqat.pipeline import console
+    from crqat.pipeline.commands import quantize as command
+    from crqat.pipeline.stages import lock
+
+    widths = command.numbers(bits, "--bits", int)
+    if len(widths) != 2:
+        msg = f"--bits: {bits} is no pair; write weights and activations, such as 8,8"
+        raise UsageError(msg)
+    preprocessing = {
+        "mean": None if mean is None else command.numbers(mean, "--mean", float),
+        "std": None if std is None else command.numbers(std, "--std", float),
+        "size": size,
+        "crop": crop,
+        "interpolation": interpolation,
+    }
+    out = out or Path("runs") / command.run_name(model, widths)
+    request = command.Request(
+        model, images, test, weights, not no_labels, classes, (widths[0], widths[1]), max_drop, seed, preprocessing, out
+    )
+    with lock.hold(out):
+        with console.show_progress() as progress:
+            recipe = command.write_recipe(request, progress)
+        config, runs = load(recipe, ()), out.parent
+        trained = _trained(config, runs, force)
+        for stage in ("export", "benchmark"):
+            _run_stage(stage, config, runs, force)
+        _show_results(config, runs)
+        _show_warnings(trained)
+        click.echo(f"recipe: {recipe}")
+        return 0 if max_drop is None else _judge(config, runs)
+
+
+@crqat.command()
 @recipe_arguments
 @force_option
 @training_options

@@ -17,7 +17,7 @@ from crqat.core.field_bounds import user_path
 from crqat.core.preprocessing import Preprocessing
 from crqat.core.progress import Progress, quiet
 from crqat.train.config import FOLDER_CROP, FOLDER_SIZE, DataConfig
-from crqat.train.data import builtin
+from crqat.train.data import builtin, imagelist
 from crqat.train.data.batches import Images
 from crqat.train.data.dataset import Dataset, doubts, validate
 from crqat.train.data.huggingface import TableImages, fetch, open_saved
@@ -26,7 +26,7 @@ from crqat.train.data.streaming import StoredImages, decode
 from crqat.train.data.webdataset import ShardImages, list_shards
 from crqat.train.own_code import call_function, import_function
 
-SOURCES = ("digits", "cifar10", "cifar100", "imagefolder", "webdataset", "huggingface")
+SOURCES = ("digits", "cifar10", "cifar100", "imagefolder", "imagelist", "webdataset", "huggingface")
 
 
 def of_recipe(config: DataConfig, progress: Progress = quiet) -> Dataset:
@@ -60,9 +60,9 @@ def load(
     """The data set that a recipe names.
 
     Args:
-        source: "digits", "cifar10", "cifar100", "imagefolder", "webdataset", "huggingface", "huggingface:NAME" or
-            "package.module:function". The function is called with `root` if it has a parameter of that name, else
-            without arguments, and returns a `Dataset`.
+        source: "digits", "cifar10", "cifar100", "imagefolder", "imagelist", "webdataset", "huggingface",
+            "huggingface:NAME" or "package.module:function". The function is called with `root` if it has a parameter
+            of that name, else without arguments, and returns a `Dataset`.
         root: Folder of an on-disk source; None is "data/cifar10" for "cifar10" and likewise for "cifar100".
         download: Fetch "cifar10", "cifar100" or "huggingface:NAME" into `root` if it is not there.
         key: The recipe's key that `source` stands under, for messages.
@@ -81,6 +81,8 @@ def load(
         dataset = builtin.grey(dataset) if config.channels == 1 else dataset
     elif source == "imagefolder":
         dataset = _imagefolder(root, config, progress)
+    elif source == "imagelist":
+        dataset = _imagelist(root, config, progress)
     elif source == "webdataset":
         dataset = _webdataset(root, config, progress)
     elif source == "huggingface" or source.startswith("huggingface:"):
@@ -178,6 +180,23 @@ def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Da
     parts = [FolderImages(files, size, crop, config.convert, channels=channels) for files in (train, test)]
     labels = [torch.tensor([file.label for file in files], dtype=torch.int64) for files in (train, test)]
     return _stored(names, parts, labels, config, progress, notes)
+
+
+def _imagelist(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
+    if root is None or config.image_list is None:
+        msg = (
+            "data.image_list: imagelist needs it and data.root: the JSON file of the list, and the folder of its images"
+        )
+        raise UsageError(msg)
+    found = imagelist.read(user_path(config.image_list, "data.image_list"))
+    size, crop, channels = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP, config.channels or 3
+    files = [imagelist.files_of(user_path(root, "data.root"), part) for part in (found.train, found.test)]
+    parts = [FolderImages(own, size, crop, config.convert, channels=channels) for own in files]
+    labels = [torch.tensor([file.label for file in own], dtype=torch.int64) for own in files]
+    notes: tuple[str, ...] = ()
+    if found.labels_of:
+        notes = (f"the labels are the answers of {found.labels_of}: accuracy is the agreement with it",)
+    return _stored(tuple(found.classes), parts, labels, config, progress, notes)
 
 
 def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dataset:

@@ -29,7 +29,7 @@ class GateConfig:
     """What every quantized model must keep to.
 
     Attributes:
-        max_accuracy_drop: Percentage points of top-1 accuracy that it may lose against the float model.
+        max_accuracy_drop: Percentage points of top-1 accuracy that it may lose against the float model; None: any.
         min_agreement: Share of the test images on which it must answer as the float model does.
         min_accuracy: Share of the test images that it must answer rightly (top-1), such as 0.9; without it the float
             model must be clearly better than chance.
@@ -41,7 +41,7 @@ class GateConfig:
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
-    max_accuracy_drop: Annotated[float, Range(ge=0, le=100)] = 1.0
+    max_accuracy_drop: Annotated[float, Range(ge=0, le=100)] | None = 1.0
     min_agreement: Annotated[float, Range(ge=0, le=1)] | None = None
     min_accuracy: Annotated[float, Range(ge=0, le=1)] | None = None
     max_latency_ratio: Annotated[float, Range(gt=0)] | None = None
@@ -277,18 +277,16 @@ def _limits(file: str, accuracy: Accuracy, versus: VersusFloat, config: GateConf
     from crqat.runtime_eval.measure.accuracy import images_for_difference, images_for_share
 
     n = accuracy.n
-    drop = at_most(
-        ("accuracy_drop", file, n, "test images"),
-        versus.drop_points,
-        versus.drop_interval_points,
-        config.max_accuracy_drop,
-        " points",
-    )
-    if versus.only_float_right is not None and versus.only_this_right is not None:
-        counts = (versus.only_float_right, versus.only_this_right)
-        needed = images_for_difference(*counts, n, config.max_accuracy_drop / 100)
-        drop = _with_images(replace(drop, images_needed=needed))
-    verdicts = [drop]
+    verdicts = []
+    if config.max_accuracy_drop is not None:
+        what = "accuracy_drop", file, n, "test images"
+        points, interval = versus.drop_points, versus.drop_interval_points
+        drop = at_most(what, points, interval, config.max_accuracy_drop, " points")
+        if versus.only_float_right is not None and versus.only_this_right is not None:
+            counts = (versus.only_float_right, versus.only_this_right)
+            needed = images_for_difference(*counts, n, config.max_accuracy_drop / 100)
+            drop = _with_images(replace(drop, images_needed=needed))
+        verdicts.append(drop)
     if config.min_agreement is not None:
         (low, high), allowed = versus.agreement_interval, config.min_agreement
         status: Status = "pass" if low >= allowed else "fail" if high < allowed else "inconclusive"

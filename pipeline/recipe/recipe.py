@@ -199,6 +199,8 @@ def _contradiction(recipe: Recipe) -> str | None:
     resized = [key for key in ("size", "crop", "interpolation", "convert") if getattr(recipe.data, key)]
     if resized and not kinds & set(FILE_SOURCES):
         return f"data.{resized[0]}: only of {', '.join(FILE_SOURCES)}, whose images are files; remove it"
+    if recipe.data.image_list is not None and recipe.data.source != "imagelist":
+        return "data.image_list: only of data.source: imagelist; remove it"
     columns = [key for key in ("image_column", "label_column") if getattr(recipe.data, key) is not None]
     if columns and "huggingface" not in kinds:
         return f"data.{columns[0]}: only of huggingface, whose data sets are tables; remove it"

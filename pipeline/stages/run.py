@@ -187,7 +187,8 @@ def known_accuracy(claimed: float | None, limits: GateConfig, run: Path) -> Know
     from crqat.pipeline.gate.rules import KnownAccuracy
 
     if claimed is not None:
-        return KnownAccuracy(claimed, "model.accuracy", limits.max_accuracy_drop)
+        points = PUBLISHED_POINTS if limits.max_accuracy_drop is None else limits.max_accuracy_drop
+        return KnownAccuracy(claimed, "model.accuracy", points)
     manifest = run_directory.read_manifest(run / "train")
     published = run_directory.payload_of(TrainingPayload, run / "train", manifest).float_network.published_accuracy
     return None if published is None else KnownAccuracy(published, "who published the weights", PUBLISHED_POINTS)

@@ -56,6 +56,7 @@ _LIBRARIES_OF_SOURCE = {
     "cifar10": ("torchvision",),
     "cifar100": ("torchvision",),
     "imagefolder": ("pillow",),
+    "imagelist": ("pillow",),
     "webdataset": ("pillow",),
     "huggingface": ("pillow", "datasets"),
 }
@@ -193,8 +194,14 @@ def inputs(
     root = data_root(config)
     if root is not None:
         found[f"{_DATA}{root}"] = str(disk.disk_state(root, runs, progress))
-    if config.data.unlabeled_root is not None:
-        folder = user_path(config.data.unlabeled_root, "data.unlabeled_root")
+    others = (
+        [] if config.data.unlabeled_root is None else [user_path(config.data.unlabeled_root, "data.unlabeled_root")]
+    )
+    if config.data.image_list is not None:
+        from crqat.train.data import imagelist
+
+        others += imagelist.outside(user_path(config.data.image_list, "data.image_list"))
+    for folder in others:
         found[f"{_DATA}{folder}"] = str(disk.disk_state(folder, runs, progress))
     return found
 
@@ -205,6 +212,9 @@ def recipe_files(config: recipe.Recipe) -> list[tuple[Path, str, str]]:
     if config.model.weights not in (None, "pretrained"):
         path = user_path(config.model.weights, "model.weights")
         files.append((path, f"no such weights file (model.weights, relative to {Path.cwd()})", ""))
+    if config.data.image_list is not None:
+        path = user_path(config.data.image_list, "data.image_list")
+        files.append((path, "no such file (data.image_list)", "write it by `crqat quantize`"))
     if config.model.nncf is not None:
         folder = user_path(config.model.nncf, "model.nncf")
         found = [path for path in sorted(folder.glob("*")) if path.suffix in (".safetensors", ".json")] or [folder]

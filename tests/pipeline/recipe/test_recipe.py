@@ -160,11 +160,11 @@ def test_wrong_values_are_refused_with_path_and_remedy(tmp_path: Path, extra: st
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ("source: digits, size: 40", "FILE: data.size: only of imagefolder, webdataset, "),
+        ("source: digits, size: 40", "FILE: data.size: only of imagefolder, imagelist, webdataset, "),
         ("source: digits, convert: true", "FILE: data.convert: only of imagefolder"),
         (
             "source: digits, channels: 1",
-            "FILE: data.channels: only of imagefolder, webdataset, huggingface, cifar10, ci",
+            "FILE: data.channels: only of imagefolder, imagelist, webdataset, huggingface, cifar10, ci",
         ),
         ("source: cifar10, channels: 2", "FILE: data.channels: should be 1 or 3, not 2"),
         ("source: imagefolder, channels: 1, mean: [0.1, 0.2, 0.3]", "FILE: data.mean: has 3 numbers for 1 channels"),

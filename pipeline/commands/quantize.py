@@ -1,0 +1,272 @@
+"""The `quantize` command: a network and a folder of images become verified INT8 files, by a recipe that it writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+from crqat.core.errors import ToolError, UsageError
+from crqat.core.field_bounds import user_path
+from crqat.core.progress import Progress
+from crqat.core.typed_json import text
+from crqat.train.config import FOLDER_CROP, FOLDER_SIZE
+
+# At most so many images calibrate; half of a folder with fewer than twice as many.
+CALIBRATION = 100
+_FEWEST = 20
+_IMAGENET = 1000
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    Attributes:
+        model: As `model.name` of a recipe, or the name alone of a network of torchvision or timm.
+        images: A folder of class folders, or of images without classes.
+        test: A folder of the same kind whose images judge; None splits `images`.
+        weights: A checkpoint; None takes what torchvision or timm publish.
+        labels: Whether class folders are labels.
+        classes: Logits of the network where no class folders say it; None is 1,000 for published weights.
+        bits: Of weights and of activations.
+        max_drop: Percentage points that may be lost; None judges nothing.
+        seed: Of the split.
+        preprocessing: `mean`, `std`, `size`, `crop` and `interpolation` of a recipe's `data` section, as far as given.
+        out: Where the recipe, the list of images and the run go.
+    """
+
+    model: str
+    images: Path
+    test: Path | None
+    weights: str | None
+    labels: bool
+    classes: int | None
+    bits: tuple[int, int]
+    max_drop: float | None
+    seed: int
+    preprocessing: dict[str, Any]
+    out: Path
+
+
+def write_recipe(request: Request, progress: Progress) -> Path:
+    """Split the images, label them if nobody has, and write the list and the recipe.
+
+    Returns:
+        The recipe's path; its run has the same folder.
+
+    Raises:
+        UsageError: Images, weights or preprocessing are missing or do not fit; the message names the option.
+        ToolError: A file cannot be read or written, or published weights cannot be fetched.
+    """
+    name = _full_name(request.model)
+    weights = _weights(name, request)
+    data = _preprocessing(name, weights, request)
+    found = _listed(request.images, "--images", request.labels)
+    judging = None if request.test is None else _listed(request.test, "--test", request.labels)
+    if judging is not None and judging[0] != found[0]:
+        msg = (
+            f"--test: {request.test} has other class folders than {request.images}; give both the same, or --no-labels"
+        )
+        raise UsageError(msg)
+    calibrating, test = _split(request, found[1], None if judging is None else judging[1])
+    names = found[0]
+    if names is not None and request.classes not in (None, len(names)):
+        msg = (
+            f"--classes: {request.classes}, and {request.images} has {len(names)} class folders; leave one of them out"
+        )
+        raise UsageError(msg)
+    run = request.out.name
+    recipe: dict[str, Any] = {
+        "name": run,
+        "seed": request.seed,
+        "data": {
+            "source": "imagelist",
+            "root": str(request.images.resolve()),
+            "image_list": str(request.out / "images.json"),
+            **data,
+        },
+        "model": {"name": name, "weights": weights},
+        "quantization": {
+            "weights": request.bits[0],
+            "activations": request.bits[1],
+            "calibration_images": len(calibrating),
+        },
+        "qat": {"epochs": 0},
+        "consistency": {"teacher": "none"},
+        "gate": {"max_accuracy_drop": request.max_drop},
+    }
+    if weights == "pretrained":
+        recipe["float"] = {"epochs": 0}
+    labels_of = ""
+    if names is None:
+        count = request.classes or _classes(name, weights)
+        names, labels_of = tuple(f"class {index}" for index in range(count)), name
+        calibrating, test = _answers(recipe, request, names, calibrating, test, progress)
+    _write(request.out, recipe, names, calibrating, test, labels_of)
+    return request.out / "recipe.yaml"
+
+
+def _full_name(name: str) -> str:
+    """A network's name as a recipe has it."""
+    if ":" in name or "/" in name:
+        return name
+    from torchvision.models import list_models  # type: ignore[import-untyped]
+
+    return f"torchvision/{name}" if name in list_models() else f"timm/{name}"
+
+
+def _weights(name: str, request: Request) -> str:
+    if request.weights is not None:
+        return request.weights
+    if name.startswith(("torchvision/", "timm/")):
+        return "pretrained"
+    msg = f"--weights: {name} needs a checkpoint of its weights; nobody publishes them"
+    raise UsageError(msg)
+
+
+def _preprocessing(name: str, weights: str, request: Request) -> dict[str, Any]:
+    """The `data` section's keys of it. What is published with the weights need not be said."""
+    given = {key: value for key, value in request.preprocessing.items() if value is not None}
+    if weights == "pretrained":
+        return given
+    missing = [key for key in ("mean", "std") if key not in given]
+    if missing:
+        msg = (
+            f"--{missing[0]}: how does {name} want its images normalized? Nothing is published with {weights}; give "
+            "--mean and --std of each channel in units of 0..1, such as --mean 0.485,0.456,0.406"
+        )
+        raise UsageError(msg)
+    return {"size": FOLDER_SIZE, "crop": FOLDER_CROP, **given}
+
+
+def _listed(folder: Path, option: str, labels: bool) -> tuple[tuple[str, ...] | None, dict[str, int]]:
+    """The class names, None without labels, and each image's path, in order, with its class, 0 without labels."""
+    from crqat.train.data.imagefolder import list_images
+
+    folder = user_path(str(folder), option)
+    paths = [file.path.relative_to(folder) for file in list_images(folder, option)]
+    names = tuple(sorted({path.parts[0] for path in paths if len(path.parts) > 1}))
+    loose = [path.name for path in paths if len(path.parts) == 1]
+    if not labels or not names:
+        return None, {str(path): 0 for path in paths}
+    if loose:
+        msg = (
+            f"{option}: {folder} has images beside its class folders, such as {loose[0]}; move them, or use --no-labels"
+        )
+        raise UsageError(msg)
+    if len(names) == 1:
+        msg = f"{option}: {folder} has one class folder, {names[0]}; add those of the others, or use --no-labels"
+        raise UsageError(msg)
+    return names, {str(path): names.index(path.parts[0]) for path in paths}
+
+
+def _split(
+    request: Request, images: dict[str, int], judging: dict[str, int] | None
+) -> tuple[dict[str, int], dict[str, int]]:
+    """What calibrates and what judges, drawn by the seed; nothing is in both."""
+    import torch
+
+    if len(images) < _FEWEST:
+        msg = f"--images: {request.images} has {len(images)} images; at least {_FEWEST} are needed"
+        raise UsageError(msg)
+    count = min(CALIBRATION, len(images) // 2) if judging is None else min(CALIBRATION, len(images))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(request.seed)).tolist()
+    paths = list(images)
+    calibrating = {paths[index]: images[paths[index]] for index in sorted(order[:count])}
+    if judging is None:
+        return calibrating, {paths[index]: images[paths[index]] for index in sorted(order[count:])}
+    root = (request.test or request.images).resolve()
+    return calibrating, {str(root / path): label for path, label in judging.items()}
+
+
+def _classes(name: str, weights: str) -> int:
+    if weights == "pretrained":
+        return _IMAGENET
+    msg = f"--classes: how many classes has {name}? Images without class folders do not say it"
+    raise UsageError(msg)
+
+
+def _answers(
+    recipe: dict[str, Any],
+    request: Request,
+    names: Sequence[str],
+    calibrating: dict[str, int],
+    test: dict[str, int],
+    progress: Progress,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The same images with the float network's answers as their classes."""
+    import torch
+
+    from crqat.pipeline.recipe import recipe as recipes
+    from crqat.train.data import sources
+    from crqat.train.data.batches import evaluation_batches
+    from crqat.train.models import build as models
+    from crqat.train.models import published
+    from crqat.train.training.evaluate import BATCH
+
+    # In the order of the file, which is sorted.
+    calibrating, test = dict(sorted(calibrating.items())), dict(sorted(test.items()))
+    _write(request.out, recipe, names, calibrating, test, "")
+    config = recipes.train_config(recipes.load(request.out / "recipe.yaml"))
+    dataset = sources.of_recipe(published.data_section(config), progress)
+    channels = dataset.train_images.shape[1]
+    if config.model.weights == "pretrained":
+        network, _ = models.pretrained(config.model.name, len(names), channels)
+    else:
+        network = models.build(config.model.name, len(names), channels)
+        models.load_weights(network, user_path(str(config.model.weights), "--weights"))
+    found = []
+    with torch.no_grad():
+        for part, images in ((calibrating, dataset.train_images), (test, dataset.test_images)):
+            answers: list[int] = []
+            for batch in evaluation_batches(images, dataset.preprocessing, BATCH):
+                answers += network.eval()(batch).argmax(1).tolist()
+                progress("answers of the float network", len(answers), len(part))
+            found.append(dict(zip(part, answers, strict=True)))
+    return found[0], found[1]
+
+
+def _write(
+    out: Path,
+    recipe: dict[str, Any],
+    names: Sequence[str],
+    calibrating: dict[str, int],
+    test: dict[str, int],
+    labels_of: str,
+) -> None:
+    from crqat.train.data.imagelist import ImageList
+
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        listed = ImageList(list(names), calibrating, test, labels_of)
+        for file, content in (("images.json", text(listed)), ("recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))):
+            partial = out / f".{file}.partial"
+            partial.write_text(content + "\n")
+            partial.replace(out / file)
+    except OSError as error:
+        msg = f"--out: {out} cannot be written: {error.strerror}"
+        raise ToolError(msg) from error
+
+
+def numbers(given: str, option: str, kind: Callable[[str], _Number]) -> list[_Number]:
+    """Numbers separated by commas.
+
+    Raises:
+        UsageError: They are none; the message names the option.
+    """
+    try:
+        return [kind(part) for part in given.split(",")]
+    except ValueError:
+        msg = f"{option}: {given} is no list of numbers, such as 8,8 or 0.485,0.456,0.406"
+        raise UsageError(msg) from None
+
+
+def run_name(model: str, bits: Sequence[int]) -> str:
+    """Of a model's run: letters, digits and what a directory's name may have."""
+    letters = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in model)
+    return f"{letters}-w{bits[0]}a{bits[1]}"

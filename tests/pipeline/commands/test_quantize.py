@@ -1,0 +1,151 @@
+"""`crqat quantize`: from a folder of images to verified files, and what it says of wrong ones."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+
+from crqat.pipeline.cli import crqat
+from crqat.train.data import sources
+
+NETWORK = """
+from torch import nn
+
+
+def network(classes: int, channels: int) -> nn.Module:
+    first, second = nn.Conv2d(channels, 8, 3), nn.Conv2d(8, 16, 3, 2)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), nn.Flatten(), nn.Linear(64, classes))
+"""
+NAMES = tuple(f"digit{label}" for label in range(10))
+HOW = ("--size", "8", "--crop", "8", "--mean", "0.3,0.3,0.3", "--std", "0.35,0.35,0.35")
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that knows digits, 300 of them in class folders, and 120 of them in a flat one."""
+    folder = tmp_path_factory.mktemp("digits")
+    (folder / "known_network.py").write_text(NETWORK)
+    found = sources.load("digits", None, False)
+    images = found.test_images[:300]
+    for index, (image, label) in enumerate(zip(images, found.test_labels[:300].tolist(), strict=True)):
+        (folder / "images" / NAMES[label]).mkdir(parents=True, exist_ok=True)
+        (folder / "flat").mkdir(exist_ok=True)
+        picture = Image.fromarray(image[0].numpy()).convert("RGB")
+        picture.save(folder / "images" / NAMES[label] / f"{index}.png")
+        if index < 120:
+            picture.save(folder / "flat" / f"{index}.png")
+    scope: dict[str, Any] = {}
+    exec(NETWORK, scope)  # noqa: S102 - the text above
+    torch.manual_seed(0)
+    network: nn.Module = scope["network"](10, 3)
+    optimizer = torch.optim.Adam(network.parameters(), 0.01)
+    pixels = (found.train_images[:].float() / 255 - 0.3) / 0.35
+    for _ in range(60):
+        loss = functional.cross_entropy(network(pixels.expand(-1, 3, -1, -1)), found.train_labels)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    save_file(network.state_dict(), folder / "known.safetensors")
+    return folder
+
+
+def quantize(folder: Path, tmp_path: Path, *arguments: str, how: tuple[str, ...] = HOW) -> Result:
+    out = ("--out", str(tmp_path / "runs" / "digits"))
+    weights = ("--weights", str(folder / "known.safetensors"))
+    given = ["quantize", "known_network:network", *weights, *how, *out, *arguments]
+    return CliRunner().invoke(crqat, given, standalone_mode=False)
+
+
+@pytest.fixture(autouse=True)
+def findable(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(digits)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(digits), os.environ["PYTHONPATH"]]))
+
+
+def test_class_folders_become_verified_files_a_report_and_the_recipe(digits: Path, tmp_path: Path) -> None:
+    result = quantize(digits, tmp_path, "--images", str(digits / "images"))
+    assert result.exception is None, result.output
+    assert result.return_value == 0
+    run = tmp_path / "runs" / "digits"
+    results = json.loads((run / "benchmark" / "results.json").read_text())
+    assert results["dataset"]["n"] == 200  # 100 of 300 calibrate
+    assert results["models"]["float.onnx"]["accuracy"]["top1"] > 0.8
+    for file in ("onnxruntime.onnx", "tensorrt.onnx"):
+        assert results["models"][file]["verification"]["status"] == "passed"
+        assert abs(results["models"][file]["versus_float"]["drop_points"]) < 10
+    assert (run / "benchmark" / "report.html").is_file()
+    listed = json.loads((run / "images.json").read_text())
+    assert (len(listed["train"]), len(listed["test"]), listed["labels_of"]) == (100, 200, "")
+    assert not listed["train"].keys() & listed["test"].keys()
+    assert all(NAMES[label] == Path(path).parts[0] for path, label in listed["test"].items())
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert recipe["gate"] == {"max_accuracy_drop": None}
+    judged = json.loads((run / "benchmark" / "verdict.json").read_text())
+    assert not any(rule["rule"] == "accuracy_drop" for rule in judged["rules"])
+
+
+def test_without_labels_the_float_networks_answers_judge(digits: Path, tmp_path: Path) -> None:
+    missing = quantize(digits, tmp_path, "--images", str(digits / "flat"))
+    assert str(missing.exception).startswith("--classes: how many classes has known_network:network?")
+    arguments = ("--images", str(digits / "flat"), "--test", str(digits / "images"), "--no-labels")
+    result = quantize(digits, tmp_path, *arguments, "--classes", "10", "--max-drop", "50")
+    assert result.exception is None, result.output
+    assert result.return_value == 0
+    run = tmp_path / "runs" / "digits"
+    models = json.loads((run / "benchmark" / "results.json").read_text())["models"]
+    assert models["float.onnx"]["accuracy"]["top1"] == 1.0
+    versus = models["onnxruntime.onnx"]["versus_float"]
+    assert versus["drop_points"] == pytest.approx(100 * (1 - versus["agreement"]))
+    listed = json.loads((run / "images.json").read_text())
+    assert listed["labels_of"] == "known_network:network"
+    assert (len(listed["train"]), len(listed["test"])) == (100, 300)
+    # Mostly what is written on the folders, though nobody looked.
+    assert sum(NAMES[label] == Path(path).parts[-2] for path, label in listed["test"].items()) > 240
+
+
+@pytest.mark.parametrize(
+    ("arguments", "how", "message"),
+    [
+        (["--images", "nowhere"], HOW, "--images: nowhere is no folder"),
+        (["--images", "{digits}/images/digit3"], HOW, "--classes: how many classes"),
+        (["--images", "{digits}/images", "--classes", "7"], HOW, "--classes: 7, and "),
+        (["--images", "{digits}/images", "--test", "{digits}/flat"], HOW, "--test: "),
+        (["--images", "{digits}/images", "--bits", "8"], HOW, "--bits: 8 is no pair"),
+        (["--images", "{digits}/images"], (*HOW[:4], "--mean", "0.3"), "--std: how does known_network:network want"),
+        (["--images", "{digits}/images"], (*HOW[:4], "--mean", "x", "--std", "1"), "--mean: x is no list of numbers"),
+        (["--images", "{digits}/few"], HOW, "--images: "),
+        (["--images", "{digits}/one"], HOW, "--images: "),
+    ],
+)
+def test_what_is_wrong_is_one_line_that_names_the_option(
+    digits: Path, tmp_path: Path, arguments: list[str], how: tuple[str, ...], message: str
+) -> None:
+    one = sorted((digits / "images" / "digit1").glob("*.png"))
+    for path, count in ((digits / "few", 10), (digits / "one" / "digit1", 20)):
+        path.mkdir(parents=True, exist_ok=True)
+        for file in one[:count]:
+            (path / file.name).write_bytes(file.read_bytes())
+    result = quantize(digits, tmp_path, *(part.format(digits=digits) for part in arguments), how=how)
+    assert getattr(result.exception, "exit_code", None) == 2, result.output
+    assert str(result.exception).startswith(message) and "\n" not in str(result.exception)
+    assert not (tmp_path / "runs" / "digits" / "train").exists()
+
+
+def test_published_weights_need_no_word_of_preprocessing_and_names_are_found(tmp_path: Path, digits: Path) -> None:
+    arguments = ["quantize", "resnett18", "--images", str(digits / "images"), "--out", str(tmp_path / "runs" / "x")]
+    result = CliRunner().invoke(crqat, arguments, standalone_mode=False)
+    assert 'did you mean "timm/resnet18"?' in str(result.exception)
+    arguments[1] = "known_network:network"
+    result = CliRunner().invoke(crqat, arguments, standalone_mode=False)
+    assert str(result.exception).startswith("--weights: known_network:network needs a checkpoint")
