@@ -151,8 +151,8 @@ def _check_weights(graph_module: fx.GraphModule, model: nn.Module) -> None:
         weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
         if not is_linear(node) and of_images(weight):
             msg = (
-                f"model.name: {place(model, node)} convolves with a weight that depends on the image; convolve with each "
-                "weight and mix the results"
+                f"model.name: {place(model, node)} convolves with a weight that depends on the image; convolve with "
+                "each weight and mix the results"
             )
             raise UsageError(msg)
 
