@@ -153,7 +153,8 @@ def benchmark(
 def gate(
     results: Benchmark | Results | str | Path,
     *,
-    max_accuracy_drop: float = 1.0,
+    max_accuracy_drop: float | None = 1.0,
+    relative_accuracy: float | None = None,
     min_agreement: float | None = None,
     min_accuracy: float | None = None,
     max_latency_ratio: float | None = None,
@@ -165,7 +166,9 @@ def gate(
 
     Args:
         results: What `crqat.benchmark` gave, or the path of a results.json.
-        max_accuracy_drop: Percentage points of top-1 accuracy that a quantized file may lose against the float file.
+        max_accuracy_drop: Percentage points of top-1 accuracy that a quantized file may lose against the float file;
+            None: any.
+        relative_accuracy: Share of the float file's top-1 accuracy that it must keep, such as MLPerf's 0.99.
         min_agreement: Share of the images on which it must answer as the float file does.
         min_accuracy: Share of the images that it must answer rightly.
         max_latency_ratio: Its latency divided by the float file's.
@@ -182,6 +185,7 @@ def gate(
     limits = checked(
         rules.GateConfig(
             max_accuracy_drop=max_accuracy_drop,
+            relative_accuracy=relative_accuracy,
             min_agreement=min_agreement,
             min_accuracy=min_accuracy,
             max_latency_ratio=max_latency_ratio,

@@ -30,6 +30,7 @@ class GateConfig:
 
     Attributes:
         max_accuracy_drop: Percentage points of top-1 accuracy that it may lose against the float model; None: any.
+        relative_accuracy: Share of the float model's top-1 accuracy that it must keep, such as MLPerf's 0.99.
         min_agreement: Share of the test images on which it must answer as the float model does.
         min_accuracy: Share of the test images that it must answer rightly (top-1), such as 0.9; without it the float
             model must be clearly better than chance.
@@ -42,6 +43,7 @@ class GateConfig:
 
     __pydantic_config__: ClassVar[Any] = STRICT
     max_accuracy_drop: Annotated[float, Range(ge=0, le=100)] | None = 1.0
+    relative_accuracy: Annotated[float, Range(gt=0, le=1)] | None = None
     min_agreement: Annotated[float, Range(ge=0, le=1)] | None = None
     min_accuracy: Annotated[float, Range(ge=0, le=1)] | None = None
     max_latency_ratio: Annotated[float, Range(gt=0)] | None = None
@@ -287,6 +289,8 @@ def _limits(file: str, accuracy: Accuracy, versus: VersusFloat, config: GateConf
             needed = images_for_difference(*counts, n, config.max_accuracy_drop / 100)
             drop = _with_images(replace(drop, images_needed=needed))
         verdicts.append(drop)
+    if config.relative_accuracy is not None:
+        verdicts.append(_relative(file, n, versus, config.relative_accuracy))
     if config.min_agreement is not None:
         (low, high), allowed = versus.agreement_interval, config.min_agreement
         status: Status = "pass" if low >= allowed else "fail" if high < allowed else "inconclusive"
@@ -297,6 +301,25 @@ def _limits(file: str, accuracy: Accuracy, versus: VersusFloat, config: GateConf
     if config.min_accuracy is not None:
         verdicts.append(_with_images(_at_least("accuracy", file, accuracy.top1, n, config.min_accuracy)))
     return verdicts
+
+
+def _relative(file: str, n: int, versus: VersusFloat, allowed: float) -> Verdict:
+    """The verdict on the share of the float model's accuracy that is kept."""
+    from crqat.runtime_eval.measure.accuracy import images_for_ratio, ratio_bounds
+
+    both, first, second = versus.both_right, versus.only_float_right, versus.only_this_right
+    if both is None or first is None or second is None:
+        why = "not run: the benchmark is of a version that did not count the images; run it again"
+        return Verdict("relative_accuracy", file, "inconclusive", None, None, allowed, n, why)
+    if both + first == 0:
+        why = "the float model answers no image rightly"
+        return Verdict("relative_accuracy", file, "fail", None, None, allowed, n, why)
+    low, high = ratio_bounds(both, first, second, n)
+    kept = (both + second) / (both + first)
+    status: Status = "pass" if low >= allowed else "fail" if high < allowed else "inconclusive"
+    message = f"{kept:.4f} [{low:.4f}, {high:.4f}] of float's over {n} test images, required {allowed:g}"
+    needed = images_for_ratio(both, first, second, n, allowed)
+    return _with_images(Verdict("relative_accuracy", file, status, kept, (low, high), allowed, n, message, needed))
 
 
 def _size(file: str, ratio: float, allowed: float) -> Verdict:

@@ -71,6 +71,53 @@ def tango(b: int, c: int, n: int) -> tuple[float, float]:
     return _crossing(score, -1.0, observed, Z), _crossing(score, observed, 1.0, -Z)
 
 
+def _ratio_score(both: int, first: int, second: int, n: int, ratio: float) -> float:
+    """The statistic for the hypothesis that the second succeeds `ratio` times as often; it falls as `ratio` grows."""
+    # At the likelihood's maximum under the hypothesis the pairs in which both fail keep their share; v is P(only the
+    # first), the larger root of a v^2 + linear v + constant = 0, and u is P(both).
+    share = (both + first + second) / n
+    a = (1 + ratio) * n
+    linear = (ratio * ratio - 1) * n * share - first - second * ratio * ratio
+    constant = -first * (ratio - 1) * share
+    v = (math.sqrt(max(linear * linear - 4 * a * constant, 0.0)) - linear) / (2 * a)
+    u = (share - (1 + ratio) * v) / ratio
+    variance = ratio * ((ratio - 1) * u + (1 + ratio) * v) / n
+    numerator = (both + second - ratio * (both + first)) / n
+    if variance <= 0:
+        return math.copysign(math.inf, numerator) if numerator else 0.0
+    return numerator / math.sqrt(variance)
+
+
+def ratio_bounds(both: int, first: int, second: int, n: int) -> tuple[float, float]:
+    """Score bounds of the ratio of two paired proportions, (both + second) / (both + first), each one-sided 95 %.
+
+    J. Nam and W. Blackwelder, "Analysis of the ratio of marginal probabilities in a matched-pair setting", Statistics
+    in Medicine 21 (2002) 689.
+
+    Args:
+        both: Pairs in which both succeed.
+        first: Pairs in which only the first succeeds.
+        second: Pairs in which only the second succeeds.
+        n: All pairs; the first succeeds in one at least.
+    """
+    observed = (both + second) / (both + first)
+
+    def score(ratio: float) -> float:
+        return _ratio_score(both, first, second, n, ratio)
+
+    high = 2 * observed + 1
+    while score(high) > -Z:
+        high *= 2
+    return _crossing(score, 1e-9, observed, Z) if observed > 0 else 0.0, _crossing(score, observed, high, -Z)
+
+
+def images_for_ratio(both: int, first: int, second: int, n: int, limit: float) -> int | None:
+    """From how many pairs on `ratio_bounds` exclude a limit, if all rates stay; None: from no number."""
+    if math.isclose((both + second) / (both + first), limit, abs_tol=1e-12):
+        return None
+    return max(1, math.ceil(n * (Z / _ratio_score(both, first, second, n, limit)) ** 2))
+
+
 def images_for_share(share: float, limit: float) -> int | None:
     """From how many images on Wilson's bounds of a share exclude a limit, if the share stays; None: from no number."""
     if math.isclose(share, limit, abs_tol=1e-12):

@@ -21,7 +21,7 @@ from crqat.core.typed_json import from_json, to_json
 from crqat.pipeline.gate import latency_regression, rules
 from crqat.pipeline.gate.junit import junit
 from crqat.pipeline.gate.rules import GateConfig, KnownAccuracy, exit_code
-from crqat.runtime_eval.measure.accuracy import tango
+from crqat.runtime_eval.measure.accuracy import ratio_bounds, tango
 
 ALL_RULES = GateConfig(max_accuracy_drop=1.0, min_agreement=0.95, max_latency_ratio=0.8, max_size_ratio=0.5)
 FILE = "onnxruntime.onnx"
@@ -699,3 +699,33 @@ def test_an_inconclusive_drop_says_how_many_images_would_decide() -> None:
     agreement = verdict_on("agreement", model(agreement=0.96, agreement_interval=[0.94, 0.97]))
     assert f"about {agreement.images_needed:,} test images would decide" in agreement.message
     assert verdict_on("agreement", model()).images_needed is None
+
+
+@pytest.mark.parametrize(
+    ("counts", "limit", "status"),
+    [((700, 9, 6), 0.97, "pass"), ((700, 60, 6), 0.99, "fail"), ((700, 9, 6), 0.99, "inconclusive")],
+)
+def test_what_is_kept_of_the_float_models_accuracy_is_judged_by_the_ratio(
+    counts: tuple[int, int, int], limit: float, status: Status
+) -> None:
+    names = ("both_right", "only_float_right", "only_this_right")
+    data = results(model(**dict(zip(names, counts, strict=True))))
+    (verdict,) = (v for v in judge(data, GateConfig(relative_accuracy=limit)) if v.rule == "relative_accuracy")
+    low, high = ratio_bounds(*counts, 797)
+    assert (verdict.status, verdict.interval) == (status, (low, high))
+    assert verdict.measured == (counts[0] + counts[2]) / (counts[0] + counts[1])
+    assert ("test images would decide" in verdict.message) == (status == "inconclusive")
+
+
+def test_a_ratio_is_not_judged_where_the_images_were_not_counted() -> None:
+    (verdict,) = (
+        v for v in judge(results(model()), GateConfig(relative_accuracy=0.99)) if v.rule == "relative_accuracy"
+    )
+    assert verdict.status == "inconclusive" and "run it again" in verdict.message
+
+
+def test_without_a_limit_any_drop_is_kept_to() -> None:
+    verdicts = judge(
+        results(model(drop_points=50.0, drop_interval_points=[40.0, 60.0])), GateConfig(max_accuracy_drop=None)
+    )
+    assert not any(verdict.rule == "accuracy_drop" or verdict.status == "fail" for verdict in verdicts)

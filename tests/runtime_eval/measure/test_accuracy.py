@@ -11,7 +11,9 @@ from crqat.runtime_eval.measure.accuracy import (
     Z,
     compare,
     images_for_difference,
+    images_for_ratio,
     images_for_share,
+    ratio_bounds,
     summarize,
     tango,
     top_classes,
@@ -126,6 +128,71 @@ def test_tango_covers_the_true_difference_as_often_as_it_says() -> None:
     # 2000 draws of 0.95 have a standard deviation of 0.005.
     assert np.mean(bounds[:, 0] <= b_share - c_share) == pytest.approx(0.95, abs=0.015)
     assert np.mean(bounds[:, 1] >= b_share - c_share) == pytest.approx(0.95, abs=0.015)
+
+
+def numeric_ratio_bounds(both: int, first: int, second: int, n: int) -> tuple[float, float]:
+    """The bounds from the definition: maximize the likelihood numerically under each hypothesis."""
+
+    def score(ratio: float) -> float:
+        def loss(only: float) -> tuple[float, float, float]:
+            # For each P(only the first) the best P(both), by the same search inside.
+            def inner(u: float) -> float:
+                cells = ((both, u), (first, only), (second, (ratio - 1) * u + ratio * only))
+                rest = 1 - ratio * u - (1 + ratio) * only
+                return -sum(k * math.log(max(p, 1e-300)) for k, p in (*cells, (n - both - first - second, rest)) if k)
+
+            high = (1 - (1 + ratio) * only) / ratio
+            low = max(0.0, ratio * only / (1 - ratio)) if ratio < 1 else 0.0
+            found = minimize_scalar(inner, bounds=(0.0, high if ratio >= 1 else min(high, low)), method="bounded",
+                                    options={"xatol": 1e-14})  # fmt: skip
+            return float(found.fun), float(found.x), only
+
+        top = 1 / (1 + ratio)
+        only = minimize_scalar(lambda v: loss(v)[0], bounds=(0.0, top), method="bounded", options={"xatol": 1e-14}).x
+        u = loss(only)[1]
+        variance = ratio * ((ratio - 1) * u + (1 + ratio) * only) / n
+        return float(((both + second) - ratio * (both + first)) / n / math.sqrt(variance))
+
+    observed = (both + second) / (both + first)
+    low = brentq(lambda r: score(r) - Z, 0.2 * observed, observed - 1e-9)
+    return low, brentq(lambda r: score(r) + Z, observed + 1e-9, 5 * observed)
+
+
+@pytest.mark.parametrize("counts", [(700, 9, 6, 797), (6, 3, 1, 12), (90, 30, 10, 200), (9000, 120, 80, 10000)])
+def test_ratio_bounds_are_the_score_test_at_the_constrained_likelihood(counts: tuple[int, int, int, int]) -> None:
+    assert ratio_bounds(*counts) == pytest.approx(numeric_ratio_bounds(*counts), abs=2e-4)
+
+
+def test_ratio_bounds_cover_the_true_ratio_as_often_as_they_say() -> None:
+    rng = np.random.default_rng(0)
+    shares, n = (0.88, 0.03, 0.02, 0.07), 800
+    true = (shares[0] + shares[2]) / (shares[0] + shares[1])
+    draws = rng.multinomial(n, shares, size=2000)
+    bounds = np.array([ratio_bounds(int(both), int(first), int(second), n) for both, first, second, _ in draws])
+    assert np.mean(bounds[:, 0] <= true) == pytest.approx(0.95, abs=0.015)
+    assert np.mean(bounds[:, 1] >= true) == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize("counts", [(50, 0, 0, 60), (1, 0, 0, 1), (10, 5, 0, 20), (0, 5, 0, 20), (0, 3, 3, 6)])
+def test_ratio_bounds_hold_what_was_seen_where_cells_are_empty(counts: tuple[int, int, int, int]) -> None:
+    both, first, second, _ = counts
+    low, high = ratio_bounds(*counts)
+    assert 0 <= low <= (both + second) / (both + first) <= high < math.inf
+    assert high > low
+
+
+@pytest.mark.parametrize(("counts", "limit"), [((900, 14, 8, 1000), 0.99), ((900, 30, 5, 1000), 0.99)])
+def test_so_many_pairs_decide_a_ratio_and_fewer_do_not(counts: tuple[int, int, int, int], limit: float) -> None:
+    needed = images_for_ratio(*counts, limit)
+    assert needed is not None
+
+    def decided(pairs: float) -> bool:
+        both, first, second, n = (count * pairs / 1000 for count in counts)
+        low, high = ratio_bounds(both, first, second, n)  # type: ignore[arg-type]
+        return not low <= limit <= high
+
+    assert decided(1.001 * needed + 1) and not decided(0.999 * needed - 1)
+    assert images_for_ratio(98, 2, 1, 200, 0.99) is None
 
 
 def test_summarize_counts_top_1_and_top_5() -> None:
