@@ -231,6 +231,9 @@ def _map_hooks(
         if side == "post_hooks":
             written = output[int(port)] if isinstance(output, (tuple, list)) else output
             found = [node] if values[node] is written else []
+            if isinstance(output, (tuple, list)) and node.op != "call_module":
+                # Of several results, such as min's, the one that is taken out.
+                found = [taken for taken in node.users if values[taken] is written]
         else:
             read = arguments[int(port)]
             found = [source for source in node.all_input_nodes if values[source] is read]

@@ -239,6 +239,7 @@ LAYERS: dict[str, Callable[[], nn.Module]] = {
     "stack side by side": lambda: nn.Sequential(
         FunctionOf(lambda x: torch.hstack((x, 1 - x))), nn.Conv2d(2 * CHANNELS, CHANNELS, 1)
     ),
+    "smallest values": lambda: FunctionOf(lambda x: x.min(1, keepdim=True)[0] + x),
     "largest values": lambda: FunctionOf(lambda x: x.max(1, keepdim=True).values * x),
     "groups in the batch": lambda: FunctionOf(
         lambda x: x.view(x.shape[0] * 2, CHANNELS // 2, *x.shape[2:]).sigmoid().view_as(x) * x
