@@ -14,6 +14,22 @@ BATCH = 500
 
 
 @torch.no_grad()
+def answers(
+    model: nn.Module, images: Images, preprocessing: Preprocessing, device: torch.device | None = None
+) -> Tensor:
+    """The class that a network in eval mode sees in each image, int64 of shape [N] on the CPU.
+
+    Args:
+        model: Maps normalized float32 [N, C, H, W] to logits [N, classes].
+        images: uint8 of shape [N, C, H, W], or files.
+        preprocessing: Of the network's input.
+        device: Where the network is; None is the CPU.
+    """
+    batches = evaluation_batches(images, preprocessing, BATCH)
+    return torch.cat([model(batch.to(device or batch.device)).argmax(1).cpu() for batch in batches])
+
+
+@torch.no_grad()
 def accuracy(model: nn.Module, images: Images, labels: Tensor, preprocessing: Preprocessing) -> float:
     """Share of images whose largest logit is the label's, in 0..1; the model is in eval mode meanwhile.
 

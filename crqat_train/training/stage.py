@@ -37,7 +37,7 @@ from crqat.train.quantizers.finalize import check_values
 from crqat.train.training import loop
 from crqat.train.training.callbacks import Callback, low_bit_callbacks
 from crqat.train.training.consistency import ConsistencyTraining
-from crqat.train.training.evaluate import BATCH, accuracy
+from crqat.train.training.evaluate import BATCH, accuracy, answers
 from crqat.train.training.optimizer import Fit
 from crqat.train.training.resume import SAVE_EVERY, Keeper, Training
 
@@ -391,7 +391,9 @@ class _Run:
         size = round(config.unlabeled_ratio * section.batch_size)
         if size == 0 or len(images) == 0:
             return None
-        labels = torch.zeros(len(images), dtype=torch.int64) if labeler is None else self._label(images, labeler)
+        labels = torch.zeros(len(images), dtype=torch.int64)
+        if labeler is not None:
+            labels = answers(labeler, images, self.dataset.preprocessing, self.device)
         batches = Batches(
             images, labels, self.dataset.preprocessing, size, config.crop_padding, config.flip, self.device, strong
         )
@@ -410,12 +412,6 @@ class _Run:
             return subset(images, torch.cat([self.split.train, self.split.unlabeled]))
         with distributed.first_rank_first():
             return sources.load_unlabeled(config.unlabeled, config, self.dataset)
-
-    def _label(self, images: Images, labeler: nn.Module) -> Tensor:
-        """The classes that a network sees in images as they are, int64 of shape [N] on the CPU."""
-        batches = evaluation_batches(images, self.dataset.preprocessing, BATCH)
-        with torch.no_grad():
-            return torch.cat([labeler(batch.to(self.device)).argmax(1).cpu() for batch in batches])
 
     def _compile(self, model: nn.Module) -> Forward:
         return distributed.wrap(torch.compile(model) if self.compiler else model)

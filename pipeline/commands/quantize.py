@@ -200,14 +200,11 @@ def _answers(
     progress: Progress,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The same images with the float network's answers as their classes."""
-    import torch
-
     from crqat.pipeline.recipe import recipe as recipes
     from crqat.train.data import sources
-    from crqat.train.data.batches import evaluation_batches
     from crqat.train.models import build as models
     from crqat.train.models import published
-    from crqat.train.training.evaluate import BATCH
+    from crqat.train.training.evaluate import answers
 
     # In the order of the file, which is sorted.
     calibrating, test = dict(sorted(calibrating.items())), dict(sorted(test.items()))
@@ -221,13 +218,10 @@ def _answers(
         network = models.build(config.model.name, len(names), channels)
         models.load_weights(network, user_path(str(config.model.weights), "--weights"))
     found = []
-    with torch.no_grad():
-        for part, images in ((calibrating, dataset.train_images), (test, dataset.test_images)):
-            answers: list[int] = []
-            for batch in evaluation_batches(images, dataset.preprocessing, BATCH):
-                answers += network.eval()(batch).argmax(1).tolist()
-                progress("answers of the float network", len(answers), len(part))
-            found.append(dict(zip(part, answers, strict=True)))
+    for part, images in ((calibrating, dataset.train_images), (test, dataset.test_images)):
+        seen = answers(network.eval(), images, dataset.preprocessing).tolist()
+        progress("answers of the float network", len(part), len(part))
+        found.append(dict(zip(part, seen, strict=True)))
     return found[0], found[1]
 
 

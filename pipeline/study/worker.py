@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from crqat.core.errors import CrqatError
@@ -25,12 +24,10 @@ from crqat.pipeline.stages import lock
 from crqat.pipeline.stages import run as stages
 from crqat.train.checkpoint import read_tensors
 from crqat.train.data import sources
-from crqat.train.data.batches import Images, evaluation_batches
-from crqat.train.data.dataset import Dataset
 from crqat.train.load_trained import rebuild
 from crqat.train.models import build as models
 from crqat.train.models import published
-from crqat.train.training.evaluate import BATCH
+from crqat.train.training.evaluate import answers
 
 
 def run(path: Path, overrides: tuple[str, ...], runs: Path, progress: Progress) -> dict[str, Any]:
@@ -58,22 +55,18 @@ def run(path: Path, overrides: tuple[str, ...], runs: Path, progress: Progress) 
     }
     for name, candidate in payload.candidates.items():
         networks[name] = candidate.validation_accuracy, rebuild(directory, training, payload, name)
+
+    def right(network: nn.Module) -> Tensor:
+        return answers(network, dataset.test_images, dataset.preprocessing) == dataset.test_labels
+
     return {
         "seconds": payload.seconds,
         "n": len(dataset.test_labels),
         "networks": {
-            name: {"validation": validation, "correct": packed(answers(network, dataset))}
+            name: {"validation": validation, "correct": packed(right(network))}
             for name, (validation, network) in networks.items()
         },
     }
-
-
-@torch.no_grad()
-def answers(network: nn.Module, dataset: Dataset) -> Tensor:
-    """Which test images a network answers rightly, bool of shape [N]."""
-    images: Images = dataset.test_images
-    batches = evaluation_batches(images, dataset.preprocessing, BATCH)
-    return torch.cat([network(batch).argmax(1) for batch in batches]) == dataset.test_labels
 
 
 def packed(correct: Tensor) -> str:
