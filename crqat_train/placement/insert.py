@@ -26,7 +26,7 @@ from crqat.train.graph.explain import check_module, check_norms, check_pools, fo
 from crqat.train.graph.operations import NOTES, is_linear, is_matmul, of_images, parameter, reads_images, trace
 from crqat.train.graph.sizes import VIEWS
 from crqat.train.placement import overrides
-from crqat.train.placement.nncf_layout import Hooks, ask_layout, name_operations
+from crqat.train.placement.nncf_layout import Hooks, ask_layout, name_operations, parts_of
 from crqat.train.placement.quantizer_spec import QuantizerSpec, operation_of
 from crqat.train.placement.target_rules import (
     FLOAT_LAYER,
@@ -213,8 +213,7 @@ def _map_hooks(
     inputs = {node.target: node for node in graph_module.graph.nodes if node.op == "placeholder"}
     places: dict[str, Place] = {}
     for name, weight in ((name, weight) for names, _, weight in hooks.groups for name in names):
-        side, rest = name.split(".", 1)
-        operation, port = rest.rsplit(".", 1)[0].replace(":", ".").rsplit("__", 1)
+        side, operation, port = parts_of(name)
         if side == "post_hooks" and operation in inputs:
             places[name] = Place(inputs[operation], None)
             continue
@@ -229,13 +228,13 @@ def _map_hooks(
         if weight and not is_matmul(node):
             continue
         if side == "post_hooks":
-            written = output[int(port)] if isinstance(output, (tuple, list)) else output
+            written = output[port] if isinstance(output, (tuple, list)) else output
             found = [node] if values[node] is written else []
             if isinstance(output, (tuple, list)) and node.op != "call_module":
                 # Of several results, such as min's, the one that is taken out.
                 found = [taken for taken in node.users if values[taken] is written]
         else:
-            read = arguments[int(port)]
+            read = arguments[port]
             found = [source for source in node.all_input_nodes if values[source] is read]
         if len(found) != 1:
             msg = (

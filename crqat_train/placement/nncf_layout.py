@@ -126,7 +126,7 @@ def ask_layout(model: nn.Module, example: Tensor, in_float: Sequence[str] = ()) 
     made = {n.node_name for n in operations if n.node_id not in reached}
     kept = []
     for names, channels, is_weight in groups:
-        names = tuple(name for name in names if operation_in(name) not in made)
+        names = tuple(name for name in names if parts_of(name)[1] not in made)
         if names:
             kept.append((names, channels, is_weight))
     return Hooks(sorted(kept, key=lambda g: g[0]), [n.node_name for n in operations if n.node_name not in made])
@@ -140,8 +140,11 @@ def _tuples_as_lists() -> Iterator[None]:
     original = FunctionHookMode.process_parameters
 
     def process(self: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        listed = [list(value) if type(value) is tuple else value for value in args]
-        return original(self, listed, {k: list(v) if type(v) is tuple else v for k, v in kwargs.items()})
+        def listed(value: Any) -> Any:
+            # An index is a tuple, too, and has to stay one; it has no parameters in it.
+            return list(value) if type(value) is tuple and any(isinstance(v, nn.Parameter) for v in value) else value
+
+        return original(self, [listed(value) for value in args], {key: listed(value) for key, value in kwargs.items()})
 
     FunctionHookMode.process_parameters = process
     try:
@@ -150,9 +153,11 @@ def _tuples_as_lists() -> Iterator[None]:
         FunctionHookMode.process_parameters = original
 
 
-def operation_in(hook: str) -> str:
-    """NNCF's name of the operation that a hook name is of."""
-    return hook.split(".", 1)[1].rsplit(".", 1)[0].replace(":", ".").rsplit("__", 1)[0]
+def parts_of(hook: str) -> tuple[str, str, int]:
+    """A hook name taken apart: "pre_hooks" or "post_hooks", NNCF's name of the operation, and its port."""
+    side, rest = hook.split(".", 1)
+    operation, port = rest.rsplit(".", 1)[0].replace(":", ".").rsplit("__", 1)
+    return side, operation, int(port)
 
 
 def without_extension() -> None:
