@@ -257,6 +257,25 @@ class QuantizationConfig:
 
 
 @dataclass(frozen=True)
+class PTQConfig:
+    """What is done behind calibration, before any training; none of it needs labels.
+
+    Attributes:
+        bias_correction: Move the mean of each output channel back to where the float network has it (arXiv 1906.04721,
+            4.2), by the bias or by the BatchNorm behind the layer.
+        equalization: Bring the ranges of channels between two layers into line where that changes nothing of what the
+            float network computes (cross-layer equalization, 1906.04721, 4.1): with nothing but a ReLU between them.
+        adaround: Round weights so that each layer's outputs come closest to the float network's (AdaRound's problem,
+            2004.10568), instead of each weight to the nearest code.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    bias_correction: bool = False
+    equalization: bool = False
+    adaround: bool = False
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything the `train` stage depends on; `pipeline.recipe.recipe` puts it together from a recipe's sections.
 
@@ -269,6 +288,7 @@ class TrainConfig:
         quantization: Bit widths and methods.
         qat: How the quantized network is trained.
         consistency: The consistency term.
+        ptq: What is done behind calibration.
         device: "auto" takes CUDA where there is one.
         compile: "auto" fuses the training step by torch.compile where a C++ compiler is at hand.
     """
@@ -282,5 +302,6 @@ class TrainConfig:
     quantization: QuantizationConfig
     qat: QATConfig
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    ptq: PTQConfig = field(default_factory=PTQConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "never"] = "auto"

@@ -28,6 +28,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"graph", "models"},
         {"placement"},
         {"quantizers"},
+        {"ptq"},
         {"quantized_model"},
         {"nncf", "load_trained"},
         {"training"},

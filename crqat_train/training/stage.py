@@ -31,6 +31,7 @@ from crqat.train.models import build as models
 from crqat.train.models import published
 from crqat.train.nncf import checkpoint as nncf_checkpoint
 from crqat.train.nncf import start_from
+from crqat.train.ptq import steps as ptq
 from crqat.train.quantized_model import QuantizedModel, quantize_model
 from crqat.train.quantizers import quantizer_maker
 from crqat.train.quantizers.finalize import check_values
@@ -283,8 +284,9 @@ class _Run:
         for note in student.notes:
             self.progress("layout", 1, 1, f"warning: {note}")
             self.notes.append(note)
-        student.calibrate(batches, config.quantization.calibration)
+        made = ptq.apply(student, config.targets, batches, config.quantization.calibration, config.ptq, self.progress)
         self.progress("calibration", 1, 1, f"{len(student.specs)} quantizers from {len(images)} training images")
+        self.notes.extend(made)
         if self.nncf is not None:
             edges = start_from.summary(start_from.take_ranges(student, self.nncf, config.targets))
             self.notes.append(f"{config.model.nncf}: edges: {edges}")

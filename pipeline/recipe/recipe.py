@@ -29,6 +29,7 @@ from crqat.train.config import (
     FloatConfig,
     ModelConfig,
     Override,
+    PTQConfig,
     QATConfig,
     QuantizationConfig,
     Target,
@@ -43,6 +44,7 @@ SECTIONS: dict[str, type[Any]] = {
     "quantization": QuantizationConfig,
     "qat": QATConfig,
     "consistency": ConsistencyConfig,
+    "ptq": PTQConfig,
     "export": ExportConfig,
     "benchmark": BenchmarkConfig,
     "gate": GateConfig,
@@ -70,6 +72,7 @@ class Recipe:
         quantization: Bit widths and methods.
         qat: How the quantized network is trained.
         consistency: The consistency term.
+        ptq: What is done behind calibration, before any training.
         export: What is written.
         benchmark: How it is measured.
         gate: What must hold.
@@ -87,6 +90,7 @@ class Recipe:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     qat: QATConfig = field(default_factory=QATConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    ptq: PTQConfig = field(default_factory=PTQConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     gate: GateConfig = field(default_factory=GateConfig)
@@ -315,6 +319,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
         quantization=recipe.quantization,
         qat=recipe.qat,
         consistency=recipe.consistency,
+        ptq=recipe.ptq,
         device=recipe.device,
         compile=recipe.compile,
     )

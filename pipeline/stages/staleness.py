@@ -34,6 +34,7 @@ KEYS = {
         "quantization",
         "qat",
         "consistency",
+        "ptq",
     ),
     "export": ("name", "export"),
     "benchmark": ("benchmark",),
