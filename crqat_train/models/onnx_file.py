@@ -168,6 +168,19 @@ class _Step:
     released: list[str] = field(default_factory=list)
 
 
+class _Scope(nn.Module):
+    """A module of modules; called on the way to one of them, so that its whole path is known to whoever traces it."""
+
+    def forward(self, path: list[str], *arguments: Any) -> Any:
+        """What the module at a path computes."""
+        return _called(self, path, *arguments)
+
+
+def _called(owner: nn.Module, path: list[str], *arguments: Any) -> Any:
+    child = getattr(owner, path[0])
+    return child(path[1:], *arguments) if isinstance(child, _Scope) else child(*arguments)
+
+
 class OnnxNetwork(nn.Module):
     """The network of an ONNX file: layers with parameters of their own, called in the file's order.
 
@@ -198,9 +211,11 @@ class OnnxNetwork(nn.Module):
             return type(argument)(map(given, argument)) if isinstance(argument, (list, tuple)) else argument
 
         for step in self._steps:
-            function = step.function
-            called = self.get_submodule(function) if isinstance(function, str) else function
-            values[step.result] = called(*map(given, step.arguments))
+            arguments = map(given, step.arguments)
+            if isinstance(step.function, str):
+                values[step.result] = _called(self, step.function.split("."), *arguments)
+            else:
+                values[step.result] = step.function(*arguments)
             for name in step.released:
                 del values[name]
         logits: Tensor = values[self._names[1]]
@@ -363,19 +378,20 @@ class Builder:
         owner: nn.Module = self.network
         for part in parts[:-1]:
             if part not in owner._modules:
-                owner.add_module(part, nn.Module())
+                owner.add_module(part, _Scope())
             owner = owner.get_submodule(part)
         put(owner, parts[-1])
         return ".".join(parts)
 
     def _free(self, parts: list[str]) -> bool:
+        """Whether nothing is there, and no module or tensor lies on the way."""
         owner: Any = self.network
-        for index, part in enumerate(parts):
-            if not hasattr(owner, part):
-                return not hasattr(nn.Module(), part) and all(not hasattr(nn.Module(), rest) for rest in parts[index:])
-            owner = getattr(owner, part)
-            if not isinstance(owner, nn.Module):
+        for part in parts:
+            if not isinstance(owner, (OnnxNetwork, _Scope)):
                 return False
+            if not hasattr(owner, part):
+                return not any(hasattr(nn.Module(), name) for name in parts)
+            owner = getattr(owner, part)
         return False
 
 
