@@ -5,7 +5,7 @@ shown. A code that the export expects on every board has to be the simulator's f
 because float operations lie in front of it, is computed again from the codes that ONNX Runtime had in front of it, and
 has to lie within the bound of a float32 computation. Broken files of one network are run as a board runs its own.
 
-    python -m bench.arm_codes [--versions 1.20.0,1.23.2,1.32.0] [--cifar10 data/cifar10] [--names Add,...]
+    python -m bench.arm_codes [--versions 1.20.0,1.23.2,1.32.0] [--cifar10 data/cifar10] [--names "Add;Mul"]
 
 writes the tables of docs/arm.md.
 """

@@ -39,8 +39,8 @@ WHEELS = ("numpy==2.4.6", "flatbuffers==25.12.19", "packaging==26.4", "protobuf=
 ONNXRUNTIME = "1.23.2"
 TIME_LIMIT_SECONDS = 300.0
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64", "manylinux_2_17_aarch64")
-# ONNX Runtime from 1.28 on ends with a segmentation fault at import where /proc/cpuinfo is an x86 CPU's, and qemu
-# before 8.1 shows the host's. What lies below qemu's -L comes before the host's files.
+# ONNX Runtime from 1.28 on ends with a segmentation fault at import where /proc/cpuinfo is an x86 CPU's, and qemu 7.2
+# shows the host's. What lies below qemu's -L comes before the host's files.
 _CPUINFO = """processor	: {number}
 BogoMIPS	: 100.00
 Features	: {features}
