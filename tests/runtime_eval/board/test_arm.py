@@ -37,6 +37,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> arm_codes.Written:
     return made
 
 
+@pytest.mark.slow
 def test_a_bundle_measures_itself(written: arm_codes.Written, write_export: WriteExport, tmp_path: Path) -> None:
     codes = "onnxruntime.codes.npz"
     files = {name: (written.folder / name).read_bytes() for name in ("onnxruntime.onnx", codes)}
