@@ -25,7 +25,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadsc
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test test-all lint models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq
+.PHONY: help install train export benchmark gate test test-all test-arm lint models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -49,6 +49,10 @@ test: $(INSTALLED) ## run the tests that do not take long; WORKERS=... processes
 
 test-all: $(INSTALLED) ## run all tests
 	$(PYTEST) $(ARGS)
+
+test-arm: $(INSTALLED) ## run the tests on emulated ARM CPUs; downloads Debian's arm64 Python and aarch64 wheels once
+	$(VENV)/bin/python -m bench.emulated_arm
+	$(PYTEST) -m arm $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy --strict and the list of retired words
 	$(VENV)/bin/python -m ruff check .

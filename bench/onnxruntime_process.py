@@ -39,7 +39,12 @@ def missing(cpu: str | None) -> str | None:
 
 
 def outputs(
-    model: Path, names: Sequence[str], images: npt.NDArray[Any], folder: Path, cpu: str | None = None
+    model: Path,
+    names: Sequence[str],
+    images: npt.NDArray[Any],
+    folder: Path,
+    cpu: str | None = None,
+    python: Path | None = None,
 ) -> list[npt.NDArray[Any]]:
     """A file's outputs, in the order of their names.
 
@@ -48,7 +53,8 @@ def outputs(
         names: Of its outputs.
         images: The input.
         folder: For scratch files.
-        cpu: A CPU model of qemu, None for this machine's.
+        cpu: An x86 CPU model of qemu, None for this machine's.
+        python: Of another CPU, such as `bench.emulated_arm.python`; None for this one.
 
     Raises:
         NotRun: There is no emulator, or ONNX Runtime does not run the file, or not in time.
@@ -60,7 +66,16 @@ def outputs(
     given, made = folder / "images.npy", folder / "outputs.npz"
     np.save(given, images)
     emulator = [] if cpu is None else ["qemu-x86_64", "-cpu", cpu]
-    command = [*emulator, sys.executable, "-c", _RUN, str(model), str(given), str(made), json.dumps(list(names))]
+    command = [
+        *emulator,
+        str(python or sys.executable),
+        "-c",
+        _RUN,
+        str(model),
+        str(given),
+        str(made),
+        json.dumps(list(names)),
+    ]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIME_LIMIT_SECONDS)
     except subprocess.TimeoutExpired as error:

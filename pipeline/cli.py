@@ -290,11 +290,30 @@ def benchmark(
 @click.option(
     "--baseline", type=click.Path(path_type=Path), help="Earlier results.json, for gate.max_latency_regression."
 )
-def gate(recipe: Path, overrides: tuple[str, ...], runs: Path, address: str | None, baseline: Path | None) -> int:
-    """Judge the benchmark's results, this machine's or a board's; exit with the verdict."""
+@click.option(
+    "--results", type=click.Path(path_type=Path), help="results.json that a board wrote by hand, brought here as FILE."
+)
+def gate(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    runs: Path,
+    address: str | None,
+    baseline: Path | None,
+    results: Path | None,
+) -> int:
+    """Judge the benchmark's results, this machine's or a board's; exit with the verdict.
+
+    With --results FILE they become the stage benchmark@NAME, NAME being the file's, and are judged as if ssh had
+    brought them.
+    """
     from crqat.pipeline.stages import run as stages
 
+    if results is not None and address:
+        msg = f"--results {results}: --on {address} has results of its own; leave one of them out"
+        raise UsageError(msg)
     config = load(recipe, overrides)
+    if results is not None:
+        return _judge(config, runs, stages.carried(config, runs, results), baseline)
     return _judge(config, runs, stages.device_stage(board(address) if address else None), baseline)
 
 

@@ -51,7 +51,8 @@ def _lines(file: str, model: ModelResult, accuracy: Accuracy) -> list[str]:
     counted = model.codes_on_this_cpu
     if counted is not None:
         left_out = f"; {counted.left_out} tensors left out" if counted.left_out else ""
-        lines.append(f"{'':<20} codes on this CPU: {counted.differing} of {counted.codes} differ{left_out}")
+        found = f"{counted.differing} of {counted.codes} differ" if counted.codes else counted.status
+        lines.append(f"{'':<20} codes on this CPU{f' ({counted.family})' if counted.family else ''}: {found}{left_out}")
     if latency is None:
         lines.append(f"{'':<20} latency {'not run' if model.latency is None else model.latency.status}")
         return lines

@@ -55,6 +55,10 @@ def _cuda() -> bool:
 TOOLS: dict[str, tuple[Callable[[], bool], str]] = {
     "chromium": (_programs("chromium", "chromedriver"), "Debian: chromium, chromium-driver"),
     "qemu": (_programs("qemu-x86_64"), "Debian: qemu-user"),
+    "arm": (
+        _programs("qemu-aarch64", "apt-get", "dpkg"),
+        "Debian: qemu-user; arm64 packages and wheels by apt and pip",
+    ),
     "sshd": (_programs("ssh", "sshd"), "Debian: openssh-client, openssh-server"),
     "compiler": (lambda: any(map(shutil.which, ("g++", "clang++", "c++"))), "Debian: g++"),
     "selenium": (_package("selenium"), "pip install -e .[dev]"),
@@ -115,6 +119,21 @@ def needs(*names: str) -> pytest.MarkDecorator:
     unknown = set(names) - TOOLS.keys()
     assert not unknown, unknown
     return pytest.mark.needs(*names)
+
+
+def arm_python(cpu: str) -> Path:
+    """An emulated ARM CPU's Python with numpy and ONNX Runtime; a test that cannot have it ends.
+
+    Args:
+        cpu: A key of `bench.emulated_arm.CPUS`.
+    """
+    from bench import emulated_arm
+    from bench.onnxruntime_process import NotRun
+
+    try:
+        return emulated_arm.python(cpu)
+    except NotRun as reason:
+        missing("arm", str(reason).removeprefix("not run: "))
 
 
 def not_run(reasons: list[str]) -> list[str]:

@@ -25,6 +25,7 @@ TOGETHER: dict[str, str] = {
     "export/test_methods.py": "every method from training to files",
     "export/test_mixed_widths.py": "several bit widths in one file, in every part of the export",
     "export/verification/test_avx2.py": "files on an emulated CPU without VNNI",
+    "runtime_eval/board/test_arm.py": "a bundle on an emulated ARM board",
     "pipeline/test_interrupted.py": "signals and full disks, in every stage",
 }
 # Files with functions that the tests of others run: of whom.
@@ -98,6 +99,8 @@ ELSEWHERE: dict[str, str] = {
     "pipeline/report/tables.py": "tests/pipeline/test_cli.py",
     "pipeline/stages/staleness.py": "tests/pipeline/stages/test_run.py",
     "pipeline/streams.py": "tests/pipeline/test_cli.py",
+    "pipeline/untrusted_onnx.py": "tests/pipeline/commands/test_check.py",
+    "bench/arm_codes.py": "tests/runtime_eval/board/test_arm.py",
     "bench/exporter_peers.py": "tests/bench/test_vs_exporters.py",
     "bench/import_arrows.py": "tests/test_imports.py",
     "bench/onnxruntime_process.py": "tests/export/verification/test_avx2.py",

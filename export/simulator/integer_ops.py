@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 
 from crqat.export.simulator.float_ops import compute
+from crqat.export.simulator.qlinear_add import qlinear_add
 from crqat.export.simulator.values import (
     UNIT_ROUNDOFF,
     Added,
@@ -58,10 +59,9 @@ def quantize(
         bound = bound + (8 * np.sqrt(value.terms + 1) + 8) * UNIT_ROUNDOFF * float(spread.max(initial=0.0))
         bound = bound + value.bias_error / float(scale)
     elif isinstance(value, Added):
-        rounded = _qlinear_add(value, scale, zero_point)
+        rounded, kernel_bound = qlinear_add(value, scale, zero_point, out.add_kernel)
         both = np.abs(real_values(value.first)) + np.abs(real_values(value.second))
         bound = bound + 8 * UNIT_ROUNDOFF * float(both.max(initial=0.0)) / float(scale)
-        kernel_bound = _qlinear_add_bound(value, scale, zero_point)
     elif isinstance(value, Pooled):
         rounded = np.rint(
             value.sums.astype(np.float32) * np.float32(value.scale / np.float32(scale * np.float32(value.count)))
@@ -94,34 +94,6 @@ def _demand_bound(node: onnx.NodeProto, value: Float, bound: Array) -> None:
     if bound.size and (bound >= 0.5).all():
         msg = f"{node.name}: float32 leaves none of its values within half a code, so nothing is verified"
         raise NotSimulated(msg)
-
-
-def _qlinear_add(value: Added, scale: np.float32, zero_point: int) -> Array:
-    """rint(fma(rA, A, fma(rB, B, c))) on raw codes, as ONNX Runtime's AVX2 kernel orders it; zero point taken off."""
-    a, b = value.first, value.second
-    ratio_a, ratio_b = np.float32(a.scale / scale), np.float32(b.scale / scale)
-    offset = np.float32(ratio_a * np.float32(a.zero_point)) + np.float32(ratio_b * np.float32(b.zero_point))
-    constant = np.float32(np.float32(zero_point) - np.float32(offset))
-    raw_a, raw_b = (v.integers.astype(np.float64) + v.zero_point for v in (a, b))
-    # A float64 holds the product of a float32 and an 8-bit code exactly, so rounding once to float32 is an fma.
-    inner = (float(ratio_b) * raw_b + float(constant)).astype(np.float32)
-    return np.rint((float(ratio_a) * raw_a + inner).astype(np.float32)) - zero_point
-
-
-def _qlinear_add_bound(value: Added, scale: np.float32, zero_point: int) -> float:
-    """How far, in codes, `_qlinear_add` can lie from the exact sum before it rounds to a code.
-
-    Raw codes and zero points are multiplied apart from each other: where the scale of an input is far above that of the
-    sum, two large products cancel, and their rounding errors stay. With
-    M = |z_y| + r_a (|A| + |z_a|) + r_b (|B| + |z_b|), no number that is rounded is larger than M: the products r_a z_a
-    and r_b z_b, their sum, its distance from z_y, and the two fma; that is six roundings. The two ratios are rounded as
-    well, which moves the result by at most one more u M. Together 7 u M, and less than 8 u M with the terms in u^2.
-    """
-    largest = float(abs(zero_point))
-    for codes in (value.first, value.second):
-        raw = np.abs(codes.integers.astype(np.float64) + codes.zero_point).max(initial=0.0)
-        largest += float(codes.scale) / float(scale) * (float(raw) + abs(codes.zero_point))
-    return 8 * UNIT_ROUNDOFF * largest
 
 
 def dequantize(

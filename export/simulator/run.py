@@ -1,7 +1,8 @@
 """An integer simulator of a QDQ file: the codes that an exact integer runtime computes, from the file alone.
 
 The arithmetic between codes is that of ONNX Runtime's CPU kernels, in float32 where they use float32: requantization
-multiplies an int32 sum by (s_x s_w) / s_y and rounds half to even. Where a file asks for something else, a SiLU or a
+multiplies an int32 sum by (s_x s_w) / s_y and rounds half to even. Kernels that compute otherwise on another family of
+CPUs are simulated for each, as `Simulation.add_kernel` says. Where a file asks for something else, a SiLU or a
 residual Add of a float convolution for instance, values are computed in float64, together with a bound of how far a
 correct float32 computation may lie from them; codes behind such values are `inexact`.
 """
@@ -16,6 +17,7 @@ import numpy.typing as npt
 import onnx
 from onnx import numpy_helper
 
+from crqat.core.targets import AddKernel
 from crqat.export.graph.data_movement import DATA_MOVEMENT
 from crqat.export.simulator import float_ops, integer_ops, matmul_ops, movement_ops
 from crqat.export.simulator.values import UNIT_ROUNDOFF, Array, NotSimulated, Simulation, Sum, Value, as_float, column
@@ -28,6 +30,7 @@ def simulate(
     stored_error: Mapping[str, Array] | None = None,
     grids: Mapping[str, tuple[Array, int]] | None = None,
     in_float: Collection[str] = (),
+    add_kernel: AddKernel = "float32",
 ) -> Simulation:
     """Run a QDQ file in integers.
 
@@ -38,11 +41,18 @@ def simulate(
         stored_error: See `Simulation`.
         grids: See `Simulation`.
         in_float: See `Simulation`.
+        add_kernel: See `Simulation`.
 
     Raises:
         NotSimulated: The file contains an operation that is not known here.
     """
-    result = Simulation(forced=forced or {}, stored_error=stored_error or {}, grids=grids or {}, in_float=in_float)
+    result = Simulation(
+        forced=forced or {},
+        stored_error=stored_error or {},
+        grids=grids or {},
+        in_float=in_float,
+        add_kernel=add_kernel,
+    )
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     values: dict[str, Value] = {"input": images.astype(np.float32)}
     for node in model.graph.node:

@@ -10,6 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import onnx
 
+from crqat.core.targets import AddKernel
+
 Array = npt.NDArray[Any]
 
 # Relative rounding error of one float32 operation.
@@ -127,6 +129,7 @@ class Simulation:
         grids: Name of a tensor of codes -> the scale, of one or one per channel, and the zero point that it is to have.
             They count instead of the file's.
         in_float: Names of nodes that the runtime was seen to compute in float though their inputs are codes.
+        add_kernel: How the runtime adds two tensors of codes; see `crqat.core.targets.CpuFamily`.
     """
 
     codes: dict[str, Array] = field(default_factory=dict)
@@ -141,6 +144,7 @@ class Simulation:
     stored_error: Mapping[str, Array] = field(default_factory=dict)
     grids: Mapping[str, tuple[Array, int]] = field(default_factory=dict)
     in_float: Collection[str] = ()
+    add_kernel: AddKernel = "float32"
 
     @property
     def tie_bound(self) -> dict[str, float]:

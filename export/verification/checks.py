@@ -4,13 +4,15 @@
    simulator of the file: codes differ only where the simulator's value lies within a derived bound of a rounding tie,
    logits by no more than a derived bound.
 2. simulator on the trained Grids' scales = ONNX Runtime with all optimizations: not one differing code, the logits bit
-   for bit. Where the file leaves operations in float (a SiLU between its quantizers), the codes behind them fall under
-   the rule of check 1, with the bounds of `crqat.export.simulator.float_ops`.
+   for bit; the simulator adds as the kernels of this machine's family of CPUs do. Where the file leaves operations in
+   float (a SiLU between its quantizers), the codes behind them fall under the rule of check 1, with the bounds of
+   `crqat.export.simulator.float_ops`.
 3. simulator of one target = simulator of the other, operation by operation, under the rule of check 1.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -220,10 +222,14 @@ def _against_runtime(
     theirs = {name: own.astype(np.int64) - zero_points[name] for name, own in zip(names, codes, strict=True)}
     trained = _trained_grids(file, grids, runtimes.executed())
     seen = in_float(file.model, before)
-    if seen or simulation.inexact or simulation.logits_bound is not None or not _stores(file.model, trained):
+    # The first family's arithmetic where this CPU's is not known: a difference then shows.
+    cpu = runtimes.get(runtimes.executed()).cpu(platform.machine())
+    kernel = cpu.add_kernel if cpu is not None else simulation.add_kernel
+    anew = seen or simulation.inexact or simulation.logits_bound is not None or kernel != simulation.add_kernel
+    if anew or not _stores(file.model, trained):
         # Each quantizer is fed with the runtime's codes: a difference shows where it arises and does not spread.
         forced = theirs if simulation.inexact or seen else None
-        simulation = simulate(file.model, images, forced, grids=trained, in_float=seen)
+        simulation = simulate(file.model, images, forced, grids=trained, in_float=seen, add_kernel=kernel)
     pairs = {name: (simulation.codes[name], theirs[name]) for name in names}
     exact = compare_codes({name: pair for name, pair in pairs.items() if name not in simulation.inexact})
     near = _compare({name: pair for name, pair in pairs.items() if name in simulation.inexact}, simulation)

@@ -9,6 +9,7 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
+from crqat.core.targets import ONNXRUNTIME
 from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.run import simulate
 from crqat.export.simulator.values import NotSimulated
@@ -19,7 +20,7 @@ IMAGES = 2
 
 
 def expected_codes(file: QDQModel, images: npt.NDArray[np.float32], out: Path) -> bool:
-    """Write the simulator's codes.
+    """Write the simulator's codes, for each family of CPUs that the runtime knows.
 
     Args:
         file: ONNX Runtime's file.
@@ -31,27 +32,34 @@ def expected_codes(file: QDQModel, images: npt.NDArray[np.float32], out: Path) -
         codes is exact.
     """
     images = np.ascontiguousarray(images[:IMAGES])
+    first, *others = ONNXRUNTIME.cpus
     try:
-        simulation = simulate(file.model, images)
+        simulations = [simulate(file.model, images, add_kernel=first.add_kernel)]
         seen = in_float(file.model)
         if seen:
-            simulation = simulate(file.model, images, in_float=seen)
+            simulations = [simulate(file.model, images, in_float=seen, add_kernel=first.add_kernel)]
+        simulations += [simulate(file.model, images, in_float=seen, add_kernel=each.add_kernel) for each in others]
     except NotSimulated:
         return False
     zero_points = {name: file.activations[edge].grid.zero_point for edge, names in file.codes.items() for name in names}
     # One inexact code may be another's input: there is no simulator on the board to start anew from the board's own.
-    doubtful = _behind(file.model, simulation.inexact)
+    doubtful = _behind(file.model, simulations[0].inexact)
     exact = [name for name in zero_points if name not in doubtful]
     if not exact:
         return False
     shown = onnx.ModelProto()
     shown.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.UINT8, None) for name in exact)
-    codes = [(simulation.codes[name] + zero_points[name]).astype(np.uint8).reshape(-1) for name in exact]
+    codes = [
+        np.concatenate([(simulation.codes[name] + zero_points[name]).astype(np.uint8).reshape(-1) for name in exact])
+        for simulation in simulations
+    ]
     np.savez_compressed(
         out,
         images=images,
         names=np.array(exact),
-        codes=np.concatenate(codes),
+        codes=codes[0],
+        families=np.array([family.name for family in ONNXRUNTIME.cpus]),
+        changes=np.array([codes[0] ^ own for own in codes[1:]]),
         left_out=np.array(len(zero_points) - len(exact)),
         outputs=np.frombuffer(shown.SerializeToString(), np.uint8),
     )

@@ -21,6 +21,14 @@ MISSING = 3
 # One multiply-accumulate instruction for INT8, on x86 and on ARM.
 _DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
+# The versions with which the digits went from export to verdict; the newest of each also in all tests.
+TESTED = {
+    "PyTorch": ("2.14.1",),
+    "NNCF": ("3.4.0",),
+    "ONNX": ("1.23.2",),
+    "ONNX Runtime": ("1.20.0", "1.23.2", "1.32.0"),
+}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -62,10 +70,16 @@ def examine() -> list[Finding]:
         _import(name) for name in ("torch", "nncf", "onnx", "onnxruntime", "sklearn.datasets")
     )
     return [
-        Finding("PyTorch", _version(torch), "training", reinstall, needed=True),
-        Finding("NNCF", _version(nncf), "where quantizers sit", reinstall, needed=True),
-        Finding("ONNX", _version(onnx), "export", reinstall, needed=True),
-        Finding("ONNX Runtime", _providers(runtime), "verification and benchmark", reinstall, needed=True),
+        Finding("PyTorch", _version(torch), _tested("training", "PyTorch"), reinstall, needed=True),
+        Finding("NNCF", _version(nncf), _tested("where quantizers sit", "NNCF"), reinstall, needed=True),
+        Finding("ONNX", _version(onnx), _tested("export", "ONNX"), reinstall, needed=True),
+        Finding(
+            "ONNX Runtime",
+            _providers(runtime),
+            _tested("verification and benchmark", "ONNX Runtime"),
+            reinstall,
+            needed=True,
+        ),
         Finding("OpenVINO", _released("openvino"), "benchmark.openvino", "pip install crqat-edge[openvino]"),
         Finding("scikit-learn", "importable" if sklearn else None, "the embedded data set `digits`", reinstall),
         Finding("datasets", _released("datasets"), "data.source: huggingface", "pip install crqat-edge[huggingface]"),
@@ -113,6 +127,10 @@ def _import(name: str) -> ModuleType | None:
         return None
     finally:
         logging.disable(previous)
+
+
+def _tested(purpose: str, what: str) -> str:
+    return f"{purpose}; tested: {', '.join(TESTED[what])}"
 
 
 def _version(module: ModuleType | None) -> str | None:

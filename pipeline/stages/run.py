@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import platform
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -224,6 +226,42 @@ def benchmark_on(
     if clean:
         ssh.clean(board, contents[0], progress)
     return directory
+
+
+def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
+    """Keep the results that were brought from a board by hand as a stage, as if ssh had, and give its name.
+
+    Args:
+        config: The recipe.
+        runs: The directory of all runs.
+        file: What `python3 -m runtime_eval .` wrote there; the stage is benchmark@ and the file's name.
+
+    Raises:
+        UsageError: The file is no results, or was measured on another export or in another way than the recipe's.
+    """
+    staleness.current(config, runs, "export")
+    results = read(Results, file, "bring it from the board again")
+    stage = f"benchmark@{re.sub(r'[^A-Za-z0-9_.-]', '_', file.stem)}"
+    if results.parent != staleness.parent_hash(stage, config, runs):
+        export = runs / config.name / "export"
+        msg = f"{file}: parent: measured on another export than {export}; bundle and measure it anew"
+        raise UsageError(msg)
+    asked, measured = json.loads(json.dumps(asdict(config.benchmark))), asdict(results.config)
+    different = [key for key in asked if measured[key] != asked[key]]
+    if different:
+        key = different[0]
+        msg = (
+            f"{file}: config.{key}: measured with {measured.get(key)}, and the recipe says {asked[key]}; "
+            f"set benchmark.{key}, or bundle and measure anew"
+        )
+        raise UsageError(msg)
+
+    def fill(out: Path) -> BenchmarkPayload:
+        payload = _write_results(out, runs / config.name, stage, results, config)
+        return replace(payload, on=file.stem, bundle=results.bundle)
+
+    _run_stage(stage, config, runs, False, {"--results": run_directory.sha256_file(file)}, fill)
+    return stage
 
 
 def device_stage(board: Board | None) -> str:

@@ -57,6 +57,15 @@ def quantize(
     return quantize_network(network, [images], targets, config)
 
 
+def with_ties(quantized: Quantized) -> Quantized:
+    """The same network with powers of two as the activations' scales: many sums of codes then lie at a tie."""
+    grids = {
+        edge: grid if grid.axis is not None else replace(grid, scale=np.exp2(np.rint(np.log2(grid.scale))))
+        for edge, grid in quantized.grids.items()
+    }
+    return replace(quantized, grids=grids)
+
+
 def random_images(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal float32."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

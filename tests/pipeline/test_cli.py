@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,10 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.core.results.benchmark import Int8Layers, Results
 from crqat.core.results.export import ExportPayload
 from crqat.core.results.verification import Verification
+from crqat.core.run_directory import manifest_hash
 from crqat.core.typed_json import from_json
 from crqat.pipeline import cli, console
+from crqat.pipeline.recipe import recipe
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Fakes
@@ -180,6 +182,23 @@ def measured_on(fakes: Fakes, path: str, p50: float, **changes: Any) -> None:
         if model["latency"]["status"] == "measured":
             model["latency"] |= {"p50_ms": p50, "round_p50_ms": [p50] * 10}
     Path(path).write_text(json.dumps(data))
+
+
+def test_gate_of_results_that_were_carried_here(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert crqat(monkeypatch, "run", "recipe.yaml") == 0
+    how = json.loads(json.dumps(asdict(recipe.load(fakes.recipe, []).benchmark)))
+    results = {**fakes.results, "parent": manifest_hash(Path("runs/run1/export")), "config": how}
+    Path("orin.json").write_text(json.dumps(results))
+    capsys.readouterr()
+    assert crqat(monkeypatch, "gate", "recipe.yaml", "--results", "orin.json") == 0
+    assert capsys.readouterr().out.endswith("\ngate: PASS\n")
+    assert (Path("runs/run1/benchmark@orin") / "junit.xml").is_file()
+    assert crqat(monkeypatch, "gate", "recipe.yaml", "--results", "none.json") == 2
+    assert "none.json" in capsys.readouterr().err
+    assert crqat(monkeypatch, "gate", "recipe.yaml", "--results", "orin.json", "--on", "ssh://orin") == 2
+    assert "leave one of them out" in capsys.readouterr().err
 
 
 def test_gate_with_a_baseline(

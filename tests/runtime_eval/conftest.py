@@ -136,6 +136,8 @@ def expected_codes(images: npt.NDArray[np.uint8], wrong: int = 0) -> bytes:
         images=normalized,
         names=np.array(["x0_codes"]),
         codes=codes.view(np.uint8),
+        families=np.array(["x86", "arm"]),
+        changes=np.zeros((1, codes.size), np.uint8),
         left_out=np.array(0),
         outputs=np.frombuffer(shown.SerializeToString(), np.uint8),
     )

@@ -59,6 +59,16 @@ def test_the_widest_weight_whose_sums_fit_in_16_bits(codes: int, asked: int) -> 
     assert bool(reason) == (bits != asked)
 
 
+def test_the_family_of_a_cpu_says_how_its_kernels_add() -> None:
+    kernels = {machine: family.add_kernel for family in ONNXRUNTIME.cpus for machine in family.machines}
+    assert kernels["x86_64"] == kernels["AMD64"] == "float32"
+    assert kernels["aarch64"] == kernels["arm64"] == "fixed_point"
+    found = ONNXRUNTIME.cpu("aarch64")
+    assert found is not None and found.name == "arm"
+    assert ONNXRUNTIME.cpu("riscv64") is None
+    assert TENSORRT.cpus == ()
+
+
 def test_sums_of_32_bits_and_of_one_product_fit() -> None:
     assert union(["tensorrt"]).weight_bits(8, 255, depthwise=False) == (8, "")
     assert union(BOTH).weight_bits(8, 255, depthwise=True) == (8, "")

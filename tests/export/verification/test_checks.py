@@ -27,7 +27,16 @@ from crqat.export.verification.fusion import fusion, optimized_operations
 from crqat.train.data import sources
 from crqat.train.quantizers import quantizer_of
 from crqat.train.quantizers.calibration import weight_of
-from tests.export.conftest import Quantized, edited_file, initializer, nodes, quantize, random_images, session
+from tests.export.conftest import (
+    Quantized,
+    edited_file,
+    initializer,
+    nodes,
+    quantize,
+    random_images,
+    session,
+    with_ties,
+)
 from tests.export.simulator import one_operation
 from tests.export.simulator.one_operation import Node
 
@@ -238,6 +247,18 @@ def test_a_wrong_simulator_breaks_the_link_to_the_runtime(digits: Digits, monkey
     assert (runtime["differing"], runtime["at"], len(calls)) == (1, f"{BEHIND}.codes", 1)
     assert "runtime" in broken_checks(entry)
     assert entry["differing_codes"] == 1
+
+
+def test_the_link_to_the_runtime_holds_for_the_kernels_of_this_cpu_alone(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quantized = with_ties(digits(8))
+    files = {"onnxruntime": quantized.file("onnxruntime")}
+    # Torch has the scales of before.
+    assert broken_checks(proof_of(quantized, files)["onnxruntime"]) == {"torch"}
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    # This CPU's kernels add otherwise than ARM's, whose codes are then asked for.
+    assert broken_checks(proof_of(quantized, files)["onnxruntime"]) == {"torch", "runtime"}
 
 
 def test_logits_count_in_the_link_to_the_runtime(digits: Digits, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,14 +11,16 @@ import onnx
 import torch
 from torch import nn
 
+from crqat.core.targets import AddKernel
 from crqat.core.typed_json import to_json
 from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.run import simulate
 from crqat.export.verification.expected_codes import IMAGES, expected_codes
-from crqat.runtime_eval.measure.codes import check_codes
-from tests.export.conftest import Quantized, edited_file, initializer, nodes, quantize, random_images
+from crqat.runtime_eval.measure.codes import check_codes, read
+from tests.export.conftest import Quantized, edited_file, initializer, nodes, quantize, random_images, with_ties
 
 Digits = Callable[[int], Quantized]
+KERNELS: tuple[AddKernel, ...] = ("float32", "fixed_point")
 
 
 def written(file: QDQModel, quantized: Quantized, folder: Path) -> tuple[Path, Path]:
@@ -43,7 +45,21 @@ def test_every_code_of_a_trained_network_is_expected_and_computed(digits: Digits
             "left_out": 0,
             "codes": count,
             "differing": 0,
+            "family": "x86",
         }
+
+
+def test_the_codes_of_each_family_are_those_of_its_kernels(digits: Digits, tmp_path: Path) -> None:
+    quantized = with_ties(digits(8))
+    file = quantized.file("onnxruntime")
+    arrays = read(written(file, quantized, tmp_path)[1])
+    assert arrays["families"].tolist() == ["x86", "arm"]
+    for codes, kernel in zip((arrays["codes"], arrays["codes"] ^ arrays["changes"][0]), KERNELS, strict=True):
+        simulation = simulate(file.model, digits(8).images[:IMAGES], add_kernel=kernel)
+        zero_points = {name: file.activations[edge].grid.zero_point for edge in file.codes for name in file.codes[edge]}
+        own = [(simulation.codes[name] + zero_points[name]).reshape(-1) for name in arrays["names"]]
+        assert (codes == np.concatenate(own)).all()
+    assert arrays["changes"].any()
 
 
 def test_another_file_than_the_proven_one_is_noticed(digits: Digits, tmp_path: Path) -> None:

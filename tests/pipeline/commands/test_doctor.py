@@ -28,6 +28,17 @@ def test_examination_names_what_is_installed_here() -> None:
     assert all(item.purpose and item.remedy for item in findings.values())
 
 
+def test_the_tested_versions_are_told_and_the_newest_is_that_of_the_tests() -> None:
+    lines = (Path(__file__).parents[3] / "constraints.txt").read_text().splitlines()
+    pinned = dict(line.partition(";")[0].split("==") for line in lines if "==" in line.partition(";")[0])
+    packages = {"PyTorch": "torch", "NNCF": "nncf", "ONNX": "onnx", "ONNX Runtime": "onnxruntime"}
+    newest = {what: versions[-1] for what, versions in doctor.TESTED.items()}
+    assert newest == {what: pinned[package] for what, package in packages.items()}
+    purposes = {item.what: item.purpose for item in doctor.examine()}
+    assert purposes["ONNX Runtime"] == "verification and benchmark; tested: 1.20.0, 1.23.2, 1.32.0"
+    assert purposes["PyTorch"].endswith(doctor.TESTED["PyTorch"][-1])
+
+
 @pytest.mark.parametrize(
     ("needed", "found", "code", "conclusion"),
     [

@@ -99,6 +99,13 @@ def test_codes_of_the_cpu_that_was_measured_are_judged() -> None:
     assert exit_code(verdicts) == 1
 
 
+def test_codes_of_a_cpu_of_which_the_export_knows_none_are_inconclusive() -> None:
+    unknown = "not run: codes are known for x86, not for aarch64; export again"
+    counted = {"status": unknown, "images": 2, "tensors": 3, "left_out": 0, "codes": 0, "differing": 0}
+    verdict = verdict_on("codes_on_this_cpu", {**model(), "codes_on_this_cpu": counted})
+    assert (verdict.status, verdict.message) == ("inconclusive", unknown)
+
+
 def test_a_file_that_was_not_run_neither_passes_nor_fails() -> None:
     absent: dict[str, Any] = dict.fromkeys(("accuracy", "latency", "versus_float"))
     verdicts = judge(results({**model(), **absent, "status": "not run: no CUDA device"}), ALL_RULES)

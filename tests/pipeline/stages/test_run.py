@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -563,3 +563,58 @@ def test_modules_that_a_function_imports_count_and_are_not_run(
     capsys.readouterr()
     assert go(fakes, "model.name=own.net:build", only=["train"]) == ["train"]
     assert capsys.readouterr().err == "train: again, since norms changed\n"
+
+
+def brought(fakes: Fakes, name: str = "orin.json", **changes: Any) -> Path:
+    """What a board measured of the export that is here, as a file."""
+    how = {**json.loads(json.dumps(asdict(recipe.load(fakes.recipe, []).benchmark))), **changes.pop("config", {})}
+    results = {**fakes.results, "parent": manifest_hash(RUN / "export"), "bundle": "b" * 64, "config": how, **changes}
+    Path(name).write_text(json.dumps(results))
+    return Path(name)
+
+
+def test_results_that_were_carried_from_a_board_are_judged_as_a_stage(fakes: Fakes) -> None:
+    go(fakes)
+    config = recipe.load(fakes.recipe, [])
+    stage = stages.carried(config, RUNS, brought(fakes))
+    assert stage == "benchmark@orin"
+    manifest = verify_stage(RUN / stage)
+    assert (manifest.payload["on"], manifest.payload["bundle"]) == ("orin", "b" * 64)
+    expected = [verdict.status for verdict in stages.gate(config, RUNS)]
+    assert [verdict.status for verdict in stages.gate(config, RUNS, stage)] == expected
+    counted = {"status": "failed: 3 of 9 codes differ, first in x", "images": 2, "codes": 9, "differing": 3}
+    fakes.results["models"]["onnxruntime.onnx"]["codes_on_this_cpu"] = counted
+    # The same name again is another file, and takes the stage's place.
+    verdicts = stages.gate(config, RUNS, stages.carried(config, RUNS, brought(fakes)))
+    assert [(v.rule, v.file) for v in verdicts if v.status == "fail"] == [("codes_on_this_cpu", "onnxruntime.onnx")]
+    assert (
+        stages.carried(config, RUNS, brought(fakes, "my board/../x y.json".replace("/", "_")))
+        == "benchmark@my_board_.._x_y"
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"parent": "0" * 64},
+            r"orin\.json: parent: measured on another export than runs/run1/export; bundle and measure",
+        ),
+        (
+            {"config": {"threads": 4}},
+            r"config\.threads: measured with 4, and the recipe says 1; set benchmark\.threads",
+        ),
+        (
+            {"config": {"require": ["openvino"]}},
+            r"config\.require: measured with \['openvino'\], and the recipe says \[\]",
+        ),
+        ({"models": []}, r"orin\.json: damaged: models is not an object; bring it from the board again"),
+    ],
+)
+def test_carried_results_of_another_export_or_another_way_are_refused(
+    fakes: Fakes, changes: dict[str, Any], message: str
+) -> None:
+    go(fakes)
+    with pytest.raises(UsageError, match=message):
+        stages.carried(recipe.load(fakes.recipe, []), RUNS, brought(fakes, **changes))
+    assert not list(RUN.glob("benchmark@*"))

@@ -92,7 +92,7 @@ def test_an_unpacked_bundle_measures_itself(write_export: WriteExport, tmp_path:
     for name, model in results["models"].items():
         assert model["accuracy"] == typed_json.to_json(local.models[name].accuracy)
         assert model["codes_on_this_cpu"] == typed_json.to_json(local.models[name].codes_on_this_cpu)
-    assert "codes on this CPU: 0 of 128 differ" in result.stdout
+    assert "codes on this CPU (x86): 0 of 128 differ" in result.stdout
     assert "accuracy of float.onnx: 797/797" in result.stderr.splitlines()
     (folder / "export" / "float.onnx").write_bytes(b"another")
     failed = subprocess.run([*command, "."], cwd=folder, capture_output=True, text=True, check=False)

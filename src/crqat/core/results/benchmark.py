@@ -188,12 +188,13 @@ class CountedCodes:
     """The integer codes that this CPU computes against those of the export's simulator.
 
     Attributes:
-        status: "passed" or "failed: ...".
+        status: "passed", "failed: ...", or "not run: ..." on a CPU for which the export knows no codes.
         images: How many were computed.
         codes: Compared.
         differing: Of them.
         tensors: That hold them.
         left_out: Tensors whose codes another correct float computation may round otherwise.
+        family: Of the CPU, as `crqat.core.targets.CpuFamily` names it; None if it is not known.
     """
 
     status: str
@@ -202,6 +203,7 @@ class CountedCodes:
     differing: int
     tensors: int = 0
     left_out: int = 0
+    family: str | None = field(default=None, metadata=OMIT)
 
 
 @dataclass(frozen=True)

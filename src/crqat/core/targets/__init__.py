@@ -9,9 +9,11 @@ from typing import Any
 from crqat.core.errors import UsageError
 from crqat.core.targets.base import (
     INT16_MAX,
+    AddKernel,
     BiasType,
     Broken,
     ClipNode,
+    CpuFamily,
     FloatType,
     LayerNode,
     Node,
@@ -26,10 +28,10 @@ from crqat.core.targets.constraints import Constraints
 from crqat.core.targets.onnxruntime import ONNXRUNTIME
 from crqat.core.targets.tensorrt import TENSORRT
 
-__all__ = ["ALL", "INT16_MAX", "ONNXRUNTIME", "TARGETS", "TENSORRT", "BiasType", "Broken", "ByTarget",
-           "ClipNode", "Constraints", "FloatType", "LayerNode", "Node", "QuantizeNode", "Residual", "Target",
-           "TargetName", "activation_codes", "builds_engine", "executed", "find", "get", "is_depthwise", "names",
-           "union", "weight_codes"]  # fmt: skip
+__all__ = ["ALL", "INT16_MAX", "ONNXRUNTIME", "TARGETS", "TENSORRT", "AddKernel", "BiasType", "Broken", "ByTarget",
+           "ClipNode", "Constraints", "CpuFamily", "FloatType", "LayerNode", "Node", "QuantizeNode", "Residual",
+           "Target", "TargetName", "activation_codes", "builds_engine", "executed", "find", "get", "is_depthwise",
+           "names", "union", "weight_codes"]  # fmt: skip
 
 # Every runtime by its name; another one is added here.
 TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, TENSORRT)}

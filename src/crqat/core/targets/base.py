@@ -20,6 +20,9 @@ BiasType = Literal["int32", "float"]
 # Which inputs of a residual Add carry quantizers: both, the skip connection alone, or none.
 Residual = Literal["none", "skip", "both"]
 
+# How a kernel adds two tensors of codes: in float32 by fused multiply-adds, or in integers by multipliers of 22 bits.
+AddKernel = Literal["float32", "fixed_point"]
+
 # Kernels with 16-bit sums add two products: max(code) * (|w1| + |w2|) has to stay within this.
 INT16_MAX = 32767
 _CODE_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
@@ -101,6 +104,22 @@ def no_rules(node: Node) -> Iterator[Broken]:
     yield from ()
 
 
+@dataclass(frozen=True)
+class CpuFamily:
+    """CPUs on which a runtime computes the same codes.
+
+    Attributes:
+        name: As results spell it.
+        machines: What Python's `platform.machine()` says on them.
+        add_kernel: How it adds two tensors of codes there: the one operation, of those whose codes are exact, that it
+            does not round alike on all CPUs.
+    """
+
+    name: str
+    machines: tuple[str, ...]
+    add_kernel: AddKernel
+
+
 @dataclass(frozen=True, kw_only=True)
 class Target:
     """One runtime on one kind of hardware.
@@ -128,6 +147,8 @@ class Target:
         fusions: ONNX operation between Q and DQ to the integer operation that the runtime makes of it.
         float_results: Likewise where the result stays float.
         always_float: ONNX operations without an integer kernel.
+        cpus: The families of CPUs whose codes are known, first the one that targets are compared on; none where it
+            runs on no CPU.
         not_run: Why an export cannot run its runtime and compare codes; None where it can.
         builds_engine: Whether a benchmark builds an engine from the file and reads its plan.
         runs_also: Other runtimes that measure its file, as results name them.
@@ -150,6 +171,7 @@ class Target:
     fusions: Mapping[str, str] = field(default_factory=dict)
     float_results: Mapping[str, str] = field(default_factory=dict)
     always_float: tuple[str, ...] = ()
+    cpus: tuple[CpuFamily, ...] = ()
     not_run: str | None = "its runtime is not part of the export"
     builds_engine: bool = False
     runs_also: tuple[str, ...] = ()
@@ -176,6 +198,14 @@ class Target:
         if self.sum_limit is None or depthwise or input_codes <= 0:
             return None
         return self.sum_limit // (2 * input_codes)
+
+    def cpu(self, machine: str) -> CpuFamily | None:
+        """The family of CPUs to which a machine belongs, None if its codes are not known.
+
+        Args:
+            machine: As `platform.machine()` has it.
+        """
+        return next((family for family in self.cpus if machine in family.machines), None)
 
     def float_type(self, asked: FloatType) -> FloatType:
         """The type beside INT8: what is asked for where the runtime offers it, else its usual one."""

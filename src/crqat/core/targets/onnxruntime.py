@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from crqat.core.targets.base import INT16_MAX, Broken, ClipNode, LayerNode, Node, QuantizeNode, Target
+from crqat.core.targets.base import INT16_MAX, Broken, ClipNode, CpuFamily, LayerNode, Node, QuantizeNode, Target
 
 
 def _rules(node: Node) -> Iterator[Broken]:
@@ -73,6 +73,11 @@ ONNXRUNTIME = Target(
         "LayerNormalization", "LogSoftmax", "InstanceNormalization", "LpNormalization", "Max", "Min", "Sub", "Pow",
         "Softplus", "Softsign", "Selu", "Celu", "ThresholdedRelu", "Exp", "Log", "Sqrt", "Reciprocal", "Abs", "Neg",
         "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Einsum",
+    ),
+    # Convolutions, products and global means round alike on both. QLinearMul does not, but behind it no code is exact.
+    cpus=(
+        CpuFamily("x86", ("x86_64", "AMD64"), "float32"),
+        CpuFamily("arm", ("aarch64", "arm64", "ARM64"), "fixed_point"),
     ),
     not_run=None,
     # OpenVINO takes the codes of this file as they are, with an integer Clip fused behind the convolution: measured,

@@ -1,0 +1,448 @@
+"""Which integer codes do ARM CPUs compute? Files of every operation that ONNX Runtime fuses, on emulated CPUs.
+
+Each file is run by several versions of ONNX Runtime on each CPU model of `bench.emulated_arm`, with all its codes
+shown. A code that the export expects on every board has to be the simulator's for ARM. One that an export leaves out,
+because float operations lie in front of it, is computed again from the codes that ONNX Runtime had in front of it, and
+has to lie within the bound of a float32 computation. Broken files of one network are run as a board runs its own.
+
+    python -m bench.arm_codes [--versions 1.20.0,1.23.2,1.32.0] [--cifar10 data/cifar10] [--names "Add;Mul"]
+
+writes the tables of docs/arm.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from bench import emulated_arm
+from bench.onnxruntime_process import NotRun
+from crqat.core.compare_codes import Tie, compare_codes
+from crqat.core.preprocessing import Preprocessing
+from crqat.core.results.benchmark import CountedCodes
+from crqat.core.targets import ONNXRUNTIME
+from crqat.core.typed_json import from_json
+from crqat.export.qdq.write import QDQModel
+from crqat.export.simulator.run import simulate
+from crqat.export.simulator.values import Simulation
+from crqat.export.to_onnx import Quantized, quantize_network
+from crqat.export.verification.expected_codes import IMAGES, expected_codes
+from crqat.export.verification.fusion import in_float, optimized_operations
+from crqat.train.config import QuantizationConfig
+from crqat.train.data import sources
+from crqat.train.models import build as models
+
+PAGE = Path("docs/arm.md")
+VERSIONS = ("1.20.0", "1.23.2", "1.32.0")
+TIME_LIMIT_SECONDS = 1800.0
+_SOURCES = Path(__file__).parents[1] / "src"
+_NORMALIZE = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+# All codes of all files, in one process: an emulated one takes seconds to start.
+_SHOW = """
+import sys, numpy, onnxruntime
+from pathlib import Path
+for folder in map(Path, sys.argv[2:]):
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level, options.intra_op_num_threads = 3, 1
+    session = onnxruntime.InferenceSession(str(folder / "shown.onnx"), options, providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    numpy.savez(folder / sys.argv[1], *session.run(names, {"input": numpy.load(folder / "images.npy")}))
+"""
+# What a board counts of a bundle's file.
+_COUNT = """
+import json, sys
+from pathlib import Path
+from crqat.core.typed_json import to_json
+from crqat.runtime_eval.measure.codes import check_codes
+files = [(Path(folder) / "onnxruntime.onnx", Path(folder) / "onnxruntime.codes.npz") for folder in sys.argv[1:]]
+print(json.dumps([to_json(check_codes(model, codes, 1)) for model, codes in files]))
+"""
+
+
+@dataclass
+class Written:
+    """A case's file, in a folder of its own.
+
+    Attributes:
+        file: ONNX Runtime's.
+        folder: Where it lies, with the codes that a board expects.
+        images: Normalized, float32 [N, C, H, W].
+    """
+
+    file: QDQModel
+    folder: Path
+    images: npt.NDArray[np.float32]
+
+    @property
+    def zero_points(self) -> dict[str, int]:
+        """Of each tensor of codes."""
+        activations, codes = self.file.activations, self.file.codes
+        return {name: activations[edge].grid.zero_point for edge, names in codes.items() for name in names}
+
+
+class Branches(nn.Module):
+    """Two convolutions of the same input, joined by a function."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Tensor], width: int = 8, pooled: bool = False) -> None:
+        super().__init__()
+        self.first, self.second = _conv(3, width), _conv(3, width, pooled=pooled)
+        self.join = join
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Join both branches."""
+        joined: Tensor = self.join(self.first(x), self.second(x))
+        return joined
+
+
+class Attention(nn.Module):
+    """The product of two matrices of codes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features, self.keys, self.values = _conv(3, 16), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """How alike the channels are, [N, 1, 16, 16]."""
+        x = self.features(x)
+        keys, values = self.keys(x).flatten(2), self.values(x).flatten(2)
+        alike: Tensor = keys @ values.transpose(1, 2)
+        return alike.unsqueeze(1)
+
+
+def _conv(
+    inputs: int, outputs: int, groups: int = 1, activation: nn.Module | None = None, pooled: bool = False
+) -> nn.Module:
+    layers = [nn.Conv2d(inputs, outputs, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
+    layers += [activation or nn.ReLU(), *([nn.AdaptiveAvgPool2d(1)] if pooled else [])]
+    return nn.Sequential(*layers)
+
+
+def _classified(*layers: nn.Module, channels: int = 8) -> nn.Module:
+    """Layers with a global mean and a linear layer behind them."""
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
+
+
+def cases() -> Iterator[tuple[str, Callable[[], nn.Module], QuantizationConfig]]:
+    """Each case's name, its network for RGB images of 32 x 32 pixels, and how it is quantized."""
+    plain, four = QuantizationConfig(), QuantizationConfig(weights=4, activations=4)
+    offset = QuantizationConfig(activation_method="lsq+")
+    for name in ("resnet20", "resnet56", "resnet18", "mobilenet_v2"):
+        yield f"cifar/{name}", lambda name=name: models.build(f"cifar/{name}", 10, 3), plain  # type: ignore[misc]
+    yield "cifar/resnet20, 4 bits", lambda: models.build("cifar/resnet20", 10, 3), four
+    yield "cifar/resnet20, offsets", lambda: models.build("cifar/resnet20", 10, 3), offset
+    yield "Conv", lambda: _classified(_conv(3, 8), _conv(8, 8)), plain
+    yield "Conv, 4 bits", lambda: _classified(_conv(3, 8), _conv(8, 8)), four
+    yield "Conv, offsets", lambda: _classified(_conv(3, 8), _conv(8, 8, activation=nn.Identity()), _conv(8, 8)), offset
+    yield "Conv, depthwise", lambda: _classified(_conv(3, 16), _conv(16, 16, groups=16), channels=16), plain
+    yield "Conv, grouped", lambda: _classified(_conv(3, 16), _conv(16, 16, groups=4), channels=16), plain
+    yield (
+        "Conv, strides and dilation",
+        lambda: _classified(
+            _conv(3, 8), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3, dilation=2), nn.ReLU()
+        ),
+        plain,
+    )
+    yield (
+        "Gemm",
+        lambda: nn.Sequential(
+            _conv(3, 4), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
+        ),
+        plain,
+    )
+    yield "Add", lambda: _classified(Branches(torch.add), _conv(8, 8)), plain
+    yield "Add, Relu", lambda: _classified(Branches(torch.add), nn.ReLU(), _conv(8, 8)), plain
+    yield "Add, broadcast", lambda: _classified(Branches(torch.add, pooled=True), _conv(8, 8)), plain
+    yield "Mul", lambda: _classified(Branches(torch.mul), _conv(8, 8)), plain
+    yield "Mul, broadcast", lambda: _classified(Branches(torch.mul, pooled=True), _conv(8, 8)), plain
+    yield "Concat", lambda: _classified(Branches(lambda a, b: torch.cat([a, b], 1)), _conv(16, 8)), plain
+    yield "MaxPool", lambda: _classified(_conv(3, 8), nn.MaxPool2d(2), _conv(8, 8)), plain
+    yield "AveragePool", lambda: _classified(_conv(3, 8), nn.AvgPool2d(3, 2, 1), _conv(8, 8)), plain
+    yield "MatMul", lambda: nn.Sequential(Attention(), nn.Flatten(), nn.Linear(256, 10)), plain
+    for kind in (nn.ReLU6, nn.Hardswish, nn.Sigmoid, nn.SiLU, nn.LeakyReLU, nn.GELU):
+        name = kind.__name__
+        yield name, lambda kind=kind: _classified(_conv(3, 8, activation=kind()), _conv(8, 8)), plain  # type: ignore[misc]
+
+
+def images(cifar10: Path | None) -> npt.NDArray[np.float32]:
+    """64 normalized images of 32 x 32 pixels: CIFAR-10's, or enlarged digits in three colours that are unlike."""
+    if cifar10 is not None:
+        return _NORMALIZE(sources.load("cifar10", str(cifar10), False).train_images[:64].numpy())
+    grey = sources.load("digits", None, False).train_images[:64].float().expand(-1, 3, -1, -1)
+    colours = torch.stack([nn.functional.interpolate(grey, 32)[:, i].roll(4 * i, -1) for i in range(3)], 1)
+    return _NORMALIZE(colours.byte().numpy())
+
+
+def quantized(network: nn.Module, config: QuantizationConfig, pictures: npt.NDArray[np.float32]) -> Quantized:
+    """A network in train mode with weights at random, quantized by calibration on images that its BN fits."""
+    batch = torch.from_numpy(pictures)
+    with torch.no_grad():
+        for _ in range(3):
+            network(batch)
+    return quantize_network(network, [batch], ("onnxruntime",), config)
+
+
+def write(network: Quantized, folder: Path) -> Written:
+    """Write a network's file for ONNX Runtime, with the codes that a board expects and two images to see all of them.
+
+    Args:
+        network: With its images.
+        folder: Is made.
+    """
+    folder.mkdir()
+    written = Written(network.file("onnxruntime"), folder, network.images[:IMAGES])
+    save(written, written.file.model)
+    np.save(folder / "images.npy", written.images)
+    expected_codes(written.file, written.images, folder / "onnxruntime.codes.npz")
+    return written
+
+
+def save(written: Written, model: onnx.ModelProto) -> None:
+    """Write a model as the file of a case, and beside it the same with all its codes shown."""
+    onnx.save(model, written.folder / "onnxruntime.onnx")
+    shown = onnx.ModelProto()
+    shown.CopyFrom(model)
+    for name in written.zero_points:
+        shown.graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, None))
+    onnx.save(shown, written.folder / "shown.onnx")
+
+
+def broken(model: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
+    """A file with one constant that is wrong, in three ways, by what is wrong with it."""
+    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    dequantizers = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
+    weight = next(n for n in dequantizers if n.input[0] in constants and constants[n.input[0]].ndim == 4)
+    scales = constants[weight.input[1]]
+    order = np.argsort(scales)
+    swapped = scales.copy()
+    swapped[order[[0, -1]]] = scales[order[[-1, 0]]]
+    activation = next(n for n in dequantizers if n.input[0] not in constants)
+    zero = constants[activation.input[2]]
+    wrong = {
+        "weight scales 1 % too large": (weight.input[1], (scales * np.float32(1.01)).astype(np.float32)),
+        "a zero point off by one": (activation.input[2], zero + np.uint8(1) if zero < 255 else zero - np.uint8(1)),
+        "two channels' scales swapped": (weight.input[1], swapped),
+    }
+    result = {}
+    for what, (name, value) in wrong.items():
+        copied = onnx.ModelProto()
+        copied.CopyFrom(model)
+        tensor = next(tensor for tensor in copied.graph.initializer if tensor.name == name)
+        tensor.CopyFrom(numpy_helper.from_array(np.asarray(value), name))
+        result[what] = copied
+    return result
+
+
+def run(python: Path, script: str, *arguments: str) -> str:
+    """What a script prints on a CPU.
+
+    Raises:
+        NotRun: It fails, or is not finished in time.
+    """
+    command = [str(python), "-c", script, *arguments]
+    try:
+        done = subprocess.run(
+            command, cwd=_SOURCES, capture_output=True, text=True, check=False, timeout=TIME_LIMIT_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        msg = f"not run: not finished after {TIME_LIMIT_SECONDS:g} s"
+        raise NotRun(msg) from error
+    if done.returncode:
+        words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        msg = f"not run: {words[-1] if words else f'its process ended with {done.returncode}'}"
+        raise NotRun(msg)
+    return done.stdout
+
+
+def counted(python: Path, folders: Sequence[Path]) -> list[CountedCodes]:
+    """What a board counts of each folder's onnxruntime.onnx against its onnxruntime.codes.npz.
+
+    Raises:
+        NotRun: See `run`.
+    """
+    return [from_json(CountedCodes, entry) for entry in json.loads(run(python, _COUNT, *map(str, folders)))]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was counted of a file on a CPU.
+
+    Attributes:
+        codes: Those that are to be the simulator's for ARM.
+        differing: Of them.
+        near: Those behind float operations.
+        wrong: Of them, those that no float32 computation gives.
+        other: Of all codes, those that this machine's CPU computes otherwise.
+    """
+
+    codes: int
+    differing: int
+    near: int
+    wrong: int
+    other: int
+
+
+class Judge:
+    """What a file's codes have to be on ARM.
+
+    Args:
+        written: The file.
+    """
+
+    def __init__(self, written: Written) -> None:
+        self._written = written
+        arm = ONNXRUNTIME.cpu("aarch64")
+        assert arm is not None  # noqa: S101 (the Target has it; this tells mypy)
+        self._kernel = arm.add_kernel
+        self._seen = in_float(written.file.model)
+        self._own = self._simulated()
+        run(Path(sys.executable), _SHOW, "here.npz", str(written.folder))
+        self._here = self.shown("here.npz")
+        self._known: dict[bytes, Cell] = {}
+
+    def _simulated(self, forced: Mapping[str, npt.NDArray[Any]] | None = None) -> Simulation:
+        return simulate(
+            self._written.file.model, self._written.images, forced, in_float=self._seen, add_kernel=self._kernel
+        )
+
+    def shown(self, name: str) -> dict[str, npt.NDArray[np.int64]]:
+        """The codes that a process left, zero points taken off."""
+        zeros = self._written.zero_points
+        names = [output.name for output in onnx.load(self._written.folder / "shown.onnx").graph.output]
+        with np.load(self._written.folder / name) as arrays:
+            found = {key: arrays[f"arr_{index}"] for index, key in enumerate(names)}
+        return {key: found[key].astype(np.int64) - zeros[key] for key in zeros}
+
+    def cell(self, name: str) -> Cell:
+        """Judge the codes that a process left."""
+        theirs = self.shown(name)
+        key = b"".join(codes.tobytes() for codes in theirs.values())
+        if key not in self._known:
+            doubtful = self._own.inexact
+            simulation = self._simulated(theirs) if doubtful else self._own
+            exact = compare_codes({n: (simulation.codes[n], own) for n, own in theirs.items() if n not in doubtful})
+            ties = {
+                n: Tie(simulation.before_rounding[n], np.asarray(simulation.bounds[n] + simulation.kernel_bounds[n]))
+                for n in doubtful & theirs.keys()
+            }
+            near = compare_codes({n: (simulation.codes[n], theirs[n]) for n in ties}, ties)
+            other = sum(int((own != self._here[n]).sum()) for n, own in theirs.items())
+            self._known[key] = Cell(exact.codes, exact.differing, near.codes, near.wrong, other)
+        return self._known[key]
+
+
+def measure(
+    names: Sequence[str], versions: Sequence[str], pictures: npt.NDArray[np.float32], folder: Path
+) -> tuple[dict[str, dict[tuple[str, str], Cell | str]], dict[str, dict[tuple[str, str], CountedCodes | str]]]:
+    """Run all files on all CPUs.
+
+    Args:
+        names: Of the cases, none for all.
+        versions: Of ONNX Runtime.
+        pictures: Normalized, float32 [N, 3, 32, 32].
+        folder: For the files.
+
+    Returns:
+        Case to (version, CPU) to what was counted, or why nothing was; and likewise of the broken files.
+    """
+    written: dict[str, Written] = {}
+    for name, build, config in cases():
+        if not names or name in names:
+            torch.manual_seed(0)
+            written[name] = write(quantized(build(), config, pictures), folder / f"{len(written)}")
+            fused = {op: len(nodes) for op, nodes in optimized_operations(written[name].file.model).items()}
+            print(f"{name}: {', '.join(f'{count} {op}' for op, count in sorted(fused.items()))}", file=sys.stderr)
+    judges = {name: Judge(case) for name, case in written.items()}
+    first = next(iter(written.values()))
+    wrong: dict[str, Path] = {"none": first.folder}
+    for what, model in broken(first.file.model).items():
+        wrong[what] = folder / what.split()[0]
+        wrong[what].mkdir()
+        onnx.save(model, wrong[what] / "onnxruntime.onnx")
+        (wrong[what] / "onnxruntime.codes.npz").write_bytes((first.folder / "onnxruntime.codes.npz").read_bytes())
+    cells: dict[str, dict[tuple[str, str], Cell | str]] = {name: {} for name in written}
+    failing: dict[str, dict[tuple[str, str], CountedCodes | str]] = {what: {} for what in wrong}
+    for version in versions:
+        for cpu in emulated_arm.CPUS:
+            print(f"ONNX Runtime {version} on {cpu}", file=sys.stderr)
+            key = version, cpu
+            try:
+                python = emulated_arm.python(cpu, version)
+                run(python, _SHOW, f"{version}-{cpu}.npz", *(str(case.folder) for case in written.values()))
+                for name, judge in judges.items():
+                    cells[name][key] = judge.cell(f"{version}-{cpu}.npz")
+                for what, found in zip(wrong, counted(python, list(wrong.values())), strict=True):
+                    failing[what][key] = found
+            except NotRun as reason:
+                for row in (*cells.values(), *failing.values()):
+                    row.setdefault(key, str(reason))  # type: ignore[attr-defined]
+    return cells, failing
+
+
+def tables(
+    cells: Mapping[str, Mapping[tuple[str, str], Cell | str]],
+    failing: Mapping[str, Mapping[tuple[str, str], CountedCodes | str]],
+    versions: Sequence[str],
+) -> str:
+    """Both tables in Markdown: a cell has one number for each CPU, in the order of `emulated_arm.CPUS`."""
+    cpus = list(emulated_arm.CPUS)
+    lines = [f"| network | codes | behind float | otherwise than x86 | {' | '.join(versions)} |"]
+    lines.append("|---|---:|---:|---:|" + "---|" * len(versions))
+    for name, row in cells.items():
+        found = [cell for cell in row.values() if isinstance(cell, Cell)]
+        largest = max((cell.other for cell in found), default=0)
+        shown = [" ".join(_shown(row[version, cpu]) for cpu in cpus) for version in versions]
+        known = found[0] if found else Cell(0, 0, 0, 0, 0)
+        lines.append(f"| {name} | {known.codes:,} | {known.near:,} | {largest:,} | {' | '.join(shown)} |")
+    lines += ["", f"| wrong in the file | {' | '.join(versions)} |", "|---|" + "---|" * len(versions)]
+    for what, broken_row in failing.items():
+        shown = [
+            " ".join(
+                f"{entry.differing:,}" if isinstance(entry, CountedCodes) else entry
+                for entry in (broken_row[version, cpu] for cpu in cpus)
+            )
+            for version in versions
+        ]
+        lines.append(f"| {what} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def _shown(cell: Cell | str) -> str:
+    return cell if isinstance(cell, str) else f"{cell.differing + cell.wrong:,}"
+
+
+def main() -> None:
+    """Count and write the page's tables."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--versions", default=",".join(VERSIONS))
+    parser.add_argument("--names", default="")
+    parser.add_argument("--cifar10", type=Path)
+    parser.add_argument("--out", type=Path, default=PAGE)
+    arguments = parser.parse_args()
+    versions = arguments.versions.split(",")
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        names = [name for name in arguments.names.split(";") if name]
+        found = measure(names, versions, images(arguments.cifar10), Path(folder))
+    text = tables(*found, versions)
+    page = arguments.out.read_text()
+    before, mark, rest = page.partition("<!-- python -m bench.arm_codes -->\n")
+    arguments.out.write_text(f"{before}{mark}\n{text}\n\n{rest[rest.index('<!-- end -->') :]}" if mark else text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()

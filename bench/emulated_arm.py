@@ -1,0 +1,192 @@
+"""An ARM board without a board: Debian's arm64 Python and ONNX Runtime's aarch64 wheels under qemu's user mode.
+
+Nothing is installed and no right is needed: packages and wheels are unpacked into a cache, and a shell script per CPU
+model runs that Python in qemu-aarch64. This shows what an ARM CPU computes, and nothing of how fast it is.
+
+``python -m bench.emulated_arm`` fills the cache, as `make test-arm` does; it ends with 1 where that cannot be done.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from bench.onnxruntime_process import NotRun
+
+# A CPU model of qemu to what its kernel says of it: implementer, part, and features.
+_ARMV8 = "fp asimd aes pmull sha1 sha2 crc32 cpuid"
+_DOT = f"{_ARMV8} atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
+CPUS = {
+    "cortex-a57": ("0x41", "0xd07", _ARMV8),  # Jetson Nano and TX2: no dot product
+    "cortex-a76": ("0x41", "0xd0b", _DOT),  # as the Cortex-A78AE of Jetson Orin: dot product
+    "max": ("0x00", "0x051", f"{_DOT} sve i8mm bf16"),  # all that qemu knows: int8 matrix products and SVE, too
+}
+# Debian 12's Python and the libraries that it, numpy and ONNX Runtime load.
+PYTHON = "python3.11"
+PACKAGES = (
+    PYTHON, f"{PYTHON}-minimal", f"lib{PYTHON}-minimal", f"lib{PYTHON}-stdlib", "libc6", "zlib1g", "libexpat1",
+    "libssl3", "libbz2-1.0", "liblzma5", "libsqlite3-0", "libffi8", "libuuid1", "libstdc++6", "libgcc-s1",
+    "libncursesw6", "libtinfo6", "libreadline8", "libcrypt1", "libnsl2", "libtirpc3", "libgomp1",
+)  # fmt: skip
+WHEELS = ("numpy==2.4.6", "flatbuffers==25.12.19", "packaging==26.4", "protobuf==7.36.2")
+# JetPack 6 has Python 3.10, whose last ONNX Runtime this is.
+ONNXRUNTIME = "1.23.2"
+TIME_LIMIT_SECONDS = 300.0
+_PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64", "manylinux_2_17_aarch64")
+# ONNX Runtime from 1.28 on ends with a segmentation fault at import where /proc/cpuinfo is an x86 CPU's, and qemu 7.2
+# shows the host's. What lies below qemu's -L comes before the host's files.
+_CPUINFO = """processor	: {number}
+BogoMIPS	: 100.00
+Features	: {features}
+CPU implementer	: {implementer}
+CPU architecture: 8
+CPU variant	: 0x0
+CPU part	: {part}
+CPU revision	: 0
+
+"""
+# Processes that runtime_eval starts by sys.executable have to come back to the emulator.
+_START = 'import os, sys\n\nsys.executable = os.environ["CRQAT_EMULATED_PYTHON"]\n'
+_SCRIPT = """#!/bin/sh
+export PYTHONHOME='{root}/usr' PYTHONPATH='{site}' PYTHONNOUSERSITE=1 CRQAT_EMULATED_PYTHON='{script}'
+exec qemu-aarch64 -cpu {cpu} -L '{sysroot}' '{root}/usr/bin/{python}' "$@"
+"""
+
+
+def cache() -> Path:
+    """Where everything is kept: .cache/crqat/arm in the home directory, or below XDG_CACHE_HOME."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").resolve() / "crqat" / "arm"
+
+
+def python(cpu: str, onnxruntime: str = ONNXRUNTIME) -> Path:
+    """A program that is an ARM CPU's Python with numpy and ONNX Runtime; what is missing for it is downloaded.
+
+    Args:
+        cpu: A key of `CPUS`.
+        onnxruntime: Version, such as "1.23.2".
+
+    Raises:
+        NotRun: There is no emulator, or the packages cannot be had.
+    """
+    for program, package in (("qemu-aarch64", "qemu-user"), ("apt-get", "apt"), ("dpkg", "dpkg")):
+        if shutil.which(program) is None:
+            msg = f"not run: no {program}, of Debian's {package}"
+            raise NotRun(msg)
+    root, site = _root(), _site(onnxruntime)
+    board = cache() / f"{cpu}-{onnxruntime}"
+    script = board / "python"
+    if not script.is_file():
+        with tempfile.TemporaryDirectory(dir=cache()) as scratch:
+            made = Path(scratch) / "board"
+            (made / "sysroot" / "proc").mkdir(parents=True)
+            for name in ("lib", "usr"):
+                (made / "sysroot" / name).symlink_to(root / name)
+            implementer, part, features = CPUS[cpu]
+            processors = (
+                _CPUINFO.format(number=number, features=features, implementer=implementer, part=part)
+                for number in range(os.cpu_count() or 1)
+            )
+            (made / "sysroot" / "proc" / "cpuinfo").write_text("".join(processors))
+            sysroot = board / "sysroot"
+            text = _SCRIPT.format(root=root, site=site, script=script, cpu=cpu, sysroot=sysroot, python=PYTHON)
+            (made / "python").write_text(text)
+            (made / "python").chmod(0o755)
+            _keep(made, board)
+    return script
+
+
+@functools.cache
+def _root() -> Path:
+    """Debian's packages, unpacked."""
+    root = cache() / "debian-12-arm64"
+    if root.is_dir():
+        return root
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache()) as scratch:
+        folder = Path(scratch)
+        for name in ("lists/partial", "cache/archives/partial", "packages", "root"):
+            (folder / name).mkdir(parents=True)
+        options = [
+            f"-oDir::State::Lists={folder / 'lists'}",
+            f"-oDir::Cache={folder / 'cache'}",
+            "-oAPT::Sandbox::User=",
+        ]
+        options += ["-oAPT::Architecture=arm64", "-oAPT::Architectures=arm64"]
+        _run(["apt-get", "-qq", *options, "update"], folder)
+        _run(["apt-get", "-qq", *options, "download", *PACKAGES], folder / "packages")
+        for package in sorted((folder / "packages").glob("*.deb")):
+            _run(["dpkg", "-x", str(package), str(folder / "root")], folder)
+        _keep(folder / "root", root)
+    return root
+
+
+@functools.cache
+def _site(onnxruntime: str) -> Path:
+    """The wheels, unpacked, and what makes Python's own processes ARM's."""
+    site = cache() / f"onnxruntime-{onnxruntime}"
+    if site.is_dir():
+        return site
+    with tempfile.TemporaryDirectory(dir=cache()) as scratch:
+        folder = Path(scratch)
+        options = ["--quiet", "--disable-pip-version-check", "--no-deps", "--only-binary=:all:"]
+        options += ["--python-version", PYTHON.removeprefix("python"), "--implementation", "cp"]
+        for platform in _PLATFORMS:
+            options += ["--platform", platform]
+        wheels = [*WHEELS, f"onnxruntime=={onnxruntime}"]
+        _run([sys.executable, "-m", "pip", "download", *options, "--dest", str(folder / "wheels"), *wheels], folder)
+        for wheel in sorted((folder / "wheels").glob("*.whl")):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(folder / "site")
+        (folder / "site" / "sitecustomize.py").write_text(_START)
+        _keep(folder / "site", site)
+    return site
+
+
+def _keep(made: Path, place: Path) -> None:
+    """Move what is complete to its place, unless another process was first."""
+    try:
+        made.rename(place)
+    except OSError:
+        if not place.is_dir():
+            raise
+
+
+def _run(command: list[str], folder: Path) -> None:
+    """A program that needs the network.
+
+    Raises:
+        NotRun: It fails, or is not finished in time; its last words say why.
+    """
+    try:
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=False, timeout=TIME_LIMIT_SECONDS
+        )
+    except subprocess.TimeoutExpired as error:
+        msg = f"not run: {command[0]} is not finished after {TIME_LIMIT_SECONDS:g} s"
+        raise NotRun(msg) from error
+    if done.returncode:
+        words = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+        name = "pip" if "pip" in command else command[0]
+        msg = f"not run: {name} ended with {done.returncode}: {words[-1] if words else 'no word'}"
+        raise NotRun(msg)
+
+
+def main() -> int:
+    """Fill the cache for all CPU models; 0, or 1 with the reason."""
+    try:
+        for cpu in CPUS:
+            print(python(cpu))
+    except NotRun as reason:
+        print(reason, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
