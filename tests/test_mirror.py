@@ -99,7 +99,6 @@ ELSEWHERE: dict[str, str] = {
     "pipeline/report/tables.py": "tests/pipeline/test_cli.py",
     "pipeline/stages/staleness.py": "tests/pipeline/stages/test_run.py",
     "pipeline/streams.py": "tests/pipeline/test_cli.py",
-    "pipeline/untrusted_onnx.py": "tests/pipeline/commands/test_check.py",
     "bench/arm_codes.py": "tests/runtime_eval/board/test_arm.py",
     "bench/exporter_peers.py": "tests/bench/test_vs_exporters.py",
     "bench/import_arrows.py": "tests/test_imports.py",
