@@ -47,6 +47,8 @@ class DataConfig:
         unlabeled_ratio: Unlabeled images in a training step for each labeled one; 0 leaves them out.
         labeled: Keep the labels of so many training images, as many of each class as there are, drawn with the recipe's
             seed; validation images are among them. The others are unlabeled. None keeps all labels.
+        judging: Share of the training images that only `crqat advise` looks at, drawn with the recipe's seed; None
+            holds none back.
         validation: Share of the training images held out for selection, drawn with the recipe's seed.
         crop_padding: Random crop after padding each side by this many pixels; 0 switches it off.
         flip: Random horizontal flip.
@@ -74,6 +76,7 @@ class DataConfig:
     unlabeled_root: str | None = None
     unlabeled_ratio: Annotated[float, Range(ge=0)] = 1.0
     labeled: Annotated[int, Range(ge=2)] | None = None
+    judging: Annotated[float, Range(gt=0, lt=1)] | None = None
     validation: Annotated[float, Range(gt=0, lt=1)] = 0.1
     crop_padding: Annotated[int, Range(ge=0)] = 4
     flip: bool = True

@@ -161,6 +161,39 @@ def quantize(
 
 @crqat.command()
 @recipe_arguments
+@click.option("--judge", type=click.Path(path_type=Path), help="Class folders that judge. Default: held-back images.")
+@click.option("--all", "every", is_flag=True, help="Run all steps, also behind the first one that passes.")
+def advise(recipe: Path, overrides: tuple[str, ...], runs: Path, judge: Path | None, every: bool) -> int:
+    """Find the cheapest step that passes the gate, from calibration to QAT, and measure it on the test images.
+
+    \b
+    Each step is judged on images that neither it nor the float training
+    has seen; the test images are looked at once, for the chosen one.
+    The same command goes on where it was interrupted. Exit code 1 if no
+    step passes, else the gate's.
+    """  # noqa: D301 - click's mark for lines that stay as they are
+    from crqat.pipeline import console
+    from crqat.pipeline.commands import advise as command
+    from crqat.pipeline.stages import lock
+
+    config = load(recipe, overrides)
+    out = runs / f"{config.name}-advise"
+    with lock.hold(out):
+        with failures.explained("advise", out), console.show_progress() as progress:
+            ladder = command.Ladder(config, runs, judge, progress, every)
+            advice = ladder.climb()
+            command.write(ladder, advice, out)
+        command.show(advice, out)
+        chosen = ladder.configs[advice.chosen]
+        for stage in ("export", "benchmark"):
+            _run_stage(stage, chosen, runs, False)
+        _show_results(chosen, runs)
+        code = _judge(chosen, runs)
+        return code if advice.passed else 1
+
+
+@crqat.command()
+@recipe_arguments
 @force_option
 @training_options
 @click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Train in so many processes on this machine.")

@@ -199,6 +199,43 @@ def _imagelist(root: str | None, config: DataConfig, progress: Progress) -> Data
     return _stored(tuple(found.classes), parts, labels, config, progress, notes)
 
 
+def labeled_folder(
+    folder: Path, key: str, dataset: Dataset, config: DataConfig, progress: Progress
+) -> tuple[Images, Tensor]:
+    """Images in class folders of a data set's classes, prepared as its own, and their labels.
+
+    Args:
+        folder: With a folder for each class, or some of them.
+        key: What names it, for messages.
+        dataset: Whose classes and shape of images they must have.
+        config: How stored images are decoded.
+        progress: Told of decoded images.
+
+    Raises:
+        UsageError: There are no images, or they are of other classes.
+        ToolError: An image cannot be read.
+    """
+    folder = user_path(str(folder), key)
+    files = list_images(folder, key)
+    known = {name: index for index, name in enumerate(dataset.class_names)}
+    names = [file.path.relative_to(folder).parts[0] for file in files]
+    strange = next((name for name in names if name not in known), None)
+    if strange is not None:
+        some = ", ".join(dataset.class_names[:3])
+        msg = f"{key}: {folder} has {strange}, which is no folder of a class of the recipe's data ({some}, ...)"
+        raise UsageError(msg)
+    own, channels = dataset.preprocessing, dataset.train_images.shape[1]
+    size, crop = own.size or int(dataset.train_images.shape[2]), own.crop or int(dataset.train_images.shape[2])
+    images = FolderImages(files, size, crop, config.convert, channels=channels)
+    images = replace(images, interpolation=own.interpolation or "bilinear")
+    decoded = decode(images, "judging images", progress)
+    if decoded.shape[1:] != dataset.train_images.shape[1:]:
+        shapes = f"{list(decoded.shape[1:])}, and the recipe's images {list(dataset.train_images.shape[1:])}"
+        msg = f"{key}: the images of {folder} are {shapes} each; set data.size and data.crop"
+        raise UsageError(msg)
+    return decoded, torch.tensor([known[name] for name in names], dtype=torch.int64)
+
+
 def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
     if root is None:
         msg = "data.root: webdataset needs it: the folder with train-*.tar and test-*.tar"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,11 +13,15 @@ from crqat.train.config import DataConfig
 
 @dataclass(frozen=True)
 class Split:
-    """Which training images train, which select, and which are used without their label; int64 indices on the CPU."""
+    """Which training images train, which select, which are used without their label, and which are held back from all.
+
+    All are int64 indices on the CPU.
+    """
 
     train: Tensor
     validation: Tensor
     unlabeled: Tensor
+    judging: Tensor
 
 
 def split_of(labels: Tensor, config: DataConfig, seed: int) -> Split:
@@ -31,6 +35,16 @@ def split_of(labels: Tensor, config: DataConfig, seed: int) -> Split:
     Raises:
         UsageError: As `split`, or there are fewer than `labeled` images.
     """
+    if config.judging is not None:
+        count = round(len(labels) * config.judging)
+        if not 0 < count < len(labels):
+            msg = f"data.judging: a share of {config.judging} of {len(labels)} training images leaves one part empty"
+            raise UsageError(msg)
+        # Another draw than that of the validation images, which would be the first ones of the same order.
+        order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed + 1))
+        held, left = order[:count].sort().values, order[count:].sort().values
+        inside = split_of(labels[left], replace(config, judging=None), seed)
+        return Split(left[inside.train], left[inside.validation], left[inside.unlabeled], held)
     if config.labeled is None:
         return split(len(labels), config.validation, seed)
     if config.labeled > len(labels):
@@ -39,7 +53,7 @@ def split_of(labels: Tensor, config: DataConfig, seed: int) -> Split:
     drawn = _balanced(labels, seed)
     chosen, unlabeled = drawn[: config.labeled].sort().values, drawn[config.labeled :].sort().values
     inside = split(len(chosen), config.validation, seed)
-    return Split(chosen[inside.train], chosen[inside.validation], unlabeled)
+    return Split(chosen[inside.train], chosen[inside.validation], unlabeled, inside.judging)
 
 
 def split(n: int, fraction: float, seed: int) -> Split:
@@ -58,7 +72,7 @@ def split(n: int, fraction: float, seed: int) -> Split:
         msg = f"data.validation: a share of {fraction} of {n} training images leaves one part empty; change it"
         raise UsageError(msg)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
-    return Split(train=order[count:], validation=order[:count], unlabeled=order[:0])
+    return Split(train=order[count:], validation=order[:count], unlabeled=order[:0], judging=order[:0])
 
 
 def _balanced(labels: Tensor, seed: int) -> Tensor:

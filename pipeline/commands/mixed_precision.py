@@ -118,17 +118,17 @@ def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: 
     return (
         "\n".join(lines)
         + "\n"
-        + yaml.safe_dump(_changed(values, usual), sort_keys=False, default_flow_style=None, width=120)
+        + yaml.safe_dump(changed(values, usual), sort_keys=False, default_flow_style=None, width=120)
     )
 
 
-def _changed(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
+def changed(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
     """What differs from the default, and what has none."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if value != usual[key] or key in ("name", "data", "model", "source"):
             section = isinstance(value, dict) and isinstance(usual[key], dict) and key != "overrides"
-            result[key] = _changed(value, usual[key]) if section else value
+            result[key] = changed(value, usual[key]) if section else value
     return result
 
 

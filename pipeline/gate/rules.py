@@ -113,6 +113,18 @@ def judge(results: Results, config: GateConfig, known: KnownAccuracy | None = No
     return verdicts + _required(results.models, results.config.require)
 
 
+def on_images(name: str, accuracy: Accuracy, versus: VersusFloat, config: GateConfig) -> list[Verdict]:
+    """The rules on images alone, for a network of which there is no file yet.
+
+    Args:
+        name: Of the network.
+        accuracy: On some images.
+        versus: Against the float network on the same ones.
+        config: The limits.
+    """
+    return _limits(name, accuracy, versus, config)
+
+
 def _required(models: Mapping[str, ModelResult], runtimes: Sequence[str]) -> list[Verdict]:
     """An error for each runtime that must be measured and was not."""
     verdicts = []
