@@ -93,6 +93,7 @@ def run(
 @click.option("--no-labels", is_flag=True, help="Class folders are no labels: agreement with the float network judges.")
 @click.option("--classes", type=click.IntRange(min=2), help="Of the network, where no class folders say it.")
 @click.option("--bits", default="8,8", metavar="W,A", help="Of weights and activations. Default: 8,8.")
+@click.option("--advise", "advised", is_flag=True, help="Try steps beyond calibration until one keeps to --max-drop.")
 @click.option("--max-drop", type=click.FloatRange(min=0), help="Points that may be lost; judges, like `crqat gate`.")
 @click.option("--mean", help="Of each channel, in units of 0..1, such as 0.485,0.456,0.406.")
 @click.option("--std", help="Likewise.")
@@ -110,6 +111,7 @@ def quantize(
     no_labels: bool,
     classes: int | None,
     bits: str,
+    advised: bool,
     max_drop: float | None,
     mean: str | None,
     std: str | None,
@@ -144,12 +146,25 @@ def quantize(
     }
     out = out or Path("runs") / command.run_name(model, widths)
     request = command.Request(
-        model, images, test, weights, not no_labels, classes, (widths[0], widths[1]), max_drop, seed, preprocessing, out
+        model,
+        images,
+        test,
+        weights,
+        not no_labels,
+        classes,
+        (widths[0], widths[1]),
+        advised,
+        max_drop,
+        seed,
+        preprocessing,
+        out,
     )
     with lock.hold(out):
         with console.show_progress() as progress:
             recipe = command.write_recipe(request, progress)
         config, runs = load(recipe, ()), out.parent
+        if advised:
+            return _advise(config, runs, None, every=False, trains=False)
         trained = _trained(config, runs, force)
         for stage in ("export", "benchmark"):
             _run_stage(stage, config, runs, force)
@@ -172,15 +187,18 @@ def advise(recipe: Path, overrides: tuple[str, ...], runs: Path, judge: Path | N
     The same command goes on where it was interrupted. Exit code 1 if no
     step passes, else the gate's.
     """  # noqa: D301 - click's mark for lines that stay as they are
+    return _advise(load(recipe, overrides), runs, judge, every=every)
+
+
+def _advise(config: Recipe, runs: Path, judge: Path | None, **further: bool) -> int:
     from crqat.pipeline import console
     from crqat.pipeline.commands import advise as command
     from crqat.pipeline.stages import lock
 
-    config = load(recipe, overrides)
     out = runs / f"{config.name}-advise"
     with lock.hold(out):
         with failures.explained("advise", out), console.show_progress() as progress:
-            ladder = command.Ladder(config, runs, judge, progress, every)
+            ladder = command.Ladder(config, runs, judge, progress, **further)
             advice = ladder.climb()
             command.write(ladder, advice, out)
         command.show(advice, out)

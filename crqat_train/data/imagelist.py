@@ -19,6 +19,7 @@ class ImageList:
         classes: Names, in the order of the logits.
         train: Path to class, an index into `classes`; relative to `data.root`, or absolute.
         test: Likewise.
+        judging: Likewise: what `crqat advise` judges on, seen by nothing else; {} if nothing is advised on.
         labels_of: What gave the classes if it was no person, such as a network's name; "" if they are labels.
     """
 
@@ -26,6 +27,7 @@ class ImageList:
     train: dict[str, int]
     test: dict[str, int]
     labels_of: str = ""
+    judging: dict[str, int] = field(default_factory=dict)
     schema_version: int = field(default=1)
 
 
@@ -37,8 +39,8 @@ def read(path: Path) -> ImageList:
         ToolError: It cannot be read.
     """
     found = typed_json.read(ImageList, path, "write it again by `crqat quantize`")
-    for part, files in (("train", found.train), ("test", found.test)):
-        if not files:
+    for part, files in (("train", found.train), ("test", found.test), ("judging", found.judging)):
+        if not files and part != "judging":
             msg = f"{path}: {part}: lists no images"
             raise UsageError(msg)
         wrong = next((name for name, label in files.items() if not 0 <= label < len(found.classes)), None)
@@ -66,5 +68,5 @@ def outside(path: Path) -> list[Path]:
         ToolError: As `read`.
     """
     listed = read(path)
-    absolute = [name for name in (*listed.train, *listed.test) if Path(name).is_absolute()]
+    absolute = [name for name in (*listed.train, *listed.test, *listed.judging) if Path(name).is_absolute()]
     return [Path(os.path.commonpath([str(Path(name).parent) for name in absolute]))] if absolute else []

@@ -21,7 +21,7 @@ from crqat.train.data import builtin, imagelist
 from crqat.train.data.batches import Images
 from crqat.train.data.dataset import Dataset, doubts, validate
 from crqat.train.data.huggingface import TableImages, fetch, open_saved
-from crqat.train.data.imagefolder import FolderImages, duplicates, list_folder, list_images
+from crqat.train.data.imagefolder import FolderImages, ImageFile, duplicates, list_folder, list_images
 from crqat.train.data.streaming import StoredImages, decode
 from crqat.train.data.webdataset import ShardImages, list_shards
 from crqat.train.own_code import call_function, import_function
@@ -224,16 +224,37 @@ def labeled_folder(
         some = ", ".join(dataset.class_names[:3])
         msg = f"{key}: {folder} has {strange}, which is no folder of a class of the recipe's data ({some}, ...)"
         raise UsageError(msg)
-    own, channels = dataset.preprocessing, dataset.train_images.shape[1]
-    size, crop = own.size or int(dataset.train_images.shape[2]), own.crop or int(dataset.train_images.shape[2])
-    images = FolderImages(files, size, crop, config.convert, channels=channels)
-    images = replace(images, interpolation=own.interpolation or "bilinear")
-    decoded = decode(images, "judging images", progress)
+    decoded = _like(dataset, files, config, progress)
     if decoded.shape[1:] != dataset.train_images.shape[1:]:
         shapes = f"{list(decoded.shape[1:])}, and the recipe's images {list(dataset.train_images.shape[1:])}"
         msg = f"{key}: the images of {folder} are {shapes} each; set data.size and data.crop"
         raise UsageError(msg)
     return decoded, torch.tensor([known[name] for name in names], dtype=torch.int64)
+
+
+def listed_for_judging(dataset: Dataset, config: DataConfig, progress: Progress) -> tuple[Images, Tensor] | None:
+    """The images of an image list that judge, and their labels; None if the recipe's data name none.
+
+    Raises:
+        UsageError: As `load`.
+        ToolError: As `load`.
+    """
+    if config.image_list is None or config.root is None:
+        return None
+    found = imagelist.read(user_path(config.image_list, "data.image_list"))
+    files = imagelist.files_of(user_path(config.root, "data.root"), found.judging)
+    return (_like(dataset, files, config, progress), _labels(files)) if files else None
+
+
+def _like(dataset: Dataset, files: Sequence[ImageFile], config: DataConfig, progress: Progress) -> Images:
+    """Images in files, prepared as those of a data set are."""
+    own, (channels, height, _) = dataset.preprocessing, dataset.train_images.shape[1:]
+    images = FolderImages(tuple(files), own.size or height, own.crop or height, config.convert, channels=channels)
+    return decode(replace(images, interpolation=own.interpolation), "judging images", progress)
+
+
+def _labels(files: Sequence[ImageFile]) -> Tensor:
+    return torch.tensor([file.label for file in files], dtype=torch.int64)
 
 
 def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dataset:

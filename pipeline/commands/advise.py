@@ -51,9 +51,11 @@ class Ladder:
     Attributes:
         config: The recipe that is to be advised on.
         runs: The directory of all runs; each step's lies there under the recipe's name and the step's.
-        judge: A folder of class folders whose images judge; None holds a part of the training images back.
+        judge: A folder of class folders whose images judge; None takes those that the recipe's image list names for it,
+            or holds a part of the training images back.
         progress: Told of what the steps do.
         every: Whether all steps are run although one passes.
+        trains: Whether steps may train.
     """
 
     config: recipe.Recipe
@@ -61,10 +63,11 @@ class Ladder:
     judge: Path | None
     progress: Progress
     every: bool = False
+    trains: bool = True
 
     def __post_init__(self) -> None:
         data = self.config.data
-        if self.judge is None and data.judging is None:
+        if self.judge is None and data.judging is None and data.image_list is None:
             data = replace(data, judging=HELD_BACK)
         # No step but the last may train, and each is what its name says and nothing else.
         self._base = replace(
@@ -115,6 +118,8 @@ class Ladder:
         yield "adaptive-rounding", replace(best, ptq=replace(best.ptq, adaround=True, bias_correction=True))
         best = self._best()
         yield "wider-layers", replace(best, quantization=self._wider(best))
+        if not self.trains:
+            return
         best = self._best()
         if self.config.quantization.overrides != best.quantization.overrides:
             best = replace(best, quantization=replace(best.quantization, overrides=self.config.quantization.overrides))
@@ -211,7 +216,10 @@ class Ladder:
         config = self._base
         dataset = sources.of_recipe(published.data_section(recipe.train_config(config)), self.progress)
         self._preprocessing, self._classes = dataset.preprocessing, len(dataset.class_names)
-        if self.judge is None:
+        listed = sources.listed_for_judging(dataset, config.data, self.progress)
+        if self.judge is None and listed is not None:
+            self._images, labels = listed
+        elif self.judge is None:
             held = split_of(dataset.train_labels, config.data, config.seed).judging
             self._images, labels = subset(dataset.train_images, held), dataset.train_labels[held]
         else:
@@ -225,11 +233,13 @@ class Ladder:
         return found
 
     def _source(self) -> str:
-        return f"{self.judge}" if self.judge is not None else "a part of the training images, held back"
+        if self.judge is not None:
+            return str(self.judge)
+        return "listed for it" if self._base.data.judging is None else "a part of the training images, held back"
 
     def _understated(self) -> str:
         """Whether the float network may have been trained on the images that judge."""
-        if self.judge is not None or self.config.model.weights is None:
+        if self._base.data.judging is None or self.config.model.weights is None:
             return ""
         return (
             "the float network was trained elsewhere and may have seen these images: the drop may be understated; name "

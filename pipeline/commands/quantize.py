@@ -39,6 +39,7 @@ class Request:
         classes: Logits of the network where no class folders say it; None is 1,000 for published weights, and what an
             ONNX file has.
         bits: Of weights and of activations.
+        advise: Whether half of the images that judge choose between ways to quantize; the others judge the chosen one.
         max_drop: Percentage points that may be lost; None judges nothing.
         seed: Of the split.
         preprocessing: `mean`, `std`, `size`, `crop` and `interpolation` of a recipe's `data` section, as far as given.
@@ -52,6 +53,7 @@ class Request:
     labels: bool
     classes: int | None
     bits: tuple[int, int]
+    advise: bool
     max_drop: float | None
     seed: int
     preprocessing: dict[str, Any]
@@ -68,6 +70,9 @@ def write_recipe(request: Request, progress: Progress) -> Path:
         UsageError: Images, weights or preprocessing are missing or do not fit; the message names the option.
         ToolError: A file cannot be read or written, or published weights cannot be fetched.
     """
+    if request.advise and request.max_drop is None:
+        msg = "--advise: looks for the cheapest way that passes; say what passes by --max-drop POINTS"
+        raise UsageError(msg)
     name = _full_name(request.model)
     imported = _imported(name)
     weights = None if imported is not None and request.weights is None else _weights(name, request)
@@ -117,7 +122,10 @@ def write_recipe(request: Request, progress: Progress) -> Path:
         count = request.classes or (_classes(name, weights) if imported is None else imported.classes)
         names, labels_of = tuple(f"class {index}" for index in range(count)), name
         calibrating, test = _answers(recipe, request, names, calibrating, test, progress)
-    _write(request.out, recipe, names, calibrating, test, labels_of)
+    choosing: dict[str, int] = {}
+    if request.advise:
+        choosing, test = _halves(request, test)
+    _write(request.out, recipe, names, calibrating, test, labels_of, choosing)
     return request.out / "recipe.yaml"
 
 
@@ -249,6 +257,18 @@ def _split(
     return calibrating, {str(root / path): label for path, label in judging.items()}
 
 
+def _halves(request: Request, images: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
+    """What chooses and what judges the choice, drawn by the seed."""
+    import torch
+
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(request.seed + 1)).tolist()
+    chosen, paths = set(order[: len(images) // 2]), list(images)
+    halves: tuple[dict[str, int], dict[str, int]] = ({}, {})
+    for index, path in enumerate(paths):
+        halves[index not in chosen][path] = images[path]
+    return halves
+
+
 def _classes(name: str, weights: str | None) -> int:
     if weights == "pretrained":
         return _IMAGENET
@@ -298,12 +318,13 @@ def _write(
     calibrating: dict[str, int],
     test: dict[str, int],
     labels_of: str,
+    judging: dict[str, int] | None = None,
 ) -> None:
     from crqat.train.data.imagelist import ImageList
 
     try:
         out.mkdir(parents=True, exist_ok=True)
-        listed = ImageList(list(names), calibrating, test, labels_of)
+        listed = ImageList(list(names), calibrating, test, labels_of, judging or {})
         for file, content in (("images.json", text(listed)), ("recipe.yaml", yaml.safe_dump(recipe, sort_keys=False))):
             partial = out / f".{file}.partial"
             partial.write_text(content + "\n")

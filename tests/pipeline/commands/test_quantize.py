@@ -105,6 +105,24 @@ def test_class_folders_become_verified_files_a_report_and_the_recipe(digits: Pat
     assert not any(rule["rule"] == "accuracy_drop" for rule in judged["rules"])
 
 
+def test_advice_needs_no_labels_and_no_recipe(digits: Path, tmp_path: Path) -> None:
+    """Half of the images choose, the others judge what was chosen; nothing trains on the hundred that calibrate."""
+    arguments = ("--images", str(digits / "images"), "--bits", "3,8", "--advise")
+    missing = quantize(digits, tmp_path, *arguments)
+    assert str(missing.exception).startswith("--advise: looks for the cheapest way that passes; say what passes by")
+    result = quantize(digits, tmp_path, *arguments, "--max-drop", "12")
+    assert result.exception is None, result.output
+    listed = json.loads((tmp_path / "runs" / "digits" / "images.json").read_text())
+    parts = [listed[part] for part in ("train", "judging", "test")]
+    assert [len(part) for part in parts] == [100, 100, 100]
+    assert len(set().union(*parts)) == 300
+    advice = json.loads((tmp_path / "runs" / "digits-advise" / "advice.json").read_text())
+    assert advice["images"] == 100
+    assert advice["chosen"] in [step["name"] for step in advice["steps"]]
+    assert advice["understated"] == ""
+    assert "over 100 test images, allowed 12" in result.output
+
+
 def test_without_labels_the_float_networks_answers_judge(digits: Path, tmp_path: Path) -> None:
     missing = quantize(digits, tmp_path, "--images", str(digits / "flat"))
     assert str(missing.exception).startswith("--classes: how many classes has known_network:network?")
