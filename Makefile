@@ -25,7 +25,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadsc
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test test-all test-arm lint models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq
+.PHONY: help install train export benchmark gate test test-all test-arm lint models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq bench-rounding
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -79,6 +79,9 @@ bench-export: $(INSTALLED) ## the peers' own ways to a quantized ONNX file and o
 
 bench-ptq: $(INSTALLED) ## seconds and memory from a float network to INT8 files: ours by step, and the peers that are installed
 	$(VENV)/bin/python -m bench.calibration_time $(ARGS)
+
+bench-rounding: $(INSTALLED) ## accuracy of few bits without training, ours and AIMET's; ARGS="WEIGHTS --cifar10 DIR" of a CIFAR-10 ResNet-20
+	$(VENV)/bin/python -m bench.rounding $(ARGS)
 
 models: $(INSTALLED) ## write docs/models.md, goes on where it was stopped; ARGS="timm/resnet18 --cifar10 DIR --engines" for some networks and real images
 	$(CRQAT) models --size 64 --no-engines --resume $(ARGS) --out docs/models.md
