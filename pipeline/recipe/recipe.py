@@ -341,8 +341,10 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def completed(key: str, recorded: Any) -> Any:
-    """A part of a recipe as `resolved` gave it when the part had fewer keys: those it lacks are their defaults."""
+    """A part of a recipe as `resolved` gave it when the part had fewer keys, or was not there: defaults fill it up."""
     kind = SECTIONS.get(key)
+    if recorded is None and key in {item.name for item in fields(Recipe) if item.default_factory is not MISSING}:
+        recorded = {}
     if kind is None or not isinstance(recorded, dict):
         return recorded
     defaults = {item.name: item.default for item in fields(kind) if item.default is not MISSING}

@@ -15,7 +15,7 @@ import pytest
 
 from bench import kill_and_resume
 from crqat.pipeline import cli
-from crqat.train.quantized_model import QuantizedModel
+from crqat.train.quantizers import calibration
 from tests.needs import missing
 
 pytestmark = pytest.mark.slow
@@ -202,7 +202,7 @@ def test_between_two_phases_a_signal_ends_with_how_to_go_on_and_nothing_is_lost(
     monkeypatch.syspath_prepend(folder)
     monkeypatch.setattr(sys, "argv", ["crqat", "train", "recipe.yaml", "--unchecked", "--set", "qat.epochs=1"])
     with monkeypatch.context() as patch:
-        patch.setattr(QuantizedModel, "calibrate", lambda *_: os.kill(os.getpid(), number))
+        patch.setattr(calibration, "calibrate", lambda *_: os.kill(os.getpid(), number))
         with pytest.raises(SystemExit) as ended:
             cli.main()
     assert ended.value.code == code

@@ -137,6 +137,8 @@ def test_without_labels_the_float_networks_answers_judge(digits: Path, tmp_path:
     assert versus["drop_points"] == pytest.approx(100 * (1 - versus["agreement"]))
     listed = json.loads((run / "images.json").read_text())
     assert listed["labels_of"] == "known_network:network"
+    head, _, _ = (run / "benchmark" / "report.html").read_text().partition("<h2>")
+    assert "Nobody labeled these images: the labels are the answers of known_network:network" in head
     assert (len(listed["train"]), len(listed["test"])) == (100, 300)
     # Mostly what is written on the folders, though nobody looked.
     assert sum(NAMES[label] == Path(path).parts[-2] for path, label in listed["test"].items()) > 240
