@@ -14,13 +14,12 @@ import click
 
 from crqat.core import failures
 from crqat.core.errors import CrqatError, InternalError, Told, ToolError, UsageError
-from crqat.pipeline import cli_tools, streams
+from crqat.pipeline import cli_quantize, cli_tools, streams
 from crqat.pipeline.cli_options import board, force_option, load, on_option, recipe_arguments, training_options
+from crqat.pipeline.cli_stages import judge_run, run_stage, show_results, show_warnings, train_stage
 
 if TYPE_CHECKING:
     from crqat.core.results.export import ExportPayload
-    from crqat.core.results.training import TrainingPayload
-    from crqat.core.results.verdict import Verdict
     from crqat.pipeline.recipe.recipe import Recipe
 
 INTERRUPTED, NOBODY_READS = 130, 128 + signal.SIGPIPE
@@ -58,7 +57,7 @@ def crqat() -> None:
     """  # noqa: D301 - click's mark for lines that stay as they are
 
 
-for _command in cli_tools.COMMANDS:
+for _command in (*cli_quantize.COMMANDS, *cli_tools.COMMANDS):
     crqat.add_command(_command)
 
 
@@ -77,137 +76,12 @@ def run(
         raise UsageError(msg)
     config = load(recipe, overrides)
     with lock.hold(runs / config.name):
-        trained = _trained(config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
+        trained = train_stage(config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
         for stage in ("export", "benchmark"):
-            _run_stage(stage, config, runs, force)
-        _show_results(config, runs)
-        _show_warnings(trained)
-        return _judge(config, runs)
-
-
-@crqat.command()
-@click.argument("model")
-@click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of class folders, or of images.")
-@click.option("--test", type=click.Path(path_type=Path), help="Folder whose images judge. Default: a part of --images.")
-@click.option("--weights", help="Checkpoint. Default: those of torchvision, timm or the file.")
-@click.option("--no-labels", is_flag=True, help="Class folders are no labels: agreement with the float network judges.")
-@click.option("--classes", type=click.IntRange(min=2), help="Of the network, where no class folders say it.")
-@click.option("--bits", default="8,8", metavar="W,A", help="Of weights and activations. Default: 8,8.")
-@click.option("--advise", "advised", is_flag=True, help="Try steps beyond calibration until one keeps to --max-drop.")
-@click.option("--max-drop", type=click.FloatRange(min=0), help="Points that may be lost; judges, like `crqat gate`.")
-@click.option("--mean", help="Of each channel, in units of 0..1, such as 0.485,0.456,0.406.")
-@click.option("--std", help="Likewise.")
-@click.option("--size", type=click.IntRange(min=1), help="Pixels of the shorter side after resizing.")
-@click.option("--crop", type=click.IntRange(min=1), help="Pixels of the square out of the center.")
-@click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "lanczos", "nearest"]))
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split. Default: 0.")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: runs/MODEL-wWaA.")
-@force_option
-def quantize(
-    model: str,
-    images: Path,
-    test: Path | None,
-    weights: str | None,
-    no_labels: bool,
-    classes: int | None,
-    bits: str,
-    advised: bool,
-    max_drop: float | None,
-    mean: str | None,
-    std: str | None,
-    size: int | None,
-    crop: int | None,
-    interpolation: str | None,
-    seed: int,
-    out: Path | None,
-    force: bool,
-) -> int:
-    """Quantize MODEL by calibration alone, from a folder of images, to verified files.
-
-    \b
-    MODEL is a name of torchvision or timm, module:function with
-    --weights, or a float ONNX file. The recipe that was used lies beside the results.
-    Without --max-drop nothing is judged, and the exit code is 0.
-    """  # noqa: D301 - click's mark for lines that stay as they are
-    from crqat.pipeline import console
-    from crqat.pipeline.commands import quantize as command
-    from crqat.pipeline.stages import lock
-
-    widths = command.numbers(bits, "--bits", int)
-    if len(widths) != 2:
-        msg = f"--bits: {bits} is no pair; write weights and activations, such as 8,8"
-        raise UsageError(msg)
-    preprocessing = {
-        "mean": None if mean is None else command.numbers(mean, "--mean", float),
-        "std": None if std is None else command.numbers(std, "--std", float),
-        "size": size,
-        "crop": crop,
-        "interpolation": interpolation,
-    }
-    out = out or Path("runs") / command.run_name(model, widths)
-    request = command.Request(
-        model,
-        images,
-        test,
-        weights,
-        not no_labels,
-        classes,
-        (widths[0], widths[1]),
-        advised,
-        max_drop,
-        seed,
-        preprocessing,
-        out,
-    )
-    with lock.hold(out):
-        with console.show_progress() as progress:
-            recipe = command.write_recipe(request, progress)
-        config, runs = load(recipe, ()), out.parent
-        if advised:
-            return _advise(config, runs, None, every=False, trains=False)
-        trained = _trained(config, runs, force)
-        for stage in ("export", "benchmark"):
-            _run_stage(stage, config, runs, force)
-        _show_results(config, runs)
-        _show_warnings(trained)
-        click.echo(f"recipe: {recipe}")
-        return 0 if max_drop is None else _judge(config, runs)
-
-
-@crqat.command()
-@recipe_arguments
-@click.option("--judge", type=click.Path(path_type=Path), help="Class folders that judge. Default: held-back images.")
-@click.option("--all", "every", is_flag=True, help="Run all steps, also behind the first one that passes.")
-def advise(recipe: Path, overrides: tuple[str, ...], runs: Path, judge: Path | None, every: bool) -> int:
-    """Find the cheapest step that passes the gate, from calibration to QAT, and measure it on the test images.
-
-    \b
-    Each step is judged on images that neither it nor the float training
-    has seen; the test images are looked at once, for the chosen one.
-    The same command goes on where it was interrupted. Exit code 1 if no
-    step passes, else the gate's.
-    """  # noqa: D301 - click's mark for lines that stay as they are
-    return _advise(load(recipe, overrides), runs, judge, every=every)
-
-
-def _advise(config: Recipe, runs: Path, judge: Path | None, **further: bool) -> int:
-    from crqat.pipeline import console
-    from crqat.pipeline.commands import advise as command
-    from crqat.pipeline.stages import lock
-
-    out = runs / f"{config.name}-advise"
-    with lock.hold(out):
-        with failures.explained("advise", out), console.show_progress() as progress:
-            ladder = command.Ladder(config, runs, judge, progress, **further)
-            advice = ladder.climb()
-            command.write(ladder, advice, out)
-        command.show(advice, out)
-        chosen = ladder.configs[advice.chosen]
-        for stage in ("export", "benchmark"):
-            _run_stage(stage, chosen, runs, False)
-        _show_results(chosen, runs)
-        code = _judge(chosen, runs)
-        return code if advice.passed else 1
+            run_stage(stage, config, runs, force)
+        show_results(config, runs)
+        show_warnings(trained)
+        return judge_run(config, runs)
 
 
 @crqat.command()
@@ -247,7 +121,7 @@ def train(
     if launch.several():
         payload = launch.train(config, runs, force, restart, save_every, unchecked)
     else:
-        payload = _trained(config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
+        payload = train_stage(config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
     if payload is None:  # another process of the training tells it
         return 0
     click.echo(f"trained on {payload.device}; fused: {payload.compiled}; {payload.seconds} s")
@@ -257,7 +131,7 @@ def train(
     click.echo(f"  float: {100 * payload.float_network.validation_accuracy:.2f} %")
     for name, candidate in payload.candidates.items():
         click.echo(f"  {name}: {100 * candidate.validation_accuracy:.2f} %")
-    _show_warnings(payload)
+    show_warnings(payload)
     return 0
 
 
@@ -277,7 +151,7 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, un
     from crqat.core.targets import builds_engine
 
     config = load(recipe, overrides)
-    directory = _run_stage("export", config, runs, force, **({"unsafe": True} if unsafe else {}))
+    directory = run_stage("export", config, runs, force, **({"unsafe": True} if unsafe else {}))
     payload: ExportPayload = run_directory.payload_of(
         results.ExportPayload, directory, run_directory.read_manifest(directory)
     )
@@ -321,8 +195,8 @@ def benchmark(
         if clean or ssh_config is not None or python != "python3":
             msg = "--python, --ssh-config and --clean are of a board; name it with --on ssh://HOST"
             raise UsageError(msg)
-        _run_stage("benchmark", config, runs, force)
-        _show_results(config, runs)
+        run_stage("benchmark", config, runs, force)
+        show_results(config, runs)
         return
     from crqat.pipeline import console
     from crqat.pipeline.stages import lock
@@ -332,7 +206,7 @@ def benchmark(
     run = runs / config.name
     with failures.explained("benchmark", run), lock.hold(run), console.show_progress() as progress:
         stages.benchmark_on(target, config, runs, force, progress, clean)
-    _show_results(config, runs, stages.device_stage(target))
+    show_results(config, runs, stages.device_stage(target))
 
 
 @crqat.command()
@@ -364,8 +238,8 @@ def gate(
         raise UsageError(msg)
     config = load(recipe, overrides)
     if results is not None:
-        return _judge(config, runs, stages.carried(config, runs, results), baseline)
-    return _judge(config, runs, stages.device_stage(board(address) if address else None), baseline)
+        return judge_run(config, runs, stages.carried(config, runs, results), baseline)
+    return judge_run(config, runs, stages.device_stage(board(address) if address else None), baseline)
 
 
 @crqat.command()
@@ -415,7 +289,7 @@ def sensitivity(
         raise UsageError(msg)
     from crqat.pipeline.commands import mixed_precision as proposal
 
-    _run_stage("sensitivity", config, runs, force, average_bits=average_bits or 5.0, images=images or 128)
+    run_stage("sensitivity", config, runs, force, average_bits=average_bits or 5.0, images=images or 128)
     proposal.show(runs / config.name / "sensitivity")
 
 
@@ -432,58 +306,13 @@ def _perturb(config: Recipe, runs: Path, force: bool, others: tuple[Path, ...], 
         if _validation(found) != _validation(config):
             click.echo(f"warning: {other}: of another data.source, data.validation or seed: its images are others")
         asked.append((replace(found, name=path.name), path.parent))  # the directory may have another name by now
-    directories = [_run_stage("perturbation", found, where, force, **further) for found, where in asked]
+    directories = [run_stage("perturbation", found, where, force, **further) for found, where in asked]
     perturbation.show(directories)
 
 
 def _validation(config: Recipe) -> tuple[object, ...]:
     """What the choice of the validation images depends on."""
     return config.data.source, config.data.root, config.data.validation, config.seed
-
-
-def _run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> Path:
-    from crqat.pipeline import console
-    from crqat.pipeline.stages import lock
-    from crqat.pipeline.stages import run as stages
-
-    run = runs / config.name
-    with failures.explained(stage, run), lock.hold(run), console.show_progress() as progress:
-        directory: Path = getattr(stages, stage)(config, runs, force, progress, **further)
-    return directory
-
-
-def _trained(config: Recipe, runs: Path, force: bool, **further: Any) -> TrainingPayload:
-    from crqat.core.results.training import TrainingPayload
-    from crqat.core.run_directory import payload_of, read_manifest
-
-    directory = _run_stage("train", config, runs, force, **further)
-    return payload_of(TrainingPayload, directory, read_manifest(directory))
-
-
-def _show_warnings(trained: TrainingPayload) -> None:
-    for warning in trained.warnings:
-        click.echo(f"warning: {warning}")
-
-
-def _show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
-    from crqat.core.results.benchmark import read_results
-    from crqat.pipeline.report import tables as results
-    from crqat.pipeline.stages import run as stages
-
-    path = runs / config.name / stage / stages.RESULTS
-    with failures.explained("benchmark", runs / config.name):
-        results.show(read_results(path), path.parent)
-
-
-def _judge(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:
-    from crqat.pipeline.gate import rules
-    from crqat.pipeline.report import tables as results
-    from crqat.pipeline.stages import run as stages
-
-    with failures.explained("gate", runs / config.name):
-        verdicts: list[Verdict] = stages.gate(config, runs, stage, baseline)
-    results.show_verdicts(verdicts)
-    return rules.exit_code(verdicts)
 
 
 def main() -> None:

@@ -90,6 +90,8 @@ ELSEWHERE: dict[str, str] = {
     "runtime_eval/runners/__init__.py": "tests/runtime_eval/test_benchmark.py",
     "runtime_eval/trt/builder.py": "tests/runtime_eval/trt/test_engine.py",
     "pipeline/cli_options.py": "tests/pipeline/test_cli.py",
+    "pipeline/cli_quantize.py": "tests/pipeline/commands/test_quantize.py",
+    "pipeline/cli_stages.py": "tests/pipeline/test_cli.py",
     "pipeline/cli_tools.py": "tests/pipeline/test_cli.py",
     "pipeline/commands/model_survey_worker.py": "tests/pipeline/commands/test_model_survey.py",
     "pipeline/commands/nncf.py": "tests/test_nncf_docs.py",

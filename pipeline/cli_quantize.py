@@ -1,0 +1,144 @@
+"""The commands without training, or with as little as will do: `quantize` and `advise`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from crqat.core import failures
+from crqat.core.errors import UsageError
+from crqat.pipeline.cli_options import force_option, load, recipe_arguments
+from crqat.pipeline.cli_stages import judge_run, run_stage, show_results, show_warnings, train_stage
+
+if TYPE_CHECKING:
+    from crqat.pipeline.recipe.recipe import Recipe
+
+
+@click.command()
+@click.argument("model")
+@click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of class folders, or of images.")
+@click.option("--test", type=click.Path(path_type=Path), help="Folder whose images judge. Default: a part of --images.")
+@click.option("--weights", help="Checkpoint. Default: those of torchvision, timm or the file.")
+@click.option("--no-labels", is_flag=True, help="Class folders are no labels: agreement with the float network judges.")
+@click.option("--classes", type=click.IntRange(min=2), help="Of the network, where no class folders say it.")
+@click.option("--bits", default="8,8", metavar="W,A", help="Of weights and activations. Default: 8,8.")
+@click.option("--advise", "advised", is_flag=True, help="Try steps beyond calibration until one keeps to --max-drop.")
+@click.option("--max-drop", type=click.FloatRange(min=0), help="Points that may be lost; judges, like `crqat gate`.")
+@click.option("--mean", help="Of each channel, in units of 0..1, such as 0.485,0.456,0.406.")
+@click.option("--std", help="Likewise.")
+@click.option("--size", type=click.IntRange(min=1), help="Pixels of the shorter side after resizing.")
+@click.option("--crop", type=click.IntRange(min=1), help="Pixels of the square out of the center.")
+@click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "lanczos", "nearest"]))
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split. Default: 0.")
+@click.option("--out", type=click.Path(path_type=Path), help="Default: runs/MODEL-wWaA.")
+@force_option
+def quantize(
+    model: str,
+    images: Path,
+    test: Path | None,
+    weights: str | None,
+    no_labels: bool,
+    classes: int | None,
+    bits: str,
+    advised: bool,
+    max_drop: float | None,
+    mean: str | None,
+    std: str | None,
+    size: int | None,
+    crop: int | None,
+    interpolation: str | None,
+    seed: int,
+    out: Path | None,
+    force: bool,
+) -> int:
+    """Quantize MODEL by calibration alone, from a folder of images, to verified files.
+
+    \b
+    MODEL is a name of torchvision or timm, module:function with
+    --weights, or a float ONNX file. The recipe that was used lies beside the results.
+    Without --max-drop nothing is judged, and the exit code is 0.
+    """  # noqa: D301 - click's mark for lines that stay as they are
+    from crqat.pipeline import console
+    from crqat.pipeline.commands import quantize as command
+    from crqat.pipeline.stages import lock
+
+    widths = command.numbers(bits, "--bits", int)
+    if len(widths) != 2:
+        msg = f"--bits: {bits} is no pair; write weights and activations, such as 8,8"
+        raise UsageError(msg)
+    preprocessing = {
+        "mean": None if mean is None else command.numbers(mean, "--mean", float),
+        "std": None if std is None else command.numbers(std, "--std", float),
+        "size": size,
+        "crop": crop,
+        "interpolation": interpolation,
+    }
+    out = out or Path("runs") / command.run_name(model, widths)
+    request = command.Request(
+        model,
+        images,
+        test,
+        weights,
+        not no_labels,
+        classes,
+        (widths[0], widths[1]),
+        advised,
+        max_drop,
+        seed,
+        preprocessing,
+        out,
+    )
+    with lock.hold(out):
+        with console.show_progress() as progress:
+            recipe = command.write_recipe(request, progress)
+        config, runs = load(recipe, ()), out.parent
+        if advised:
+            return _advise(config, runs, None, every=False, trains=False)
+        trained = train_stage(config, runs, force)
+        for stage in ("export", "benchmark"):
+            run_stage(stage, config, runs, force)
+        show_results(config, runs)
+        show_warnings(trained)
+        click.echo(f"recipe: {recipe}")
+        return 0 if max_drop is None else judge_run(config, runs)
+
+
+@click.command()
+@recipe_arguments
+@click.option("--judge", type=click.Path(path_type=Path), help="Class folders that judge. Default: held-back images.")
+@click.option("--all", "every", is_flag=True, help="Run all steps, also behind the first one that passes.")
+def advise(recipe: Path, overrides: tuple[str, ...], runs: Path, judge: Path | None, every: bool) -> int:
+    """Find the cheapest step that passes the gate, from calibration to QAT, and measure it on the test images.
+
+    \b
+    Each step is judged on images that neither it nor the float training
+    has seen; the test images are looked at once, for the chosen one.
+    The same command goes on where it was interrupted. Exit code 1 if no
+    step passes, else the gate's.
+    """  # noqa: D301 - click's mark for lines that stay as they are
+    return _advise(load(recipe, overrides), runs, judge, every=every)
+
+
+def _advise(config: Recipe, runs: Path, judge: Path | None, **further: bool) -> int:
+    from crqat.pipeline import console
+    from crqat.pipeline.commands import advise as command
+    from crqat.pipeline.stages import lock
+
+    out = runs / f"{config.name}-advise"
+    with lock.hold(out):
+        with failures.explained("advise", out), console.show_progress() as progress:
+            ladder = command.Ladder(config, runs, judge, progress, **further)
+            advice = ladder.climb()
+            command.write(ladder, advice, out)
+        command.show(advice, out)
+        chosen = ladder.configs[advice.chosen]
+        for stage in ("export", "benchmark"):
+            run_stage(stage, chosen, runs, False)
+        show_results(chosen, runs)
+        code = judge_run(chosen, runs)
+        return code if advice.passed else 1
+
+
+COMMANDS = (quantize, advise)

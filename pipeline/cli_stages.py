@@ -1,0 +1,65 @@
+"""What the commands of single stages and those of several share: run a stage, show what it found, judge it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from crqat.core import failures
+
+if TYPE_CHECKING:
+    from crqat.core.results.training import TrainingPayload
+    from crqat.core.results.verdict import Verdict
+    from crqat.pipeline.recipe.recipe import Recipe
+
+
+def run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> Path:
+    """Run one stage of a recipe, unless it is up to date, and give its directory."""
+    from crqat.pipeline import console
+    from crqat.pipeline.stages import lock
+    from crqat.pipeline.stages import run as stages
+
+    run = runs / config.name
+    with failures.explained(stage, run), lock.hold(run), console.show_progress() as progress:
+        directory: Path = getattr(stages, stage)(config, runs, force, progress, **further)
+    return directory
+
+
+def train_stage(config: Recipe, runs: Path, force: bool, **further: Any) -> TrainingPayload:
+    """Run the `train` stage, and give what its manifest says."""
+    from crqat.core.results.training import TrainingPayload
+    from crqat.core.run_directory import payload_of, read_manifest
+
+    directory = run_stage("train", config, runs, force, **further)
+    return payload_of(TrainingPayload, directory, read_manifest(directory))
+
+
+def show_warnings(trained: TrainingPayload) -> None:
+    """The warnings of a training, on stdout."""
+    for warning in trained.warnings:
+        click.echo(f"warning: {warning}")
+
+
+def show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
+    """A benchmark's table, on stdout."""
+    from crqat.core.results.benchmark import read_results
+    from crqat.pipeline.report import tables as results
+    from crqat.pipeline.stages import run as stages
+
+    path = runs / config.name / stage / stages.RESULTS
+    with failures.explained("benchmark", runs / config.name):
+        results.show(read_results(path), path.parent)
+
+
+def judge_run(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:
+    """Judge a benchmark's results, show each rule's verdict, and give the exit code."""
+    from crqat.pipeline.gate import rules
+    from crqat.pipeline.report import tables as results
+    from crqat.pipeline.stages import run as stages
+
+    with failures.explained("gate", runs / config.name):
+        verdicts: list[Verdict] = stages.gate(config, runs, stage, baseline)
+    results.show_verdicts(verdicts)
+    return rules.exit_code(verdicts)
