@@ -23,6 +23,11 @@ def source_kind(source: str | None) -> str | None:
     return "huggingface" if source is not None and source.startswith("huggingface:") else source
 
 
+def is_onnx_file(model_name: str) -> bool:
+    """Whether `model.name` is the path of an ONNX file, which has the network and its weights."""
+    return model_name.lower().endswith(".onnx")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where the images come from and how they are augmented.
@@ -91,10 +96,10 @@ class ModelConfig:
     Attributes:
         name: "cifar/resnet20" and its kin, "torchvision/NAME", "timm/NAME", or "package.module:function", a function or
             class that is called with `classes` (or `num_classes`) and `channels` (or `in_channels`, `in_chans`), as far
-            as it has such parameters.
+            as it has such parameters; or the path of a float ONNX file, which brings its weights.
         weights: A checkpoint: .safetensors, .pth, .pt, .th, .ckpt, .bin or .pth.tar; "pretrained" takes what
             torchvision or timm publish, and trains on by the `float` section if there is one; None trains the float
-            network by the `float` section.
+            network by the `float` section, or leaves an ONNX file's weights as they are.
         nncf: A folder of `crqat nncf import`: float weights and ranges of a network that stock NNCF has quantized, in
             place of `weights` and of calibration.
         weights_key: Where in `weights` the state dict lies, such as "state_dict_ema"; None takes the only one that
@@ -109,6 +114,11 @@ class ModelConfig:
     nncf: str | None = None
     weights_key: str | None = None
     accuracy: Annotated[float, Range(gt=0, le=1)] | None = None
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether a file brings the float network's weights, so that nothing is drawn and nothing fetched."""
+        return self.weights not in (None, "pretrained") or self.nncf is not None or is_onnx_file(self.name)
 
 
 @dataclass(frozen=True)
@@ -257,6 +267,25 @@ class QuantizationConfig:
 
 
 @dataclass(frozen=True)
+class PTQConfig:
+    """What is done behind calibration, before any training; none of it needs labels.
+
+    Attributes:
+        bias_correction: Move the mean of each output channel back to where the float network has it (arXiv 1906.04721,
+            4.2), by the bias or by the BatchNorm behind the layer.
+        equalization: Bring the ranges of channels between two layers into line where that changes nothing of what the
+            float network computes (cross-layer equalization, 1906.04721, 4.1): with nothing but a ReLU between them.
+        adaround: Round weights so that each layer's outputs come closest to the float network's (AdaRound's problem,
+            2004.10568), instead of each weight to the nearest code.
+    """
+
+    __pydantic_config__: ClassVar[Any] = STRICT
+    bias_correction: bool = False
+    equalization: bool = False
+    adaround: bool = False
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything the `train` stage depends on; `pipeline.recipe.recipe` puts it together from a recipe's sections.
 
@@ -269,6 +298,7 @@ class TrainConfig:
         quantization: Bit widths and methods.
         qat: How the quantized network is trained.
         consistency: The consistency term.
+        ptq: What is done behind calibration.
         device: "auto" takes CUDA where there is one.
         compile: "auto" fuses the training step by torch.compile where a C++ compiler is at hand.
     """
@@ -282,5 +312,6 @@ class TrainConfig:
     quantization: QuantizationConfig
     qat: QATConfig
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    ptq: PTQConfig = field(default_factory=PTQConfig)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "never"] = "auto"

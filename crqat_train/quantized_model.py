@@ -18,10 +18,11 @@ from crqat.core.grid import Grid
 from crqat.core.targets import ALL, Residual
 from crqat.train.arguments import checked
 from crqat.train.checkpoint import read_header, read_tensors, write_tensors
-from crqat.train.config import Override, QuantizationConfig
+from crqat.train.config import Override, PTQConfig, QuantizationConfig
 from crqat.train.graph.operations import NOTES
 from crqat.train.placement.insert import insert_quantizers
 from crqat.train.placement.quantizer_spec import QuantizerSpec
+from crqat.train.ptq import steps as ptq
 from crqat.train.quantizers import Quantizer, calibration, quantizer_maker, quantizer_of, specs_of
 from crqat.train.quantizers import finalize as representable
 
@@ -137,6 +138,9 @@ def quantize(
     activation_method: str = "lsq",
     calibration_method: str = "mse",
     calibration_images: int = CALIBRATION_IMAGES,
+    equalization: bool = False,
+    adaround: bool = False,
+    bias_correction: bool = False,
     targets: Sequence[str] = ("onnxruntime", "tensorrt"),
 ) -> QuantizedModel:
     """Put quantizers into a copy of a float network and set their ranges from images.
@@ -159,6 +163,9 @@ def quantize(
         activation_method: Likewise for activations.
         calibration_method: "mse", "minmax" or "percentile".
         calibration_images: At most this many images are taken from `calibration`.
+        equalization: Bring the ranges of channels between layers into line before; see `PTQConfig`, as for the next.
+        adaround: Round weights so that each layer's outputs come closest, which few bits without training need.
+        bias_correction: Correct the mean of each output channel.
         targets: Names of the runtimes that the network must run on, or one name; see `crqat.targets()`.
 
     Returns:
@@ -207,7 +214,8 @@ def quantize(
     model.meta["quantization"] = asdict(config)
     model.meta["float_weights"] = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
     model.meta["input_shape"] = list(example.shape[1:])
-    model.calibrate(batches, config.calibration)
+    steps = PTQConfig(bias_correction, equalization, adaround)
+    ptq.apply(model, targets, batches, config.calibration, checked(steps))
     return model
 
 

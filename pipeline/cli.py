@@ -89,7 +89,7 @@ def run(
 @click.argument("model")
 @click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of class folders, or of images.")
 @click.option("--test", type=click.Path(path_type=Path), help="Folder whose images judge. Default: a part of --images.")
-@click.option("--weights", help="Checkpoint. Default: what torchvision or timm publish.")
+@click.option("--weights", help="Checkpoint. Default: those of torchvision, timm or the file.")
 @click.option("--no-labels", is_flag=True, help="Class folders are no labels: agreement with the float network judges.")
 @click.option("--classes", type=click.IntRange(min=2), help="Of the network, where no class folders say it.")
 @click.option("--bits", default="8,8", metavar="W,A", help="Of weights and activations. Default: 8,8.")
@@ -123,8 +123,8 @@ def quantize(
     """Quantize MODEL by calibration alone, from a folder of images, to verified files.
 
     \b
-    MODEL is a name of torchvision or timm, or module:function with
-    --weights. The recipe that was used lies beside the results.
+    MODEL is a name of torchvision or timm, module:function with
+    --weights, or a float ONNX file. The recipe that was used lies beside the results.
     Without --max-drop nothing is judged, and the exit code is 0.
     """  # noqa: D301 - click's mark for lines that stay as they are
     from crqat.pipeline import console

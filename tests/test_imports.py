@@ -28,6 +28,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"graph", "models"},
         {"placement"},
         {"quantizers"},
+        {"ptq"},
         {"quantized_model"},
         {"nncf", "load_trained"},
         {"training"},
@@ -41,7 +42,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"config", "machine"}, {"runners", "trt"}, {"measure"}, {"benchmark"}, {"board"}, {"__main__"},
     ],
     "pipeline": [
-        {"streams", "console", "untrusted_onnx", "gate"}, {"recipe", "report"}, {"stages", "cli_options", "measure"},
+        {"streams", "console", "gate"}, {"recipe", "report"}, {"stages", "cli_options", "measure"},
         {"commands", "study"}, {"cli_tools"}, {"cli"},
     ],
 }  # fmt: skip

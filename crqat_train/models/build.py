@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from crqat.core.errors import ToolError, UsageError
-from crqat.train.models import weight_files
+from crqat.core.field_bounds import user_path
+from crqat.train.config import is_onnx_file
+from crqat.train.models import onnx_file, weight_files
 from crqat.train.models.cifar import CIFAR_BLOCKS, CIFAR_STEMS, CifarResNet
 from crqat.train.models.own_network import build_own, check_callable
 
@@ -25,7 +27,9 @@ def check_name(name: str) -> None:
     Raises:
         UsageError: It is not, or cannot.
     """
-    if ":" in name:
+    if is_onnx_file(name):
+        onnx_file.read(user_path(name, "model.name"))
+    elif ":" in name:
         check_callable(name)
     elif name.startswith("timm/"):
         _check_timm(name, pretrained=False)
@@ -36,15 +40,20 @@ def check_name(name: str) -> None:
 def build(name: str, classes: int, channels: int) -> nn.Module:
     """A network with freshly drawn weights (torch's global generator), on the CPU, in training mode.
 
+    That of an ONNX file has the file's weights and is in eval mode.
+
     Args:
         name: "cifar/resnet20", "cifar/resnet56", "cifar/resnet18", "cifar/mobilenet_v2", "torchvision/NAME",
-            "timm/NAME" or "package.module:function", a function or a class; see `network_arguments`.
+            "timm/NAME", "package.module:function", a function or a class (see `network_arguments`), or the path of an
+            ONNX file.
         classes: Number of logits.
         channels: Of the images.
 
     Raises:
         UsageError: The name is unknown, or the network does not take these arguments.
     """
+    if is_onnx_file(name):
+        return onnx_file.build(name, classes, channels)
     if name in CIFAR_BLOCKS:
         return CifarResNet(CIFAR_BLOCKS[name], classes, channels)
     if name in CIFAR_STEMS:

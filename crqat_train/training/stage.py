@@ -20,7 +20,7 @@ from crqat.core.progress import Progress
 from crqat.core.results.training import Candidate, FloatNetwork, TrainingPayload
 from crqat.train import distributed, shares
 from crqat.train.checkpoint import write_tensors
-from crqat.train.config import ConsistencyConfig, OptimizerConfig, QATConfig, TrainConfig
+from crqat.train.config import ConsistencyConfig, OptimizerConfig, QATConfig, TrainConfig, is_onnx_file
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, Feed, Generators, Images, evaluation_batches, subset
 from crqat.train.data.dataset import Dataset
@@ -28,9 +28,10 @@ from crqat.train.data.split import Split, split_of
 from crqat.train.device import channels_last, choose_device, compiler, deterministic
 from crqat.train.graph.explain import check_module
 from crqat.train.models import build as models
-from crqat.train.models import published
+from crqat.train.models import onnx_file, published
 from crqat.train.nncf import checkpoint as nncf_checkpoint
 from crqat.train.nncf import start_from
+from crqat.train.ptq import steps as ptq
 from crqat.train.quantized_model import QuantizedModel, quantize_model
 from crqat.train.quantizers import quantizer_maker
 from crqat.train.quantizers.finalize import check_values
@@ -239,9 +240,10 @@ class _Run:
         else:
             model = models.build(config.model.name, classes, channels)
         check_module(model)
+        compared = self._compared(model)
         # Never slower than the other layout where it was measured, and a third faster for depthwise convolutions.
         model = channels_last(model.to(self.device))
-        source = ""
+        source = compared
         if self.nncf is not None:
             source = f"model.nncf: {config.model.nncf}"
             models.fill(model, self.nncf.weights, source)
@@ -254,6 +256,18 @@ class _Run:
         # A function may have loaded weights of its own.
         check_values(model, source or f"model.name: {config.model.name}")
         return model, bool(source) and not config.float_training.fine_tune
+
+    def _compared(self, model: nn.Module) -> str:
+        """Compare a network of an ONNX file with that file on calibration images; returns the key and the file."""
+        name = self.config.model.name
+        if not is_onnx_file(name):
+            return ""
+        chosen = self.dataset.train_images[self.split.train[: onnx_file.COMPARED]]
+        images = next(evaluation_batches(chosen, self.dataset.preprocessing, onnx_file.COMPARED))
+        said = onnx_file.compare(name, model, images)
+        self.preparation.append(said)
+        self.progress("network", 1, 1, said)
+        return f"model.name: {name}"
 
     def float_model(self, model: nn.Module, trained: bool) -> nn.Module:
         """The float network in eval mode, trained by the recipe's `float` section unless it is already."""
@@ -283,8 +297,9 @@ class _Run:
         for note in student.notes:
             self.progress("layout", 1, 1, f"warning: {note}")
             self.notes.append(note)
-        student.calibrate(batches, config.quantization.calibration)
+        made = ptq.apply(student, config.targets, batches, config.quantization.calibration, config.ptq, self.progress)
         self.progress("calibration", 1, 1, f"{len(student.specs)} quantizers from {len(images)} training images")
+        self.notes.extend(made)
         if self.nncf is not None:
             edges = start_from.summary(start_from.take_ranges(student, self.nncf, config.targets))
             self.notes.append(f"{config.model.nncf}: edges: {edges}")

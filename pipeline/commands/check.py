@@ -116,7 +116,7 @@ def _check_results(path: Path) -> list[str]:
 
 
 def _check_onnx(path: Path) -> list[str]:
-    from crqat.pipeline import untrusted_onnx
+    from crqat.train.models import untrusted_onnx
 
     model = untrusted_onnx.read(path)
     untrusted_onnx.check(path, model)

@@ -16,10 +16,11 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.core.results.engine import BUILT, Builder, Coverage, EngineLayer, EngineReport, Engines, LayerCounts
 from crqat.core.results.export import ExportPayload
 from crqat.core.typed_json import to_json
-from crqat.pipeline import console, untrusted_onnx
+from crqat.pipeline import console
 from crqat.pipeline.console import printable
 from crqat.runtime_eval.trt import engine, plan_layers
 from crqat.runtime_eval.trt import versions as tensorrt_api
+from crqat.train.models import untrusted_onnx
 
 if TYPE_CHECKING:
     import onnx

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
 
@@ -13,7 +13,10 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.core.field_bounds import user_path
 from crqat.core.progress import Progress
 from crqat.core.typed_json import text
-from crqat.train.config import FOLDER_CROP, FOLDER_SIZE
+from crqat.train.config import FOLDER_CROP, FOLDER_SIZE, is_onnx_file
+
+if TYPE_CHECKING:
+    from crqat.train.models.onnx_file import OnnxNetwork
 
 # At most so many images calibrate; half of a folder with fewer than twice as many.
 CALIBRATION = 100
@@ -27,12 +30,14 @@ class Request:
     """What the user asks for.
 
     Attributes:
-        model: As `model.name` of a recipe, or the name alone of a network of torchvision or timm.
+        model: As `model.name` of a recipe, such as a float ONNX file, or the name alone of a network of torchvision or
+            timm.
         images: A folder of class folders, or of images without classes.
         test: A folder of the same kind whose images judge; None splits `images`.
-        weights: A checkpoint; None takes what torchvision or timm publish.
+        weights: A checkpoint; None takes what torchvision or timm publish, or those of an ONNX file.
         labels: Whether class folders are labels.
-        classes: Logits of the network where no class folders say it; None is 1,000 for published weights.
+        classes: Logits of the network where no class folders say it; None is 1,000 for published weights, and what an
+            ONNX file has.
         bits: Of weights and of activations.
         max_drop: Percentage points that may be lost; None judges nothing.
         seed: Of the split.
@@ -64,8 +69,11 @@ def write_recipe(request: Request, progress: Progress) -> Path:
         ToolError: A file cannot be read or written, or published weights cannot be fetched.
     """
     name = _full_name(request.model)
-    weights = _weights(name, request)
+    imported = _imported(name)
+    weights = None if imported is not None and request.weights is None else _weights(name, request)
     data = _preprocessing(name, weights, request)
+    if imported is not None:
+        data = _of_file(name, imported, data)
     found = _listed(request.images, "--images", request.labels)
     judging = None if request.test is None else _listed(request.test, "--test", request.labels)
     if judging is not None and judging[0] != found[0]:
@@ -80,6 +88,8 @@ def write_recipe(request: Request, progress: Progress) -> Path:
             f"--classes: {request.classes}, and {request.images} has {len(names)} class folders; leave one of them out"
         )
         raise UsageError(msg)
+    if imported is not None:
+        _check_classes(request, name, imported.classes, names)
     run = request.out.name
     recipe: dict[str, Any] = {
         "name": run,
@@ -90,7 +100,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
             "image_list": str(request.out / "images.json"),
             **data,
         },
-        "model": {"name": name, "weights": weights},
+        "model": {"name": name} | ({} if weights is None else {"weights": weights}),
         "quantization": {
             "weights": request.bits[0],
             "activations": request.bits[1],
@@ -104,7 +114,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
         recipe["float"] = {"epochs": 0}
     labels_of = ""
     if names is None:
-        count = request.classes or _classes(name, weights)
+        count = request.classes or (_classes(name, weights) if imported is None else imported.classes)
         names, labels_of = tuple(f"class {index}" for index in range(count)), name
         calibrating, test = _answers(recipe, request, names, calibrating, test, progress)
     _write(request.out, recipe, names, calibrating, test, labels_of)
@@ -113,7 +123,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
 
 def _full_name(name: str) -> str:
     """A network's name as a recipe has it."""
-    if ":" in name or "/" in name:
+    if ":" in name or "/" in name or is_onnx_file(name):
         return name
     from torchvision.models import list_models  # type: ignore[import-untyped]
 
@@ -129,7 +139,60 @@ def _weights(name: str, request: Request) -> str:
     raise UsageError(msg)
 
 
-def _preprocessing(name: str, weights: str, request: Request) -> dict[str, Any]:
+def _imported(name: str) -> OnnxNetwork | None:
+    """The network of an ONNX file; None of another name."""
+    if not is_onnx_file(name):
+        return None
+    from crqat.train.models import onnx_file
+
+    return onnx_file.network(onnx_file.read(user_path(name, "MODEL")))
+
+
+def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str, Any]:
+    """The `data` section's keys, as the input of an ONNX file wants them.
+
+    Raises:
+        UsageError: It wants images that no folder has, or does not say how they are resized; the message says so.
+    """
+    _, channels, height, width = network.shape
+    if channels not in (1, 3):
+        msg = f"MODEL: {name} takes images of {channels} channels, and files of a folder have 1 or 3; write a recipe"
+        raise UsageError(msg)
+    if None not in (height, width) and height != width:
+        msg = f"MODEL: {name} takes images of {height} x {width}, and squares are cut out here; write a recipe"
+        raise UsageError(msg)
+    data = data | ({"channels": 1} if channels == 1 else {})
+    side = height or width
+    if side is None:
+        if data["size"] is None:
+            msg = f"--size: {name} takes images of any size; give --size, pixels of the shorter side, and --crop"
+            raise UsageError(msg)
+        return data | {"crop": data["crop"] or data["size"]}
+    if data["crop"] not in (None, side):
+        msg = f"--crop: {data['crop']}, and {name} takes images of {side} x {side}; leave it out"
+        raise UsageError(msg)
+    if data["size"] is None and side != FOLDER_CROP:
+        msg = (
+            f"--size: to how many pixels is the shorter side of an image resized, before {side} x {side} are cut out "
+            f"of the center for {name}? Give it, such as --size {side}"
+        )
+        raise UsageError(msg)
+    return data | {"size": data["size"] or FOLDER_SIZE, "crop": side}
+
+
+def _check_classes(request: Request, name: str, classes: int, names: Sequence[str] | None) -> None:
+    if request.classes not in (None, classes):
+        msg = f"--classes: {request.classes}, and {name} has {classes} outputs; leave it out"
+        raise UsageError(msg)
+    if names is not None and len(names) != classes:
+        msg = (
+            f"--images: {request.images} has {len(names)} class folders, and {name} has {classes} outputs; give one "
+            "for each, in the order of their names, or use --no-labels"
+        )
+        raise UsageError(msg)
+
+
+def _preprocessing(name: str, weights: str | None, request: Request) -> dict[str, Any]:
     """The `data` section's keys of it. What is published with the weights need not be said."""
     given = {key: value for key, value in request.preprocessing.items() if value is not None}
     if weights == "pretrained":
@@ -137,10 +200,12 @@ def _preprocessing(name: str, weights: str, request: Request) -> dict[str, Any]:
     missing = [key for key in ("mean", "std") if key not in given]
     if missing:
         msg = (
-            f"--{missing[0]}: how does {name} want its images normalized? Nothing is published with {weights}; give "
+            f"--{missing[0]}: how does {name} want its images normalized? {weights or 'The file'} does not say; give "
             "--mean and --std of each channel in units of 0..1, such as --mean 0.485,0.456,0.406"
         )
         raise UsageError(msg)
+    if is_onnx_file(name):  # the file says it
+        return {"size": None, "crop": None, **given}
     return {"size": FOLDER_SIZE, "crop": FOLDER_CROP, **given}
 
 
@@ -184,7 +249,7 @@ def _split(
     return calibrating, {str(root / path): label for path, label in judging.items()}
 
 
-def _classes(name: str, weights: str) -> int:
+def _classes(name: str, weights: str | None) -> int:
     if weights == "pretrained":
         return _IMAGENET
     msg = f"--classes: how many classes has {name}? Images without class folders do not say it"
@@ -216,7 +281,8 @@ def _answers(
         network, _ = models.pretrained(config.model.name, len(names), channels)
     else:
         network = models.build(config.model.name, len(names), channels)
-        models.load_weights(network, user_path(str(config.model.weights), "--weights"))
+        if config.model.weights is not None:
+            models.load_weights(network, user_path(config.model.weights, "--weights"))
     found = []
     for part, images in ((calibrating, dataset.train_images), (test, dataset.test_images)):
         seen = answers(network.eval(), images, dataset.preprocessing).tolist()
@@ -262,5 +328,6 @@ def numbers(given: str, option: str, kind: Callable[[str], _Number]) -> list[_Nu
 
 def run_name(model: str, bits: Sequence[int]) -> str:
     """Of a model's run: letters, digits and what a directory's name may have."""
+    model = Path(model).stem if is_onnx_file(model) else model
     letters = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in model)
     return f"{letters}-w{bits[0]}a{bits[1]}"

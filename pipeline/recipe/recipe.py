@@ -29,10 +29,12 @@ from crqat.train.config import (
     FloatConfig,
     ModelConfig,
     Override,
+    PTQConfig,
     QATConfig,
     QuantizationConfig,
     Target,
     TrainConfig,
+    is_onnx_file,
     source_kind,
 )
 
@@ -43,6 +45,7 @@ SECTIONS: dict[str, type[Any]] = {
     "quantization": QuantizationConfig,
     "qat": QATConfig,
     "consistency": ConsistencyConfig,
+    "ptq": PTQConfig,
     "export": ExportConfig,
     "benchmark": BenchmarkConfig,
     "gate": GateConfig,
@@ -70,6 +73,7 @@ class Recipe:
         quantization: Bit widths and methods.
         qat: How the quantized network is trained.
         consistency: The consistency term.
+        ptq: What is done behind calibration, before any training.
         export: What is written.
         benchmark: How it is measured.
         gate: What must hold.
@@ -87,6 +91,7 @@ class Recipe:
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     qat: QATConfig = field(default_factory=QATConfig)
     consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    ptq: PTQConfig = field(default_factory=PTQConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     gate: GateConfig = field(default_factory=GateConfig)
@@ -228,7 +233,7 @@ def _contradiction(recipe: Recipe) -> str | None:
         return "model.nncf: brings the float weights, too; leave model.weights out"
     if recipe.model.weights_key is not None and recipe.model.weights in (None, "pretrained"):
         return "model.weights_key: says where in the file of model.weights the weights lie; name the file, or remove it"
-    if recipe.model.weights is None and recipe.float_training is None and recipe.model.nncf is None:
+    if recipe.model.weights is None and recipe.float_training is None and not recipe.model.has_weights:
         return "float: missing; say how to train the float network, or give its weights as model.weights"
     return None
 
@@ -247,7 +252,12 @@ def _unlabeled(recipe: Recipe) -> str | None:
         return "consistency.teacher: pseudo-label labels unlabeled images; name some by data.unlabeled or data.labeled"
     if in_float is not None and in_float.teacher != "ema":
         return f"float.consistency.teacher: is {in_float.teacher}; in float training only ema is possible"
-    if section is not None and section.fine_tune and recipe.model.weights is None:
+    if (
+        section is not None
+        and section.fine_tune
+        and recipe.model.weights is None
+        and not is_onnx_file(recipe.model.name)
+    ):
         return "float.fine_tune: trains on from given weights; name their file as model.weights, or remove it"
     return None
 
@@ -285,8 +295,7 @@ def _progression(recipe: Recipe) -> str | None:
 def _trained(recipe: Recipe) -> FloatConfig | None:
     """How the float network is trained, None if it is given and stays as it is."""
     section = recipe.float_training
-    given = recipe.model.weights not in (None, "pretrained") or recipe.model.nncf is not None
-    return None if section is None or (given and not section.fine_tune) else section
+    return None if section is None or (recipe.model.has_weights and not section.fine_tune) else section
 
 
 def from_resolved(values: dict[str, Any]) -> Recipe:
@@ -315,6 +324,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
         quantization=recipe.quantization,
         qat=recipe.qat,
         consistency=recipe.consistency,
+        ptq=recipe.ptq,
         device=recipe.device,
         compile=recipe.compile,
     )

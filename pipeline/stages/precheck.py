@@ -31,7 +31,7 @@ from crqat.export.verification.checks import verify
 from crqat.export.verification.fusion import fusion
 from crqat.export.write_models import refuse
 from crqat.pipeline.recipe.recipe import Recipe, train_config
-from crqat.train.config import TrainConfig
+from crqat.train.config import TrainConfig, is_onnx_file
 from crqat.train.data.batches import evaluation_batches
 from crqat.train.graph.computed_weights import copied
 from crqat.train.graph.explain import forward_of, passes_through, source_line
@@ -109,7 +109,7 @@ class _Check:
 
     def run(self, stages: tuple[str, ...]) -> list[str]:
         network = self._copy(self.start.network)
-        if self.training.model.weights is None and self.training.model.nncf is None:
+        if self.training.model.weights is None and not self.training.model.has_weights:
             network = awake(network)
         self._at("forward")
         check_forward(network, self.images[:IMAGES], len(self.start.dataset.class_names))
@@ -119,7 +119,8 @@ class _Check:
         if not self.start.trained:
             if self.training.float_training.epochs:
                 self._step(self._copy(network), "float")
-            if self.training.model.weights is None and len(self.images) > 1:
+            drawn = self.training.model.weights is None and not is_onnx_file(self.training.model.name)
+            if drawn and len(self.images) > 1:
                 network = sane_bn(network, self.images)
         self._at("layout")
         with self._telling("layout"):

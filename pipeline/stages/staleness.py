@@ -17,7 +17,8 @@ from crqat.core.progress import Progress, quiet
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
 from crqat.pipeline.stages import disk, imports
-from crqat.train.config import FILE_SOURCES, source_kind
+from crqat.train.config import FILE_SOURCES, is_onnx_file, source_kind
+from crqat.train.models import untrusted_onnx
 
 STAGES = ("train", "export", "benchmark")
 PARENTS = {"train": None, "export": "train", "benchmark": "export", "sensitivity": "train", "perturbation": "train"}
@@ -34,6 +35,7 @@ KEYS = {
         "quantization",
         "qat",
         "consistency",
+        "ptq",
     ),
     "export": ("name", "export"),
     "benchmark": ("benchmark",),
@@ -209,6 +211,12 @@ def inputs(
 def recipe_files(config: recipe.Recipe) -> list[tuple[Path, str, str]]:
     """The files that a recipe names; with each what is wrong where it is not there, and what to do."""
     files = []
+    if is_onnx_file(config.model.name):
+        path = user_path(config.model.name, "model.name")
+        # What it says of files beside it is checked as if anybody had written it.
+        beside = untrusted_onnx.files_beside(path) if path.is_file() else []
+        wrong = f"no such ONNX file (model.name, relative to {Path.cwd()})"
+        files += [(file, wrong, "") for file in (path, *beside)]
     if config.model.weights not in (None, "pretrained"):
         path = user_path(config.model.weights, "model.weights")
         files.append((path, f"no such weights file (model.weights, relative to {Path.cwd()})", ""))
@@ -228,7 +236,8 @@ def own_modules(config: recipe.Recipe) -> imports.Imports:
     files: dict[str, Path] = {}
     packages: frozenset[str] = frozenset()
     methods = config.quantization.weight_method, config.quantization.activation_method
-    for name in (config.data.source, config.data.unlabeled, config.model.name, *methods):
+    network = "" if is_onnx_file(config.model.name) else config.model.name
+    for name in (config.data.source, config.data.unlabeled, network, *methods):
         module, colon, _ = (name or "").partition(":")
         if colon and source_kind(name) != "huggingface":
             found = imports.imports_of(module)
@@ -276,7 +285,8 @@ def versions(stage: str, config: recipe.Recipe) -> dict[str, str]:
         for source in (config.data.source, config.data.unlabeled):
             names += _LIBRARIES_OF_SOURCE.get(source_kind(source) or "", ())
         names += _LIBRARIES_OF_MODEL.get(config.model.name, ())
-        names += _LIBRARIES_OF_MODEL.get(config.model.name.partition("/")[0], ())
+        if not is_onnx_file(config.model.name):  # a folder may be called timm
+            names += _LIBRARIES_OF_MODEL.get(config.model.name.partition("/")[0], ())
         found |= imports.versions(own_modules(config).packages)
     if stage == "benchmark" and (config.benchmark.openvino or "openvino" in config.benchmark.require):
         names.append("openvino")

@@ -111,7 +111,8 @@ class Study:
         checked = [*given, *([] if behind is None else ["model.weights=start.safetensors"])]
         resolved = recipe.resolved(recipe.load(self.path, checked))
         wanted = {
-            key: resolved[key] for key in ("seed", "data", "model", "float", "quantization", "qat", "consistency")
+            key: resolved[key]
+            for key in ("seed", "data", "model", "float", "quantization", "qat", "consistency", "ptq")
         }
         text = json.dumps([wanted, None if behind is None else behind.key], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -27,11 +27,13 @@ from crqat.core.progress import quiet
 from crqat.core.results.training import Candidate, TrainingPayload
 from crqat.core.typed_json import from_json, to_json
 from crqat.train import distributed
+from crqat.train.checkpoint import read_tensors
 from crqat.train.config import (
     ConsistencyConfig,
     DataConfig,
     FloatConfig,
     ModelConfig,
+    PTQConfig,
     QATConfig,
     QuantizationConfig,
     TrainConfig,
@@ -927,3 +929,18 @@ def test_published_weights_of_other_classes_need_a_float_section(
 def _run_of(config: TrainConfig) -> trainer._Run:
     digits = sources.load("digits", None, False)
     return trainer._Run(config, digits, split_images(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
+
+
+def test_steps_behind_calibration_are_keys_of_a_recipe(tuned: Callable[..., TrainConfig], tmp_path: Path) -> None:
+    """What they did is said, and the network that they make is the one that is delivered."""
+    few = QuantizationConfig(weights=4, activations=8, calibration_images=200)
+    weights = []
+    for name, ptq in (("calibrated", PTQConfig()), ("improved", PTQConfig(True, True, True))):
+        (tmp_path / name).mkdir()
+        payload = train(tuned(qat=QATConfig(0), quantization=few, ptq=ptq), tmp_path / name, quiet)
+        assert payload.candidates["student"].validation_accuracy > 0.8
+        weights.append(read_tensors(tmp_path / name / "student.safetensors"))
+        said = [note for note in payload.notes if "layers" in note]
+        assert len(said) == (3 if name == "improved" else 0)
+    moved = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
+    assert [name for name in moved if name.endswith(".weight") and weights[0][name].ndim > 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional
 
+from crqat.core.errors import UsageError
 from crqat.pipeline.cli import crqat
+from crqat.pipeline.recipe import recipe as recipes
+from crqat.pipeline.stages import staleness
 from crqat.train.data import sources
 
 NETWORK = """
@@ -57,6 +61,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     save_file(network.state_dict(), folder / "known.safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for file, channels in (("known.onnx", 3), ("four.onnx", 4)):
+            example = torch.randn(1, channels, 8, 8)
+            exported = network if channels == 3 else nn.Sequential(nn.Conv2d(4, 3, 1), network)
+            torch.onnx.export(exported, (example,), str(folder / file), opset_version=17, dynamo=False)
     return folder
 
 
@@ -149,3 +159,58 @@ def test_published_weights_need_no_word_of_preprocessing_and_names_are_found(tmp
     arguments[1] = "known_network:network"
     result = CliRunner().invoke(crqat, arguments, standalone_mode=False)
     assert str(result.exception).startswith("--weights: known_network:network needs a checkpoint")
+
+
+def of_file(folder: Path, tmp_path: Path, *arguments: str, model: str = "known.onnx") -> Result:
+    out = ("--out", str(tmp_path / "runs" / "file"))
+    return CliRunner().invoke(crqat, ["quantize", str(folder / model), *out, *arguments], standalone_mode=False)
+
+
+def test_a_float_onnx_file_becomes_verified_files(digits: Path, tmp_path: Path) -> None:
+    result = of_file(digits, tmp_path, "--images", str(digits / "images"), "--size", "8", *HOW[4:])
+    assert result.exception is None, result.output
+    run = tmp_path / "runs" / "file"
+    models = json.loads((run / "benchmark" / "results.json").read_text())["models"]
+    assert models["float.onnx"]["accuracy"]["top1"] > 0.8
+    for file in ("onnxruntime.onnx", "tensorrt.onnx"):
+        assert models[file]["verification"]["status"] == "passed"
+        assert abs(models[file]["versus_float"]["drop_points"]) < 10
+    written = yaml.safe_load((run / "recipe.yaml").read_text())
+    assert written["model"] == {"name": str(digits / "known.onnx")} and written["data"]["crop"] == 8
+    manifest = json.loads((run / "train" / "manifest.json").read_text())
+    assert f"file {digits / 'known.onnx'}" in manifest["inputs"]
+    assert "known.onnx: on 8 images the logits of the network" in "".join(manifest["payload"]["preparation"])
+    # A file that has changed is another network, and the run says so.
+    config = recipes.load(run / "recipe.yaml")
+    content = (digits / "known.onnx").read_bytes()
+    try:
+        (digits / "known.onnx").write_bytes(content + bytes([0x30, 0x01]))  # another model_version
+        with pytest.raises(UsageError, match=r"train: stale, since .*known\.onnx changed"):
+            staleness.current(config, tmp_path / "runs", "train")
+    finally:
+        (digits / "known.onnx").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "message"),
+    [
+        ("known.onnx", ["--images", "{digits}/images", "--size", "8"], "--mean: how does "),
+        ("known.onnx", ["--images", "{digits}/images", *HOW[4:]], "--size: to how many pixels"),
+        ("known.onnx", ["--images", "{digits}/images", "--size", "8", "--crop", "6", *HOW[4:]], "--crop: 6, and "),
+        ("known.onnx", ["--images", "{digits}/flat", "--size", "8", *HOW[4:], "--classes", "7"], "--classes: 7, and "),
+        ("known.onnx", ["--images", "{digits}/two", "--size", "8", *HOW[4:]], "--images: "),
+        ("four.onnx", ["--images", "{digits}/images", "--size", "8", *HOW[4:]], "MODEL: "),
+        ("gone.onnx", ["--images", "{digits}/images", "--size", "8", *HOW[4:]], "model.name: no file "),
+    ],
+)
+def test_what_is_wrong_with_a_file_is_one_line(
+    digits: Path, tmp_path: Path, model: str, arguments: list[str], message: str
+) -> None:
+    for name in NAMES[:2]:
+        (digits / "two" / name).mkdir(parents=True, exist_ok=True)
+        for file in sorted((digits / "images" / name).glob("*.png"))[:15]:
+            (digits / "two" / name / file.name).write_bytes(file.read_bytes())
+    result = of_file(digits, tmp_path, *(part.format(digits=digits) for part in arguments), model=model)
+    assert getattr(result.exception, "exit_code", None) == 2, result.output
+    assert str(result.exception).startswith(message) and "\n" not in str(result.exception)
+    assert not (tmp_path / "runs" / "file" / "train").exists()

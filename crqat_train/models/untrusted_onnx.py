@@ -1,0 +1,242 @@
+"""An ONNX file from anywhere, read only as far as it is all there: nothing large is made, nothing elsewhere is opened.
+
+Of a float network alone, whose exporter writes them by default, tensors in files beside it are taken in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from crqat.core.errors import ToolError, UsageError
+
+if TYPE_CHECKING:
+    import onnx
+    from google.protobuf.message import Message  # type: ignore[import-untyped]
+
+# Protobuf's own limit.
+_MAX_BYTES = 2**31 - 1
+# TensorRT's limit of a tensor's elements, and 8 GiB in float32.
+_MAX_ELEMENTS = 2**31 - 1
+
+
+def read(path: Path, beside: bool = False) -> onnx.ModelProto:
+    """The model, each of whose tensors has as many bytes as its shape says.
+
+    Args:
+        path: The file.
+        beside: Take in tensors that lie in other files of its folder, or below it, as large models have them. Without
+            it they are refused: such files are not covered by this one's hash.
+
+    Raises:
+        UsageError: It is no ONNX file, or a tensor in it is refused; the message names both.
+        ToolError: It cannot be read.
+    """
+    model = _parsed(path)
+    left = _MAX_BYTES - model.ByteSize()
+    for tensor in _tensors(model):
+        if beside and _is_external(tensor):
+            left -= _take_in(path, tensor, left)
+        _check_tensor(path, tensor)
+    return model
+
+
+def files_beside(path: Path) -> list[Path]:
+    """The other files in which a model's tensors lie, each once.
+
+    Raises:
+        UsageError: As `read`.
+        ToolError: As `read`.
+    """
+    found = [_External.of(path, tensor).path for tensor in _tensors(_parsed(path)) if _is_external(tensor)]
+    return list(dict.fromkeys(found))
+
+
+def _parsed(path: Path) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        size = path.stat().st_size
+        if size > _MAX_BYTES:
+            msg = f"{path}: {size / 2**30:.1f} GiB; ONNX files end at 2 GiB"
+            raise UsageError(msg)
+        model = onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        msg = f"{path}: not an ONNX file, or a truncated one"
+        raise UsageError(msg) from error
+    except OSError as error:
+        msg = f"{path}: cannot be read: {error.strerror}"
+        raise ToolError(msg) from error
+    if not _all_text(model):
+        msg = f"{path}: a name in it is no UTF-8 text; damaged"
+        raise UsageError(msg)
+    return model
+
+
+def check(path: Path, model: onnx.ModelProto) -> None:
+    """Check a model by ONNX's rules, and that no tensor whose shape it fixes is beyond what a runtime can hold.
+
+    Shapes that depend on the input's values are known to nobody before the model runs; it runs in a process of its own.
+
+    Raises:
+        UsageError: It breaks a rule, or has such a tensor.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(model)
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    except UnicodeDecodeError as error:  # it cites bytes of the file
+        msg = f"{path}: breaks ONNX's rules, and the checker's words on it are no text"
+        raise UsageError(msg) from error
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError) as error:
+        rule = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        msg = f"{path}: breaks ONNX's rules: {rule}"
+        raise UsageError(msg) from error
+    for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
+        sizes = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
+        elements = math.prod(size for size in sizes if size > 0)  # the others are known when it runs
+        if elements > _MAX_ELEMENTS:
+            shape = " x ".join(str(size) if size > 0 else "?" for size in sizes)
+            msg = f"{path}: the tensor {value.name} has the shape {shape}; more than 2^31 elements are refused"
+            raise UsageError(msg)
+
+
+def _all_text(message: Message) -> bool:
+    """Whether every text is one: protobuf gives what is no UTF-8 as bytes, which nothing behind it expects."""
+    for field, value in message.ListFields():
+        parts = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
+        if field.type == field.TYPE_MESSAGE and not all(_all_text(part) for part in parts):
+            return False
+        if field.type == field.TYPE_STRING and not all(isinstance(part, str) for part in parts):
+            return False
+    return True
+
+
+def _check_tensor(path: Path, tensor: onnx.TensorProto) -> None:
+    # A tensor in another file is not covered by this one's hash, and its path may lead anywhere.
+    if _is_external(tensor):
+        msg = f"{path}: the tensor {tensor.name} lies in another file; external data is refused"
+        raise UsageError(msg)
+    needed = _bytes(tensor) if tensor.HasField("raw_data") else None
+    if needed is not None and needed != len(tensor.raw_data):
+        shape = " x ".join(map(str, tensor.dims)) or "one element"
+        msg = f"{path}: the tensor {tensor.name} claims {shape} and has {len(tensor.raw_data)} bytes; damaged"
+        raise UsageError(msg)
+
+
+def _bytes(tensor: onnx.TensorProto) -> int | None:
+    """As many as a tensor's shape and type need; None where they are wrong, which the checker looks at."""
+    import onnx
+
+    if min(tensor.dims, default=0) < 0:
+        return None
+    try:
+        bits = 8 * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    except (KeyError, TypeError):
+        return None
+    bits = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4}.get(onnx.TensorProto.DataType.Name(tensor.data_type), bits)
+    elements = math.prod(tensor.dims)
+    return math.ceil(elements * bits / 8) if elements < 2**50 else 2**50
+
+
+def _is_external(tensor: onnx.TensorProto) -> bool:
+    return tensor.data_location == tensor.EXTERNAL or bool(tensor.external_data)
+
+
+@dataclass(frozen=True)
+class _External:
+    """Where a tensor lies: a file in the model's folder or below it, and the bytes in that file.
+
+    Attributes:
+        path: Without links; the file is there.
+        offset: Bytes.
+        length: Bytes; None is up to the file's end.
+    """
+
+    path: Path
+    offset: int
+    length: int | None
+
+    @classmethod
+    def of(cls, path: Path, tensor: onnx.TensorProto) -> _External:
+        said = {entry.key: entry.value for entry in tensor.external_data}
+        location = said.get("location", "")
+        folder = path.parent.resolve()
+        try:
+            file = (folder / location).resolve()
+            offset, length = (int(said.get(key) or 0) for key in ("offset", "length"))
+        except (ValueError, OSError, RuntimeError) as error:  # a zero byte, no number, links in a circle
+            msg = f"{path}: where the tensor {tensor.name} lies cannot be read; damaged"
+            raise UsageError(msg) from error
+        # The file's own words lead nowhere else, links included.
+        if folder not in file.parents:
+            msg = f"{path}: the tensor {tensor.name} lies in {location!r}, outside of the file's own folder; refused"
+            raise UsageError(msg)
+        if not file.is_file():
+            msg = (
+                f"{path}: the tensor {tensor.name} lies in {location}, which is not there; put that file beside it, or "
+                "export with external_data=False"
+            )
+            raise UsageError(msg)
+        if offset < 0 or length < 0:
+            msg = f"{path}: where the tensor {tensor.name} lies cannot be read; damaged"
+            raise UsageError(msg)
+        return cls(file, offset, length if "length" in said else None)
+
+
+def _take_in(path: Path, tensor: onnx.TensorProto, most: int) -> int:
+    """Put a tensor of another file into the model; returns its bytes."""
+    place, needed = _External.of(path, tensor), _bytes(tensor)
+    if needed is not None and needed > most:
+        msg = f"{path}: more than 2 GiB with the files beside it; ONNX Runtime cannot take that as one model"
+        raise UsageError(msg)
+    try:
+        there = place.path.stat().st_size - place.offset
+        if needed is None or there < needed or place.length not in (None, needed):
+            msg = (
+                f"{path}: the tensor {tensor.name} needs {needed} bytes of {place.path.name}, and {max(there, 0)} are "
+                "there; damaged"
+            )
+            raise UsageError(msg)
+        with place.path.open("rb") as file:
+            file.seek(place.offset)
+            content = file.read(needed)
+    except OSError as error:
+        msg = f"{place.path}: cannot be read: {error.strerror}"
+        raise ToolError(msg) from error
+    tensor.ClearField("external_data")
+    tensor.data_location = tensor.DEFAULT
+    tensor.raw_data = content
+    return needed
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
+    """Every tensor of a model, in subgraphs and functions too."""
+    yield from _tensors_of_graph(model.graph)
+    for training in model.training_info:
+        yield from (*_tensors_of_graph(training.initialization), *_tensors_of_graph(training.algorithm))
+    for function in model.functions:
+        for node in function.node:
+            yield from _tensors_of_node(node)
+
+
+def _tensors_of_graph(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        yield from _tensors_of_node(node)
+
+
+def _tensors_of_node(node: onnx.NodeProto) -> Iterator[onnx.TensorProto]:
+    for attribute in node.attribute:
+        yield from (attribute.t, *attribute.tensors)
+        for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+            yield from (sparse.values, sparse.indices)
+        for graph in (attribute.g, *attribute.graphs):
+            yield from _tensors_of_graph(graph)

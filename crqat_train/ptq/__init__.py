@@ -1,0 +1,1 @@
+"""Post-training quantization beyond calibration: equalization, adaptive rounding, bias correction. No labels needed."""

@@ -1,0 +1,170 @@
+"""Adaptive rounding: weights are rounded up or down so that a layer's outputs, not its weights, come closest.
+
+The problem is AdaRound's (arXiv 2004.10568): for each layer, the smallest squared error of the float network's outputs,
+with what the quantized layers before it make of the images as input. It is quadratic in a channel's weights, so second
+moments of the inputs are all that is kept of the images, and it is solved by cyclic coordinate descent on the codes
+(QuantEase, arXiv 2309.01885) instead of by gradients of a relaxed rounding: no learning rate, no random numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional
+
+from crqat.core.errors import UsageError
+from crqat.train.graph.operations import convolution_groups, is_linear, is_transposed
+from crqat.train.ptq.walk import Layer
+from crqat.train.quantizers import Quantizer
+
+# Of the mean of its diagonal, added to a layer's second moments: how much a weight's own error counts beside that of
+# the outputs on these images.
+_DAMPING = 0.01
+_SWEEPS = 20
+# Values of patches that are held at a time.
+_BLOCK = 1 << 24
+# Positions of all images that a layer's moments are taken from; neighbours say much the same.
+_POSITIONS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Second moments of what a layer's weights meet, mean over images and positions; float32.
+
+    Attributes:
+        quantized: Of the quantized network's inputs, shape [groups, K, K], K weights of one output channel.
+        mixed: Of the float network's inputs (rows) and the quantized one's (columns), same shape.
+    """
+
+    quantized: Tensor
+    mixed: Tensor
+
+
+def can_round(layer: Layer) -> bool:
+    """Whether a layer is one that is solved: a linear layer, or a convolution of images padded by numbers."""
+    node = layer.node
+    if is_linear(node):
+        return True
+    padding = node.kwargs.get("padding", node.args[4] if len(node.args) > 4 else 0)
+    return layer.weight.ndim == 4 and not is_transposed(node) and not isinstance(padding, str)
+
+
+def round_weight(layer: Layer, quantizer: Quantizer, centered: bool) -> None:
+    """Move a layer's latent weight onto its Grid, in place, so that its outputs come closest to the float network's.
+
+    Args:
+        layer: As `walk` tells of it.
+        quantizer: Of its weight, calibrated.
+        centered: Whether the mean of each output channel will be corrected by the bias, and so does not count.
+
+    Raises:
+        UsageError: The method of the weight does not round the weight itself.
+    """
+    weight = layer.weight.detach()
+    if not torch.equal(quantizer.values(weight), weight.float()):
+        msg = (
+            f"ptq.adaround: {layer.spec.operation}: {type(quantizer).__name__} does not round the weight itself; use "
+            "quantization.weight_method lsq, lsq+ or minmax"
+        )
+        raise UsageError(msg)
+    groups = 1 if is_linear(layer.node) else convolution_groups(layer.node)
+    found = moments(layer, groups, centered)
+    steps = quantizer.scale.detach().reshape(-1).expand(weight.shape[0]).reshape(groups, -1, 1)
+    asked = weight.float().reshape(groups, weight.shape[0] // groups, -1)
+    codes = coordinate_descent(asked / steps, found, quantizer.qmin, quantizer.qmax)
+    layer.weight.copy_((codes * steps).reshape(weight.shape))
+
+
+def moments(layer: Layer, groups: int, centered: bool) -> Moments:
+    """Second moments of a layer's inputs in both networks."""
+    original, quantized = layer.inputs
+    size = layer.weight[0].numel()
+    inner, outer = (original.new_zeros(groups, size, size, dtype=torch.float64) for _ in range(2))
+    means = [original.new_zeros(groups, 1, size, dtype=torch.float64) for _ in range(2)]
+    count = 0
+    generator = torch.Generator().manual_seed(0)
+    _, positions, values = _patches(layer, original[:1], groups, None).shape
+    kept = min(positions, -(-max(_POSITIONS, 16 * size) // len(original)))
+    images = max(1, _BLOCK // (groups * positions * values))
+    for before, after in zip(torch.split(original, images), torch.split(quantized, images), strict=True):
+        chosen = None if kept == positions else torch.randperm(positions, generator=generator)[:kept]
+        x, y = _patches(layer, before, groups, chosen), _patches(layer, after, groups, chosen)
+        inner += y.transpose(1, 2) @ y
+        outer += x.transpose(1, 2) @ y
+        means[0] += y.sum(1, keepdim=True)
+        means[1] += x.sum(1, keepdim=True)
+        count += y.shape[1]
+    inner, outer = inner / count, outer / count
+    if centered:
+        of_quantized, of_float = (total / count for total in means)
+        inner = inner - of_quantized.transpose(1, 2) @ of_quantized
+        outer = outer - of_float.transpose(1, 2) @ of_quantized
+    return Moments(inner.float(), outer.float())
+
+
+def _patches(layer: Layer, x: Tensor, groups: int, chosen: Tensor | None) -> Tensor:
+    """What output positions multiply by the weights, float32 of shape [groups, positions of all images, K].
+
+    Args:
+        layer: For its geometry.
+        x: Inputs, of shape [N, ...].
+        groups: Of a convolution.
+        chosen: Which positions of an image, int64; None takes all.
+    """
+    node = layer.node
+    if is_linear(node):
+        rows = x.reshape(len(x), -1, x.shape[-1])
+        return (rows if chosen is None else rows[:, chosen]).reshape(1, -1, x.shape[-1])
+    stride, padding, dilation = (_pair(node, index, key, usual) for index, key, usual in _GEOMETRY)
+    kernel = layer.weight.shape[2:]
+    unfolded = functional.unfold(x, kernel, dilation, padding, stride)  # [N, C * kernel, positions]
+    if chosen is not None:
+        unfolded = unfolded[:, :, chosen]
+    apart = unfolded.reshape(len(x), groups, -1, unfolded.shape[-1]).permute(1, 0, 3, 2)
+    return apart.reshape(groups, -1, apart.shape[-1])
+
+
+_GEOMETRY = ((3, "stride", 1), (4, "padding", 0), (5, "dilation", 1))
+
+
+def _pair(node: fx.Node, index: int, key: str, usual: int) -> tuple[int, int]:
+    given: Any = node.kwargs.get(key, node.args[index] if len(node.args) > index else usual)
+    return (given, given) if isinstance(given, int) else (given[0], given[-1])
+
+
+def coordinate_descent(asked: Tensor, found: Moments, qmin: float, qmax: float) -> Tensor:
+    """Codes whose outputs come closest to those of the weights that are asked for, within reach of one code at a time.
+
+    Args:
+        asked: Weights in units of their scale, float32 of shape [groups, channels of a group, K].
+        found: Second moments.
+        qmin: Smallest code.
+        qmax: Largest code.
+
+    Returns:
+        Whole numbers, of the shape of `asked`.
+    """
+    damping = _DAMPING * found.quantized.diagonal(dim1=1, dim2=2).mean(1)
+    damping = damping.clamp_min(1e-12)[:, None]
+    size = asked.shape[2]
+    inner = found.quantized + damping[:, :, None] * torch.eye(size, device=asked.device)
+    codes = asked.round().clamp(qmin, qmax)
+    # Half the gradient of the squared error by each code.
+    gradient = codes @ inner - asked @ found.mixed - damping[:, :, None] * asked
+    curvature = inner.diagonal(dim1=1, dim2=2)
+    for _ in range(_SWEEPS):
+        changed = False
+        for index in range(size):
+            old = codes[:, :, index]
+            new = (old - gradient[:, :, index] / curvature[:, index, None]).round().clamp(qmin, qmax)
+            step = new - old
+            if bool(step.any()):
+                changed = True
+                codes[:, :, index] = new
+                gradient += step[:, :, None] * inner[:, None, index]
+        if not changed:
+            break
+    return codes

@@ -1,0 +1,46 @@
+"""Bias correction: the mean of each output channel is moved back to where the float network has it (1906.04721)."""
+
+from __future__ import annotations
+
+from torch import Tensor, fx
+
+from crqat.train.graph.operations import parameter
+from crqat.train.ptq.walk import Output
+
+
+def correct(model: fx.GraphModule, output: Output) -> bool:
+    """Correct a layer's bias, or the mean of the BatchNorm behind it, in place, from the images of the walk.
+
+    With a bias the quantized network's outputs of this walk change as well, so that the layers behind read what they
+    will read.
+
+    Args:
+        model: The quantized network.
+        output: What the layer gives in both networks.
+
+    Returns:
+        Whether there was something to correct it with.
+    """
+    own, quantized = output.outputs
+    channel = own.ndim - 1 if output.layer.weight.ndim == 2 else 1
+    others = [axis for axis in range(own.ndim) if axis != channel]
+    shift = quantized.double().mean(others) - own.double().mean(others)
+    target = place(model, output.layer.node, output.layer.spec.bn)
+    if target is None:
+        return False
+    values, sign = target
+    values += sign * shift.to(values.dtype)
+    if sign < 0:
+        quantized -= shift.to(quantized.dtype).reshape([-1 if axis == channel else 1 for axis in range(own.ndim)])
+    return True
+
+
+def place(model: fx.GraphModule, node: fx.Node, bn: str | None) -> tuple[Tensor, float] | None:
+    """What can take a shift of a layer's outputs, and with which sign; None if nothing can."""
+    bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
+    if isinstance(bias, fx.Node) and bias.op == "get_attr":
+        return parameter(model, bias).data, -1.0
+    if bn is not None:
+        mean = model.get_submodule(bn).running_mean
+        return (mean, 1.0) if isinstance(mean, Tensor) else None
+    return None

@@ -1,0 +1,80 @@
+"""Calibration and the steps behind it that a recipe's `ptq` section asks for, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, fx
+
+from crqat.train.config import PTQConfig
+from crqat.train.ptq import adaround, bias_correction, equalization
+from crqat.train.ptq.walk import Layer, walk
+from crqat.train.quantizers import calibration as ranges
+from crqat.train.quantizers import quantizer_of, specs_of
+from crqat.train.quantizers.finalize import make_representable
+
+# Pixels of all images together that are looked at: all values of both networks that are still needed are held at once.
+PIXELS = 1 << 22
+
+
+def apply(
+    model: fx.GraphModule,
+    targets: Sequence[str],
+    batches: Sequence[Tensor],
+    calibration: str,
+    config: PTQConfig,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> list[str]:
+    """Calibrate a quantized network, and improve what rounds, from images without labels.
+
+    Args:
+        model: Not calibrated yet, in eval mode; it is changed in place, its weights as well.
+        targets: Names of runtimes, whose limits scales keep to.
+        batches: Normalized images, float32 of shape [N, C, H, W] each.
+        calibration: See `crqat.train.config.QuantizationConfig.calibration`.
+        config: Which steps.
+        progress: Told of layers: what is done, how many are, how many there will be.
+
+    Returns:
+        What was done, one line for each step.
+
+    Raises:
+        UsageError: A weight's method does not go with a step, or a scale is larger than a target can store.
+    """
+    notes = []
+    if config.equalization:
+        count = equalization.equalize(model, list(batches))
+        notes.append(f"cross-layer equalization of {count} pairs of layers")
+    ranges.calibrate(model, batches, calibration)
+    if not (config.adaround or config.bias_correction):
+        return notes
+    # Adaptive rounding puts weights onto the Grids that will be stored.
+    make_representable(model, targets, trained=False)
+    images = _first(batches)
+    total = sum(spec.kind == "weight" for spec in specs_of(model))
+    done = corrected = 0
+    rounded: set[str] = set()
+    for event in walk(model, images):
+        if isinstance(event, Layer):
+            spec = event.spec
+            if config.adaround and adaround.can_round(event):
+                shifts = config.bias_correction and bias_correction.place(model, event.node, spec.bn) is not None
+                adaround.round_weight(event, quantizer_of(model, spec), centered=shifts)
+                rounded.add(spec.edge)
+            continue
+        corrected += config.bias_correction and bias_correction.correct(model, event)
+        done += 1
+        if progress is not None:
+            progress("post-training quantization", done, total)
+    if config.adaround:
+        notes.append(f"adaptive rounding of {len(rounded)} of {total} layers on {len(images)} images")
+    if config.bias_correction:
+        notes.append(f"bias correction of {corrected} of {total} layers on {len(images)} images")
+    return notes
+
+
+def _first(batches: Sequence[Tensor]) -> Tensor:
+    """As many images as are looked at."""
+    height, width = batches[0].shape[2:]
+    return torch.cat(list(batches))[: max(2, PIXELS // (height * width))]
