@@ -37,6 +37,7 @@ def test_the_tested_versions_are_told_and_the_newest_is_that_of_the_tests() -> N
     for what, package in packages.items():
         assert purposes[what].endswith(f"; tested: {', '.join(doctor.tested(package))}")
         assert pinned[package] in doctor.tested(package)
+    assert purposes["TensorRT for RTX"].endswith(f"; tested: {pinned['tensorrt-rtx-cu13']}")
 
 
 def test_only_versions_in_which_nothing_failed_are_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
