@@ -25,7 +25,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadsc
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test test-all test-arm lint models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq bench-rounding
+.PHONY: help install train export benchmark gate test test-all test-arm test-versions lint models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq bench-rounding
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -53,6 +53,10 @@ test-all: $(INSTALLED) ## run all tests
 test-arm: $(INSTALLED) ## run the tests on emulated ARM CPUs; downloads Debian's arm64 Python and aarch64 wheels once
 	$(VENV)/bin/python -m bench.emulated_arm
 	$(PYTEST) -m arm $(ARGS)
+
+# In environments of its own, made by PYTHON.
+test-versions: ## docs/versions.md: which versions of the libraries work; ARGS="--rows newest" for some; about 4 minutes a row
+	$(PYTHON) -m bench.versions $(ARGS)
 
 lint: $(INSTALLED) ## ruff, mypy --strict and the list of retired words
 	$(VENV)/bin/python -m ruff check .

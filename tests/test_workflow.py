@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import click
 import pytest
 import yaml
 
+from bench import versions
 from crqat.pipeline.cli import crqat
 
 ROOT = Path(__file__).parent.parent
@@ -69,3 +71,23 @@ def test_the_report_is_kept_whatever_the_verdict(name: str) -> None:
     assert upload["if"] == "always()"
     kept = {Path(path).name for path in upload["with"]["path"].split()}
     assert kept == {"report.html", "junit.xml", "results.json"}
+
+
+def test_the_newest_versions_are_run_every_week() -> None:
+    text = (ROOT / ".github" / "workflows" / "versions.yml").read_text()
+    workflow = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"} and "secrets." not in text
+    (when,) = workflow[True]["schedule"]
+    assert re.fullmatch(r"\d+ \d+ \* \* [0-6]", when["cron"])
+    assert set(re.findall(r"actions/\S+", text)) == set(re.findall(r"actions/\S+", TEXTS["ci.yml"]))
+    assert all(job["timeout-minutes"] for job in workflow["jobs"].values())
+    (run,) = (step["run"] for step in steps(workflow) if "run" in step)
+    program, target, *settings = shlex.split(run)
+    assert (program, target) == ("make", "test-versions")
+    names = {row.name for row in versions.rows(versions.bounds((ROOT / "pyproject.toml").read_text()))}
+    given = dict(setting.split("=", 1) for setting in settings)
+    asked = [word for word in shlex.split(given["ARGS"]) if word != "--rows"]
+    assert "newest" in asked and set(asked) <= names
+    (upload,) = (step for step in steps(workflow) if "upload-artifact" in step.get("uses", ""))
+    assert upload["if"] == "always()"
+    assert all((ROOT / path).is_file() for path in upload["with"]["path"].split())

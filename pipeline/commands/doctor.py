@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import json
 import logging
 import warnings
 from dataclasses import dataclass
@@ -21,13 +22,8 @@ MISSING = 3
 # One multiply-accumulate instruction for INT8, on x86 and on ARM.
 _DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
-# The versions with which the digits went from export to verdict; the newest of each also in all tests.
-TESTED = {
-    "PyTorch": ("2.14.1",),
-    "NNCF": ("3.4.0",),
-    "ONNX": ("1.23.2",),
-    "ONNX Runtime": ("1.20.0", "1.23.2", "1.32.0"),
-}
+# Of every version the combinations that were run from recipe to verdict: `make test-versions` writes it.
+VERSIONS = Path(__file__).with_name("versions.json")
 
 
 @dataclass(frozen=True)
@@ -70,13 +66,13 @@ def examine() -> list[Finding]:
         _import(name) for name in ("torch", "nncf", "onnx", "onnxruntime", "sklearn.datasets")
     )
     return [
-        Finding("PyTorch", _version(torch), _tested("training", "PyTorch"), reinstall, needed=True),
-        Finding("NNCF", _version(nncf), _tested("where quantizers sit", "NNCF"), reinstall, needed=True),
-        Finding("ONNX", _version(onnx), _tested("export", "ONNX"), reinstall, needed=True),
+        Finding("PyTorch", _version(torch), _tested("training", "torch"), reinstall, needed=True),
+        Finding("NNCF", _version(nncf), _tested("where quantizers sit", "nncf"), reinstall, needed=True),
+        Finding("ONNX", _version(onnx), _tested("export", "onnx"), reinstall, needed=True),
         Finding(
             "ONNX Runtime",
             _providers(runtime),
-            _tested("verification and benchmark", "ONNX Runtime"),
+            _tested("verification and benchmark", "onnxruntime"),
             reinstall,
             needed=True,
         ),
@@ -96,7 +92,7 @@ def examine() -> list[Finding]:
         Finding(
             "TensorRT for RTX",
             _released("tensorrt_rtx"),
-            "checking that TensorRT builds INT8, without a CUDA device",
+            _tested("checking that TensorRT builds INT8, without a CUDA device", "tensorrt-rtx-cu13"),
             "pip install crqat-edge[tensorrt-cpu]",
         ),
         Finding(
@@ -114,6 +110,18 @@ def examine() -> list[Finding]:
     ]
 
 
+def tested(package: str) -> list[str]:
+    """The versions of a package that took two networks to a gate in which nothing failed, oldest first.
+
+    Where a rule could not be measured with it, a version says "(inconclusive)": docs/versions.md has which.
+    """
+    rows = [row for row in json.loads(VERSIONS.read_text())["rows"] if package in row["versions"]]
+    passed = {row["versions"][package] for row in rows if row["status"] == "passed"}
+    found = passed | {row["versions"][package] for row in rows if row["status"] == "inconclusive"}
+    ordered = sorted(found, key=lambda version: [int(part) for part in version.split(".")])
+    return [version if version in passed else f"{version} (inconclusive)" for version in ordered]
+
+
 def _import(name: str) -> ModuleType | None:
     """A module, without its greetings; None if it cannot be imported for whatever reason."""
     previous = logging.root.manager.disable
@@ -129,8 +137,9 @@ def _import(name: str) -> ModuleType | None:
         logging.disable(previous)
 
 
-def _tested(purpose: str, what: str) -> str:
-    return f"{purpose}; tested: {', '.join(TESTED[what])}"
+def _tested(purpose: str, package: str) -> str:
+    versions = tested(package)
+    return f"{purpose}; tested: {', '.join(versions)}" if versions else purpose
 
 
 def _version(module: ModuleType | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -31,12 +32,22 @@ def test_examination_names_what_is_installed_here() -> None:
 def test_the_tested_versions_are_told_and_the_newest_is_that_of_the_tests() -> None:
     lines = (Path(__file__).parents[3] / "constraints.txt").read_text().splitlines()
     pinned = dict(line.partition(";")[0].split("==") for line in lines if "==" in line.partition(";")[0])
-    packages = {"PyTorch": "torch", "NNCF": "nncf", "ONNX": "onnx", "ONNX Runtime": "onnxruntime"}
-    newest = {what: versions[-1] for what, versions in doctor.TESTED.items()}
-    assert newest == {what: pinned[package] for what, package in packages.items()}
     purposes = {item.what: item.purpose for item in doctor.examine()}
-    assert purposes["ONNX Runtime"] == "verification and benchmark; tested: 1.20.0, 1.23.2, 1.32.0"
-    assert purposes["PyTorch"].endswith(doctor.TESTED["PyTorch"][-1])
+    packages = {"PyTorch": "torch", "NNCF": "nncf", "ONNX": "onnx", "ONNX Runtime": "onnxruntime"}
+    for what, package in packages.items():
+        assert purposes[what].endswith(f"; tested: {', '.join(doctor.tested(package))}")
+        assert pinned[package] in doctor.tested(package)
+    assert purposes["TensorRT for RTX"].endswith(f"; tested: {pinned['tensorrt-rtx-cu13']}")
+
+
+def test_only_versions_in_which_nothing_failed_are_tested(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [("passed", "1.9.0"), ("failed", "1.11.0"), ("inconclusive", "1.10.1"), ("inconclusive", "1.9.0")]
+    told = [{"status": status, "versions": {"onnxruntime": version}} for status, version in rows]
+    (tmp_path / "versions.json").write_text(json.dumps({"rows": told}))
+    monkeypatch.setattr(doctor, "VERSIONS", tmp_path / "versions.json")
+    assert doctor.tested("onnxruntime") == ["1.9.0", "1.10.1 (inconclusive)"]
+    assert doctor._tested("export", "onnxruntime") == "export; tested: 1.9.0, 1.10.1 (inconclusive)"
+    assert doctor._tested("export", "onnx") == "export"
 
 
 @pytest.mark.parametrize(
