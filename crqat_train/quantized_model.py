@@ -215,7 +215,15 @@ def quantize(
     model.meta["float_weights"] = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
     model.meta["input_shape"] = list(example.shape[1:])
     steps = PTQConfig(bias_correction, equalization, adaround)
-    ptq.apply(model, targets, batches, config.calibration, checked(steps))
+    for name, asked in asdict(steps).items():
+        if not isinstance(asked, bool):
+            msg = f"{name}: should be True or False, not {asked!r}"
+            raise UsageError(msg)
+    try:
+        ptq.apply(model, targets, batches, config.calibration, steps)
+    except UsageError as error:
+        msg = str(error).replace("ptq.", "", 1).replace("quantization.", "", 1)
+        raise UsageError(msg) from error
     return model
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import sysconfig
 from collections.abc import Mapping
 from pathlib import Path
@@ -117,6 +118,10 @@ def check_module(model: nn.Module) -> None:
         msg = f"model.name: {lazy} has no shape yet; run the network once on a tensor before it is returned"
         raise UsageError(msg)
     for path, module in model.named_modules():
+        reserved = next((part for part in path.split(".") if keyword.iskeyword(part)), None)
+        if reserved is not None:
+            msg = f"model.name: {path}: {reserved} is a word of Python's grammar, by which nothing is traced; rename it"
+            raise UsageError(msg)
         kind = _wrapped(module)
         if kind:
             msg = f"model.name: {path or name} is {kind}; build the network without that, training sees to it"

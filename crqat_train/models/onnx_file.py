@@ -5,6 +5,7 @@ Nothing in the file is executed: its operators are taken from a closed list, and
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -245,6 +246,8 @@ class Builder:
         uses = [name for node in file.model.graph.node for name in node.input]
         self._uses = Counter([*uses, file.output])
         self._node = ""
+        # Paths with `_` for each dot, in which quantizers and NNCF name operations.
+        self._flat: set[str] = set()
 
     def build(self) -> OnnxNetwork:
         """The network, in eval mode.
@@ -368,9 +371,9 @@ class Builder:
 
     def _place(self, name: str, put: Callable[[nn.Module, str], None]) -> str:
         """Find a place for a module or a tensor; its path has letters, digits and `_` alone, whatever the file says."""
-        parts = [re.sub(r"[^A-Za-z0-9_]", "_", part) for part in name.strip("/.").split(".")]
+        parts = [_identifier(re.sub(r"[^A-Za-z0-9_]", "_", part)) for part in name.strip("/.").split(".")]
         if "/" in name or ":" in name or not all(parts) or not self._free(parts):
-            parts = [re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "unnamed"]
+            parts = [_identifier(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "unnamed")]
         last, count = parts[-1], 1
         while not self._free(parts):
             count += 1
@@ -381,6 +384,7 @@ class Builder:
                 owner.add_module(part, _Scope())
             owner = owner.get_submodule(part)
         put(owner, parts[-1])
+        self._flat.update("_".join(parts[:length]) for length in range(1, len(parts) + 1))
         return ".".join(parts)
 
     def _free(self, parts: list[str]) -> bool:
@@ -390,9 +394,14 @@ class Builder:
             if not isinstance(owner, (OnnxNetwork, _Scope)):
                 return False
             if not hasattr(owner, part):
-                return not any(hasattr(nn.Module(), name) for name in parts)
+                return "_".join(parts) not in self._flat and not any(hasattr(nn.Module(), name) for name in parts)
             owner = getattr(owner, part)
         return False
+
+
+def _identifier(part: str) -> str:
+    """A name that Python's grammar does not keep for itself."""
+    return f"{part}_" if keyword.iskeyword(part) else part
 
 
 def _layer_name(node: str) -> str:

@@ -37,10 +37,12 @@ class Moments:
     Attributes:
         quantized: Of the quantized network's inputs, shape [groups, K, K], K weights of one output channel.
         mixed: Of the float network's inputs (rows) and the quantized one's (columns), same shape.
+        damping: How much a weight's own error counts beside that of the outputs, of shape [groups].
     """
 
     quantized: Tensor
     mixed: Tensor
+    damping: Tensor
 
 
 def can_round(layer: Layer) -> bool:
@@ -98,11 +100,13 @@ def moments(layer: Layer, groups: int, centered: bool) -> Moments:
         means[1] += x.sum(1, keepdim=True)
         count += y.shape[1]
     inner, outer = inner / count, outer / count
+    # Of all moments, also where they are centered: of images that are all alike nothing else would be left.
+    damping = (_DAMPING * inner.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-12)
     if centered:
         of_quantized, of_float = (total / count for total in means)
         inner = inner - of_quantized.transpose(1, 2) @ of_quantized
         outer = outer - of_float.transpose(1, 2) @ of_quantized
-    return Moments(inner.float(), outer.float())
+    return Moments(inner.float(), outer.float(), damping.float())
 
 
 def _patches(layer: Layer, x: Tensor, groups: int, chosen: Tensor | None) -> Tensor:
@@ -147,8 +151,7 @@ def coordinate_descent(asked: Tensor, found: Moments, qmin: float, qmax: float) 
     Returns:
         Whole numbers, of the shape of `asked`.
     """
-    damping = _DAMPING * found.quantized.diagonal(dim1=1, dim2=2).mean(1)
-    damping = damping.clamp_min(1e-12)[:, None]
+    damping = found.damping[:, None]
     size = asked.shape[2]
     inner = found.quantized + damping[:, :, None] * torch.eye(size, device=asked.device)
     codes = asked.round().clamp(qmin, qmax)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, fx
 
 from crqat.train.graph.operations import parameter
+from crqat.train.ptq.shared import is_shared
 from crqat.train.ptq.walk import Output
 
 
@@ -36,11 +37,14 @@ def correct(model: fx.GraphModule, output: Output) -> bool:
 
 
 def place(model: fx.GraphModule, node: fx.Node, bn: str | None) -> tuple[Tensor, float] | None:
-    """What can take a shift of a layer's outputs, and with which sign; None if nothing can."""
+    """What can take a shift of a layer's outputs, and with which sign; None if nothing that is its own can."""
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     if isinstance(bias, fx.Node) and bias.op == "get_attr":
+        if is_shared(model, bias):
+            return None
         return parameter(model, bias).data, -1.0
-    if bn is not None:
+    norm = next((user for user in node.users if str(user.target) == bn), None)
+    if bn is not None and norm is not None and not is_shared(model, norm):
         mean = model.get_submodule(bn).running_mean
         return (mean, 1.0) if isinstance(mean, Tensor) else None
     return None

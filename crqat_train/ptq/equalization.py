@@ -16,6 +16,7 @@ from torch.nn import functional
 from crqat.train.graph.operations import convolution_groups, is_batch_norm, is_linear, is_transposed, parameter
 from crqat.train.placement.insert import quantizer_node
 from crqat.train.placement.quantizer_spec import QuantizerSpec
+from crqat.train.ptq.shared import is_shared
 from crqat.train.quantizers import specs_of
 from crqat.train.quantizers.calibration import Hook, hooked, only
 
@@ -75,7 +76,7 @@ def equalize(model: fx.GraphModule, batches: list[Tensor]) -> int:
 
 def _equalize(model: fx.GraphModule, pair: Pair, peak: Tensor) -> None:
     reader = _weight(model, pair.second)
-    if convolution_groups(pair.second) == 1 or is_linear(pair.second):
+    if convolution_groups(pair.second) == 1:
         # Its channels have scales of their own, but share them over what they read.
         by_channel = reader.reshape(len(reader), len(peak), -1).abs().amax((0, 2))
         factor = (peak / by_channel.clamp_min(1e-12)).sqrt()
@@ -87,9 +88,8 @@ def _equalize(model: fx.GraphModule, pair: Pair, peak: Tensor) -> None:
     factor = (factor / factor[used].log().mean().exp()).clamp(1 / _LARGEST_FACTOR, _LARGEST_FACTOR)
     factor = torch.where(used, factor, torch.ones_like(factor))
     shape = [-1, *[1] * (reader.ndim - 1)]
-    if convolution_groups(pair.second) == 1 or is_linear(pair.second):
-        per_input = factor.repeat_interleave(reader.shape[1] // len(factor)) if is_linear(pair.second) else factor
-        reader.mul_(per_input.reshape(1, *shape[:-1]))
+    if convolution_groups(pair.second) == 1:
+        reader.mul_(factor.reshape(1, *shape[:-1]))
     else:
         reader.mul_(factor.reshape(shape))
     if pair.norm is not None:
@@ -124,7 +124,8 @@ def _pair(
     model: fx.GraphModule, second: fx.Node, by_module: dict[str, QuantizerSpec], calls: dict[str, int]
 ) -> Pair | None:
     """The pair that a layer ends, None if there is none in front of it that equalization leaves exact."""
-    if is_transposed(second) or not _own_weight(model, second, calls):
+    # A linear layer reads the last axis, whatever the channels are.
+    if is_linear(second) or is_transposed(second) or not _own_weight(model, second, calls):
         return None
     between, norm = None, None
     source = second.args[0]
@@ -133,6 +134,8 @@ def _pair(
             writes = _weight(model, source)
             same = writes.shape[0] == _channels_read(model, second)
             usable = between is not None and same and not is_linear(source) and not is_transposed(source)
+            bias = source.args[2] if len(source.args) > 2 else None
+            usable = usable and not (isinstance(bias, fx.Node) and is_shared(model, bias))
             return Pair(source, None, second, between) if usable and _own_weight(model, source, calls) else None  # type: ignore[arg-type]
         if source.op == "call_module" and str(source.target) in by_module:
             if calls[str(source.target)] > 1:
@@ -145,7 +148,7 @@ def _pair(
                 between is not None
                 and isinstance(module, nn.modules.batchnorm._BatchNorm)
                 and module.weight is not None
-                and calls[str(source.target)] == 1
+                and not is_shared(model, source)
                 and module.num_features == _channels_read(model, second)
                 and isinstance(before, fx.Node)
                 and _is_layer(before)
@@ -188,8 +191,7 @@ def _weight(model: fx.GraphModule, node: fx.Node) -> Tensor:
 
 
 def _channels_read(model: fx.GraphModule, node: fx.Node) -> int:
-    weight = _weight(model, node)
-    groups = 1 if is_linear(node) else convolution_groups(node)
+    weight, groups = _weight(model, node), convolution_groups(node)
     if groups == 1:
         return int(weight.shape[1])
     # Between other groups than those of one channel the weights that read a channel share scales with others'.

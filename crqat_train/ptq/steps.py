@@ -75,6 +75,7 @@ def apply(
 
 
 def _first(batches: Sequence[Tensor]) -> Tensor:
-    """As many images as are looked at."""
+    """As many images as are looked at; all have the size of the first ones."""
     height, width = batches[0].shape[2:]
-    return torch.cat(list(batches))[: max(2, PIXELS // (height * width))]
+    alike = [batch for batch in batches if batch.shape[1:] == batches[0].shape[1:]]
+    return torch.cat(alike)[: max(2, PIXELS // (height * width))]

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import yaml
 
 from crqat.core import run_directory
+from crqat.core.errors import UsageError
 from crqat.core.progress import Progress
 from crqat.core.results.advice import Advice, Step
 from crqat.core.results.training import TrainingPayload
@@ -89,11 +90,17 @@ class Ladder:
         """
         self._read()
         for name, config in self._steps():
-            self._try(name, config)
+            try:
+                self._try(name, config)
+            except UsageError as error:
+                if not config.ptq.adaround or not str(error).startswith("ptq.adaround"):
+                    raise
+                self.progress(f"step {name}", 1, 1, f"left out: {error}")
+                continue
             if self.found[-1].status == "pass" and not self.every:
                 break
         passed = next((step for step in self.found if step.status == "pass"), None)
-        best = passed or min(self.found, key=lambda step: step.drop_points)
+        best = passed or min(self.found, key=_rank)
         judges = self._judging()
         return Advice(
             images=len(judges.labels),
@@ -133,7 +140,7 @@ class Ladder:
             yield "consistency", replace(full, consistency=replace(term, weight=term.weight or 1.0))
 
     def _best(self) -> recipe.Recipe:
-        return self.configs[min(self.found, key=lambda step: step.drop_points).name]
+        return self.configs[min(self.found, key=_rank).name]
 
     def _wider(self, best: recipe.Recipe) -> QuantizationConfig:
         """The layers that lose most with more bits, or in float where they have eight."""
@@ -225,6 +232,20 @@ class Ladder:
         else:
             self._images, labels = sources.labeled_folder(self.judge, "--judge", dataset, config.data, self.progress)
         self._labels: _Int = labels.numpy()
+        n, limit = len(labels), self.config.gate.max_accuracy_drop
+        key = "data.judging" if self.judge is None else "--judge"
+        if len(set(labels.tolist())) < 2:
+            msg = f"{key}: the {n} images that judge are all of one class; add images of others"
+            raise UsageError(msg)
+        from crqat.runtime_eval.measure.accuracy import tango
+
+        least = 100 * tango(0, 0, n)[1]
+        if limit is not None and least > limit:
+            msg = (
+                f"{key}: {n} images cannot show that a drop is within {limit:g} points: with no difference at all its "
+                f"upper bound is {least:.2f}; take more images or a larger gate.max_accuracy_drop"
+            )
+            raise UsageError(msg)
 
     def _answers(self, network: Any) -> _Int:
         from crqat.train.training.evaluate import answers
@@ -247,6 +268,17 @@ class Ladder:
         )
 
 
+def _rank(step: Step) -> tuple[int, float]:
+    """What makes a step better than another: its verdict first."""
+    return ("pass", "inconclusive", "fail").index(step.status), step.drop_points
+
+
+def _gate(step: Step) -> str:
+    """The verdict, and the rules that are in its way."""
+    rules_ = [verdict.rule.replace("_", " ") for verdict in step.verdicts if verdict.status == step.status != "pass"]
+    return ": ".join([step.status, ", ".join(rules_)]) if rules_ else step.status
+
+
 def write(ladder: Ladder, advice: Advice, out: Path) -> None:
     """Write the table's numbers, the picture and the chosen recipe."""
     out.mkdir(parents=True, exist_ok=True)
@@ -266,7 +298,7 @@ def show(advice: Advice, out: Path) -> None:
         low, high = step.drop_interval_points
         cells = [f"{100 * step.top1:.2f}", f"{step.drop_points:.2f} [{low:.2f}, {high:.2f}]", f"{step.minutes:.2f}"]
         layers = str(len(step.float_layers)) if step.float_layers else "-"
-        rows.append([step.name, *cells, f"{step.mean_bits:g}", layers, step.status])
+        rows.append([step.name, *cells, f"{step.mean_bits:g}", layers, _gate(step)])
     columns = ["step", "top-1 %", "drop, points", "minutes", "bits a weight", "float layers", "gate"]
     title = f"{advice.images} judging images ({advice.source}); float {100 * advice.float_top1:.2f} %"
     console.show_table(title, columns, rows)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from crqat.core.errors import UsageError
 from crqat.train.models import build as models
 from crqat.train.models import onnx_file
+from crqat.train.quantized_model import quantize
 
 SIDE, CLASSES = 16, 5
 
@@ -320,3 +321,39 @@ def test_a_network_that_computes_something_else_is_an_error_that_names_the_file(
         next(network.parameters()).mul_(1.001)
     with pytest.raises(UsageError, match=r"made of .*net\.onnx computes logits that differ by"):
         onnx_file.compare(str(path), network, images)
+
+
+class _Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.fc = nn.LayerNorm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.fc(self.norm(x))  # type: ignore[no-any-return]
+
+
+class _Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 4, 4), nn.Linear(8, CLASSES)
+        self.blocks = nn.Sequential(_Block(), _Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.conv(x).flatten(2).transpose(1, 2)).mean(1))  # type: ignore[no-any-return]
+
+
+def test_repeated_blocks_and_words_of_python_can_be_quantized(tmp_path: Path) -> None:
+    """No two names are alike but for their dots, and none is a word of the grammar."""
+    path = exported(_Blocks().eval(), tmp_path / "net.onnx")
+    model = onnx.load(path)
+    for node, name in zip(model.graph.node, ("in", "/class/lambda/Conv"), strict=False):
+        node.name = name
+    onnx.save(model, path)
+    network = models.build(str(path), CLASSES, 3)
+    flat = [name.replace(".", "_") for name, _ in network.named_modules()]
+    assert len(flat) == len(set(flat))
+    assert quantize(network, torch.randn(4, 3, SIDE, SIDE)).specs
+    named = nn.Sequential()
+    named.add_module("in", nn.Conv2d(3, 4, SIDE))
+    with pytest.raises(UsageError, match=r"^net: in: in is a word of Python's grammar"):
+        quantize(named.append(nn.Flatten()).eval(), torch.randn(4, 3, SIDE, SIDE))

@@ -29,7 +29,7 @@ def test_codes_are_as_good_as_the_best_of_all(seed: int) -> None:
     x = shared + 0.3 * torch.randn(200, 4, generator=generator)
     y = x + 0.05 * torch.randn(200, 4, generator=generator)
     asked = 1.5 * torch.randn(4, generator=generator)
-    found = Moments((y.T @ y / 200)[None], (x.T @ y / 200)[None])
+    found = Moments((y.T @ y / 200)[None], (x.T @ y / 200)[None], _DAMPING * (y.T @ y / 200).diagonal().mean()[None])
     codes = coordinate_descent(asked[None, None], found, -3, 3)[0, 0]
     grid = [torch.tensor(choice, dtype=torch.float32) for choice in itertools.product(range(-3, 4), repeat=4)]
     best = min(float(error(choice, asked, x, y)) for choice in grid)
@@ -75,7 +75,7 @@ def test_centered_moments_are_covariances(images: Tensor) -> None:
 
 def test_a_method_that_changes_weights_is_refused(images: Tensor) -> None:
     """Its codes are not those of the weight that would be moved."""
-    with pytest.raises(UsageError, match=r"^ptq\.adaround: 0: DoReFa.* use quantization\.weight_method lsq"):
+    with pytest.raises(UsageError, match=r"^adaround: 0: DoReFa.* use weight_method lsq"):
         quantize(network(), [images], weights=4, weight_method="dorefa", adaround=True)
 
 

@@ -44,3 +44,22 @@ def test_nothing_to_correct_with(images: Tensor) -> None:
     model = quantize(net, [images], weights=3)
     done = [bias_correction.correct(model, event) for event in walk(model, images) if isinstance(event, Output)]
     assert done == [False, True]
+
+
+def test_what_several_layers_share_is_not_corrected(images: Tensor) -> None:
+    """Each would take the shifts of all."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = (nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+            self.norm, self.head = nn.BatchNorm2d(3), nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norm(self.first(x)))
+            x = torch.relu(self.norm(self.second(x)))
+            return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+    model = quantize(Shared().eval(), [images], weights=3)
+    done = [bias_correction.correct(model, event) for event in walk(model, images) if isinstance(event, Output)]
+    assert done == [False, False, True]

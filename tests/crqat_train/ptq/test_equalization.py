@@ -55,3 +55,27 @@ def test_a_second_reader_stands_in_the_way(images: Tensor) -> None:
             return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
 
     assert equalization.pairs(uncalibrated(Block().eval(), images)) == []
+
+
+def test_what_is_shared_or_read_along_another_axis_stays(images: Tensor) -> None:
+    """A bias or BatchNorm parameters of two layers, and a linear layer that reads rows of pixels."""
+
+    class Shared(nn.Module):
+        def __init__(self, norm: bool) -> None:
+            super().__init__()
+            self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(3) if norm else nn.Identity() for _ in range(2))
+            if norm:
+                self.norms[1].weight, self.norms[1].bias = self.norms[0].weight, self.norms[0].bias
+            self.second.bias = self.first.bias
+            self.head = nn.Linear(3, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = torch.relu(self.norms[0](self.first(x)))
+            x = torch.relu(self.norms[1](self.second(x)))
+            return self.head(self.third(x).mean((2, 3)))  # type: ignore[no-any-return]
+
+    for norm in (True, False):
+        assert equalization.pairs(uncalibrated(Shared(norm).eval(), images)) == []
+    rows = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Linear(16, 4), nn.Flatten(), nn.Linear(1024, 3))
+    assert equalization.pairs(uncalibrated(rows.eval(), images)) == []

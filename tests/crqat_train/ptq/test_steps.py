@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from crqat.core.errors import UsageError
 from crqat.train.config import PTQConfig, QuantizationConfig
 from crqat.train.ptq import steps
 from crqat.train.quantized_model import QuantizedModel, quantize, quantize_model
@@ -68,3 +69,23 @@ def test_large_images_are_limited(images: Tensor, monkeypatch: pytest.MonkeyPatc
     model = quantize_model(network(), images[:2], QuantizationConfig(weights=4), ("onnxruntime",))
     notes = steps.apply(model, ("onnxruntime",), torch.split(images, 16), "mse", PTQConfig(bias_correction=True))
     assert notes == ["bias correction of 5 of 5 layers on 10 images"]
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_images_that_are_all_alike_make_nothing_worse(images: Tensor, count: int) -> None:
+    """They say nothing of how inputs vary, so weights are rounded to the nearest."""
+    seen, unseen = images[:1].mean((2, 3), keepdim=True).expand(count, 3, 16, 16).contiguous(), images[32:]
+    plain = error(quantize(network(), [seen], weights=4), unseen)
+    assert error(quantize(network(), [seen], weights=4, adaround=True, bias_correction=True), unseen) < 2 * plain
+
+
+def test_images_of_another_size_calibrate_alone(images: Tensor) -> None:
+    """All values of both networks are of one batch."""
+    larger = torch.nn.functional.interpolate(images[:4], size=24)
+    assert quantize(network(), [images[:8], larger], weights=4, adaround=True).specs
+
+
+def test_what_is_neither_true_nor_false_is_refused(images: Tensor) -> None:
+    """A text that says no would count as yes."""
+    with pytest.raises(UsageError, match=r"^equalization: should be True or False, not 'false'"):
+        quantize(network(), [images], equalization="false")  # type: ignore[arg-type]
