@@ -119,8 +119,8 @@ def test_a_wheel_holds_one_package_with_all_its_parts(wheel: Path) -> None:
             files = [path.relative_to(part.resolve()) for path in part.resolve().rglob("*.py")]
             wanted |= {f"crqat/{part.name}/{path.as_posix()}" for path in files}
     templates = {f"crqat/pipeline/templates/{name}" for name in ("recipe.yaml", "report.html.j2")}
-    networks = "crqat/pipeline/commands/model_survey_networks.json"
-    assert held == wanted | templates | {"crqat/py.typed", networks}
+    lists = {f"crqat/pipeline/commands/{name}.json" for name in ("model_survey_networks", "versions")}
+    assert held == wanted | templates | lists | {"crqat/py.typed"}
 
 
 def test_installed_it_works_beside_files_of_the_same_names(wheel: Path, tmp_path: Path) -> None:
