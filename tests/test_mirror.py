@@ -65,6 +65,8 @@ ELSEWHERE: dict[str, str] = {
     "crqat_train/placement/nncf_layout.py": "tests/crqat_train/nncf/test_checkpoint.py",
     "crqat_train/placement/quantizer_spec.py": "tests/crqat_train/placement/test_insert.py",
     "crqat_train/placement/target_rules.py": "tests/crqat_train/placement/test_insert.py",
+    "crqat_train/models/from_onnx.py": "tests/crqat_train/models/test_onnx_file.py",
+    "crqat_train/models/onnx_network.py": "tests/crqat_train/models/test_onnx_file.py",
     "crqat_train/ptq/shared.py": "tests/crqat_train/ptq/test_equalization.py",
     "crqat_train/ptq/walk.py": "tests/crqat_train/ptq/test_bias_correction.py",
     "crqat_train/quantized_model.py": "tests/crqat_train/quantizers/test_finalize.py",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.field_bounds import user_path
 from crqat.train.config import is_onnx_file
-from crqat.train.models import onnx_file, weight_files
+from crqat.train.models import from_onnx, onnx_file, weight_files
 from crqat.train.models.cifar import CIFAR_BLOCKS, CIFAR_STEMS, CifarResNet
 from crqat.train.models.own_network import build_own, check_callable
 
@@ -53,7 +53,7 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
         UsageError: The name is unknown, or the network does not take these arguments.
     """
     if is_onnx_file(name):
-        return onnx_file.build(name, classes, channels)
+        return from_onnx.build(name, classes, channels)
     if name in CIFAR_BLOCKS:
         return CifarResNet(CIFAR_BLOCKS[name], classes, channels)
     if name in CIFAR_STEMS:

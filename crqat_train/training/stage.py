@@ -28,7 +28,7 @@ from crqat.train.data.split import Split, split_of
 from crqat.train.device import channels_last, choose_device, compiler, deterministic
 from crqat.train.graph.explain import check_module
 from crqat.train.models import build as models
-from crqat.train.models import onnx_file, published
+from crqat.train.models import from_onnx, published
 from crqat.train.nncf import checkpoint as nncf_checkpoint
 from crqat.train.nncf import start_from
 from crqat.train.ptq import steps as ptq
@@ -262,9 +262,9 @@ class _Run:
         name = self.config.model.name
         if not is_onnx_file(name):
             return ""
-        chosen = self.dataset.train_images[self.split.train[: onnx_file.COMPARED]]
-        images = next(evaluation_batches(chosen, self.dataset.preprocessing, onnx_file.COMPARED))
-        said = onnx_file.compare(name, model, images)
+        chosen = self.dataset.train_images[self.split.train[: from_onnx.COMPARED]]
+        images = next(evaluation_batches(chosen, self.dataset.preprocessing, from_onnx.COMPARED))
+        said = from_onnx.compare(name, model, images)
         self.preparation.append(said)
         self.progress("network", 1, 1, said)
         return f"model.name: {name}"

@@ -16,7 +16,7 @@ from crqat.core.typed_json import text
 from crqat.train.config import FOLDER_CROP, FOLDER_SIZE, is_onnx_file
 
 if TYPE_CHECKING:
-    from crqat.train.models.onnx_file import OnnxNetwork
+    from crqat.train.models.onnx_network import OnnxNetwork
 
 # At most so many images calibrate; half of a folder with fewer than twice as many.
 CALIBRATION = 100
@@ -151,9 +151,9 @@ def _imported(name: str) -> OnnxNetwork | None:
     """The network of an ONNX file; None of another name."""
     if not is_onnx_file(name):
         return None
-    from crqat.train.models import onnx_file
+    from crqat.train.models import from_onnx, onnx_file
 
-    return onnx_file.network(onnx_file.read(user_path(name, "MODEL")))
+    return from_onnx.network(onnx_file.read(user_path(name, "MODEL")))
 
 
 def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     import onnx
 
-    from crqat.train.models.onnx_file import Builder
+    from crqat.train.models.onnx_network import Builder
 
 IMAGE_RANK = 4
 

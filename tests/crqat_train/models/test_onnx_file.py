@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from crqat.core.errors import UsageError
 from crqat.train.models import build as models
-from crqat.train.models import onnx_file
+from crqat.train.models import from_onnx, onnx_file
 from crqat.train.quantized_model import quantize
 
 SIDE, CLASSES = 16, 5
@@ -113,7 +113,7 @@ def test_each_network_computes_what_its_file_does(name: str, opset: int, batch: 
     path = exported(made(name), tmp_path / "net.onnx", opset, batch)
     network = models.build(str(path), CLASSES, 3)
     images = torch.randn(5, 3, SIDE, SIDE)
-    assert "of their range" in onnx_file.compare(str(path), network, images)
+    assert "of their range" in from_onnx.compare(str(path), network, images)
     torch.testing.assert_close(network(images), made(name)(images), rtol=1e-4, atol=1e-4)
     # It is an ordinary network: every parameter learns, and the weights lie in its state dict.
     network.train()(images).square().sum().backward()
@@ -122,11 +122,11 @@ def test_each_network_computes_what_its_file_does(name: str, opset: int, batch: 
 
 
 def test_layers_have_the_names_that_they_had_and_activations_are_whole(tmp_path: Path) -> None:
-    gates = onnx_file.network(onnx_file.read(exported(made("gates"), tmp_path / "gates.onnx")))
+    gates = from_onnx.network(onnx_file.read(exported(made("gates"), tmp_path / "gates.onnx")))
     assert {name for name, _ in gates.named_parameters()} == {name for name, _ in made("gates").named_parameters()}
     functions = [getattr(step.function, "__name__", step.function) for step in gates._steps]
     assert functions.count("silu") == 1 and functions.count("sigmoid") == 1
-    gelu = onnx_file.network(onnx_file.read(exported(made("gelu"), tmp_path / "gelu.onnx")))
+    gelu = from_onnx.network(onnx_file.read(exported(made("gelu"), tmp_path / "gelu.onnx")))
     assert [getattr(step.function, "__name__", "") for step in gelu._steps].count("gelu") == 1
     assert not any(getattr(step.function, "__name__", "") == "erf" for step in gelu._steps)
 
@@ -171,7 +171,7 @@ def newer(path: Path, batch: int | str = "n", beside: bool = True) -> Path:
 def test_weights_in_a_file_beside_it_are_taken_in(batch: int | str, tmp_path: Path) -> None:
     path = newer(tmp_path / "net.onnx", batch)
     network = models.build(str(path), CLASSES, 3)
-    onnx_file.compare(str(path), network, torch.randn(5, 3, SIDE, SIDE))
+    from_onnx.compare(str(path), network, torch.randn(5, 3, SIDE, SIDE))
     assert [name for name, _ in network.named_parameters()][:2] == ["features.0.weight", "features.0.bias"]
 
 
@@ -220,7 +220,7 @@ def test_names_in_a_file_name_modules_and_nothing_else(tmp_path: Path) -> None:
         tensor.name = names.get(tensor.name, tensor.name)
     onnx.save(model, tmp_path / "net.onnx")
     network = models.build(str(tmp_path / "net.onnx"), CLASSES, 3)
-    onnx_file.compare(str(tmp_path / "net.onnx"), network, torch.randn(2, 3, SIDE, SIDE))
+    from_onnx.compare(str(tmp_path / "net.onnx"), network, torch.randn(2, 3, SIDE, SIDE))
     paths = [name for name, _ in network.named_parameters()]
     assert len(paths) == 4 and all(part.replace("_", "").isalnum() for path in paths for part in path.split("."))
 
@@ -293,7 +293,7 @@ def test_what_is_not_read_is_refused_by_its_node(
     change(model)
     onnx.save(model, path)
     with pytest.raises(UsageError) as caught:
-        onnx_file.network(onnx_file.read(path))
+        from_onnx.network(onnx_file.read(path))
     assert str(caught.value).startswith(f"{path}: {message}")
 
 
@@ -316,11 +316,11 @@ def test_a_network_that_computes_something_else_is_an_error_that_names_the_file(
     path = newer(tmp_path / "net.onnx", beside=False)
     network, images = models.build(str(path), CLASSES, 3), torch.randn(3, 3, SIDE, SIDE)
     with pytest.raises(UsageError, match=r"data\.crop: images are 8 x 8, and .*net\.onnx takes 16 x 16"):
-        onnx_file.compare(str(path), network, images[:, :, :8, :8])
+        from_onnx.compare(str(path), network, images[:, :, :8, :8])
     with torch.no_grad():
         next(network.parameters()).mul_(1.001)
     with pytest.raises(UsageError, match=r"made of .*net\.onnx computes logits that differ by"):
-        onnx_file.compare(str(path), network, images)
+        from_onnx.compare(str(path), network, images)
 
 
 class _Block(nn.Module):

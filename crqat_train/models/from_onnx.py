@@ -1,0 +1,118 @@
+"""A float network from an ONNX file, held against what ONNX Runtime makes of the file."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from crqat.core.errors import ToolError, UsageError
+from crqat.core.field_bounds import user_path
+from crqat.train.models.onnx_file import OnnxFile, read
+from crqat.train.models.onnx_network import Builder, OnnxNetwork
+
+if TYPE_CHECKING:
+    pass
+
+# Of the logits' range: how far the network's logits may be from the file's, which differ by rounding alone.
+TOLERANCE = 1e-4
+# Images that the two are compared on.
+COMPARED = 8
+
+
+def network(file: OnnxFile) -> OnnxNetwork:
+    """The network of a file, on the CPU in eval mode. It takes any number of images, whatever the file is fixed to.
+
+    Raises:
+        UsageError: A node is used in a way that is not read; the message names it.
+    """
+    return Builder(file).build()
+
+
+def build(name: str, classes: int, channels: int) -> OnnxNetwork:
+    """The network of the ONNX file that `model.name` names, with the file's weights.
+
+    Args:
+        name: Path of the file.
+        classes: Number of logits that the data set asks for.
+        channels: Of the images.
+
+    Raises:
+        UsageError: See `read` and `network`; or the file has another number of outputs or channels.
+        ToolError: See `read`.
+    """
+    path = user_path(name, "model.name")
+    made = network(read(path))
+    if made.shape[1] != channels:
+        msg = (
+            f"data.channels: the images have {channels} channels, and {path} takes {made.shape[1]}; give it such images"
+        )
+        raise UsageError(msg)
+    if made.classes != classes:
+        msg = (
+            f"model.name: {path} has {made.classes} outputs, and the data set has {classes} classes; both must be the "
+            "same"
+        )
+        raise UsageError(msg)
+    return made
+
+
+def compare(name: str, network: nn.Module, images: Tensor) -> str:
+    """Compare a network that was made of a file with what ONNX Runtime computes by the file itself.
+
+    Args:
+        name: Path of the file.
+        network: On the CPU in eval mode.
+        images: Preprocessed, float32 [N, C, H, W], on the CPU; the first few are taken.
+
+    Returns:
+        The difference, in one line.
+
+    Raises:
+        UsageError: The file does not take images of this size, or the network computes something else.
+        ToolError: ONNX Runtime cannot run the file.
+    """
+    file = read(user_path(name, "model.name"))
+    images = images[:COMPARED].contiguous()
+    if any(side not in (None, own) for side, own in zip(file.shape[2:], images.shape[2:], strict=True)):
+        sides = " x ".join(str(side or "?") for side in file.shape[2:])
+        given = " x ".join(map(str, images.shape[2:]))
+        msg = f"data.crop: images are {given}, and {file.path} takes {sides}; set data.crop to what the file takes"
+        raise UsageError(msg)
+    reference = _by_runtime(file, images)
+    with torch.no_grad():
+        logits = network(images)
+    span = float(reference.max() - reference.min())
+    difference = float((logits - reference).abs().max()) / max(span, 1e-30) if logits.shape == reference.shape else None
+    if difference is None or not difference <= TOLERANCE:
+        found = "another shape" if difference is None else f"logits that differ by {difference:.1e} of their range"
+        free = "" if file.shape[0] is None else "; export it with a free number of images (dynamic batch)"
+        msg = (
+            f"model.name: the network made of {file.path} computes {found} from what ONNX Runtime computes by the file "
+            f"(at most {TOLERANCE:g} is rounding){free or '; give the network as module:function instead'}"
+        )
+        raise UsageError(msg)
+    return (
+        f"{file.path}: on {len(images)} images the logits of the network that was made of it differ from the file's in "
+        f"ONNX Runtime by at most {difference:.1e} of their range"
+    )
+
+
+def _by_runtime(file: OnnxFile, images: Tensor) -> Tensor:
+    """The file's logits, computed in portions of the number of images that it is fixed to."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    count = file.shape[0] or len(images)
+    padded = torch.cat([images, images[-1:].repeat(-len(images) % count, 1, 1, 1)])
+    try:
+        content = file.model.SerializeToString()
+        session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+        parts = [session.run([file.output], {file.input: part.numpy()})[0] for part in torch.split(padded, count)]
+    except Exception as error:  # ONNX Runtime has exceptions of its own for each kind of failure
+        words = " ".join(str(error).split())[:200]
+        msg = f"{file.path}: ONNX Runtime cannot run it: {words}"
+        raise ToolError(msg) from error
+    return torch.cat([torch.from_numpy(part) for part in parts])[: len(images)]

@@ -1,0 +1,326 @@
+"""The network that an ONNX file stands for: a module of ordinary layers, built node by node.
+
+Nothing in the file is executed: its operators are taken from a closed list, and its names name modules alone.
+"""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from crqat.core.errors import CrqatError, UsageError
+from crqat.train.models.onnx_file import OnnxFile, refusal
+from crqat.train.models.onnx_operators import OPERATORS, Node, Refused, Value
+
+if TYPE_CHECKING:
+    pass
+
+# Of a constant that is computed from others, such as an expanded one.
+_MOST_NUMBERS = 2**28
+# The sides of the images that a file without one is read with; each run has its own.
+_ANY_SIDES = (224, 256)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """In a step's arguments: the value of an earlier step."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """In a step's arguments: a tensor of the network."""
+
+    path: str
+
+
+@dataclass
+class _Step:
+    """One operation: a function, or a module of the network by its path, on values, tensors and plain arguments.
+
+    Attributes:
+        function: What computes it.
+        arguments: Of it, with `_Named` and `_Stored` in them, also inside of lists.
+        result: Name of its value.
+        node: The file's node that it was made of, for messages.
+        released: Names of the values that nobody needs behind it.
+    """
+
+    function: Callable[..., Any] | str
+    arguments: tuple[Any, ...]
+    result: str
+    node: str
+    released: list[str] = field(default_factory=list)
+
+
+class _Scope(nn.Module):
+    """A module of modules; called on the way to one of them, so that its whole path is known to whoever traces it."""
+
+    def forward(self, path: list[str], *arguments: Any) -> Any:
+        """What the module at a path computes."""
+        return _called(self, path, *arguments)
+
+
+def _called(owner: nn.Module, path: list[str], *arguments: Any) -> Any:
+    child = getattr(owner, path[0])
+    return child(path[1:], *arguments) if isinstance(child, _Scope) else child(*arguments)
+
+
+class OnnxNetwork(nn.Module):
+    """The network of an ONNX file: layers with parameters of their own, called in the file's order.
+
+    Attributes:
+        shape: Of the file's input, [N, C, H, W]; None where it is free.
+        classes: Number of logits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shape: tuple[int | None, int, int | None, int | None] = (None, 0, None, None)
+        self.classes = 0
+        self._steps: list[_Step] = []
+        self._names = ("", "")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits, float32 [N, classes], of images, float32 [N, C, H, W]."""
+        values: dict[str, Any] = {self._names[0]: images}
+
+        def given(argument: Any) -> Any:
+            if isinstance(argument, _Named):
+                return values[argument.name]
+            if isinstance(argument, _Stored):
+                found: Any = self
+                for part in argument.path.split("."):
+                    found = getattr(found, part)
+                return found
+            return type(argument)(map(given, argument)) if isinstance(argument, (list, tuple)) else argument
+
+        for step in self._steps:
+            arguments = map(given, step.arguments)
+            if isinstance(step.function, str):
+                values[step.result] = _called(self, step.function.split("."), *arguments)
+            else:
+                values[step.result] = step.function(*arguments)
+            for name in step.released:
+                del values[name]
+        logits: Tensor = values[self._names[1]]
+        return logits
+
+
+class Builder:
+    """Makes a network of a file's nodes, in their order, while images without content pass through it.
+
+    Attributes:
+        batch: The number of images that the file is fixed to, None if it is free.
+    """
+
+    def __init__(self, file: OnnxFile) -> None:
+        import onnx
+
+        self.network, self.batch, self._file = OnnxNetwork(), file.shape[0], file
+        batch, channels, height, width = file.shape
+        # What is the same for both depends on no image's number and size.
+        sample, other = (
+            torch.zeros((batch or 2) + more, channels, height or _ANY_SIDES[more], width or _ANY_SIDES[more])
+            for more in (0, 1)
+        )
+        self._values: dict[str, Value] = {file.input: Value(sample, "images", other=other)}
+        self._stored = {tensor.name: tensor for tensor in file.model.graph.initializer}
+        self._to_array = onnx.numpy_helper.to_array
+        uses = [name for node in file.model.graph.node for name in node.input]
+        self._uses = Counter([*uses, file.output])
+        self._node = ""
+        # Paths with `_` for each dot, in which quantizers and NNCF name operations.
+        self._flat: set[str] = set()
+
+    def build(self) -> OnnxNetwork:
+        """The network, in eval mode.
+
+        Raises:
+            UsageError: An operator is used in a way that is not read.
+        """
+        for proto in self._file.model.graph.node:
+            self._node = proto.name or next(iter(proto.output), "")
+            node = Node(proto, [self._value(name) for name in proto.input], self)
+            try:
+                results = OPERATORS[proto.op_type](node)
+            except Refused as error:
+                raise refusal(self._file.path, proto, str(error)) from error
+            except (CrqatError, MemoryError):
+                raise
+            except Exception as error:  # what an operator's function makes of arguments that it does not expect
+                words = " ".join(str(error).split())[:200] or type(error).__name__
+                raise refusal(self._file.path, proto, f"cannot be read: {words}") from error
+            for name, value in zip(proto.output, results if isinstance(results, tuple) else (results,), strict=False):
+                self._values[name] = value
+            missing = [name for name in proto.output if name and name not in self._values]
+            if any(self._uses[name] for name in missing):
+                raise refusal(self._file.path, proto, f"its output {missing[0]} is not read")
+        return self._finished(self._values[self._file.output])
+
+    def _finished(self, output: Value) -> OnnxNetwork:
+        network = self.network.eval()
+        shapes = [list(value.shape) if isinstance(value, Tensor) else [] for value in (output.sample, output.other)]
+        shape, batch = shapes[0], self.batch or 2
+        if len(shape) != 2 or shapes != [[batch, shape[1]], [batch + 1, shape[1]]] or output.name is None:
+            made = " x ".join(map(str, shape))
+            msg = (
+                f"{self._file.path}: the output {self._file.output} of {batch} images is {made}; "
+                "that of a classifier is one row of logits for each image"
+            )
+            raise UsageError(msg)
+        network.shape, network.classes = self._file.shape, shape[1]
+        network._names = ("images", output.name)
+        # What is part of an activation as a whole, or of no use at all, is left out.
+        needed, kept = {output.name}, []
+        for step in reversed(network._steps):
+            if step.result in needed:
+                names = dict.fromkeys(_names_in(step.arguments))
+                step.released = [name for name in names if name not in needed]
+                needed.update(names)
+                kept.append(step)
+        network._steps = kept[::-1]
+        return network
+
+    def _value(self, name: str) -> Value | None:
+        """By its name in the file; None for an input that is left out."""
+        if not name:
+            return None
+        if name not in self._values:
+            stored = torch.from_numpy(self._to_array(self._stored[name]).copy())
+            self._values[name] = Value.of(stored, name)
+        return self._values[name]
+
+    def used_once(self, name: str) -> bool:
+        """Whether one node alone reads a value of the file."""
+        return self._uses[name] == 1
+
+    def emit(self, function: Callable[..., Any] | str, *arguments: Any) -> Value:
+        """Add an operation, and see what it makes of images; what depends on no image is computed once for all.
+
+        Args:
+            function: Or the path of a module.
+            arguments: With `Value`s in them, also inside of lists.
+        """
+        called = self.network.get_submodule(function).eval() if isinstance(function, str) else function
+        with torch.no_grad():
+            sample = called(*_samples(arguments, 0))
+            if not any(value.name is not None for value in _values_in(arguments)) and not isinstance(function, str):
+                return Value.of(sample, self._node)
+            try:
+                other = called(*_samples(arguments, 1))
+            except (RuntimeError, ValueError) as error:
+                if self.batch is None:
+                    raise
+                msg = f"computes something for {self.batch} images alone; export it with a free number (dynamic batch)"
+                raise Refused(msg) from error
+        if isinstance(sample, (bool, int, float, list)) and sample == other:
+            return Value.of(sample, self._node)
+        result = f"{len(self.network._steps)} {self._node}"
+        self.network._steps.append(_Step(function, self._recorded(arguments), result, self._node))
+        return Value(sample, result, other=other)
+
+    def module(self, made: nn.Module, weight: Value | None = None) -> str:
+        """Put a layer into the network, under its weight's name in the file if that is one, else under the node's.
+
+        Returns:
+            Its path.
+        """
+        origin = weight.origin if weight is not None else ""
+        name = origin.removesuffix(".weight") if origin.endswith(".weight") else _layer_name(self._node)
+        return self._place(name, lambda owner, leaf: owner.add_module(leaf, made))
+
+    def _recorded(self, argument: Any) -> Any:
+        if isinstance(argument, (list, tuple)):
+            return type(argument)(map(self._recorded, argument))
+        if not isinstance(argument, Value):
+            return argument
+        if argument.name is not None:
+            return _Named(argument.name)
+        if not isinstance(argument.sample, Tensor):
+            return argument.sample
+        if argument.stored is None:
+            if argument.sample.numel() > _MOST_NUMBERS:
+                msg = f"computes a constant of {argument.sample.numel()} numbers; that is refused"
+                raise Refused(msg)
+            tensor = argument.sample.detach().clone()
+            if tensor.is_floating_point():
+                parameter = nn.Parameter(tensor)
+                argument.stored = self._place(
+                    argument.origin, lambda owner, leaf: owner.register_parameter(leaf, parameter)
+                )
+            else:
+                argument.stored = self._place(argument.origin, lambda owner, leaf: owner.register_buffer(leaf, tensor))
+        return _Stored(argument.stored)
+
+    def _place(self, name: str, put: Callable[[nn.Module, str], None]) -> str:
+        """Find a place for a module or a tensor; its path has letters, digits and `_` alone, whatever the file says."""
+        parts = [_identifier(re.sub(r"[^A-Za-z0-9_]", "_", part)) for part in name.strip("/.").split(".")]
+        if "/" in name or ":" in name or not all(parts) or not self._free(parts):
+            parts = [_identifier(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "unnamed")]
+        last, count = parts[-1], 1
+        while not self._free(parts):
+            count += 1
+            parts[-1] = f"{last}_{count}"
+        owner: nn.Module = self.network
+        for part in parts[:-1]:
+            if part not in owner._modules:
+                owner.add_module(part, _Scope())
+            owner = owner.get_submodule(part)
+        put(owner, parts[-1])
+        self._flat.update("_".join(parts[:length]) for length in range(1, len(parts) + 1))
+        return ".".join(parts)
+
+    def _free(self, parts: list[str]) -> bool:
+        """Whether nothing is there, and no module or tensor lies on the way."""
+        owner: Any = self.network
+        for part in parts:
+            if not isinstance(owner, (OnnxNetwork, _Scope)):
+                return False
+            if not hasattr(owner, part):
+                return "_".join(parts) not in self._flat and not any(hasattr(nn.Module(), name) for name in parts)
+            owner = getattr(owner, part)
+        return False
+
+
+def _identifier(part: str) -> str:
+    """A name that Python's grammar does not keep for itself."""
+    return f"{part}_" if keyword.iskeyword(part) else part
+
+
+def _layer_name(node: str) -> str:
+    """The name that a layer had in PyTorch: layer1.0.conv1 of /layer1/layer1.0/conv1/Conv; others as they are."""
+    path, before = "", ""
+    for scope in node.strip("/").split("/")[:-1]:
+        inside = scope.rpartition(".")[0] == before and bool(before)  # of a sequence, which repeats its own name
+        path = path[: -len(before)] + scope if inside else f"{path}.{scope}" if path else scope
+        before = scope
+    return path if node.startswith("/") and path else node
+
+
+def _samples(argument: Any, which: int) -> Any:
+    if isinstance(argument, (list, tuple)):
+        return type(argument)(_samples(part, which) for part in argument)
+    if isinstance(argument, Value):
+        return argument.other if which and argument.name is not None else argument.sample
+    return argument
+
+
+def _values_in(argument: Any) -> list[Value]:
+    if isinstance(argument, (list, tuple)):
+        return [value for part in argument for value in _values_in(part)]
+    return [argument] if isinstance(argument, Value) else []
+
+
+def _names_in(argument: Any) -> list[str]:
+    if isinstance(argument, (list, tuple)):
+        return [name for part in argument for name in _names_in(part)]
+    return [argument.name] if isinstance(argument, _Named) else []
