@@ -71,6 +71,7 @@ ELSEWHERE: dict[str, str] = {
     "crqat_train/ptq/walk.py": "tests/crqat_train/ptq/test_bias_correction.py",
     "crqat_train/quantized_model.py": "tests/crqat_train/quantizers/test_finalize.py",
     "crqat_train/shares.py": "tests/crqat_train/test_distributed.py",
+    "crqat_train/training/images.py": "tests/crqat_train/training/test_stage.py",
     "crqat_train/training/loop.py": "tests/crqat_train/training/test_stage.py",
     "export/__init__.py": "tests/test_init.py",
     "export/analysis/sqnr.py": "tests/export/analysis/test_bit_width_cost.py",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,9 +19,9 @@ from crqat.core.progress import Progress
 from crqat.core.results.training import Candidate, FloatNetwork, TrainingPayload
 from crqat.train import distributed, shares
 from crqat.train.checkpoint import write_tensors
-from crqat.train.config import ConsistencyConfig, OptimizerConfig, QATConfig, TrainConfig, is_onnx_file
+from crqat.train.config import ConsistencyConfig, QATConfig, TrainConfig, is_onnx_file
 from crqat.train.data import sources
-from crqat.train.data.batches import Batches, Feed, Generators, Images, evaluation_batches, subset
+from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat.train.data.dataset import Dataset
 from crqat.train.data.split import Split, split_of
 from crqat.train.device import channels_last, choose_device, compiler, deterministic
@@ -38,7 +37,8 @@ from crqat.train.quantizers.finalize import check_values
 from crqat.train.training import loop
 from crqat.train.training.callbacks import Callback, low_bit_callbacks
 from crqat.train.training.consistency import ConsistencyTraining
-from crqat.train.training.evaluate import BATCH, accuracy, answers
+from crqat.train.training.evaluate import BATCH, accuracy
+from crqat.train.training.images import TrainingImages
 from crqat.train.training.optimizer import Fit
 from crqat.train.training.resume import SAVE_EVERY, Keeper, Training
 
@@ -186,7 +186,7 @@ def _begin(
     keeper = Keeper(states, save_every, device, progress)
     run = _Run(config, dataset, split, device, progress, keeper)
     run.preparation = preparation
-    _ = run.unlabeled_images  # what is wrong with them is said before anything is trained
+    _ = run.images.without_labels  # what is wrong with them is said before anything is trained
     network, trained = run.network()
     if not keeper.found:
         start = Start(network, trained, dataset, split, device, distributed.world())
@@ -210,6 +210,7 @@ class _Run:
     ) -> None:
         self.config, self.dataset, self.split, self.device, self.progress = config, dataset, split, device, progress
         self.keeper = keeper
+        self.images = TrainingImages(config.data, dataset, split, device)
         nncf = config.model.nncf
         self.nncf = None if nncf is None else nncf_checkpoint.read(user_path(nncf, "model.nncf"))
         self.generators = Generators.of(config.seed, device)
@@ -275,7 +276,7 @@ class _Run:
         if trained or self.keeper.finished("float", model) or config.float_training.epochs == 0:
             return model.eval()
         section = config.float_training
-        batches = self._batches(section, "float.batch_size", strong=section.strong != "none")
+        batches = self.images.labeled(section, "float.batch_size", strong=section.strong != "none")
         fit = Fit(model, section, len(batches), "float", self.device, self.progress)
         consistency = section.consistency or ConsistencyConfig(teacher="none")
         networks = ConsistencyTraining(model, model, consistency, self._compile)
@@ -318,7 +319,7 @@ class _Run:
         config, consistency = self.config, self.config.consistency
         if config.qat.epochs == 0:
             return None
-        batches = self._batches(config.qat, "qat.batch_size", strong=config.data.strong != "none")
+        batches = self.images.labeled(config.qat, "qat.batch_size", strong=config.data.strong != "none")
         fit = Fit(student, config.qat, len(batches), "qat", self.device, self.progress)
         networks = ConsistencyTraining(student, float_model, consistency, self._compile)
         feeds = self._feeds(batches, networks, fit, float_model)
@@ -346,7 +347,8 @@ class _Run:
         """The images of a training's steps, and further ones without labels if the consistency term has them."""
         feeds = {"images": self._feed(batches, networks.views)}
         if networks.views == 2 or networks.pseudo_labels:
-            unlabeled = self._unlabeled(fit.section, batches.strong, float_model if networks.pseudo_labels else None)
+            labeler = float_model if networks.pseudo_labels else None
+            unlabeled = self.images.unlabeled(fit.section, batches.strong, labeler)
             if unlabeled is not None:
                 feeds["unlabeled"] = self._feed(unlabeled, networks.views)
         return feeds
@@ -382,51 +384,6 @@ class _Run:
 
     def _feed(self, batches: Batches, views: int) -> Feed:
         return Feed(batches, self.generators, views)
-
-    def _batches(self, section: OptimizerConfig, key: str, strong: bool) -> Batches:
-        images = subset(self.dataset.train_images, self.split.train)
-        labels = self.dataset.train_labels[self.split.train]
-        config = self.config.data
-        batches = Batches(
-            images,
-            labels,
-            self.dataset.preprocessing,
-            section.batch_size,
-            config.crop_padding,
-            config.flip,
-            self.device,
-            strong,
-        )
-        shares.check_batch(batches.batch_size, f"{key}, of {len(images)} images", distributed.world())
-        return batches
-
-    def _unlabeled(self, section: OptimizerConfig, strong: bool, labeler: nn.Module | None) -> Batches | None:
-        """Images whose labels are not used, or that `labeler` has labeled; None if there are none."""
-        config, images = self.config.data, self.unlabeled_images
-        size = round(config.unlabeled_ratio * section.batch_size)
-        if size == 0 or len(images) == 0:
-            return None
-        labels = torch.zeros(len(images), dtype=torch.int64)
-        if labeler is not None:
-            labels = answers(labeler, images, self.dataset.preprocessing, self.device)
-        batches = Batches(
-            images, labels, self.dataset.preprocessing, size, config.crop_padding, config.flip, self.device, strong
-        )
-        key = f"data.unlabeled_ratio times batch_size, of {len(images)} unlabeled images"
-        shares.check_batch(batches.batch_size, key, distributed.world())
-        return batches
-
-    @functools.cached_property
-    def unlabeled_images(self) -> Images:
-        """All images that are used without their labels."""
-        config, images = self.config.data, self.dataset.train_images
-        if config.unlabeled is None:
-            return subset(images, self.split.unlabeled)
-        if config.unlabeled == config.source and config.unlabeled_root is None:
-            # Of the labeled source itself all but the validation images, which stay unseen.
-            return subset(images, torch.cat([self.split.train, self.split.unlabeled]))
-        with distributed.first_rank_first():
-            return sources.load_unlabeled(config.unlabeled, config, self.dataset)
 
     def _compile(self, model: nn.Module) -> Forward:
         return distributed.wrap(torch.compile(model) if self.compiler else model)

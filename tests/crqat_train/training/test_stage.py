@@ -311,13 +311,13 @@ def test_unlabeled_files_stream_and_the_first_process_downloads_them(
     dataset, device = sources.of_recipe(config.data), torch.device("cpu")
     keeper = Keeper(None, 1.0, device, quiet)
     run = trainer._Run(config, dataset, split_images(10, 0.2, 0), device, quiet, keeper)
-    batches = run._unlabeled(config.qat, strong=True, labeler=None)
+    batches = run.images.unlabeled(config.qat, strong=True, labeler=None)
     assert batches is not None
     assert isinstance(batches.images, streaming.StoredImages)  # not all of them decoded at once
     assert len(batches.images) == len(batches.labels) == 3
     assert turns == ["begin", "load", "end"]
     run = trainer._Run(recipe(data=source), dataset, split_images(10, 0.2, 0), device, quiet, keeper)
-    batches = run._unlabeled(config.qat, strong=True, labeler=None)
+    batches = run.images.unlabeled(config.qat, strong=True, labeler=None)
     assert batches is not None
     assert (
         len(batches.images) == 8
