@@ -199,14 +199,13 @@ def benchmark(
         show_results(config, runs)
         return
     from crqat.pipeline import console
-    from crqat.pipeline.stages import lock
-    from crqat.pipeline.stages import run as stages
+    from crqat.pipeline.stages import boards, lock
 
     target = board(address, python, ssh_config)
     run = runs / config.name
     with failures.explained("benchmark", run), lock.hold(run), console.show_progress() as progress:
-        stages.benchmark_on(target, config, runs, force, progress, clean)
-    show_results(config, runs, stages.device_stage(target))
+        boards.benchmark_on(target, config, runs, force, progress, clean)
+    show_results(config, runs, boards.stage_of(target))
 
 
 @crqat.command()
@@ -231,15 +230,15 @@ def gate(
     With --results FILE they become the stage benchmark@NAME, NAME being the file's, and are judged as if ssh had
     brought them.
     """
-    from crqat.pipeline.stages import run as stages
-
     if results is not None and address:
         msg = f"--results {results}: --on {address} has results of its own; leave one of them out"
         raise UsageError(msg)
+    from crqat.pipeline.stages import boards
+
     config = load(recipe, overrides)
     if results is not None:
-        return judge_run(config, runs, stages.carried(config, runs, results), baseline)
-    return judge_run(config, runs, stages.device_stage(board(address) if address else None), baseline)
+        return judge_run(config, runs, boards.carried(config, runs, results), baseline)
+    return judge_run(config, runs, boards.stage_of(board(address) if address else None), baseline)
 
 
 @crqat.command()

@@ -28,9 +28,9 @@ def compare(files: tuple[Path, ...]) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-bundle.tar.gz.")
 def bundle(run: Path, out: Path | None) -> None:
     """Write an export as one archive for a board, to be measured there without crqat."""
-    from crqat.pipeline.stages import run as stages
+    from crqat.pipeline.stages import boards
 
-    archive, digest, how = stages.bundle(run, out)
+    archive, digest, how = boards.bundle(run, out)
     click.echo(f"wrote {archive}, bundle {digest}")
     click.echo(f"measures as the export's recipe says: {', '.join(f'{key}={value}' for key, value in how.items())}")
     click.echo("on the board:")

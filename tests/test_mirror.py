@@ -103,6 +103,8 @@ ELSEWHERE: dict[str, str] = {
     "pipeline/gate/junit.py": "tests/pipeline/gate/test_rules.py",
     "pipeline/recipe/yaml.py": "tests/pipeline/recipe/test_recipe.py",
     "pipeline/report/tables.py": "tests/pipeline/test_cli.py",
+    "pipeline/stages/boards.py": "tests/pipeline/stages/test_run.py",
+    "pipeline/stages/changes.py": "tests/pipeline/stages/test_run.py",
     "pipeline/stages/staleness.py": "tests/pipeline/stages/test_run.py",
     "pipeline/streams.py": "tests/pipeline/test_cli.py",
     "bench/arm_codes.py": "tests/runtime_eval/board/test_arm.py",

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
-import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
-from importlib import metadata
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from crqat.core import run_directory
 from crqat.core.errors import CrqatError, ToolError, UsageError
@@ -30,7 +27,6 @@ from crqat.pipeline.stages import disk, lock, staleness
 if TYPE_CHECKING:
     from crqat.core.results.verdict import Verdict
     from crqat.pipeline.gate.rules import GateConfig, KnownAccuracy
-    from crqat.runtime_eval.board.ssh import Board
     from crqat.train.training.stage import Start
 
 _Payload = TrainingPayload | ExportPayload | BenchmarkPayload | SensitivityPayload | PerturbationPayload
@@ -88,7 +84,7 @@ def train(
     def after() -> dict[str, str]:
         return staleness.data_after(config, runs, inputs, data)
 
-    directory = _run_stage("train", config, runs, force, inputs, fill, after)
+    directory = run_stage("train", config, runs, force, inputs, fill, after)
     shutil.rmtree(states, ignore_errors=True)
     with contextlib.suppress(OSError):
         states.parent.rmdir()  # stays if another recipe's states are in it
@@ -111,7 +107,7 @@ def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, u
         return write_models(directory, training, config.export, out, progress, config.name, revision, **further)
 
     inputs = {**staleness.inputs("export", config, runs), **({"--unsafe": "yes"} if unsafe else {})}
-    return _run_stage("export", config, runs, force, inputs, fill)
+    return run_stage("export", config, runs, force, inputs, fill)
 
 
 def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
@@ -122,11 +118,11 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
         from crqat.runtime_eval.benchmark import benchmark as measure
 
         results = measure(runs / config.name / "export", config.benchmark, progress)
-        return _write_results(out, runs / config.name, "benchmark", results, config)
+        return write_results(out, runs / config.name, "benchmark", results, config)
 
     # Another machine's numbers say nothing of this one; and an engine is built once there is a builder.
     inputs = {"machine": platform.node(), **staleness.inputs("benchmark", config, runs)}
-    return _run_stage("benchmark", config, runs, force, inputs, fill)
+    return run_stage("benchmark", config, runs, force, inputs, fill)
 
 
 def sensitivity(
@@ -142,7 +138,7 @@ def sensitivity(
 
     asked = {"--average-bits": f"{average_bits:g}", "--images": str(images)}
     inputs = {**staleness.inputs("sensitivity", config, runs), **asked}
-    return _run_stage("sensitivity", config, runs, force, inputs, fill)
+    return run_stage("sensitivity", config, runs, force, inputs, fill)
 
 
 def perturbation(
@@ -158,7 +154,7 @@ def perturbation(
 
     asked = {"--draws": str(draws), "--images": "all" if images is None else str(images)}
     inputs = {**staleness.inputs("perturbation", config, runs), **asked}
-    return _run_stage("perturbation", config, runs, force, inputs, fill)
+    return run_stage("perturbation", config, runs, force, inputs, fill)
 
 
 def judge(
@@ -196,108 +192,13 @@ def known_accuracy(claimed: float | None, limits: GateConfig, run: Path) -> Know
     return None if published is None else KnownAccuracy(published, "who published the weights", PUBLISHED_POINTS)
 
 
-def benchmark_on(
-    board: Board, config: recipe.Recipe, runs: Path, force: bool, progress: Progress, clean: bool = False
-) -> Path:
-    """Run the `benchmark` stage on a board unless it is up to date, and return its directory.
-
-    Args:
-        board: Where to measure.
-        config: The recipe.
-        runs: The directory of all runs.
-        force: Measure anew whatever is here or on the board.
-        progress: Told of what the board tells.
-        clean: Remove the board's job directory once the results are here.
-    """
-    from crqat.runtime_eval.board import bundle as bundles
-    from crqat.runtime_eval.board import ssh
-
-    staleness.current(config, runs, "export")
-    # The recipe's own way to measure, which may have changed since the export.
-    contents = bundles.describe(runs / config.name / "export", asdict(config.benchmark), metadata.version("crqat-edge"))
-
-    def fill(out: Path) -> BenchmarkPayload:
-        results = ssh.measure(board, *contents, force, progress)
-        payload = _write_results(out, runs / config.name, device_stage(board), results, config)
-        return replace(payload, on=board.address, bundle=contents[0].sha256)
-
-    inputs = {"machine": board.address, "python": board.python}
-    directory = _run_stage(device_stage(board), config, runs, force, inputs, fill)
-    if clean:
-        ssh.clean(board, contents[0], progress)
-    return directory
-
-
-def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
-    """Keep the results that were brought from a board by hand as a stage, as if ssh had, and give its name.
-
-    Args:
-        config: The recipe.
-        runs: The directory of all runs.
-        file: What `python3 -m runtime_eval .` wrote there; the stage is benchmark@ and the file's name.
-
-    Raises:
-        UsageError: The file is no results, or was measured on another export or in another way than the recipe's.
-    """
-    staleness.current(config, runs, "export")
-    results = read(Results, file, "bring it from the board again")
-    stage = f"benchmark@{re.sub(r'[^A-Za-z0-9_.-]', '_', file.stem)}"
-    if results.parent != staleness.parent_hash(stage, config, runs):
-        export = runs / config.name / "export"
-        msg = f"{file}: parent: measured on another export than {export}; bundle and measure it anew"
-        raise UsageError(msg)
-    asked, measured = json.loads(json.dumps(asdict(config.benchmark))), asdict(results.config)
-    different = [key for key in asked if measured[key] != asked[key]]
-    if different:
-        key = different[0]
-        msg = (
-            f"{file}: config.{key}: measured with {measured.get(key)}, and the recipe says {asked[key]}; "
-            f"set benchmark.{key}, or bundle and measure anew"
-        )
-        raise UsageError(msg)
-
-    def fill(out: Path) -> BenchmarkPayload:
-        payload = _write_results(out, runs / config.name, stage, results, config)
-        return replace(payload, on=file.stem, bundle=results.bundle)
-
-    _run_stage(stage, config, runs, False, {"--results": run_directory.sha256_file(file)}, fill)
-    return stage
-
-
-def device_stage(board: Board | None) -> str:
-    """The benchmark's stage for a board, or for this machine."""
-    return "benchmark" if board is None else f"benchmark@{board.name}"
-
-
-def bundle(run: Path, out: Path | None) -> tuple[Path, str, dict[str, Any]]:
-    """Write a finished export as one archive for a board; give the archive, the bundle's hash and how it measures.
-
-    Args:
-        run: The run's directory.
-        out: The archive; None takes NAME-bundle.tar.gz here.
-
-    Raises:
-        UsageError: The export is missing, damaged or stale.
-        ToolError: The archive cannot be written.
-    """
-    from crqat.runtime_eval.board import bundle as bundles
-
-    manifest = run_directory.read_manifest(run / "export")
-    staleness.check_parent(run, manifest)
-    how = manifest.config.get("benchmark", {})
-    made, paths = bundles.describe(run / "export", how, metadata.version("crqat-edge"))
-    archive = out or Path(f"{made.run}-bundle.tar.gz")
-    bundles.write(made, paths, archive)
-    return archive, made.sha256, made.benchmark
-
-
 def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> list[Verdict]:
     """Judge a benchmark's results, which must be intact and follow from the current recipe and stages.
 
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        stage: This machine's or a board's; see `device_stage`.
+        stage: This machine's or a board's; see `crqat.pipeline.stages.boards.stage_of`.
         baseline: Earlier results.json whose latency the recipe's `gate.max_latency_regression` refers to.
     """
     from crqat.pipeline.gate.junit import junit
@@ -356,7 +257,7 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
         raise ToolError(msg) from error
 
 
-def _write_results(out: Path, run: Path, stage: str, results: Results, config: recipe.Recipe) -> BenchmarkPayload:
+def write_results(out: Path, run: Path, stage: str, results: Results, config: recipe.Recipe) -> BenchmarkPayload:
     """Write everything of a benchmark and give its manifest's payload."""
     if results.engines:
         (out / ENGINES).write_text(text(Engines(results.engines)))
@@ -405,7 +306,7 @@ def _others(run: Path, own: str) -> list[Results]:
     return found
 
 
-def _run_stage(
+def run_stage(
     stage: str,
     config: recipe.Recipe,
     runs: Path,

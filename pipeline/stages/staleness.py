@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import platform
 from collections.abc import Iterable
 from importlib import metadata
@@ -16,7 +15,8 @@ from crqat.core.field_bounds import user_path
 from crqat.core.progress import Progress, quiet
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
-from crqat.pipeline.stages import disk, imports
+from crqat.pipeline.stages import changes, disk, imports
+from crqat.pipeline.stages.changes import DATA, FILE, VERSION
 from crqat.train.config import FILE_SOURCES, is_onnx_file, source_kind
 from crqat.train.models import untrusted_onnx
 
@@ -68,8 +68,6 @@ _LIBRARIES_OF_MODEL = {
     "torchvision": ("torchvision",),
     "timm": ("timm",),
 }
-# How an input's name begins; all but these are settings, which say how a stage was asked for.
-_VERSION, _FILE, _DATA = "version ", "file ", "data "
 OLD = "made by an older crqat that did not note the versions and data it depends on; `crqat run` makes it anew"
 _DISTRIBUTIONS = (
     "crqat-edge",
@@ -134,16 +132,16 @@ def check_inputs(config: recipe.Recipe, runs: Path, manifest: run_directory.Mani
     there = {
         name: value
         for name, value in (manifest.inputs or {}).items()
-        if name.startswith(_VERSION) or (name.startswith((_FILE, _DATA)) and here.get(name, disk.ABSENT) != disk.ABSENT)
+        if name.startswith(VERSION) or (name.startswith((FILE, DATA)) and here.get(name, disk.ABSENT) != disk.ABSENT)
     }
     if manifest.environment.get("machine") != platform.node():
         # This machine's versions say nothing of another's.
         here, there = (
-            {name: value for name, value in side.items() if not name.startswith(_VERSION)} for side in (here, there)
+            {name: value for name, value in side.items() if not name.startswith(VERSION)} for side in (here, there)
         )
-    changes = changes_of(there, {name: value for name, value in here.items() if value != disk.ABSENT})
-    if changes:
-        msg = f"{directory}: stale, since {', '.join(changes)}; run `crqat {again}` again"
+    found = changes.of_inputs(there, {name: value for name, value in here.items() if value != disk.ABSENT})
+    if found:
+        msg = f"{directory}: stale, since {', '.join(found)}; run `crqat {again}` again"
         raise UsageError(msg)
 
 
@@ -182,20 +180,20 @@ def inputs(
         UsageError: A file that the recipe names is not there.
         ToolError: It cannot be read.
     """
-    found = {f"{_VERSION}{name}": version for name, version in versions(stage, config).items()}
+    found = {f"{VERSION}{name}": version for name, version in versions(stage, config).items()}
     if stage != "train":
         return found
     for path, key, fix in recipe_files(config):
         if path.is_file():
-            found[f"{_FILE}{path}"] = run_directory.sha256_file(path)
+            found[f"{FILE}{path}"] = run_directory.sha256_file(path)
         elif not missing_ok:
             msg = f"{path}: {key}; {fix}" if fix else f"{path}: {key}"
             raise UsageError(msg)
     for name, path in own_modules(config).files.items():
-        found[f"{_FILE}{name}"] = run_directory.sha256_file(path)
+        found[f"{FILE}{name}"] = run_directory.sha256_file(path)
     root = data_root(config)
     if root is not None:
-        found[f"{_DATA}{root}"] = str(disk.disk_state(root, runs, progress))
+        found[f"{DATA}{root}"] = str(disk.disk_state(root, runs, progress))
     others = (
         [] if config.data.unlabeled_root is None else [user_path(config.data.unlabeled_root, "data.unlabeled_root")]
     )
@@ -204,7 +202,7 @@ def inputs(
 
         others += imagelist.outside(user_path(config.data.image_list, "data.image_list"))
     for folder in others:
-        found[f"{_DATA}{folder}"] = str(disk.disk_state(folder, runs, progress))
+        found[f"{DATA}{folder}"] = str(disk.disk_state(folder, runs, progress))
     return found
 
 
@@ -271,7 +269,7 @@ def data_after(config: recipe.Recipe, runs: Path, before: dict[str, str], state:
     now = disk.disk_state(root, runs)
     by_function = any(":" in (source_kind(name) or "") for name in (config.data.source, config.data.unlabeled))
     if now != state and (not state.files or (by_function and now.holds(state))):
-        return {**before, f"{_DATA}{root}": str(now)}
+        return {**before, f"{DATA}{root}": str(now)}
     return before
 
 
@@ -307,29 +305,6 @@ def _installed(names: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def changes_of(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What differs between the inputs of a stage then and now, each in a few plain words."""
-    changes = []
-    for name in sorted(before | now, key=lambda name: (not name.startswith(_VERSION), name)):
-        old, new = before.get(name), now.get(name)
-        if old == new:
-            continue
-        if name.startswith((_FILE, _DATA)):
-            what = name.partition(" ")[2]
-            if new is None or new == disk.ABSENT:
-                changes.append(f"{what} is gone")
-            elif old is None or old == disk.ABSENT:
-                changes.append(f"{what} is new")
-            else:
-                counts = [value.partition(" files")[0] for value in (old, new)]
-                several = name.startswith(_DATA) and counts[0] != counts[1]
-                changes.append(f"{what} changed" + (f" ({counts[0]} -> {counts[1]} files)" if several else ""))
-        else:
-            absent = "not installed" if name.startswith(_VERSION) else "none"
-            changes.append(f"{name.removeprefix(_VERSION)} {old or absent} -> {new or absent}")
-    return changes
-
-
 def why_again(
     config: recipe.Recipe, runs: Path, manifest: run_directory.Manifest, key: str, now: dict[str, str]
 ) -> list[str]:
@@ -348,7 +323,7 @@ def why_again(
     values = recipe.resolved(config)
     for name in KEYS[kind(manifest.stage)]:
         old = _computed_from(name, recipe.completed(name, manifest.config.get(name)))
-        reasons += _differing(name, old, _computed_from(name, values[name]))
+        reasons += changes.of_recipe(name, old, _computed_from(name, values[name]))
     if manifest.parent != parent_hash(manifest.stage, config, runs):
         reasons.append(f"{PARENTS[kind(manifest.stage)]} was made anew")
     recorded = manifest.environment.get("versions")
@@ -357,19 +332,7 @@ def why_again(
         reasons.append(f"crqat-edge {old} -> {new}")
     if manifest.inputs is None:
         return [*reasons, f"it was {OLD.partition(';')[0]}"]
-    return [*reasons, *changes_of(manifest.inputs, now)] or ["its key is another one"]
-
-
-def _differing(name: str, old: Any, new: Any) -> list[str]:
-    """The recipe's keys below one that have another value now."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        return [text for key in new for text in _differing(f"{name}.{key}", old.get(key), new[key])]
-    return [] if old == new else [f"{name} {_shown(old)} -> {_shown(new)}"]
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
+    return [*reasons, *changes.of_inputs(manifest.inputs, now)] or ["its key is another one"]
 
 
 def _computed_from(key: str, value: Any) -> Any:

@@ -24,8 +24,8 @@ from crqat.core.run_directory import manifest_hash, read_manifest, verify_stage
 from crqat.core.typed_json import from_json, to_json
 from crqat.pipeline.commands.check import check
 from crqat.pipeline.recipe import recipe
+from crqat.pipeline.stages import boards, staleness
 from crqat.pipeline.stages import run as stages
-from crqat.pipeline.stages import staleness
 from crqat.runtime_eval.board import bundle, ssh
 from crqat.runtime_eval.board.ssh import Board
 from crqat.runtime_eval.trt import versions as tensorrt_api
@@ -341,8 +341,8 @@ def test_boards_have_stages_of_their_own(fakes: Fakes, monkeypatch: pytest.Monke
     def measured(board: Board, *overrides: str, force: bool = False, clean: bool = False) -> list[Any]:
         fake.calls.clear()
         config = recipe.load(fakes.recipe, overrides)
-        directory = stages.benchmark_on(board, config, RUNS, force, quiet, clean)
-        assert directory == RUN / stages.device_stage(board)
+        directory = boards.benchmark_on(board, config, RUNS, force, quiet, clean)
+        assert directory == RUN / boards.stage_of(board)
         return list(fake.calls)
 
     assert measured(orin) == [("measure", 1, False)]
@@ -352,7 +352,7 @@ def test_boards_have_stages_of_their_own(fakes: Fakes, monkeypatch: pytest.Monke
     assert measured(orin, force=True, clean=True) == [("measure", 1, True), ("clean", 1)]
     assert measured(orin, clean=True) == [("clean", 1)]
     assert measured(Board.parse("ssh://orin", python="venv/bin/python")) == [("measure", 1, False)]
-    assert [stages.device_stage(board) for board in (None, orin, other)] == [
+    assert [boards.stage_of(board) for board in (None, orin, other)] == [
         "benchmark",
         "benchmark@orin",
         "benchmark@orin_2222",
@@ -376,7 +376,7 @@ def test_boards_have_stages_of_their_own(fakes: Fakes, monkeypatch: pytest.Monke
 
 def test_a_bundle_is_of_the_export_as_it_was_made(fakes: Fakes) -> None:
     go(fakes, "benchmark.threads=3", only=["train", "export"])
-    archive, digest, how = stages.bundle(RUN, None)
+    archive, digest, how = boards.bundle(RUN, None)
     assert how["threads"] == 3
     assert archive == Path("run1-bundle.tar.gz")
     Path("out").mkdir()
@@ -386,7 +386,7 @@ def test_a_bundle_is_of_the_export_as_it_was_made(fakes: Fakes) -> None:
     fakes.content = "other bits"
     go(fakes, only=["train"], force=True)
     with pytest.raises(UsageError, match="run1/export: stale"):
-        stages.bundle(RUN, None)
+        boards.bundle(RUN, None)
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
@@ -576,7 +576,7 @@ def brought(fakes: Fakes, name: str = "orin.json", **changes: Any) -> Path:
 def test_results_that_were_carried_from_a_board_are_judged_as_a_stage(fakes: Fakes) -> None:
     go(fakes)
     config = recipe.load(fakes.recipe, [])
-    stage = stages.carried(config, RUNS, brought(fakes))
+    stage = boards.carried(config, RUNS, brought(fakes))
     assert stage == "benchmark@orin"
     manifest = verify_stage(RUN / stage)
     assert (manifest.payload["on"], manifest.payload["bundle"]) == ("orin", "b" * 64)
@@ -585,10 +585,10 @@ def test_results_that_were_carried_from_a_board_are_judged_as_a_stage(fakes: Fak
     counted = {"status": "failed: 3 of 9 codes differ, first in x", "images": 2, "codes": 9, "differing": 3}
     fakes.results["models"]["onnxruntime.onnx"]["codes_on_this_cpu"] = counted
     # The same name again is another file, and takes the stage's place.
-    verdicts = stages.gate(config, RUNS, stages.carried(config, RUNS, brought(fakes)))
+    verdicts = stages.gate(config, RUNS, boards.carried(config, RUNS, brought(fakes)))
     assert [(v.rule, v.file) for v in verdicts if v.status == "fail"] == [("codes_on_this_cpu", "onnxruntime.onnx")]
     assert (
-        stages.carried(config, RUNS, brought(fakes, "my board/../x y.json".replace("/", "_")))
+        boards.carried(config, RUNS, brought(fakes, "my board/../x y.json".replace("/", "_")))
         == "benchmark@my_board_.._x_y"
     )
 
@@ -616,5 +616,5 @@ def test_carried_results_of_another_export_or_another_way_are_refused(
 ) -> None:
     go(fakes)
     with pytest.raises(UsageError, match=message):
-        stages.carried(recipe.load(fakes.recipe, []), RUNS, brought(fakes, **changes))
+        boards.carried(recipe.load(fakes.recipe, []), RUNS, brought(fakes, **changes))
     assert not list(RUN.glob("benchmark@*"))

@@ -1,0 +1,117 @@
+"""The benchmark on a board: over ssh, by results that were carried by hand, or from an archive."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crqat.core import run_directory
+from crqat.core.errors import UsageError
+from crqat.core.progress import Progress
+from crqat.core.results.benchmark import BenchmarkPayload, Results
+from crqat.core.typed_json import read
+from crqat.pipeline.recipe import recipe
+from crqat.pipeline.stages import staleness
+from crqat.pipeline.stages.run import run_stage, write_results
+
+if TYPE_CHECKING:
+    from crqat.runtime_eval.board.ssh import Board
+
+
+def benchmark_on(
+    board: Board, config: recipe.Recipe, runs: Path, force: bool, progress: Progress, clean: bool = False
+) -> Path:
+    """Run the `benchmark` stage on a board unless it is up to date, and return its directory.
+
+    Args:
+        board: Where to measure.
+        config: The recipe.
+        runs: The directory of all runs.
+        force: Measure anew whatever is here or on the board.
+        progress: Told of what the board tells.
+        clean: Remove the board's job directory once the results are here.
+    """
+    from crqat.runtime_eval.board import bundle as bundles
+    from crqat.runtime_eval.board import ssh
+
+    staleness.current(config, runs, "export")
+    # The recipe's own way to measure, which may have changed since the export.
+    contents = bundles.describe(runs / config.name / "export", asdict(config.benchmark), metadata.version("crqat-edge"))
+
+    def fill(out: Path) -> BenchmarkPayload:
+        results = ssh.measure(board, *contents, force, progress)
+        payload = write_results(out, runs / config.name, stage_of(board), results, config)
+        return replace(payload, on=board.address, bundle=contents[0].sha256)
+
+    inputs = {"machine": board.address, "python": board.python}
+    directory = run_stage(stage_of(board), config, runs, force, inputs, fill)
+    if clean:
+        ssh.clean(board, contents[0], progress)
+    return directory
+
+
+def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
+    """Keep the results that were brought from a board by hand as a stage, as if ssh had, and give its name.
+
+    Args:
+        config: The recipe.
+        runs: The directory of all runs.
+        file: What `python3 -m runtime_eval .` wrote there; the stage is benchmark@ and the file's name.
+
+    Raises:
+        UsageError: The file is no results, or was measured on another export or in another way than the recipe's.
+    """
+    staleness.current(config, runs, "export")
+    results = read(Results, file, "bring it from the board again")
+    stage = f"benchmark@{re.sub(r'[^A-Za-z0-9_.-]', '_', file.stem)}"
+    if results.parent != staleness.parent_hash(stage, config, runs):
+        export = runs / config.name / "export"
+        msg = f"{file}: parent: measured on another export than {export}; bundle and measure it anew"
+        raise UsageError(msg)
+    asked, measured = json.loads(json.dumps(asdict(config.benchmark))), asdict(results.config)
+    different = [key for key in asked if measured[key] != asked[key]]
+    if different:
+        key = different[0]
+        msg = (
+            f"{file}: config.{key}: measured with {measured.get(key)}, and the recipe says {asked[key]}; "
+            f"set benchmark.{key}, or bundle and measure anew"
+        )
+        raise UsageError(msg)
+
+    def fill(out: Path) -> BenchmarkPayload:
+        payload = write_results(out, runs / config.name, stage, results, config)
+        return replace(payload, on=file.stem, bundle=results.bundle)
+
+    run_stage(stage, config, runs, False, {"--results": run_directory.sha256_file(file)}, fill)
+    return stage
+
+
+def stage_of(board: Board | None) -> str:
+    """The benchmark's stage for a board, or for this machine."""
+    return "benchmark" if board is None else f"benchmark@{board.name}"
+
+
+def bundle(run: Path, out: Path | None) -> tuple[Path, str, dict[str, Any]]:
+    """Write a finished export as one archive for a board; give the archive, the bundle's hash and how it measures.
+
+    Args:
+        run: The run's directory.
+        out: The archive; None takes NAME-bundle.tar.gz here.
+
+    Raises:
+        UsageError: The export is missing, damaged or stale.
+        ToolError: The archive cannot be written.
+    """
+    from crqat.runtime_eval.board import bundle as bundles
+
+    manifest = run_directory.read_manifest(run / "export")
+    staleness.check_parent(run, manifest)
+    how = manifest.config.get("benchmark", {})
+    made, paths = bundles.describe(run / "export", how, metadata.version("crqat-edge"))
+    archive = out or Path(f"{made.run}-bundle.tar.gz")
+    bundles.write(made, paths, archive)
+    return archive, made.sha256, made.benchmark
