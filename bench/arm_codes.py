@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,10 @@ import numpy.typing as npt
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor, nn
+from torch import nn
 
 from bench import emulated_arm
+from bench.arm_networks import cases
 from bench.onnxruntime_process import NotRun
 from crqat.core.compare_codes import Tie, compare_codes
 from crqat.core.preprocessing import Preprocessing
@@ -44,7 +44,6 @@ from crqat.export.verification.expected_codes import IMAGES, expected_codes
 from crqat.export.verification.fusion import in_float, optimized_operations
 from crqat.train.config import QuantizationConfig
 from crqat.train.data import sources
-from crqat.train.models import build as models
 
 PAGE = Path("docs/arm.md")
 VERSIONS = ("1.20.0", "1.23.2", "1.32.0")
@@ -92,89 +91,6 @@ class Written:
         """Of each tensor of codes."""
         activations, codes = self.file.activations, self.file.codes
         return {name: activations[edge].grid.zero_point for edge, names in codes.items() for name in names}
-
-
-class Branches(nn.Module):
-    """Two convolutions of the same input, joined by a function."""
-
-    def __init__(self, join: Callable[[Tensor, Tensor], Tensor], width: int = 8, pooled: bool = False) -> None:
-        super().__init__()
-        self.first, self.second = _conv(3, width), _conv(3, width, pooled=pooled)
-        self.join = join
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Join both branches."""
-        joined: Tensor = self.join(self.first(x), self.second(x))
-        return joined
-
-
-class Attention(nn.Module):
-    """The product of two matrices of codes."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.features, self.keys, self.values = _conv(3, 16), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """How alike the channels are, [N, 1, 16, 16]."""
-        x = self.features(x)
-        keys, values = self.keys(x).flatten(2), self.values(x).flatten(2)
-        alike: Tensor = keys @ values.transpose(1, 2)
-        return alike.unsqueeze(1)
-
-
-def _conv(
-    inputs: int, outputs: int, groups: int = 1, activation: nn.Module | None = None, pooled: bool = False
-) -> nn.Module:
-    layers = [nn.Conv2d(inputs, outputs, 3, padding=1, groups=groups, bias=False), nn.BatchNorm2d(outputs)]
-    layers += [activation or nn.ReLU(), *([nn.AdaptiveAvgPool2d(1)] if pooled else [])]
-    return nn.Sequential(*layers)
-
-
-def _classified(*layers: nn.Module, channels: int = 8) -> nn.Module:
-    """Layers with a global mean and a linear layer behind them."""
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
-
-
-def cases() -> Iterator[tuple[str, Callable[[], nn.Module], QuantizationConfig]]:
-    """Each case's name, its network for RGB images of 32 x 32 pixels, and how it is quantized."""
-    plain, four = QuantizationConfig(), QuantizationConfig(weights=4, activations=4)
-    offset = QuantizationConfig(activation_method="lsq+")
-    for name in ("resnet20", "resnet56", "resnet18", "mobilenet_v2"):
-        yield f"cifar/{name}", lambda name=name: models.build(f"cifar/{name}", 10, 3), plain  # type: ignore[misc]
-    yield "cifar/resnet20, 4 bits", lambda: models.build("cifar/resnet20", 10, 3), four
-    yield "cifar/resnet20, offsets", lambda: models.build("cifar/resnet20", 10, 3), offset
-    yield "Conv", lambda: _classified(_conv(3, 8), _conv(8, 8)), plain
-    yield "Conv, 4 bits", lambda: _classified(_conv(3, 8), _conv(8, 8)), four
-    yield "Conv, offsets", lambda: _classified(_conv(3, 8), _conv(8, 8, activation=nn.Identity()), _conv(8, 8)), offset
-    yield "Conv, depthwise", lambda: _classified(_conv(3, 16), _conv(16, 16, groups=16), channels=16), plain
-    yield "Conv, grouped", lambda: _classified(_conv(3, 16), _conv(16, 16, groups=4), channels=16), plain
-    yield (
-        "Conv, strides and dilation",
-        lambda: _classified(
-            _conv(3, 8), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 8, 3, dilation=2), nn.ReLU()
-        ),
-        plain,
-    )
-    yield (
-        "Gemm",
-        lambda: nn.Sequential(
-            _conv(3, 4), nn.AvgPool2d(8), nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 10)
-        ),
-        plain,
-    )
-    yield "Add", lambda: _classified(Branches(torch.add), _conv(8, 8)), plain
-    yield "Add, Relu", lambda: _classified(Branches(torch.add), nn.ReLU(), _conv(8, 8)), plain
-    yield "Add, broadcast", lambda: _classified(Branches(torch.add, pooled=True), _conv(8, 8)), plain
-    yield "Mul", lambda: _classified(Branches(torch.mul), _conv(8, 8)), plain
-    yield "Mul, broadcast", lambda: _classified(Branches(torch.mul, pooled=True), _conv(8, 8)), plain
-    yield "Concat", lambda: _classified(Branches(lambda a, b: torch.cat([a, b], 1)), _conv(16, 8)), plain
-    yield "MaxPool", lambda: _classified(_conv(3, 8), nn.MaxPool2d(2), _conv(8, 8)), plain
-    yield "AveragePool", lambda: _classified(_conv(3, 8), nn.AvgPool2d(3, 2, 1), _conv(8, 8)), plain
-    yield "MatMul", lambda: nn.Sequential(Attention(), nn.Flatten(), nn.Linear(256, 10)), plain
-    for kind in (nn.ReLU6, nn.Hardswish, nn.Sigmoid, nn.SiLU, nn.LeakyReLU, nn.GELU):
-        name = kind.__name__
-        yield name, lambda kind=kind: _classified(_conv(3, 8, activation=kind()), _conv(8, 8)), plain  # type: ignore[misc]
 
 
 def images(cifar10: Path | None) -> npt.NDArray[np.float32]:
@@ -253,18 +169,7 @@ def run(python: Path, script: str, *arguments: str) -> str:
         NotRun: It fails, or is not finished in time.
     """
     command = [str(python), "-c", script, *arguments]
-    try:
-        done = subprocess.run(
-            command, cwd=_SOURCES, capture_output=True, text=True, check=False, timeout=TIME_LIMIT_SECONDS
-        )
-    except subprocess.TimeoutExpired as error:
-        msg = f"not run: not finished after {TIME_LIMIT_SECONDS:g} s"
-        raise NotRun(msg) from error
-    if done.returncode:
-        words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-        msg = f"not run: {words[-1] if words else f'its process ended with {done.returncode}'}"
-        raise NotRun(msg)
-    return done.stdout
+    return emulated_arm.run_program(command, _SOURCES, "the emulated Python", TIME_LIMIT_SECONDS)
 
 
 def counted(python: Path, folders: Sequence[Path]) -> list[CountedCodes]:

@@ -157,24 +157,32 @@ def _keep(made: Path, place: Path) -> None:
             raise
 
 
-def _run(command: list[str], folder: Path) -> None:
-    """A program that needs the network.
+def run_program(command: list[str], folder: Path, name: str, limit: float = TIME_LIMIT_SECONDS) -> str:
+    """What a program prints.
+
+    Args:
+        command: The program and its arguments.
+        folder: Where it runs.
+        name: What to call it in a message.
+        limit: Seconds after which it is stopped.
 
     Raises:
         NotRun: It fails, or is not finished in time; its last words say why.
     """
     try:
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=False, timeout=TIME_LIMIT_SECONDS
-        )
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=limit)
     except subprocess.TimeoutExpired as error:
-        msg = f"not run: {command[0]} is not finished after {TIME_LIMIT_SECONDS:g} s"
+        msg = f"not run: {name} is not finished after {limit:g} s"
         raise NotRun(msg) from error
     if done.returncode:
-        words = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
-        name = "pip" if "pip" in command else command[0]
+        words = [line.strip() for line in (done.stdout + done.stderr).splitlines() if line.strip()]
         msg = f"not run: {name} ended with {done.returncode}: {words[-1] if words else 'no word'}"
         raise NotRun(msg)
+    return done.stdout
+
+
+def _run(command: list[str], folder: Path) -> None:
+    run_program(command, folder, "pip" if "pip" in command else command[0])
 
 
 def main() -> int:

@@ -107,6 +107,7 @@ ELSEWHERE: dict[str, str] = {
     "pipeline/stages/changes.py": "tests/pipeline/stages/test_run.py",
     "pipeline/stages/staleness.py": "tests/pipeline/stages/test_run.py",
     "pipeline/streams.py": "tests/pipeline/test_cli.py",
+    "bench/arm_networks.py": "tests/runtime_eval/board/test_arm.py",
     "bench/arm_codes.py": "tests/runtime_eval/board/test_arm.py",
     "bench/exporter_peers.py": "tests/bench/test_vs_exporters.py",
     "bench/import_arrows.py": "tests/test_imports.py",
