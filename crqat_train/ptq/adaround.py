@@ -1,9 +1,10 @@
-"""Adaptive rounding: weights are rounded up or down so that a layer's outputs, not its weights, come closest.
+"""Adaptive rounding: codes are chosen so that a layer's outputs, not its weights, come closest to the float network's.
 
 The problem is AdaRound's (arXiv 2004.10568): for each layer, the smallest squared error of the float network's outputs,
 with what the quantized layers before it make of the images as input. It is quadratic in a channel's weights, so second
 moments of the inputs are all that is kept of the images, and it is solved by cyclic coordinate descent on the codes
-(QuantEase, arXiv 2309.01885) instead of by gradients of a relaxed rounding: no learning rate, no random numbers.
+(QuantEase, arXiv 2309.01885) instead of by gradients of a relaxed rounding. It has
+no learning rate and draws no random numbers, and a code may end more than one step away from its weight.
 """
 
 from __future__ import annotations

@@ -37,7 +37,11 @@ def correct(model: fx.GraphModule, output: Output) -> bool:
 
 
 def place(model: fx.GraphModule, node: fx.Node, bn: str | None) -> tuple[Tensor, float] | None:
-    """What can take a shift of a layer's outputs, and with which sign; None if nothing that is its own can."""
+    """Find the tensor that can take a shift of a layer's outputs: its bias, or the mean of the BatchNorm behind it.
+
+    Returns:
+        The tensor and the sign of the shift; None if the layer has neither, or shares it with other layers.
+    """
     bias = node.args[2] if len(node.args) > 2 else node.kwargs.get("bias")
     if isinstance(bias, fx.Node) and bias.op == "get_attr":
         if is_shared(model, bias):

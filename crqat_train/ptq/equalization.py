@@ -124,7 +124,7 @@ def _pair(
     model: fx.GraphModule, second: fx.Node, by_module: dict[str, QuantizerSpec], calls: dict[str, int]
 ) -> Pair | None:
     """The pair that a layer ends, None if there is none in front of it that equalization leaves exact."""
-    # A linear layer reads the last axis, whatever the channels are.
+    # A linear layer reads the last axis, which need not be that of the channels.
     if is_linear(second) or is_transposed(second) or not _own_weight(model, second, calls):
         return None
     between, norm = None, None

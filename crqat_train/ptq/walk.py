@@ -57,8 +57,8 @@ class _Steps(fx.Interpreter):
 def walk(model: fx.GraphModule, images: Tensor) -> Iterator[Layer | Output]:
     """Run both networks over all images, in the order of the graph, so that whoever listens can change a layer.
 
-    Each layer comes twice: before it runs, as `Layer`, and behind it, as `Output`. It reads what the layers before it
-    make of their changed weights. A layer that is called again is not told of again.
+    Each layer is yielded twice: before it runs, as `Layer`, and after it has run, as `Output`. Its inputs are computed
+    with the changed weights of the layers before it. A layer that is called again is not yielded again.
 
     Args:
         model: Quantized and calibrated, in eval mode. The float twin has its weights as they are now.
