@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crqat.core.typed_json import to_json
+from crqat.core.typed_json import text
 from crqat.runtime_eval.measure.accuracy import tango
 from crqat.train.config import Override
 from crqat.train.data import sources
@@ -167,7 +167,7 @@ def main() -> None:
         print(json.dumps(row), flush=True)
         rows.append(row)
         OUT.parent.mkdir(exist_ok=True)
-        OUT.write_text(to_json({"rows": rows}))
+        OUT.write_text(text({"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.core.field_bounds import user_path
 from crqat.train.config import is_onnx_file
 from crqat.train.models import from_onnx, onnx_file, weight_files
-from crqat.train.models.cifar import CIFAR_BLOCKS, CIFAR_STEMS, CifarResNet
+from crqat.train.models.cifar import CIFAR_BLOCKS, CIFAR_NETWORKS, CifarResNet
 from crqat.train.models.own_network import build_own, check_callable
 
 RGB = 3
@@ -33,7 +33,7 @@ def check_name(name: str) -> None:
         check_callable(name)
     elif name.startswith("timm/"):
         _check_timm(name, pretrained=False)
-    elif name not in CIFAR_BLOCKS and name not in CIFAR_STEMS:
+    elif name not in CIFAR_BLOCKS and name not in CIFAR_NETWORKS:
         _check_torchvision(name)
 
 
@@ -43,7 +43,7 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
     That of an ONNX file has the file's weights and is in eval mode.
 
     Args:
-        name: "cifar/resnet20", "cifar/resnet56", "cifar/resnet18", "cifar/mobilenet_v2", "torchvision/NAME",
+        name: "cifar/resnet8", "cifar/resnet20", "cifar/resnet56", "cifar/resnet18", "cifar/mobilenet_v2", "torchvision/NAME",
             "timm/NAME", "package.module:function", a function or a class (see `network_arguments`), or the path of an
             ONNX file.
         classes: Number of logits.
@@ -56,8 +56,8 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
         return from_onnx.build(name, classes, channels)
     if name in CIFAR_BLOCKS:
         return CifarResNet(CIFAR_BLOCKS[name], classes, channels)
-    if name in CIFAR_STEMS:
-        return CIFAR_STEMS[name](classes, channels)
+    if name in CIFAR_NETWORKS:
+        return CIFAR_NETWORKS[name](classes, channels)
     if ":" in name:
         return build_own(name, classes, channels)
     if name.startswith("timm/"):
@@ -147,7 +147,7 @@ def _check_torchvision(name: str) -> None:
 
     # Only classifiers, not its detectors and the like.
     known = set(torchvision.models.list_models(module=torchvision.models))
-    names = [*CIFAR_BLOCKS, *CIFAR_STEMS, *(f"torchvision/{model}" for model in sorted(known))]
+    names = [*CIFAR_BLOCKS, *CIFAR_NETWORKS, *(f"torchvision/{model}" for model in sorted(known))]
     if name not in names:
         # The part before the slash must not make "torchvision/x" resemble every torchvision name.
         names_of = {candidate.rpartition("/")[2]: candidate for candidate in names}

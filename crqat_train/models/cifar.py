@@ -1,4 +1,4 @@
-"""Networks of CIFAR size: ResNets of the original paper, and ImageNet's networks with a stem for 32 pixels."""
+"""Networks of CIFAR size: ResNets of the original paper, MLPerf Tiny's, and ImageNet's networks with a stem for 32 pixels."""
 
 from __future__ import annotations
 
@@ -42,6 +42,57 @@ class BasicBlock(nn.Module):
             before = self.new_channels // 2
             x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new_channels - before))
         return self.relu2(out + x)  # type: ignore[no-any-return]
+
+
+class ResNet8(nn.Module):
+    """MLPerf Tiny's network for image classification (github.com/mlcommons/tiny): one residual block a stage.
+
+    Where the resolution halves, the shortcut is a 1x1 convolution without BatchNorm.
+
+    Args:
+        classes: Number of logits.
+        channels: Of the images.
+    """
+
+    def __init__(self, classes: int, channels: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.relu = nn.ReLU()
+        self.layer1 = _ProjectedBlock(16, 16, stride=1)
+        self.layer2 = _ProjectedBlock(16, 32, stride=2)
+        self.layer3 = _ProjectedBlock(32, 64, stride=2)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(64, classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, float32 [B, classes], of normalized float32 images [B, channels, H, W]."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.layer3(self.layer2(self.layer1(out)))
+        return self.linear(torch.flatten(self.pool(out), 1))  # type: ignore[no-any-return]
+
+
+class _ProjectedBlock(nn.Module):
+    """As BasicBlock, with a 1x1 convolution as the shortcut where the shape changes."""
+
+    def __init__(self, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.relu2 = nn.ReLU()
+        self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(channels, width, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float32 [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.bn2(self.conv2(out))
+        return self.relu2(out + self.shortcut(x))  # type: ignore[no-any-return]
 
 
 class CifarResNet(nn.Module):
@@ -105,8 +156,9 @@ def _small_mobilenet_v2(classes: int, channels: int) -> nn.Module:
     return model
 
 
-# Networks of torchvision whose first layers are replaced for images of about 32 pixels.
-CIFAR_STEMS: dict[str, Callable[[int, int], nn.Module]] = {
+# Other networks for images of about 32 pixels: their own, and torchvision's with the first layers replaced.
+CIFAR_NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
+    "cifar/resnet8": ResNet8,
     "cifar/resnet18": _small_resnet18,
     "cifar/mobilenet_v2": _small_mobilenet_v2,
 }
