@@ -43,9 +43,9 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
     That of an ONNX file has the file's weights and is in eval mode.
 
     Args:
-        name: "cifar/resnet8", "cifar/resnet20", "cifar/resnet56", "cifar/resnet18", "cifar/mobilenet_v2", "torchvision/NAME",
-            "timm/NAME", "package.module:function", a function or a class (see `network_arguments`), or the path of an
-            ONNX file.
+        name: "cifar/resnet8", "cifar/resnet20", "cifar/resnet56", "cifar/resnet18", "cifar/mobilenet_v2",
+            "torchvision/NAME", "timm/NAME", "package.module:function", a function or a class (see
+            `network_arguments`), or the path of an ONNX file.
         classes: Number of logits.
         channels: Of the images.
 

@@ -1,4 +1,4 @@
-"""Networks of CIFAR size: ResNets of the original paper, MLPerf Tiny's, and ImageNet's networks with a stem for 32 pixels."""
+"""Networks of CIFAR size: ResNets of the original paper, MLPerf Tiny's, and ImageNet's with another stem."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import yaml
 
 from crqat.core import run_directory
 from crqat.core.errors import UsageError
+from crqat.core.grid import load_grids
 from crqat.core.progress import Progress
 from crqat.core.results.advice import Advice, Step
 from crqat.core.results.training import TrainingPayload
@@ -175,6 +176,9 @@ class Ladder:
         self.progress(f"step {name}", 1, 1, said)
 
     def _judged(self, name: str, config: recipe.Recipe, directory: Path, payload: TrainingPayload) -> Step:
+        from crqat.export.graph.macs import int8_share
+        from crqat.export.to_onnx import Quantized
+        from crqat.export.write_models import make_file
         from crqat.runtime_eval.measure.accuracy import compare, summarize
         from crqat.train.load_trained import rebuild
         from crqat.train.quantizers.calibration import weight_of
@@ -188,6 +192,9 @@ class Ladder:
         kinds = {verdict.status for verdict in verdicts}
         weights = [(weight_of(network, spec).numel(), spec) for spec in network.specs if spec.kind == "weight"]
         asked = config.quantization.float_layers
+        grids = load_grids(directory / f"{payload.best}.grids.json")
+        shown = self._preprocessing(self._images[:2].numpy())
+        file = make_file(Quantized(network, grids, shown), config.targets[0], config.export).model
         return Step(
             name=name,
             run=config.name,
@@ -199,6 +206,8 @@ class Ladder:
             status="fail" if "fail" in kinds else "inconclusive" if "inconclusive" in kinds else "pass",
             float_layers=sorted({layer for layers in asked.values() for layer in layers}),
             mean_bits=round(sum(len_ * spec.bits for len_, spec in weights) / sum(len_ for len_, _ in weights), 3),
+            size_bytes=file.ByteSize(),
+            int8_share=int8_share(file),
         )
 
     def _judging(self) -> _Judges:
@@ -298,8 +307,20 @@ def show(advice: Advice, out: Path) -> None:
         low, high = step.drop_interval_points
         cells = [f"{100 * step.top1:.2f}", f"{step.drop_points:.2f} [{low:.2f}, {high:.2f}]", f"{step.minutes:.2f}"]
         layers = str(len(step.float_layers)) if step.float_layers else "-"
-        rows.append([step.name, *cells, f"{step.mean_bits:g}", layers, _gate(step)])
-    columns = ["step", "top-1 %", "drop, points", "minutes", "bits a weight", "float layers", "gate"]
+        share = "-" if step.int8_share is None else f"{100 * step.int8_share:.1f}"
+        size = f"{step.size_bytes / 1e6:.2f}"
+        rows.append([step.name, *cells, f"{step.mean_bits:g}", size, share, layers, _gate(step)])
+    columns = [
+        "step",
+        "top-1 %",
+        "drop, points",
+        "minutes",
+        "weight bits",
+        "size, MB",
+        "INT8 MACs %",
+        "float layers",
+        "gate",
+    ]
     title = f"{advice.images} judging images ({advice.source}); float {100 * advice.float_top1:.2f} %"
     console.show_table(title, columns, rows)
     if advice.understated:
@@ -316,7 +337,7 @@ def _draw(path: Path, advice: Advice, limit: float | None) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [f"{step.name} ({step.minutes:.1f} min)" for step in advice.steps]
+    names = [f"{step.name} ({step.minutes:.1f} min, {step.size_bytes / 1e6:.2f} MB)" for step in advice.steps]
     figure = Figure(figsize=(7.2, 1.4 + 0.36 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -41,6 +41,16 @@ def test_macs_of_resnet20() -> None:
     assert round(by_hand / 1e6, 2) == 40.55
 
 
+def test_macs_of_resnet8() -> None:
+    """MLPerf Tiny's: by hand; its paper (arXiv 2106.07597) has 12.5 million and 78,000 parameters."""
+    by_hand = 32 * 32 * 9 * (3 * 16 + 2 * 16 * 16) + 64 * 10
+    by_hand += 16 * 16 * (9 * (16 * 32 + 32 * 32) + 16 * 32) + 8 * 8 * (9 * (32 * 64 + 64 * 64) + 32 * 64)
+    counted = macs(graph_of("cifar/resnet8", 32, 10))
+    assert (len(counted), sum(counted.values())) == (10, by_hand)
+    assert round(by_hand / 1e6, 1) == 12.5
+    assert round(sum(p.numel() for p in models.build("cifar/resnet8", 10, 3).parameters()) / 1e3) == 78
+
+
 def test_macs_of_grouped_convolutions() -> None:
     """mobilenet_v2 at 224 px: 300.8 million."""
     assert round(sum(macs(graph_of("torchvision/mobilenet_v2", 224)).values()) / 1e6, 1) == 300.8

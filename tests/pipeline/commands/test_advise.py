@@ -104,6 +104,9 @@ def test_every_step_is_tried_where_none_passes(tmp_path: Path) -> None:
     assert configs[6].quantization.overrides
     floats = {(tmp_path / "runs" / config.name / "train" / "float.safetensors").read_bytes() for config in configs}
     assert len(floats) == 1
+    wider = advice.steps[6]
+    assert all(step.int8_share == 1.0 for step in advice.steps)
+    assert all(0 < step.size_bytes <= wider.size_bytes + 4096 for step in advice.steps)
 
 
 def test_a_folder_judges(tmp_path: Path) -> None:

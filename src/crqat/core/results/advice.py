@@ -22,6 +22,8 @@ class Step:
         status: "pass" if every rule passes; "fail" if one fails, else "inconclusive".
         float_layers: Layers that this step keeps in float.
         mean_bits: Mean bit width over the quantized weights.
+        size_bytes: Of the ONNX file that the step would ship, for the recipe's first target.
+        int8_share: Share of its multiply-accumulates whose inputs are quantized; None where it is not known.
     """
 
     name: str
@@ -34,6 +36,8 @@ class Step:
     status: str
     float_layers: list[str]
     mean_bits: float
+    size_bytes: int
+    int8_share: float | None
 
 
 @dataclass(frozen=True)
@@ -57,4 +61,4 @@ class Advice:
     steps: list[Step]
     chosen: str
     passed: bool
-    schema_version: int = field(default=1)
+    schema_version: int = field(default=2)

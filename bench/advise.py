@@ -7,9 +7,9 @@ Every step is run, at W8A8, W4A8 and W4A4, for two CIFAR-10 networks:
     resnet8    recipes/cifar10_resnet8.yaml, whose float network is trained here once: a held-back tenth of the training
                images judges
 
-Runs lie in bench-out/ladder and are taken up again where they were interrupted. Writes bench-out/ladder.json.
+Runs lie in bench-out/advise and are taken up again where they were interrupted. Writes bench-out/advise.json.
 
-    python -m bench.ladder WEIGHTS --cifar10 DIR [--networks resnet20,resnet8] [--bits 8/8,4/8,4/4]
+    python -m bench.advise WEIGHTS --cifar10 DIR [--networks resnet20,resnet8] [--bits 8/8,4/8,4/4]
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from crqat.core.typed_json import text
 from crqat.train.data import sources
 
 ROOT = Path(__file__).parents[1]
-OUT = Path("bench-out/ladder")
+OUT = Path("bench-out/advise")
 # Points that the network may lose, by the bit widths of weights and activations.
 LIMITS = {"8/8": 0.5, "4/8": 1.0, "4/4": 2.0}
 AGREEMENT = {"8/8": 0.95, "4/8": 0.93, "4/4": 0.90}
@@ -49,7 +49,8 @@ def folders(cifar10: str, seed: int, out: Path) -> None:
     for part, (images, labels) in parts.items():
         for name in dataset.class_names:
             (out / part / name).mkdir(parents=True, exist_ok=True)
-        for place, (image, label) in enumerate(zip(images, labels.tolist(), strict=True)):
+        for place, label in enumerate(labels.tolist()):
+            image = images[place]
             file = out / part / dataset.class_names[label] / f"{place:05d}.png"
             Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
     (out / "done").touch()
