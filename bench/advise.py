@@ -50,9 +50,8 @@ def folders(cifar10: str, seed: int, out: Path) -> None:
         for name in dataset.class_names:
             (out / part / name).mkdir(parents=True, exist_ok=True)
         for place, label in enumerate(labels.tolist()):
-            image = images[place]
             file = out / part / dataset.class_names[label] / f"{place:05d}.png"
-            Image.fromarray(image.permute(1, 2, 0).numpy()).save(file)
+            Image.fromarray(images[place : place + 1][0].permute(1, 2, 0).numpy()).save(file)
     (out / "done").touch()
 
 

@@ -116,7 +116,13 @@ ELSEWHERE: dict[str, str] = {
     "bench/wrong_codes.py": "tests/bench/test_vs_exporters.py",
 }
 # `make` runs these measurements; they have no test of their own.
-MEASUREMENTS = {"bench/fuzz_readers.py", "bench/residual_add.py", "bench/rounding.py", "bench/step_time.py"}
+MEASUREMENTS = {
+    "bench/advise.py",
+    "bench/fuzz_readers.py",
+    "bench/residual_add.py",
+    "bench/rounding.py",
+    "bench/step_time.py",
+}
 
 
 def code_of(test: Path) -> Path:

@@ -67,24 +67,6 @@ def file_macs(model: onnx.ModelProto) -> dict[str, int] | None:
     return None if counted is None else {name: amount // batch for name, amount in counted.items()}
 
 
-def int8_share(model: onnx.ModelProto) -> float | None:
-    """Share of an ONNX file's multiply-accumulates whose two inputs are dequantized, so that a runtime can use INT8.
-
-    Returns:
-        None where `file_macs` does not know them.
-    """
-    amounts = file_macs(model)
-    if not amounts:
-        return None
-    dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
-    quantized = [
-        node.name or f"node_of_{node.output[0]}"
-        for node in model.graph.node
-        if node.op_type in COUNTED and dequantized.issuperset(node.input[:2])
-    ]
-    return sum(amounts.get(name, 0) for name in quantized) / sum(amounts.values())
-
-
 def _count(nodes: Iterable[onnx.NodeProto], sizes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
     """The number of each node, None if a size of one is not known."""
     result = {}

@@ -13,6 +13,7 @@ from onnx import TensorProto, numpy_helper
 
 from crqat.core import targets as runtimes
 from crqat.export.graph.data_movement import ON_CODES
+from crqat.export.graph.macs import file_macs
 from crqat.export.graph.onnx_graph import LAYERS
 from crqat.export.graph.record import DOMAIN
 
@@ -166,6 +167,18 @@ def left_in_float(model: onnx.ModelProto) -> dict[str, str]:
             if missing:
                 result[node.name] = " and ".join(missing)
     return result
+
+
+def int8_share(model: onnx.ModelProto) -> float | None:
+    """Share of a file's multiply-accumulates whose operands are both quantized, so that a runtime can use INT8.
+
+    Returns:
+        None where `file_macs` does not know them.
+    """
+    amounts = file_macs(model)
+    if not amounts:
+        return None
+    return 1.0 - sum(amounts[name] for name in left_in_float(model)) / sum(amounts.values())
 
 
 def _largest_code(view: _View, name: str) -> int:

@@ -176,7 +176,7 @@ class Ladder:
         self.progress(f"step {name}", 1, 1, said)
 
     def _judged(self, name: str, config: recipe.Recipe, directory: Path, payload: TrainingPayload) -> Step:
-        from crqat.export.graph.macs import int8_share
+        from crqat.export.qdq.lint import int8_share
         from crqat.export.to_onnx import Quantized
         from crqat.export.write_models import make_file
         from crqat.runtime_eval.measure.accuracy import compare, summarize
