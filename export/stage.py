@@ -15,6 +15,7 @@ from crqat.core.results.export import ExportPayload
 from crqat.core.results.training import TrainingPayload
 from crqat.core.run_directory import payload_of, verify_stage
 from crqat.core.typed_json import to_json
+from crqat.export.analysis.layers import layer_summaries
 from crqat.export.analysis.sqnr import quantizer_noise
 from crqat.export.config import ExportConfig
 from crqat.export.to_onnx import Quantized
@@ -87,6 +88,7 @@ def export(
     np.save(out / "labels.npy", dataset.test_labels.numpy())
     steps = len(config.targets or ()) + 2
     progress("export", steps, steps, f"{len(dataset.test_labels)} test images")
+    noise = quantizer_noise(model, quantized.images)
     return ExportPayload(
         run=run,
         images="images.npy",
@@ -96,7 +98,8 @@ def export(
         grids_sha256=metadata["crqat.grids_sha256"],
         candidate=candidate,
         training=trained,
-        noise=quantizer_noise(model, quantized.images),
+        noise=noise,
+        layers=layer_summaries(quantized.graph, quantized.specs, noise),
     )
 
 

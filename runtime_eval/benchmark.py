@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.progress import Progress
+from crqat.core.results import answers
 from crqat.core.results.benchmark import (
     MEASURED,
     Build,
@@ -26,6 +27,7 @@ from crqat.core.results.benchmark import (
     Latency,
     LatencyRatio,
     ModelResult,
+    NodeTime,
     NoLatency,
     Results,
     Settings,
@@ -72,6 +74,7 @@ class _Model:
     computed: list[float] = field(default_factory=list)
     memory: int | None = None
     int8_layers: Int8Layers | None = None
+    node_times: list[NodeTime] | None = None
     codes: CountedCodes | None = None
     engine: EngineReport | None = None
     engine_failure: str = "not run: no builder was asked for"
@@ -290,6 +293,8 @@ def _measure(
                 model.top_single = np.load(top, allow_pickle=False)
             elif model.entry.expected_codes is not None:
                 model.codes = worker.codes(model.path.parent / model.entry.expected_codes)
+            if model.runtime == RUNTIME and _is_timed(model, config):
+                model.node_times = worker.node_times()
     for turn in range(config.latency_rounds):
         timed = [model for model in runnable if model.failure is None and _is_timed(model, config)]
         for position in range(len(timed)):
@@ -342,6 +347,8 @@ def _result(
         versus_float16=None if top is None else _versus_float16(model, models),
         fusion=model.entry.fusion,
         codes_on_this_cpu=model.codes,
+        answers=None if top is None else answers.pack(top[:, 0]),
+        node_times=model.node_times if model.rounds else None,
         findings=model.entry.findings or [],
         float_layers=model.entry.float_layers,
         engine=_engine_summary(model),

@@ -22,7 +22,9 @@ from crqat.core.results.verdict import Verdict
 from crqat.core.run_directory import payload_of, read_manifest
 from crqat.core.typed_json import from_json, to_json
 from crqat.pipeline.gate.rules import exit_code
+from crqat.pipeline.report.answers import Difference, differences
 from crqat.pipeline.report.tables import COMPARED, float_layers, side_by_side
+from crqat.pipeline.report.time_spent import time_spent
 
 TEMPLATES = Path(__file__).parents[1] / "templates"
 WORDS = {0: "pass", 1: "fail", 3: "not judged", 4: "inconclusive"}
@@ -83,6 +85,13 @@ def render(
         revision=str(manifest.environment.get("git_revision", "unknown")),
         recipe=manifest.config,
         edges=_edges(export),
+        differences=[
+            (difference, _class_chart(difference)) for difference in differences(run / "export", export, results)
+        ],
+        spent=time_spent(run / "export", export, results),
+        summaries=export.layers,
+        all_macs=sum(layer.macs for layer in export.layers),
+        float_reasons=_float_reasons(export),
         layers=layers,
         perturbation=perturbation,
         noise="" if perturbation is None else _noise(perturbation),
@@ -130,6 +139,35 @@ def _edges(export: ExportPayload) -> list[_Edge]:
             claims.setdefault(edge, {})[model.target] = claim.claim
     rows = [_Edge(edge, export.noise.get(edge), of_edge) for edge, of_edge in claims.items()]
     return sorted(rows, key=lambda row: (row.noise is None, row.noise or 0.0))
+
+
+def _float_reasons(export: ExportPayload) -> dict[str, str]:
+    """Why a layer with quantizers stays float in a file: layer to a sentence for each file."""
+    reasons: dict[str, list[str]] = {}
+    for model in export.models:
+        for node in model.fusion.in_float if model.fusion is not None else ():
+            reasons.setdefault(node.node, []).append(f"float in {model.file}: {node.reason}")
+    return {node: "; ".join(texts) for node, texts in reasons.items()}
+
+
+def _class_chart(difference: Difference) -> str:
+    """The classes that changed most: accuracy of both files."""
+    rows = difference.changed
+    if not rows:
+        return ""
+    height = 1.2 + 0.28 * len(rows)
+    figure, axes = _figure(6.4, height)
+    for place, row in enumerate(rows):
+        before, after = 100 * row.float_right / row.n, 100 * row.right / row.n
+        axes.plot([before, after], [place, place], color="#8a8f98", linewidth=1)
+        axes.plot([before], [place], "o", color=_COLORS["float"], label="float" if place == 0 else None)
+        axes.plot([after], [place], "o", color="#2f81d6", label=_label(difference.file) if place == 0 else None)
+    axes.set_yticks(range(len(rows)), [f"{_label(row.name)} (n {row.n})" for row in rows])
+    axes.invert_yaxis()
+    axes.set_xlabel("top-1 accuracy, %")
+    axes.margins(y=0.5 / len(rows))
+    figure.legend(frameon=False, fontsize=9, loc="outside upper center", ncols=2)
+    return _svg(figure)
 
 
 def _history(path: Path) -> list[Epoch]:

@@ -119,6 +119,8 @@ def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: 
         command = json.loads(line)
         if command["command"] == "latency":
             answer({"result": latency(runner, first, command["warm_up_seconds"], command["seconds"])})
+        elif command["command"] == "node_times":
+            answer({"result": to_json(runner.node_times(first))})
         elif command["command"] == "memory":
             answer({"result": peak_memory()})
         elif command["command"] == "accuracy":

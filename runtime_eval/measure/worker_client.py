@@ -17,7 +17,7 @@ from typing import Any
 
 from crqat.core import failures, typed_json
 from crqat.core.errors import ToolError
-from crqat.core.results.benchmark import CountedCodes, Int8Layers
+from crqat.core.results.benchmark import CountedCodes, Int8Layers, NodeTime
 from crqat.runtime_eval.config import BenchmarkConfig
 
 RUNTIME, OPENVINO = "onnxruntime", "openvino"
@@ -122,6 +122,11 @@ class Worker:
         command = {"command": "latency", "warm_up_seconds": warm_up_seconds, "seconds": seconds}
         samples, computed = self._ask(command, limit)
         return samples, computed
+
+    def node_times(self) -> list[NodeTime] | None:
+        """What each node takes at batch 1; None where the runtime does not tell."""
+        found = self._ask({"command": "node_times"}, self._limit)
+        return None if found is None else [typed_json.from_json(NodeTime, row) for row in found]
 
     def memory(self) -> int | None:
         """Peak resident bytes of the process so far; None where the system does not tell."""

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from crqat.core.results.benchmark import Int8Layers
+from crqat.core.results.benchmark import Int8Layers, NodeTime
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class Runner(Protocol):
 
     def compute_seconds(self) -> float | None:
         """Seconds that the device computed in the last inference, without the copies; None if it does not tell."""
+        ...
+
+    def node_times(self, image: npt.NDArray[np.float32]) -> list[NodeTime] | None:
+        """What each node of the runtime's graph takes for a normalized image [1, C, H, W]; None if it does not tell."""
         ...
 
     def describe(self) -> Description:

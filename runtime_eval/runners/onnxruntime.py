@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import base64
+import json
+import re
+import tempfile
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -11,6 +15,7 @@ import numpy.typing as npt
 import onnxruntime as ort
 
 from crqat.core.errors import ToolError
+from crqat.core.results.benchmark import NodeTime
 from crqat.runtime_eval.runners import Description
 
 # Rounds a Conv's float bias to int32 in units of s_x s_w. In a float16 file, such as TensorRT gets, that product
@@ -33,6 +38,12 @@ def float16_is_rounded() -> bool:
     session = ort.InferenceSession(_FLOAT16_QUANTIZER, providers=["CPUExecutionProvider"])
     (codes,) = session.run(["y"], {"x": np.array([0.75], np.float16)})
     return bool(codes[0] == 1)
+
+
+_WARM_UP, _PROFILED_LEAST, _PROFILED_SECONDS = 3, 10, 0.3
+# The profiler's name of a node's computation, and what the optimizer adds to a node's own name.
+_KERNEL = "_kernel_time"
+_ADDED = re.compile(r"(_nchwc|_token_\d+)+$")
 
 
 class OnnxRuntimeRunner:
@@ -61,6 +72,7 @@ class OnnxRuntimeRunner:
                 "install the onnxruntime package that has it or choose another provider"
             )
             raise ToolError(msg)
+        self._path = path
         try:
             self._session = ort.InferenceSession(str(path), options, providers=[provider])
             if self._session.get_modelmeta().custom_metadata_map.get("crqat.target") == "tensorrt":
@@ -92,6 +104,33 @@ class OnnxRuntimeRunner:
     def compute_seconds(self) -> None:
         """See `Runner.compute_seconds`: one time is all there is."""
         return
+
+    def node_times(self, image: npt.NDArray[np.float32]) -> list[NodeTime]:
+        """What each node of the optimized graph takes, in a session of its own with ONNX Runtime's profiler.
+
+        Args:
+            image: Normalized float32 [1, C, H, W].
+        """
+        with tempfile.TemporaryDirectory() as folder:
+            options = self._session.get_session_options()
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = ort.InferenceSession(str(self._path), options, providers=[self._provider])
+            for _ in range(_WARM_UP):
+                session.run(["logits"], {"input": image})
+            end, runs = time.perf_counter() + _PROFILED_SECONDS, 0
+            while runs < _PROFILED_LEAST or time.perf_counter() < end:
+                session.run(["logits"], {"input": image})
+                runs += 1
+            events = json.loads(Path(session.end_profiling()).read_text())
+        times: dict[tuple[str, str, str], list[float]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+                name, told = _ADDED.sub("", event["name"].removesuffix(_KERNEL)), event["args"]
+                times.setdefault((told["node_index"], name, told["op_name"]), []).append(float(event["dur"]))
+        return [
+            NodeTime(name, operation, float(np.median(own[_WARM_UP:]))) for (_, name, operation), own in times.items()
+        ]
 
     def describe(self) -> Description:
         """See `Runner.describe`."""

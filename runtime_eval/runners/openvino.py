@@ -65,6 +65,10 @@ class OpenVINORunner:
         """See `Runner.compute_seconds`: one time is all there is."""
         return
 
+    def node_times(self, _image: npt.NDArray[np.float32]) -> None:
+        """See `Runner.node_times`: not asked of this runtime."""
+        return
+
     def describe(self) -> Description:
         """See `Runner.describe`; with what the plugin made of the layers that multiply."""
         layers, rest = 0, []

@@ -170,6 +170,10 @@ class TensorRTRunner:
             msg = f"TensorRT {what} ({self._path.name}){cause}"
             raise ToolError(msg)
 
+    def node_times(self, _image: npt.NDArray[np.float32]) -> None:
+        """See `Runner.node_times`: not asked of this runtime."""
+        return
+
     def describe(self) -> Description:
         """See `Runner.describe`."""
         provider = f"compute capability {self._sidecar.compute_capability}"

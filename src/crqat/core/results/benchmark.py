@@ -6,8 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 
+import numpy as np
+import numpy.typing as npt
+
 from crqat.core import typed_json
 from crqat.core.field_bounds import Range
+from crqat.core.results.answers import unpack
 from crqat.core.results.device import Device
 from crqat.core.results.engine import EngineReport, EngineSummary
 from crqat.core.results.verification import Fusion, Verification
@@ -235,6 +239,21 @@ class Int8Layers:
 
 
 @dataclass(frozen=True)
+class NodeTime:
+    """One node of the graph that ONNX Runtime made of a file.
+
+    Attributes:
+        node: Its name; one that the optimizer put in has the name that it gave.
+        operation: What it computes, as ONNX Runtime calls it.
+        microseconds: Median over the profiled inferences at batch 1.
+    """
+
+    node: str
+    operation: str
+    microseconds: Annotated[float, Range(ge=0)]
+
+
+@dataclass(frozen=True)
 class ModelResult:
     """One file.
 
@@ -259,6 +278,9 @@ class ModelResult:
         float_layers: What was kept in float by name.
         engine: What TensorRT's builder made of it; None of what is not for TensorRT.
         int8_layers: What OpenVINO computes in INT8.
+        answers: The class that it names for each test image, as `crqat.core.results.answers` packs them.
+        node_times: Of a file whose latency is ONNX Runtime's: where the time goes, in the order of computation.
+            Measured with a profiler that slows each node down, so that they add up to more than the latency.
     """
 
     target: str
@@ -281,6 +303,8 @@ class ModelResult:
     float_layers: FloatLayers | None = None
     engine: EngineSummary | None = None
     int8_layers: Int8Layers | None = None
+    answers: str | None = field(default=None, metadata=OMIT)
+    node_times: list[NodeTime] | None = field(default=None, metadata=OMIT)
 
     def __post_init__(self) -> None:
         """Refuse a measurement without numbers, and counts of more images than there are."""
@@ -293,6 +317,13 @@ class ModelResult:
             if counted > self.accuracy.n:
                 msg = f"counts {counted} of {self.accuracy.n} images in versus_float"
                 raise ValueError(msg)
+        self.classes()
+
+    def classes(self) -> npt.NDArray[np.int64] | None:
+        """The class that it names for each test image, int64 [N]; None if that was not kept."""
+        if self.answers is None or self.accuracy is None:
+            return None
+        return unpack(self.answers, self.accuracy.n)
 
     @property
     def timed(self) -> Latency | None:

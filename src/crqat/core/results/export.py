@@ -57,6 +57,33 @@ class ExportedModel:
 
 
 @dataclass(frozen=True)
+class LayerSummary:
+    """One Conv, ConvTranspose, Gemm or MatMul of the network, as it was trained.
+
+    Attributes:
+        layer: Its name.
+        operation: Of ONNX.
+        macs: Multiply-accumulates for one image.
+        products: How many each output sums, as a mean.
+        weight_bits: Of the weight or second operand; None if it is float.
+        input_bits: Of the input or first operand; None if it is float.
+        weight_snr: Signal-to-noise of the weight's quantizer, dB; None where it changes nothing.
+        input_snr: Likewise.
+        reason: Why the layer is float, if the recipe says so.
+    """
+
+    layer: str
+    operation: str
+    macs: int
+    products: int
+    weight_bits: int | None
+    input_bits: int | None
+    weight_snr: float | None
+    input_snr: float | None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class ExportPayload:
     """An export.
 
@@ -71,6 +98,7 @@ class ExportPayload:
         training: That it was made of.
         preprocessing: Of an export without a training, which says it otherwise.
         noise: Signal-to-noise of each quantizer, dB; None where it changes nothing.
+        layers: What became of each layer, in the order of computation.
     """
 
     run: str
@@ -83,4 +111,5 @@ class ExportPayload:
     training: TrainingPayload | None = None
     preprocessing: Preprocessing | None = field(default=None, metadata=OMIT)
     noise: dict[str, float | None] = field(default_factory=dict)
+    layers: list[LayerSummary] = field(default_factory=list, metadata=OMIT_EMPTY)
     schema_version: int = 1

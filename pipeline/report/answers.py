@@ -1,0 +1,157 @@
+"""The test images that only one of the float and the INT8 file answers rightly, and what each class gains or loses."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from crqat.core.results.benchmark import Results
+from crqat.core.results.export import ExportPayload
+
+# Of each kind, and the side of a picture in pixels: smaller images are enlarged to it, larger ones reduced.
+_SHOWN, _SIDE = 12, 96
+_CLASSES = 6
+
+_Int = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A test image that one of the two files answers wrongly.
+
+    Attributes:
+        number: Its place among the test images.
+        source: A PNG as a data address.
+        label: Its class.
+        float_answer: The float file's.
+        answer: The INT8 file's.
+    """
+
+    number: int
+    source: str
+    label: str
+    float_answer: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """A class of the test images.
+
+    Attributes:
+        name: Of the class.
+        n: Its images.
+        float_right: Those that the float file answers rightly.
+        right: Those that the INT8 file does.
+        only_float: Those that the float file alone does.
+        only_this: Those that the INT8 file alone does.
+    """
+
+    name: str
+    n: int
+    float_right: int
+    right: int
+    only_float: int
+    only_this: int
+
+    @property
+    def change(self) -> float:
+        """Of the accuracy, percentage points."""
+        return 100 * (self.right - self.float_right) / self.n
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A file against the float file, image by image.
+
+    Attributes:
+        file: Its name.
+        lost: Images that the float file alone answers rightly, the first of them.
+        lost_count: How many there are.
+        won: Images that this file alone answers rightly, the first of them.
+        won_count: How many there are.
+        classes: All classes that have images, those that lose most first.
+    """
+
+    file: str
+    lost: list[Picture]
+    lost_count: int
+    won: list[Picture]
+    won_count: int
+    classes: list[ClassRow]
+
+    @property
+    def changed(self) -> list[ClassRow]:
+        """The classes that changed most: those that lose, then those that gain."""
+        lose = [row for row in self.classes if row.change < 0][:_CLASSES]
+        gain = [row for row in self.classes if row.change > 0][-_CLASSES:]
+        return [*lose, *gain]
+
+
+def differences(export_dir: Path, export: ExportPayload, results: Results) -> list[Difference]:
+    """One entry for each measured file of a target whose answers, and those of the float file, were kept.
+
+    Args:
+        export_dir: Has the test images and their labels.
+        export: Its payload.
+        results: What was measured on it.
+    """
+    reference = next((m.classes() for m in results.models.values() if m.target == "float"), None)
+    targets = {model.file for model in export.models if model.target not in ("float", "float16")}
+    found = {file: model.classes() for file, model in results.models.items() if file in targets}
+    try:
+        images = np.load(export_dir / export.images, mmap_mode="r", allow_pickle=False)
+        labels = np.load(export_dir / export.labels, allow_pickle=False)
+    except (OSError, ValueError):  # the report of measurements does not need them
+        return []
+    fits = reference is not None and len(reference) == len(images) == len(labels)
+    return [
+        _difference(file, reference, answers, labels, images, export.class_names)
+        for file, answers in found.items()
+        if fits and reference is not None and answers is not None
+    ]
+
+
+def _difference(
+    file: str, reference: _Int, answers: _Int, labels: _Int, images: npt.NDArray[np.uint8], names: Sequence[str]
+) -> Difference:
+    def name(number: int) -> str:
+        return names[number] if number < len(names) else str(number)
+
+    def pictures(chosen: npt.NDArray[np.bool_]) -> list[Picture]:
+        return [
+            Picture(place, _png(images[place]), *(name(int(of[place])) for of in (labels, reference, answers)))
+            for place in map(int, np.flatnonzero(chosen)[:_SHOWN])
+        ]
+
+    float_right, right = reference == labels, answers == labels
+    lost, won = float_right & ~right, ~float_right & right
+    every = np.ones(len(labels), np.bool_)
+    rows = [
+        ClassRow(name(number), *(int(of[labels == number].sum()) for of in (every, float_right, right, lost, won)))
+        for number in map(int, np.unique(labels))
+    ]
+    rows.sort(key=lambda row: row.change)
+    return Difference(file, pictures(lost), int(lost.sum()), pictures(won), int(won.sum()), rows)
+
+
+def _png(image: npt.NDArray[np.uint8]) -> str:
+    """A picture of uint8 [C, H, W] with one or three channels; of others the first channel."""
+    from PIL import Image
+
+    array = np.ascontiguousarray(image)
+    picture = Image.fromarray(array.transpose(1, 2, 0) if len(array) == 3 else array[0])
+    side = max(picture.size)
+    if side < _SIDE:
+        picture = picture.resize([length * max(1, _SIDE // side) for length in picture.size], Image.Resampling.NEAREST)
+    elif side > _SIDE:
+        picture.thumbnail((_SIDE, _SIDE))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

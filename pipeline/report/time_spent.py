@@ -1,0 +1,145 @@
+"""Where ONNX Runtime spends its time in the float and the INT8 file, and what keeps INT8 from being faster."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from crqat.core.errors import CrqatError
+from crqat.core.results.benchmark import NodeTime, Results
+from crqat.core.results.export import ExportedModel, ExportPayload, LayerSummary
+
+_LAYERS = re.compile(r"(Conv|Gemm|MatMul)")
+_CONVERSIONS = re.compile(r"^(Dynamic)?(Quantize|Dequantize)Linear|^Cast|^Reorder|^Transpose")
+KINDS = ("layers that multiply", "conversion and layout", "clipping codes to the bit width", "all other operations")
+# A layer is hardly faster from this share of its float time on; a node that takes so many of the cheapest node's times
+# is mostly the call itself; and so few products for an output leave no arithmetic to save.
+_HARDLY, _CALLS, _FEW_PRODUCTS = 0.8, 3.0, 32
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """A layer in both files.
+
+    Attributes:
+        layer: Its name.
+        float_microseconds: In the float file.
+        microseconds: In the INT8 file.
+        limit: What keeps it from being faster; "" where it is.
+    """
+
+    layer: str
+    float_microseconds: float
+    microseconds: float
+    limit: str
+
+
+@dataclass(frozen=True)
+class TimeSpent:
+    """A file against the float file.
+
+    Attributes:
+        file: Its name.
+        latency_ratio: Its latency divided by the float file's, None if that was not measured.
+        kinds: Kind of operation to the float file's microseconds and nodes, and this file's.
+        layers: Every layer that both have, those that cost most first.
+    """
+
+    file: str
+    latency_ratio: float | None
+    kinds: dict[str, tuple[float, int, float, int]]
+    layers: list[LayerTime]
+
+    @property
+    def limited(self) -> list[LayerTime]:
+        """The layers that are hardly faster."""
+        return [row for row in self.layers if row.limit]
+
+
+def time_spent(export_dir: Path, export: ExportPayload, results: Results) -> list[TimeSpent]:
+    """One entry for each file whose nodes were timed, as the float file's were.
+
+    Args:
+        export_dir: Has the files.
+        export: Its payload.
+        results: What was measured on it.
+    """
+    name, reference = next(((file, m) for file, m in results.models.items() if m.target == "float"), ("", None))
+    if reference is None or reference.node_times is None:
+        return []
+    try:
+        layers_of_float = _layers_behind(onnx.load(export_dir / name, load_external_data=False))
+    except (OSError, CrqatError, ValueError):  # the report of measurements does not need it
+        return []
+    found = []
+    for entry in export.models:
+        model = results.models.get(entry.file)
+        if entry.file == name or model is None or model.node_times is None:
+            continue
+        ratio = None if model.versus_float is None else model.versus_float.latency_ratio
+        rows = _layers(reference.node_times, layers_of_float, model.node_times, entry, export.layers)
+        found.append(TimeSpent(entry.file, ratio, _kinds(reference.node_times, model.node_times), rows))
+    return found
+
+
+def _layers_behind(model: onnx.ModelProto) -> dict[str, str]:
+    """Each node, and each result, to the layer behind it: the optimizer names a fused node by the last result of it."""
+    producers = {output: node for node in model.graph.node for output in node.output}
+    found = {}
+    for node in model.graph.node:
+        source: onnx.NodeProto | None = node
+        while source is not None and source.op_type in ("BatchNormalization", "Relu", "Clip", "Identity"):
+            source = producers.get(source.input[0])
+        if source is not None and _LAYERS.search(source.op_type):
+            found.update(dict.fromkeys((node.name, *node.output), source.name))
+    return found
+
+
+def _kind(row: NodeTime) -> str:
+    if _LAYERS.search(row.operation):
+        return KINDS[0]
+    if _CONVERSIONS.search(row.operation):
+        return KINDS[1]
+    return KINDS[2] if row.operation == "Clip" and row.node.endswith("/Clip") else KINDS[3]
+
+
+def _kinds(reference: Sequence[NodeTime], times: Sequence[NodeTime]) -> dict[str, tuple[float, int, float, int]]:
+    found = {}
+    for kind in KINDS:
+        of_float, own = ([row.microseconds for row in rows if _kind(row) == kind] for rows in (reference, times))
+        if of_float or own:
+            found[kind] = (sum(of_float), len(of_float), sum(own), len(own))
+    return found
+
+
+def _layers(
+    reference: Sequence[NodeTime],
+    behind: Mapping[str, str],
+    times: Sequence[NodeTime],
+    entry: ExportedModel,
+    layers: Sequence[LayerSummary],
+) -> list[LayerTime]:
+    of_float = {behind[row.node]: row.microseconds for row in reference if row.node in behind}
+    own = {row.node: row.microseconds for row in times if _LAYERS.search(row.operation)}
+    cheapest = min(row.microseconds for row in (*reference, *times)) if reference and times else 0.0
+    stays = {} if entry.fusion is None else {node.node: node.reason for node in entry.fusion.in_float}
+    rows = []
+    for layer in layers:
+        if layer.layer not in of_float or layer.layer not in own:
+            continue
+        before, after, limit = of_float[layer.layer], own[layer.layer], ""
+        if after >= _HARDLY * before:
+            if layer.reason or layer.layer in stays:
+                limit = f"float: {layer.reason or stays[layer.layer]}"
+            elif layer.products <= _FEW_PRODUCTS:
+                limit = f"{layer.products} products for each output: little arithmetic to save"
+            elif before <= _CALLS * cheapest:
+                limit = f"small: a call alone takes about {cheapest:g} µs, as the cheapest node shows"
+            else:
+                limit = "ONNX Runtime's integer kernel is no faster for this shape"
+        rows.append(LayerTime(layer.layer, before, after, limit))
+    return sorted(rows, key=lambda row: -row.microseconds)

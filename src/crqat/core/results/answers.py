@@ -1,0 +1,48 @@
+"""A model's answer to each test image, as a short text in results.json."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import zlib
+
+import numpy as np
+import numpy.typing as npt
+
+_TYPE = np.dtype("<i4")
+
+
+def pack(classes: npt.NDArray[np.int64]) -> str:
+    """Base64 of zlib of the classes as little-endian int32.
+
+    Args:
+        classes: The most probable class of each image, int64 [N].
+    """
+    return base64.b64encode(zlib.compress(classes.astype(_TYPE).tobytes(), 9)).decode("ascii")
+
+
+def unpack(text: str, n: int) -> npt.NDArray[np.int64]:
+    """The classes, int64 [N].
+
+    Args:
+        text: From `pack`.
+        n: How many there should be.
+
+    Raises:
+        ValueError: The text holds something else.
+    """
+    size = n * _TYPE.itemsize
+    try:
+        # The limit keeps a short text that unpacks to gigabytes from filling the memory.
+        raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
+    except (binascii.Error, zlib.error) as error:
+        msg = f"has damaged answers: {error}"
+        raise ValueError(msg) from error
+    if len(raw) != size:
+        msg = f"has answers to another number of images than {n}"
+        raise ValueError(msg)
+    classes = np.frombuffer(raw, _TYPE).astype(np.int64)
+    if n and classes.min() < 0:
+        msg = "has answers that are no classes"
+        raise ValueError(msg)
+    return classes
