@@ -128,6 +128,8 @@ def test_results(write_export: WriteExport, digits: Digits, monkeypatch: pytest.
         right = logits.argmax(axis=1) == digits.labels
         rank = (logits > logits[np.arange(797), digits.labels][:, None]).sum(axis=1)
         assert model.status == "measured"
+        assert (model.classes() == logits.argmax(axis=1)).all()
+        assert (model.node_times is None) == (file == "tensorrt.onnx")
         assert (model.runtime, model.provider) == ("onnxruntime", "CPUExecutionProvider")
         assert model.size_bytes == (export / file).stat().st_size
         assert model.accuracy.n == 797

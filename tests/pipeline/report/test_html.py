@@ -9,9 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from matplotlib.figure import Figure
+from onnx import TensorProto, helper
 
+from crqat.core.results import answers as packed
 from crqat.core.results.analysis import LayerAccuracy, NoiseLevel, NoisyNetwork, Perturbation
 from crqat.core.results.benchmark import Results
 from crqat.core.results.verdict import Verdict
@@ -25,6 +29,10 @@ from tests.pipeline.conftest import measured
 
 # What the browser may not obey, the template language, the SVG's labels (mathtext) and a terminal may not either.
 HOSTILE = '<script>document.title="taken"</script><img src=x onerror="document.title=\'taken\'">"&\''
+
+
+# The test images that the page holds are data themselves.
+FOREIGN_IMAGES = "img:not([src^='data:image/png;base64,'])"
 
 
 def render(run: Path, results: dict[str, Any], verdicts: Sequence[Verdict], layers: Any = (), others: Any = ()) -> str:
@@ -109,11 +117,33 @@ def finished_run(run: Path, name: str) -> dict[str, Any]:
                 "models": models,
                 "candidate": "student",
                 "noise": {edge: 31.5},
+                "class_names": [name, "b"],
+                "layers": [
+                    {
+                        "layer": edge + name,
+                        "operation": "Conv",
+                        "macs": 9,
+                        "products": 9,
+                        "weight_bits": 8,
+                        "input_bits": None,
+                        "weight_snr": 40.0,
+                        "input_snr": None,
+                        "reason": name,
+                    },
+                ],
             },
         ),
-    ):
-        pass
+    ) as out:
+        np.save(out / "images.npy", np.zeros((600, 1, 8, 8), np.uint8))
+        np.save(out / "labels.npy", np.zeros(600, np.int64))
+        conv = helper.make_node("Conv", ["input", "w"], ["logits"], name=edge + name)
+        values = [helper.make_tensor_value_info(value, TensorProto.FLOAT, None) for value in ("input", "w", "logits")]
+        onnx.save(helper.make_model(helper.make_graph([conv], "g", values[:2], values[2:])), out / "float.onnx")
     results = measured(0.2, (0.1, 0.3))
+    times = [{"node": edge + name, "operation": "Conv", "microseconds": 9.0}]
+    results["models"]["float.onnx"].update(node_times=times, answers=packed.pack(np.arange(600) // 599))
+    results["models"]["onnxruntime.onnx"].update(node_times=times, answers=packed.pack(np.arange(600) // 594))
+    results["models"]["tensorrt.onnx"].update(answers=packed.pack(np.arange(600) // 600))
     results.update(run=name, dataset={"n": 600, "classes": 10})
     results["models"]["tensorrt.onnx"]["engine"] = {
         "status": "built",
@@ -183,7 +213,7 @@ def test_the_page_fits_and_is_quiet(browser: Any, tmp_path: Path, width: int, sc
     )
     brightness = [sum(map(int, color.removeprefix("rgb(").removesuffix(")").split(","))) for color in (ground, text)]
     assert (brightness[0] < brightness[1]) == (scheme == "dark")
-    assert len(browser.find_elements("css selector", "svg")) == 2
+    assert len(browser.find_elements("css selector", "svg")) == 4
     assert browser.get_log("browser") == []
 
 
@@ -194,7 +224,7 @@ def test_names_from_a_run_are_shown_and_not_executed(browser: Any, tmp_path: Pat
     browser.get(page.as_uri())
     assert browser.find_element("css selector", "h1").text.startswith(HOSTILE)
     assert browser.title != "taken"
-    assert browser.find_elements("css selector", "script, img") == []
+    assert browser.find_elements("css selector", f"script, {FOREIGN_IMAGES}") == []
 
 
 WORDS = [
@@ -226,7 +256,9 @@ def test_no_text_of_a_run_is_executed_wherever_it_stands(browser: Any, tmp_path:
     browser.get(page.as_uri())
     assert browser.title != "taken"
     # Nothing became an element or an attribute that could run, and the page is whole.
-    assert browser.find_elements("css selector", "script, img, iframe, object, a, [onload], [onerror]") == []
+    assert (
+        browser.find_elements("css selector", f"script, {FOREIGN_IMAGES}, iframe, object, a, [onload], [onerror]") == []
+    )
     assert browser.find_element("xpath", "//h2[text()='Environment']")
     assert "49{%" not in browser.page_source
     assert browser.get_log("browser") == []
@@ -245,7 +277,9 @@ def test_what_stayed_float_and_what_was_not_run_is_said(tmp_path: Path) -> None:
     assert "warning: digits (2 times)" in page
     results["models"]["tensorrt.onnx"]["engine"] = {"status": "not run: no builder"}
     assert '<p class="remark">tensorrt.onnx: not run: no builder</p>' in render(tmp_path / "run", results, [])
-    assert not re.search(r'(src|href)="(?!#)|url\((?!#)|@import', page), "the page loads something from elsewhere"
+    assert not re.search(r'(src|href)="(?!#|data:image/png;base64,)|url\((?!#)|@import', page), (
+        "the page loads something from elsewhere"
+    )
 
 
 def test_the_training_starts_at_the_calibrated_network_and_has_floats_level(
