@@ -52,6 +52,7 @@ def show() -> int:
     rows = [(item.what, item.found or "MISSING", item.purpose, "" if item.found else item.remedy) for item in findings]
     console.show_table("crqat doctor", columns, rows)
     missing = [item.what for item in findings if item.needed and item.found is None]
+    console.give(works=not missing, missing=missing, findings=findings)
     if missing:
         click.echo(f"crqat run does not work here; missing: {', '.join(missing)}")
         return MISSING
