@@ -238,7 +238,7 @@ def test_weights_of_other_classes_are_said_with_the_number_of_folders(place: Pat
     space: dict[str, Any] = {}
     exec(NETWORK, space)  # noqa: S102 - the text above
     torch.save(space["network"](12).state_dict(), "twelve.pt")
-    message = r"^--weights: twelve\.pt does not fit .*\(5\.weight \[12, 16\] instead of \[10, 16\], .*; digits has 10 classes$"
+    message = r"^--weights: twelve\.pt does not fit .*\(5\.weight \[12, 16\] instead of .*; digits has 10 classes$"
     with pytest.raises(UsageError, match=message):
         CliRunner().invoke(
             crqat, ["init", "own.yaml", *POINTED[:5], "twelve.pt"], standalone_mode=False, catch_exceptions=False
