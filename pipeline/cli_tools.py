@@ -14,13 +14,35 @@ from crqat.pipeline.cli_options import json_option, load
 
 
 @click.command()
-@click.argument("files", metavar="RESULTS...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.argument("files", metavar="RUN_OR_RESULTS...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@click.option("--picture", type=click.Path(path_type=Path), help="Of runs: draw them into a .png, .svg or .pdf file.")
 @json_option
-def compare(files: tuple[Path, ...]) -> None:
-    """Show the results.json of several devices side by side."""
+def compare(files: tuple[Path, ...], picture: Path | None) -> None:
+    """Show several runs side by side, or the results.json of one run from several devices.
+
+    Of run directories each file is compared with the first run's, image by image.
+    """
     from crqat.core.results.benchmark import read_results
     from crqat.pipeline.report import tables as results
 
+    folders = [path for path in files if path.is_dir()]
+    if folders and len(folders) < len(files):
+        other = next(path for path in files if path not in folders)
+        msg = f"{other}: not a run directory, and {folders[0]} is one; compare runs, or results.json files"
+        raise UsageError(msg)
+    if folders:
+        from crqat.pipeline.commands import compare_runs
+
+        comparison = compare_runs.compare(folders)
+        compare_runs.show(comparison)
+        if picture is not None:
+            compare_runs.draw(comparison, picture)
+            click.echo(f"written: {picture}")
+        console.give(comparison=comparison)
+        return
+    if picture is not None:
+        msg = "--picture: draws runs; name run directories in place of results.json files"
+        raise UsageError(msg)
     several = [(path, read_results(path)) for path in files]
     results.compare(several)
     console.give(results=[{"file": str(path), "results": found} for path, found in several])
