@@ -47,7 +47,7 @@ def test_the_command_reference_has_every_command_and_option() -> None:
 
 
 def test_the_python_reference_has_every_public_name() -> None:
-    named = re.findall(r"^## `crqat\.(\w+)`", site.python_reference(), re.M)
+    named = re.findall(r"^      heading: crqat\.(\w+)$", site.python_reference(), re.M)
     assert named == [name for name in public.__all__ if name != "__version__"]
 
 

@@ -18,7 +18,7 @@ from crqat.train.data.streaming import StoredImages
 class Dataset:
     """A labeled data set on the CPU, in memory or in files that are decoded when needed.
 
-    A recipe's own function returns one, and the recipe names it as `data.source: my_module:my_images`::
+    A recipe's own function returns one, and the recipe names it as `data.source: my_module:my_images`:
 
         def my_images(root: str) -> crqat.Dataset:  # root is the recipe's `data.root`; leave it out if you need none
             arrays = numpy.load(f"{root}/images.npz", allow_pickle=False)

@@ -79,10 +79,13 @@ def _default(item: Any) -> str:
 
 
 def _in_yaml(text: str) -> str:
-    """A docstring's words as a recipe's reader wants them: YAML's names for nothing, yes and no."""
+    """A docstring's words for a recipe's reader: YAML's names for nothing, yes and no; names and pages as such."""
+    text = re.sub(r'"([^"\s]+)"', r"`\1`", text)
+    text = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text)
     for python, yaml in (("None", "null"), ("True", "true"), ("False", "false")):
-        text = re.sub(rf"\b{python}\b", f"`{yaml}`", text)
-    return re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text)
+        text = re.sub(rf"(?<!`)\b{python}\b", f"`{yaml}`", text)
+    parts = re.split(r"(`[^`]*`)", text)
+    return "".join(part if part.startswith("`") else part.replace("*", r"\*") for part in parts)
 
 
 def _key(key: str, hint: Any, item: Any, text: str) -> str:
@@ -143,7 +146,6 @@ def command_reference() -> str:
             parts.append("| option | what it does |\n|---|---|\n")
             for item in options:
                 names, words = item.get_help_record(context) or ("", "")
-                names = re.sub(r"\s*\|\s*", " or ", names)
                 parts.append(f"| `{names}` | {words.replace('|', chr(92) + '|')} |\n")
             parts.append("\n")
     return "".join(parts)
@@ -161,7 +163,8 @@ def python_reference() -> str:
         if name in crqat._MODULES:
             module = "crqat.export.export_model" if name == "export" else crqat._MODULES[name]
             defined = crqat._DEFINED_AS.get(name, name)
-            parts.append(f"## `crqat.{name}` {{ #crqat.{name} }}\n\n::: {module}.{defined}\n\n")
+            options = f"    options:\n      heading: crqat.{name}\n      toc_label: {name}\n"
+            parts.append(f"::: {module}.{defined}\n{options}\n")
     return "".join(parts)
 
 
@@ -199,7 +202,7 @@ def notebook_page(notebook: dict[str, Any]) -> str:
 
 def _shown(path: str) -> str:
     """The page that shows a file or folder of the repository."""
-    if path == "README.md":
+    if path in ("README.md", "docs"):
         return "index.md"
     if path in ROOT_PAGES:
         return path.lower()
@@ -217,7 +220,7 @@ def outside(markdown: str, page: str) -> set[str]:
         page: Its path in the repository.
     """
     targets = {posixpath.normpath(posixpath.join(posixpath.dirname(page), link)) for link in _LINK.findall(markdown)}
-    return {target for target in targets if not target.startswith(("docs/", "..")) and (ROOT / target).exists()}
+    return {target for target in targets if not f"{target}/".startswith(("docs/", "..")) and (ROOT / target).exists()}
 
 
 def with_links(markdown: str, page: str, place: str) -> str:
