@@ -14,21 +14,59 @@ import click
 
 from crqat.core import failures
 from crqat.core.errors import CrqatError, InternalError, Told, ToolError, UsageError
-from crqat.pipeline import cli_quantize, cli_tools, streams
-from crqat.pipeline.cli_options import board, force_option, load, on_option, recipe_arguments, training_options
+from crqat.pipeline import cli_quantize, cli_tools, console, streams
+from crqat.pipeline.cli_options import (
+    board,
+    force_option,
+    json_option,
+    load,
+    on_option,
+    recipe_arguments,
+    training_options,
+)
 from crqat.pipeline.cli_stages import judge_run, run_stage, show_results, show_warnings, train_stage
 
 if TYPE_CHECKING:
     from crqat.core.results.export import ExportPayload
     from crqat.pipeline.recipe.recipe import Recipe
 
+# Asks for a shell's completion instead of a command; click has named it.
+_COMPLETE = "_CRQAT_COMPLETE"
 INTERRUPTED, NOBODY_READS = 130, 128 + signal.SIGPIPE
 # Where a training takes steps it has a line of its own, which says where it was saved.
+# What most users need, in the order in which they do; `--help` shows the others behind.
+FIRST = (
+    "init", "quantize", "advise", "run", "train", "export", "benchmark", "gate", "report", "compare", "check",
+    "explain", "doctor",
+)  # fmt: skip
 _KEPT = "what was complete or saved still is: the same command goes on from there"
 
 
 class _Commands(click.Group):
-    """Each command's unexpected exceptions as an error of one line, before click makes something of them."""
+    """The commands, each with --quiet, in two groups.
+
+    A command's unexpected exception becomes an error of one line, before click makes something of it.
+    """
+
+    def add_command(self, cmd: click.Command, name: str | None = None) -> None:
+        """Take a command on."""
+        for command in cmd.commands.values() if isinstance(cmd, click.Group) else (cmd,):
+            command.params.append(_quiet_option())
+        super().add_command(cmd, name)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """All names: first those that most users need."""
+        others = [name for name in super().list_commands(ctx) if name not in FIRST]
+        return [name for name in FIRST if name in self.commands] + others
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Both groups, for --help."""
+        names = self.list_commands(ctx)
+        limit = formatter.width - 6 - max(map(len, names))
+        for title, first in (("Commands", True), ("Expert tools", False)):
+            rows = [(name, self.commands[name].get_short_help_str(limit)) for name in names if (name in FIRST) is first]
+            with formatter.section(title):
+                formatter.write_dl(rows)
 
     def invoke(self, context: click.Context) -> Any:
         """Run the command that the arguments name."""
@@ -44,7 +82,12 @@ class _Commands(click.Group):
             raise failures.explain(error, context.invoked_subcommand or "crqat") from error
 
 
-@click.group(cls=_Commands)
+def _quiet_option() -> click.Option:
+    text = "No progress: results and errors alone."
+    return click.Option(["--quiet"], is_flag=True, expose_value=False, callback=console.be_quiet, help=text)
+
+
+@click.group(cls=_Commands, params=[_quiet_option()])
 @click.version_option(package_name="crqat-edge", prog_name="crqat")
 def crqat() -> None:
     """A float image classifier goes in, an INT8 model that is verified on its runtime comes out.
@@ -65,6 +108,7 @@ for _command in (*cli_quantize.COMMANDS, *cli_tools.COMMANDS):
 @recipe_arguments
 @force_option
 @training_options
+@json_option
 def run(
     recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, restart: bool, unchecked: bool, save_every: float
 ) -> int:
@@ -93,6 +137,7 @@ def run(
     "--max-restarts", type=click.IntRange(min=0), default=0, metavar="M",
     help="With --nproc: how often to go on by itself after a process has died. Default: 0.",
 )  # fmt: skip
+@json_option
 def train(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -105,7 +150,6 @@ def train(
     max_restarts: int,
 ) -> int:
     """Train the float network if need be, and quantize it; go on where it was interrupted."""
-    from crqat.pipeline import console
     from crqat.pipeline.stages import launch
 
     config = load(recipe, overrides)
@@ -116,6 +160,7 @@ def train(
         arguments = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
         arguments += [part for override in overrides for part in ("--set", override)]
         arguments += ["--force"] * force + ["--unchecked"] * unchecked
+        arguments += ["--json"] * console.wants_json() + ["--quiet"] * console.quiet()
         launch.check(config, nproc)
         return launch.run(arguments, ["--restart"] * restart, nproc, max_restarts)
     if launch.several():
@@ -124,6 +169,7 @@ def train(
         payload = train_stage(config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
     if payload is None:  # another process of the training tells it
         return 0
+    console.give(run=str(runs / config.name), training=payload)
     click.echo(f"trained on {payload.device}; fused: {payload.compiled}; {payload.seconds} s")
     for note in payload.preparation:
         click.echo(console.printable(note))
@@ -144,6 +190,7 @@ def train(
 @click.option(
     "--bisect", is_flag=True, help="If no engine can be made of tensorrt.onnx, write the smallest part that fails too."
 )
+@json_option
 def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, unsafe: bool, bisect: bool) -> None:
     """Write one ONNX file per target and verify it."""
     from crqat.core import run_directory
@@ -155,6 +202,7 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, un
     payload: ExportPayload = run_directory.payload_of(
         results.ExportPayload, directory, run_directory.read_manifest(directory)
     )
+    console.give(run=str(runs / config.name), export=payload)
     for model in payload.models:
         path = runs / config.name / "export" / model.file
         status = "the reference" if model.verification is None else model.verification.status
@@ -179,6 +227,7 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, un
 @click.option("--python", default="python3", help="The Python there, e.g. venv/bin/python. Default: python3.")
 @click.option("--ssh-config", type=click.Path(path_type=Path), help="Instead of ~/.ssh/config.")
 @click.option("--clean", is_flag=True, help="Remove what was copied there once the results are here.")
+@json_option
 def benchmark(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -198,7 +247,6 @@ def benchmark(
         run_stage("benchmark", config, runs, force)
         show_results(config, runs)
         return
-    from crqat.pipeline import console
     from crqat.pipeline.stages import boards, lock
 
     target = board(address, python, ssh_config)
@@ -217,6 +265,7 @@ def benchmark(
 @click.option(
     "--results", type=click.Path(path_type=Path), help="results.json that a board wrote by hand, brought here as FILE."
 )
+@json_option
 def gate(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -264,6 +313,7 @@ def gate(
     help="With --perturbation: the directory of another trained run, shown beside; may be given again.",
 )
 @click.option("--draws", type=click.IntRange(min=1), help="With --perturbation: draws of each noise. Default: 5.")
+@json_option
 def sensitivity(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -358,6 +408,8 @@ def _run_command() -> int:
     except (Exception, SystemExit) as error:
         if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):  # click exits by 1
             return NOBODY_READS
+        if isinstance(error, SystemExit) and _COMPLETE in os.environ:  # click has written what a shell asked for
+            return UsageError.exit_code if error.code else 0
         told = failures.explain(error, "crqat")
         _say_error(str(told), told.exit_code)
         return told.exit_code

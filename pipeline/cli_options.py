@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -47,6 +48,22 @@ def on_option(command: _Command) -> _Command:
     """--on."""
     help_text = "A board, ssh://[USER@]HOST[:PORT]; your ssh configuration applies."
     return click.option("--on", "address", metavar="ADDRESS", help=help_text)(command)
+
+
+def json_option(command: _Command) -> _Command:
+    """--json; the command adds to the document by `crqat.pipeline.console.give`."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, as_json: bool, **options: Any) -> Any:
+        if not as_json:
+            return command(*arguments, **options)
+        from crqat.pipeline import console
+
+        with console.json_document():
+            return command(*arguments, **options)
+
+    text = "Data on stdout as one JSON document, all else on stderr."
+    return click.option("--json", "as_json", is_flag=True, help=text)(run)  # type: ignore[return-value]
 
 
 def board(address: str, python: str = "python3", ssh_config: Path | None = None) -> Board:

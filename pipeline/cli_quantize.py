@@ -9,7 +9,7 @@ import click
 
 from crqat.core import failures
 from crqat.core.errors import UsageError
-from crqat.pipeline.cli_options import force_option, load, recipe_arguments
+from crqat.pipeline.cli_options import force_option, json_option, load, recipe_arguments
 from crqat.pipeline.cli_stages import judge_run, run_stage, show_results, show_warnings, train_stage
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split. Default: 0.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: runs/MODEL-wWaA.")
 @force_option
+@json_option
 def quantize(
     model: str,
     images: Path,
@@ -102,6 +103,7 @@ def quantize(
         show_results(config, runs)
         show_warnings(trained)
         click.echo(f"recipe: {recipe}")
+        console.give(recipe=str(recipe))
         return 0 if max_drop is None else judge_run(config, runs)
 
 
@@ -109,6 +111,7 @@ def quantize(
 @recipe_arguments
 @click.option("--judge", type=click.Path(path_type=Path), help="Class folders that judge. Default: held-back images.")
 @click.option("--all", "every", is_flag=True, help="Run all steps, also behind the first one that passes.")
+@json_option
 def advise(recipe: Path, overrides: tuple[str, ...], runs: Path, judge: Path | None, every: bool) -> int:
     """Find the cheapest step that passes the gate, from calibration to QAT, and measure it on the test images.
 
@@ -133,6 +136,7 @@ def _advise(config: Recipe, runs: Path, judge: Path | None, **further: bool) -> 
             advice = ladder.climb()
             command.write(ladder, advice, out)
         command.show(advice, out)
+        console.give(advice=advice, recipe=str(out / command.RECIPE))
         chosen = ladder.configs[advice.chosen]
         for stage in ("export", "benchmark"):
             run_stage(stage, chosen, runs, False)

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from crqat.core.results.verdict import Verdict
     from crqat.pipeline.recipe.recipe import Recipe
 
+_VERDICTS = {0: "pass", 1: "fail", 3: "error", 4: "inconclusive"}
+
 
 def run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> Path:
     """Run one stage of a recipe, unless it is up to date, and give its directory."""
@@ -31,9 +33,12 @@ def train_stage(config: Recipe, runs: Path, force: bool, **further: Any) -> Trai
     """Run the `train` stage, and give what its manifest says."""
     from crqat.core.results.training import TrainingPayload
     from crqat.core.run_directory import payload_of, read_manifest
+    from crqat.pipeline import console
 
     directory = run_stage("train", config, runs, force, **further)
-    return payload_of(TrainingPayload, directory, read_manifest(directory))
+    payload = payload_of(TrainingPayload, directory, read_manifest(directory))
+    console.give(run=str(runs / config.name), training=payload)
+    return payload
 
 
 def show_warnings(trained: TrainingPayload) -> None:
@@ -45,16 +50,22 @@ def show_warnings(trained: TrainingPayload) -> None:
 def show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
     """A benchmark's table, on stdout."""
     from crqat.core.results.benchmark import read_results
+    from crqat.pipeline import console
     from crqat.pipeline.report import tables as results
     from crqat.pipeline.stages import run as stages
 
     path = runs / config.name / stage / stages.RESULTS
     with failures.explained("benchmark", runs / config.name):
-        results.show(read_results(path), path.parent)
+        found = read_results(path)
+        results.show(found, path.parent)
+    names = (stages.RESULTS, stages.VERDICT, stages.JUNIT, stages.REPORT)
+    files = {name.partition(".")[0]: str(path.parent / name) for name in names}
+    console.give(run=str(runs / config.name), results=found, files=files)
 
 
 def judge_run(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:
     """Judge a benchmark's results, show each rule's verdict, and give the exit code."""
+    from crqat.pipeline import console
     from crqat.pipeline.gate import rules
     from crqat.pipeline.report import tables as results
     from crqat.pipeline.stages import run as stages
@@ -62,4 +73,6 @@ def judge_run(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Pa
     with failures.explained("gate", runs / config.name):
         verdicts: list[Verdict] = stages.gate(config, runs, stage, baseline)
     results.show_verdicts(verdicts)
-    return rules.exit_code(verdicts)
+    code = rules.exit_code(verdicts)
+    console.give(run=str(runs / config.name), verdict=_VERDICTS[code], exit_code=code, rules=verdicts)
+    return code

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from crqat.core.errors import ToolError, UsageError
-from crqat.pipeline.cli_options import load
-
-TEMPLATE = Path(__file__).parent / "templates" / "recipe.yaml"
+from crqat.pipeline import console
+from crqat.pipeline.cli_options import json_option, load
 
 
 @click.command()
 @click.argument("files", metavar="RESULTS...", type=click.Path(path_type=Path), nargs=-1, required=True)
+@json_option
 def compare(files: tuple[Path, ...]) -> None:
     """Show the results.json of several devices side by side."""
     from crqat.core.results.benchmark import read_results
     from crqat.pipeline.report import tables as results
 
-    results.compare([(path, read_results(path)) for path in files])
+    several = [(path, read_results(path)) for path in files]
+    results.compare(several)
+    console.give(results=[{"file": str(path), "results": found} for path, found in several])
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-bundle.tar.gz.")
+@json_option
 def bundle(run: Path, out: Path | None) -> None:
     """Write an export as one archive for a board, to be measured there without crqat."""
     from crqat.pipeline.stages import boards
@@ -35,38 +39,41 @@ def bundle(run: Path, out: Path | None) -> None:
     click.echo(f"measures as the export's recipe says: {', '.join(f'{key}={value}' for key, value in how.items())}")
     click.echo("on the board:")
     click.echo(f"  tar xzf {archive.name} && cd crqat-bundle && python3 -m runtime_eval .")
+    console.give(archive=str(archive), bundle=digest, benchmark=how)
 
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value.")
 @click.option("--syntax", is_flag=True, help="Of a recipe: read it, without its data and network.")
+@json_option
 def check(path: Path, overrides: tuple[str, ...], syntax: bool) -> None:
     """Verify a run directory, a recipe, an ONNX file, Grids (grids.json) or results.json.
 
     A recipe's network is tried on two images, untrained, from its data to the verification of its files.
     """
-    from crqat.pipeline import console
     from crqat.pipeline.commands import check as checks
 
     with console.show_progress() as progress:
         lines = checks.check(path, overrides, syntax, progress)
     for line in lines:
         click.echo(line)
+    console.give(path=str(path), intact=True, found=lines)
 
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), help="Default: report.html.")
 @click.option("--layers", is_flag=True, help="Measure the accuracy with one layer at a time quantized.")
+@json_option
 def report(run: Path, out: Path, layers: bool) -> None:
     """Write the report of a run directory again, as one HTML file."""
-    from crqat.pipeline import console
     from crqat.pipeline.stages import run as stages
 
     with console.show_progress() as progress:
         stages.report(run, out, layers, progress)
     click.echo(f"wrote {out}")
+    console.give(report=str(out))
 
 
 @click.command()
@@ -75,6 +82,7 @@ def report(run: Path, out: Path, layers: bool) -> None:
 @click.option("--compute-capability", "targets", multiple=True, metavar="SM89", help="Build for this GPU; repeatable.")
 @click.option("--bisect", is_flag=True, help="If it cannot be built, write the smallest part that cannot either.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
+@json_option
 def inspect(path: Path, batch: int | None, targets: tuple[str, ...], bisect: bool, out: Path | None) -> None:
     """Show what TensorRT makes of an .onnx file, layer by layer, or show an engine.json."""
     from crqat.pipeline.commands import inspect_engine
@@ -98,6 +106,7 @@ def nncf() -> None:
     help="Default: best.",
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-nncf.")
+@json_option
 def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
     """Write a finished training as a state dict and a configuration that stock NNCF loads."""
     from crqat.pipeline.commands import nncf as checkpoints
@@ -112,9 +121,9 @@ def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value: --set qat.epochs=3"
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-start.")
+@json_option
 def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
     """Make a network that nncf.quantize has quantized the start of a training."""
-    from crqat.pipeline import console
     from crqat.pipeline.commands import nncf as checkpoints
 
     with console.show_progress() as progress:
@@ -140,6 +149,7 @@ def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out:
     default=1800.0,
     help="Seconds for each network. Default: 1800.",
 )
+@json_option
 def models(
     names: tuple[str, ...],
     cifar10: Path | None,
@@ -166,6 +176,7 @@ def models(
 @click.option("--bandwidth", type=float, metavar="B/S", help="Bytes a second between machines.")
 @click.option("--latency", type=float, metavar="S", help="Seconds of a message between machines.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("scale.json"), help="Default: scale.json.")
+@json_option
 def scale(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -181,6 +192,25 @@ def scale(
 
 
 @click.command()
+@click.argument("key", required=False)
+@json_option
+def explain(key: str | None) -> None:
+    """Say what a recipe's KEY means, such as qat.lr or gate; without KEY, list all of them."""
+    from crqat.pipeline.recipe import keys
+
+    if key is None:
+        for entry in keys.every_key().values():
+            click.echo(entry.key)
+        console.give(keys=list(keys.every_key().values()))
+        return
+    found = keys.explain(key)
+    for line in keys.lines(found):
+        click.echo(line)
+    console.give(**asdict(found))
+
+
+@click.command()
+@json_option
 def doctor() -> int:
     """Say what this machine can do and what is missing for what."""
     from crqat.pipeline.commands import doctor as examination
@@ -189,18 +219,77 @@ def doctor() -> int:
 
 
 @click.command()
-@click.argument("path", type=click.Path(path_type=Path), default=Path("recipe.yaml"))
-def init(path: Path) -> None:
-    """Write a commented recipe."""
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(TEMPLATE.read_text("utf-8"))
-    except FileExistsError as error:
-        msg = f"{path}: exists already; name another file"
-        raise UsageError(msg) from error
-    except OSError as error:
-        msg = f"{path}: cannot be written: {error.strerror}"
-        raise ToolError(msg) from error
+@click.argument("path", metavar="[RECIPE]", type=click.Path(path_type=Path), default=Path("recipe.yaml"))
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="Folder with train/CLASS and test/CLASS, or with CLASS."
+)
+@click.option("--model", help="Name of torchvision or timm, module:function, or a float ONNX file.")
+@click.option("--weights", help="Checkpoint. Default: what torchvision or timm publish; else the network is trained.")
+@click.option("--weights-key", help="Where in that file the state dict lies. Default: the only one that fits.")
+@click.option("--mean", help="Of each channel, in units of 0..1, such as 0.485,0.456,0.406.")
+@click.option("--std", help="Likewise.")
+@click.option("--size", type=click.IntRange(min=1), help="Pixels of the shorter side after resizing.")
+@click.option("--crop", type=click.IntRange(min=1), help="Pixels of the square out of the center.")
+@click.option("--all", "every", is_flag=True, help="Write every key with its default and what it means.")
+@json_option
+def init(
+    path: Path,
+    images: Path | None,
+    model: str | None,
+    weights: str | None,
+    weights_key: str | None,
+    mean: str | None,
+    std: str | None,
+    size: int | None,
+    crop: int | None,
+    every: bool,
+) -> None:
+    """Write a recipe for your images and network, or the commented one.
+
+    \b
+    With --images and --model both are tried, and the recipe has the keys
+    that they need: calibration alone, on both runtimes. Without them it
+    is the recipe of scikit-learn's digits, in which every key is
+    explained.
+    """  # noqa: D301 - click's mark for lines that stay as they are
+    from crqat.pipeline.commands import new_recipe as command
+
+    if images is None or model is None:
+        given: dict[str, object] = {
+            "--images": images,
+            "--model": model,
+            "--weights": weights,
+            "--mean": mean,
+            "--std": std,
+        }
+        given |= {"--weights-key": weights_key, "--size": size, "--crop": crop}
+        found = [option for option, value in given.items() if value is not None]
+        if found:
+            msg = f"{found[0]}: needs {'--images' if images is None else '--model'} beside it"
+            raise UsageError(msg)
+        command.write_default(path)
+        console.give(recipe=str(path))
+    else:
+        from crqat.pipeline.commands.quantize import numbers
+
+        preprocessing = {
+            "mean": None if mean is None else numbers(mean, "--mean", float),
+            "std": None if std is None else numbers(std, "--std", float),
+            "size": size,
+            "crop": crop,
+        }
+        request = command.Request(path, images, model, weights, weights_key, preprocessing, every)
+        with console.show_progress() as progress:
+            summary = command.write_for(request, progress)
+        click.echo(
+            f"{summary.train_images} training and {summary.test_images} test images of {summary.classes} classes, "
+            f"{summary.channels} x {summary.crop} x {summary.crop}"
+        )
+        if summary.float_top1 is not None:
+            click.echo(f"float network: {summary.float_top1:.1%} of {summary.tried_images} test images right")
+        for warning in summary.warnings:
+            click.echo(f"warning: {warning}", err=True)
+        console.give(**asdict(summary))
     click.echo(f"wrote {path}; next: crqat run {path}")
 
 
@@ -215,6 +304,7 @@ def init(path: Path) -> None:
 @click.option("--jobs", type=click.IntRange(1), default=None, help="Trainings at once. Default: one for each core.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: studies/NAME.md.")
 @click.option("--runs", type=click.Path(path_type=Path), default=None, help="Default: runs/study-NAME.")
+@json_option
 def study(
     recipe: Path,
     overrides: tuple[str, ...],
@@ -231,7 +321,6 @@ def study(
 
     The same command goes on where it was stopped; what is in the JSON beside OUT is not trained again.
     """
-    from crqat.pipeline import console
     from crqat.pipeline.study import report
     from crqat.pipeline.study import study as studies
 
@@ -248,6 +337,7 @@ def study(
         if headline := report.headline(rows):
             click.echo(headline)
     click.echo(f"{chosen.out}, with the numbers and a picture beside")
+    console.give(study=str(chosen.out), rows=chosen.rows)
     if failed:
         more = f"; {len(failed) - 1} more failed or were not run" if len(failed) > 1 else ""
         msg = f"{failed[0]}{more}; the same command tries them again"
@@ -263,4 +353,4 @@ def _numbers(text: str, option: str) -> list[int | None]:
         raise UsageError(msg) from None
 
 
-COMMANDS = (compare, bundle, check, report, inspect, nncf, models, study, scale, doctor, init)
+COMMANDS = (compare, bundle, check, report, inspect, nncf, models, study, scale, doctor, init, explain)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TextIO
+from contextlib import contextmanager, redirect_stdout
+from typing import Any, TextIO
 
 import click
 from rich.console import Console
@@ -18,10 +20,13 @@ from rich.table import Table
 from rich.text import Text
 
 from crqat.core.progress import Progress
+from crqat.core.typed_json import to_json
 
 _SECONDS_BETWEEN_LINES = 10.0
 # Wider than any table: a log has no edge to wrap at, and a wrapped number is not a number.
 _LOG_WIDTH = 1000
+# In the context of a command: whether --quiet was given, and the document of --json, None without it.
+_QUIET, _DOCUMENT = "crqat.quiet", "crqat.json"
 
 
 def drawn(stream: TextIO) -> bool:
@@ -29,9 +34,49 @@ def drawn(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("CI")
 
 
+def be_quiet(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    """Callback of --quiet, which stands before a command's name or behind it."""
+    if wanted:
+        context.meta[_QUIET] = True
+
+
+def _of_command(name: str) -> Any:
+    context = click.get_current_context(silent=True)
+    return None if context is None else context.meta.get(name)
+
+
+def quiet() -> bool:
+    """Whether the command runs with --quiet."""
+    return bool(_of_command(_QUIET))
+
+
+def wants_json() -> bool:
+    """Whether the command runs with --json."""
+    return _of_command(_DOCUMENT) is not None
+
+
+@contextmanager
+def json_document() -> Iterator[None]:
+    """What --json does: text for stdout goes to stderr, and what `give` gets to stdout, as one JSON document."""
+    document: dict[str, Any] = {}
+    click.get_current_context().meta[_DOCUMENT] = document
+    with redirect_stdout(io.StringIO() if quiet() else sys.stderr):
+        yield
+    if document:  # of several processes one has it, which prints it itself
+        click.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def give(**data: Any) -> None:
+    """Add to the document of --json: JSON values, dataclasses, and lists and dictionaries of these."""
+    document = _of_command(_DOCUMENT)
+    if document is not None:
+        document.update(to_json(data))
+
+
 def say(text: str) -> None:
     """One line on stderr, with the progress."""
-    click.echo(text, err=True)
+    if not quiet():
+        click.echo(text, err=True)
 
 
 def printable(text: str) -> str:
@@ -61,6 +106,9 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 @contextmanager
 def show_progress() -> Iterator[Progress]:
     """Give the function that stages call as they go."""
+    if quiet():
+        yield _warnings_alone
+        return
     if not drawn(sys.stderr):
         yield PlainProgress()
         return
@@ -87,6 +135,12 @@ def show_progress() -> Iterator[Progress]:
         yield draw
     finally:
         bars.stop()
+
+
+def _warnings_alone(task: str, done: int, total: int, note: str = "") -> None:
+    """A `crqat.core.progress.Progress` of --quiet."""
+    if note.startswith("warning: "):
+        click.echo(f"{task}: {note}", err=True)
 
 
 class PlainProgress:

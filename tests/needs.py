@@ -66,6 +66,7 @@ TOOLS: dict[str, tuple[Callable[[], bool], str]] = {
     "datasets": (_package("datasets"), "pip install -e .[dev]"),
     "webdataset": (_package("webdataset"), "pip install -e .[dev]"),
     "lightning": (_package("lightning"), "pip install -e .[dev]"),
+    "tensorboard": (_package("tensorboard"), "pip install -e .[dev]"),
     "timm": (_package("timm"), "pip install -e .[dev]"),
     "brevitas": (_package("brevitas"), "pip install -e .[dev]"),
     "torchao": (_package("torchao"), "pip install -e .[dev]"),

@@ -32,17 +32,18 @@ def test_the_recipe_reference_has_every_key() -> None:
     assert all(key == anchor for key, anchor in headings.items())
     lr = page.split("### `qat.lr` { #qat.lr }\n\n")[1].split("\n###")[0]
     assert lr.split("\n\n") == ["*number, above 0; default `0.01`.*", "Peak learning rate.\n"]
-    assert "*needed.*" not in page and "*text; needed.*" in page
+    assert "*text: `auto` | `cpu` | `cuda`; default `\"auto\"`.*" in page and "*text; needed.*" in page
     assert "None" not in page
 
 
 def test_the_command_reference_has_every_command_and_option() -> None:
     page = site.command_reference()
     for name, command in crqat.commands.items():
-        text = page.split(f"## `crqat {name}` {{ #crqat-{name} }}\n")[1].split("\n## ")[0]
+        text = page.split(f"### `crqat {name}` {{ #crqat-{name} }}\n")[1].split("\n##")[0]
         options = [item for item in command.params if isinstance(item, click.Option) and not item.hidden]
         assert [item.opts[0] for item in options if item.opts[0] not in text] == []
-    assert "## `crqat nncf import` { #crqat-nncf-import }" in page
+    assert "### `crqat nncf import` { #crqat-nncf-import }" in page
+    assert page.index("### `crqat init`") < page.index("## Expert tools") < page.index("### `crqat sensitivity`")
     assert "\b" not in page
 
 

@@ -5,7 +5,8 @@ Features of low-bit training are callbacks; see `crqat.train.training.callbacks`
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from crqat.train.training.callbacks import Callback
 from crqat.train.training.consistency import ConsistencyTraining, consistency_loss
 from crqat.train.training.optimizer import Fit
 from crqat.train.training.resume import Keeper, Training
+
+# Is given all rows of the history so far: as a training begins or goes on, and after each epoch.
+Track = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
 def step(
@@ -85,6 +89,7 @@ def epochs(
     callbacks: Sequence[Callback],
     keeper: Keeper,
     measure: Callable[[], dict[str, float]],
+    track: Track | None = None,
 ) -> None:
     """All epochs of a training, or those that an interrupted one has left; one row of history for each.
 
@@ -95,12 +100,15 @@ def epochs(
         callbacks: Features of this training.
         keeper: Saves and resumes.
         measure: What an epoch's row says beside the loss.
+        track: Called with the history, once what it says is saved.
     """
     fit, unlabeled = training.fit, training.feeds.get("unlabeled")
     further = None if unlabeled is None else unlabeled.stream()
     with keeper.keep(training):
         for callback in callbacks:
             callback.on_start(fit)
+        if track is not None:
+            track(training.history)
         for epoch in fit.epochs():
             fit.model.train()
             for *views, labels in training.feeds["images"].epoch():
@@ -115,3 +123,5 @@ def epochs(
                 callback.on_epoch_end(fit)
             training.history.append(fit.end_of_epoch(epoch, **measure()))
             keeper.save()
+            if track is not None:
+                track(training.history)

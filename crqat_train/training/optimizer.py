@@ -85,12 +85,16 @@ class Fit:
         bfloat16 = self.section.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
+    def learning_rate(self, step: int) -> float:
+        """The network's in a step, counted from 0; that of the quantizers is a factor of it."""
+        warm_up = max(1.0, _WARM_UP * self.steps)
+        cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return self.section.lr * min(1.0, (step + 1) / warm_up) * cosine
+
     def set_learning_rate(self) -> None:
         """Set the learning rate of the step that comes next."""
-        warm_up = max(1.0, _WARM_UP * self.steps)
-        cosine = 0.5 * (1 + math.cos(math.pi * self.steps_done / self.steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.section.lr * min(1.0, (self.steps_done + 1) / warm_up) * cosine * group["factor"]
+            group["lr"] = self.learning_rate(self.steps_done) * group["factor"]
 
     def count(self, loss: Tensor) -> None:
         """Record a step that is done; nothing in here waits for the device."""
@@ -113,7 +117,8 @@ class Fit:
         self.epochs_done, self.steps_in_epoch = epoch, 0
         shown = " ".join(f"{key} {value:.4f}" for key, value in {"loss": loss, **row}.items())
         self.progress(f"{self.name} epochs", epoch, self.section.epochs, f"{shown} ({seconds:.1f} s)")
-        return {"phase": self.name, "epoch": epoch, "loss": loss, **row, "seconds": round(seconds, 3)}
+        lr = self.learning_rate(self.steps_done - 1)
+        return {"phase": self.name, "epoch": epoch, "loss": loss, **row, "lr": lr, "seconds": round(seconds, 3)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What changes from step to step, but for the network: tensors, and what JSON holds."""

@@ -77,6 +77,7 @@ def train(
     states: Path | None = None,
     save_every: float = SAVE_EVERY,
     precheck: Precheck | None = None,
+    track: loop.Track | None = None,
 ) -> TrainingPayload:
     """Run the stage and fill `out` with checkpoints, Grids, the layout and the history.
 
@@ -87,6 +88,7 @@ def train(
         states: Where an interrupted training's states are, and are saved; None saves none. They must be of this recipe.
         save_every: Seconds between two states; each epoch's end is saved, too.
         precheck: Called on rank 0 before anything is trained, unless there is a state to go on from.
+        track: Called with the history of epochs as it grows; None on ranks above 0.
 
     Returns:
         The manifest's payload: accuracies on the validation split, which candidate is the best, and what ran where. The
@@ -99,6 +101,7 @@ def train(
     """
     with deterministic(config.seed):
         run, network, trained = _begin(config, progress, states, save_every, precheck)
+        run.track = track
         dataset, split, device, keeper = run.dataset, run.split, run.device, run.keeper
         float_model = run.float_model(network, trained)
         if out is not None:
@@ -215,6 +218,7 @@ class _Run:
         self.nncf = None if nncf is None else nncf_checkpoint.read(user_path(nncf, "model.nncf"))
         self.generators = Generators.of(config.seed, device)
         self.history: list[dict[str, Any]] = []
+        self.track: loop.Track | None = None
         self.notes: list[str] = []
         self.preparation: list[str] = []
         self.compiler = "" if config.compile == "never" else compiler(device)
@@ -364,7 +368,7 @@ class _Run:
     ) -> None:
         distributed.seed_rank(self.config.seed)
         training = Training(fit, feeds, saved, self.generators, self.history)
-        loop.epochs(training, networks, callbacks, self.keeper, measure)
+        loop.epochs(training, networks, callbacks, self.keeper, measure, self.track)
 
     def estimate_bn(self, model: QuantizedModel) -> None:
         """Replace BN's running statistics by those of `qat.bn_images` training images; the model ends in eval mode."""

@@ -10,10 +10,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-import types
-import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, fields
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +20,8 @@ if TYPE_CHECKING:
     from mkdocs.config.defaults import MkDocsConfig
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
+
+    from crqat.pipeline.recipe import keys
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,82 +33,31 @@ _LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml",
 # The recipe
 
 
-def described(config: type[Any]) -> dict[str, str]:
-    """Each field's description, from the `Attributes:` of its class and of those it inherits from."""
-    found: dict[str, str] = {}
-    for base in reversed(config.__mro__):
-        _, _, attributes = (base.__doc__ or "").partition("Attributes:\n")
-        for match in re.finditer(r"^ {8}(\w+): (.*(?:\n {12}.*)*)", attributes, re.M):
-            found[match[1]] = " ".join(match[2].split())
-    return found
-
-
-def type_words(hint: Any) -> str:
-    """A type of a recipe's key in words, with its bounds."""
-    from crqat.core.field_bounds import OneOf, Range
-
-    if typing.get_origin(hint) is typing.Annotated:
-        inner, *notes = typing.get_args(hint)
-        for note in notes:
-            if isinstance(note, OneOf):
-                return " | ".join([*(f"`{name}`" for name in note.names), "`package.module:Class`"])
-        words = type_words(inner)
-        bounds = [str(note).replace(f"{2**32:g}", "2^32") for note in notes if isinstance(note, Range)]
-        return ", ".join([words, *bounds])
-    if typing.get_origin(hint) in (typing.Union, types.UnionType):
-        parts = [type_words(part) for part in typing.get_args(hint) if part is not type(None)]
-        return f"{' or '.join(parts)}, or `null`"
-    if typing.get_origin(hint) is typing.Literal:
-        return " | ".join(f"`{value}`" for value in typing.get_args(hint))
-    if typing.get_origin(hint) is tuple:
-        return f"list of {type_words(typing.get_args(hint)[0])}"
-    if typing.get_origin(hint) is dict:
-        return "mapping"
-    names = {int: "whole number", float: "number", str: "text", bool: "`true` | `false`"}
-    return names.get(hint, "mapping")
-
-
-def _default(item: Any) -> str:
-    if item.default is MISSING and item.default_factory is MISSING:
-        return "needed"
-    value = item.default if item.default is not MISSING else item.default_factory()
-    if value is None or isinstance(value, bool):
-        return f"default `{json.dumps(value)}`"
-    return f"default `{json.dumps(value) if isinstance(value, tuple | dict) else value}`"
-
-
-def _in_yaml(text: str) -> str:
-    """A docstring's words for a recipe's reader: YAML's names for nothing, yes and no; names and pages as such."""
+def _as_markdown(text: str) -> str:
+    """A docstring's words with names and values as code, and pages as links."""
     text = re.sub(r'"([^"\s]+)"', r"`\1`", text)
     text = re.sub(r"docs/(\w+)\.md", r"[\1](\1.md)", text)
-    for python, yaml in (("None", "null"), ("True", "true"), ("False", "false")):
-        text = re.sub(rf"(?<!`)\b{python}\b", f"`{yaml}`", text)
+    text = re.sub(r"(?<!`)\bnull\b", "`null`", text)
     parts = re.split(r"(`[^`]*`)", text)
     return "".join(part if part.startswith("`") else part.replace("*", r"\*") for part in parts)
 
 
-def _key(key: str, hint: Any, item: Any, text: str) -> str:
-    return f"### `{key}` {{ #{key} }}\n\n*{type_words(hint)}; {_default(item)}.*\n\n{_in_yaml(text)}\n\n"
-
-
-def _keys(prefix: str, config: type[Any]) -> Iterator[str]:
-    texts, hints = described(config), typing.get_type_hints(config, include_extras=True)
-    for item in fields(config):
-        key = f"{prefix}{'float' if item.name == 'float_training' else item.name}"
-        yield _key(key, hints[item.name], item, texts[item.name])
+def _key(key: keys.Key) -> str:
+    allowed = f": {' | '.join(f'`{value}`' for value in key.allowed)}" if key.allowed else ""
+    default = "needed" if key.required else f"default `{json.dumps(key.default)}`"
+    return f"### `{key.key}` {{ #{key.key} }}\n\n*{key.type}{allowed}; {default}.*\n\n{_as_markdown(key.meaning)}\n\n"
 
 
 def recipe_reference() -> str:
-    """Every key of a recipe: type, bounds, default and description."""
-    from crqat.pipeline.recipe.recipe import SECTIONS, Recipe
+    """Every key of a recipe: type, allowed values, default and meaning."""
+    from crqat.pipeline.recipe.keys import every_key
 
-    hints, texts = typing.get_type_hints(Recipe, include_extras=True), described(Recipe)
-    own = [item for item in fields(Recipe) if item.name not in SECTIONS and item.name != "float_training"]
-    parts = ["## The run { #run }\n\n", *(_key(item.name, hints[item.name], item, texts[item.name]) for item in own)]
-    for name, config in SECTIONS.items():
-        summary, _, rest = (config.__doc__ or "").partition("Attributes:")[0].strip().partition("\n\n")
-        parts.append(f"## Section `{name}` {{ #{name} }}\n\n{summary} {' '.join(rest.split())}\n\n")
-        parts.extend(_keys(f"{name}.", config))
+    found = every_key()
+    parts = ["## The run { #run }\n\n"]
+    parts += [_key(key) for key in found.values() if "." not in key.key and not key.keys]
+    for section in (key for key in found.values() if key.keys):
+        parts.append(f"## Section `{section.key}` {{ #{section.key} }}\n\n{_as_markdown(section.meaning)}\n\n")
+        parts += [_key(found[name]) for name in section.keys]
     return "".join(parts)
 
 
@@ -121,8 +69,8 @@ def _commands(command: click.Command, path: str, context: click.Context | None) 
     if context is not None:
         yield path, own
     if isinstance(command, click.Group):
-        for name, inner in command.commands.items():
-            yield from _commands(inner, f"{path} {name}", own)
+        for name in command.list_commands(own):
+            yield from _commands(command.commands[name], f"{path} {name}", own)
 
 
 def _text(help_text: str) -> str:
@@ -132,14 +80,17 @@ def _text(help_text: str) -> str:
 
 
 def command_reference() -> str:
-    """Every command of `crqat`: usage, help and options."""
-    from crqat.pipeline.cli import crqat
+    """Every command of `crqat`: usage, help and options, in the order and the groups of `crqat --help`."""
+    from crqat.pipeline.cli import FIRST, crqat
 
-    parts = []
-    for path, context in _commands(crqat, "crqat", None):
+    found = list(_commands(crqat, "crqat", None))
+    parts = ["## Commands { #commands }\n\n"]
+    for path, context in found:
         command = context.command
+        if path.split()[1] not in FIRST and "## Expert tools { #expert-tools }\n\n" not in parts:
+            parts.append("## Expert tools { #expert-tools }\n\n")
         usage = " ".join([path, *command.collect_usage_pieces(context)])
-        parts.append(f"## `{path}` {{ #{path.replace(' ', '-')} }}\n\n```text\n{usage}\n```\n\n")
+        parts.append(f"### `{path}` {{ #{path.replace(' ', '-')} }}\n\n```text\n{usage}\n```\n\n")
         parts.append(f"{_text(command.help or '')}\n\n")
         options = [item for item in command.params if isinstance(item, click.Option) and not item.hidden]
         if options:

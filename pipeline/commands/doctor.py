@@ -52,6 +52,7 @@ def show() -> int:
     rows = [(item.what, item.found or "MISSING", item.purpose, "" if item.found else item.remedy) for item in findings]
     console.show_table("crqat doctor", columns, rows)
     missing = [item.what for item in findings if item.needed and item.found is None]
+    console.give(works=not missing, missing=missing, findings=findings)
     if missing:
         click.echo(f"crqat run does not work here; missing: {', '.join(missing)}")
         return MISSING
@@ -79,6 +80,7 @@ def examine() -> list[Finding]:
         Finding("OpenVINO", _released("openvino"), "benchmark.openvino", "pip install crqat-edge[openvino]"),
         Finding("scikit-learn", "importable" if sklearn else None, "the embedded data set `digits`", reinstall),
         Finding("datasets", _released("datasets"), "data.source: huggingface", "pip install crqat-edge[huggingface]"),
+        Finding("TensorBoard", _released("tensorboard"), "tracker: tensorboard", "pip install crqat-edge[tensorboard]"),
         Finding("C++ compiler", compilers.cpp(), "torch.compile; eager otherwise", compilers.REMEDY),
         Finding("C compiler", compilers.triton(), "torch.compile on CUDA; eager otherwise", compilers.REMEDY_C),
         Finding("INT8 dot product", _dot_product(), "speed of INT8 on this CPU", "measure on the target instead"),

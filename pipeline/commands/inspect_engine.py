@@ -52,6 +52,7 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         for name, report in reports:
             if report.status == BUILT:
                 show(name, report)
+        console.give(engines=dict(reports))
         unbuilt = [f"{name}: {report.status}" for name, report in reports if report.status != BUILT]
         if unbuilt:
             msg = f"{path}: {len(unbuilt)} of {len(reports)} engines were not built, first {unbuilt[0]}"
@@ -66,6 +67,7 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         if bisect:
             click.echo(f"{path} builds: there is nothing to cut")
         show(str(path), report)
+        console.give(engines={str(path): report})
         return
     if bisect and model.graph.node:
         cut = _cut(model, options)

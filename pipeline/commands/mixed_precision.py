@@ -92,6 +92,7 @@ def show(directory: Path) -> None:
     )
     click.echo(f"written: {', '.join(str(directory / name) for name in (JSON, PICTURE, RECIPE))}")
     click.echo(f"next: crqat run {directory / RECIPE}")
+    console.give(sensitivity=report, recipe=str(directory / RECIPE))
 
 
 def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: Sensitivity) -> str:

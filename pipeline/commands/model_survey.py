@@ -106,7 +106,9 @@ def run(
         console.say("nothing is written; --out FILE.md writes the table, and the numbers as JSON beside it")
     else:
         console.say(f"wrote {out} and {out.with_suffix('.json')}")
-    return exit_code([rows[name] for name in chosen])
+    code = exit_code([rows[name] for name in chosen])
+    console.give(exit_code=code, networks={name: rows[name] for name in chosen})
+    return code
 
 
 def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:

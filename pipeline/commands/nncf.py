@@ -31,6 +31,7 @@ def export(run: Path, candidate: str, out: Path | None) -> None:
     checkpoint = nncf_checkpoint.export(run / "train", candidate, folder, network)
     click.echo(f"wrote {folder}: {len(checkpoint.quantizers)} quantizers")
     click.echo(f"in Python: load(network) of {folder / nncf_checkpoint.HOWTO}; network is a new float {network}")
+    console.give(folder=str(folder), quantizers=len(checkpoint.quantizers), model=network)
 
 
 def take(path: Path, recipe_path: Path, config: Recipe, out: Path | None, progress: Progress) -> None:
@@ -65,4 +66,5 @@ def take(path: Path, recipe_path: Path, config: Recipe, out: Path | None, progre
         if found != wanted:
             click.echo(f"the recipe asks for {wanted} bits of {key}, the checkpoint has {found}")
             changes.append(f"quantization.{key}={found}")
+    console.give(folder=str(folder), quantizers=len(checkpoint.quantizers), edges=edges, settings=changes)
     click.echo(f"next: crqat train {recipe_path} {' '.join(f'--set {change}' for change in changes)}")

@@ -51,6 +51,7 @@ def show(directories: Sequence[Path]) -> None:
     _show_kind(f"noise on the input, standard deviation in units of normalized input; {about}", reports, _input_noise)
     _show_kind(f"noise on the weights, norm as a share of each layer's weight norm; {about}", reports, _weight_noise)
     click.echo(f"written: {', '.join(str(directory / PERTURBATION) for directory in directories)}")
+    console.give(perturbation=reports)
 
 
 def _input_noise(network: NoisyNetwork) -> list[NoiseLevel]:

@@ -51,6 +51,7 @@ def scale(
         raise ToolError(msg) from error
     show(result)
     click.echo(f"wrote {out}")
+    console.give(file=str(out), scaling=result)
 
 
 def _link(bandwidth: float | None, latency: float | None) -> Link | None:

@@ -69,6 +69,7 @@ class Recipe:
         targets: The runtimes that the network must run on.
         device: Where training runs; "auto" takes CUDA where there is one.
         compile: "auto" fuses the training step by torch.compile where a C++ compiler is at hand.
+        tracker: "tensorboard" writes epochs and final results into runs/NAME/tensorboard; null writes none.
         float_training: The `float` section: how the float network is trained if `model.weights` names none.
         quantization: Bit widths and methods.
         qat: How the quantized network is trained.
@@ -87,6 +88,7 @@ class Recipe:
     targets: tuple[Target, ...] = ("onnxruntime", "tensorrt")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compile: Literal["auto", "never"] = "auto"
+    tracker: Literal["tensorboard"] | None = None
     float_training: Annotated[FloatConfig | None, pydantic.Field(alias="float")] = None
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     qat: QATConfig = field(default_factory=QATConfig)

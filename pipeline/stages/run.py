@@ -22,7 +22,7 @@ from crqat.core.results.verdict import Judgement
 from crqat.core.typed_json import read, text, to_json
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
-from crqat.pipeline.stages import disk, lock, staleness
+from crqat.pipeline.stages import disk, lock, staleness, tracking
 
 if TYPE_CHECKING:
     from crqat.core.results.verdict import Verdict
@@ -59,6 +59,7 @@ def train(
         begin: Called if there is something to train, before that.
         unchecked: Train without taking the untrained network through all stages before; see `pipeline.stages.precheck`.
     """
+    tracker = tracking.of_recipe(config, runs)
     inputs = staleness.inputs("train", config, runs, progress)
     root = staleness.data_root(config)
     data = disk.DiskState({}) if root is None else disk.disk_state(root, runs)
@@ -77,14 +78,19 @@ def train(
 
         if begin is not None:
             begin()
-        return run_training(
-            recipe.train_config(config), out, progress, states, save_every, None if unchecked else check
-        )
+        track = None
+        if tracker is not None:
+            tracker.forget("float", "qat", "train")
+            track = tracker.epochs
+        asked = recipe.train_config(config)
+        return run_training(asked, out, progress, states, save_every, None if unchecked else check, track)
 
     def after() -> dict[str, str]:
         return staleness.data_after(config, runs, inputs, data)
 
     directory = run_stage("train", config, runs, force, inputs, fill, after)
+    if tracker is not None:
+        tracker.trained(directory)
     shutil.rmtree(states, ignore_errors=True)
     with contextlib.suppress(OSError):
         states.parent.rmdir()  # stays if another recipe's states are in it
@@ -112,6 +118,7 @@ def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, u
 
 def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
     """Run the `benchmark` stage unless it is up to date, and return its directory. The verdict does not matter here."""
+    tracker = tracking.of_recipe(config, runs)  # a package that is missing is said before anything is measured
     staleness.current(config, runs, "export")
 
     def fill(out: Path) -> BenchmarkPayload:
@@ -122,7 +129,10 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
 
     # Another machine's numbers say nothing of this one; and an engine is built once there is a builder.
     inputs = {"machine": platform.node(), **staleness.inputs("benchmark", config, runs)}
-    return run_stage("benchmark", config, runs, force, inputs, fill)
+    directory = run_stage("benchmark", config, runs, force, inputs, fill)
+    if tracker is not None and not tracker.has("benchmark"):  # the recipe asks for it since
+        tracker.measured("benchmark", read_results(directory / RESULTS))
+    return directory
 
 
 def sensitivity(
@@ -263,6 +273,9 @@ def write_results(out: Path, run: Path, stage: str, results: Results, config: re
         (out / ENGINES).write_text(text(Engines(results.engines)))
     results = replace(results, engines={})
     (out / RESULTS).write_text(text(results))
+    tracker = tracking.of_recipe(config, run.parent)
+    if tracker is not None:
+        tracker.measured(stage, results)
     known = known_accuracy(config.model.accuracy, config.gate, run)
     _write_verdict(out, run, stage, results, judge(results, config.gate, known=known))
     return BenchmarkPayload(results.device, sorted(results.models))

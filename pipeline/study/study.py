@@ -26,6 +26,26 @@ from crqat.pipeline.study import report
 from crqat.pipeline.study.methods import BEST, FLOAT_SHARE, TRAININGS, needed, settings
 
 _POLL_SECONDS = 0.5
+# The settings that rows' keys have been made of since the first rows were published. What came later is in a key only
+# where it differs from its default, with which a training is what it was before: rows stay current when keys are added.
+_FIRST = {
+    "consistency": "ema_decay ramp_up teacher temperature weight",
+    "data": (
+        "channels convert crop crop_padding download flip image_column interpolation label_column "
+        "labeled mean root size source std strong unlabeled unlabeled_ratio unlabeled_root validation"
+    ),
+    "float": "batch_size consistency epochs fine_tune lr precision strong weight_decay",
+    "model": "accuracy name nncf weights weights_key",
+    "qat": (
+        "batch_size bn_images damping epochs freeze_bn_at freeze_ranges_at lr precision progressive_bits "
+        "scale_lr sync_bn weight_decay"
+    ),
+    "quantization": (
+        "activation_method activations calibration calibration_images first_layer float_layers "
+        "last_layer overrides weight_method weights"
+    ),
+}
+_SECTIONS = ("data", "model", "float", "quantization", "qat", "consistency", "ptq")
 
 
 @dataclass(frozen=True)
@@ -110,10 +130,8 @@ class Study:
         # The weights' place is no matter, what they are is.
         checked = [*given, *([] if behind is None else ["model.weights=start.safetensors"])]
         resolved = recipe.resolved(recipe.load(self.path, checked))
-        wanted = {
-            key: resolved[key]
-            for key in ("seed", "data", "model", "float", "quantization", "qat", "consistency", "ptq")
-        }
+        found = {key: hashed(key, resolved[key]) for key in _SECTIONS}
+        wanted = {"seed": resolved["seed"], **{key: value for key, value in found.items() if value != {}}}
         text = json.dumps([wanted, None if behind is None else behind.key], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         run = f"{name.replace('+', '-')}-{key[:8]}"
@@ -168,6 +186,17 @@ class Study:
                 **networks[network],
             )
             self.rows = [*(old for old in self.rows if old.place != row.place), row]
+
+
+def hashed(section: str, values: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of a section of a recipe what a row's key is made of; see `_FIRST`."""
+    if values is None:
+        return None
+    first, usual = _FIRST.get(section, "").split(), recipe.completed(section, {})
+    kept = {key: value for key, value in values.items() if key in first or value != usual.get(key)}
+    if section == "float":
+        kept["consistency"] = hashed("consistency", values["consistency"])
+    return kept
 
 
 def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study:

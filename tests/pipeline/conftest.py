@@ -49,6 +49,7 @@ class Fakes:
         states: Path | None = None,
         save_every: float = 0.0,
         precheck: Any = None,
+        track: Any = None,
     ) -> TrainingPayload:
         self._enter("train", out, "teacher.grids.json")
         progress("train", 1, 1, "loss 0.1")

@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import pytest
 
 from crqat.core.errors import ToolError, UsageError
@@ -538,3 +539,105 @@ def test_make_installs_into_a_new_environment_once(tmp_path: Path) -> None:
     ]
     (tmp_path / ".crqat-installed").touch()
     assert make(*arguments) == plan[4:]
+
+
+def test_help_shows_the_own_commands_first(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert crqat(monkeypatch, "--help") == 0
+    own, experts = capsys.readouterr().out.partition("\nCommands:\n")[2].split("\nExpert tools:\n")
+    assert re.findall(r"^  (\w+)", own, re.M) == list(cli.FIRST)
+    assert set(re.findall(r"^  (\w+)", experts, re.M)) == cli.crqat.commands.keys() - set(cli.FIRST)
+    assert {"inspect", "models", "nncf", "scale", "sensitivity", "study", "bundle"} <= set(re.findall(r"\w+", experts))
+
+
+@pytest.mark.parametrize("arguments", [["--quiet", "run", "recipe.yaml"], ["run", "recipe.yaml", "--quiet"]])
+def test_quiet_leaves_results_warnings_and_errors(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    assert crqat(monkeypatch, *arguments) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and captured.out.endswith("\ngate: PASS\n")
+    assert crqat(monkeypatch, *arguments) == 0  # "is up to date" is no result
+    assert capsys.readouterr().err == ""
+    fakes.trouble["train"] = ToolError("no compiler")
+    assert crqat(monkeypatch, *arguments, "--force") == 3
+    assert capsys.readouterr().err == "crqat: error: no compiler\n"
+    assert crqat(monkeypatch, "run", "recipe.yaml", "--force") == 3  # the next command is not quiet
+    assert "train: again" in capsys.readouterr().err
+
+
+def test_a_warning_among_progress_is_said_quietly_too(capsys: pytest.CaptureFixture[str]) -> None:
+    console._warnings_alone("images", 1, 2, "warning: they are black")
+    console._warnings_alone("epochs", 1, 2, "loss 0.1")
+    assert capsys.readouterr().err == "images: warning: they are black\n"
+
+
+def every_command() -> list[tuple[str, click.Command]]:
+    found = []
+    for name, command in cli.crqat.commands.items():
+        inner = command.commands.items() if isinstance(command, click.Group) else ()
+        found += [(f"{name} {own}", below) for own, below in inner] or [(name, command)]
+    return found
+
+
+@pytest.mark.parametrize(("name", "command"), every_command())
+def test_every_command_has_json_and_quiet(name: str, command: click.Command) -> None:
+    options = {option for parameter in command.params for option in parameter.opts}
+    assert {"--json", "--quiet"} <= options, name
+
+
+def test_json_is_one_document_on_stdout_and_all_else_on_stderr(
+    fakes: Fakes, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def given(*arguments: str, code: int = 0) -> Any:
+        assert crqat(monkeypatch, *arguments, "--json") == code
+        captured = capsys.readouterr()
+        assert "\x1b" not in captured.out
+        return json.loads(captured.out), captured.err
+
+    found, err = given("run", "recipe.yaml")
+    assert (found["verdict"], found["exit_code"], found["run"]) == ("pass", 0, "runs/run1")
+    assert (
+        found["training"]["best"] == "teacher" and found["results"]["models"].keys() == fakes.results["models"].keys()
+    )
+    assert found["files"]["report"] == "runs/run1/benchmark/report.html"
+    assert {rule["status"] for rule in found["rules"]} <= {"pass", "not run"}
+    assert "gate: PASS" in err and "warning: training made the network worse" in err
+    failed, _ = given("gate", "recipe.yaml", "--set", "gate.max_accuracy_drop=0.01", code=1)
+    assert failed["verdict"] == "fail" and any(rule["status"] == "fail" for rule in failed["rules"])
+    assert given("train", "recipe.yaml")[0]["training"]["candidates"]["student"] == {"validation_accuracy": 0.89}
+    assert given("export", "recipe.yaml")[0]["export"]["models"][0]["file"] == "float.onnx"
+    assert given("benchmark", "recipe.yaml")[0]["results"]["run"] == "run1"
+    assert given("check", "--syntax", "recipe.yaml")[0]["found"] == [
+        "recipe.yaml: recipe run1 is valid, for onnxruntime, tensorrt"
+    ]
+    assert given("explain", "qat.lr")[0]["default"] == 0.01
+    assert given("init", "new.yaml")[0] == {"recipe": "new.yaml"}
+    assert given("bundle", "runs/run1", "--out", "b.tar.gz")[0]["archive"] == "b.tar.gz"
+    Path("results.json").write_text(json.dumps(fakes.results))
+    assert given("compare", "results.json")[0]["results"][0]["file"] == "results.json"
+    assert crqat(monkeypatch, "run", "none.yaml", "--json") == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("crqat: error: none.yaml: ")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_of_a_shell_is_a_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], shell: str
+) -> None:
+    monkeypatch.setenv("_CRQAT_COMPLETE", f"{shell}_source")
+    assert crqat(monkeypatch) == 0
+    captured = capsys.readouterr()
+    assert f"_CRQAT_COMPLETE={shell}_complete" in captured.out and captured.err == ""
+
+
+def test_completion_knows_commands_and_options(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("_CRQAT_COMPLETE", "bash_complete")
+    for words, cword, found in (("crqat ex", "1", ["export", "explain"]), ("crqat init --im", "2", ["--images"])):
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", cword)
+        assert crqat(monkeypatch) == 0
+        assert [line.split(",")[1] for line in capsys.readouterr().out.splitlines()] == found
+    monkeypatch.setenv("_CRQAT_COMPLETE", "nonsense")
+    assert crqat(monkeypatch) == 2

@@ -73,6 +73,38 @@ def test_a_training_has_a_key_of_all_that_it_depends_on(path: Path) -> None:
     assert not {job.key for job in jobs} & {job.key for job in planned(path, (0, 1))}
 
 
+def test_the_published_rows_are_current() -> None:
+    """Keys of a recipe that were added since have their defaults in these trainings."""
+    root = Path(__file__).parents[3]
+    published = root / "docs" / "study" / "resnet20_w4a4.json"
+    made = study.load(root / "recipes" / "study_resnet20_w4a4.yaml", (), published.with_suffix(".md"), Path("runs"))
+    current = {(job.training, job.seed): job.key for job in made.plan((), (0,), [4000], [None], "steps")}
+    assert {row.key for row in made.rows} == {current[row.training, row.seed] for row in made.rows}
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("tracker: tensorboard\n", True),
+        ("gate: {min_accuracy: 0.5}\n", True),
+        ("ptq: {adaround: false}\n", True),
+        ("ptq: {adaround: true}\n", False),
+    ],
+)
+def test_a_key_is_of_what_a_training_computes(path: Path, text: str, same: bool) -> None:
+    before = [job.key for job in planned(path)]
+    path.write_text(RECIPE + text)
+    assert ([job.key for job in planned(path)] == before) is same
+
+
+def test_a_setting_that_came_later_counts_where_it_is_not_default(path: Path) -> None:
+    before = planned(path)[0].key
+    path.write_text(RECIPE.replace("labeled: 200", "labeled: 200, judging: null"))
+    assert planned(path)[0].key == before
+    path.write_text(RECIPE.replace("labeled: 200", "labeled: 200, judging: 0.1"))
+    assert planned(path)[0].key != before
+
+
 def test_with_all_labels_the_labeled_images_are_the_unlabeled_ones_too(path: Path) -> None:
     _, job = planned(path, labels=[None])
     assert "data.unlabeled=digits" in job.overrides

@@ -1,0 +1,415 @@
+"""The `init` command: a recipe for a folder of images and a network, which are both tried before it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from crqat.core.errors import ToolError, UsageError
+from crqat.core.field_bounds import user_path
+from crqat.core.preprocessing import Preprocessing
+from crqat.core.progress import Progress
+from crqat.pipeline.commands import folder_of_images
+from crqat.pipeline.commands.folder_of_images import Folder, spread
+from crqat.pipeline.recipe import write
+from crqat.train.config import FOLDER_CROP, FOLDER_SIZE, DataConfig, is_onnx_file
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from crqat.train.data.imagelist import ImageList
+
+# Images that are decoded, and test images that the network has to answer.
+_DECODED, _ANSWERED = 100, 200
+# By how much another normalization has to be better to be worth a word.
+_CLEARLY = 0.1
+# What the messages of others call by its key in the recipe.
+_OPTIONS = {
+    "model.weights_key": "--weights-key",
+    "model.weights": "--weights",
+    "model.name": "--model",
+    "data.root": "--images",
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asks for.
+
+    Attributes:
+        path: The recipe's file.
+        images: A folder that a source of the recipe reads, or a folder of class folders.
+        model: As `model.name` of a recipe, or the name alone of a network of torchvision or timm.
+        weights: A checkpoint; None takes what torchvision or timm publish, or trains the network.
+        weights_key: As `model.weights_key` of a recipe.
+        preprocessing: `mean`, `std`, `size` and `crop` of a recipe's `data` section, as far as given.
+        every: Whether the recipe gets every key, not the needed ones alone.
+    """
+
+    path: Path
+    images: Path
+    model: str
+    weights: str | None
+    weights_key: str | None
+    preprocessing: dict[str, Any]
+    every: bool = False
+
+
+@dataclass
+class Summary:
+    """What was found and written.
+
+    Attributes:
+        recipe: The file.
+        classes: Of the images.
+        train_images: How many.
+        test_images: How many.
+        channels: 3 (RGB) or 1 (grey).
+        crop: Pixels of the square that the network gets.
+        float_top1: Share of test images that the network answers rightly; None where it has no weights yet.
+        tried_images: Of how many test images that is.
+        warnings: What is probably a mistake.
+    """
+
+    recipe: str
+    classes: int
+    train_images: int
+    test_images: int
+    channels: int
+    crop: int
+    float_top1: float | None = None
+    tried_images: int = 0
+    warnings: list[str] = field(default_factory=list)
+
+
+def write_default(path: Path) -> None:
+    """Write the recipe in which every key is explained, of the digits that scikit-learn has.
+
+    Raises:
+        UsageError: The file exists.
+        ToolError: It cannot be written.
+    """
+    _write(path, write.TEMPLATE.read_text("utf-8"))
+
+
+def write_for(request: Request, progress: Progress) -> Summary:
+    """Look at the images, try the network on some of them, and write the recipe.
+
+    Raises:
+        UsageError: The file exists, or images, network, weights and preprocessing do not fit each other; the message
+            names the option.
+        ToolError: A file cannot be read or written, or a package is missing.
+    """
+    if request.path.exists():
+        raise UsageError(_exists(request.path))
+    try:
+        return _write_for(request, progress)
+    except UsageError as error:
+        words = str(error)
+        for key, option in _OPTIONS.items():
+            words = words.replace(key, option)
+        raise UsageError(words) from error
+
+
+def _write_for(request: Request, progress: Progress) -> Summary:
+    from crqat.train.models import build as models
+
+    name = _full_name(request.model)
+    if is_onnx_file(name) and request.weights is not None:
+        msg = f"--weights: {name} has the weights already; leave it out"
+        raise UsageError(msg)
+    models.check_name(name)
+    image_list = request.path.with_name(f"{request.path.stem}.images.json")
+    folder = folder_of_images.read(request.images, image_list, progress)
+    published = request.weights is None and name.startswith(("torchvision/", "timm/"))
+    weights = "pretrained" if published else request.weights
+    values: dict[str, Any] = {
+        "name": _run_name(request.path),
+        "data": {**folder.data, **{key: value for key, value in request.preprocessing.items() if value is not None}},
+        "model": {"name": name}
+        | ({} if weights is None else {"weights": weights})
+        | ({} if request.weights_key is None else {"weights_key": request.weights_key}),
+        "qat": {"epochs": 0},
+    }
+    fit = _Fit(request, name, weights, folder, values["data"])
+    summary = fit.try_network()
+    order = [item.name for item in fields(DataConfig)]
+    values["data"] = {key: values["data"][key] for key in sorted(values["data"], key=order.index)}
+    comments = {"": _head(folder, summary), "qat.epochs": [_calibration(request.path)]}
+    if fit.size_comment:
+        comments["data.size"] = [fit.size_comment]
+    if not (published or {"mean", "std"} <= values["data"].keys()):
+        comments["data.mean"] = fit.normalization()
+    if weights is None and not is_onnx_file(name):
+        values["float"] = {"epochs": 10}
+        comments["float.epochs"] = ["no --weights were given: the network is trained from scratch"]
+    elif published and _published_classes(name) != len(folder.classes):
+        values["float"] = {"epochs": 5, "lr": 0.01}
+        comments["float.epochs"] = [f"the published weights are for other classes than these {len(folder.classes)}"]
+    if folder.listed is not None:
+        _write_list(Path(values["data"]["image_list"]), folder.listed)
+    _write(request.path, write.filled(values, comments) if request.every else write.needed(values, comments))
+    return summary
+
+
+def _exists(path: Path) -> str:
+    return f"{path}: exists already; name another file"
+
+
+def _write(path: Path, text: str) -> None:
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError as error:
+        raise UsageError(_exists(path)) from error
+    except OSError as error:
+        msg = f"{path}: cannot be written: {error.strerror}"
+        raise ToolError(msg) from error
+
+
+def _write_list(path: Path, listed: ImageList) -> None:
+    from crqat.core.typed_json import text
+
+    try:
+        path.write_text(text(listed) + "\n", "utf-8")
+    except OSError as error:
+        msg = f"{path}: cannot be written: {error.strerror}"
+        raise ToolError(msg) from error
+
+
+def _full_name(name: str) -> str:
+    """A network's name as a recipe has it."""
+    if ":" in name or "/" in name or is_onnx_file(name):
+        return name
+    from torchvision.models import list_models  # type: ignore[import-untyped]
+
+    return f"torchvision/{name}" if name in list_models() else f"timm/{name}"
+
+
+def _run_name(path: Path) -> str:
+    """Of the recipe's run: letters, digits and what a directory's name may have."""
+    letters = "".join(
+        letter if letter.isascii() and (letter.isalnum() or letter in "_-") else "_" for letter in path.stem
+    )
+    return letters[:100] or "run"
+
+
+def _published_classes(name: str) -> int:
+    if name.startswith("torchvision/"):
+        from torchvision.models import get_model_weights
+
+        return len(get_model_weights(name.removeprefix("torchvision/")).DEFAULT.meta["categories"])
+    from timm.models import get_pretrained_cfg
+
+    configuration = get_pretrained_cfg(name.removeprefix("timm/"))
+    return configuration.num_classes if configuration is not None else 0
+
+
+class _Fit:
+    """Finds channels and size with which the network takes the images; adds them to the `data` section."""
+
+    def __init__(self, request: Request, name: str, weights: str | None, folder: Folder, data: dict[str, Any]) -> None:
+        self._request, self._name, self._weights, self._folder, self._data = request, name, weights, folder, data
+        self.size_comment = ""
+        self._size, self._crop = self._sides()
+        self._pixels: Tensor | None = None
+
+    def _sides(self) -> tuple[int, int]:
+        """Size and crop, which are added to the section unless they are its defaults."""
+        data, shorter = self._data, {min(sides) for sides in self._folder.sides}
+        size, crop = data.get("size"), data.get("crop")
+        if size is None and crop is None:
+            size, crop, self.size_comment = self._usual(shorter)
+        else:
+            size, crop = size or crop, crop or size
+        if size is None or crop is None:
+            return self._published() if self._weights == "pretrained" else (FOLDER_SIZE, FOLDER_CROP)
+        data["size"], data["crop"] = size, crop
+        if crop > size:
+            msg = f"--crop: {crop} is larger than --size {size}, the shorter side it is cut from"
+            raise UsageError(msg)
+        return size, crop
+
+    def _usual(self, shorter: set[int]) -> tuple[int | None, int | None, str]:
+        """Size, crop and a comment where neither was given; None leaves them to their defaults."""
+        side = self._side_of_file()
+        if side is not None:
+            return (side if side != FOLDER_CROP or shorter == {side} else FOLDER_SIZE), side, ""
+        if self._weights == "pretrained":
+            return None, None, ""
+        if len(shorter) == 1 and max(shorter) <= FOLDER_SIZE:
+            same = len(self._folder.sides) == 1 and all(width == height for width, height in self._folder.sides)
+            (only,) = shorter
+            return only, only, "" if same else "images are not square: the middle is cut out"
+        said = (
+            f"not given: the shorter side is resized to {FOLDER_SIZE}, and {FOLDER_CROP} x {FOLDER_CROP} pixels are "
+            "cut out of the middle; write `size` and `crop` if the network was trained with others"
+        )
+        return None, None, said
+
+    def _side_of_file(self) -> int | None:
+        """Of the square that an ONNX file takes; None where it is free, or of another network."""
+        if not is_onnx_file(self._name):
+            return None
+        from crqat.train.models import from_onnx, onnx_file
+
+        _, _, height, width = from_onnx.network(onnx_file.read(user_path(self._name, "--model"))).shape
+        if None not in (height, width) and height != width:
+            msg = f"--model: {self._name} takes images of {height} x {width}, and squares are cut out of files here"
+            raise UsageError(msg)
+        return height or width
+
+    def _published(self) -> tuple[int, int]:
+        from crqat.train.models.published import published
+
+        found = published(self._name)
+        return (FOLDER_SIZE, FOLDER_CROP) if found is None else (found.size, found.crop)
+
+    def _attempts(self) -> Iterator[tuple[int, bool]]:
+        """Channels and whether to convert, the likeliest first."""
+        modes = set(self._folder.modes)
+        if not modes:  # nobody looked: decoding says it
+            yield from ((3, False), (1, False), (3, True))
+        elif modes <= {"L"}:
+            yield from ((1, False), (3, True))
+        elif modes <= {"RGB"}:
+            yield from ((3, False), (1, True))
+        else:
+            yield from (((1, True), (3, True)) if modes <= {"L", "1"} else ((3, True), (1, True)))
+
+    def try_network(self) -> Summary:
+        """Decode some images, build the network, load its weights and run it on the images.
+
+        Raises:
+            UsageError: It takes the images in no way; the message is that of the likeliest.
+        """
+        problem: UsageError | None = None
+        for channels, convert in self._attempts():
+            try:
+                summary = self._try(channels, convert)
+            except UsageError as error:
+                problem = problem or error
+                continue
+            if channels != 3:
+                self._data["channels"] = channels
+            if convert:
+                self._data["convert"] = True
+            return summary
+        assert problem is not None  # noqa: S101 - each attempt ends in one or the other
+        raise problem
+
+    def _try(self, channels: int, convert: bool) -> Summary:
+        from crqat.train.data.batches import evaluation_batches
+        from crqat.train.data.builtin import imagenet
+        from crqat.train.training.evaluate import answers
+        from crqat.train.training.first_step import check_forward
+
+        data, folder = self._data, self._folder
+        for key in ("mean", "std"):
+            if key in data and len(data[key]) != channels:
+                msg = (
+                    f"--{key}: has {len(data[key])} numbers, and the images have {channels} channels; give one for each"
+                )
+                raise UsageError(msg)
+        usual = imagenet(channels)
+        preprocessing = Preprocessing(tuple(data.get("mean", usual[0])), tuple(data.get("std", usual[1])))
+        train, test = folder.parts(self._size, self._crop, convert, channels)
+        pixels = train[spread(range(len(train)), _DECODED)]
+        summary = Summary(
+            str(self._request.path), len(folder.classes), len(train), len(test), channels, self._crop
+        )  # fmt: skip
+        network = self._network(channels)
+        if network is not None:
+            check_forward(network, next(evaluation_batches(pixels[:2], preprocessing, 2)), len(folder.classes))
+            if self._weights is not None or is_onnx_file(self._name):
+                chosen = spread(range(len(test)), _ANSWERED)
+                images, expected = test[chosen], [folder.labels[index] for index in chosen]
+
+                def top1(preparation: Preprocessing) -> float:
+                    found = answers(network, images, preparation).tolist()
+                    return sum(map(int.__eq__, found, expected)) / len(expected)
+
+                summary.tried_images, summary.float_top1 = len(chosen), top1(preprocessing)
+                summary.warnings += self._doubts(summary, pixels, top1)
+        self._pixels = pixels
+        return summary
+
+    def _doubts(self, summary: Summary, pixels: Tensor, top1: Callable[[Preprocessing], float]) -> list[str]:
+        """What the accuracy on a few test images gives reason to doubt."""
+        found, count = summary.float_top1 or 0.0, summary.tried_images
+        if not {"mean", "std"} & self._data.keys():
+            channels = summary.channels
+            mean, std = (tuple(round(number, 3) for number in part) for part in _statistics(pixels))
+            others = (
+                Preprocessing(mean, std),
+                Preprocessing((0.5,) * channels, (0.5,) * channels),
+                Preprocessing((0.0,) * channels, (1.0,) * channels),
+            )
+            best = max(others, key=top1)
+            if top1(best) - found > _CLEARLY:
+                means, stds = (",".join(f"{number:g}" for number in part) for part in (best.mean, best.std))
+                return [
+                    f"normalization was not given, and the float network answers {found:.0%} of {count} test images "
+                    f"rightly; with --mean {means} --std {stds} it would be {top1(best):.0%}: what was it trained with?"
+                ]
+        if found <= 2 / summary.classes:
+            return [
+                f"the float network answers {found:.0%} of {count} test images rightly, hardly more than chance: are "
+                "mean and std, size, and the order of the class folders those of its training?"
+            ]
+        return []
+
+    def _network(self, channels: int) -> nn.Module | None:
+        """With its weights; None of published ones, which are fetched when they are used."""
+        from crqat.train.models import build as models
+
+        classes = len(self._folder.classes)
+        if self._weights == "pretrained":
+            return None
+        network = models.build(self._name, classes, channels)
+        if self._weights is not None:
+            try:
+                models.load_weights(network, user_path(self._weights, "--weights"), self._request.weights_key)
+            except UsageError as error:
+                if "wrong shape" not in str(error):
+                    raise
+                msg = f"{error}; {self._request.images} has {classes} classes"
+                raise UsageError(msg) from error
+        return network
+
+    def normalization(self) -> list[str]:
+        """What the recipe says of mean and std that were not given."""
+        from crqat.train.data.builtin import imagenet
+
+        assert self._pixels is not None  # noqa: S101 - of `try_network`
+        own = [", ".join(f"{number:.3f}" for number in part) for part in _statistics(self._pixels)]
+        mean, std = (", ".join(map(str, part)) for part in imagenet(self._pixels.shape[1]))
+        missing = " and ".join(key for key in ("mean", "std") if key not in self._data)
+        return [
+            f"{missing}: normalization was not given, so that of ImageNet is used: mean [{mean}], std [{std}].",
+            "Weights that were trained with another one lose accuracy: write theirs here.",
+            f"The pixels of {len(self._pixels)} training images have mean [{own[0]}] and std [{own[1]}].",
+        ]
+
+
+def _statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
+    """Mean and std of each channel, in units of 0..1, of images, uint8 [N, C, H, W]."""
+    values = pixels.double().transpose(0, 1).flatten(1) / 255
+    return values.mean(1).tolist(), values.std(1).tolist()
+
+
+def _head(folder: Folder, found: Summary) -> list[str]:
+    size = f"{found.crop} x {found.crop} pixels, {'grey' if found.channels == 1 else 'RGB'}"
+    lines = [
+        f"{found.train_images} training and {found.test_images} test images of {found.classes} classes, {size}.",
+        "`crqat explain KEY` says what a key means; leave out what you do not change.",
+    ]
+    if folder.listed is not None:
+        lines.insert(1, "Half of each class trains and calibrates, the other half tests; data.image_list has which.")
+    return lines
+
+
+def _calibration(path: Path) -> str:
+    return f"calibration alone; `crqat advise {path}` says whether training is needed"

@@ -1,0 +1,124 @@
+"""The recipe's `tracker`: epochs and final results where other tools show them, beside what every run keeps."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from crqat.core import run_directory
+from crqat.core.errors import ToolError
+from crqat.core.results.benchmark import MEASURED, Results
+from crqat.core.results.training import TrainingPayload
+from crqat.pipeline.recipe.recipe import Recipe
+
+FOLDER = "tensorboard"
+_MISSING = "tracker: tensorboard is not installed; pip install crqat-edge[tensorboard], or leave tracker out"
+
+
+def of_recipe(config: Recipe, runs: Path) -> TensorBoard | None:
+    """The tracker of a recipe's run; None if it asks for none.
+
+    Raises:
+        ToolError: Its package is missing.
+    """
+    if config.tracker is None:
+        return None
+    if importlib.util.find_spec("tensorboard") is None:
+        raise ToolError(_MISSING)
+    return TensorBoard(runs / config.name)
+
+
+class TensorBoard:
+    """Event files in the run's directory: "float", "qat", "train" and each benchmark are a series of their own.
+
+    An epoch is written once: a training that begins or goes on writes all rows of its history anew, in place of those
+    that an interrupted one has left.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self._folder = run / FOLDER
+        self._written = 0
+
+    def forget(self, *series: str) -> None:
+        """Remove what an earlier training or benchmark wrote."""
+        for name in series:
+            shutil.rmtree(self._folder / name, ignore_errors=True)
+
+    def has(self, series: str) -> bool:
+        """Whether something was written."""
+        return (self._folder / series).exists()
+
+    def epochs(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write the rows that are new since the last call; the first one writes all."""
+        new = history[self._written :]
+        self._written = len(history)
+        for phase in dict.fromkeys(row["phase"] for row in new):
+            with self._writer(phase) as writer:
+                for row in new:
+                    for name, value in row.items():
+                        if row["phase"] == phase and name not in ("phase", "epoch"):
+                            writer.add_scalar(name, value, row["epoch"])
+
+    def trained(self, directory: Path) -> None:
+        """Write what a finished training ended with, and its epochs if it was not tracked; nothing a second time.
+
+        Args:
+            directory: Of the `train` stage.
+        """
+        if self.has("train"):
+            return
+        if not (self.has("float") or self.has("qat")):
+            lines = (directory / "history.jsonl").read_text("utf-8").splitlines()
+            self.epochs([json.loads(line) for line in lines])
+        payload = run_directory.payload_of(TrainingPayload, directory, run_directory.read_manifest(directory))
+        found = {name: candidate.validation_accuracy for name, candidate in payload.candidates.items()}
+        with self._writer("train") as writer:
+            for name, accuracy in {"float": payload.float_network.validation_accuracy, **found}.items():
+                writer.add_scalar(f"final validation/{name}", accuracy)
+            writer.add_scalar("seconds of the training", payload.seconds)
+
+    def measured(self, stage: str, results: Results) -> None:
+        """Write a benchmark's results in place of earlier ones.
+
+        Args:
+            stage: "benchmark", or a board's.
+            results: Of all files.
+        """
+        self.forget(stage)
+        with self._writer(stage) as writer:
+            for file, model in results.models.items():
+                if model.status != MEASURED:
+                    continue
+                versus, timed = model.versus_float, model.timed
+                values = {
+                    "top-1": model.accuracy and model.accuracy.top1,
+                    "accuracy drop, points": versus and versus.drop_points,
+                    "agreement": versus and versus.agreement,
+                    "latency p50, ms": timed and timed.p50_ms,
+                    "latency, share of float": versus and versus.latency_ratio,
+                    "size, bytes": model.size_bytes,
+                }
+                for name, value in values.items():
+                    if value is not None:
+                        writer.add_scalar(f"{name}/{file}", value)
+
+    @contextmanager
+    def _writer(self, series: str) -> Iterator[Any]:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:  # an installation that is broken
+            raise ToolError(_MISSING) from error
+        try:
+            writer = SummaryWriter(str(self._folder / series))
+            try:
+                yield writer
+            finally:
+                writer.close()
+        except OSError as error:
+            msg = f"{self._folder}: cannot be written: {error.strerror}"
+            raise ToolError(msg) from error
