@@ -32,7 +32,7 @@ def test_the_recipe_reference_has_every_key() -> None:
     assert all(key == anchor for key, anchor in headings.items())
     lr = page.split("### `qat.lr` { #qat.lr }\n\n")[1].split("\n###")[0]
     assert lr.split("\n\n") == ["*number, above 0; default `0.01`.*", "Peak learning rate.\n"]
-    assert "*text: `auto` | `cpu` | `cuda`; default `\"auto\"`.*" in page and "*text; needed.*" in page
+    assert '*text: `auto` | `cpu` | `cuda`; default `"auto"`.*' in page and "*text; needed.*" in page
     assert "None" not in page
 
 
