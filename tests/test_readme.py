@@ -67,7 +67,7 @@ def test_its_first_screen_has_claim_picture_install_and_quickstart() -> None:
 
 
 def test_every_number_of_its_table_stands_in_the_results() -> None:
-    measured = README.split("## Measured")[1].split("## ")[0]
+    measured = "".join(README.split(f"## {title}")[1].split("## ")[0] for title in ("When to use", "Measured"))
     numbers = re.findall(r"-?\d+\.\d+", measured)
     assert len(numbers) > 10
     found = PAGES["results.md"] + (ROOT / "docs" / "study" / "resnet20_w4a4.md").read_text()
@@ -110,3 +110,10 @@ def test_every_recipe_that_is_named_exists() -> None:
     named = re.findall(r"recipes/[\w.]+\.yaml", EVERYTHING)
     assert named
     assert all((ROOT / name).is_file() for name in named)
+
+
+def test_every_number_in_short_stands_in_the_results_below() -> None:
+    summary, _, below = PAGES["results.md"].partition("## Conditions of all tables")
+    numbers = re.findall(r"-?\d+\.\d+|\d+,\d{3}(?:,\d{3})*", summary)
+    assert len(numbers) > 25
+    assert [number for number in numbers if number not in below] == []
