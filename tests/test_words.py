@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CODE = ("src/crqat", "crqat_train", "export", "runtime_eval", "pipeline", "bench", "examples")
-PROSE = ("README.md", "SECURITY.md", "CHANGELOG.md", "Makefile", "pyproject.toml")
+PROSE = ("README.md", "SECURITY.md", "CHANGELOG.md", "CONTRIBUTING.md", "llms.txt", "Makefile", "pyproject.toml")
 # What must not be found, and what to write instead.
 RETIRED = {
     r"\bstrangers?\b": "untrusted",
