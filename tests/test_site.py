@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -115,3 +116,33 @@ def test_every_recipe_of_a_page_is_valid(page: str, text: str, tmp_path: Path, m
 
 def test_recipes_are_found() -> None:
     assert {page for page, _ in blocks()} >= {"recipes.md", "getting_started.md", "mixed_precision.md", "unlabeled.md"}
+
+
+def commands_of(page: Path) -> list[str]:
+    """The calls of `crqat` in a page's blocks of shell, without what a shell takes away."""
+    found = []
+    for kind, text in re.findall(r"^```(\w*)[^\n]*\n(.*?)^```", page.read_text(), re.M | re.S):
+        if kind in ("", "sh", "bash", "console"):
+            lines = (re.sub(r"^\$ ", "", line) for line in re.sub(r" *\\\n *", " ", text).splitlines())
+            found += [line for line in lines if line.startswith("crqat ")]
+    return found
+
+
+CALLS = [(page.name, line) for page in [ROOT / "README.md", *PAGES] for line in commands_of(page)]
+
+
+@pytest.mark.parametrize(("page", "line"), CALLS)
+def test_every_command_in_a_block_has_options_that_exist(page: str, line: str) -> None:
+    del page
+    command: click.Command = crqat
+    words = shlex.split(line, comments=True)[1:]
+    context = click.Context(crqat, info_name="crqat")
+    while isinstance(command, click.Group):
+        name, *words = words
+        command = command.commands[name]
+        context = click.Context(command, info_name=name, parent=context)
+    command.make_context(context.info_name or "", words, parent=context.parent)
+
+
+def test_commands_are_found() -> None:
+    assert {"README.md", "getting_started.md", "boards.md", "nncf.md"} <= {page for page, _ in CALLS}
