@@ -142,11 +142,17 @@ def _type_hint(value: Tensor, ndim: int) -> str:
     return f" from {low:.3g} to {high:.3g}; images are bytes, 0..255: {scaled}.to(torch.uint8)"
 
 
-def doubts(dataset: Dataset) -> tuple[str, ...]:
-    """What of a valid data set is probably a mistake, one line each."""
+def doubts(dataset: Dataset, listed: bool = False) -> tuple[str, ...]:
+    """What of a valid data set is probably a mistake, one line each.
+
+    Args:
+        dataset: A valid one.
+        listed: Whether a list names the images of each part, so that more test images are meant: `crqat quantize`
+            calibrates on at most 100.
+    """
     found = []
     train, test = len(dataset.train_images), len(dataset.test_images)
-    if test > train:
+    if test > train and not listed:
         found.append(
             f"more test images ({test}) than training images ({train}): are the two parts swapped? The network is "
             "trained and calibrated on the training part"
