@@ -61,13 +61,13 @@ def read(images: Path, image_list: Path, progress: Progress) -> Folder:
     if not root.is_dir():
         msg = f"--images: {root} is no folder"
         raise UsageError(msg)
+    if (root / "dataset_dict.json").is_file():
+        return _table(images, root)
     held_out = [name for name in ("test", "val") if (root / name).is_dir()]
     if (root / "train").is_dir() and held_out:
         return _split_folders(images, root, progress)
     if any(root.glob("train-*.tar")):
         return _shards(images, root, progress)
-    if (root / "dataset_dict.json").is_file():
-        return _table(images, root)
     if root.name in ("train", "test", "val") and (root.resolve().parent / "train").is_dir():
         msg = (
             f"--images: {root} is one part of {root.resolve().parent}, which has the others beside it; name that folder"

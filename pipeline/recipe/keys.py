@@ -150,7 +150,8 @@ def _type(hint: Any) -> tuple[str, tuple[str, ...]]:
         return _type(type(arguments[0]))[0], tuple(str(value) for value in arguments)
     if origin in (Union, types.UnionType):
         parts = [_type(one) for one in arguments]
-        return " or ".join(words for words, _ in parts), tuple(value for _, values in parts for value in values)
+        listed = tuple(value for _, values in parts for value in values)
+        return "; or ".join(words for words, _ in parts), listed
     if origin in (tuple, list, Sequence):
         words, allowed = _type(arguments[0])
         return f"list of: {words}", allowed

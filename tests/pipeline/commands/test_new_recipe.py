@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from crqat.core.errors import UsageError
 from crqat.pipeline.cli import crqat
 from crqat.pipeline.recipe import recipe
 from crqat.train.data import sources
+from tests import needs
 from tests.conftest import made_once
 
 NETWORK = """
@@ -116,6 +119,43 @@ def test_the_recipe_has_the_needed_keys_and_runs_as_it_is(place: Path) -> None:
     assert found["results"]["models"]["float.onnx"]["accuracy"]["top1"] > 0.8
     assert Path(found["files"]["report"]).is_file()
     assert ended.stderr == ""
+    # The float file that came out is a network, too, which says by itself what it takes.
+    file = "runs/own/export/float.onnx"
+    assert run("init", "onnx.yaml", *POINTED[:3], file, "--mean", "0", "--std", "1").exception is None
+    assert recipe.load(Path("onnx.yaml")).model.name == file
+    assert data_of("onnx.yaml") == data_of("own.yaml")
+    assert "has the weights already" in str(run("init", "new.yaml", *POINTED[:3], file, *POINTED[4:]).exception)
+
+
+def test_shards_and_saved_tables_are_told_by_what_lies_in_the_folder(place: Path) -> None:
+    (place / "shards").mkdir()
+    for part in ("train", "test"):
+        with tarfile.open(f"shards/{part}-0.tar", "w") as archive:
+            for path in sorted((place / "digits" / part).rglob("*.png"))[::8]:
+                for ending, content in (("png", path.read_bytes()), ("cls", path.parent.name[-1].encode())):
+                    entry = tarfile.TarInfo(f"{path.stem}.{ending}")
+                    entry.size = len(content)
+                    archive.addfile(entry, io.BytesIO(content))
+    result = run("init", "shards.yaml", "--images", "shards", *POINTED[2:], "--size", "8", "--mean", "0", "--std", "1")
+    assert result.exception is None, result.output
+    assert data_of("shards.yaml") == {
+        "source": "webdataset", "root": "shards", "size": 8, "crop": 8, "channels": 1, "mean": [0.0], "std": [1.0],
+    }  # fmt: skip
+    needs.require("datasets")
+    import datasets
+
+    table = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(num_classes=10)})
+    rows = {
+        part: datasets.Dataset.from_dict(
+            {"image": [str(path) for path in paths], "label": [int(path.parent.name[-1]) for path in paths]}, table
+        )
+        for part in ("train", "test")
+        if (paths := sorted((place / "digits" / part).rglob("*.png"))[::8])
+    }
+    datasets.DatasetDict(rows).save_to_disk("table")
+    result = run("init", "table.yaml", "--images", "table", *POINTED[2:], "--size", "8", "--mean", "0", "--std", "1")
+    assert result.exception is None, result.output
+    assert data_of("table.yaml") == {**data_of("shards.yaml"), "source": "huggingface", "root": "table"}
 
 
 def test_with_all_every_key_is_there_and_says_the_same(place: Path) -> None:

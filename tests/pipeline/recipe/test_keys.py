@@ -26,6 +26,7 @@ def test_every_key_of_a_resolved_recipe_is_explained_with_its_default() -> None:
 def test_type_bounds_and_values_are_those_that_a_recipe_is_checked_by() -> None:
     found = keys.explain("qat.lr")
     assert (found.type, found.default, found.meaning) == ("number, above 0", 0.01, "Peak learning rate.")
+    assert keys.explain("gate.min_agreement").type == "number, at least 0 and at most 1; or null"
     assert keys.explain("float.lr").default == 0.1  # the same key of another section
     assert keys.explain("consistency.teacher").allowed == ("ema", "float", "pseudo-label", "none")
     assert keys.explain("quantization.weight_method").allowed[-1] == "package.module:name"
