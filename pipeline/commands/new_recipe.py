@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from crqat.train.data.imagelist import ImageList
 
 # Images that are decoded, and test images that the network has to answer.
-_DECODED, _ANSWERED = 100, 200
+_DECODED, _ANSWERED = 100, 100
 # By how much another normalization has to be better to be worth a word.
 _CLEARLY = 0.1
 # What the messages of others call by its key in the recipe.

@@ -103,7 +103,7 @@ def test_the_recipe_has_the_needed_keys_and_runs_as_it_is(place: Path) -> None:
     assert said.exception is None, said.output
     summary = json.loads(said.stdout)
     assert (summary["train_images"], summary["test_images"], summary["channels"], summary["crop"]) == (1000, 797, 1, 8)
-    assert summary["float_top1"] > 0.8 and summary["warnings"] == [] and summary["tried_images"] == 200
+    assert summary["float_top1"] > 0.8 and summary["warnings"] == [] and summary["tried_images"] == 100
     text = Path("own.yaml").read_text()
     assert re.findall(r"^ *(\w+):", text, re.M) == [
         *("name", "data", "source", "root", "size", "crop", "channels", "mean", "std"),
@@ -177,7 +177,7 @@ def test_normalization_that_was_not_given_is_said_and_a_better_one_named(place: 
     )
     warning = next(line for line in result.stderr.splitlines() if line.startswith("warning: "))
     assert re.search(
-        r"not given, and the float network answers \d+% of 200 test images rightly; with --mean 0 --std 1 it would",
+        r"not given, and the float network answers \d+% of 100 test images rightly; with --mean 0 --std 1 it would",
         warning,
     )
 
