@@ -20,12 +20,15 @@ export PYTHONPATH := $(CURDIR)/src$(if $(PYTHONPATH),:$(PYTHONPATH))
 CRQAT := $(VENV)/bin/python -m crqat
 # Without that path: pip would take the metadata it has left in src for an install, and not replace the environment's.
 PIP := PYTHONPATH= $(VENV)/bin/python -m pip install --disable-pip-version-check
+# mkdocs is installed when it is first asked for.
+MKDOCS = { $(VENV)/bin/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null \
+	|| $(PIP) -c constraints.txt -e '.[docs]'; } && NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs
 # The tests of one file stay in one process, which makes its fixtures once.
 PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test test-all test-arm test-versions lint models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq bench-rounding bench-advise
+.PHONY: help install train export benchmark gate test test-all test-arm test-versions lint docs docs-serve notebooks models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq bench-rounding bench-advise
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -65,6 +68,15 @@ lint: $(INSTALLED) ## ruff, mypy --strict and the list of retired words
 	$(VENV)/bin/python -m tests.typing_stubs  # TensorRT's, for mypy
 	$(VENV)/bin/python -m mypy
 	$(VENV)/bin/python -m mypy --python-version 3.10 -p crqat.core -p crqat.runtime_eval  # what runs on a board
+
+docs: $(INSTALLED) ## build the documentation site in build/site, warnings are errors
+	$(MKDOCS) build --strict
+
+docs-serve: $(INSTALLED) ## show the site on http://127.0.0.1:8000 and build it again whenever a page changes
+	$(MKDOCS) serve
+
+notebooks: $(INSTALLED) ## run the notebooks of docs/notebooks and store what they print
+	$(VENV)/bin/python docs/site/run_notebooks.py docs/notebooks/*.ipynb
 
 bench-train: $(INSTALLED) ## seconds of a training step: float, QAT, CR-QAT and the peers that are installed
 	$(VENV)/bin/python -m bench.step_time $(ARGS)

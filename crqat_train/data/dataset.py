@@ -18,7 +18,7 @@ from crqat.train.data.streaming import StoredImages
 class Dataset:
     """A labeled data set on the CPU, in memory or in files that are decoded when needed.
 
-    A recipe's own function returns one, and the recipe names it as `data.source: my_module:my_images`::
+    A recipe's own function returns one, and the recipe names it as `data.source: my_module:my_images`:
 
         def my_images(root: str) -> crqat.Dataset:  # root is the recipe's `data.root`; leave it out if you need none
             arrays = numpy.load(f"{root}/images.npz", allow_pickle=False)
@@ -142,11 +142,17 @@ def _type_hint(value: Tensor, ndim: int) -> str:
     return f" from {low:.3g} to {high:.3g}; images are bytes, 0..255: {scaled}.to(torch.uint8)"
 
 
-def doubts(dataset: Dataset) -> tuple[str, ...]:
-    """What of a valid data set is probably a mistake, one line each."""
+def doubts(dataset: Dataset, listed: bool = False) -> tuple[str, ...]:
+    """What of a valid data set is probably a mistake, one line each.
+
+    Args:
+        dataset: A valid one.
+        listed: Whether a list names the images of each part, so that more test images are meant: `crqat quantize`
+            calibrates on at most 100.
+    """
     found = []
     train, test = len(dataset.train_images), len(dataset.test_images)
-    if test > train:
+    if test > train and not listed:
         found.append(
             f"more test images ({test}) than training images ({train}): are the two parts swapped? The network is "
             "trained and calibrated on the training part"

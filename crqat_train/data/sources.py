@@ -96,7 +96,7 @@ def load(
         msg = f'{key}: "{source}" is none of {known}, "package.module:function"{hint}'
         raise UsageError(msg)
     validate(dataset, f"{key}: {source}")
-    found = doubts(dataset)
+    found = doubts(dataset, listed=source == "imagelist")
     for doubt in found:
         progress("images", 0, len(dataset.train_images), f"warning: {doubt}")
     return replace(dataset, notes=(*dataset.notes, *found))

@@ -203,6 +203,8 @@ def _check_classes(request: Request, name: str, classes: int, names: Sequence[st
 def _preprocessing(name: str, weights: str | None, request: Request) -> dict[str, Any]:
     """The `data` section's keys of it. What is published with the weights need not be said."""
     given = {key: value for key, value in request.preprocessing.items() if value is not None}
+    if any(len(given.get(key, ())) == 1 for key in ("mean", "std")):  # one number is that of grey images
+        given["channels"] = 1
     if weights == "pretrained":
         return given
     missing = [key for key in ("mean", "std") if key not in given]

@@ -289,6 +289,7 @@ def test_what_is_probably_a_mistake_is_a_note() -> None:
     swapped = dataclasses.replace(many, train_images=few.train_images, train_labels=few.train_labels)
     larger, absent = doubts(swapped)
     assert larger.startswith("more test images (5) than training images (3): are the two parts swapped?")
+    assert doubts(swapped, listed=True) == (absent,)
     assert absent == "2 classes of the test images have no training image (3, 4)"
     (dark,) = doubts(dataclasses.replace(many, train_images=many.train_images[:].clamp(max=1)))
     assert dark.startswith("no byte of the training images is above 1 of 255: were they floats in 0..1?")

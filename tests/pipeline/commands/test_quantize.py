@@ -105,6 +105,15 @@ def test_class_folders_become_verified_files_a_report_and_the_recipe(digits: Pat
     assert not any(rule["rule"] == "accuracy_drop" for rule in judged["rules"])
 
 
+def test_one_number_of_mean_and_std_is_that_of_grey_images(digits: Path, tmp_path: Path) -> None:
+    grey = ("--size", "8", "--crop", "8", "--mean", "0.3", "--std", "0.35")
+    result = quantize(digits, tmp_path, "--images", str(digits / "images"), how=grey)
+    assert isinstance(result.exception, UsageError)
+    assert "RGB, not grey" in str(result.exception)
+    data = yaml.safe_load((tmp_path / "runs" / "digits" / "recipe.yaml").read_text())["data"]
+    assert (data["channels"], data["mean"], data["std"]) == (1, [0.3], [0.35])
+
+
 def test_advice_needs_no_labels_and_no_recipe(digits: Path, tmp_path: Path) -> None:
     """Half of the images choose, the others judge what was chosen; nothing trains on the hundred that calibrate."""
     arguments = ("--images", str(digits / "images"), "--bits", "3,8", "--advise")

@@ -20,7 +20,8 @@ from crqat.train.scaling.model import Constants, Link, predict
 from tests.needs import require
 
 ROOT = Path(__file__).parents[3]
-DIGITS, DOCS = str(ROOT / "recipes" / "digits.yaml"), (ROOT / "docs" / "scaling.md").read_text()
+DIGITS = str(ROOT / "recipes" / "digits.yaml")
+DOCS = "".join((ROOT / "docs" / page).read_text() for page in ("distributed.md", "scaling.md"))
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", DOCS, re.DOTALL | re.MULTILINE)
 
 
@@ -126,7 +127,7 @@ def test_wrong_arguments_are_refused_before_anything_is_measured(arguments: list
     assert message in str(result.exception)
 
 
-def test_the_page_has_its_scripts_and_manifests() -> None:
+def test_the_pages_have_their_scripts_and_manifests() -> None:
     kinds = [kind for kind, _ in BLOCKS]
     assert kinds.count("yaml") >= 2
     assert kinds.count("sh") >= 4
@@ -134,13 +135,13 @@ def test_the_page_has_its_scripts_and_manifests() -> None:
 
 
 @pytest.mark.parametrize("text", [text for kind, text in BLOCKS if kind == "sh"])
-def test_shell_on_the_page_parses(text: str) -> None:
+def test_shell_on_the_pages_parses(text: str) -> None:
     result = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False, timeout=60)
     assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("text", [text for kind, text in BLOCKS if kind == "yaml"])
-def test_manifests_on_the_page_are_of_kinds_that_run_torch(text: str) -> None:
+def test_manifests_on_the_pages_are_of_kinds_that_run_torch(text: str) -> None:
     for document in yaml.safe_load_all(text):
         assert (document["apiVersion"], document["kind"]) in {
             ("trainer.kubeflow.org/v1alpha1", "TrainJob"),
