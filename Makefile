@@ -28,7 +28,7 @@ PYTEST := $(VENV)/bin/python -m pytest -n $(WORKERS) --dist loadfile --no-loadsc
 
 # The stages follow each other, and nothing may run beside a measurement: in the order of the command line, also with -j.
 .NOTPARALLEL:
-.PHONY: help install train export benchmark gate test test-all test-arm test-versions lint docs docs-serve notebooks models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq bench-rounding bench-advise
+.PHONY: help install train export benchmark gate test test-all test-arm test-versions lint docs docs-serve notebooks models bench-infer bench-train study bench-residual soak fuzz bench-export bench-ptq bench-rounding bench-advise bench-imagenet
 
 help: ## show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
@@ -98,6 +98,9 @@ bench-ptq: $(INSTALLED) ## seconds and memory from a float network to INT8 files
 
 bench-advise: $(INSTALLED) ## every step of `crqat advise` on two CIFAR-10 networks at three bit widths; ARGS="WEIGHTS --cifar10 DIR"
 	$(VENV)/bin/python -m bench.advise $(ARGS)
+
+bench-imagenet: $(INSTALLED) ## ours and the peers' files of EfficientNet-Lite on photographs; ARGS="FOLDER"
+	$(VENV)/bin/python -m bench.imagenet $(ARGS)
 
 bench-rounding: $(INSTALLED) ## accuracy of few bits without training, ours and AIMET's; ARGS="WEIGHTS --cifar10 DIR" of a CIFAR-10 ResNet-20
 	$(VENV)/bin/python -m bench.rounding $(ARGS)

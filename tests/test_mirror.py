@@ -121,6 +121,7 @@ ELSEWHERE: dict[str, str] = {
 MEASUREMENTS = {
     "bench/advise.py",
     "bench/fuzz_readers.py",
+    "bench/imagenet.py",
     "bench/residual_add.py",
     "bench/rounding.py",
     "bench/step_time.py",
