@@ -143,7 +143,7 @@ def test_a_full_disk(disk: Path, whole: dict[str, str]) -> None:
     assert first.wait(kill_and_resume.SECONDS) == 3
     line = log(folder)[-1]
     assert line.startswith("crqat: error: cannot save the training's state to runs/soak/.states/")
-    assert "No space left on device" in line and "the same command goes on from the last state" in line
+    assert "No space left on device" in line and "run the same command to resume from the last saved state" in line
     assert train(folder).wait(kill_and_resume.SECONDS) == 3  # still full
     filler.unlink()
     assert train(folder).wait(kill_and_resume.SECONDS) == 0
