@@ -60,7 +60,7 @@ def read(path: Path) -> OnnxFile:
     version = max(versions.values(), default=0)
     if not OPSETS[0] <= version <= OPSETS[1]:
         msg = (
-            f"{path}: is of opset {version}; opsets {OPSETS[0]} to {OPSETS[1]} are supported: export it with one of them, "
+            f"{path}: is of opset {version}; opsets {OPSETS[0]} to {OPSETS[1]} are supported: export it with one, "
             "such as opset_version=17"
         )
         raise UsageError(msg)

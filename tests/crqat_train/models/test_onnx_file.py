@@ -272,7 +272,7 @@ def computed_weight(model: onnx.ModelProto) -> None:
         (loop, "node node_1 (If): has a graph of its own"),
         (node("Det"), "node node_1 (Det): is not a supported operator"),
         (node("Relu", domain="com.example"), "node node_1 (Relu): is an operator of com.example"),
-        (node("QuantizeLinear", inputs=["c", "six"]), "node node_1 (QuantizeLinear): is of a quantized file"),
+        (node("QuantizeLinear", inputs=["c", "six"]), "node node_1 (QuantizeLinear): belongs to a quantized file"),
         (node("AveragePool", kernel_shape=[2, 2], pads=[0, 0, 1, 1]), "node node_1 (AveragePool): an average pool"),
         (node("Conv", inputs=["c", "c"]), "node node_1 (Conv): its input c is computed from the image"),
         (node("Flatten", axis=0), "node node_1 (Flatten): is supported with axis 1 only"),
