@@ -180,10 +180,9 @@ class FloatConfig(OptimizerConfig):
     Attributes:
         fine_tune: Fine-tune the weights that `model.weights` names; without it they stay unchanged.
         strong: Like `data.strong`, for the training of the float network.
-        consistency: The consistency term for the training of the float network, with the keys of the recipe's
-            `consistency` section. The teacher is the moving average of the float network, and unlabeled images are used
-            if there are any. The better one of network and teacher on the validation images is kept. None trains
-            without the term.
+        consistency: The consistency term for the training of the float network. The teacher is the moving average of
+            the float network, and unlabeled images are used if there are any. The better one of network and teacher on
+            the validation images is kept. None trains without the term.
     """
 
     fine_tune: bool = False
