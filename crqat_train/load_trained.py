@@ -33,7 +33,7 @@ def rebuild(train_dir: Path, config: TrainConfig, payload: TrainingPayload, cand
     try:
         student.load_state_dict(read_tensors(train_dir / f"{candidate}.safetensors"))
     except RuntimeError as error:
-        msg = f"{train_dir}: the checkpoint is not of {config.model.name} as it is now; train again with --force"
+        msg = f"{train_dir}: the checkpoint does not fit {config.model.name} as it is now; train again with --force"
         raise UsageError(msg) from error
     return student.eval()
 

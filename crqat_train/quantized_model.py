@@ -211,7 +211,7 @@ def quantize(
     with torch.no_grad():
         logits = model(example)
     if logits.ndim != 2:
-        msg = f"net: gives shape {list(logits.shape)}; what can be exported gives logits of shape [N, classes]"
+        msg = f"net: returns shape {list(logits.shape)}; it must return logits of shape [N, classes]"
         raise UsageError(msg)
     model.meta["quantization"] = asdict(config)
     model.meta["float_weights"] = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
@@ -267,7 +267,7 @@ def save(model: QuantizedModel, path: str | Path) -> None:
         UsageError: The network was not made by `quantize`.
     """
     if "quantization" not in model.meta:
-        msg = "save: the network was not made by crqat.quantize; a train stage keeps its networks itself"
+        msg = "save: the network was not made by crqat.quantize; a train stage saves its networks itself"
         raise UsageError(msg)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -309,7 +309,7 @@ def load(path: str | Path, net: nn.Module) -> QuantizedModel:
         model.load_state_dict(groups["quantized."])
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        msg = f"{path}: of another network than {type(net).__name__}: {reason[:300]}"
+        msg = f"{path}: was saved from another network than {type(net).__name__}: {reason[:300]}"
         raise UsageError(msg) from error
     values["targets"] = tuple(values["targets"])
     model.meta.update(values, quantization=asdict(config), float_weights=groups["float."])

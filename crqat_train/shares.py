@@ -25,7 +25,7 @@ def check_images(count: int, key: str, processes: int) -> None:
         UsageError: There are fewer images than processes.
     """
     if count < processes:
-        msg = f"{key}: each of {processes} processes needs at least one, and they are {count}"
+        msg = f"{key}: each of {processes} processes needs at least one image, but there are {count}"
         raise UsageError(msg)
 
 

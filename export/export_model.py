@@ -233,7 +233,7 @@ def _normalized(images: Images, preprocessing: Preprocessing | None) -> npt.NDAr
         return array
     if preprocessing is None:
         msg = (
-            f"images: {array.dtype} of shape {list(array.shape)}; expected what the network takes, float32 of shape "
+            f"images: {array.dtype} of shape {list(array.shape)}; expected normalized images, float32 of shape "
             "[N, C, H, W] with N >= 1, or bytes with preprocessing=crqat.Preprocessing(mean, std)"
         )
         raise UsageError(msg)

@@ -112,7 +112,7 @@ def open_saved(root: Path, image_column: str | None, label_column: str | None) -
     if not (root / "dataset_dict.json").is_file():
         msg = (
             f"data.root: no saved data set in {root}; write one by `datasets.load_dataset(...).save_to_disk(...)`, or "
-            'set data.source: "huggingface:NAME" and `download: true`, which fetches it into a folder that is not there'
+            'set data.source: "huggingface:NAME" and `download: true`, which downloads it into a new folder'
         )
         raise UsageError(msg)
     try:
@@ -124,7 +124,7 @@ def open_saved(root: Path, image_column: str | None, label_column: str | None) -
         raise UsageError(msg) from error
     train = splits.get("train")
     if train is None or not set(TEST_SPLITS) & set(splits):
-        msg = f"{root}: has the splits {', '.join(splits)}; needed are train and one of {', '.join(TEST_SPLITS)}"
+        msg = f"{root}: has the splits {', '.join(splits)}; it needs train and one of {', '.join(TEST_SPLITS)}"
         raise UsageError(msg)
     image = _image_column(datasets, train, image_column, root)
     label = _label_column(datasets, train, label_column, root)
@@ -197,7 +197,7 @@ def _check(rows: Rows, names: tuple[str, ...], label: str) -> None:
         msg += from_one
         raise UsageError(msg)
     if not len(rows):
-        msg = f"{rows.name}: has no rows"
+        msg = f"{rows.name}: has no rows; save a data set that has some"
         raise UsageError(msg)
 
 

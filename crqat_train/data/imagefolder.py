@@ -109,7 +109,7 @@ def list_images(root: Path, key: str) -> tuple[ImageFile, ...]:
         ToolError: A folder cannot be read.
     """
     if not root.is_dir():
-        msg = f"{key}: {root} is no folder"
+        msg = f"{key}: {root} is not a folder"
         raise UsageError(msg)
     paths = sorted(
         parent / name
@@ -241,7 +241,7 @@ def _files(folder: Path, names: Sequence[str], present: Sequence[str], left_out:
 
 def _state_of(path: Path) -> tuple[int, int]:
     if path.is_symlink() and not path.exists():
-        msg = f"{path}: a link to a file that is not there; mend or remove it"
+        msg = f"{path}: a link to a file that does not exist; repair or remove it"
         raise UsageError(msg)
     return file_state(path)
 

@@ -41,11 +41,11 @@ def read(path: Path) -> ImageList:
     found = typed_json.read(ImageList, path, "write it again by `crqat quantize`")
     for part, files in (("train", found.train), ("test", found.test), ("judging", found.judging)):
         if not files and part != "judging":
-            msg = f"{path}: {part}: lists no images"
+            msg = f"{path}: {part}: lists no images; write it again by `crqat quantize`"
             raise UsageError(msg)
         wrong = next((name for name, label in files.items() if not 0 <= label < len(found.classes)), None)
         if wrong is not None:
-            msg = f"{path}: {part}: {wrong} is of class {files[wrong]}, and there are {len(found.classes)} classes"
+            msg = f"{path}: {part}: {wrong} has class {files[wrong]}, but the classes are 0..{len(found.classes) - 1}"
             raise UsageError(msg)
     return found
 

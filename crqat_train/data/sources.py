@@ -161,7 +161,7 @@ def _from_function(source: str, root: str | None, key: str) -> Dataset:
 
 def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
     if root is None:
-        msg = "data.root: imagefolder needs it: the folder with train/CLASS/* and test/CLASS/*"
+        msg = "data.root: missing; imagefolder needs the folder with train/CLASS/* and test/CLASS/*"
         raise UsageError(msg)
     names, train, test, left_out = list_folder(user_path(root, "data.root"))
     size, crop = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP
@@ -185,7 +185,8 @@ def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Da
 def _imagelist(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
     if root is None or config.image_list is None:
         msg = (
-            "data.image_list: imagelist needs it and data.root: the JSON file of the list, and the folder of its images"
+            "data.image_list: missing, or data.root; imagelist needs the JSON file of the list and the folder of its "
+            "images"
         )
         raise UsageError(msg)
     found = imagelist.read(user_path(config.image_list, "data.image_list"))
@@ -259,7 +260,7 @@ def _labels(files: Sequence[ImageFile]) -> Tensor:
 
 def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
     if root is None:
-        msg = "data.root: webdataset needs it: the folder with train-*.tar and test-*.tar"
+        msg = "data.root: missing; webdataset needs the folder with train-*.tar and test-*.tar"
         raise UsageError(msg)
     names, train, test = list_shards(user_path(root, "data.root"), progress)
     size, crop, channels = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP, config.channels or 3
@@ -270,7 +271,10 @@ def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dat
 def _huggingface(source: str, root: str | None, download: bool, config: DataConfig, progress: Progress) -> Dataset:
     _, _, name = source.partition(":")
     if root is None:
-        msg = "data.root: huggingface needs it: a folder that save_to_disk of a DatasetDict wrote, or to fetch it into"
+        msg = (
+            "data.root: missing; huggingface needs a folder written by a DatasetDict's save_to_disk, or a folder to "
+            "download to"
+        )
         raise UsageError(msg)
     folder = user_path(root, "data.root")
     if name and download and not folder.exists():

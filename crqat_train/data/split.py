@@ -38,7 +38,10 @@ def split_of(labels: Tensor, config: DataConfig, seed: int) -> Split:
     if config.judging is not None:
         count = round(len(labels) * config.judging)
         if not 0 < count < len(labels):
-            msg = f"data.judging: a share of {config.judging} of {len(labels)} training images leaves one part empty"
+            msg = (
+                f"data.judging: a share of {config.judging} of {len(labels)} training images leaves one part empty; "
+                "change it"
+            )
             raise UsageError(msg)
         # Use another seed than for the validation images: the same order would select the same images.
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed + 1))

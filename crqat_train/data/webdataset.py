@@ -134,7 +134,7 @@ def _class_names(path: Path) -> tuple[str, ...] | None:
         msg = f"{path}: not UTF-8; write one class name a line"
         raise UsageError(msg) from error
     if not names or "" in names or len(set(names)) < len(names):
-        msg = f"{path}: one class name a line, the first for label 0, none empty and none twice"
+        msg = f"{path}: write one class name a line, the first for label 0, without empty or repeated names"
         raise UsageError(msg)
     return names
 

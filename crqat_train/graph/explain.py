@@ -120,11 +120,11 @@ def check_module(model: nn.Module) -> None:
     for path, module in model.named_modules():
         reserved = next((part for part in path.split(".") if keyword.iskeyword(part)), None)
         if reserved is not None:
-            msg = f"model.name: {path}: {reserved} is a word of Python's grammar, by which nothing is traced; rename it"
+            msg = f"model.name: {path}: {reserved} is a Python keyword, which torch.fx cannot trace; rename it"
             raise UsageError(msg)
         kind = _wrapped(module)
         if kind:
-            msg = f"model.name: {path or name} is {kind}; build the network without that, training sees to it"
+            msg = f"model.name: {path or name} is {kind}; build it without that, training does it itself"
             raise UsageError(msg)
     if type(model).forward is nn.Module.forward:
         msg = f"model.name: {name} has no forward; define one that takes the images and returns the logits"
@@ -171,7 +171,8 @@ def check_pools(graph_module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> 
         if any(size % pooled for size, pooled in zip(before, after, strict=True)):
             place = f"{node.target if module is not None else node.name}{source_line(node.stack_trace)}"
             msg = (
-                f"model.name: {place} pools {before} pixels to {after}, which ONNX cannot: take images of a size for "
+                f"model.name: {place} pools {before} pixels to {after}, which ONNX cannot express: take images of a "
+                "size for "
                 "which the first is a multiple of the second, or pool to 1"
             )
             raise UsageError(msg)

@@ -48,7 +48,7 @@ def follow_eval(model: nn.Module, graph: fx.Graph, trace: Callable[[], fx.Graph]
     try:
         twin = trace()
     except UsageError as error:
-        msg = f"{error} (in training mode: in eval mode it is traced)"
+        msg = f"{error} (in training mode only; in eval mode it is traced)"
         raise UsageError(msg) from error
     nodes, others = list(graph.nodes), list(twin.nodes)
     _check_weights(model, nodes, others)

@@ -85,7 +85,7 @@ def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]
         raise UsageError(msg)
     if name.removeprefix("torchvision/") in AUXILIARY_HEADS:
         msg = (
-            f"model.weights: the published weights of {name} want their images normalized anew inside of the network, "
+            f"model.weights: the published weights of {name} need their images normalized again inside the network, "
             "which is left out here; train it by a `float` section, or name a file"
         )
         raise UsageError(msg)
@@ -154,7 +154,7 @@ def _check_torchvision(name: str) -> None:
         near = difflib.get_close_matches(name.rpartition("/")[2], names_of, n=1)
         hint = f'; did you mean "{names_of[near[0]]}"?' if near else ""
         kinds = '"cifar/...", "torchvision/...", "timm/..." or "package.module:function"'
-        msg = f'model.name: "{name}" is no {kinds} known here{hint}'
+        msg = f'model.name: "{name}" is not a known {kinds}{hint}'
         raise UsageError(msg)
 
 

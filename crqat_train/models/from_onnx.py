@@ -89,8 +89,8 @@ def compare(name: str, network: nn.Module, images: Tensor) -> str:
         found = "another shape" if difference is None else f"logits that differ by {difference:.1e} of their range"
         free = "" if file.shape[0] is None else "; export it with a free number of images (dynamic batch)"
         msg = (
-            f"model.name: the network made of {file.path} computes {found} from what ONNX Runtime computes by the file "
-            f"(at most {TOLERANCE:g} is rounding){free or '; give the network as module:function instead'}"
+            f"model.name: the network made from {file.path} returns {found}, compared with ONNX Runtime's for the file "
+            f"(up to {TOLERANCE:g} is rounding){free or '; give the network as module:function instead'}"
         )
         raise UsageError(msg)
     return (

@@ -220,7 +220,7 @@ class Builder:
             except (RuntimeError, ValueError) as error:
                 if self.batch is None:
                     raise
-                msg = f"computes something for {self.batch} images alone; export it with a free number (dynamic batch)"
+                msg = f"computes a value for exactly {self.batch} images; export it with a dynamic batch size"
                 raise Refused(msg) from error
         if isinstance(sample, (bool, int, float, list)) and sample == other:
             return Value.of(sample, self._node)

@@ -40,7 +40,10 @@ def network_arguments(function: Callable[..., Any], name: str, classes: int, cha
     """
     short = name.partition(":")[2]
     if isinstance(function, nn.Module):
-        msg = f"model.name: {name} is a network, not what makes one; name its class, or `def build(): return {short}`"
+        msg = (
+            f"model.name: {name} is a network, not a function or class that makes one; name its class, or `def "
+            f"build(): return {short}`"
+        )
         raise UsageError(msg)
     signature = inspect.signature(function)
     named = [parameter.name for parameter in signature.parameters.values() if _by_name(parameter)]

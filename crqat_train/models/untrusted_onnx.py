@@ -62,7 +62,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
     try:
         size = path.stat().st_size
         if size > _MAX_BYTES:
-            msg = f"{path}: {size / 2**30:.1f} GiB; ONNX files end at 2 GiB"
+            msg = f"{path}: {size / 2**30:.1f} GiB; ONNX files are limited to 2 GiB"
             raise UsageError(msg)
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
@@ -72,7 +72,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
     if not _all_text(model):
-        msg = f"{path}: a name in it is no UTF-8 text; damaged"
+        msg = f"{path}: a name in it is not UTF-8; the file is damaged, export it again"
         raise UsageError(msg)
     return model
 

@@ -120,7 +120,7 @@ def choose(path: Path, key: str | None, expected: Mapping[str, Tensor]) -> tuple
     if any(not _equal(first, fits[place].state) for place in fitting[1:]):
         msg = (
             f"model.weights_key: missing; {path} holds weights that fit under {' and '.join(fitting)}, and they differ "
-            f"(averaged weights are kept beside the last ones); say which, such as `weights_key: {fitting[-1]}`"
+            f"(such as averaged weights and the last ones); choose one, such as `weights_key: {fitting[-1]}`"
         )
         raise UsageError(msg)
     taken, others = fitting[0], [place for place in every if place and place != fitting[0]]

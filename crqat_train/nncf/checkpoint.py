@@ -172,7 +172,9 @@ def of_grid(hooks: Sequence[str], grid: Grid, ndim: int) -> NNCFQuantizer:
     count = grid.qmax - grid.qmin
     bits = (count + 1).bit_length() - 1
     if count + 1 != 2**bits:
-        msg = f"{hooks[0]}: codes {grid.qmin} to {grid.qmax} with zero point {grid.zero_point} are none of NNCF's"
+        msg = (
+            f"{hooks[0]}: NNCF has no quantizer with codes {grid.qmin} to {grid.qmax} and zero point {grid.zero_point}"
+        )
         raise UsageError(msg)
     parameters = {"input_low": scale * (grid.qmin - grid.zero_point), "input_range": _largest(scale, count)}
     return NNCFQuantizer(names, bits, True, False, parameters)
@@ -269,7 +271,10 @@ def read(path: Path) -> Checkpoint:
             bits, signed = int(values.pop("_num_bits")), bool(values.pop("signed_tensor", True))
             narrow = bool(entry["module_config"]["narrow_range"]) and name == _SYMMETRIC
             if not 2 <= bits <= 8 or not all(bool(torch.isfinite(value).all()) for value in values.values()):
-                msg = f"{path}: {hooks[0]}: {bits} bits, or a range that is not finite; 2 to 8 bits can be taken over"
+                msg = (
+                    f"{path}: {hooks[0]}: {bits} bits, or an infinite range; only finite ranges of 2 to 8 bits can be "
+                    "imported"
+                )
                 raise UsageError(msg)
             quantizers.append(NNCFQuantizer(hooks, bits, signed, narrow, values))
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -287,7 +292,7 @@ def _names(module: str) -> tuple[str, ...]:
 def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     states, configs = sorted(path.glob("*.safetensors")), sorted(path.glob("*.json"))
     if len(states) != 1 or len(configs) != 1:
-        msg = f"{path}: {len(states)} .safetensors and {len(configs)} .json files; one state dict and one configuration"
+        msg = f"{path}: {len(states)} .safetensors and {len(configs)} .json files; it must have exactly one of each"
         raise UsageError(msg)
     try:
         config = strict_json.read(configs[0])
@@ -300,7 +305,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         msg = f"{states[0]}: damaged or no safetensors file ({' '.join(str(error).split())}); save it again"
         raise UsageError(msg) from error
     if not isinstance(config, dict) or _ENTRIES not in config:
-        msg = f"{configs[0]}: no configuration of nncf.torch.get_config(model): it has no {_ENTRIES}"
+        msg = f"{configs[0]}: not a configuration of nncf.torch.get_config(model): it has no {_ENTRIES}"
         raise UsageError(msg)
     return state, config
 
@@ -321,7 +326,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     configs = [part for part in parts if _ENTRIES in part]
     if len(states) != 1 or len(configs) != 1:
         msg = (
-            f"{path}: {len(states)} state dicts and {len(configs)} configurations; "
+            f"{path}: {len(states)} state dicts and {len(configs)} configurations; save exactly one of each by "
             "torch.save({'state_dict': model.state_dict(), 'config': nncf.torch.get_config(model)}, path)"
         )
         raise UsageError(msg)

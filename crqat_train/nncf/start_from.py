@@ -82,7 +82,7 @@ def _take(quantizer: Quantizer, spec: QuantizerSpec, found: NNCFQuantizer | None
     if grid.zero_point != 0 and (spec.kind == "weight" or refusing is not None):
         why = "a weight" if spec.kind == "weight" or refusing is None else refusing.title
         others = ", ".join(target.name for target in runtimes.TARGETS.values() if target.zero_points)
-        msg = f"{spec.edge}: {point}, and {why} takes none but 0; quantize with nncf's preset PERFORMANCE"
+        msg = f"{spec.edge}: {point}, and {why} supports only 0; quantize with nncf's preset PERFORMANCE"
         raise UsageError(msg + ("" if spec.kind == "weight" else f", or set targets: [{others}]"))
     if quantizer.asymmetric:
         low, high = (float(step * (code - grid.zero_point)) for code in (grid.qmin, grid.qmax))

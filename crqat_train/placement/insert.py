@@ -67,7 +67,7 @@ def insert_quantizers(
             mapped one to one.
     """
     if hasattr(model, "quantizers"):
-        msg = f"model.name: {type(model).__name__}.quantizers is where quantizers are put; rename that attribute"
+        msg = f"model.name: {type(model).__name__}.quantizers is reserved for the quantizers; rename that attribute"
         raise UsageError(msg)
     check_module(model)
     model = copy.deepcopy(model, copied(model)).eval()
@@ -205,8 +205,9 @@ def _map_hooks(
         odd = set(map(_plain, hooks.operations)) ^ set(map(_plain, operations))
         some = ", ".join(_described(model, name) for name in sorted(odd)[:3]) or "their order"
         msg = (
-            f"model.name: {type(model).__name__}{forward_of(model)} runs other operations when it is traced ({some}); "
-            "do not let the forward depend on the type of a tensor, or call what hides operations from torch"
+            f"model.name: {type(model).__name__}{forward_of(model)} runs different operations when it is traced "
+            f"({some}); "
+            "the forward must not depend on the type of a tensor, or call functions that hide operations from torch"
         )
         raise UsageError(msg)
     by_name = dict(zip(hooks.operations, operations.values(), strict=True))

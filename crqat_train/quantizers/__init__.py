@@ -66,7 +66,7 @@ def method_named(name: str, key: str) -> type[Quantizer]:
     if ":" in name:
         found = import_function(name, key)
         if not (isinstance(found, type) and issubclass(found, Quantizer)):
-            msg = f"{key}: {name} is no class that derives from crqat.train.quantizers.Quantizer; derive it from that"
+            msg = f"{key}: {name} does not derive from crqat.train.quantizers.Quantizer; derive it from that"
             raise UsageError(msg)
         if found.forward is Quantizer.forward:
             msg = f"{key}: {name} has no forward(self, x) of its own; define it, see docs/adding_a_method.md"
@@ -74,7 +74,7 @@ def method_named(name: str, key: str) -> type[Quantizer]:
     elif name in METHODS:
         found = METHODS[name]
     else:
-        msg = f'{key}: "{name}" is none of {", ".join(METHODS)}, and no "package.module:Class"'
+        msg = f'{key}: "{name}" is not one of {", ".join(METHODS)}, nor a "package.module:Class"'
         raise UsageError(msg)
     if not (found.for_weights if kind == "weights" else found.for_activations):
         msg = f"{key}: {name} is not for {kind}; choose another method"

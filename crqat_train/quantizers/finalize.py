@@ -54,7 +54,7 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
     scales = {spec.edge: quantizer_of(model, spec).scale for spec in specs}
     for spec in specs:
         if not bool(scales[spec.edge].isfinite().all()):
-            msg = f"{spec.operation}: the scale of its {spec.kind} is infinite or no number: {why}"
+            msg = f"{spec.operation}: the scale of its {spec.kind} is infinite or NaN: {why}"
             raise UsageError(msg)
     if _representable(model, scales, constraints):
         return []
@@ -142,14 +142,14 @@ def check_values(model: torch.nn.Module, source: str, why: str = "the file is da
     for name, tensor in values:
         wrong = int((~tensor.isfinite()).sum())
         if wrong:
-            msg = f"{source} holds values that are infinite or no number: {wrong} of {tensor.numel()} in {name}; {why}"
+            msg = f"{source} holds values that are infinite or NaN: {wrong} of {tensor.numel()} in {name}; {why}"
             raise UsageError(msg)
     for name, variance in values:
         if name.endswith("running_var") and bool((variance < 0).any()):
             channels, least = int((variance < 0).sum()), float(variance.min())
             msg = (
-                f"{source}: {name} is negative in {channels} of {variance.numel()} channels (down to {least:g}), which "
-                "no variance is; the weights are damaged, or not this network's"
+                f"{source}: {name} is negative in {channels} of {variance.numel()} channels (down to {least:g}), but "
+                "it is a variance; the weights are damaged, or belong to another network"
             )
             raise UsageError(msg)
 

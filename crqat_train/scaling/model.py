@@ -365,7 +365,10 @@ def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
     end = time.monotonic() + TIME_LIMIT
     while any(process.poll() is None for process in ranks):
         if time.monotonic() > end:
-            msg = f"the measurement of {len(ranks)} processes takes longer than {TIME_LIMIT:.0f} s; take a smaller one"
+            msg = (
+                f"the measurement of {len(ranks)} processes takes longer than {TIME_LIMIT:.0f} s; measure a smaller "
+                "network or batch"
+            )
             raise ToolError(msg)
         if any(process.poll() for process in ranks):
             break

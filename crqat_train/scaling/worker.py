@@ -154,7 +154,10 @@ def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
     """
     processes = sorted(set(job["processes"])) or default_processes(job["holds"], work.batch, job["between"])
     if processes[-1] > work.batch:
-        msg = f"--processes {processes[-1]}: a step has {work.batch} images (qat.batch_size, of the training split)"
+        msg = (
+            f"--processes {processes[-1]}: a step has {work.batch} images (qat.batch_size, of the training split); "
+            "take at most as many"
+        )
         raise UsageError(msg)
     for number in processes:
         shares.check_batch(work.batch, "qat.batch_size", number)

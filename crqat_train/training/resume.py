@@ -158,7 +158,7 @@ class Keeper:
         self._saved = time.monotonic()
         if number:
             distributed.from_first(None)  # no rank ends before the state is written
-            msg = f"interrupted; saved at {_place(self._training.fit)}: the same command goes on from there"
+            msg = f"interrupted; saved at {_place(self._training.fit)}: run the same command to resume"
             raise Interrupted(msg, number)
 
     def _state(self, training: Training) -> State:
@@ -211,7 +211,7 @@ class Keeper:
         for name, model in models.items():
             own, saved = _tensors(model), _below(f"model.{name}.", state.tensors)
             if {k: t.shape for k, t in own.items()} != {k: t.shape for k, t in saved.items()}:
-                msg = "the saved state of this training is of another network than the recipe's as it is now; "
+                msg = "the saved state of this training does not fit the recipe's network as it is now; "
                 msg += "`crqat train RECIPE --restart` discards it"
                 raise UsageError(msg)
             for key, tensor in own.items():

@@ -26,7 +26,7 @@ def allocate(layers: Sequence[LayerDivergence], average_bits: float) -> dict[str
     """
     widths = sorted(layers[0].divergence)
     if average_bits < widths[0]:
-        msg = f"--average-bits {average_bits:g}: the smallest bit width is {widths[0]}"
+        msg = f"--average-bits {average_bits:g}: the smallest bit width is {widths[0]}; take at least that"
         raise UsageError(msg)
     cost = np.array([[layer.divergence[bits] for bits in widths] for layer in layers])
     weights = np.array([layer.weights for layer in layers], dtype=float)

@@ -88,7 +88,7 @@ def split(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, A
     if len(node.input) > 1 and node.input[1]:
         sizes = [int(size) for size in constants[node.input[1]]]
     if sum(sizes) != whole.shape[axis]:
-        msg = f"{node.name}: the simulator does not know a Split into parts that are not equal"
+        msg = f"{node.name}: the simulator does not support a Split into unequal parts"
         raise NotSimulated(msg)
     ends = np.cumsum(sizes)[:-1]
     if isinstance(value, Codes):

@@ -72,7 +72,7 @@ def simulate(
         try:
             computed = operation(node, values, constants, model, result)
         except KeyError as missing:
-            msg = f"{node.name}: the simulator does not support {node.op_type} with {missing} as it is here"
+            msg = f"{node.name}: the simulator does not support {node.op_type} without a known {missing}"
             raise NotSimulated(msg) from missing
         outputs = computed if isinstance(computed, list) else [computed]
         values.update(zip(node.output, outputs, strict=False))  # some outputs are optional

@@ -192,7 +192,7 @@ def _adaptive_pool(w: Walk, a: Arguments) -> Any:
     if all(size == 1 for size in after):
         result = w.emit(f"Global{kind}Pool", [name])
     elif any(size % pooled for size, pooled in zip(before, after, strict=True)):
-        w.refuse(f"{before} pixels are pooled to {after}, which ONNX cannot")
+        w.refuse(f"{before} pixels are pooled to {after}, which ONNX cannot express")
     else:
         kernel = [size // pooled for size, pooled in zip(before, after, strict=True)]
         result = w.emit(f"{kind}Pool", [name], kernel_shape=kernel, strides=kernel) if before != after else name
@@ -228,7 +228,7 @@ def _attention(w: Walk, a: Arguments) -> Any:
     """Write attention, scaling after the product of query and key, so that the product's inputs are quantized."""
     query, key = a["query"], a["key"]
     if a["enable_gqa"]:
-        w.refuse("attention with fewer keys than queries in heads has no form in ONNX")
+        w.refuse("attention with fewer key heads than query heads has no form in ONNX")
     ndim, features = query.meta["val"].ndim, query.meta["val"].shape[-1]
     turned = w.emit("Transpose", [w.float_name(key)], perm=[*range(ndim - 2), ndim - 1, ndim - 2])
     scale = 1 / math.sqrt(features) if a["scale"] is None else float(a["scale"])

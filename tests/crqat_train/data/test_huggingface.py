@@ -87,7 +87,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
     test = table(range(9, 12))
     root = saved(tmp_path, train=table(range(9)))
-    assert refusal(root) == f"{root}: has the splits train; needed are train and one of test, validation, val"
+    assert refusal(root) == f"{root}: has the splits train; it needs train and one of test, validation, val"
     root = saved(tmp_path, train=table(range(3), label=[0, None, 2]), test=test)
     assert refusal(root) == f"{root}/train: row 1: no label; every image needs its class"
     root = saved(tmp_path, train=table(range(3), datasets.Value("int64"), label=[0, 1, 3]), test=test)

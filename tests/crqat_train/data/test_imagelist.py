@@ -53,7 +53,7 @@ def test_a_list_is_a_source(folder: Path) -> None:
     ("changes", "message"),
     [
         ({"test": {}}, r"images\.json: test: lists no images"),
-        ({"train": {"a/1.png": 2}}, r"images\.json: train: a/1\.png is of class 2, and there are 2 classes"),
+        ({"train": {"a/1.png": 2}}, r"images\.json: train: a/1\.png has class 2, but the classes are 0\.\.1"),
         ({"classes": "cat"}, r"images\.json: damaged: classes .*; write it again by `crqat quantize`"),
     ],
 )

@@ -268,7 +268,7 @@ def test_another_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(Cut):
         train(recipe(), tmp_path, quiet, tmp_path / "states", save_every=0.0)
     other = recipe(model=ModelConfig("cifar/resnet20"))
-    with pytest.raises(UsageError, match=r"of another network than .*--restart` discards it$"):
+    with pytest.raises(UsageError, match=r"does not fit the recipe's network .*--restart` discards it$"):
         train(other, tmp_path, quiet, tmp_path / "states")
 
 
