@@ -256,7 +256,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cold", type=float, default=0.05, help="share of processes that import everything anew")
+    parser.add_argument("--cold", type=float, default=0.05, help="share of processes that import everything again")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before the first process: the order of sums depends on it
     draw, figures, started = random.Random(arguments.seed), Figures(), time.monotonic()  # noqa: S311 - instants
@@ -272,7 +272,7 @@ def main() -> None:
     OUT.write_text(json.dumps({"device": to_json(host.describe()), **row}, indent=1))
     kills = ", ".join(f"{stage} {count}" for stage, count in figures.kills.items())
     print(f"kills: {sum(figures.kills.values())} ({kills})")
-    print(f"runs: {figures.runs}; trainings that went on from a state: {figures.continued}")
+    print(f"runs: {figures.runs}; trainings that resumed from a state: {figures.continued}")
     print(f"lost runs: {len(figures.lost)}")
     print(f"differing runs: {len(figures.differing)}")
     for problem in [*figures.lost, *map(str, figures.differing)]:

@@ -154,7 +154,7 @@ def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
     # The network is on its device already. Moving it to "cpu:0" would create new tensors, while optimizer, clamps and
     # averages refer to the old ones.
     wrapped: nn.Module = accelerator.prepare(model, device_placement=[False])
-    accelerator.free_memory()  # which it would keep alive, with its hooks, behind the end of this phase
+    accelerator.free_memory()  # it would keep the network and its hooks alive after this phase
     return wrapped
 
 

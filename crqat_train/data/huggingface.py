@@ -166,7 +166,7 @@ def _choose(found: Iterable[str], wanted: str | None, key: str, kind: str, table
         return str(wanted)
     if wanted is None and len(names) == 1:
         return names[0]
-    problem = f"{wanted} is no column {kind}" if wanted else f"{len(names) or 'no'} columns {kind}; name one"
+    problem = f"{wanted} is not a column {kind}" if wanted else f"{len(names) or 'no'} columns {kind}; name one"
     msg = f"{key}: {problem}; the table has {', '.join(table.features)}"
     raise UsageError(msg)
 

@@ -112,8 +112,8 @@ def normalization_note(config: DataConfig, preprocessing: Preprocessing) -> str 
     mean, std = ("/".join(f"{value:.4g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
     whose = "ImageNet's" if published else f"those of {config.source}"
     return (
-        f"{keys} not given: images are normalized by {whose}, mean {mean}, std {std}; weights that were trained with "
-        "others need theirs"
+        f"{keys} not given: images are normalized by {whose}, mean {mean}, std {std}; weights trained with "
+        "other values need those"
     )
 
 
@@ -223,7 +223,7 @@ def labeled_folder(
     strange = next((name for name in names if name not in known), None)
     if strange is not None:
         some = ", ".join(dataset.class_names[:3])
-        msg = f"{key}: {folder} has {strange}, which is no folder of a class of the recipe's data ({some}, ...)"
+        msg = f"{key}: {folder} has {strange}, which is not a class of the recipe's data ({some}, ...)"
         raise UsageError(msg)
     decoded = _like(dataset, files, config, progress)
     if decoded.shape[1:] != dataset.train_images.shape[1:]:

@@ -171,9 +171,9 @@ def check_pools(graph_module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> 
         if any(size % pooled for size, pooled in zip(before, after, strict=True)):
             place = f"{node.target if module is not None else node.name}{source_line(node.stack_trace)}"
             msg = (
-                f"model.name: {place} pools {before} pixels to {after}, which ONNX cannot express: take images of a "
-                "size for "
-                "which the first is a multiple of the second, or pool to 1"
+                f"model.name: {place} pools {before} pixels to {after}, which ONNX cannot express: take images whose "
+                "size is "
+                "a multiple of the second size, or pool to 1"
             )
             raise UsageError(msg)
 

@@ -122,7 +122,7 @@ def _note(model: nn.Module, alone: Sequence[fx.Node], other_alone: Sequence[fx.N
         found = [node for node in found if node.op.startswith("call") and node.target is not getattr]
         if found:
             names = ", ".join(dict.fromkeys(_name(node) for node in found))
-            parts.append(f"{place(model, found[0])} computes {names} in {mode} mode alone")
+            parts.append(f"{place(model, found[0])} computes {names} only in {mode} mode")
     if not parts:
         return ""
     line = f"{', and '.join(parts)}; the quantized network follows eval mode, in training too"

@@ -87,14 +87,14 @@ def compare(name: str, network: nn.Module, images: Tensor) -> str:
     difference = float((logits - reference).abs().max()) / max(span, 1e-30) if logits.shape == reference.shape else None
     if difference is None or not difference <= TOLERANCE:
         found = "another shape" if difference is None else f"logits that differ by {difference:.1e} of their range"
-        free = "" if file.shape[0] is None else "; export it with a free number of images (dynamic batch)"
+        free = "" if file.shape[0] is None else "; export it with a dynamic batch size"
         msg = (
             f"model.name: the network made from {file.path} returns {found}, compared with ONNX Runtime's for the file "
             f"(up to {TOLERANCE:g} is rounding){free or '; give the network as module:function instead'}"
         )
         raise UsageError(msg)
     return (
-        f"{file.path}: on {len(images)} images the logits of the network that was made of it differ from the file's in "
+        f"{file.path}: on {len(images)} images the converted network's logits differ from the file's logits in "
         f"ONNX Runtime by at most {difference:.1e} of their range"
     )
 

@@ -65,7 +65,7 @@ def read(path: Path) -> OnnxFile:
         )
         raise UsageError(msg)
     if model.functions:
-        msg = f"{path}: has functions of its own, such as {model.functions[0].name}; export it without them"
+        msg = f"{path}: defines functions, such as {model.functions[0].name}; export it without them"
         raise UsageError(msg)
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
@@ -83,7 +83,7 @@ def _check_operator(path: Path, node: onnx.NodeProto) -> None:
     if node.domain not in _STANDARD:
         reason = f"is an operator of {node.domain}; export with ONNX's own operators alone, before any optimizer"
     elif kind in _LOOPS:
-        reason = "has a graph of its own; export the network without loops and branches"
+        reason = "contains a subgraph; export the network without loops and branches"
     elif "Quantize" in kind or "Integer" in kind or kind.startswith("QLinear"):
         reason = "belongs to a quantized file; give the float file from which it was quantized"
     elif kind not in OPERATORS:

@@ -210,7 +210,7 @@ def _read(path: Path) -> Any:
             "where the training ran (torch.save(torch.load(FILE, weights_only=False)[KEY], NEW) trusts the file)"
         )
         raise UsageError(msg) from error
-    except Exception as error:  # a damaged file fails in whatever way its bytes lead the reader to
+    except Exception as error:  # torch raises many kinds of errors for damaged files
         reason = " ".join(str(error).partition("\n")[0].partition(". ")[0].split()) or type(error).__name__
         msg = f"model.weights: {path} is damaged or not a file of tensors ({reason}); fetch or save it again"
         raise UsageError(msg) from error

@@ -63,7 +63,7 @@ def _least_squares(weights: Tensor, largest: Tensor, unclipped: Tensor, qmin: fl
     """
     group = _GROUP if weights.shape[1] >= _GROUP**2 else 1
     groups = weights.shape[1] // group
-    # Each is a weight of its own, so what they are clipped by is a part of the error, and grows as steps shrink.
+    # Each is a separate weight, so its clipping error is part of the total error, and grows as scales shrink.
     peaks = weights[:, : groups * group].reshape(-1, group, groups).abs().amax(dim=1)
     best_error, best = torch.full_like(largest, math.inf), unclipped
     steps, codes = torch.empty_like(weights), torch.empty_like(weights)

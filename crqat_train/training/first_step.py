@@ -116,8 +116,8 @@ def check_statistics(network: nn.Module, images: Tensor, key: str) -> None:
 def _refuse_one_image(network: nn.Module, images: Tensor, error: Exception, key: str, least: int) -> None:
     if len(images) == 1 and _FEW_VALUES in str(error):
         msg = (
-            f"{key}: {failing_module(network, error) or 'a BatchNorm'} has one value for each channel of one image, "
-            f"and no statistics of it; take at least {least}"
+            f"{key}: {failing_module(network, error) or 'a BatchNorm'} cannot compute statistics of one image with one "
+            f"value per channel; take at least {least}"
         )
         raise UsageError(msg) from error
 

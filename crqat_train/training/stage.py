@@ -290,7 +290,7 @@ class _Run:
         self._epochs(fit, feeds, saved, networks, [], lambda: self._measure(fit, networks, model))
         if teacher is not None and self.history[-1]["validation_teacher"] > self.history[-1]["validation"]:
             model.load_state_dict(teacher.state_dict())
-            self.progress("float network", 1, 1, "the average of its weights is the better one, and is taken")
+            self.progress("float network", 1, 1, "the average of its weights is better and is used")
         return model.eval()
 
     def quantize(self, float_model: nn.Module) -> QuantizedModel:

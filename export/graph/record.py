@@ -53,7 +53,7 @@ class Program:
         lists = [list(run.graph.nodes) for run in self._runs]
         if [str(node.target) for node in lists[0]] != [str(node.target) for node in lists[1]]:
             msg = (
-                f"model.name: {type(model).__name__} computes something else for {BATCHES[0]} images than for "
+                f"model.name: {type(model).__name__} computes differently for {BATCHES[0]} images than for "
                 f"{BATCHES[1]}; let no `if` or loop depend on their number"
             )
             raise UsageError(msg)

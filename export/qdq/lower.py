@@ -139,7 +139,7 @@ def lower_weight(
             scale = (scale * np.float32(ratio)).astype(np.float32)
             claim, note = (
                 "lossy",
-                f"codes reduced to +-{fitting}: larger ones saturate 16-bit sums behind its input",
+                f"codes reduced to +-{fitting}: with its input, larger ones saturate 16-bit sums",
             )
     spread = _spread(grid)
     unit_bias_scale = scale / np.float32(spread)

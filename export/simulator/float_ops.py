@@ -159,7 +159,7 @@ FLOAT_OPERATIONS: dict[str, Known] = {
         lambda a, x: _elu(x, _alpha(a, 1.0)), lambda a, y, x: (LIBRARY + 1) * abs(_alpha(a, 1.0)) + np.abs(y)
     ),
     "Selu": elementwise(_selu, lambda a, y, x: (LIBRARY + 2) * a.get("gamma", 1.06) * _alpha(a, 1.68) + 2 * np.abs(y)),
-    # One rounding of x / alpha more, which is at most exp(t) |t| < 1 behind exp.
+    # One more rounding, of x / alpha, whose effect after exp is at most exp(t) |t| < 1.
     "Celu": elementwise(_celu, lambda a, y, x: (LIBRARY + 2) * abs(_alpha(a, 1.0)) + np.abs(y)),
     "HardSigmoid": elementwise(
         lambda a, x: np.clip(_alpha(a, 0.2) * x + a.get("beta", 0.5), 0.0, 1.0),
@@ -171,7 +171,7 @@ FLOAT_OPERATIONS: dict[str, Known] = {
         lambda _, y, x: 3 * np.abs(x) * np.minimum(np.abs(x) / 6 + 0.5, 1.0) + 2 * np.abs(y),
     ),
     "Relu": elementwise(lambda _, x: np.maximum(x, 0.0), exact),
-    # A table of codes in ONNX Runtime, made of a few products.
+    # ONNX Runtime uses a table of codes, computed by a few products.
     "LeakyRelu": elementwise(lambda a, x: np.where(x > 0, x, _alpha(a, 0.01) * x), times(3)),
     "ThresholdedRelu": elementwise(lambda a, x: np.where(x > _alpha(a, 1.0), x, 0.0), exact),
     "PRelu": elementwise(lambda _, x, slope: np.where(x > 0, x, slope * x), times(1)),

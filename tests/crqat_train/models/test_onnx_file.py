@@ -269,7 +269,7 @@ def computed_weight(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (loop, "node node_1 (If): has a graph of its own"),
+        (loop, "node node_1 (If): contains a subgraph"),
         (node("Det"), "node node_1 (Det): is not a supported operator"),
         (node("Relu", domain="com.example"), "node node_1 (Relu): is an operator of com.example"),
         (node("QuantizeLinear", inputs=["c", "six"]), "node node_1 (QuantizeLinear): belongs to a quantized file"),
