@@ -206,8 +206,8 @@ def _map_hooks(
         some = ", ".join(_described(model, name) for name in sorted(odd)[:3]) or "their order"
         msg = (
             f"model.name: {type(model).__name__}{forward_of(model)} runs different operations when it is traced "
-            f"({some}); "
-            "the forward must not depend on the type of a tensor, or call functions that hide operations from torch"
+            f"({some}); the forward must not depend on the type of a tensor, or call functions that hide operations "
+            "from torch"
         )
         raise UsageError(msg)
     by_name = dict(zip(hooks.operations, operations.values(), strict=True))

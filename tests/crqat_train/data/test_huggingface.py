@@ -75,7 +75,8 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     dataset = loaded(root, label_column="coarse", image_column="image")
     assert dataset.train_labels.tolist() == coarse and dataset.class_names == ("0", "1")
     assert refusal(root, image_column="label") == (
-        f"{root}: data.image_column: label is not a column of images (datasets.Image); the table has image, label, coarse"
+        f"{root}: data.image_column: label is not a column of images (datasets.Image); the table has image, label, "
+        "coarse"
     )
     two = {"train": train.cast_column("coarse", datasets.ClassLabel(names=["a", "b"])), "test": train}
     root = saved(tmp_path, **two)

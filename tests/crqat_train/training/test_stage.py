@@ -635,7 +635,9 @@ def test_a_rebuilt_network_gives_the_same_bits(
         grids = load_grids(tmp_path / f"{name}.grids.json")
         for spec in specs:
             assert quantizer_of(rebuilt, spec).grid().to_json() == grids[spec.edge].to_json()
-    with pytest.raises(UsageError, match=r"the checkpoint does not fit .*:wider as it is now; train again with --force$"):
+    with pytest.raises(
+        UsageError, match=r"the checkpoint does not fit .*:wider as it is now; train again with --force$"
+    ):
         rebuild(tmp_path, replace(config, model=ModelConfig(f"{__name__}:wider")), payload, "student")
 
 
