@@ -1,13 +1,13 @@
-"""Is the step that `crqat advise` chooses the cheapest one that passes, and does its result hold on test images?
+"""Tests `crqat advise`: is its choice the cheapest step that passes, and does the result hold on test images?
 
-Every step is run, at W8A8, W4A8 and W4A4, for two CIFAR-10 networks:
+Runs every step at W8A8, W4A8 and W4A4 for two CIFAR-10 networks:
 
     resnet20   published weights that have seen all training images: 5,000 test images, drawn by seed, judge, and the
                other 5,000 are the test images; all 50,000 training images calibrate and train
     resnet8    recipes/cifar10_resnet8.yaml, whose float network is trained here once: a held-back tenth of the training
                images judges
 
-Runs lie in bench-out/advise and are taken up again where they were interrupted. Writes bench-out/advise.json.
+Runs are stored in bench-out/advise and resume after an interruption. Writes bench-out/advise.json.
 
     python -m bench.advise WEIGHTS --cifar10 DIR [--networks resnet20,resnet8] [--bits 8/8,4/8,4/4]
 """
@@ -29,14 +29,14 @@ from crqat.train.data import sources
 
 ROOT = Path(__file__).parents[1]
 OUT = Path("bench-out/advise")
-# Points that the network may lose, by the bit widths of weights and activations.
+# Permitted loss in percentage points, by the bit widths of weights and activations.
 LIMITS = {"8/8": 0.5, "4/8": 1.0, "4/4": 2.0}
 AGREEMENT = {"8/8": 0.95, "4/8": 0.93, "4/4": 0.90}
 _JUDGES = 5000
 
 
 def folders(cifar10: str, seed: int, out: Path) -> None:
-    """CIFAR-10 as class folders below train, test and judge; the last two share the test images."""
+    """Write CIFAR-10 as class folders below train, test and judge; the last two share the test images."""
     if (out / "done").is_file():
         return
     dataset = sources.load("cifar10", cifar10, False)
@@ -56,12 +56,12 @@ def folders(cifar10: str, seed: int, out: Path) -> None:
 
 
 def crqat(*arguments: str) -> int:
-    """The command's exit code; its output goes where this program's does."""
+    """Run a crqat command and return its exit code; its output is not captured."""
     return subprocess.run([sys.executable, "-m", "crqat", *arguments], check=False).returncode
 
 
 def settings(network: str, bits: str, given: argparse.Namespace) -> list[str]:
-    """The recipe, and what of it is set."""
+    """Return the recipe and its --set options."""
     weights, activations = bits.split("/")
     common = {
         "name": f"{network}_w{weights}a{activations}",
@@ -82,7 +82,7 @@ def settings(network: str, bits: str, given: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    """Run every network at all bit widths, and print a row as each ends."""
+    """Run every network at all bit widths, and print each row when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path, help="of the ResNet-20")
     parser.add_argument("--cifar10", required=True)
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def add(row: dict[str, Any]) -> None:
-    """Put a row into the results in the place of an older one."""
+    """Add a row to the results, replacing an older one."""
     path = OUT.with_suffix(".json")
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = [old for old in rows if (old["network"], old["bits"]) != (row["network"], row["bits"])]

@@ -1,9 +1,9 @@
-"""Which integer codes do ARM CPUs compute? Files of every operation that ONNX Runtime fuses, on emulated CPUs.
+"""Compares integer codes of ARM CPUs with the simulator, on emulated CPUs, for every operation that ONNX Runtime fuses.
 
-Each file is run by several versions of ONNX Runtime on each CPU model of `bench.emulated_arm`, with all its codes
-shown. A code that the export expects on every board has to be the simulator's for ARM. One that an export leaves out,
-because float operations lie in front of it, is computed again from the codes that ONNX Runtime had in front of it, and
-has to lie within the bound of a float32 computation. Broken files of one network are run as a board runs its own.
+Each file is run by several versions of ONNX Runtime on each CPU model of `bench.emulated_arm`, with all its codes as
+outputs. A code that the export expects on every board must be the simulator's for ARM. A code that an export leaves
+out, because it depends on float operations, is recomputed from ONNX Runtime's own codes before it, and must lie within
+the bound of a float32 computation. Corrupted files of one network are counted as a board counts its own file.
 
     python -m bench.arm_codes [--versions 1.20.0,1.23.2,1.32.0] [--cifar10 data/cifar10] [--names "Add;Mul"]
 
@@ -50,7 +50,7 @@ VERSIONS = ("1.20.0", "1.23.2", "1.32.0")
 TIME_LIMIT_SECONDS = 1800.0
 _SOURCES = Path(__file__).parents[1] / "src"
 _NORMALIZE = Preprocessing((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-# All codes of all files, in one process: an emulated one takes seconds to start.
+# Runs all files in one process, because an emulated process takes seconds to start.
 _SHOW = """
 import sys, numpy, onnxruntime
 from pathlib import Path
@@ -61,7 +61,7 @@ for folder in map(Path, sys.argv[2:]):
     names = [output.name for output in session.get_outputs()]
     numpy.savez(folder / sys.argv[1], *session.run(names, {"input": numpy.load(folder / "images.npy")}))
 """
-# What a board counts of a bundle's file.
+# Counts the codes of a bundle's file, as a board does.
 _COUNT = """
 import json, sys
 from pathlib import Path
@@ -74,12 +74,12 @@ print(json.dumps([to_json(check_codes(model, codes, 1)) for model, codes in file
 
 @dataclass
 class Written:
-    """A case's file, in a folder of its own.
+    """The file of a case, in its own folder.
 
     Attributes:
-        file: ONNX Runtime's.
-        folder: Where it lies, with the codes that a board expects.
-        images: Normalized, float32 [N, C, H, W].
+        file: The file for ONNX Runtime.
+        folder: Folder of the file and of the codes that a board expects.
+        images: Normalized images, float32 [N, C, H, W].
     """
 
     file: QDQModel
@@ -88,13 +88,13 @@ class Written:
 
     @property
     def zero_points(self) -> dict[str, int]:
-        """Of each tensor of codes."""
+        """Return the zero point of each tensor of codes."""
         activations, codes = self.file.activations, self.file.codes
         return {name: activations[edge].grid.zero_point for edge, names in codes.items() for name in names}
 
 
 def images(cifar10: Path | None) -> npt.NDArray[np.float32]:
-    """64 normalized images of 32 x 32 pixels: CIFAR-10's, or enlarged digits in three colours that are unlike."""
+    """Return 64 normalized images of 32 x 32 pixels: CIFAR-10's, or enlarged digits in three different colours."""
     if cifar10 is not None:
         return _NORMALIZE(sources.load("cifar10", str(cifar10), False).train_images[:64].numpy())
     grey = sources.load("digits", None, False).train_images[:64].float().expand(-1, 3, -1, -1)
@@ -103,7 +103,7 @@ def images(cifar10: Path | None) -> npt.NDArray[np.float32]:
 
 
 def quantized(network: nn.Module, config: QuantizationConfig, pictures: npt.NDArray[np.float32]) -> Quantized:
-    """A network in train mode with weights at random, quantized by calibration on images that its BN fits."""
+    """Quantize a randomly initialized network in train mode, by calibration on images to which its BN is fitted."""
     batch = torch.from_numpy(pictures)
     with torch.no_grad():
         for _ in range(3):
@@ -112,11 +112,11 @@ def quantized(network: nn.Module, config: QuantizationConfig, pictures: npt.NDAr
 
 
 def write(network: Quantized, folder: Path) -> Written:
-    """Write a network's file for ONNX Runtime, with the codes that a board expects and two images to see all of them.
+    """Write a network's file for ONNX Runtime with the expected codes of two images, and a copy that outputs all codes.
 
     Args:
-        network: With its images.
-        folder: Is made.
+        network: The quantized network with its images.
+        folder: Output folder, which is created.
     """
     folder.mkdir()
     written = Written(network.file("onnxruntime"), folder, network.images[:IMAGES])
@@ -127,7 +127,7 @@ def write(network: Quantized, folder: Path) -> Written:
 
 
 def save(written: Written, model: onnx.ModelProto) -> None:
-    """Write a model as the file of a case, and beside it the same with all its codes shown."""
+    """Write a model as the file of a case, and next to it a copy that outputs all its codes."""
     onnx.save(model, written.folder / "onnxruntime.onnx")
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
@@ -137,7 +137,7 @@ def save(written: Written, model: onnx.ModelProto) -> None:
 
 
 def broken(model: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
-    """A file with one constant that is wrong, in three ways, by what is wrong with it."""
+    """Return three copies of a file with one wrong constant each, by what is wrong."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     dequantizers = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
     weight = next(n for n in dequantizers if n.input[0] in constants and constants[n.input[0]].ndim == 4)
@@ -163,17 +163,17 @@ def broken(model: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
 
 
 def run(python: Path, script: str, *arguments: str) -> str:
-    """What a script prints on a CPU.
+    """Run a script on a CPU and return what it prints.
 
     Raises:
-        NotRun: It fails, or is not finished in time.
+        NotRun: The script fails or exceeds the time limit.
     """
     command = [str(python), "-c", script, *arguments]
     return emulated_arm.run_program(command, _SOURCES, "the emulated Python", TIME_LIMIT_SECONDS)
 
 
 def counted(python: Path, folders: Sequence[Path]) -> list[CountedCodes]:
-    """What a board counts of each folder's onnxruntime.onnx against its onnxruntime.codes.npz.
+    """Count the codes of each folder's onnxruntime.onnx against its onnxruntime.codes.npz, as a board does.
 
     Raises:
         NotRun: See `run`.
@@ -183,14 +183,14 @@ def counted(python: Path, folders: Sequence[Path]) -> list[CountedCodes]:
 
 @dataclass(frozen=True)
 class Cell:
-    """What was counted of a file on a CPU.
+    """Counts of codes for one file on one CPU.
 
     Attributes:
-        codes: Those that are to be the simulator's for ARM.
-        differing: Of them.
-        near: Those behind float operations.
-        wrong: Of them, those that no float32 computation gives.
-        other: Of all codes, those that this machine's CPU computes otherwise.
+        codes: Codes that must equal the simulator's for ARM.
+        differing: Codes among these that differ.
+        near: Codes that depend on float operations.
+        wrong: Codes among these that no float32 computation gives.
+        other: Codes that this machine's CPU computes differently from the ARM CPU.
     """
 
     codes: int
@@ -201,10 +201,10 @@ class Cell:
 
 
 class Judge:
-    """What a file's codes have to be on ARM.
+    """Checks a file's codes on ARM CPUs against the simulator.
 
     Args:
-        written: The file.
+        written: The file to check.
     """
 
     def __init__(self, written: Written) -> None:
@@ -224,7 +224,7 @@ class Judge:
         )
 
     def shown(self, name: str) -> dict[str, npt.NDArray[np.int64]]:
-        """The codes that a process left, zero points taken off."""
+        """Return the codes that a process saved, minus their zero points."""
         zeros = self._written.zero_points
         names = [output.name for output in onnx.load(self._written.folder / "shown.onnx").graph.output]
         with np.load(self._written.folder / name) as arrays:
@@ -232,7 +232,7 @@ class Judge:
         return {key: found[key].astype(np.int64) - zeros[key] for key in zeros}
 
     def cell(self, name: str) -> Cell:
-        """Judge the codes that a process left."""
+        """Count the codes that a process saved."""
         theirs = self.shown(name)
         key = b"".join(codes.tobytes() for codes in theirs.values())
         if key not in self._known:
@@ -255,13 +255,13 @@ def measure(
     """Run all files on all CPUs.
 
     Args:
-        names: Of the cases, none for all.
-        versions: Of ONNX Runtime.
-        pictures: Normalized, float32 [N, 3, 32, 32].
-        folder: For the files.
+        names: Names of the cases; empty for all.
+        versions: Versions of ONNX Runtime.
+        pictures: Normalized images, float32 [N, 3, 32, 32].
+        folder: Folder for the files.
 
     Returns:
-        Case to (version, CPU) to what was counted, or why nothing was; and likewise of the broken files.
+        For each case, the counts or the reason for none, by (version, CPU); and the same for the corrupted files.
     """
     written: dict[str, Written] = {}
     for name, build, config in cases():
@@ -302,7 +302,7 @@ def tables(
     failing: Mapping[str, Mapping[tuple[str, str], CountedCodes | str]],
     versions: Sequence[str],
 ) -> str:
-    """Both tables in Markdown: a cell has one number for each CPU, in the order of `emulated_arm.CPUS`."""
+    """Return both tables in Markdown; a cell has one number for each CPU, in the order of `emulated_arm.CPUS`."""
     cpus = list(emulated_arm.CPUS)
     lines = [f"| network | codes | behind float | otherwise than x86 | {' | '.join(versions)} |"]
     lines.append("|---|---:|---:|---:|" + "---|" * len(versions))
@@ -330,7 +330,7 @@ def _shown(cell: Cell | str) -> str:
 
 
 def main() -> None:
-    """Count and write the page's tables."""
+    """Run the measurement and write the page's tables."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--versions", default=",".join(VERSIONS))
     parser.add_argument("--names", default="")

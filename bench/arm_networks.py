@@ -1,4 +1,4 @@
-"""The networks of the table of ARM CPUs: every operation that ONNX Runtime fuses, and this product's CIFAR networks."""
+"""Networks for the tables of ARM CPUs: one for each operation that ONNX Runtime fuses, and crqat's CIFAR networks."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ class Branches(nn.Module):
         self.join = join
 
     def forward(self, x: Tensor) -> Tensor:
-        """Join both branches."""
+        """Return the joined results of both branches."""
         joined: Tensor = self.join(self.first(x), self.second(x))
         return joined
 
 
 class Attention(nn.Module):
-    """The product of two matrices of codes."""
+    """Multiplies two matrices of codes, as in attention."""
 
     def __init__(self) -> None:
         super().__init__()
         self.features, self.keys, self.values = _conv(3, 16), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """How alike the channels are, [N, 1, 16, 16]."""
+        """Return the similarities of the channels, [N, 1, 16, 16]."""
         x = self.features(x)
         keys, values = self.keys(x).flatten(2), self.values(x).flatten(2)
         alike: Tensor = keys @ values.transpose(1, 2)
@@ -49,12 +49,12 @@ def _conv(
 
 
 def _classified(*layers: nn.Module, channels: int = 8) -> nn.Module:
-    """Layers with a global mean and a linear layer behind them."""
+    """Return the layers followed by a global mean and a linear layer."""
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
 def cases() -> Iterator[tuple[str, Callable[[], nn.Module], QuantizationConfig]]:
-    """Each case's name, its network for RGB images of 32 x 32 pixels, and how it is quantized."""
+    """Yield each case's name, its network for RGB images of 32 x 32 pixels, and its quantization settings."""
     plain, four = QuantizationConfig(), QuantizationConfig(weights=4, activations=4)
     offset = QuantizationConfig(activation_method="lsq+")
     for name in ("resnet20", "resnet56", "resnet18", "mobilenet_v2"):

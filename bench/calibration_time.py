@@ -1,10 +1,9 @@
-"""How long from a float network and its images to INT8 files? Ours, step by step, and the peers' own ways.
+"""Measures the time from a float network and its images to INT8 files, for crqat by step and for other exporters.
 
-Each way starts from the same random weights, whose BN statistics fit the images; ways that start from ONNX read one
-float file. Every run is a process of its own, and rounds are interleaved. A step's seconds begin when torch, ONNX and
-the network are loaded; what a way imports for itself is counted. Writes bench-out/ptq.json with one row for each
-network and way: median wall seconds, CPU seconds of all threads and peak memory, and every round's steps.
-
+Each exporter starts from the same random weights, whose BN statistics fit the images; exporters that start from ONNX
+share one float file. Every run is a separate process, and rounds are interleaved. A step's time starts when torch, ONNX
+and the network are loaded; an exporter's own imports are counted. Writes bench-out/ptq.json with one row for each
+network and exporter: median wall seconds, CPU seconds of all threads and peak memory, and every round's steps.
     python -m bench.calibration_time [--rounds 3] [--models resnet50,mobilenet_v2,vgg11_bn] [--images 100]
 """
 
@@ -41,12 +40,12 @@ PEERS = ("ONNX Runtime, U8S8", NNCF, "Model-Optimizer, fp32")
 FROM_TORCH = (OURS, NNCF)
 NETWORKS = "resnet50,mobilenet_v2,vgg11_bn"
 TARGETS = ("onnxruntime", "tensorrt")
-# Of one way in one round.
+# Time limit of one exporter in one round.
 TIME_LIMIT_SECONDS = 900.0
 BATCH = 10
 BN_IMAGES = 32
 VERIFIED_IMAGES = 2
-# No peer does it, so it is no part of the compared seconds.
+# Excluded from the compared seconds, because no other exporter verifies.
 VERIFICATION = "verification"
 COLUMNS = ("network", "way", "wall s", "CPU s", "x fastest peer, wall", "x fastest peer, CPU", "peak GB",
            "steps, wall s (CPU s)")  # fmt: skip
@@ -57,7 +56,7 @@ class Stopwatch:
     """Wall and CPU seconds of each step, and the process's peak memory at its end.
 
     Attributes:
-        steps: By name, in order: "wall_s", "cpu_s" (all threads), "peak_bytes".
+        steps: Measurements of each step by name, in order: "wall_s", "cpu_s" (all threads), "peak_bytes".
     """
 
     def __init__(self) -> None:
@@ -65,7 +64,7 @@ class Stopwatch:
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """Measure what is done within the context."""
+        """Measure a step, which runs within the context."""
         wall, cpu = time.perf_counter(), time.process_time()
         yield
         seconds = time.perf_counter() - wall, time.process_time() - cpu
@@ -73,7 +72,7 @@ class Stopwatch:
 
 
 def prepare(model: str, images: int, size: int, folder: Path) -> None:
-    """Write what every way starts from: weights.safetensors, images.npy and float.onnx."""
+    """Write the inputs of all exporters: weights.safetensors, images.npy and float.onnx."""
     from bench.vs_onnxruntime import IMAGENET, METADATA
     from crqat.export.qdq.write import float_model
     from crqat.export.to_onnx import Quantized
@@ -99,16 +98,16 @@ def prepare(model: str, images: int, size: int, folder: Path) -> None:
     if exporter_peers.not_installed(NNCF) is None:
         from nncf.torch.quantization.extensions import QuantizedFunctionsCPULoader
 
-        QuantizedFunctionsCPULoader.load()  # is compiled once on a machine, which is no part of the way
+        QuantizedFunctionsCPULoader.load()  # compiled once on a machine, so not counted
 
 
 def run(model: str, way: str, folder: Path) -> Steps:
-    """Go a way in this process.
+    """Run an exporter in this process.
 
     Args:
-        model: As `prepare` had it.
+        model: Name of the network, as for `prepare`.
         way: `OURS` or one of `PEERS`.
-        folder: Filled by `prepare`; the way's files are written here.
+        folder: Folder that `prepare` filled; the exporter's files are written here.
     """
     network = nn.Module()
     if way in FROM_TORCH:
@@ -126,7 +125,7 @@ def run(model: str, way: str, folder: Path) -> Steps:
 
 
 def _ours(network: nn.Module, images: torch.Tensor, folder: Path, watch: Stopwatch) -> None:
-    """What `quantize_network` does, and both files."""
+    """Time the steps of `quantize_network`, and both files."""
     with watch.step("layout"):
         from crqat.train.config import QuantizationConfig
         from crqat.train.quantized_model import quantize_model
@@ -155,14 +154,14 @@ def _ours(network: nn.Module, images: torch.Tensor, folder: Path, watch: Stopwat
 def measure(
     model: str, rounds: int, images: int, size: int, ways: Sequence[str] = (OURS, *PEERS)
 ) -> list[dict[str, Any]]:
-    """All rows of one network.
+    """Measure all rows of one network.
 
     Args:
         model: As in a recipe's `model.name`.
-        rounds: How often each way is gone; the order rotates.
-        images: Calibration images.
-        size: Of their sides, in pixels.
-        ways: `OURS` and any of `PEERS`.
+        rounds: Number of runs of each exporter; the order rotates.
+        images: Number of calibration images.
+        size: Side of the images in pixels.
+        ways: Exporters to run: `OURS` and any of `PEERS`.
     """
     rows: dict[str, dict[str, Any]] = {}
     for way in ways:
@@ -187,21 +186,21 @@ def measure(
 
 
 def _process(*arguments: str) -> str:
-    """The last line that a process of this file writes on standard output."""
+    """Run a process of this file and return the last line of its standard output."""
     command = [sys.executable, "-m", "bench.calibration_time", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=TIME_LIMIT_SECONDS)
     return ["", *done.stdout.splitlines()][-1]
 
 
 def _seconds(steps: Steps, kind: str) -> float:
-    """Of all steps that peers have, too."""
+    """Return the seconds of all steps that other exporters also have."""
     return float(sum(step[kind] or 0.0 for name, step in steps.items() if name != VERIFICATION))
 
 
 def summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of one network with medians over rounds, and their ratios to the fastest peer, in wall and CPU seconds.
+    """Return a network's rows with medians over rounds, and ratios to the fastest other exporter in both times.
 
-    The seconds and the peak memory leave verification out.
+    Seconds and peak memory exclude verification.
     """
     for row in rows:
         for kind in ("wall_s", "cpu_s"):
@@ -224,7 +223,7 @@ def summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table, as `COLUMNS` has it."""
+    """Return a row of the table with the columns of `COLUMNS`."""
     if row["status"] != "written":
         return [row["model"], row["way"], row["status"], *[""] * (len(COLUMNS) - 3)]
     values = [row["wall_s"], row["cpu_s"], row["wall_s_to_fastest_peer"], row["cpu_s_to_fastest_peer"]]
@@ -236,13 +235,13 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def main() -> None:
-    """Measure all networks, print a table, write the JSON."""
+    """Measure all networks, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--models", default=NETWORKS, help="torchvision's names, separated by commas")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--size", type=int, default=224)
-    # Of the processes that this one starts.
+    # Options for the processes that this one starts.
     parser.add_argument("--prepare", nargs=4, help=argparse.SUPPRESS)
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

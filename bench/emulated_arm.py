@@ -1,9 +1,9 @@
-"""An ARM board without a board: Debian's arm64 Python and ONNX Runtime's aarch64 wheels under qemu's user mode.
+"""Emulates an ARM board: Debian's arm64 Python and ONNX Runtime's aarch64 wheels in qemu's user mode.
 
-Nothing is installed and no right is needed: packages and wheels are unpacked into a cache, and a shell script per CPU
-model runs that Python in qemu-aarch64. This shows what an ARM CPU computes, and nothing of how fast it is.
+Nothing is installed and no root access is needed: packages and wheels are unpacked into a cache, and a shell script for
+each CPU model runs that Python in qemu-aarch64. This shows what an ARM CPU computes, but not how fast.
 
-``python -m bench.emulated_arm`` fills the cache, as `make test-arm` does; it ends with 1 where that cannot be done.
+``python -m bench.emulated_arm`` fills the cache, as `make test-arm` does; it exits with 1 if that fails.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from pathlib import Path
 
 from bench.onnxruntime_process import NotRun
 
-# A CPU model of qemu to what its kernel says of it: implementer, part, and features.
+# Maps a CPU model of qemu to its kernel's description: implementer, part, and features.
 _ARMV8 = "fp asimd aes pmull sha1 sha2 crc32 cpuid"
 _DOT = f"{_ARMV8} atomics fphp asimdhp asimdrdm lrcpc dcpop asimddp"
 CPUS = {
     "cortex-a57": ("0x41", "0xd07", _ARMV8),  # Jetson Nano and TX2: no dot product
-    "cortex-a76": ("0x41", "0xd0b", _DOT),  # as the Cortex-A78AE of Jetson Orin: dot product
-    "max": ("0x00", "0x051", f"{_DOT} sve i8mm bf16"),  # all that qemu knows: int8 matrix products and SVE, too
+    "cortex-a76": ("0x41", "0xd0b", _DOT),  # like the Cortex-A78AE of Jetson Orin: dot product
+    "max": ("0x00", "0x051", f"{_DOT} sve i8mm bf16"),  # all features of qemu, including int8 matrix products and SVE
 }
-# Debian 12's Python and the libraries that it, numpy and ONNX Runtime load.
+# Debian 12's Python, and the libraries that it, numpy and ONNX Runtime load.
 PYTHON = "python3.11"
 PACKAGES = (
     PYTHON, f"{PYTHON}-minimal", f"lib{PYTHON}-minimal", f"lib{PYTHON}-stdlib", "libc6", "zlib1g", "libexpat1",
@@ -35,12 +35,12 @@ PACKAGES = (
     "libncursesw6", "libtinfo6", "libreadline8", "libcrypt1", "libnsl2", "libtirpc3", "libgomp1",
 )  # fmt: skip
 WHEELS = ("numpy==2.4.6", "flatbuffers==25.12.19", "packaging==26.4", "protobuf==7.36.2")
-# JetPack 6 has Python 3.10, whose last ONNX Runtime this is.
+# The last ONNX Runtime for Python 3.10, which JetPack 6 has.
 ONNXRUNTIME = "1.23.2"
 TIME_LIMIT_SECONDS = 300.0
 _PLATFORMS = ("manylinux_2_28_aarch64", "manylinux_2_27_aarch64", "manylinux2014_aarch64", "manylinux_2_17_aarch64")
-# ONNX Runtime from 1.28 on ends with a segmentation fault at import where /proc/cpuinfo is an x86 CPU's, and qemu 7.2
-# shows the host's. What lies below qemu's -L comes before the host's files.
+# ONNX Runtime 1.28 and later crash at import if /proc/cpuinfo describes an x86 CPU, and qemu 7.2 shows the host's file.
+# Files below qemu's -L take precedence over the host's.
 _CPUINFO = """processor	: {number}
 BogoMIPS	: 100.00
 Features	: {features}
@@ -51,7 +51,7 @@ CPU part	: {part}
 CPU revision	: 0
 
 """
-# Processes that runtime_eval starts by sys.executable have to come back to the emulator.
+# Processes that runtime_eval starts by sys.executable must also run in the emulator.
 _START = 'import os, sys\n\nsys.executable = os.environ["CRQAT_EMULATED_PYTHON"]\n'
 _SCRIPT = """#!/bin/sh
 export PYTHONHOME='{root}/usr' PYTHONPATH='{site}' PYTHONNOUSERSITE=1 CRQAT_EMULATED_PYTHON='{script}'
@@ -60,19 +60,19 @@ exec qemu-aarch64 -cpu {cpu} -L '{sysroot}' '{root}/usr/bin/{python}' "$@"
 
 
 def cache() -> Path:
-    """Where everything is kept: .cache/crqat/arm in the home directory, or below XDG_CACHE_HOME."""
+    """Return the cache folder: .cache/crqat/arm in the home directory, or below XDG_CACHE_HOME."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").resolve() / "crqat" / "arm"
 
 
 def python(cpu: str, onnxruntime: str = ONNXRUNTIME) -> Path:
-    """A program that is an ARM CPU's Python with numpy and ONNX Runtime; what is missing for it is downloaded.
+    """Return a program that runs an ARM CPU's Python with numpy and ONNX Runtime; missing packages are downloaded.
 
     Args:
         cpu: A key of `CPUS`.
-        onnxruntime: Version, such as "1.23.2".
+        onnxruntime: Version of ONNX Runtime, such as "1.23.2".
 
     Raises:
-        NotRun: There is no emulator, or the packages cannot be had.
+        NotRun: There is no emulator, or the packages cannot be downloaded.
     """
     for program, package in (("qemu-aarch64", "qemu-user"), ("apt-get", "apt"), ("dpkg", "dpkg")):
         if shutil.which(program) is None:
@@ -103,7 +103,7 @@ def python(cpu: str, onnxruntime: str = ONNXRUNTIME) -> Path:
 
 @functools.cache
 def _root() -> Path:
-    """Debian's packages, unpacked."""
+    """Return the folder of Debian's unpacked packages."""
     root = cache() / "debian-12-arm64"
     if root.is_dir():
         return root
@@ -128,7 +128,7 @@ def _root() -> Path:
 
 @functools.cache
 def _site(onnxruntime: str) -> Path:
-    """The wheels, unpacked, and what makes Python's own processes ARM's."""
+    """Return the folder of the unpacked wheels, with a start file that keeps Python's own processes in the emulator."""
     site = cache() / f"onnxruntime-{onnxruntime}"
     if site.is_dir():
         return site
@@ -149,7 +149,7 @@ def _site(onnxruntime: str) -> Path:
 
 
 def _keep(made: Path, place: Path) -> None:
-    """Move what is complete to its place, unless another process was first."""
+    """Move a complete file or folder to its place, unless another process was faster."""
     try:
         made.rename(place)
     except OSError:
@@ -158,16 +158,16 @@ def _keep(made: Path, place: Path) -> None:
 
 
 def run_program(command: list[str], folder: Path, name: str, limit: float = TIME_LIMIT_SECONDS) -> str:
-    """What a program prints.
+    """Run a program and return what it prints.
 
     Args:
         command: The program and its arguments.
-        folder: Where it runs.
-        name: What to call it in a message.
+        folder: Working directory.
+        name: Name of the program in messages.
         limit: Seconds after which it is stopped.
 
     Raises:
-        NotRun: It fails, or is not finished in time; its last words say why.
+        NotRun: It fails or exceeds the time limit; the message has its last line.
     """
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=limit)
@@ -186,7 +186,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def main() -> int:
-    """Fill the cache for all CPU models; 0, or 1 with the reason."""
+    """Fill the cache for all CPU models; return 0, or 1 after printing the reason."""
     try:
         for cpu in CPUS:
             print(python(cpu))

@@ -1,8 +1,8 @@
-"""The ways from a float network to a quantized ONNX file: NNCF's, Model-Optimizer's and ONNX Runtime's own.
+"""Exporters from a float network to a quantized ONNX file: NNCF, Model-Optimizer and ONNX Runtime.
 
-Each peer goes the way that its documentation shows for convolutional networks, with its defaults, on the images that
-ours is calibrated on. Each runs in a process of its own: Model-Optimizer replaces parts of ONNX Runtime's quantizer in
-the process that uses it, and a peer that dies or hangs takes nothing else along.
+Each exporter is used as its documentation shows for convolutional networks, with its defaults, on the calibration
+images of crqat's file. Each runs in a separate process: Model-Optimizer replaces parts of ONNX Runtime's quantizer in
+its process, and an exporter that crashes or hangs does not affect the others.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from torch import nn
 
 from crqat.train.placement.nncf_layout import without_extension
 
-BATCH = 64  # of the calibration images
+BATCH = 64  # calibration images in a batch
 TIME_LIMIT_SECONDS = 1200.0
 
 
 @dataclass(frozen=True)
 class Source:
-    """What every way starts from.
+    """Inputs of every exporter.
 
     Attributes:
-        network: Float, eval mode.
-        images: Calibration images, normalized, float32 [N, C, H, W].
-        float_file: The network as ONNX, BN folded, with "input" and "logits" and a dynamic batch.
-        batch: Images that a way reads at a time.
+        network: Float network in eval mode.
+        images: Normalized calibration images, float32 [N, C, H, W].
+        float_file: The network as ONNX, with BN folded, "input" and "logits", and a dynamic batch.
+        batch: Number of images in a batch.
     """
 
     network: nn.Module
@@ -47,17 +47,17 @@ class Source:
     batch: int = BATCH
 
     def batches(self) -> list[npt.NDArray[np.float32]]:
-        """The images in batches."""
+        """Return the images in batches."""
         return [self.images[start : start + self.batch] for start in range(0, len(self.images), self.batch)]
 
 
 @dataclass(frozen=True)
 class Way:
-    """A peer's way.
+    """An exporter of another project.
 
     Attributes:
-        write: Gets the source and the path of the file to write.
-        modules: What must be importable for it.
+        write: Writes the file; called with the source and the path.
+        modules: Modules that it needs to import.
     """
 
     write: Callable[[Source, Path], None]
@@ -65,10 +65,10 @@ class Way:
 
 
 def nncf_way(source: Source, out: Path, preset: str, extension: bool = False) -> None:
-    """nncf.quantize, strip to torch's own fake quantization, torch.onnx.export.
+    """Export by nncf.quantize, strip to torch's own fake quantization, and torch.onnx.export.
 
-    The exporter is the one that can write these modules; the newer one (dynamo) refuses them. NNCF's C++ extension,
-    which is compiled when it is first used, matters for the seconds that the way takes alone.
+    The older torch.onnx exporter can write these modules; the newer one (dynamo) refuses them. NNCF's C++ extension is
+    compiled on first use and only affects the exporter's time.
     """
     import nncf
 
@@ -90,7 +90,7 @@ def nncf_way(source: Source, out: Path, preset: str, extension: bool = False) ->
 
 
 def modelopt_way(source: Source, out: Path, precision: str) -> None:
-    """modelopt.onnx.quantization.quantize on the ONNX file; entropy calibration and float16 are its defaults."""
+    """Export by modelopt.onnx.quantization.quantize on the ONNX file; it defaults to entropy and float16."""
     # TensorRT's type stubs import as an empty package, which Model-Optimizer takes for TensorRT itself.
     if _has("tensorrt") and not hasattr(importlib.import_module("tensorrt"), "__version__"):
         sys.modules["tensorrt"] = None  # type: ignore[assignment]
@@ -108,7 +108,7 @@ def modelopt_way(source: Source, out: Path, precision: str) -> None:
 
 
 def onnxruntime_way(source: Source, out: Path, signed: bool, quantize_bias: bool = True) -> None:
-    """quantize_static, QDQ, per channel: U8S8, or symmetric S8S8, what TensorRT wants, which takes no int32 bias."""
+    """Export by quantize_static, QDQ, per channel: U8S8, or symmetric S8S8 for TensorRT, which rejects int32 biases."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -138,22 +138,22 @@ WAYS = {
 
 
 def not_installed(name: str) -> str | None:
-    """What a way lacks here, as the status of its row; None if it can be gone."""
+    """Return which packages an exporter lacks here, as the status of its row; None if it can run."""
     missing = [module for module in WAYS[name].modules if not _has(module)]
     return f"not run: not installed ({', '.join(missing)})" if missing else None
 
 
 def write(name: str, source: Source, out: Path, metadata: dict[str, str]) -> str | None:
-    """Go a way in a process of its own.
+    """Run an exporter in a separate process.
 
     Args:
-        name: Of `WAYS`.
-        source: Where it starts.
+        name: Name of the exporter in `WAYS`.
+        source: The exporter's inputs.
         out: The file to write.
-        metadata: For the file's metadata_props.
+        metadata: Content of the file's metadata_props.
 
     Returns:
-        None if the file is there, else the reason in one line.
+        None if the file was written, otherwise the reason in one line.
     """
     missing = not_installed(name)
     if missing is not None:

@@ -1,8 +1,9 @@
-"""Coverage-guided fuzzing of every reader: whatever the bytes, a value or a `CrqatError`, never anything else.
+"""Coverage-guided fuzzing of every file reader: any input must give a value or a `CrqatError`.
 
 ``python -m bench.fuzz_readers --runs 1000000`` (pip install crqat-edge[fuzz]) divides its inputs among the readers,
-starts each from the files in tests/frozen, and prints a table. An input that breaks a reader is kept in bench-out/fuzz
-and ends that reader's turn; ``python -m bench.fuzz_readers --reader NAME --replay FILE`` shows the traceback.
+starts each with the files in tests/frozen, and prints a table. An input that breaks a reader is stored in
+bench-out/fuzz and ends the fuzzing of that reader; ``python -m bench.fuzz_readers --reader NAME --replay FILE`` shows
+the traceback.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ def _pictures() -> Iterator[bytes]:
 
 
 def _bundles(folder: Path) -> Iterator[bytes]:
-    """Of two files: the frozen one's hundred take a second to unpack."""
+    """Yield bundles of two files, because the hundred of the frozen bundle take a second to unpack."""
     from crqat.core import run_directory
     from crqat.runtime_eval.board import bundle
 
@@ -57,7 +58,7 @@ def _bundles(folder: Path) -> Iterator[bytes]:
 
 
 def _shards() -> Iterator[bytes]:
-    """Two samples of a WebDataset shard."""
+    """Yield a WebDataset shard of two samples."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for name, content in (("0.jpg", b"0" * 600), ("0.cls", b"0"), ("a/1.png", b"1"), ("a/1.cls", b"1\n")):
@@ -68,7 +69,7 @@ def _shards() -> Iterator[bytes]:
 
 
 def _nncf(folder: Path) -> Reader:
-    """The configuration beside a state dict of two quantizers."""
+    """Return a reader of NNCF configurations that belong to a state dict of two quantizers."""
     import numpy as np
     import torch
 
@@ -100,7 +101,7 @@ def _checkpoints() -> Iterator[bytes]:
 
 
 def _readers(folder: Path) -> dict[str, Reader]:
-    """Each reader with the inputs to start from; `folder` holds what a reader needs as a file."""
+    """Return all readers with their initial inputs; `folder` holds files that readers need."""
     from crqat.core import grid, image_file, run_directory
     from crqat.core.results import benchmark
     from crqat.pipeline.commands import check, inspect_engine
@@ -213,7 +214,7 @@ def _fuzz(name: str, corpus: Path, options: list[str]) -> None:
 
 
 def _turn(name: str, runs: int) -> list[str]:
-    """One reader's row of the table, from a process of its own."""
+    """Fuzz one reader in a separate process and return its row of the table."""
     OUT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as corpus:
         command = [
@@ -239,7 +240,7 @@ def _turn(name: str, runs: int) -> list[str]:
 
 
 def main() -> None:
-    """See the module."""
+    """Run the command line; see the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100_000, help="inputs in all")
     parser.add_argument("--reader", help="this one alone, in this process")

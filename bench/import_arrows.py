@@ -1,4 +1,4 @@
-"""How large are the packages, and who imports whom? Files, lines, arrows, and counts that are to stay small.
+"""Reports the size of packages and the imports between them: files, lines, arrows, and counts that should stay small.
 
 An arrow goes from a file to a file that it imports, whether at the top or inside a function.
 
@@ -24,8 +24,8 @@ class Arrow:
     """One import of the product's own code.
 
     Attributes:
-        source: The importing module, without "crqat.": "export.qdq.write".
-        target: The imported module, likewise.
+        source: The importing module without "crqat.": "export.qdq.write".
+        target: The imported module without "crqat.".
         lazy: Whether the import is inside a function.
     """
 
@@ -35,7 +35,7 @@ class Arrow:
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Name without "crqat." to file, of each module of `src/crqat`; the API itself is ""."""
+    """Return the file of each module of `src/crqat` by its name without "crqat."; the API itself is ""."""
     src = root / "src" / "crqat"
     found = {"": src / "__init__.py", "__main__": src / "__main__.py"}
     for package in PACKAGES:
@@ -46,13 +46,13 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def arrows(root: Path) -> list[Arrow]:
-    """Every import between the modules of the product."""
+    """Return every import between modules of the product."""
     found = modules(root)
     return [arrow for name, path in found.items() for arrow in _of_file(name, path, found)]
 
 
 def imported(tree: ast.AST) -> Iterator[tuple[str, bool]]:
-    """Dotted name of everything that a file imports absolutely, and whether inside a function."""
+    """Yield the dotted name of each absolute import of a file, and whether the import is inside a function."""
     lazy = {
         id(node)
         for function in ast.walk(tree)
@@ -71,20 +71,20 @@ def _of_file(source: str, path: Path, found: dict[str, Path]) -> Iterator[Arrow]
         if name.split(".")[0] != "crqat":
             continue
         target = name.removeprefix("crqat").removeprefix(".")
-        while target not in found:  # a name of the module, not a module
+        while target not in found:  # the last part is a name in the module, not a module
             target = target.rpartition(".")[0]
         if target != source:
             yield Arrow(source, target, lazy)
 
 
 def package_of(module: str) -> str:
-    """The package of a module; "crqat" for the API."""
+    """Return the package of a module; "crqat" for the API."""
     first = module.split(".")[0]
     return first if first in PACKAGES else "crqat"
 
 
 def names_of_runtimes(tree: ast.AST) -> tuple[int, int]:
-    """How many strings are the name of a runtime, and how many comparisons have one in them."""
+    """Count strings that are the name of a runtime, and comparisons that contain one."""
     strings = sum(isinstance(node, ast.Constant) and node.value in RUNTIMES for node in ast.walk(tree))
     compared = sum(
         isinstance(node, ast.Compare)

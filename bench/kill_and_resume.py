@@ -1,11 +1,11 @@
-"""Are interrupted runs lost or different? Kills train, export and benchmark by SIGKILL at random instants.
+"""Tests interrupted runs: kills train, export and benchmark by SIGKILL at random times and compares the results.
 
-One run is left alone. Then run after run is started and killed, several times in each stage at instants drawn evenly
-from the stage's whole time, and each time the same command goes on. At its end every run must have the files of the one
-that was left alone: bit for bit after train and export, the same accuracies after benchmark.
+One reference run is not killed. Other runs are killed several times in each stage, at times drawn uniformly from the
+stage's duration, and resumed by the same command. At its end every run must have the files of the reference run: bit
+for bit after train and export, and the same accuracies after benchmark.
 
-Processes are forked from one that has imported the libraries, so that the instants fall into work and not into imports;
-a few of them are started as a user starts them (`--cold`). Writes bench-out/soak.json.
+Processes are forked from one that has imported the libraries, so that kills hit work and not imports; a few are started
+as a user starts them (`--cold`). Writes bench-out/soak.json.
 
     python -m bench.kill_and_resume [--kills 200] [--seed 0] [--cold 0.05]
 """
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parent.parent
 OUT = Path("bench-out/soak.json")
 STAGES = ("train", "export", "benchmark")
 KILLS_OF_A_STAGE = 4
-SECONDS = 300.0  # after which a stage that was left alone hangs
-# Small, and with everything random in it: two streams of images, strong views, and dropout from torch's own generator.
+SECONDS = 300.0  # after this time a stage that was not killed counts as hanging
+# A small network with all sources of randomness: two streams of images, strong views, dropout from torch's generator.
 RECIPE = """
 name: soak
 compile: never
@@ -82,7 +82,7 @@ PRELOADED = [
 
 
 def command(folder: Path, arguments: list[str]) -> None:
-    """`crqat` with these arguments in this process, which is one of its own; what it says goes to FOLDER/log."""
+    """Run `crqat` with these arguments in this separate process; its output goes to FOLDER/log."""
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -95,7 +95,7 @@ def command(folder: Path, arguments: list[str]) -> None:
 
 
 class Command:
-    """A running `crqat`."""
+    """A running `crqat` process."""
 
     def __init__(self, folder: Path, arguments: list[str], cold: bool = False) -> None:
         self._cold: subprocess.Popen[bytes] | None = None
@@ -113,7 +113,7 @@ class Command:
         self.pid = self._warm.pid or 0
 
     def wait(self, seconds: float) -> int | None:
-        """The exit code, negative for a signal; None if it is still running after so many seconds."""
+        """Wait for the exit code, negative for a signal; return None if it is still running after so many seconds."""
         if self._cold is None:
             self._warm.join(seconds)
             return self._warm.exitcode
@@ -123,13 +123,13 @@ class Command:
             return None
 
     def kill(self) -> bool:
-        """By SIGKILL; whether it was running still."""
+        """Send SIGKILL; return whether the process was still running."""
         os.kill(self.pid, signal.SIGKILL)
         return self.wait(SECONDS) == -signal.SIGKILL
 
 
 def prepare(folder: Path) -> Path:
-    """Write recipe and network into a new folder."""
+    """Write recipe and network to a new folder."""
     folder.mkdir()
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "soak_network.py").write_text(NETWORK)
@@ -137,13 +137,13 @@ def prepare(folder: Path) -> Path:
 
 
 def crqat(folder: Path, *arguments: str) -> int:
-    """Run a command to its end; its exit code."""
+    """Run a command to its end and return its exit code."""
     code = Command(folder, list(arguments)).wait(SECONDS)
     return 124 if code is None else code
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:
-    """What a finished run is compared by: hashes of the files of train and export, accuracies of benchmark."""
+    """Return what runs are compared by: hashes of the files of train and export, and accuracies of benchmark."""
     run, found = folder / "runs" / "soak", {}
     for stage in ("train", "export"):
         for path in sorted((run / stage).rglob("*")):
@@ -162,7 +162,7 @@ def fingerprint(folder: Path) -> dict[str, Any]:
 
 
 def _timeless(value: Any) -> Any:
-    """Without what a clock says."""
+    """Return a value without its times."""
     if isinstance(value, list):
         return [_timeless(item) for item in value]
     if not isinstance(value, dict):
@@ -172,15 +172,15 @@ def _timeless(value: Any) -> Any:
 
 @dataclass
 class Figures:
-    """What came of it.
+    """Results of the test.
 
     Attributes:
-        kills: Processes that SIGKILL ended, by stage.
-        early: Processes that were done before their instant came.
-        continued: Kills after which a training said that it goes on from a state.
-        runs: Runs that were compared.
-        lost: Runs that did not finish with the same command: what failed.
-        differing: Runs whose files are others: their names.
+        kills: Number of processes ended by SIGKILL, by stage.
+        early: Number of processes that ended before they were killed.
+        continued: Number of kills after which a training reported that it resumes from a state.
+        runs: Number of compared runs.
+        lost: Reason for each run that the same command did not finish.
+        differing: Name of each run whose files differ.
     """
 
     kills: dict[str, int] = field(default_factory=lambda: dict.fromkeys(STAGES, 0))
@@ -192,10 +192,10 @@ class Figures:
 
 
 def undisturbed(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """The run that is left alone: its fingerprint and the seconds of each stage."""
+    """Run without kills; return the fingerprint and the seconds of each stage."""
     prepare(folder)
     seconds = {}
-    for stage in (*STAGES, *STAGES):  # the second time everything is imported
+    for stage in (*STAGES, *STAGES):  # the second time, everything is imported
         started = time.monotonic()
         code = crqat(folder, stage, "recipe.yaml", "--force")
         if code != 0:
@@ -208,20 +208,20 @@ def undisturbed(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
 def disturbed(
     folder: Path, seconds: dict[str, float], draw: random.Random, figures: Figures, most: int, cold: float = 0.0
 ) -> dict[str, Any] | None:
-    """One run with up to `most` kills in each stage; its fingerprint, None if it is lost.
+    """Run with up to `most` kills in each stage; return the fingerprint, or None if the run is lost.
 
     Args:
-        folder: Made.
-        seconds: How long each stage takes undisturbed.
-        draw: Of the instants.
-        figures: Counted up.
-        most: Kills of a stage; a stage that ends before its instant is killed less often.
-        cold: Share of processes that are started without a warm parent.
+        folder: Folder of the run, which is created.
+        seconds: Duration of each stage without kills.
+        draw: Random generator for the times of the kills.
+        figures: Results, which are updated.
+        most: Largest number of kills in a stage; a stage that ends early is killed less often.
+        cold: Share of processes that are started without a warm parent process.
     """
     prepare(folder)
     for stage in STAGES:
         for _ in range(most):
-            # States by time in between, or after every step: both kinds of instants occur.
+            # States are saved periodically, or after every step, so that kills hit both cases.
             options = ["--save-every", draw.choice(("0", "0.2", "300"))] if stage == "train" else []
             is_cold = draw.random() < cold
             running = Command(folder, [stage, "recipe.yaml", *options], is_cold)
@@ -245,18 +245,18 @@ def disturbed(
 
 
 def compare(found: dict[str, Any] | None, reference: dict[str, Any], figures: Figures) -> None:
-    """Note which files of a run are not the reference's."""
+    """Record which files of a run differ from the reference's."""
     if found is not None and found != reference:
         names = sorted(found.keys() | reference.keys())
         figures.differing.append([name for name in names if found.get(name) != reference.get(name)])
 
 
 def main() -> None:
-    """Kill as often as asked, print the figures, write the JSON; exit with 1 if a run is lost or differs."""
+    """Run until the number of kills is reached, print and write results; exit with 1 if a run is lost or differs."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cold", type=float, default=0.05, help="share of processes that import everything anew")
+    parser.add_argument("--cold", type=float, default=0.05, help="share of processes that import everything again")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before the first process: the order of sums depends on it
     draw, figures, started = random.Random(arguments.seed), Figures(), time.monotonic()  # noqa: S311 - instants
@@ -272,7 +272,7 @@ def main() -> None:
     OUT.write_text(json.dumps({"device": to_json(host.describe()), **row}, indent=1))
     kills = ", ".join(f"{stage} {count}" for stage, count in figures.kills.items())
     print(f"kills: {sum(figures.kills.values())} ({kills})")
-    print(f"runs: {figures.runs}; trainings that went on from a state: {figures.continued}")
+    print(f"runs: {figures.runs}; trainings that resumed from a state: {figures.continued}")
     print(f"lost runs: {len(figures.lost)}")
     print(f"differing runs: {len(figures.differing)}")
     for problem in [*figures.lost, *map(str, figures.differing)]:

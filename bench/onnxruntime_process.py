@@ -1,6 +1,6 @@
-"""A file's outputs as ONNX Runtime computes them in a process of its own, on this CPU or on an emulated one.
+"""Runs an ONNX file with ONNX Runtime in a separate process, on this CPU or on an emulated one.
 
-U8S8 kernels are exact on CPUs with VNNI and saturate without: qemu's user mode gives a CPU without it on any machine.
+U8S8 kernels are exact on CPUs with VNNI and saturate without: qemu's user mode emulates a CPU without it anywhere.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ numpy.savez(sys.argv[3], *session.run(json.loads(sys.argv[4]), {"input": numpy.l
 
 
 class NotRun(Exception):
-    """There are no outputs; the message says why, as a table shows it."""
+    """The file could not be run; the message has the reason, in the form of a table cell."""
 
 
 def missing(cpu: str | None) -> str | None:
-    """Why a CPU cannot be had here, None if it can."""
+    """Return why a CPU cannot be emulated here; None if it can."""
     return "no qemu-x86_64" if cpu is not None and shutil.which("qemu-x86_64") is None else None
 
 
@@ -46,18 +46,18 @@ def outputs(
     cpu: str | None = None,
     python: Path | None = None,
 ) -> list[npt.NDArray[Any]]:
-    """A file's outputs, in the order of their names.
+    """Return a file's outputs, in the order of `names`.
 
     Args:
         model: An ONNX file with one input, "input".
-        names: Of its outputs.
-        images: The input.
+        names: Names of the outputs.
+        images: The input images.
         folder: For scratch files.
-        cpu: An x86 CPU model of qemu, None for this machine's.
-        python: Of another CPU, such as `bench.emulated_arm.python`; None for this one.
+        cpu: x86 CPU model of qemu; None for this machine's CPU.
+        python: Python of another CPU, such as `bench.emulated_arm.python`; None for this Python.
 
     Raises:
-        NotRun: There is no emulator, or ONNX Runtime does not run the file, or not in time.
+        NotRun: There is no emulator, or ONNX Runtime does not run the file or exceeds the time limit.
     """
     lacking = missing(cpu)
     if lacking is not None:

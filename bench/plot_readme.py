@@ -1,6 +1,6 @@
 """Draws the README's picture from measured figures: `python -m bench.plot_readme`.
 
-The figures stand in docs/images/wrong_codes.json, copied from a table of docs/results.md; a test compares the two.
+The figures are in docs/images/wrong_codes.json, copied from a table of docs/results.md; a test compares the two.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def draw(figures: Path, picture: Path) -> None:
 
     content = json.loads(figures.read_text())
     rows = content["rows"]
-    # Text stays text, and nothing depends on the time or on chance: the file changes only with its figures.
+    # Text stays text, and nothing is random or depends on the time: the file changes only with its figures.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "crqat", "font.family": "sans-serif"}):
         figure = Figure(figsize=(8.5, 3.2), layout="constrained", facecolor="white")
         axes = figure.subplots()

@@ -1,7 +1,7 @@
-"""Which inputs of a residual Add should TensorRT get quantized? Both, the skip branch alone, or none.
+"""Compares quantized inputs of residual Adds in TensorRT: both inputs, the skip branch only, or none.
 
-Each network is calibrated, written as tensorrt.onnx with float16 beside INT8, and built; the plan says how many layers
-of which kind come out, not how fast they are. Accuracy is that of the file in ONNX Runtime, where trained weights are
+Each network is calibrated, written as tensorrt.onnx with float16 next to INT8, and built. The engine plan shows the
+number of layers of each kind, not their speed. Accuracy is that of the file in ONNX Runtime, if trained weights are
 given. Writes bench-out/residual.json.
 
     python -m bench.residual_add [--cifar10 data/cifar10 --weights resnet20-12fca82f.th]
@@ -34,7 +34,7 @@ COLUMNS = ("model", "quantized", "layers", "matmul", "int8_by_macs", "pointwise"
 
 
 def measure(case: Case, residual: Residual) -> dict[str, Any]:
-    """One row."""
+    """Measure one row."""
     quantized = calibrated(case, ("tensorrt",), residual)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tensorrt.onnx"
@@ -63,7 +63,7 @@ def measure(case: Case, residual: Residual) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all networks, print a table, write the JSON."""
+    """Measure all networks, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--cifar10", type=Path, help="folder with cifar-10-batches-py")
     parser.add_argument("--weights", type=Path, help="ResNet-20's float weights")

@@ -1,9 +1,9 @@
-"""What do few bits without training cost, ours and a peer's rounding optimization, on a trained network?
+"""Compares post-training quantization at few bits: crqat's and AIMET's rounding, on a trained network.
 
-CIFAR-10's ResNet-20, calibrated and rounded from the same training images, all weights at the same bit width, judged on
-all 10,000 test images in torch; drops are paired by image. AIMET folds BatchNorm and rounds by AdaRound's own gradient
-descent, as its documentation has it. Each way runs in a process of its own, one after the other, on one thread. Writes
-bench-out/rounding.json; a way whose package is not installed is a row that says so.
+CIFAR-10's ResNet-20 is calibrated and rounded on the same training images, with all weights at the same bit width, and
+evaluated on all 10,000 test images in torch; drops are paired by image. AIMET folds BatchNorm and rounds by AdaRound's
+own gradient descent, as documented. Each method runs in a separate process, one after the other, on one thread. Writes
+bench-out/rounding.json; a method whose package is not installed has a row that says so.
 
     python -m bench.rounding WEIGHTS --cifar10 DIR [--bits 4,8] [--images 512] [--iterations 10000] [--ways crqat,...]
 """
@@ -42,7 +42,7 @@ _BATCH = 32
 
 
 def ours(net: nn.Module, images: Tensor, bits: tuple[int, int], way: str) -> nn.Module:
-    """First and last layer have the bit widths of all others."""
+    """Quantize by crqat; first and last layer have the bit widths of all others."""
     weights, activations = bits
     ends = {"conv1": Override(weights, 8), "linear": Override(weights, activations)}
     model = quantize(
@@ -60,7 +60,7 @@ def ours(net: nn.Module, images: Tensor, bits: tuple[int, int], way: str) -> nn.
 
 
 def aimet(net: nn.Module, images: Tensor, bits: tuple[int, int], iterations: int) -> nn.Module:
-    """Its quantization simulator, with AdaRound's weights if `iterations` is not 0."""
+    """Quantize by AIMET's simulator, with AdaRound unless `iterations` is 0."""
     from aimet_torch.batch_norm_fold import fold_all_batch_norms
     from aimet_torch.common.defs import QuantScheme
     from aimet_torch.v2.adaround import Adaround, AdaroundParameters
@@ -99,14 +99,14 @@ def aimet(net: nn.Module, images: Tensor, bits: tuple[int, int], iterations: int
 
 
 def network(weights: Path) -> nn.Module:
-    """The trained float network."""
+    """Return the trained float network."""
     net = models.build(NETWORK, 10, 3)
     models.load_weights(net, weights)
     return net.eval()
 
 
 def measure(way: str, given: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
-    """Seconds of a way, and its accuracy against the float network's."""
+    """Measure the seconds of a method, and its accuracy compared with the float network's."""
     if way.startswith("AIMET") and importlib.util.find_spec("aimet_torch") is None:
         return {"way": way, "bits": given.bits, "status": "not run: aimet-torch is not installed"}
     bits = tuple(int(part) for part in given.bits.split(","))
@@ -143,7 +143,7 @@ def measure(way: str, given: argparse.Namespace, dataset: Dataset) -> dict[str, 
 
 
 def main() -> None:
-    """Measure all ways, each in a process of its own, and print a row as each ends."""
+    """Measure all methods, each in a separate process, and print each row when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("weights", type=Path)
     parser.add_argument("--cifar10", required=True)

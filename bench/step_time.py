@@ -1,6 +1,6 @@
-"""What does a step cost? Float, QAT and CR-QAT on CIFAR ResNet-20, and the peers' plain QAT where they are installed.
+"""Measures the time of a training step: float, QAT and CR-QAT on CIFAR ResNet-20, and plain QAT of other libraries.
 
-Rounds are interleaved in one process and augmentation is counted on all sides. Writes bench-out/train.json with the
+Rounds are interleaved in one process, and augmentation is counted for all modes. Writes bench-out/train.json with the
 rows: name, mode, median_seconds, ratio_to_float (of the faster float), n, interval (of the ratio).
 
     python -m bench.step_time [--rounds 7] [--cifar10 data/cifar10]
@@ -42,17 +42,17 @@ from crqat.train.training.optimizer import Fit
 from crqat.train.training.resume import SAVE_EVERY, Keeper, Training
 
 BATCH = 128
-STEPS = 4  # of one mode in a round
+STEPS = 4  # steps of one mode in a round
 SAVES = 9
 OUT = Path("bench-out/train.json")
 Step = Callable[[], None]
 
 
 class Bench:
-    """The images and networks that all modes share."""
+    """Images and networks that all modes share."""
 
     def __init__(self, cifar10: Path | None) -> None:
-        if cifar10 is None:  # noise of the same shape: a step takes as long
+        if cifar10 is None:  # noise of the same shape: a step takes the same time
             images = torch.randint(0, 256, (5000, 3, 32, 32), dtype=torch.uint8)
             labels = torch.randint(0, 10, (5000,))
         else:
@@ -65,13 +65,13 @@ class Bench:
         self.network = models.build("cifar/resnet20", 10, 3).to(memory_format=torch.channels_last)
 
     def endless(self, views: int) -> Iterator[tuple[Tensor, ...]]:
-        """Augmented batches without end."""
+        """Yield augmented batches without end."""
         generator = torch.Generator().manual_seed(0)
         while True:
             yield from self.batches.epoch(generator, views)
 
     def plain(self, model: nn.Module, forward: Callable[[Tensor], Tensor]) -> Step:
-        """Cross-entropy and SGD."""
+        """Return a step of cross-entropy and SGD."""
         optimizer, batches = sgd(model), self.endless(1)
         model.train()
 
@@ -82,12 +82,12 @@ class Bench:
         return step
 
     def float_step(self, compiled: bool) -> Step:
-        """The float network."""
+        """Return a step of the float network."""
         model = copy.deepcopy(self.network)
         return self.plain(model, torch.compile(model) if compiled else model)
 
     def ours_step(self, teacher: str, compiled: bool) -> Step:
-        """QAT ("none") or CR-QAT ("ema")."""
+        """Return a step of QAT ("none") or CR-QAT ("ema")."""
         float_model = copy.deepcopy(self.network).eval()
         student = quantize_model(
             float_model, self.calibration[0][:2], QuantizationConfig(), ("onnxruntime",), METHODS["lsq"]
@@ -106,7 +106,7 @@ class Bench:
         return step
 
     def save(self, states: Path) -> Step:
-        """One state of a CR-QAT training: three networks, momentum, the place in the images."""
+        """Return a step that saves a state of CR-QAT: three networks, momentum, the position in the images."""
         float_model = copy.deepcopy(self.network).eval()
         student = quantize_model(
             float_model, self.calibration[0][:2], QuantizationConfig(), ("onnxruntime",), METHODS["lsq"]
@@ -122,14 +122,14 @@ class Bench:
             return keeper.save
 
     def nncf_step(self) -> Step:
-        """NNCF's own way: nncf.quantize, then a plain loop; its quantizers cannot be compiled."""
+        """Return a step of NNCF: nncf.quantize, then a plain loop; its quantizers cannot be compiled."""
         import nncf
 
         model = nncf.quantize(copy.deepcopy(self.network).eval(), nncf.Dataset(self.calibration), subset_size=1)
         return self.plain(model, model)
 
     def modelopt_step(self) -> Step:
-        """NVIDIA Model-Optimizer's INT8 default."""
+        """Return a step of NVIDIA Model-Optimizer's INT8 default."""
         import modelopt.torch.quantization as mtq
 
         model = mtq.quantize(
@@ -138,7 +138,7 @@ class Bench:
         return self.plain(model, model)
 
     def brevitas_step(self) -> Step:
-        """Brevitas' programmatic way: INT8 layers take the place of float ones; its tensors cannot be sliced here."""
+        """Return a step of Brevitas' API: INT8 layers replace float ones; its tensors cannot be sliced here."""
         from brevitas.graph.calibrate import calibration_mode
         from brevitas.graph.quantize import layerwise_quantize
 
@@ -150,20 +150,20 @@ class Bench:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """The trainer's optimizer."""
+    """Return the trainer's optimizer."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """One step down the gradient."""
+    """Run one optimizer step."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 
 def main() -> None:
-    """Measure all modes in turns, print a table, write the JSON."""
+    """Measure all modes alternately, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--cifar10", type=Path, help="folder with cifar-10-batches-py")
@@ -218,7 +218,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as place:  # on the disk that runs are on
         saving = [_seconds(save) for save in [bench.save(Path(place))] * SAVES]
     middle = float(np.median(saving))
-    # Besides by time a state is saved at each epoch's end; here of CIFAR-10's 50,000 images.
+    # Apart from the periodic states, one is saved after each epoch; here an epoch has CIFAR-10's 50,000 images.
     epoch_steps = 50_000 // BATCH
     epoch = epoch_steps * next(row["median_seconds"] for row in rows if row["name"] == "CR-QAT")
     shares = middle / SAVE_EVERY, middle / epoch

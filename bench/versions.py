@@ -1,14 +1,14 @@
-"""Which versions of the libraries take a network from its recipe to its verdict?
+"""Tests which versions of the libraries run all stages of a recipe successfully.
 
-One row for each combination: a virtual environment with those versions, in which the four stages of two recipes run as
-a user runs them. The libraries that crqat reaches into are varied one at a time against the newest of the others, and
-one row has the lowest version of every dependency that pyproject.toml allows; the full product would cost hours and say
-little more. Writes pipeline/commands/versions.json, which `crqat doctor` reads, and the table of docs/versions.md.
+One row for each combination: a virtual environment with those versions, in which the four stages of two recipes run
+like a user's. Libraries whose internals crqat uses are varied one at a time with the newest versions of the others, and
+one row has the lowest version of every dependency that pyproject.toml allows; all combinations would take hours and
+tell little more. Writes pipeline/commands/versions.json, which `crqat doctor` reads, and the table of docs/versions.md.
 
     python -m bench.versions [--rows newest --rows "oldest PyTorch"] [--folder DIR] [--keep]
 
-Needs nothing but Python and pip; the Python that runs it is that of the environments. Ends with 1 if a row that could
-be installed does not end as expected: in passed gates, but for old versions of ONNX Runtime.
+Needs only Python and pip; the environments use the Python that runs it. Exits with 1 if an installable row does not end
+as expected: with passed gates, except for old versions of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ ROOT = Path(__file__).parents[1]
 JSON, DOC = ROOT / "pipeline" / "commands" / "versions.json", ROOT / "docs" / "versions.md"
 FOLDER = ROOT / "bench-out" / "versions"
 STAGES = ("train", "export", "benchmark", "gate")
-# The residual network of CIFAR's size: depthwise convolutions, ReLU6 and sums, calibrated and not trained further. Its
-# images are digits, since CIFAR-10 is a download; nearly untrained, it loses more to INT8 than a network in use.
+# A residual network for CIFAR's image size: depthwise convolutions, ReLU6 and sums, calibrated without QAT. It uses
+# digits, because CIFAR-10 is a download; nearly untrained, it loses more accuracy in INT8 than a trained network.
 RESIDUAL = """name: residual
 compile: never
 data: {source: "bench.versions:enlarged_digits"}
@@ -46,7 +46,7 @@ gate: {max_accuracy_drop: 5, min_agreement: 0.8}
 """
 RECIPES = ("digits", "residual")
 PASSED, INCONCLUSIVE, FAILED, NOT_AVAILABLE = "passed", "inconclusive", "failed", "not available here"
-# A package to its name in the table: what crqat calls beyond documented interfaces or writes files for, and numpy.
+# Maps a package to its name in the table: libraries whose internals crqat uses or for which it writes files, and numpy.
 SHOWN = {
     "torch": "PyTorch",
     "nncf": "NNCF",
@@ -70,14 +70,14 @@ print(json.dumps(found))
 
 @dataclass(frozen=True)
 class Row:
-    """One combination.
+    """One combination of versions.
 
     Attributes:
-        name: What it varies.
-        pins: Package to version; every other dependency is the newest that pip finds.
-        further: A package beside the dependencies.
-        needs_cuda: It does nothing without a CUDA device.
-        expected: The row's status, if all is as it should be.
+        name: What the combination varies.
+        pins: Pinned versions by package; every other dependency is the newest that pip finds.
+        further: A package that is installed in addition to the dependencies.
+        needs_cuda: Whether the row needs a CUDA device.
+        expected: Expected status of the row.
     """
 
     name: str
@@ -88,10 +88,10 @@ class Row:
 
 
 def bounds(text: str) -> dict[str, str]:
-    """The lowest version of each dependency, of the text of pyproject.toml.
+    """Return the lowest version of each dependency in the text of pyproject.toml.
 
     Raises:
-        ValueError: A dependency has none.
+        ValueError: A dependency has no lower bound.
     """
     listed = re.findall(r"^dependencies = \[\n(.*?)^\]", text, re.MULTILINE | re.DOTALL)[0]
     found = {}
@@ -105,8 +105,8 @@ def bounds(text: str) -> dict[str, str]:
 
 
 def rows(lowest: Mapping[str, str]) -> list[Row]:
-    """All combinations; those of one PyTorch follow each other, since they share its environment."""
-    # ONNX Runtime 1.20.0 and 1.23.2 truncate where they quantize float16, so that tensorrt.onnx is not measured there.
+    """Return all combinations; those with the same PyTorch are adjacent, because they share an environment."""
+    # ONNX Runtime 1.20.0 and 1.23.2 truncate when they quantize float16, so tensorrt.onnx is not measured there.
     truncates = INCONCLUSIVE
     return [
         Row("newest", {}),
@@ -122,7 +122,7 @@ def rows(lowest: Mapping[str, str]) -> list[Row]:
 
 
 def enlarged_digits() -> Dataset:
-    """The digits as RGB images of 32 x 32 pixels: 400 to train and 397 to judge."""
+    """Return the digits as RGB images of 32 x 32 pixels: 400 for training and 397 for testing."""
     from dataclasses import replace
 
     from torch.nn import functional
@@ -146,19 +146,20 @@ def enlarged_digits() -> Dataset:
 
 
 def run(row: Row, lowest: Mapping[str, str], folder: Path) -> dict[str, Any]:
-    """Install a row's versions and run all recipes; what the JSON file says of the row.
+    """Install a row's versions and run all recipes; return the row's entry of the JSON file.
 
     Args:
         row: The combination.
-        lowest: Of `bounds`.
-        folder: Where environments are kept, one for each PyTorch.
+        lowest: Result of `bounds`.
+        folder: Folder for the environments, one for each PyTorch.
     """
     told: dict[str, Any] = {"name": row.name, "python": platform.python_version(), "pins": dict(row.pins)}
     told |= {"status": NOT_AVAILABLE, "versions": {}, "recipes": {}, "error": None}
     if row.needs_cuda and not Path("/dev/nvidiactl").exists():
         return told | {"error": "no CUDA device"}
     python = environment(row, folder)
-    # The package itself, whose bounds pip then holds; the names of all dependencies, or what is there would stay.
+    # Install the package itself, so that pip respects its bounds, and name all dependencies, so that old ones are
+    # replaced.
     pinned = [f"{name}=={row.pins[name]}" if name in row.pins else name for name in lowest]
     extra = [row.further] if row.further else []
     install = ["install", "--quiet", "--upgrade", "--editable", str(ROOT), *pinned, *extra]
@@ -180,7 +181,7 @@ def run(row: Row, lowest: Mapping[str, str], folder: Path) -> dict[str, Any]:
 
 
 def status(recipes: Mapping[str, Mapping[str, Any]]) -> str:
-    """Of a row whose recipes ran: a gate that is inconclusive says that nothing failed, and that a rule was not run."""
+    """Return the status of a row whose recipes ran. In an inconclusive gate no rule failed, but one was not run."""
     verdicts = {result["gate"] for result in recipes.values()}
     if verdicts == {"PASS"}:
         return PASSED
@@ -188,7 +189,7 @@ def status(recipes: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def environment(row: Row, folder: Path) -> Path:
-    """The Python of a row's environment, which is made if it is not there; those of other PyTorches are removed."""
+    """Return the Python of a row's environment, created if missing; those of other PyTorch versions are removed."""
     place = folder / f"torch-{row.pins.get('torch', 'newest')}"
     for other in folder.glob("torch-*/pyvenv.cfg"):
         if other.parent != place:
@@ -200,7 +201,7 @@ def environment(row: Row, folder: Path) -> Path:
 
 
 def stages(python: Path, recipe: Path, runs: Path) -> dict[str, Any]:
-    """Exit codes and seconds of a recipe's stages up to the first that fails, the gate's verdict, the first error."""
+    """Run a recipe's stages until one fails; return exit codes and seconds, the gate's verdict and the first error."""
     told: dict[str, Any] = {"exit_codes": {}, "seconds": {}, "gate": None, "error": None}
     for stage in STAGES:
         start = time.monotonic()
@@ -220,7 +221,7 @@ def _pip(python: Path) -> list[str]:
 
 
 def _call(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    """A process in this directory, whose crqat it takes; after its time it ends with 124, as the program `timeout`."""
+    """Run a process in this directory, so that it uses this crqat; on a timeout it ends with 124, as `timeout` does."""
     paths = {"PYTHONPATH": str(ROOT / "src")} if "pip" not in command else {"PYTHONPATH": ""}
     try:
         return subprocess.run(
@@ -231,14 +232,14 @@ def _call(command: Sequence[str], seconds: float) -> subprocess.CompletedProcess
 
 
 def _first(text: str, *starts: str) -> str:
-    """The first line with one of these starts, else the last line that is not empty; spaces are single."""
+    """Return the first line with one of these beginnings, else the last nonempty line; spaces are collapsed."""
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     found = [line for line in lines if line.startswith(tuple(start.strip() for start in starts))]
     return found[0] if found else (lines or [""])[-1]
 
 
 def table(told: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of the JSON file as lines of Markdown."""
+    """Return the rows of the JSON file as Markdown lines."""
     columns = ("row", "Python", *SHOWN.values(), *RECIPES, "error")
     lines = [columns, ("---",) * len(columns)]
     for row in told:
@@ -261,14 +262,14 @@ def _verdict(result: Mapping[str, Any] | None) -> str:
 
 
 def with_table(text: str, lines: Sequence[str]) -> str:
-    """A document with these lines in place of its table, which is the only one."""
+    """Return a document with its only table replaced by these lines."""
     old = text.splitlines()
     inside = [number for number, line in enumerate(old) if line.startswith("|")]
     return "\n".join([*old[: inside[0]], *lines, *old[inside[-1] + 1 :]]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the rows and write both files after each; 0, or 1 if a row that could be installed is not as expected."""
+    """Run the rows and write both files after each; return 0, or 1 if an installable row does not end as expected."""
     lowest = bounds((ROOT / "pyproject.toml").read_text())
     every = rows(lowest)
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -291,7 +292,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(told: Mapping[str, Any], order: Sequence[str]) -> None:
-    """Put a row into both files, in place of what an earlier run on the same Python said of it."""
+    """Write a row to both files, replacing the result of an earlier run on the same Python."""
     minor = told["python"].rpartition(".")[0]
     old = json.loads(JSON.read_text())["rows"] if JSON.is_file() else []
     kept = [row for row in old if (row["name"], row["python"].rpartition(".")[0]) != (told["name"], minor)]

@@ -1,8 +1,8 @@
-"""What comes out of each way to a quantized ONNX file, and what do TensorRT and ONNX Runtime make of it?
+"""Compares quantized ONNX files of several exporters in TensorRT and ONNX Runtime.
 
-The same float networks go through NNCF's, Model-Optimizer's and ONNX Runtime's own way (`bench.exporter_peers`) and
-ours, calibrated on the same images and not trained. Each file is then built by TensorRT for RTX, which needs no GPU,
-and run by ONNX Runtime on this CPU. Writes bench-out/export.json with one row for each network and file.
+The same float networks are exported by NNCF, Model-Optimizer, ONNX Runtime (`bench.exporter_peers`) and crqat,
+calibrated on the same images and not trained. Each file is then built by TensorRT for RTX, which needs no GPU, and run
+by ONNX Runtime on this CPU. Writes bench-out/export.json with one row for each network and file.
 
     python -m bench.vs_exporters [--rounds 9] [--models resnet20,resnet18] [--cifar10 DIR --weights FILE]
 """
@@ -39,28 +39,28 @@ from crqat.runtime_eval.trt.engine import EngineOptions, build
 
 OUT = Path("bench-out/export.json")
 FLOAT = "float"
-# The files of one network that was calibrated once, for both targets: the types that `crqat export` gives them.
+# Files of one network, calibrated once for both targets, in the precision that `crqat export` writes.
 OURS = {"ours, onnxruntime.onnx": ("onnxruntime", "float32"), "ours, tensorrt.onnx": ("tensorrt", "float16")}
 PACKAGES = (
     "torch", "torchvision", "onnx", "onnxruntime", "nncf", "torchao", "nvidia-modelopt", "onnx-graphsurgeon",
     "tensorrt-rtx-cu13",
 )  # fmt: skip
 CODE_IMAGES = 2
-EMULATED_IMAGES = 1  # an emulated CPU takes some fifteen times as long
-SECONDS = 0.5  # of each file in each round
-SHOWN = 150  # characters of a failure in the table; the JSON has them all
+EMULATED_IMAGES = 1  # an emulated CPU is about fifteen times slower
+SECONDS = 0.5  # measuring time of each file in each round
+SHOWN = 150  # characters of an error in the table; the JSON has all of them
 CONFIG = BenchmarkConfig(threads=1)
 COLUMNS = ("way", "bytes", "TensorRT", "INT8 by MACs", "warnings", "ONNX Runtime", "ms", "x float", "wrong codes",
            "without VNNI", "top-1 %", "drop, points", "top-1 % as TensorRT reads it")  # fmt: skip
 
 
 def measure(case: Case, rounds: int, seconds: float = SECONDS) -> list[dict[str, Any]]:
-    """All rows of one network; the first is the float file's.
+    """Measure all rows of one network; the first row is the float file's.
 
     Args:
         case: The network and its images.
-        rounds: Of the latency.
-        seconds: Of each file in each round.
+        rounds: Number of latency rounds.
+        seconds: Measuring time of each file in each round.
     """
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -72,7 +72,7 @@ def measure(case: Case, rounds: int, seconds: float = SECONDS) -> list[dict[str,
 def evaluate(
     case: Case, paths: Mapping[str, Path], rows: dict[str, dict[str, Any]], folder: Path, rounds: int, seconds: float
 ) -> None:
-    """Fill the rows of the files that were written with all that is measured; `folder` is for scratch files."""
+    """Measure the written files and fill their rows; `folder` is for scratch files."""
     for name, path in paths.items():
         rows[name]["size_bytes"] = path.stat().st_size
         if name != FLOAT:
@@ -107,7 +107,7 @@ def _row(case: Case, name: str) -> dict[str, Any]:
 
 
 def _write_files(case: Case, folder: Path, rows: dict[str, dict[str, Any]]) -> dict[str, Path]:
-    """Write each way's file; a row of one that did not come out says why in its status."""
+    """Write each exporter's file; the row of one that failed has the reason in its status."""
     paths = {name: folder / f"{number}.onnx" for number, name in enumerate(rows)}
     quantized = calibrated(case, tuple(target for target, _ in OURS.values()))
     onnx.save(float_model(quantized.graph, METADATA), paths[FLOAT])
@@ -124,7 +124,7 @@ def _write_files(case: Case, folder: Path, rows: dict[str, dict[str, Any]]) -> d
 
 
 def tensorrt(path: Path) -> dict[str, Any]:
-    """What TensorRT for RTX says of a file, built for batch 1 and its default GPUs, in a process of its own.
+    """Build a file with TensorRT for RTX in a separate process, for batch 1 and its default GPUs; return the report.
 
     Returns:
         {"status": "built" | "failed: ..." | "not run: ...", "int8_by_macs": share of 1, "uncovered": nodes, "remarks",
@@ -153,7 +153,7 @@ def _loads(path: Path, images: Path) -> str:
 
 
 def _accuracies(case: Case, paths: Mapping[str, Path], rows: dict[str, dict[str, Any]], folder: Path) -> None:
-    """Accuracy on the test images, against the float file image by image."""
+    """Measure accuracy on the test images, compared with the float file image by image."""
     assert case.test is not None  # noqa: S101 (the caller asked; this tells mypy)
     labels = case.test[1]
     images = folder / "test.npy"
@@ -176,7 +176,7 @@ def _accuracies(case: Case, paths: Mapping[str, Path], rows: dict[str, dict[str,
 
 
 def uint8_as_int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The file as TensorRT says that it reads it: UINT8 codes with zero point 0 are INT8 codes of the same scale."""
+    """Convert a file as TensorRT reports to read it: UINT8 codes with zero point 0 become INT8, with the same scale."""
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     quantization = [n for n in changed.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -188,7 +188,7 @@ def uint8_as_int8(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def versions() -> dict[str, str | None]:
-    """What takes part, by package; None is not installed."""
+    """Return the versions of the packages involved; None for one that is not installed."""
     return {package: _version(package) for package in PACKAGES}
 
 
@@ -200,12 +200,12 @@ def _version(package: str) -> str | None:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """A row of the table, as `COLUMNS` has it."""
+    """Return a row of the table with the columns of `COLUMNS`."""
     if row["status"] != "written":
         return [row["way"], row["status"], *[""] * (len(COLUMNS) - 2)]
     built, time = row["tensorrt"] or {}, row["latency"]
     status = str(built.get("status", "-"))
-    # Of a file that does not build, the status says all.
+    # If a file does not build, its status is enough.
     told = built.get("remarks", []) if status == "built" else []
     warned = [f"{remark['kind']} x{remark['count']}" for remark in told if remark["severity"] != "harmless"]
     share = built.get("int8_by_macs")
@@ -238,7 +238,7 @@ def _counted(entry: dict[str, Any] | None) -> str:
 
 
 def main() -> None:
-    """Measure all networks, print a table of each, write the JSON."""
+    """Measure all networks, print a table for each and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--models", help="parts of their names, separated by commas; default: all")

@@ -1,9 +1,9 @@
-"""How fast and how right is the file? Float, ours, and ONNX Runtime's own static quantization of the same float file.
+"""Compares speed and correctness of float files, our files, and files of ONNX Runtime's static quantization.
 
-Writes bench-out/infer.json with the rows: model, float_ms, int8_ms, peer_ms, time_ratio_to_peer, interval,
-wrong_codes, peer_wrong_codes, accuracy, peer_accuracy. A code is wrong if it is not the integer simulator's. U8S8
-kernels are exact on CPUs with VNNI and saturate without: where qemu-x86_64 is installed, codes are counted on an
-emulated CPU without it too.
+Writes bench-out/infer.json with the rows: model, float_ms, int8_ms, peer_ms, time_ratio_to_peer, interval, wrong_codes,
+peer_wrong_codes, accuracy, peer_accuracy. A code is wrong if it differs from the integer simulator's. U8S8 kernels are
+exact on CPUs with VNNI and saturate without: if qemu-x86_64 is installed, codes are also counted on an emulated CPU
+without VNNI.
 
     python -m bench.vs_onnxruntime [--rounds 10] [--cifar10 data/cifar10 --weights resnet20-12fca82f.th]
 """
@@ -53,14 +53,14 @@ OUT = Path("bench-out/infer.json")
 
 @dataclass
 class Case:
-    """A float network with the images that it is calibrated and measured on.
+    """A float network with its images for calibration and measurement.
 
     Attributes:
-        name: For the table.
-        network: Float, eval mode.
-        images: Calibration images, uint8 [N, C, H, W]; the first ones are those of the timing and of the codes.
-        weights: Where its weights come from.
-        test: Test images and labels, None where the weights are random and accuracy says nothing.
+        name: Name in the table.
+        network: Float network in eval mode.
+        images: Calibration images, uint8 [N, C, H, W]; the first ones are also used for timing and codes.
+        weights: Source of its weights.
+        test: Test images and labels; None for random weights, whose accuracy is meaningless.
     """
 
     name: str
@@ -71,7 +71,7 @@ class Case:
 
 
 def cases(cifar10: Path | None, weights: Path | None) -> Iterator[Case]:
-    """CIFAR ResNet-20 with trained weights if they are given, then three ImageNet networks at 224 px."""
+    """Yield CIFAR ResNet-20 if trained weights are given, then three ImageNet networks at 224 px."""
     dataset = sources.load("cifar10", str(cifar10), False) if cifar10 else sources.load("digits", None, False)
     small = dataset.train_images[:64]
     large = nn.functional.interpolate(small[:16].float().expand(-1, 3, -1, -1), 224).byte().numpy()
@@ -83,7 +83,7 @@ def cases(cifar10: Path | None, weights: Path | None) -> Iterator[Case]:
     for name in ("resnet18", "resnet50", "mobilenet_v2"):
         torch.manual_seed(0)
         network = models.build(f"torchvision/{name}", 1000, 3)
-        # Random weights: timing and codes do not depend on them, as long as BN statistics fit the activations.
+        # Random weights: timing and codes do not depend on them, provided that BN statistics fit the activations.
         with torch.no_grad():
             for module in network.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -93,7 +93,7 @@ def cases(cifar10: Path | None, weights: Path | None) -> Iterator[Case]:
 
 
 def calibrated(case: Case, targets: tuple[str, ...], residual: Residual | None = None) -> Quantized:
-    """The network of a case, quantized after training on its images."""
+    """Return the network of a case, quantized by calibration on its images."""
     batches = torch.split(torch.from_numpy(IMAGENET(case.images)), 64)
     return quantize_network(case.network, batches, targets, residual=residual)
 
@@ -123,13 +123,13 @@ def export(case: Case, folder: Path) -> dict[str, Path]:
 
 
 def wrong_codes(path: Path, images: npt.NDArray[np.float32], folder: Path, cpu: str | None) -> int | None:
-    """How many activation codes ONNX Runtime computes otherwise than the simulator; None where it cannot be told.
+    """Count activation codes in which ONNX Runtime differs from the simulator; None if they cannot be compared.
 
     Args:
         path: A QDQ file.
-        images: Normalized.
+        images: Normalized images.
         folder: For scratch files.
-        cpu: A CPU model of qemu, None for this one.
+        cpu: CPU model of qemu; None for this machine's CPU.
     """
     if onnxruntime_process.missing(cpu) is not None:
         return None
@@ -150,14 +150,14 @@ def wrong_codes(path: Path, images: npt.NDArray[np.float32], folder: Path, cpu: 
 def interleaved(
     paths: Mapping[str, Path], images: Path, config: BenchmarkConfig, rounds: int, seconds: float = 1.0
 ) -> dict[str, list[list[float]]]:
-    """Seconds of each inference of each file, by round; each round is a new process, and the order rotates.
+    """Time the inferences of each file in seconds, by round; each round is a new process, and the order rotates.
 
     Args:
-        paths: Name to ONNX file.
-        images: .npy, uint8; the first image is the one that is inferred.
+        paths: ONNX files by name.
+        images: .npy file, uint8; the first image is used.
         config: Threads and limits.
-        rounds: How many.
-        seconds: Of each file in each round, after a third of it to warm up.
+        rounds: Number of rounds.
+        seconds: Measuring time of each file in each round, after a third of it for warm-up.
     """
     times: dict[str, list[list[float]]] = {name: [] for name in paths}
     names = list(paths)
@@ -170,7 +170,7 @@ def interleaved(
 
 
 def predicted(path: Path, images: Path, config: BenchmarkConfig) -> npt.NDArray[np.int64]:
-    """A file's best classes for all images of an .npy file, as `accuracy.top_classes` gives them."""
+    """Return a file's top classes for all images of an .npy file, as `accuracy.top_classes` returns them."""
     with tempfile.TemporaryDirectory() as folder, Worker(path, images, config) as worker:
         top = Path(folder) / "top.npy"
         worker.accuracy(100, top, lambda done, total: None)
@@ -179,7 +179,7 @@ def predicted(path: Path, images: Path, config: BenchmarkConfig) -> npt.NDArray[
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """One row: times, codes and, for trained weights, accuracy."""
+    """Measure one row: times, codes and, for trained weights, accuracy."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         paths = export(case, folder)
@@ -214,7 +214,7 @@ def measure(case: Case, rounds: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure all cases, print a table, write the JSON."""
+    """Measure all cases, print a table and write the JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--cifar10", type=Path, help="folder with cifar-10-batches-py")

@@ -1,10 +1,9 @@
-"""Codes that ONNX Runtime computes differently from what a QDQ file asks, counted alike for the files of all exporters.
+"""Counts codes that ONNX Runtime computes differently from a QDQ file's definition, for files of any exporter.
 
-ONNX Runtime runs the file with every optimization and shows the codes of every activation. `export.simulator.run` then
-computes each of them again, in integers or in float64, from the codes that ONNX Runtime itself had in front of it
-(teacher forcing: a difference counts where it arises and does not spread). A code is wrong if no correct float32
-computation of its value gives it; see `crqat.core.compare_codes`. So a file whose operations stay in float is judged by
-the same rule as one that runs in integers.
+ONNX Runtime runs the file with every optimization and outputs the codes of every activation. `export.simulator.run`
+recomputes each code, in integers or in float64, from ONNX Runtime's own codes before it (teacher forcing: a difference
+counts where it arises and does not spread). A code is wrong if no correct float32 computation of its value gives it;
+see `crqat.core.compare_codes`. The same rule therefore applies to files in float and in integers.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ def differing_codes(
 
     Args:
         path: A QDQ file with "input" and "logits".
-        images: Normalized, float32 [N, C, H, W].
+        images: Normalized images, float32 [N, C, H, W].
         folder: For scratch files.
-        cpu: A CPU model of qemu, None for this machine's.
+        cpu: CPU model of qemu; None for this machine's CPU.
 
     Returns:
         {"status": "counted" | "not comparable: ..." | "not run: ...", "codes", "wrong", "largest", "images"}; `largest`
@@ -46,7 +45,7 @@ def differing_codes(
         return {**entry, "status": f"not run: {lacking}"}
     model = with_constants_folded(onnx.load(path))
     if any(tensor.data_type == TensorProto.FLOAT16 for tensor in model.graph.initializer):
-        # The bound of a tie holds for float32.
+        # The bound of a tie holds for float32 only.
         return {**entry, "status": "not comparable: computes in float16"}
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     quantizers = [n for n in model.graph.node if n.op_type == "QuantizeLinear" and n.input[0] not in constants]
@@ -72,17 +71,17 @@ def shown_codes(
     folder: Path,
     cpu: str | None = None,
 ) -> list[npt.NDArray[Any]]:
-    """The codes that ONNX Runtime computes.
+    """Return the codes that ONNX Runtime computes.
 
     Args:
         path: A QDQ file with "logits".
-        zeros: Tensors of codes to their zero points, whose type is the codes'.
-        images: Normalized, float32 [N, C, H, W].
+        zeros: Zero points by tensor of codes; their type is that of the codes.
+        images: Normalized images, float32 [N, C, H, W].
         folder: For scratch files.
-        cpu: A CPU model of qemu, None for this machine's.
+        cpu: CPU model of qemu; None for this machine's CPU.
 
     Raises:
-        NotRun: There are none to compare; see `onnxruntime_process.outputs`.
+        NotRun: There are no codes to compare; see `onnxruntime_process.outputs`.
     """
     model = onnx.load(path)
     for name, zero in zeros.items():
@@ -99,7 +98,7 @@ def shown_codes(
 
 
 def with_constants_folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The same file with all that needs no input as initializers, quantized weights excepted; names stay."""
+    """Return the file with constant expressions folded into initializers, except for quantized weights; names stay."""
     folded = onnx.ModelProto()
     folded.CopyFrom(model)
     constants = {tensor.name: tensor for tensor in folded.graph.initializer}

@@ -1,1 +1,1 @@
-"""Images in, trained and quantized checkpoint out. Needs torch."""
+"""From images to a trained, quantized checkpoint. Needs torch."""

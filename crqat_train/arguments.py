@@ -1,4 +1,4 @@
-"""Arguments of the Python API are held against the types and bounds that a recipe's keys have."""
+"""Validates arguments of the Python API against the types and bounds of the recipe's keys."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _Config = TypeVar("_Config")
 
 
 def checked(config: _Config, arguments: Mapping[str, str] | None = None) -> _Config:
-    """A configuration that a user's own code filled in, held against its types and bounds as a recipe's is.
+    """Validate a configuration built by user code against the types and bounds that recipes have.
 
     Args:
-        config: A dataclass.
-        arguments: Field to what the user's argument is called where that is something else.
+        config: A dataclass instance.
+        arguments: Maps a field to the name of the user's argument where the two differ.
 
     Raises:
-        UsageError: A value is of another type or out of bounds; the message names the argument.
+        UsageError: A value has another type or is out of bounds; the message names the argument.
     """
     try:
         return TypeAdapter(type(config)).validate_python(asdict(config))  # type: ignore[call-overload]

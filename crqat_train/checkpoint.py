@@ -1,4 +1,4 @@
-"""Numbered states of a training on disk: written completely or not at all, checked when read, the last two kept."""
+"""Numbered training states on disk: written atomically, verified when read; the last two are kept."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class State:
-    """One state: tensors on the CPU, and what JSON holds."""
+    """One training state: tensors on the CPU, and JSON values."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
 
 
 class Checkpoints:
-    """The states of one training: `NUMBER.safetensors`, and `NUMBER.json`, which holds the SHA-256 of both.
+    """States of one training run: `NUMBER.safetensors`, and `NUMBER.json` with the SHA-256 of both.
 
     Args:
-        directory: Made when the first state is saved.
-        progress: Told of states that cannot be read.
+        directory: Created when the first state is saved.
+        progress: Receives a warning for each state that cannot be read.
     """
 
     def __init__(self, directory: Path, progress: Progress) -> None:
         self.directory, self._progress = directory, progress
 
     def latest(self) -> State | None:
-        """The state of the highest number that is intact, None if there is none."""
+        """Return the intact state with the highest number; None if there is none."""
         for number in reversed(self._numbers()):
             try:
                 return self._read(number)
@@ -52,10 +52,10 @@ class Checkpoints:
         return None
 
     def save(self, state: State) -> None:
-        """Write a state and remove all but the last two.
+        """Write a state and remove all except the last two.
 
         Raises:
-            ToolError: The directory cannot take it; the states before are as they were.
+            ToolError: The directory cannot be written; earlier states are unchanged.
         """
         number = max(self._numbers(), default=0) + 1
         tensors = safetensors.torch.save(state.tensors)
@@ -63,7 +63,7 @@ class Checkpoints:
         described = {"format": FORMAT, "sha256": digests, "values": state.values}
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._prune()  # what a killed process left half written may fill the disk
+            self._prune()  # files that a killed process left half written may fill the disk
             replace_file(self.directory / f"{number}.safetensors", tensors)
             replace_file(self.directory / f"{number}.json", json.dumps(described).encode())
             sync(self.directory)
@@ -71,12 +71,12 @@ class Checkpoints:
         except OSError as error:
             msg = (
                 f"cannot save the training's state to {self.directory}: {error.strerror}; "
-                "once that is mended, the same command goes on from the last state that was saved"
+                "free the disk or change its permissions, then run the same command to resume from the last saved state"
             )
             raise ToolError(msg) from error
 
     def _numbers(self) -> list[int]:
-        """By value: as a name, 10 would come before 9."""
+        """Return the state numbers sorted by value: as names, 10 would come before 9."""
         try:
             names = [path.name for path in self.directory.iterdir()]
         except FileNotFoundError:
@@ -90,16 +90,16 @@ class Checkpoints:
         described = json.loads((self.directory / f"{number}.json").read_bytes())
         tensors = (self.directory / f"{number}.safetensors").read_bytes()
         if described["format"] != FORMAT:
-            msg = f"format {described['format']}, not {FORMAT}"
+            msg = f"its format is {described['format']}, and this version of crqat reads format {FORMAT}"
             raise ValueError(msg)
         found = {"tensors": hashlib.sha256(tensors).hexdigest(), "values": hash_json(described["values"])}
         if found != described["sha256"]:
-            msg = "its SHA-256 is not the one that was written"
+            msg = "its SHA-256 does not match its content"
             raise ValueError(msg)
         return State(safetensors.torch.load(tensors), described["values"])
 
     def _prune(self) -> None:
-        """Remove older states, and what a killed process left half written."""
+        """Remove older states, and files that a killed process left half written."""
         kept = {f"{number}.{kind}" for number in self._numbers()[-KEPT:] for kind in ("safetensors", "json")}
         for path in self.directory.iterdir():
             if path.name not in kept:
@@ -107,15 +107,15 @@ class Checkpoints:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. A full disk is an OSError here, which safetensors' own function does not raise."""
+    """Write a safetensors file. A full disk raises OSError here, which safetensors' own function does not."""
     path.write_bytes(safetensors.torch.save(tensors, header))
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The texts that a safetensors file was written with; empty if there are none.
+    """Return the metadata of a safetensors file; empty if it has none.
 
     Raises:
-        UsageError: It is missing or is no safetensors file; the message names it.
+        UsageError: The file is missing or is not a safetensors file; the message names it.
     """
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -129,7 +129,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file onto the CPU.
 
     Raises:
-        UsageError: It is missing or is none; the message names it.
+        UsageError: The file is missing or is not a safetensors file; the message names it.
     """
     try:
         return safetensors.torch.load_file(path)

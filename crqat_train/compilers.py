@@ -1,4 +1,4 @@
-"""The compiler that torch.compile takes, if it can build. Without torch: `crqat doctor` runs where that is broken."""
+"""Finds and tries the compiler of torch.compile. Does not import torch: `crqat doctor` runs where torch is broken."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import sysconfig
 import tempfile
 from pathlib import Path
 
-# What torch.compile's CPU code needs: a compiler with its standard library and OpenMP, Python's own headers, a linker.
+# torch.compile's CPU code needs a compiler with its standard library and OpenMP, Python's headers and a linker.
 _CPP = "#include <Python.h>\n#include <omp.h>\n#include <vector>\nint crqat() { return omp_get_max_threads(); }\n"
-# What Triton builds its launchers from.
+# Triton builds its launchers with a C compiler and Python's headers.
 _C = "#include <Python.h>\nint crqat(void) { return 0; }\n"
 _SECONDS = 60
 REMEDY, REMEDY_C = (
@@ -22,21 +22,21 @@ REMEDY, REMEDY_C = (
 
 
 def cpp() -> str | None:
-    """The C++ compiler that torch.compile takes on a CPU, None if it cannot build: $CXX, or the system's usual one."""
+    """Return the C++ compiler of torch.compile on CPUs, $CXX or the system's usual one; None if it cannot build."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     return name if _builds(name, "probe.cpp", _CPP, "-std=c++20", *openmp) else None
 
 
 def triton() -> str | None:
-    """The C compiler that Triton takes, None if it cannot build: $CC, clang or gcc."""
+    """Return the C compiler that Triton takes, $CC, clang or gcc; None if it cannot build."""
     named = os.environ.get("CC")
     names = [named] if named else [name for name in ("clang", "gcc") if shutil.which(name)]
     return next((name for name in names if _builds(name, "probe.c", _C)), None)
 
 
 def _builds(compiler: str, file: str, text: str, *options: str) -> bool:
-    """Whether a compiler makes a library of a source file."""
+    """Whether the compiler can build a library from a source file."""
     try:
         command = shlex.split(compiler)
         with tempfile.TemporaryDirectory() as folder:

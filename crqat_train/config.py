@@ -1,4 +1,4 @@
-"""The `train` stage's part of a recipe. Imports nothing heavy, so that a recipe is checked in an instant."""
+"""Configuration of the `train` stage. Imports nothing heavy, so that a recipe is checked in an instant."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from crqat.core.targets import ByTarget, TargetName
 
 Bits = Annotated[int, Range(ge=2, le=8)]
 Target = Annotated[str, TargetName()]
-# Of images in folders, where the recipe does not say: what ImageNet's networks were evaluated with.
+# Resize and crop of stored images where the recipe sets neither: those of the usual ImageNet evaluation.
 FOLDER_SIZE, FOLDER_CROP = 256, 224
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 FILE_SOURCES = ("imagefolder", "imagelist", "webdataset", "huggingface")
@@ -19,52 +19,55 @@ COLOUR_SOURCES = (*FILE_SOURCES, "cifar10", "cifar100")
 
 
 def source_kind(source: str | None) -> str | None:
-    """A source without the name behind "huggingface:"."""
+    """Return the kind of a data source: "huggingface" for "huggingface:NAME", any other source as it is."""
     return "huggingface" if source is not None and source.startswith("huggingface:") else source
 
 
 def is_onnx_file(model_name: str) -> bool:
-    """Whether `model.name` is the path of an ONNX file, which has the network and its weights."""
+    """Whether `model.name` is the path of an ONNX file, which brings the network and its weights."""
     return model_name.lower().endswith(".onnx")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where the images come from and how they are augmented.
+    """Source and augmentation of the images.
 
     Attributes:
         source: "digits", "cifar10", "cifar100", "imagefolder", "imagelist", "webdataset", "huggingface",
             "huggingface:NAME", or "package.module:function" that returns a `crqat.train.data.dataset.Dataset`.
-        root: Folder of an on-disk source; of "imagefolder" the one with train/CLASS/* and test/CLASS/* (or val/), of
-            "webdataset" the one with train-*.tar and test-*.tar, of "huggingface" one that `save_to_disk` wrote.
-        image_list: Of "imagelist": the JSON file that names its images and their classes; see
+        root: Folder of an on-disk source. For "imagefolder" it holds train/CLASS/* and test/CLASS/* (or val/), for
+            "webdataset" train-*.tar and test-*.tar; for "huggingface" it is a folder written by `save_to_disk`.
+        image_list: For "imagelist", the JSON file that names the images and their classes; see
             `crqat.train.data.imagelist.ImageList`. Paths in it are relative to `root`.
-        download: Fetch the data set into `root` if it is not there.
-        unlabeled: A further source of the same kinds whose training images are used without their labels, by the
+        download: Download the data set into `root` if it is missing.
+        unlabeled: A second source of the same kinds. Its training images are used without their labels, by the
             consistency term alone.
-        unlabeled_root: Its folder, None for `root`. Of "imagefolder" any folder: all images in it and below it are
-            taken, in class folders or not.
-        unlabeled_ratio: Unlabeled images in a training step for each labeled one; 0 leaves them out.
-        labeled: Keep the labels of so many training images, as many of each class as there are, drawn with the recipe's
-            seed; validation images are among them. The others are unlabeled. None keeps all labels.
-        judging: Share of the training images that only `crqat advise` looks at, drawn with the recipe's seed; None
-            holds none back.
-        validation: Share of the training images held out for selection, drawn with the recipe's seed.
-        crop_padding: Random crop after padding each side by this many pixels; 0 switches it off.
-        flip: Random horizontal flip.
-        strong: "randaugment" shows the student a strongly changed view of all images in QAT
-            (`train.data.augment.strong_view`), the teacher a weak one; "none" shows both weak ones.
-        size: Of stored images (FILE_SOURCES): resize the shorter side to so many pixels; None is 256.
-        crop: Of stored images: cut a square of so many pixels out of the centre; None is 224.
-        channels: Of stored images and CIFAR: 3 is RGB, 1 is grey; None is 3.
-        interpolation: Of stored images: how they are resized; None is "bilinear". With `model.weights: pretrained`,
-            size, crop, interpolation, mean and std that are None are those published with these weights.
-        convert: Of stored images: turn those of another mode (grey, palette, CMYK; colours where `channels` is 1) into
-            RGB or grey instead of refusing them.
-        image_column: Of "huggingface"; None takes the only column of images.
-        label_column: Of "huggingface"; None takes the only column of class labels, or the one called "label".
-        mean: Of each channel, in units of 0..1; None is the source's own.
-        std: Likewise.
+        unlabeled_root: Folder of the `unlabeled` source; None takes `root`. For "imagefolder" it may be any folder: all
+            images in it and in its subfolders are used, whether or not they are sorted into classes.
+        unlabeled_ratio: Unlabeled images for each labeled one in a training step; 0 leaves them out.
+        labeled: Number of training images that keep their labels, balanced over the classes and drawn with the recipe's
+            seed; the validation images are among them. All others are unlabeled. None keeps all labels.
+        judging: Share of the training images reserved for `crqat advise`, drawn with the recipe's seed; None reserves
+            none.
+        validation: Share of the training images held out to select the checkpoint, drawn with the recipe's seed.
+        crop_padding: Pixels of padding on each side before a random crop; 0 switches the crop off.
+        flip: Apply a random horizontal flip.
+        strong: "randaugment" gives the student a strongly augmented view of every image in QAT
+            (`train.data.augment.strong_view`) and the teacher a weakly augmented one; "none" gives both weakly
+            augmented views.
+        size: Stored images (FILE_SOURCES) are resized so that the shorter side has this many pixels; None is 256.
+        crop: Side of the square that is cut out of the centre of stored images, in pixels; None is 224.
+        channels: Channels of stored images and CIFAR: 3 is RGB, 1 is grey; None is 3.
+        interpolation: Interpolation with which stored images are resized; None is "bilinear". With `model.weights:
+            pretrained`, each of size, crop, interpolation, mean and std that is None takes the value published with
+            these weights.
+        convert: Convert stored images of another mode (grey, palette, CMYK; colour where `channels` is 1) to RGB or
+            grey instead of refusing them.
+        image_column: Image column of a "huggingface" data set; None takes the only column of images.
+        label_column: Label column of a "huggingface" data set; None takes the only column of class labels, or the one
+            called "label".
+        mean: Mean of each channel, in units of 0..1; None takes the source's default.
+        std: Standard deviation of each channel, in units of 0..1; None takes the source's default.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -94,21 +97,21 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The float network.
+    """Architecture and weights of the float network.
 
     Attributes:
-        name: "cifar/resnet20" and its kin, "torchvision/NAME", "timm/NAME", or "package.module:function", a function or
-            class that is called with `classes` (or `num_classes`) and `channels` (or `in_channels`, `in_chans`), as far
-            as it has such parameters; or the path of a float ONNX file, which brings its weights.
-        weights: A checkpoint: .safetensors, .pth, .pt, .th, .ckpt, .bin or .pth.tar; "pretrained" takes what
-            torchvision or timm publish, and trains on by the `float` section if there is one; None trains the float
-            network by the `float` section, or leaves an ONNX file's weights as they are.
-        nncf: A folder of `crqat nncf import`: float weights and ranges of a network that stock NNCF has quantized, in
-            place of `weights` and of calibration.
-        weights_key: Where in `weights` the state dict lies, such as "state_dict_ema"; None takes the only one that
+        name: "cifar/resnet20" or another of that family, "torchvision/NAME", "timm/NAME", the path of a float ONNX
+            file, which brings its weights, or "package.module:function". The function or class is called with those of
+            `classes` (or `num_classes`) and `channels` (or `in_channels`, `in_chans`) that it has as parameters.
+        weights: A checkpoint: .safetensors, .pth, .pt, .th, .ckpt, .bin or .pth.tar. "pretrained" takes the weights
+            that torchvision or timm publish; a `float` section fine-tunes them. None trains the float network by the
+            `float` section, or keeps the weights of an ONNX file.
+        nncf: A folder written by `crqat nncf import`: float weights and ranges of a network quantized by NNCF. It
+            replaces `weights` and calibration.
+        weights_key: Key of the state dict inside `weights`, such as "state_dict_ema"; None takes the only one that
             fits.
-        accuracy: Share of the test images that the float network is known to answer rightly, such as 0.9173. The gate
-            fails if it is shown to be further below than `gate.max_accuracy_drop`; nothing else depends on it.
+        accuracy: Known top-1 accuracy of the float network on the test images, such as 0.9173. The gate fails if the
+            measured accuracy is significantly lower, by more than `gate.max_accuracy_drop`; nothing else depends on it.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -120,23 +123,23 @@ class ModelConfig:
 
     @property
     def has_weights(self) -> bool:
-        """Whether a file brings the float network's weights, so that nothing is drawn and nothing fetched."""
+        """Whether a file brings the float network's weights, so that none are initialized at random or downloaded."""
         return self.weights not in (None, "pretrained") or self.nncf is not None or is_onnx_file(self.name)
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """One training by SGD with Nesterov momentum 0.9.
+    """One training run by SGD with Nesterov momentum 0.9.
 
-    The learning rate is warmed up linearly over 5 % of the steps and then follows a cosine to zero.
+    The learning rate warms up linearly over 5 % of the steps and then decays to zero as a cosine.
 
     Attributes:
         epochs: Passes over the training images.
-        batch_size: Images a step, of all processes together.
+        batch_size: Images in a step, over all processes together.
         lr: Peak learning rate.
-        weight_decay: On convolution and linear weights; never on biases, BN or quantizer scales.
-        precision: Type of convolutions and linear layers in training, by autocast; weights, quantizers and everything
-            that is evaluated or written are float32.
+        weight_decay: Weight decay of convolution and linear weights; biases, BN and quantizer scales have none.
+        precision: Type of convolutions and linear layers in training, by autocast. Weights, quantizers, evaluation and
+            exported files are float32.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -152,12 +155,13 @@ class ConsistencyConfig:
     """The consistency term (arXiv 2402.13497): L = CE + lambda(t) KL(teacher || student).
 
     Attributes:
-        teacher: "ema" of the student, the frozen "float" network, or "none" for plain QAT. "pseudo-label" is no teacher
-            in the loop: the float network labels the unlabeled images once, as they are, and the term is the
-            cross-entropy with these labels.
-        weight: lambda_max; 0 with the "ema" teacher is plain QAT beside an average of its weights.
+        teacher: "ema" is the moving average of the student, "float" the frozen float network, "none" plain QAT.
+            "pseudo-label" has no teacher in the loop: the float network labels the unlabeled images once, without
+            augmentation, and the term is the cross-entropy with these labels.
+        weight: lambda_max, the largest weight of the term; 0 with the "ema" teacher is plain QAT plus an average of its
+            weights.
         ramp_up: Share of the steps over which lambda rises to `weight` as exp(-5 (1 - t/T)^2).
-        temperature: Of both softmaxes; the term is multiplied by its square.
+        temperature: Softmax temperature of student and teacher; the term is multiplied by its square.
         ema_decay: Largest alpha of theta' = alpha theta' + (1 - alpha) theta; step t uses min(1 - 1/(t+1), alpha).
     """
 
@@ -171,14 +175,14 @@ class ConsistencyConfig:
 
 @dataclass(frozen=True)
 class FloatConfig(OptimizerConfig):
-    """The training of the float network.
+    """Training of the float network.
 
     Attributes:
-        fine_tune: Train on from the weights that `model.weights` names, which else stay as they are.
-        strong: As `data.strong`, in this training.
-        consistency: The consistency term in this training, as the recipe's section of that name is in QAT: a teacher
-            that is the average of the float network, on unlabeled images if there are any. The network or its teacher
-            is kept, whichever is better on the validation images. None trains without.
+        fine_tune: Fine-tune the weights that `model.weights` names; without it they stay unchanged.
+        strong: Like `data.strong`, for the training of the float network.
+        consistency: The consistency term for the training of the float network. The teacher is the moving average of
+            the float network, and unlabeled images are used if there are any. The better one of network and teacher on
+            the validation images is kept. None trains without the term.
     """
 
     fine_tune: bool = False
@@ -188,21 +192,21 @@ class FloatConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class QATConfig(OptimizerConfig):
-    """The training of the quantized network, which starts from a trained one: with a smaller learning rate.
+    """Training of the quantized network. It starts from trained weights, so its learning rate is smaller.
 
     Attributes:
-        epochs: 0 is post-training quantization.
+        epochs: Passes over the training images; 0 is post-training quantization.
         lr: Peak learning rate.
-        bn_images: Training images from which BN statistics are estimated anew before delivery, with the quantizers on
-            (arXiv 2203.11086 needs it for depthwise layers of few bits); 0 keeps those of the training.
-        freeze_bn_at: Share of the steps after which BN uses its running statistics and no longer changes them.
+        bn_images: Training images from which BN statistics are re-estimated after training, with the quantizers on
+            (arXiv 2203.11086 needs it for depthwise layers of few bits); 0 keeps the statistics of training.
+        freeze_bn_at: Share of the steps after which BN uses its running statistics and no longer updates them.
         freeze_ranges_at: Share of the steps after which the quantizers' parameters no longer change.
         scale_lr: Learning rate of the quantizers' parameters, as a factor of `lr`.
-        damping: Largest weight of what pulls latent weights to the centres of their bins (arXiv 2203.11086); it rises
-            from 0 over all steps as half a cosine.
-        progressive_bits: Descending bit widths, an equal share of the steps each, below which no quantizer is; the last
-            must not be above the smallest bit width that is asked for.
-        sync_bn: In several processes, BN normalizes with the statistics of the whole batch instead of each process's
+        damping: Largest weight of the dampening loss, which pulls latent weights to the centres of their bins (arXiv
+            2203.11086); it rises from 0 over all steps as half a cosine.
+        progressive_bits: Descending lower bounds on the bit width of all quantizers. Each holds for an equal share of
+            the steps; the last must not be larger than the smallest bit width in the recipe.
+        sync_bn: With several processes, BN normalizes with the statistics of the whole batch instead of each process's
             share (SyncBatchNorm); needs CUDA.
     """
 
@@ -218,11 +222,11 @@ class QATConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class Override:
-    """Bit widths of the layers whose name matches a pattern; None leaves a bit width as it is.
+    """Bit widths for layers whose name matches a pattern; None leaves a bit width unchanged.
 
     Attributes:
-        weights: Bits of the layer's weights.
-        activations: Bits of what the layer reads.
+        weights: Bit width of the layer's weights.
+        activations: Bit width of the layer's inputs.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -232,28 +236,31 @@ class Override:
 
 @dataclass(frozen=True)
 class QuantizationConfig:
-    """Bit widths, and how a quantizer learns its Grid.
+    """Bit widths and quantization methods. A Grid is a quantizer's scale, zero point and integer range.
 
     Attributes:
-        weight_method: How weights learn their Grid; docs/methods.md has each method. "lsq" learns each step (arXiv
-            1902.08153), "lsq+" as well, from a start of its own (2004.09576), "dorefa" squeezes weights by tanh
-            (1606.06160), "minmax" keeps the range that calibration found, "package.module:Class" is your own; see
+        weight_method: How weights learn their Grid; docs/methods.md describes each method. "lsq" learns each scale
+            (arXiv 1902.08153); "lsq+" does so from other initial scales (2004.09576); "dorefa" squeezes weights by tanh
+            (1606.06160); "minmax" keeps the calibrated range; "package.module:Class" is your own method, see
             docs/adding_a_method.md.
-        activation_method: Likewise of activations: "lsq"; "lsq+" learns an offset, too; "pact" the clipping level
-            (1805.06085); "dorefa" and "minmax" keep the range that calibration found; or your own, likewise.
-        weights: Bits of the weights.
-        activations: Bits of the activations.
-        first_layer: Bits of the network's input and of the first layer's weights.
-        last_layer: Bits of the last layer's input and weights.
-        overrides: Bit widths by layer, before all of the above: a layer's name such as "layer1.0.conv1", or a pattern
-            with `*`, `?` and `[...]`. The longest pattern counts; see `crqat.train.placement.overrides`.
-        float_layers: Convolutions and linear layers that carry no quantizers, on their input neither, by name or
-            pattern as in `overrides`. A list is for all targets; a mapping gives one for each target by name. One
-            placement serves all files, so a layer that is named for any target of the recipe is float in training and
-            in every file.
-        calibration: Where ranges start: "mse" at the smallest mean squared rounding error, "minmax" at the largest
-            value seen, "percentile" where 99.99 % of an activation's values that are not 0 fit, weights as "minmax".
-        calibration_images: Training images from which the ranges start.
+        activation_method: How activations learn their Grid: "lsq" learns the scale; "lsq+" an offset, too; "pact" the
+            clipping level (1805.06085); "dorefa" and "minmax" keep the calibrated range; "package.module:Class" is your
+            own method.
+        weights: Bit width of the weights.
+        activations: Bit width of the activations.
+        first_layer: Bit width of the network's input and of the first layer's weights.
+        last_layer: Bit width of the last layer's input and weights.
+        overrides: Bit widths by layer; they take precedence over all of the above. A key is a layer's name such as
+            "layer1.0.conv1", or a pattern with `*`, `?` and `[...]`. The longest matching pattern counts; see
+            `crqat.train.placement.overrides`.
+        float_layers: Convolutions and linear layers that stay in float, without quantizers on weights or input, by name
+            or pattern as in `overrides`. A list is for all targets; a mapping gives one for each target by name. All
+            files share one placement, so a layer that is named for any target of the recipe is float in training and in
+            every file.
+        calibration: How initial ranges are chosen: "mse" has the smallest mean squared rounding error, "minmax" reaches
+            to the largest value seen, "percentile" covers 99.99 % of an activation's nonzero values, and weights as
+            "minmax".
+        calibration_images: Number of training images for calibration.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -271,15 +278,15 @@ class QuantizationConfig:
 
 @dataclass(frozen=True)
 class PTQConfig:
-    """What is done behind calibration, before any training; none of it needs labels.
+    """Post-training steps between calibration and training; none of them needs labels.
 
     Attributes:
-        bias_correction: Move the mean of each output channel back to where the float network has it (arXiv 1906.04721,
-            4.2), by the bias or by the BatchNorm behind the layer.
-        equalization: Bring the ranges of channels between two layers into line where that changes nothing of what the
-            float network computes (cross-layer equalization, 1906.04721, 4.1): with nothing but a ReLU between them.
-        adaround: Round weights so that each layer's outputs come closest to the float network's (AdaRound's problem,
-            2004.10568), instead of each weight to the nearest code.
+        bias_correction: Correct the mean of each output channel to that of the float network (arXiv 1906.04721, 4.2),
+            in the bias or in the BatchNorm after the layer.
+        equalization: Equalize the channel ranges of consecutive layers where that leaves the float network's function
+            unchanged (cross-layer equalization, 1906.04721, 4.1): where at most a ReLU lies between them.
+        adaround: Choose the rounding of weights so that each layer's outputs come closest to the float network's
+            (AdaRound's problem, 2004.10568), instead of rounding each weight to the nearest code.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -290,20 +297,21 @@ class PTQConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything the `train` stage depends on; `pipeline.recipe.recipe` puts it together from a recipe's sections.
+    """Everything that the `train` stage depends on; `pipeline.recipe.recipe` assembles it from a recipe's sections.
 
     Attributes:
-        seed: Of the split, the initial weights, the order of images and the augmentation.
-        targets: The runtimes that the network must run on; they constrain where quantizers sit and their bit widths.
-        data: The images.
-        model: The float network.
-        float_training: How the float network is trained if it has no weights; the recipe's `float` section.
-        quantization: Bit widths and methods.
+        seed: Seed of the split, the initial weights, the order of images and the augmentation.
+        targets: The runtimes that the network must run on; they determine where quantizers sit and which bit widths are
+            allowed.
+        data: Source and augmentation of the images.
+        model: Architecture and weights of the float network.
+        float_training: How the float network is trained if no file brings its weights; the recipe's `float` section.
+        quantization: Bit widths and quantization methods.
         qat: How the quantized network is trained.
         consistency: The consistency term.
-        ptq: What is done behind calibration.
-        device: "auto" takes CUDA where there is one.
-        compile: "auto" fuses the training step by torch.compile where a C++ compiler is at hand.
+        ptq: Post-training steps between calibration and training.
+        device: Device of the training; "auto" takes CUDA if it is available.
+        compile: "auto" compiles the training step by torch.compile if a C++ compiler is available.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT

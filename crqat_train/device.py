@@ -1,4 +1,4 @@
-"""Where a training runs: the device, the compiler, and the settings that make it repeatable."""
+"""Device of a training run, its compiler, and the settings that make it reproducible."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from crqat.train import compilers
 
 
 def choose_device(name: str) -> torch.device:
-    """The device that a recipe's `device` stands for.
+    """Return the torch device for a recipe's `device`.
 
     Raises:
-        ToolError: It is not there.
+        ToolError: The device is not available.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def compiler(device: torch.device) -> str:
-    """What torch.compile uses on this device, empty if there is nothing that can build, as `crqat doctor` says."""
+    """Return the compiler of torch.compile on this device; empty if none can build, as `crqat doctor` reports."""
     if device.type == "cuda":
         return "torch.compile (triton)" if find_spec("triton") and compilers.triton() else ""
     name = compilers.cpp()
@@ -37,7 +37,7 @@ def compiler(device: torch.device) -> str:
 
 
 def channels_last(model: nn.Module) -> nn.Module:
-    """Put a network's tensors of four dimensions, and no others, into the layout that convolutions like best."""
+    """Convert a network's four-dimensional tensors to channels last, the fastest layout for convolutions."""
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.to(memory_format=torch.channels_last)
@@ -46,7 +46,7 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def deterministic(seed: int) -> Iterator[None]:
-    """Same seed, same bits on a CPU; the settings before are restored."""
+    """Seed torch and use deterministic kernels: same seed, same bits on a CPU. Previous settings are restored."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.manual_seed(seed)
     random.seed(seed)

@@ -1,7 +1,8 @@
-"""One training in several processes, one for each device: gradients, statistics and decisions that they share.
+"""Data-parallel training in several processes, one for each device: shared gradients, statistics and decisions.
 
-A process is a "rank". Accelerate starts the processes' group from the environment that torchrun sets, and wraps a
-network in DistributedDataParallel. Outside of `started` there is one rank, and everything here is free of cost.
+A process is a "rank". Accelerate starts the process group from the environment variables that torchrun sets, and wraps
+a network in DistributedDataParallel. Outside of `started` there is one rank, and the functions of this module cost
+nothing.
 """
 
 from __future__ import annotations
@@ -27,39 +28,40 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _T = TypeVar("_T")
-# For one that downloads or waits for a slow disk. Who has ended is noticed at once: the connection to it closes.
+# Timeout for a rank that downloads or waits for a slow disk. A rank that ended is noticed at once: its connection
+# closes.
 _PATIENCE = timedelta(days=7)
 
 
 class _Group:
-    """What `started` made, None outside of it. Decisions travel on the CPU, so that no rank waits for its device."""
+    """State of `started`; None outside of it. Decisions travel on the CPU, so that no rank waits for its device."""
 
     accelerator: Accelerator | None = None
     cpu: Any = None
 
 
 def rank() -> int:
-    """This process's number, from 0; rank 0 alone writes."""
+    """Return this process's number, from 0. Only rank 0 writes files."""
     return 0 if _Group.accelerator is None else dist.get_rank()
 
 
 def world() -> int:
-    """How many processes train together."""
+    """Return the world size: the number of processes that train together."""
     return 1 if _Group.accelerator is None else dist.get_world_size()
 
 
 @contextmanager
 def started(device: str) -> Iterator[None]:
-    """Join the other processes of a training, as torchrun's environment says.
+    """Join the other processes of a training run, as set by torchrun's environment variables.
 
-    What ends one rank ends the others, too: the first of them tells, and the others end with a code alone.
+    An error in one rank ends the others, too: the first rank reports it, and the others only exit with its code.
 
     Args:
-        device: The recipe's; "cpu" takes gloo, and so does "auto" where there is no CUDA.
+        device: The recipe's `device`; "cpu" uses gloo, and so does "auto" without CUDA.
 
     Raises:
-        ToolError: They cannot be joined, or one of them has ended.
-        Told: Another rank has said already why all of them end.
+        ToolError: The other ranks cannot be reached, or one of them has ended.
+        Told: Another rank has already reported why all ranks end.
     """
     store = _meet()
     try:
@@ -75,7 +77,7 @@ def started(device: str) -> Iterator[None]:
             msg = f"another process of this training has ended or cannot be reached ({_reason(error)})"
             raise ToolError(msg) from error
     except BaseException as error:
-        # Said before the group is left, which the others notice.
+        # Reported before leaving the group, because the others notice that.
         if _is_first_to_tell(store) or not isinstance(error, (CrqatError, KeyboardInterrupt, SystemExit)):
             raise
         raise Told(_exit_code(error)) from error
@@ -100,15 +102,15 @@ def _join(device: str, store: Any) -> None:
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     rank, count = _number("RANK"), _number("WORLD_SIZE")
     dist.init_process_group("gloo" if on_cpu else "nccl", store=store, rank=rank, world_size=count)
-    # Buffers: see `average_statistics`. A recipe's network may have weights that no loss depends on; which they are
-    # never changes, and is found out in the first step alone.
+    # Buffers: see `average_statistics`. A recipe's network may have weights that no loss depends on. Their set never
+    # changes, so DDP needs to find it in the first step only.
     how = DistributedDataParallelKwargs(broadcast_buffers=False, static_graph=True)
     _Group.accelerator = Accelerator(cpu=on_cpu, mixed_precision="no", kwargs_handlers=[how])
     _Group.cpu = dist.new_group(backend="gloo", timeout=_PATIENCE)
 
 
 def _reason(error: Exception) -> str:
-    """The first sentence of torch's, without the place in its source."""
+    """Return the first sentence of torch's message, without the place in its source."""
     return re.sub(r"^\[[^]]*\]\s*", "", str(error).strip()).partition("\n")[0].partition(". ")[0]
 
 
@@ -117,10 +119,10 @@ def _number(name: str) -> int:
 
 
 def _meet() -> Any:
-    """The store by which ranks meet, below a name of this attempt's own.
+    """Return the store by which ranks meet, under a prefix of its own for each attempt.
 
-    torchrun's store outlives a restart and torch gives its keys no prefix: the addresses that dead ranks left there
-    would be dialled.
+    torchrun's store survives a restart, and torch gives its keys no prefix: without one, ranks would connect to the
+    addresses of dead ranks.
     """
     by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     place, first = (os.environ["MASTER_ADDR"], _number("MASTER_PORT")), _number("RANK") == 0
@@ -140,7 +142,7 @@ def _is_first_to_tell(store: Any) -> bool:
 
 
 def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """A network whose gradients are averaged over ranks; one without trained weights stays as it is.
+    """Wrap a network so that gradients are averaged over ranks; one without trained weights is returned unchanged.
 
     All ranks start from rank 0's weights.
     """
@@ -149,20 +151,20 @@ def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return model
     if not any(parameter.requires_grad for parameter in model.parameters()):
         return model
-    # In its place already. Moved to "cpu:0" its tensors would be others than those that optimizer, clamps and averages
-    # hold on to.
+    # The network is on its device already. Moving it to "cpu:0" would create new tensors, while optimizer, clamps and
+    # averages refer to the old ones.
     wrapped: nn.Module = accelerator.prepare(model, device_placement=[False])
-    accelerator.free_memory()  # which it would keep alive, with its hooks, behind the end of this phase
+    accelerator.free_memory()  # it would keep the network and its hooks alive after this phase
     return wrapped
 
 
 def share(batch: Tensor) -> Tensor:
-    """This rank's contiguous part of a batch, along its first dimension."""
+    """Return this rank's contiguous part of a batch, along its first dimension."""
     return batch if world() == 1 else torch.tensor_split(batch, world())[rank()]
 
 
 def seed_rank(seed: int) -> None:
-    """What networks themselves draw, dropout for instance, differs from rank to rank."""
+    """Seed the generators differently on each rank, for networks that draw random numbers, as dropout does."""
     if world() > 1:
         torch.manual_seed(seed + rank())
         random.seed(seed + rank())
@@ -170,7 +172,7 @@ def seed_rank(seed: int) -> None:
 
 
 def mean(value: Tensor) -> Tensor:
-    """The mean over ranks, on the device where the value is."""
+    """Return the mean of a value over ranks, on the value's device."""
     if world() == 1:
         return value
     total = value.detach().clone()
@@ -179,7 +181,7 @@ def mean(value: Tensor) -> Tensor:
 
 
 def total(value: Tensor) -> Tensor:
-    """The sum over ranks of a tensor on the CPU."""
+    """Return the sum over ranks of a tensor on the CPU."""
     if world() == 1:
         return value
     value = value.clone()
@@ -188,7 +190,7 @@ def total(value: Tensor) -> Tensor:
 
 
 def largest(*values: float) -> list[float]:
-    """Each value's maximum over ranks; does not touch the device."""
+    """Return each value's maximum over ranks, without waiting for the device."""
     if world() == 1:
         return list(values)
     everywhere = torch.tensor(values, dtype=torch.float64)
@@ -197,7 +199,7 @@ def largest(*values: float) -> list[float]:
 
 
 def from_first(value: _T) -> _T:
-    """What rank 0 has, for all ranks."""
+    """Return rank 0's value on all ranks."""
     if world() == 1:
         return value
     values: list[Any] = [value]
@@ -206,7 +208,7 @@ def from_first(value: _T) -> _T:
 
 
 def gather(value: _T) -> list[_T]:
-    """What each rank has, in their order; empty but for rank 0."""
+    """Return the values of all ranks in order on rank 0; an empty list on the others."""
     if world() == 1:
         return [value]
     values: list[Any] | None = [None] * world() if rank() == 0 else None
@@ -215,13 +217,13 @@ def gather(value: _T) -> list[_T]:
 
 
 class Vote:
-    """Maxima over ranks that are asked for after one step and read after the next: no step waits for another rank."""
+    """Maxima over ranks that are requested after one step and read after the next, so that no step waits for a rank."""
 
     def __init__(self) -> None:
         self._asked: tuple[Any, Tensor] | None = None
 
     def largest(self, *values: float) -> list[float]:
-        """Ask with these values; give the maxima of those of the step before, zeros in the first."""
+        """Submit these values, and return the maxima of the step before; zeros in the first step."""
         if world() == 1:
             return list(values)
         before = self.close()
@@ -230,7 +232,7 @@ class Vote:
         return before or [0.0] * len(values)
 
     def close(self) -> list[float]:
-        """What was asked last, if it was not read yet."""
+        """Return the maxima that were requested last, if they were not read yet."""
         if self._asked is None:
             return []
         work, asked = self._asked
@@ -241,9 +243,9 @@ class Vote:
 
 @contextmanager
 def first_rank_first() -> Iterator[None]:
-    """On each machine one rank is through before the others begin: what is downloaded is so once.
+    """Let one rank on each machine run the block before the others, so that files are downloaded only once.
 
-    The others wait on the CPU: a device's group gives up after ten minutes, a download may take hours.
+    The others wait on the CPU: a device's group times out after ten minutes, and a download may take hours.
     """
     if world() > 1 and _number("LOCAL_RANK"):
         dist.barrier(group=_Group.cpu)
@@ -254,7 +256,7 @@ def first_rank_first() -> Iterator[None]:
 
 @contextmanager
 def first_rank_alone() -> Iterator[bool]:
-    """Rank 0 gets True and computes as if there were no other rank; the others get False, and wait behind the block."""
+    """Yield True on rank 0, which computes as if it were alone; the others get False and wait after the block."""
     group, first = (_Group.accelerator, _Group.cpu), rank() == 0
     if first:
         _Group.accelerator = _Group.cpu = None
@@ -267,15 +269,15 @@ def first_rank_alone() -> Iterator[bool]:
 
 @torch.no_grad()
 def average_statistics(model: nn.Module) -> None:
-    """Average BN's running statistics over ranks, after a step: they never differ, whoever evaluates or saves them.
+    """Average BN's running statistics over ranks after a step, so that all ranks evaluate and save the same ones.
 
-    Each rank normalizes with its own share's statistics meanwhile, unless `qat.sync_bn` is on. The mean of the shares'
-    variances leaves out how the shares' means differ.
+    Until then each rank normalizes with the statistics of its own share, unless `qat.sync_bn` is on. The mean of the
+    shares' variances leaves out how the shares' means differ.
     """
     if world() == 1:
         return
     norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    # Frozen and synchronized ones are equal anyway, and a mean of equal numbers need not be that number.
+    # Frozen and synchronized statistics are equal already, and a mean of equal numbers may differ from that number.
     differing = [norm for norm in norms if norm.training and not isinstance(norm, nn.SyncBatchNorm)]
     own = [tensor for norm in differing for tensor in (norm.running_mean, norm.running_var)]
     statistics = [tensor for tensor in own if tensor is not None]
@@ -287,7 +289,7 @@ def average_statistics(model: nn.Module) -> None:
 
 @torch.no_grad()
 def take_statistics(model: nn.Module) -> None:
-    """Give all ranks rank 0's BN statistics: a network that draws, as dropout does, estimated others on each."""
+    """Give all ranks rank 0's BN statistics: with dropout or other random layers, those of each rank differ."""
     if world() > 1:
         for norm in model.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
@@ -296,10 +298,10 @@ def take_statistics(model: nn.Module) -> None:
 
 
 def check_sync_bn(device: torch.device) -> None:
-    """SyncBatchNorm has kernels for CUDA alone.
+    """Check that SyncBatchNorm can run: its kernels need CUDA.
 
     Raises:
-        ToolError: The training runs elsewhere.
+        ToolError: The training does not run on CUDA.
     """
     if device.type != "cuda":
         msg = f"qat.sync_bn: SyncBatchNorm needs CUDA, and this training runs on {device.type}; set it to false"
@@ -308,9 +310,9 @@ def check_sync_bn(device: torch.device) -> None:
 
 @contextmanager
 def synchronized_norms(model: nn.Module, on: bool) -> Iterator[None]:
-    """With `on`, BN normalizes with the statistics of the whole batch of all ranks; afterwards it is as it was.
+    """With `on`, BN normalizes with the statistics of the whole batch of all ranks; restored afterwards.
 
-    Both kinds share weights and buffers.
+    SyncBatchNorm and BatchNorm share weights and buffers.
     """
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} if on else {}
     for name, norm in norms.items():
@@ -323,7 +325,7 @@ def synchronized_norms(model: nn.Module, on: bool) -> Iterator[None]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The network inside DistributedDataParallel, DataParallel or torch.compile wrappers."""
+    """Return the network inside DistributedDataParallel, DataParallel or torch.compile wrappers."""
     while True:
         inner = getattr(model, "_orig_mod", None)
         if inner is None and isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):

@@ -1,4 +1,4 @@
-"""The networks of a finished train stage."""
+"""Rebuilds the networks of a finished train stage."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from crqat.train.quantized_model import QuantizedModel, quantize_model
 
 
 def rebuild(train_dir: Path, config: TrainConfig, payload: TrainingPayload, candidate: str) -> QuantizedModel:
-    """A quantized network of a finished train stage, on the CPU in eval mode.
+    """Return a quantized network of a finished train stage, on the CPU in eval mode.
 
     Args:
         train_dir: A verified train directory.
-        config: The recipe that it was trained by.
-        payload: Of its manifest.
-        candidate: "student", "teacher" or "calibrated".
+        config: The training part of its recipe.
+        payload: Payload of the stage's manifest.
+        candidate: Which network: "student", "teacher" or "calibrated".
 
     Raises:
         UsageError: The checkpoint does not fit the recipe's network.
@@ -33,13 +33,13 @@ def rebuild(train_dir: Path, config: TrainConfig, payload: TrainingPayload, cand
     try:
         student.load_state_dict(read_tensors(train_dir / f"{candidate}.safetensors"))
     except RuntimeError as error:
-        msg = f"{train_dir}: the checkpoint is not of {config.model.name} as it is now; train again with --force"
+        msg = f"{train_dir}: the checkpoint does not fit {config.model.name} as it is now; train again with --force"
         raise UsageError(msg) from error
     return student.eval()
 
 
 def take_float_weights(student: fx.GraphModule, train_dir: Path) -> None:
-    """Give a quantized network the weights of the float one as it was before quantization; quantizers stay."""
+    """Load the weights of the original float network into a quantized one; its quantizers stay unchanged."""
     own, saved = student.state_dict(), read_tensors(train_dir / "float.safetensors")
-    # The graph leaves out what the network has and never uses.
+    # The graph leaves out parameters that the network has and never uses.
     student.load_state_dict({**own, **{name: tensor for name, tensor in saved.items() if name in own}})

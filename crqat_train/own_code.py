@@ -1,4 +1,4 @@
-"""The user's own functions and classes that a recipe names as "package.module:name"."""
+"""Imports and calls the user's own functions and classes that a recipe names as "package.module:name"."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from crqat.core.errors import CrqatError, UsageError
 
 
 def import_function(name: str, key: str) -> Callable[..., Any]:
-    """The function that a recipe names as "package.module:function".
+    """Return the function that a recipe names as "package.module:function".
 
     Args:
-        name: As in the recipe; the module may also lie in the current folder.
+        name: The name in the recipe; the module may also lie in the current folder.
         key: The recipe's key, for messages.
 
     Raises:
         UsageError: It cannot be imported or is not a function.
     """
     module_name, _, function_name = name.partition(":")
-    # A console script does not search the current folder as `python -m` does. It comes last, so that nothing there
-    # takes the place of an installed package.
+    # A console script does not search the current folder as `python -m` does. The folder comes last, so that no file in
+    # it shadows an installed package.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
@@ -42,10 +42,10 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
 
 
 def call_function(function: Callable[..., Any], name: str, key: str, arguments: dict[str, Any]) -> Any:
-    """Call a recipe's function.
+    """Call a function that a recipe names, and report its errors.
 
     Raises:
-        UsageError: Its parameters do not fit, or it raises something; the message has the line of the function's file.
+        UsageError: Its parameters do not fit, or it raises; the message has the file and line of the error.
     """
     try:
         inspect.signature(function).bind(**arguments)

@@ -1,4 +1,4 @@
-"""A network with its quantizers: one object that every stage builds once and hands on."""
+"""A network with its quantizers, graph and targets: one object that all stages share."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from crqat.train.quantizers import finalize as representable
 class QuantizedModel(fx.GraphModule):
     """A float network's graph with quantizers on the edges that its targets need quantized.
 
-    It is an `nn.Module` like any other: `train()`, `eval()`, `to()`, `state_dict()`, `copy.deepcopy` and
-    `torch.compile` mean what they always mean. Its state dict has the keys of the float network, and the quantizers'
-    under `quantizers.NAME`. `quantize_model` makes it.
+    It behaves like any `nn.Module`: `train()`, `eval()`, `to()`, `state_dict()`, `copy.deepcopy` and `torch.compile`
+    work as usual. Its state dict has the keys of the float network, and those of the quantizers under
+    `quantizers.NAME`. Create it by `quantize_model`.
 
     Attributes:
-        targets: The runtimes whose limits it keeps to.
+        targets: Names of the runtimes whose limits it respects.
         specs: Edge, bit width and integer range of each quantizer, in the order of NNCF's layout.
-        notes: How its training differs from that of the float network, one line for each difference.
+        notes: Differences between its training and that of the float network, one line each.
     """
 
     @property
     def targets(self) -> tuple[str, ...]:
-        """The runtimes whose limits it keeps to."""
+        """Names of the runtimes whose limits the network respects."""
         return tuple(self.meta["targets"])
 
     @property
@@ -52,15 +52,15 @@ class QuantizedModel(fx.GraphModule):
 
     @property
     def notes(self) -> list[str]:
-        """How its training differs from that of the float network, one line for each difference."""
+        """Differences between its training and that of the float network, one line each."""
         return list(self.meta.get(NOTES, ()))
 
     def quantizer(self, spec: QuantizerSpec) -> Quantizer:
-        """The quantizer of one of `specs`."""
+        """Return the quantizer of one of `specs`."""
         return quantizer_of(self, spec)
 
     def calibrate(self, batches: Iterable[Tensor], method: str = "mse") -> None:
-        """Set every quantizer's range from images; call it in eval mode.
+        """Set every quantizer's range from images. Call it in eval mode.
 
         Args:
             batches: Normalized images, float32 of shape [N, C, H, W] each.
@@ -72,10 +72,10 @@ class QuantizedModel(fx.GraphModule):
         """Move each scale to a value that every target can store. Calling it again changes nothing.
 
         Args:
-            trained: Whether the network was trained after calibration; for messages.
+            trained: Whether the network was trained after calibration; used in messages only.
 
         Returns:
-            One line for each weight some of whose channels had to take a larger scale.
+            One line for each weight that has channels whose scale was raised.
 
         Raises:
             UsageError: A scale is larger than a target can store.
@@ -83,7 +83,7 @@ class QuantizedModel(fx.GraphModule):
         return representable.make_representable(self, self.targets, trained)
 
     def grids(self) -> dict[str, Grid]:
-        """Edge name to scale, zero point and integer range."""
+        """Return the scale, zero point and integer range of each edge, by edge name."""
         return {spec.edge: self.quantizer(spec).grid() for spec in self.specs}
 
 
@@ -95,15 +95,15 @@ def quantize_model(
     make_quantizer: Callable[[QuantizerSpec], nn.Module] | None = None,
     residual: Residual | None = None,
 ) -> QuantizedModel:
-    """Insert quantizers into a copy of the model, where NNCF would put them and as the targets need them.
+    """Insert quantizers into a copy of the model, at NNCF's positions and within the limits of the targets.
 
     Args:
-        model: Float network; it is not changed.
+        model: Float network. It is not changed.
         example: Input of shape [N, C, H, W], float32.
-        config: Bit widths and methods.
+        config: Bit widths and quantization methods.
         targets: Names of runtimes; see `crqat.core.targets`.
-        make_quantizer: Called once for each spec; None makes the quantizers of the config's methods.
-        residual: Which inputs of a residual Add are quantized; None takes what the targets want.
+        make_quantizer: Called once for each spec; None creates the quantizers that the config names.
+        residual: Which inputs of a residual Add are quantized; None uses the targets' choice.
 
     Returns:
         The network with uncalibrated quantizers, in eval mode.
@@ -143,36 +143,38 @@ def quantize(
     bias_correction: bool = False,
     targets: Sequence[str] = ("onnxruntime", "tensorrt"),
 ) -> QuantizedModel:
-    """Put quantizers into a copy of a float network and set their ranges from images.
+    """Insert quantizers into a copy of a float network and calibrate their ranges on images.
 
-    The result is an `nn.Module` to train, or to export as it is (post-training quantization).
+    The result is an `nn.Module`: train it, or export it unchanged (post-training quantization).
 
     Args:
         net: The float network. It is not changed; the copy stays on its device.
-        calibration: A DataLoader or any iterable of batches: tensors of images, or tuples that begin with one; or one
-            tensor. Images are what the network takes: float32 of shape [N, C, H, W], normalized by your own code.
+        calibration: A DataLoader or any iterable of batches, or one tensor. A batch is a tensor of images or a tuple
+            that begins with one: float32 of shape [N, C, H, W], normalized by your own code.
         weights: Bit width of the weights, 2 to 8.
         activations: Bit width of the activations, 2 to 8.
         first_layer: Bit width of the network's input and of the first layer's weights.
         last_layer: Bit width of the last layer's input and weights.
-        overrides: Bit widths of single layers by name or pattern, before all of the above.
+        overrides: Bit widths of single layers by name or pattern; they take precedence over all of the above.
         float_layers: Convolutions and linear layers that stay in float, by name or pattern such as "layer4.*"; a
-            mapping gives them by target. What they cost is in `Export.float_layers`.
-        weight_method: How weights learn their scales; docs/methods.md has each method. "package.module:Class"
-            is your own; see docs/adding_a_method.md.
-        activation_method: Likewise for activations.
+            mapping gives them by target. `Export.float_layers` reports their cost.
+        weight_method: How weights learn their scales; docs/methods.md describes each method. "package.module:Class" is
+            your own method; see docs/adding_a_method.md.
+        activation_method: How activations learn their scales, as for weights.
         calibration_method: "mse", "minmax" or "percentile".
-        calibration_images: At most this many images are taken from `calibration`.
-        equalization: Bring the ranges of channels between layers into line before; see `PTQConfig`, as for the next.
-        adaround: Round weights so that each layer's outputs come closest, which few bits without training need.
-        bias_correction: Correct the mean of each output channel.
-        targets: Names of the runtimes that the network must run on, or one name; see `crqat.targets()`.
+        calibration_images: Largest number of images taken from `calibration`.
+        equalization: Equalize the channel ranges of consecutive layers before calibration; see `PTQConfig` for this and
+            the next two.
+        adaround: Choose the rounding of weights so that each layer's outputs come closest to the float network's;
+            needed at few bits without training.
+        bias_correction: Correct the mean of each output channel to that of the float network.
+        targets: Name or names of the runtimes that the network must run on; see `crqat.targets()`.
 
     Returns:
-        The quantized network, calibrated, in eval mode.
+        The calibrated quantized network, in eval mode.
 
     Raises:
-        UsageError: There are no images, they are of another type or shape, or the network cannot be quantized; the
+        UsageError: There are no images, they have another type or shape, or the network cannot be quantized; the
             message names the layer.
     """
     if isinstance(calibration, Tensor):
@@ -201,7 +203,7 @@ def quantize(
     try:
         model = quantize_model(net, example, config, targets).to(device)
     except UsageError as error:
-        # A recipe's words for what is an argument here.
+        # Errors name recipe keys; here the user passed arguments.
         msg = str(error).replace("model.name: ", "net: ", 1).replace("quantization.", "", 1)
         raise UsageError(msg) from error
     for note in model.notes:
@@ -209,7 +211,7 @@ def quantize(
     with torch.no_grad():
         logits = model(example)
     if logits.ndim != 2:
-        msg = f"net: gives shape {list(logits.shape)}; what can be exported gives logits of shape [N, classes]"
+        msg = f"net: returns shape {list(logits.shape)}; it must return logits of shape [N, classes]"
         raise UsageError(msg)
     model.meta["quantization"] = asdict(config)
     model.meta["float_weights"] = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
@@ -236,7 +238,7 @@ def _by_target(layers: Sequence[str] | Mapping[str, Sequence[str]]) -> dict[str,
 
 
 def _images(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:
-    """The images of each batch, `limit` of them in all."""
+    """Yield the images of each batch, at most `limit` in all."""
     left = limit
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
@@ -255,17 +257,17 @@ def _images(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:
 
 
 def save(model: QuantizedModel, path: str | Path) -> None:
-    """Write a quantized network made by `quantize` as one safetensors file: weights, scales and how it was quantized.
+    """Write a network made by `quantize` to one safetensors file: weights, scales and quantization settings.
 
     Args:
-        model: The network; a teacher is saved by `save(teacher.model, path)`.
-        path: The file; a directory that it lies in is made.
+        model: The network. To save a teacher, call `save(teacher.model, path)`.
+        path: The file; its directory is created if it is missing.
 
     Raises:
         UsageError: The network was not made by `quantize`.
     """
     if "quantization" not in model.meta:
-        msg = "save: the network was not made by crqat.quantize; a train stage keeps its networks itself"
+        msg = "save: the network was not made by crqat.quantize; a train stage saves its networks itself"
         raise UsageError(msg)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -277,7 +279,7 @@ def save(model: QuantizedModel, path: str | Path) -> None:
 
 
 def load(path: str | Path, net: nn.Module) -> QuantizedModel:
-    """Read what `save` wrote.
+    """Read a quantized network that `save` wrote.
 
     Args:
         path: The file. Nothing in it is executed.
@@ -287,7 +289,7 @@ def load(path: str | Path, net: nn.Module) -> QuantizedModel:
         The quantized network on the CPU, in eval mode.
 
     Raises:
-        UsageError: The file is missing, damaged, of another network, or none of `save`.
+        UsageError: The file is missing, damaged, of another network, or was not written by `save`.
     """
     path = Path(path)
     header, tensors = read_header(path), read_tensors(path)
@@ -307,7 +309,7 @@ def load(path: str | Path, net: nn.Module) -> QuantizedModel:
         model.load_state_dict(groups["quantized."])
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        msg = f"{path}: of another network than {type(net).__name__}: {reason[:300]}"
+        msg = f"{path}: was saved from another network than {type(net).__name__}: {reason[:300]}"
         raise UsageError(msg) from error
     values["targets"] = tuple(values["targets"])
     model.meta.update(values, quantization=asdict(config), float_weights=groups["float."])

@@ -1,4 +1,4 @@
-"""What a recipe must allow for to be trained in several processes. Imports nothing heavy."""
+"""Checks that batches and image sets can be shared by several processes. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from crqat.train.config import TrainConfig
 
 
 def check(config: TrainConfig, processes: int) -> None:
-    """Check that so many processes find their shares of each batch.
+    """Check that every process gets an equal share of each batch and at least one calibration image.
 
     Raises:
-        UsageError: They do not; the message names the key.
+        UsageError: The recipe's sizes do not allow it; the message names the key.
     """
     for name, section in (("float", config.float_training), ("qat", config.qat)):
         if section.epochs:
@@ -19,21 +19,21 @@ def check(config: TrainConfig, processes: int) -> None:
 
 
 def check_images(count: int, key: str, processes: int) -> None:
-    """Each process calibrates with a share of the images; one without any would leave the others waiting.
+    """Check that each process gets an image: one without any would leave the others waiting.
 
     Raises:
-        UsageError: There are too few.
+        UsageError: There are fewer images than processes.
     """
     if count < processes:
-        msg = f"{key}: each of {processes} processes needs at least one, and they are {count}"
+        msg = f"{key}: each of {processes} processes needs at least one image, but there are {count}"
         raise UsageError(msg)
 
 
 def check_batch(size: int, key: str, processes: int) -> None:
-    """A batch is that of all processes together; each takes an equal share.
+    """Check that the processes can share a batch equally; its size counts the images of all processes.
 
     Raises:
-        UsageError: It cannot.
+        UsageError: The size is not a multiple of the number of processes.
     """
     if size % processes:
         msg = f"{key}: {size} images a step cannot be shared equally by {processes} processes; take a multiple"

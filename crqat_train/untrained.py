@@ -1,21 +1,21 @@
-"""An untrained network made fit to be checked: its values neither vanish nor explode, and all parts of it count."""
+"""Prepares untrained networks for checks: values neither vanish nor explode, and every branch contributes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-# Below this a parameter that is the same everywhere only switches its branch off, as ConvNeXt's layer scale does.
+# A parameter that is constant and smaller than this only switches its branch off, as ConvNeXt's layer scale does.
 _SMALL = 1e-3
 
 
 def sane_bn(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
-    """Random gamma and beta, and running statistics of the images.
+    """Set gamma and beta of every BatchNorm at random, and its running statistics from the images.
 
     Args:
-        network: Changed in place; it ends in eval mode.
+        network: Changed in place, and left in eval mode.
         images: Normalized, float32 of shape [N, C, H, W], N >= 2.
-        seed: Of gamma and beta.
+        seed: Seed of gamma and beta.
     """
     generator = torch.Generator().manual_seed(seed)
     norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
@@ -31,13 +31,13 @@ def sane_bn(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
 
 
 def awake(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Redraw parameters of two and more dimensions that start as zeros or almost: class tokens, heads, layer scales.
+    """Redraw parameters of two or more dimensions that are zero or almost: class tokens, heads, layer scales.
 
-    Quantized, they would be one code everywhere, and a comparison of codes would show nothing after them.
+    Quantized, they would have the same code everywhere, and a comparison of codes after them would show nothing.
 
     Args:
         network: Changed in place.
-        seed: Of what is drawn.
+        seed: Seed of the new values.
     """
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():

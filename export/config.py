@@ -1,4 +1,4 @@
-"""The `export` stage's part of a recipe."""
+"""Configuration of the `export` stage."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from crqat.core.targets import TargetName
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """What is written.
+    """Files to export, and how they are written and verified.
 
     Attributes:
-        targets: Runtimes to write a file for; None takes those that the network was trained for.
-        candidate: "student", its EMA "teacher", or "calibrated", the network before training; "best" is the one with
+        targets: Runtimes to write files for; None takes those that the network was trained for.
+        candidate: "student", its EMA "teacher", or "calibrated", the network before training; "best" takes the one with
             the highest accuracy on the validation split.
-        tensorrt_precision: Type of everything that is not INT8 in tensorrt.onnx. Strongly typed TensorRT runs the
-            float parts in the file's own type, so float16 is what a board wants. With it, float16.onnx holds the float
-            network in that type, which is what INT8 has to be faster than.
-        weights: How tensorrt.onnx stores weights: "int8" codes with a DequantizeLinear, or "float" values with a pair
-            of QuantizeLinear and DequantizeLinear, for parsers that know no other form. The engine is the same.
-        verify_images: Images of the training set on which each file is verified by the three checks.
-        allow_lossy: Write a file even if an edge cannot keep its trained Grid.
+        tensorrt_precision: Type of all operations in tensorrt.onnx that are not INT8. Strongly typed TensorRT runs the
+            float parts in the file's own type, so float16 suits most boards. With it, float16.onnx holds the float
+            network in float16, the baseline that INT8 has to beat.
+        weights: How tensorrt.onnx stores weights: "int8" as codes with a DequantizeLinear, or "float" as values with a
+            pair of QuantizeLinear and DequantizeLinear, for parsers that support no other form. The engine is the same.
+        verify_images: Number of training images with which each file is verified by the three checks.
+        allow_lossy: Write a file even if it cannot represent an edge's trained Grid exactly.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT

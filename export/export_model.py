@@ -1,4 +1,4 @@
-"""`crqat.export` and `crqat.verify`: a network of the user's own training loop becomes verified files."""
+"""`crqat.export` and `crqat.verify`: write and verify the files of a network from the user's own training loop."""
 
 from __future__ import annotations
 
@@ -36,19 +36,20 @@ Images = Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Export:
-    """What `crqat.export` wrote.
+    """Files that `crqat.export` wrote, and their verification.
 
     Attributes:
-        directory: It holds the files, the expected codes of a few images, and manifest.json with the SHA-256 of each.
-        files: By target; "float" and "float16" are the baselines.
-        verification: By target.
-        findings: By target, rules of the runtime that the file breaks; empty unless `unsafe` was set.
-        claims: By target and quantized edge: whether the file holds its trained Grid exactly.
-        macs: Multiply-accumulates of one image by operation, of those that are INT8.
-        float_layers: Likewise of the layers that `crqat.quantize` was asked to keep in float.
-        preprocessing: As in the files.
-        config: How they were written.
-        model: The finalized network that they hold, on the CPU, in eval mode.
+        directory: Directory with the files, the expected codes of a few images, and manifest.json with the SHA-256 of
+            each.
+        files: Path of each file by target; "float" and "float16" are the baselines.
+        verification: Result of the verification, by target.
+        findings: Rules of the runtime that a file breaks, by target; empty unless `unsafe` was set.
+        claims: Whether the file stores a trained Grid exactly, by target and quantized edge.
+        macs: Multiply-accumulates of one image, by INT8 operation.
+        float_layers: Multiply-accumulates of one image, by layer that `crqat.quantize` was asked to keep in float.
+        preprocessing: Preprocessing stored in the files.
+        config: Settings of the export.
+        model: The finalized network of the files, on the CPU, in eval mode.
     """
 
     directory: Path
@@ -63,7 +64,7 @@ class Export:
     model: QuantizedModel = field(repr=False)
 
     def __str__(self) -> str:
-        """A line for each file."""
+        """Return one line for each file."""
         return "\n".join(f"{path}: {self._said(target)}" for target, path in self.files.items())
 
     def _said(self, target: str) -> str:
@@ -88,28 +89,29 @@ def export(
     tensorrt_weights: Literal["int8", "float"] = "int8",
     unsafe: bool = False,
 ) -> Export:
-    """Finalize a quantized network and write the files of its targets, linted and verified, with the float baseline.
+    """Finalize a quantized network, and write and verify the files of its targets together with the float baseline.
 
     Args:
-        model: What `crqat.quantize` or `crqat.load` made, trained or not; an EMA teacher's is `teacher.model`. Wrappers
-            of DistributedDataParallel and torch.compile are looked through. It is not changed.
-        out: The directory. It is written as a whole or not at all; one that an earlier call made is replaced.
-        images: On which the files are verified: bytes before normalization, uint8 of shape [N, C, H, W]. 32 will do;
+        model: Network that `crqat.quantize` or `crqat.load` returned, trained or not; for an EMA teacher, its
+            `teacher.model`. DistributedDataParallel and torch.compile wrappers are unwrapped. The network is not
+            changed.
+        out: The directory. It is written completely or not at all; a directory of an earlier export is replaced.
+        images: Images for the verification: bytes before normalization, uint8 of shape [N, C, H, W]. 32 are enough;
             none of them should be a test image.
-        preprocessing: Mean and std in units of 0..1 by which your own code normalizes; it travels in each file.
-        class_names: One for each logit; None numbers them.
-        targets: Some of the targets that the network was quantized for; None is all of them.
-        tensorrt_precision: Type of what is not INT8 in tensorrt.onnx.
+        preprocessing: Mean and std, in units of 0..1, of your own normalization; they are stored in each file.
+        class_names: One name for each logit; None numbers them.
+        targets: A subset of the targets that the network was quantized for; None takes all of them.
+        tensorrt_precision: Type of all operations in tensorrt.onnx that are not INT8.
         tensorrt_weights: How tensorrt.onnx stores weights; see `crqat.export.config.ExportConfig.weights`.
-        unsafe: Write files that break a rule or whose verification failed, too; `findings` and `verification` say so.
+        unsafe: Write files even if they break a rule or fail verification; see `findings` and `verification`.
 
     Returns:
-        What was written; `crqat.benchmark` measures it.
+        The export; `crqat.benchmark` measures it.
 
     Raises:
-        VerificationError: A file does not compute the codes that the network computes, or that could not be found out.
-        UsageError: The network is not one of `crqat.quantize`, the images are of another type or shape, a file breaks
-            one of its runtime's rules, or `out` holds something else.
+        VerificationError: A file does not compute the network's codes, or could not be verified.
+        UsageError: The network was not made by `crqat.quantize`, the images have another type or shape, a file breaks a
+            rule of its runtime, or `out` holds other files.
         ToolError: The directory cannot be written.
     """
     out, inner = Path(out), _unwrapped(model)
@@ -119,7 +121,7 @@ def export(
             targets=_targets(quantized.model, targets),
             tensorrt_precision=tensorrt_precision,
             weights=tensorrt_weights,
-            allow_lossy=True,  # a loss shows in the verification
+            allow_lossy=True,  # the verification reports losses
         ),
         {"weights": "tensorrt_weights"},
     )
@@ -129,7 +131,7 @@ def export(
         msg = f"class_names: {len(names)} names for the {classes} logits of the network; give one for each"
         raise UsageError(msg)
     mean, std = (tuple(map(float, values)) for values in (preprocessing.mean, preprocessing.std))
-    preprocessing = replace(preprocessing, mean=mean, std=std)  # arrays and lists become JSON as well
+    preprocessing = replace(preprocessing, mean=mean, std=std)  # arrays and lists become JSON, too
     metadata = {
         "crqat.schema_version": METADATA_SCHEMA,
         "crqat.run": out.name,
@@ -171,19 +173,19 @@ def export(
 def verify(
     model_or_files: nn.Module | Export, images: Images, preprocessing: Preprocessing | None = None
 ) -> dict[str, Verification]:
-    """Compare, in integer codes: torch = integer simulator = ONNX Runtime, and one target = the other.
+    """Compare integer codes: torch = integer simulator = ONNX Runtime, and each target = the other.
 
     Args:
-        model_or_files: A quantized network, whose files are made in memory; or what `crqat.export` gave, whose files
-            are read from the disk.
-        images: What the network takes, float32 of shape [N, C, H, W]; or bytes before normalization, uint8.
-        preprocessing: For bytes and a network; files bring their own.
+        model_or_files: A quantized network, whose files are then made in memory; or an `Export`, whose files are read
+            from disk.
+        images: Network inputs, float32 of shape [N, C, H, W]; or bytes before normalization, uint8.
+        preprocessing: Needed for bytes with a network; an `Export` has its own.
 
     Returns:
-        By target. A failed verification is a result and no error here.
+        Results by target. A failed verification is returned, not raised.
 
     Raises:
-        UsageError: As `export`.
+        UsageError: See `export`.
     """
     if not isinstance(model_or_files, Export):
         quantized = _finalized(_unwrapped(model_or_files), _normalized(images, preprocessing))
@@ -197,22 +199,22 @@ def verify(
 
 
 def _refuse(entry: ExportedModel) -> None:
-    """Raise what is wrong with a file."""
+    """Raise an error if a file breaks rules or failed verification."""
     if entry.findings:
         count, first = len(entry.findings), entry.findings[0]
-        msg = f"{entry.file} breaks {count} rules, first: {first}; unsafe=True writes it all the same"
+        msg = f"{entry.file} breaks {count} rules, first: {first}; unsafe=True writes it anyway"
         raise UsageError(msg)
     verified = entry.verification
     if verified is not None and not verified.passed:
         msg = (
             f"{entry.file}: verification on {verified.images} images {verified.status}; nothing was written, "
-            "unsafe=True writes it all the same"
+            "unsafe=True writes it anyway"
         )
         raise VerificationError(msg)
 
 
 def _targets(model: QuantizedModel, asked: Sequence[str] | None) -> tuple[str, ...]:
-    """The targets to write files for."""
+    """Return the targets to write files for."""
     if asked is None:
         return model.targets
     own = model.targets
@@ -225,13 +227,13 @@ def _targets(model: QuantizedModel, asked: Sequence[str] | None) -> tuple[str, .
 
 
 def _normalized(images: Images, preprocessing: Preprocessing | None) -> npt.NDArray[np.float32]:
-    """Images as the network takes them: float32 as they are, bytes normalized."""
+    """Return network inputs: float32 images unchanged, bytes normalized."""
     array = np.asarray(images.detach().cpu() if isinstance(images, Tensor) else images)
     if array.dtype == np.float32 and array.ndim == 4 and len(array):
         return array
     if preprocessing is None:
         msg = (
-            f"images: {array.dtype} of shape {list(array.shape)}; expected what the network takes, float32 of shape "
+            f"images: {array.dtype} of shape {list(array.shape)}; expected normalized images, float32 of shape "
             "[N, C, H, W] with N >= 1, or bytes with preprocessing=crqat.Preprocessing(mean, std)"
         )
         raise UsageError(msg)
@@ -239,7 +241,7 @@ def _normalized(images: Images, preprocessing: Preprocessing | None) -> npt.NDAr
 
 
 def _unwrapped(model: nn.Module) -> QuantizedModel:
-    """The quantized network, inside whatever wraps it."""
+    """Return the quantized network inside its wrappers."""
     inner = unwrapped(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, QuantizedModel) or "float_weights" not in inner.meta:
         hint = "; of a teacher give teacher.model" if hasattr(model, "model") else ""
@@ -249,7 +251,7 @@ def _unwrapped(model: nn.Module) -> QuantizedModel:
 
 
 def _finalized(inner: QuantizedModel, normalized: npt.NDArray[np.float32]) -> Quantized:
-    """A finalized copy on the CPU in eval mode, with its Grids and images that it takes."""
+    """Return a finalized copy on the CPU in eval mode, with its Grids and normalized images."""
     expected = inner.meta["input_shape"]
     if list(normalized.shape[1:]) != expected:
         msg = f"images: shape {list(normalized.shape)}; the network was quantized with images of shape {expected}"

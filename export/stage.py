@@ -1,4 +1,4 @@
-"""The `export` stage: a finished training becomes ONNX files, their verification, and the images to measure them on."""
+"""The `export` stage: writes the ONNX files of a finished training, their verification, and images to measure with."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def export(
 
     Args:
         train_dir: A finished train stage; its hashes are verified first.
-        train: The recipe it was trained by.
-        config: What to write.
+        train: The training part of the run's recipe.
+        config: Which files to write.
         out: Empty directory.
-        progress: Told of files and checks.
+        progress: Reports files and checks.
         run: The run's name.
-        git_revision: For the files' metadata.
-        unsafe: Write files that break a rule, too, and record what they break as "findings" of their entries.
+        git_revision: Revision of the code, for the files' metadata.
+        unsafe: Write files even if they break a rule, and record the broken rules as "findings" of their entries.
 
     Returns:
         The manifest's payload.
 
     Raises:
-        UsageError: An edge cannot keep its Grid on a target without `export.allow_lossy`, or a file breaks a rule and
-            `unsafe` is not set.
+        UsageError: A target cannot represent an edge's Grid and `export.allow_lossy` is not set, or a file breaks a
+            rule and `unsafe` is not set.
     """
     trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
     candidate = trained.best if config.candidate == "best" else config.candidate
@@ -104,7 +104,7 @@ def export(
 
 
 def _write_images(path: Path, images: Images) -> None:
-    """uint8 of shape [N, C, H, W] as .npy, in pieces: test images may not fit into memory."""
+    """Write images as .npy, uint8 of shape [N, C, H, W], in pieces: test images may not fit into memory."""
     array = np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8, shape=tuple(images.shape))
     for start in range(0, len(images), _CHUNK):
         array[start : start + _CHUNK] = images[start : start + _CHUNK].numpy()

@@ -1,4 +1,4 @@
-"""A quantized network in memory and the files that are made of it, without a train stage on disk."""
+"""Makes ONNX files from a quantized network in memory, without a train stage on disk."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ from crqat.train.quantizers.calibration import rounded_weights
 
 @dataclass
 class Quantized:
-    """A quantized network with what its files are made from.
+    """A quantized network with the data needed to write its files.
 
     Attributes:
-        model: CPU, eval mode. Its graph is exported once: after a change, make a new one by `dataclasses.replace`.
-        grids: Edge name to Grid.
-        images: Normalized float32 images of shape [N, C, H, W], of which the graph takes the size.
+        model: The network, on the CPU, in eval mode. Its graph is exported only once: after changing it, make a new
+            object by `dataclasses.replace`.
+        grids: Grids by edge name.
+        images: Normalized float32 images of shape [N, C, H, W]; they determine the input size of the graph.
     """
 
     model: QuantizedModel
@@ -39,22 +40,22 @@ class Quantized:
 
     @classmethod
     def of(cls, model: QuantizedModel, images: Tensor) -> Quantized:
-        """With the Grids that its quantizers have."""
+        """Create it with the Grids of the model's quantizers."""
         return cls(model, model.grids(), images.numpy())
 
     @property
     def specs(self) -> list[QuantizerSpec]:
-        """The model's quantizers."""
+        """Return the specs of the model's quantizers."""
         return self.model.specs
 
     @cached_property
     def latent(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Weight edge name to the unfolded weight."""
+        """Return the unfolded weights by edge name."""
         return rounded_weights(self.model)
 
     @cached_property
     def graph(self) -> Graph:
-        """The marked float graph."""
+        """Return the float graph with markers on quantized edges."""
         with torch.no_grad():
             classes = self.model(torch.from_numpy(self.images[:1])).shape[1]
         return marked_graph(self.model, self.images.shape[1:], classes)
@@ -66,12 +67,12 @@ class Quantized:
         metadata: Mapping[str, str] | None = None,
         weights: str = "int8",
     ) -> QDQModel:
-        """A target's file; see `crqat.export.qdq.write.qdq_model`."""
+        """Return a target's file; see `crqat.export.qdq.write.qdq_model`."""
         described = {**(metadata or {}), "crqat.target": target}
         return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, described, weights)
 
     def files(self) -> dict[str, QDQModel]:
-        """Every target's file as it ships."""
+        """Return the file of every target as it is delivered."""
         return {name: self.file(name, target.float_types[0]) for name, target in runtimes.TARGETS.items()}
 
 
@@ -82,14 +83,14 @@ def quantize_network(
     config: QuantizationConfig | None = None,
     residual: Residual | None = None,
 ) -> Quantized:
-    """Quantize a float network by calibration alone.
+    """Quantize a float network by calibration only.
 
     Args:
-        network: On the CPU; it is not changed, but for being in eval mode afterwards.
-        batches: Normalized images, float32 of shape [N, C, H, W] each, from which the ranges start.
-        targets: Names of runtimes; see `crqat.core.targets`.
-        config: Bit widths and methods, None for the defaults.
-        residual: See `crqat.train.placement.insert.quantize_model`.
+        network: Float network on the CPU; it is left in eval mode and is otherwise unchanged.
+        batches: Normalized images for calibration, float32 of shape [N, C, H, W] each.
+        targets: Names of the target runtimes; see `crqat.core.targets`.
+        config: Bit widths and methods; None for the defaults.
+        residual: Which inputs of a residual Add are quantized; see `crqat.train.placement.insert.quantize_model`.
 
     Raises:
         UsageError: See `crqat.train.placement.insert.quantize_model`.

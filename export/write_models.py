@@ -1,4 +1,4 @@
-"""One quantized network becomes the ONNX files of its targets, linted and verified, beside the float baselines."""
+"""Writes the ONNX files of a quantized network for its targets, checked and verified, and the float baselines."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ def write_models(
     progress: Progress = quiet,
     unsafe: bool = False,
 ) -> list[ExportedModel]:
-    """Write every file of a network, and verify each of them before it is written.
+    """Write all files of a network; each is verified before it is written.
 
     Args:
-        quantized: The finalized network, its Grids, and the normalized images that the files are verified on. Its
+        quantized: The finalized network, its Grids, and the normalized images for the verification. Its
             `meta["float_weights"]` are the weights of the float baseline.
         out: Empty directory.
-        config: What to write; its targets None are those of the network.
-        metadata: Of each file, beside its target.
-        progress: Told of files and checks.
-        unsafe: Write files that break a rule, too, and record what they break as "findings" of their entries.
+        config: Which files to write; targets None takes those of the network.
+        metadata: Metadata of all files; each file adds its target.
+        progress: Reports files and checks.
+        unsafe: Write files even if they break a rule, and record the broken rules as "findings" of their entries.
 
     Returns:
-        An entry for each file, the baselines first: of a target's its claims, MACs, verification, fusion and findings.
-        A failed verification is recorded and no error.
+        An entry for each file, the baselines first. A target's entry has claims, MACs, verification, fusion and
+        findings. A failed verification is recorded, not raised.
 
     Raises:
         UsageError: See `refuse`.
@@ -96,7 +96,7 @@ def write_models(
 def make_file(
     quantized: Quantized, target: str, config: ExportConfig, metadata: Mapping[str, str] | None = None
 ) -> QDQModel:
-    """A target's file in memory, written as the configuration says."""
+    """Return a target's file in memory, written according to the configuration."""
     weights = config.weights if runtimes.get(target).float_weights else "int8"
     return quantized.file(target, _precision(target, config), metadata, weights)
 
@@ -106,24 +106,23 @@ def _precision(target: str, config: ExportConfig) -> str:
 
 
 def _float_graph(quantized: Quantized) -> Graph:
-    """The float network as it was before quantization; its weights are not the latent ones behind the quantizers."""
+    """Return the float network before quantization; its weights are not the latent weights of the quantized one."""
     model = copy.deepcopy(quantized.model)
     own, saved = model.state_dict(), model.meta["float_weights"]
-    # The graph leaves out what the network has and never uses.
+    # The graph leaves out parameters that the network has and never uses.
     model.load_state_dict({**own, **{name: tensor for name, tensor in saved.items() if name in own}})
     return marked_graph(model, quantized.graph.input_shape, quantized.graph.classes)
 
 
 def refuse(file: QDQModel, target: str, allow_lossy: bool, findings: Sequence[str]) -> None:
-    """Refuse a file that breaks its runtime's rules, or holds a Grid with a loss that nobody allowed.
+    """Refuse a file that breaks its runtime's rules, or whose losses `export.allow_lossy` does not permit.
 
     Raises:
-        UsageError: The message names the first rule, or the first Grid, and the way out.
+        UsageError: The message names the first broken rule or lossy Grid, and the fix.
     """
     if findings:
         msg = (
-            f"{target}.onnx breaks {len(findings)} rules, first: {findings[0]}; "
-            "crqat export --unsafe writes it all the same"
+            f"{target}.onnx breaks {len(findings)} rules, first: {findings[0]}; crqat export --unsafe writes it anyway"
         )
         raise UsageError(msg)
     lossy = {edge: claim for edge, claim in file.claims().items() if claim.claim == "lossy"}

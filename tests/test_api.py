@@ -355,7 +355,7 @@ def test_what_cannot_be_quantized_is_named_as_an_argument() -> None:
         (
             Dense(),
             {},
-            r"^net: gives shape \[2, 5, 10, 10\]; what can be exported gives logits of shape \[N, classes\]$",
+            r"^net: returns shape \[2, 5, 10, 10\]; it must return logits of shape \[N, classes\]$",
         ),
         (Branching(), {}, r"^net: torch\.fx cannot trace Branching at .*test_api\.py"),
         (network(), {"weights": 9}, r"^weights: Input should be less than or equal to 8, not 9$"),

@@ -1,1 +1,1 @@
-"""Images from their source to batches."""
+"""Loads images from their source, splits, augments and batches them."""

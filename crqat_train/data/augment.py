@@ -1,4 +1,4 @@
-"""Augmentation of whole batches on the device where they lie: one random draw per image, no wait for the host."""
+"""Augmentation of whole batches on their device: a random draw for each image, without waiting for the host."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from torch import Tensor
 
 
 def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Tensor:
-    """Shift each image by its own random offset of -padding..padding pixels; what comes in is 0, black.
+    """Shift each image by its own random offset of -padding..padding pixels; uncovered pixels become 0, black.
 
     Args:
         images: uint8 of shape [N, C, H, W].
-        padding: Pixels.
-        generator: On the images' device; gives one [N, 2] draw of (row, column) offsets in 0..2 padding.
+        padding: Largest offset in pixels.
+        generator: Random generator on the images' device; one [N, 2] draw gives (row, column) offsets in 0..2 padding.
 
     Returns:
-        Of the same shape and type.
+        The shifted images, of the same shape and type.
     """
     n, _, height, width = images.shape
     # All windows of the padded image, as a view: [N, C, 2 padding + 1, 2 padding + 1, H, W].
@@ -28,21 +28,21 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
 
 
 def random_flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2.
+    """Mirror each image horizontally with probability 1/2.
 
     Args:
         images: uint8 of shape [N, C, H, W].
-        generator: On the images' device; gives one [N] draw in 0..1, below 0.5 is flipped.
+        generator: Random generator on the images' device; one [N] draw in 0..1 is compared with 0.5.
 
     Returns:
-        Of the same shape and type.
+        The images, of the same shape and type.
     """
     flipped = torch.rand(len(images), generator=generator, device=images.device) < 0.5
     return torch.where(flipped[:, None, None, None], images.flip(3), images)
 
 
-# The operations that `strong_view` draws from and their largest magnitudes: the list of FixMatch (arXiv 2001.07685,
-# appendix), but for equalize, which has no form without sorting. Shears in units of the side, shifts as its share.
+# Operations of `strong_view` and their largest magnitudes: the list of FixMatch (arXiv 2001.07685, appendix) without
+# equalize, which needs sorting. Shears are in units of the side, shifts are shares of it.
 OPERATIONS = (
     "identity", "autocontrast", "brightness", "color", "contrast", "posterize", "sharpness", "solarize",
     "rotate", "shear_x", "shear_y", "translate_x", "translate_y",
@@ -52,17 +52,17 @@ GREY = 127.0
 
 
 def strong_view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """RandAugment (arXiv 1909.13719) with two operations of random magnitude for each image, then cutout.
+    """Apply RandAugment (arXiv 1909.13719) with two operations of random magnitude to each image, then cutout.
 
-    Each image draws its own operations. All are computed for the whole batch and selected by masks, so nothing waits
-    for the device.
+    Each image draws its own operations. All operations are computed for the whole batch and selected by masks, so that
+    nothing waits for the device.
 
     Args:
         images: float32 in 0..255 of shape [N, C, H, W].
-        generator: On the images' device.
+        generator: Random generator on the images' device.
 
     Returns:
-        Of the same shape, type and range.
+        The augmented images, of the same shape, type and range.
     """
     n = len(images)
     for _ in range(2):
@@ -73,7 +73,7 @@ def strong_view(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def apply_operation(images: Tensor, chosen: Tensor, magnitude: Tensor) -> Tensor:
-    """One operation for each image.
+    """Apply one operation to each image.
 
     Args:
         images: float32 in 0..255 of shape [N, C, H, W].
@@ -82,17 +82,17 @@ def apply_operation(images: Tensor, chosen: Tensor, magnitude: Tensor) -> Tensor
             posterize and solarize take its absolute value.
 
     Returns:
-        float32 in 0..255 of shape [N, C, H, W].
+        The changed images, float32 in 0..255 of shape [N, C, H, W].
     """
 
     def only(name: str, value: Tensor) -> Tensor:
         return torch.where(chosen == OPERATIONS.index(name), value, torch.zeros_like(value))
 
-    # Rows of the matrix that leads from a pixel of the result to one of the source, in coordinates from -1 to 1.
+    # Rows of the matrix that maps a pixel of the result to one of the source, in coordinates from -1 to 1.
     angle = only("rotate", magnitude) * (_DEGREES * math.pi / 180)
     shear_x, shear_y = only("shear_x", magnitude) * _SHEAR, only("shear_y", magnitude) * _SHEAR
     shift_x, shift_y = only("translate_x", magnitude) * 2 * _SHIFT, only("translate_y", magnitude) * 2 * _SHIFT
-    # torchvision's positive angle turns counter-clockwise; height and width may differ.
+    # A positive angle turns counter-clockwise, as in torchvision; height and width may differ.
     ratio = images.shape[2] / images.shape[3]
     top = torch.stack([angle.cos(), -angle.sin() * ratio + shear_x, shift_x], dim=1)
     bottom = torch.stack([angle.sin() / ratio + shear_y, angle.cos(), shift_y], dim=1)
@@ -104,7 +104,7 @@ def apply_operation(images: Tensor, chosen: Tensor, magnitude: Tensor) -> Tensor
     luma = torch.tensor([0.299, 0.587, 0.114], device=images.device)[:, None, None] if images.shape[1] == 3 else 1.0
     grey = (images * luma).sum(dim=1, keepdim=True) if images.shape[1] == 3 else images
     low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
-    level = torch.exp2((4 * column.abs()).floor())  # 4 to 8 bits are kept
+    level = torch.exp2((4 * column.abs()).floor())  # keep 4 to 8 bits
     results = {
         "autocontrast": torch.where(high > low, (images - low) * (255 / (high - low).clamp(min=1)), images),
         "brightness": images * strength,
@@ -121,7 +121,7 @@ def apply_operation(images: Tensor, chosen: Tensor, magnitude: Tensor) -> Tensor
 
 
 def _smooth(images: Tensor) -> Tensor:
-    """The 3x3 blur of Pillow's and torchvision's sharpness; border pixels stay."""
+    """Apply the 3x3 blur of Pillow's and torchvision's sharpness; border pixels stay unchanged."""
     channels = images.shape[1]
     kernel = torch.ones(3, 3, device=images.device)
     kernel[1, 1] = 5
@@ -133,12 +133,12 @@ def _smooth(images: Tensor) -> Tensor:
 
 
 def cutout(images: Tensor, side: int, generator: torch.Generator) -> Tensor:
-    """Grey a square of `side` pixels around a random centre of each image (arXiv 1708.04552); it may hang over.
+    """Fill a square of `side` pixels around a random centre of each image with grey (arXiv 1708.04552).
 
     Args:
         images: float32 in 0..255 of shape [N, C, H, W].
-        side: Pixels.
-        generator: On the images' device; gives one [N, 2] draw in 0..1.
+        side: Side of the square in pixels; the square may extend beyond the image.
+        generator: Random generator on the images' device; one [N, 2] draw in 0..1 gives the centres.
     """
     n, _, height, width = images.shape
     draw = torch.rand(n, 2, generator=generator, device=images.device)

@@ -1,4 +1,4 @@
-"""Batches of normalized images, made on the training device, from memory or from files that stream."""
+"""Batches of normalized images on the training device, from memory or streamed from files."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ Images = Tensor | StoredImages[Any]
 
 
 def subset(images: Images, chosen: Tensor) -> Images:
-    """Some of the images, int64 indices of shape [M]; files are not decoded yet."""
+    """Return some of the images by int64 indices of shape [M]; files are not decoded yet."""
     return images.subset(chosen) if isinstance(images, StoredImages) else images[chosen]
 
 
 class Batches:
-    """Augmented training batches, made on the device where the images lie, without a wait for the host.
+    """Augmented training batches, made on the device of the images without waiting for the host.
 
-    All batches have the same shape, so that a compiled step is compiled once: of n images, `min(n, batch_size)` go into
-    each, and the incomplete rest of an epoch is dropped, other images each time.
+    All batches have the same shape, so that a compiled step is compiled once. Each has `min(n, batch_size)` of n
+    images; the incomplete rest of an epoch is dropped, with different images each time.
 
     Args:
         images: uint8 of shape [N, C, H, W], or files.
         labels: int64 of shape [N].
-        preprocessing: Of the network's input.
-        batch_size: Images a step, of all ranks together; each rank makes its share of them.
-        crop_padding: See `random_crop`; 0 switches it off.
-        flip: See `random_flip`.
-        device: Where images and labels are kept and batches are made.
+        preprocessing: Preprocessing of the network's input.
+        batch_size: Images in a step, over all ranks together; each rank makes its share of them.
+        crop_padding: Padding of `random_crop` in pixels; 0 switches it off.
+        flip: Apply `random_flip`.
+        device: Device where images and labels are kept and batches are made.
         strong: Whether the first view, the student's, gets `strong_view` on top.
     """
 
@@ -59,24 +59,24 @@ class Batches:
         self.strong = strong
 
     def __len__(self) -> int:
-        """Steps of an epoch."""
+        """Return the number of steps in an epoch."""
         return len(self.images) // self.batch_size
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """The images of an epoch in random order, int64 of shape [steps * batch size]."""
+        """Return the images of an epoch in random order, int64 of shape [steps * batch size]."""
         order = torch.randperm(len(self.images), generator=generator, device=self.images.device)
         return order[: len(self) * self.batch_size]
 
     def epoch(
         self, generator: torch.Generator, views: int = 1, order: Tensor | None = None, start: int = 0
     ) -> Iterator[tuple[Tensor, ...]]:
-        """Each image at most once, in random order.
+        """Yield the batches of an epoch in random order, each image at most once.
 
         Args:
-            generator: On the training device; the same state gives the same batches.
-            views: How many independent augmentations of the same images.
-            order: See `order`; None draws one.
-            start: How many of its batches to leave out; they are not read.
+            generator: Random generator on the training device; the same state gives the same batches.
+            views: Number of independent augmentations of the same images.
+            order: Order of the images, see `order`; None draws one.
+            start: Number of batches to skip at the beginning; they are not read.
 
         Yields:
             The views, normalized float32 of shape [B, C, H, W] each, and the labels, int64 of shape [B].
@@ -104,11 +104,11 @@ class Batches:
 
 @dataclass(frozen=True)
 class Generators:
-    """What a training draws from, on its device.
+    """Random generators of a training run, on its device.
 
     Attributes:
-        order: Of images: the same on all ranks, and whatever their number.
-        augmentation: Each rank's own.
+        order: Generator for the order of images; the same on all ranks, for any number of them.
+        augmentation: Generator for augmentation; seeded differently on each rank.
     """
 
     order: torch.Generator
@@ -116,22 +116,22 @@ class Generators:
 
     @classmethod
     def of(cls, seed: int, device: torch.device) -> Generators:
-        """Those of this rank."""
+        """Return the generators of this rank."""
         own = seed + 1_000_003 * (1 + distributed.rank())  # far from other recipes' small seeds
         return cls(torch.Generator(device).manual_seed(seed), torch.Generator(device).manual_seed(own))
 
 
 class Feed:
-    """Batches epoch by epoch, and the place in the current one, from which another process can go on.
+    """Endless batches, epoch by epoch, with a position from which another process can resume.
 
     Args:
-        batches: The images.
-        generators: What their order and their augmentation are drawn from.
-        views: See `Batches.epoch`.
+        batches: The batches to draw from.
+        generators: Generators for order and augmentation.
+        views: Number of augmented views; see `Batches.epoch`.
 
     Attributes:
-        order: The images of the current epoch, None between two epochs; see `Batches.order`.
-        done: Batches of it that are behind.
+        order: Order of the current epoch's images, None between two epochs; see `Batches.order`.
+        done: Number of batches of the current epoch that are done.
     """
 
     def __init__(self, batches: Batches, generators: Generators, views: int = 1) -> None:
@@ -140,7 +140,7 @@ class Feed:
         self.done = 0
 
     def epoch(self) -> Iterator[tuple[Tensor, ...]]:
-        """What is left of the current epoch, or a new one; yields as `Batches.epoch` does."""
+        """Yield the rest of the current epoch, or a new epoch; see `Batches.epoch`."""
         if self.order is None:
             self.order = self._batches.order(self._generators.order)
         for batch in self._batches.epoch(self._generators.augmentation, self._views, self.order, self.done):
@@ -149,21 +149,21 @@ class Feed:
         self.order, self.done = None, 0
 
     def stream(self) -> Iterator[tuple[Tensor, ...]]:
-        """Epochs without end."""
+        """Yield epochs without end."""
         while True:
             yield from self.epoch()
 
 
 def evaluation_batches(images: Images, preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:
-    """All images in order, without augmentation, on the device they lie on.
+    """Yield all images in order, without augmentation, on their device.
 
     Args:
         images: uint8 of shape [N, C, H, W], or files.
-        preprocessing: Of the network's input.
-        batch_size: Images a batch; the last one may be smaller.
+        preprocessing: Preprocessing of the network's input.
+        batch_size: Images in a batch; the last one may be smaller.
 
     Yields:
-        Normalized float32 of shape [B, C, H, W].
+        Normalized images, float32 of shape [B, C, H, W].
     """
     constants = [torch.from_numpy(constant).to(images.device) for constant in preprocessing.constants()]
     for start in range(0, len(images), batch_size):

@@ -1,4 +1,4 @@
-"""The small public data sets that crqat reads itself: scikit-learn's digits, CIFAR-10 and CIFAR-100."""
+"""Loaders of small public data sets: scikit-learn's digits, CIFAR-10 and CIFAR-100."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from crqat.train.data.dataset import Dataset
 from crqat.train.data.streaming import StoredImages
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Not CIFAR-10's own statistics but ImageNet's: the published CIFAR-10 weights were trained with these.
+# ImageNet's statistics, not CIFAR-10's own: the published CIFAR-10 weights were trained with these.
 CIFAR10_PREPROCESSING = Preprocessing(IMAGENET_MEAN, IMAGENET_STD)
 DIGITS_TRAINING = 1000
 
 
 def imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """ImageNet's mean and std; for grey images the averages of its three channels', 0.449 and 0.226."""
+    """Return ImageNet's mean and std; for grey images the averages over the channels, 0.449 and 0.226."""
     if channels == 3:
         return IMAGENET_MEAN, IMAGENET_STD
     mean, std = (round(sum(values) / 3, 3) for values in (IMAGENET_MEAN, IMAGENET_STD))
@@ -33,12 +33,12 @@ def imagenet(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
 
 
 def digits() -> Dataset:
-    """Scikit-learn's 1,797 digits, grey, 8 x 8 pixels."""
-    # Imported here because other sources do without scikit-learn.
+    """Return scikit-learn's 1,797 digits, grey, 8 x 8 pixels."""
+    # Imported here: other sources do not need scikit-learn.
     from sklearn.datasets import load_digits
 
     pixels, targets = load_digits(return_X_y=True)
-    # Pixels are 0..16. The spread over 0..255 is one-to-one: rint(code * 16 / 255) is the pixel again.
+    # Pixels are 0..16. The mapping to 0..255 is one-to-one: rint(code * 16 / 255) is the pixel again.
     images: npt.NDArray[np.uint8] = np.rint(pixels * 255 / 16).astype(np.uint8).reshape(-1, 1, 8, 8)
     labels: npt.NDArray[np.int64] = targets.astype(np.int64)
     train = images[:DIGITS_TRAINING] / 255
@@ -53,18 +53,18 @@ def digits() -> Dataset:
 
 
 def cifar(name: str, root: Path, download: bool) -> Dataset:
-    """CIFAR-10 or CIFAR-100, RGB, 32 x 32 pixels.
+    """Return CIFAR-10 or CIFAR-100, RGB, 32 x 32 pixels.
 
     Args:
         name: "cifar10" or "cifar100".
-        root: The folder that holds torchvision's folder of it.
-        download: Fetch it if it is not there.
+        root: Folder that contains torchvision's folder of the data set.
+        download: Download the data set if it is missing.
 
     Raises:
-        UsageError: It is missing or damaged.
+        UsageError: The data set is missing or damaged.
         ToolError: The download failed, or files cannot be read.
     """
-    # Imported here because other sources do without torchvision, which takes a second.
+    # Imported here: torchvision takes a second, and other sources do not need it.
     from torchvision.datasets import CIFAR10, CIFAR100  # type: ignore[import-untyped]
 
     kind = {"cifar10": CIFAR10, "cifar100": CIFAR100}[name]
@@ -80,7 +80,7 @@ def cifar(name: str, root: Path, download: bool) -> Dataset:
     # RuntimeError; a test puts a hostile pickle in their place. `download: true` does not skip the check.
     try:
         with warnings.catch_warnings():
-            # These files were pickled by a numpy of 2009; newer ones warn of how they spell a dtype.
+            # Pickled by a numpy of 2009; newer versions warn about the spelling of a dtype.
             warnings.simplefilter("ignore", category=np.exceptions.VisibleDeprecationWarning)
             train, test = (kind(root, train=part, download=download) for part in (True, False))
     except (OSError, RuntimeError, http.client.HTTPException) as error:
@@ -106,7 +106,7 @@ def cifar(name: str, root: Path, download: bool) -> Dataset:
 
 
 def grey(dataset: Dataset) -> Dataset:
-    """An RGB data set in memory as grey images, by the luma that Pillow takes for files."""
+    """Convert an RGB data set in memory to grey, with the luma that Pillow uses for files."""
 
     def luma(images: Tensor | StoredImages[Any]) -> Tensor:
         red, green, blue = (images[:][:, index].int() for index in range(3))

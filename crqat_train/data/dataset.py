@@ -1,4 +1,4 @@
-"""The Dataset contract: what every source and a recipe's own function returns, and the checks of it."""
+"""The Dataset contract of all data sources and of a recipe's own function, and its checks."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from crqat.train.data.streaming import StoredImages
 
 @dataclass(frozen=True)
 class Dataset:
-    """A labeled data set on the CPU, in memory or in files that are decoded when needed.
+    """A labeled data set on the CPU, in memory or in files that are decoded on demand.
 
-    A recipe's own function returns one, and the recipe names it as `data.source: my_module:my_images`:
+    A recipe's own function returns a `Dataset`. The recipe names it as `data.source: my_module:my_images`:
 
         def my_images(root: str) -> crqat.Dataset:  # root is the recipe's `data.root`; leave it out if you need none
             arrays = numpy.load(f"{root}/images.npz", allow_pickle=False)
@@ -26,7 +26,7 @@ class Dataset:
             names = ("cat", "dog")
             return crqat.Dataset(*parts, names, crqat.Preprocessing(mean=(0.5, 0.5, 0.5), std=(0.25, 0.25, 0.25)))
 
-    What it returns is checked against what stands below before anything is trained.
+    Before training, the returned data set is checked against these attributes.
 
     Attributes:
         train_images: uint8 of shape [N, C, H, W].
@@ -34,8 +34,8 @@ class Dataset:
         test_images: uint8 of shape [M, C, H, W].
         test_labels: int64 of shape [M].
         class_names: One name per class.
-        preprocessing: How the network wants its input normalized; one mean and one std per channel.
-        notes: What a user should know of the data, one line each.
+        preprocessing: Normalization of the network's input; one mean and one std per channel.
+        notes: Facts about the data that the user should know, one line each.
     """
 
     train_images: Tensor | StoredImages[Any]
@@ -48,14 +48,14 @@ class Dataset:
 
 
 def validate(dataset: Dataset, source: str) -> None:
-    """Check that a data set is what its class promises.
+    """Check that a data set keeps the contract of `Dataset`.
 
     Args:
-        dataset: What a source returned.
-        source: What to call it in a message.
+        dataset: Data set that a source returned.
+        source: Name of the source in messages.
 
     Raises:
-        UsageError: It is not; the message names the source and the field.
+        UsageError: It breaks the contract; the message names the source and the field.
     """
 
     def require(condition: bool, problem: str) -> None:
@@ -119,14 +119,14 @@ _ORDER = (
 
 
 def _places_mixed(dataset: Dataset) -> bool:
-    """Whether a field of labels holds what can only be images, and a field of images what can only be labels."""
+    """Whether a label field can only hold images, and an image field can only hold labels."""
     labels = [value for value in (dataset.train_labels, dataset.test_labels) if isinstance(value, Tensor)]
     images = [value for value in (dataset.train_images, dataset.test_images) if isinstance(value, Tensor)]
     return any(value.ndim > 2 for value in labels) and any(value.ndim == 1 for value in images)
 
 
 def _type_hint(value: Tensor, ndim: int) -> str:
-    """What to do about images or labels of another type, for a message; "" where that is not known."""
+    """Return advice for images or labels of another type, for a message; "" if there is none."""
     if not value.numel():
         return ""
     if ndim == 1:
@@ -143,12 +143,12 @@ def _type_hint(value: Tensor, ndim: int) -> str:
 
 
 def doubts(dataset: Dataset, listed: bool = False) -> tuple[str, ...]:
-    """What of a valid data set is probably a mistake, one line each.
+    """Return probable mistakes in a valid data set, one line each.
 
     Args:
-        dataset: A valid one.
-        listed: Whether a list names the images of each part, so that more test images are meant: `crqat quantize`
-            calibrates on at most 100.
+        dataset: A valid data set.
+        listed: Whether an image list assigns the images to the parts. More test than training images are then intended:
+            `crqat quantize` calibrates on at most 100.
     """
     found = []
     train, test = len(dataset.train_images), len(dataset.test_images)

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets`, saved in a folder: Arrow tables that are mapped into memory, not loaded."""
+"""Data sets of Hugging Face's `datasets` saved in a folder: Arrow tables that are memory-mapped, not loaded."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _LABEL_NAMES = ("label", "labels")
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of a table.
+    """Images and labels in selected rows of a table.
 
     Attributes:
         table: A `datasets.Dataset` with undecoded images.
-        column: Of the images.
-        name: What to call the table in a message.
-        files: Those of the table, with size and time of change.
-        rows: Which of its rows, int64 of shape [N].
-        labels: int64 of shape [N].
+        column: Name of the image column.
+        name: Name of the table in messages.
+        files: Files of the table, with size and modification time.
+        rows: Selected rows, int64 of shape [N].
+        labels: Class of each selected row, int64 of shape [N].
     """
 
     table: Any
@@ -54,7 +54,7 @@ class TableImages(StoredImages[Rows]):
         return replace(items, rows=items.rows[picked], labels=items.labels[picked])
 
     def __getitem__(self, chosen: Any) -> Tensor:
-        """As of `StoredImages`; the table's files are looked at once a batch."""
+        """Decode images, see `StoredImages`; the table's files are checked for changes once for each batch."""
         for path, state in self.items.files:
             check_unchanged(path, state)
         return super().__getitem__(chosen)
@@ -63,7 +63,7 @@ class TableImages(StoredImages[Rows]):
         items, row = self.items, int(self.items.rows[index])
         name = f"{items.name}: row {row}"
         content = (items.table[row][items.column] or {}).get("bytes")
-        if content is None:  # a path would be another's word for which file to open
+        if content is None:  # a stored path is not followed: the data set could then open any file
             msg = f"{name}: no image in column {items.column}; fill it in (save_to_disk stores images, not paths)"
             raise UsageError(msg)
         return decode_image(
@@ -81,10 +81,10 @@ def _datasets() -> ModuleType:
 
 
 def fetch(name: str, folder: Path) -> None:
-    """Download a data set from the Hugging Face hub and save its splits in a folder, all of it or nothing.
+    """Download a data set from the Hugging Face hub and save its splits in a folder, completely or not at all.
 
     Raises:
-        ToolError: `datasets` is missing, or it fails.
+        ToolError: `datasets` is missing, or the download fails.
     """
     datasets = _datasets()
     part = folder.with_name(f"{folder.name}.part")
@@ -97,34 +97,34 @@ def fetch(name: str, folder: Path) -> None:
 
 
 def open_saved(root: Path, image_column: str | None, label_column: str | None) -> tuple[tuple[str, ...], Rows, Rows]:
-    """Class names, training and test rows of a `datasets.DatasetDict` that `save_to_disk` wrote.
+    """Return class names, training rows and test rows of a `datasets.DatasetDict` written by `save_to_disk`.
 
     Args:
         root: The folder.
-        image_column: None finds it.
-        label_column: Likewise.
+        image_column: Name of the image column; None takes the only one.
+        label_column: Name of the label column; None takes the only one, or "label".
 
     Raises:
-        UsageError: It is no such folder or damaged, has no fit splits or columns, or a row has no label.
+        UsageError: It is no such folder or damaged, has no suitable splits or columns, or a row has no label.
         ToolError: `datasets` is missing, or a file cannot be read.
     """
     datasets = _datasets()
     if not (root / "dataset_dict.json").is_file():
         msg = (
             f"data.root: no saved data set in {root}; write one by `datasets.load_dataset(...).save_to_disk(...)`, or "
-            'set data.source: "huggingface:NAME" and `download: true`, which fetches it into a folder that is not there'
+            'set data.source: "huggingface:NAME" and `download: true`, which downloads it into a new folder'
         )
         raise UsageError(msg)
     try:
         splits = datasets.load_from_disk(str(root))
         for split in splits.values():
             split.data.table.validate(full=True)  # offsets within the file's bounds; images are not read
-    except Exception as error:  # damaged files fail in whatever way their bytes lead the reader to
+    except Exception as error:  # `datasets` raises many kinds of errors for damaged files
         msg = f"{root}: cannot be read as a saved data set ({_reason(error)}); write or copy it again"
         raise UsageError(msg) from error
     train = splits.get("train")
     if train is None or not set(TEST_SPLITS) & set(splits):
-        msg = f"{root}: has the splits {', '.join(splits)}; needed are train and one of {', '.join(TEST_SPLITS)}"
+        msg = f"{root}: has the splits {', '.join(splits)}; it needs train and one of {', '.join(TEST_SPLITS)}"
         raise UsageError(msg)
     image = _image_column(datasets, train, image_column, root)
     label = _label_column(datasets, train, label_column, root)
@@ -134,7 +134,7 @@ def open_saved(root: Path, image_column: str | None, label_column: str | None) -
     names = tuple(feature.names) if named else tuple(map(str, range(len(np.unique(training.labels)))))
     _check(training, names, label)
     tests = (_rows(splits[name], image, label, f"{root}/{name}") for name in TEST_SPLITS if name in splits)
-    # Published test splits of competitions have -1 everywhere.
+    # Test splits published for competitions have -1 as every label.
     test = next((rows for rows in tests if len(rows) and rows.labels.max() >= 0), None)
     if test is None:
         msg = f"{root}: none of its splits {', '.join(name for name in TEST_SPLITS if name in splits)} has labels"
@@ -166,7 +166,7 @@ def _choose(found: Iterable[str], wanted: str | None, key: str, kind: str, table
         return str(wanted)
     if wanted is None and len(names) == 1:
         return names[0]
-    problem = f"{wanted} is no column {kind}" if wanted else f"{len(names) or 'no'} columns {kind}; name one"
+    problem = f"{wanted} is not a column {kind}" if wanted else f"{len(names) or 'no'} columns {kind}; name one"
     msg = f"{key}: {problem}; the table has {', '.join(table.features)}"
     raise UsageError(msg)
 
@@ -183,7 +183,7 @@ def _rows(table: Any, image: str, label: str, name: str) -> Rows:
         files = tuple((path, file_state(path)) for path in (Path(file["filename"]) for file in table.cache_files))
     except CrqatError:
         raise
-    except Exception as error:  # a split whose columns are others than those of train
+    except Exception as error:  # e.g. a split whose columns differ from those of train
         msg = f"{name}: cannot read its columns {image} and {label} ({_reason(error)})"
         raise UsageError(msg) from error
     return Rows(images, image, name, files, np.arange(len(labels)), labels)
@@ -197,7 +197,7 @@ def _check(rows: Rows, names: tuple[str, ...], label: str) -> None:
         msg += from_one
         raise UsageError(msg)
     if not len(rows):
-        msg = f"{rows.name}: has no rows"
+        msg = f"{rows.name}: has no rows; save a data set that has some"
         raise UsageError(msg)
 
 

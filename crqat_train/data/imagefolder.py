@@ -1,4 +1,4 @@
-"""Images in class folders, root/train/CLASS/... and root/test/CLASS/...."""
+"""Loads images from class folders, root/train/CLASS/... and root/test/CLASS/..."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ USUAL_ENDINGS = ".jpg, .png, .webp, .bmp and what else Pillow reads"
 
 @dataclass(frozen=True)
 class ImageFile:
-    """A file as it was when the folder was listed."""
+    """An image file's state when its folder was listed."""
 
     path: Path
     label: int
@@ -30,7 +30,7 @@ class ImageFile:
 
 
 class FolderImages(StoredImages[tuple[ImageFile, ...]]):
-    """Image files."""
+    """Images in ordinary files."""
 
     def _items_of(self, chosen: Tensor) -> tuple[ImageFile, ...]:
         return tuple(self.items[index] for index in chosen.tolist())
@@ -42,10 +42,10 @@ class FolderImages(StoredImages[tuple[ImageFile, ...]]):
 
 
 def check_unchanged(path: Path, state: tuple[int, int]) -> None:
-    """Compare a file with what `file_state` said of it.
+    """Check that a file has not changed since `file_state` read its size and time.
 
     Raises:
-        ToolError: It is gone or another one.
+        ToolError: The file is gone or has changed.
     """
     if file_state(path) != state:
         msg = f"{path}: changed while the data set was read; leave the folder alone and start again"
@@ -53,10 +53,10 @@ def check_unchanged(path: Path, state: tuple[int, int]) -> None:
 
 
 def file_state(path: Path) -> tuple[int, int]:
-    """Size in bytes and time of the last change in ns.
+    """Return a file's size in bytes and modification time in ns.
 
     Raises:
-        ToolError: It cannot be read.
+        ToolError: The file cannot be read.
     """
     try:
         status = path.stat()
@@ -67,13 +67,15 @@ def file_state(path: Path) -> tuple[int, int]:
 
 
 def list_folder(root: Path) -> tuple[tuple[str, ...], tuple[ImageFile, ...], tuple[ImageFile, ...], str]:
-    """Class names (sorted), training files and test files of a data set; each class may hold a tree of folders.
+    """Return class names (sorted), training files and test files of a data set, and what was left out.
 
-    Links to files and folders are followed. The last of the four values says in one line what was left out, "" if
-    nothing was: hidden files and folders, files with endings that are no image's, files beside the class folders.
+    Subfolders of a class are included, and links to files and folders are followed. The last of the four values says in
+    one line what was left out: hidden files and folders, files without an image's ending, files beside the class
+    folders. It is "" if nothing was.
 
     Raises:
-        UsageError: The folders are not there, a class is empty, or the test part has a class of its own.
+        UsageError: The folders are missing, a class is empty, or the test part has a class that the training part
+            lacks.
         ToolError: A folder cannot be read.
     """
     train = root / "train"
@@ -85,7 +87,7 @@ def list_folder(root: Path) -> tuple[tuple[str, ...], tuple[ImageFile, ...], tup
     names, own = _classes(train, left_out), _classes(test, left_out)
     unknown = [name for name in own if name not in names]
     if unknown:
-        # A test part with all classes of the training part, and more, is not what a split gives.
+        # A correct split does not have all training classes and more in its test part.
         swapped = "; or are the two parts swapped?" if set(names) < set(own) else ""
         msg = f"{test / unknown[0]}: a class that {train} does not have; remove it or add training images{swapped}"
         raise UsageError(msg)
@@ -96,18 +98,18 @@ def list_folder(root: Path) -> tuple[tuple[str, ...], tuple[ImageFile, ...], tup
 
 
 def list_images(root: Path, key: str) -> tuple[ImageFile, ...]:
-    """All image files in a folder and below it, sorted, each with label 0; hidden ones are left out.
+    """Return all image files in a folder and its subfolders, sorted, each with label 0; hidden ones are left out.
 
     Args:
         root: The folder.
-        key: The recipe's key that names it, for messages.
+        key: The recipe's key of the folder; used in messages.
 
     Raises:
-        UsageError: There is no such folder, or no image in it.
+        UsageError: The folder does not exist, or has no images.
         ToolError: A folder cannot be read.
     """
     if not root.is_dir():
-        msg = f"{key}: {root} is no folder"
+        msg = f"{key}: {root} is not a folder"
         raise UsageError(msg)
     paths = sorted(
         parent / name
@@ -127,7 +129,7 @@ def _refuse(error: OSError) -> None:
 
 
 def _layout_hint(root: Path) -> str:
-    """What a folder seems to be that has no training and test part."""
+    """Describe for a message what a folder without training and test part seems to be."""
     if not root.is_dir():
         return "; there is no such folder"
     if root.name in ("train", "test", "val") and (root.parent / "train").is_dir():
@@ -141,9 +143,9 @@ def _layout_hint(root: Path) -> str:
 
 
 class _LeftOut:
-    """What of a data set's folders is not read: how many of each kind, and the first of them."""
+    """Counts the skipped files and folders of a data set by kind, and keeps the first of each kind."""
 
-    # Each kind in the plural.
+    # Maps each kind to its plural.
     KINDS: ClassVar[dict[str, str]] = {
         "hidden file": "hidden files",
         "hidden folder": "hidden folders",
@@ -159,14 +161,14 @@ class _LeftOut:
         self._endings: Counter[str] = Counter()
 
     def add(self, kind: str, path: Path) -> None:
-        """One more of a kind, one of KINDS."""
+        """Count one skipped file or folder; `kind` is one of KINDS."""
         self._counts[kind] += 1
         self._first.setdefault(kind, path)
         if kind == "file with another ending":
             self._endings[path.suffix.lower() or "without one"] += 1
 
     def __str__(self) -> str:
-        """All of it on one line, "" if there is nothing."""
+        """Return all counts on one line; "" if nothing was skipped."""
         parts = []
         for kind, count in self._counts.items():
             endings = ", ".join(f"{number} {ending}" for ending, number in self._endings.most_common(5))
@@ -201,7 +203,7 @@ def _classes(folder: Path, left_out: _LeftOut) -> tuple[str, ...]:
 
 
 def _files(folder: Path, names: Sequence[str], present: Sequence[str], left_out: _LeftOut) -> tuple[ImageFile, ...]:
-    """All image files below the class folders that are present, sorted; none of these may be without images."""
+    """Return all image files below the class folders that exist, sorted; a class without images is refused."""
     by_class: dict[str, list[Path]] = {}
     reasons: dict[str, str] = {}
     for name in present:
@@ -239,13 +241,13 @@ def _files(folder: Path, names: Sequence[str], present: Sequence[str], left_out:
 
 def _state_of(path: Path) -> tuple[int, int]:
     if path.is_symlink() and not path.exists():
-        msg = f"{path}: a link to a file that is not there; mend or remove it"
+        msg = f"{path}: a link to a file that does not exist; repair or remove it"
         raise UsageError(msg)
     return file_state(path)
 
 
 def duplicates(train: Sequence[ImageFile], test: Sequence[ImageFile]) -> list[tuple[Path, Path]]:
-    """Pairs of a training and a test file with the same bytes; one pair for each such test file."""
+    """Return pairs of a training and a test file with the same bytes, one pair for each such test file."""
     by_start: dict[tuple[int, bytes], list[Path]] = defaultdict(list)
     lengths = {file.size for file in test}
     for file in train:

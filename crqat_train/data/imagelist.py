@@ -1,4 +1,4 @@
-"""Images that a JSON file lists, with their classes: any folder, split as its writer wanted."""
+"""Image lists: a JSON file that assigns images in any folders to classes and to the training and test parts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from crqat.train.data.imagefolder import ImageFile, file_state
 
 @dataclass(frozen=True)
 class ImageList:
-    """The file's layout.
+    """Content of an image list file.
 
     Attributes:
-        classes: Names, in the order of the logits.
-        train: Path to class, an index into `classes`; relative to `data.root`, or absolute.
-        test: Likewise.
-        judging: Likewise: what `crqat advise` judges on, seen by nothing else; {} if nothing is advised on.
-        labels_of: What gave the classes if it was no person, such as a network's name; "" if they are labels.
+        classes: Class names, in the order of the logits.
+        train: Training images: path to class, an index into `classes`. Paths are absolute or relative to `data.root`.
+        test: Test images, as `train`.
+        judging: Images reserved for `crqat advise`, as `train`; {} if there are none.
+        labels_of: Name of the network whose predictions are the classes; "" if the classes are true labels.
     """
 
     classes: list[str]
@@ -32,40 +32,40 @@ class ImageList:
 
 
 def read(path: Path) -> ImageList:
-    """The list in a file.
+    """Read an image list.
 
     Raises:
-        UsageError: It is no such file, a part is empty, or a class is no index.
-        ToolError: It cannot be read.
+        UsageError: It is not an image list, a part is empty, or a class is not a valid index.
+        ToolError: The file cannot be read.
     """
     found = typed_json.read(ImageList, path, "write it again by `crqat quantize`")
     for part, files in (("train", found.train), ("test", found.test), ("judging", found.judging)):
         if not files and part != "judging":
-            msg = f"{path}: {part}: lists no images"
+            msg = f"{path}: {part}: lists no images; write it again by `crqat quantize`"
             raise UsageError(msg)
         wrong = next((name for name, label in files.items() if not 0 <= label < len(found.classes)), None)
         if wrong is not None:
-            msg = f"{path}: {part}: {wrong} is of class {files[wrong]}, and there are {len(found.classes)} classes"
+            msg = f"{path}: {part}: {wrong} has class {files[wrong]}, but the classes are 0..{len(found.classes) - 1}"
             raise UsageError(msg)
     return found
 
 
 def files_of(root: Path, listed: dict[str, int]) -> tuple[ImageFile, ...]:
-    """The images of one part, as they are now.
+    """Return the image files of one part in their current state.
 
     Raises:
-        ToolError: One cannot be read.
+        ToolError: An image file cannot be read.
     """
     paths = {root / name: label for name, label in listed.items()}
     return tuple(ImageFile(path, label, *file_state(path)) for path, label in paths.items())
 
 
 def outside(path: Path) -> list[Path]:
-    """The folder that all absolute paths of a list lie in; none if there are none.
+    """Return the folder that contains all absolute paths of a list; an empty list if it has none.
 
     Raises:
-        UsageError: As `read`.
-        ToolError: As `read`.
+        UsageError: See `read`.
+        ToolError: See `read`.
     """
     listed = read(path)
     absolute = [name for name in (*listed.train, *listed.test, *listed.judging) if Path(name).is_absolute()]

@@ -1,4 +1,4 @@
-"""The images of a recipe: the table of sources, and each source's data set."""
+"""Loads the images of a recipe: the table of sources, and each source's data set."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ SOURCES = ("digits", "cifar10", "cifar100", "imagefolder", "imagelist", "webdata
 
 
 def of_recipe(config: DataConfig, progress: Progress = quiet) -> Dataset:
-    """The data set of a recipe's `data` section, with the section's own normalization if it has one.
+    """Load the data set of a recipe's `data` section, with the section's own normalization if it sets one.
 
     Raises:
-        UsageError: As `load`, or mean and std do not fit the images.
-        ToolError: As `load`.
+        UsageError: See `load`; or mean and std do not fit the images.
+        ToolError: See `load`.
     """
     dataset = load(config.source, config.root, config.download, config=config, progress=progress)
     if config.mean is None and config.std is None:
@@ -57,21 +57,21 @@ def load(
     config: DataConfig | None = None,
     progress: Progress = quiet,
 ) -> Dataset:
-    """The data set that a recipe names.
+    """Load the data set that a recipe names.
 
     Args:
         source: "digits", "cifar10", "cifar100", "imagefolder", "imagelist", "webdataset", "huggingface",
-            "huggingface:NAME" or "package.module:function". The function is called with `root` if it has a parameter
-            of that name, else without arguments, and returns a `Dataset`.
-        root: Folder of an on-disk source; None is "data/cifar10" for "cifar10" and likewise for "cifar100".
-        download: Fetch "cifar10", "cifar100" or "huggingface:NAME" into `root` if it is not there.
-        key: The recipe's key that `source` stands under, for messages.
-        config: How stored images are decoded, their channels, and the columns of "huggingface".
-        progress: Told of decoded images.
+            "huggingface:NAME" or "package.module:function". The function returns a `Dataset`; it is called with `root`
+            if it has a parameter of that name, otherwise without arguments.
+        root: Folder of an on-disk source; None is "data/cifar10" for "cifar10" and "data/cifar100" for "cifar100".
+        download: Download "cifar10", "cifar100" or "huggingface:NAME" into `root` if it is missing.
+        key: The recipe's key of `source`; used in messages.
+        config: Decoding and channels of stored images, and the columns of "huggingface".
+        progress: Reports decoded images.
 
     Raises:
         UsageError: The source is unknown, missing, damaged or not a valid `Dataset`.
-        ToolError: The download failed, files cannot be read or change meanwhile, or a package is missing.
+        ToolError: The download failed, files cannot be read or change while they are read, or a package is missing.
     """
     config = config or DataConfig(source)
     if source == "digits":
@@ -103,7 +103,7 @@ def load(
 
 
 def normalization_note(config: DataConfig, preprocessing: Preprocessing) -> str | None:
-    """What the images are normalized with where the recipe does not say it; None where it, or its function, does."""
+    """Describe the default normalization if neither the recipe nor its function sets one; otherwise None."""
     missing = [key for key in ("mean", "std") if getattr(config, key) is None]
     if not missing or (":" in config.source and not config.source.startswith("huggingface:")):
         return None
@@ -112,20 +112,20 @@ def normalization_note(config: DataConfig, preprocessing: Preprocessing) -> str 
     mean, std = ("/".join(f"{value:.4g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
     whose = "ImageNet's" if published else f"those of {config.source}"
     return (
-        f"{keys} not given: images are normalized by {whose}, mean {mean}, std {std}; weights that were trained with "
-        "others need theirs"
+        f"{keys} not given: images are normalized by {whose}, mean {mean}, std {std}; weights trained with "
+        "other values need those"
     )
 
 
 def load_unlabeled(source: str, config: DataConfig, labeled: Dataset) -> Images:
-    """The recipe's `data.unlabeled`: uint8 of shape [N, C, H, W], or files.
+    """Load the recipe's `data.unlabeled`: uint8 of shape [N, C, H, W], or files.
 
-    They are the source's training images, or all images of the folder `data.unlabeled_root`, and go through the same
-    network as the labeled ones.
+    These are the source's training images, or all images of the folder `data.unlabeled_root`. They must have the shape
+    of the labeled images.
 
     Raises:
-        UsageError: As `load`, or the images' shape is not that of the labeled images.
-        ToolError: As `load`.
+        UsageError: See `load`; or the images have another shape than the labeled images.
+        ToolError: See `load`.
     """
     if source == "imagefolder" and config.unlabeled_root is not None:
         images = _unlabeled_folder(user_path(config.unlabeled_root, "data.unlabeled_root"), config)
@@ -140,7 +140,7 @@ def load_unlabeled(source: str, config: DataConfig, labeled: Dataset) -> Images:
 
 
 def _unlabeled_folder(root: Path, config: DataConfig) -> Images:
-    """All images in a folder and below it."""
+    """Return all images in a folder and its subfolders."""
     files = list_images(root, "data.unlabeled_root")
     size, crop = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP
     images = FolderImages(files, size, crop, config.convert, channels=config.channels or 3)
@@ -161,7 +161,7 @@ def _from_function(source: str, root: str | None, key: str) -> Dataset:
 
 def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
     if root is None:
-        msg = "data.root: imagefolder needs it: the folder with train/CLASS/* and test/CLASS/*"
+        msg = "data.root: missing; imagefolder needs the folder with train/CLASS/* and test/CLASS/*"
         raise UsageError(msg)
     names, train, test, left_out = list_folder(user_path(root, "data.root"))
     size, crop = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP
@@ -185,7 +185,8 @@ def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Da
 def _imagelist(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
     if root is None or config.image_list is None:
         msg = (
-            "data.image_list: imagelist needs it and data.root: the JSON file of the list, and the folder of its images"
+            "data.image_list: missing, or data.root; imagelist needs the JSON file of the list and the folder of its "
+            "images"
         )
         raise UsageError(msg)
     found = imagelist.read(user_path(config.image_list, "data.image_list"))
@@ -195,21 +196,21 @@ def _imagelist(root: str | None, config: DataConfig, progress: Progress) -> Data
     labels = [torch.tensor([file.label for file in own], dtype=torch.int64) for own in files]
     notes: tuple[str, ...] = ()
     if found.labels_of:
-        notes = (f"the labels are the answers of {found.labels_of}: accuracy is the agreement with it",)
+        notes = (f"the labels are predictions of {found.labels_of}: accuracy is the agreement with it",)
     return _stored(tuple(found.classes), parts, labels, config, progress, notes)
 
 
 def labeled_folder(
     folder: Path, key: str, dataset: Dataset, config: DataConfig, progress: Progress
 ) -> tuple[Images, Tensor]:
-    """Images in class folders of a data set's classes, prepared as its own, and their labels.
+    """Load class folders as images and labels, with the classes and preparation of a given data set.
 
     Args:
-        folder: With a folder for each class, or some of them.
-        key: What names it, for messages.
-        dataset: Whose classes and shape of images they must have.
-        config: How stored images are decoded.
-        progress: Told of decoded images.
+        folder: Contains a folder for each class, or for some of them.
+        key: Option or key that names the folder; used in messages.
+        dataset: Data set whose classes and image shape are required.
+        config: Decoding of stored images.
+        progress: Reports decoded images.
 
     Raises:
         UsageError: There are no images, or they are of other classes.
@@ -222,7 +223,7 @@ def labeled_folder(
     strange = next((name for name in names if name not in known), None)
     if strange is not None:
         some = ", ".join(dataset.class_names[:3])
-        msg = f"{key}: {folder} has {strange}, which is no folder of a class of the recipe's data ({some}, ...)"
+        msg = f"{key}: {folder} has {strange}, which is not a class of the recipe's data ({some}, ...)"
         raise UsageError(msg)
     decoded = _like(dataset, files, config, progress)
     if decoded.shape[1:] != dataset.train_images.shape[1:]:
@@ -233,11 +234,11 @@ def labeled_folder(
 
 
 def listed_for_judging(dataset: Dataset, config: DataConfig, progress: Progress) -> tuple[Images, Tensor] | None:
-    """The images of an image list that judge, and their labels; None if the recipe's data name none.
+    """Return the images that an image list reserves for `crqat advise`, and their labels; None if there are none.
 
     Raises:
-        UsageError: As `load`.
-        ToolError: As `load`.
+        UsageError: See `load`.
+        ToolError: See `load`.
     """
     if config.image_list is None or config.root is None:
         return None
@@ -247,7 +248,7 @@ def listed_for_judging(dataset: Dataset, config: DataConfig, progress: Progress)
 
 
 def _like(dataset: Dataset, files: Sequence[ImageFile], config: DataConfig, progress: Progress) -> Images:
-    """Images in files, prepared as those of a data set are."""
+    """Return images in files, prepared as those of a data set."""
     own, (channels, height, _) = dataset.preprocessing, dataset.train_images.shape[1:]
     images = FolderImages(tuple(files), own.size or height, own.crop or height, config.convert, channels=channels)
     return decode(replace(images, interpolation=own.interpolation), "judging images", progress)
@@ -259,7 +260,7 @@ def _labels(files: Sequence[ImageFile]) -> Tensor:
 
 def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
     if root is None:
-        msg = "data.root: webdataset needs it: the folder with train-*.tar and test-*.tar"
+        msg = "data.root: missing; webdataset needs the folder with train-*.tar and test-*.tar"
         raise UsageError(msg)
     names, train, test = list_shards(user_path(root, "data.root"), progress)
     size, crop, channels = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP, config.channels or 3
@@ -270,7 +271,10 @@ def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dat
 def _huggingface(source: str, root: str | None, download: bool, config: DataConfig, progress: Progress) -> Dataset:
     _, _, name = source.partition(":")
     if root is None:
-        msg = "data.root: huggingface needs it: a folder that save_to_disk of a DatasetDict wrote, or to fetch it into"
+        msg = (
+            "data.root: missing; huggingface needs a folder written by a DatasetDict's save_to_disk, or a folder to "
+            "download to"
+        )
         raise UsageError(msg)
     folder = user_path(root, "data.root")
     if name and download and not folder.exists():
@@ -289,7 +293,7 @@ def _stored(
     progress: Progress,
     notes: tuple[str, ...] = (),
 ) -> Dataset:
-    """The data set of a training and a test part, in memory as far as they fit."""
+    """Build the data set of a training and a test part; a part is decoded into memory if it fits."""
     interpolation = config.interpolation or "bilinear"
     parts = [replace(part, interpolation=interpolation) for part in parts]
     train, test = (

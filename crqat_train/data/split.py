@@ -1,4 +1,4 @@
-"""The validation split: which training images train and which select."""
+"""Splits the training images into training, validation, unlabeled and reserved images."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from crqat.train.config import DataConfig
 
 @dataclass(frozen=True)
 class Split:
-    """Which training images train, which select, which are used without their label, and which are held back from all.
+    """Indices of images for training and validation, of unlabeled images, and of those reserved for `crqat advise`.
 
-    All are int64 indices on the CPU.
+    All are int64 on the CPU.
     """
 
     train: Tensor
@@ -25,22 +25,25 @@ class Split:
 
 
 def split_of(labels: Tensor, config: DataConfig, seed: int) -> Split:
-    """The split of a recipe's training images.
+    """Return the split of a recipe's training images.
 
     Args:
-        labels: Of the training images, int64 of shape [N].
-        config: `validation` is the share of the labeled images that select, `labeled` how many images keep their label.
-        seed: Of the recipe.
+        labels: Labels of the training images, int64 of shape [N].
+        config: `validation` is the validation share of the labeled images, `labeled` the number of labels to keep.
+        seed: The recipe's seed.
 
     Raises:
-        UsageError: As `split`, or there are fewer than `labeled` images.
+        UsageError: See `split`; or there are fewer than `labeled` images.
     """
     if config.judging is not None:
         count = round(len(labels) * config.judging)
         if not 0 < count < len(labels):
-            msg = f"data.judging: a share of {config.judging} of {len(labels)} training images leaves one part empty"
+            msg = (
+                f"data.judging: a share of {config.judging} of {len(labels)} training images leaves one part empty; "
+                "change it"
+            )
             raise UsageError(msg)
-        # Another draw than that of the validation images, which would be the first ones of the same order.
+        # Use another seed than for the validation images: the same order would select the same images.
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed + 1))
         held, left = order[:count].sort().values, order[count:].sort().values
         inside = split_of(labels[left], replace(config, judging=None), seed)
@@ -57,12 +60,12 @@ def split_of(labels: Tensor, config: DataConfig, seed: int) -> Split:
 
 
 def split(n: int, fraction: float, seed: int) -> Split:
-    """Divide n labeled images at random, the same way for the same seed whatever the training device.
+    """Split n labeled images at random; the result depends on the seed only, not on the training device.
 
     Args:
         n: Number of images.
-        fraction: Share of the validation part, in 0..1.
-        seed: Of the drawing.
+        fraction: Share of validation images, in 0..1.
+        seed: Seed of the random order.
 
     Raises:
         UsageError: One of the two parts would be empty.
@@ -76,7 +79,7 @@ def split(n: int, fraction: float, seed: int) -> Split:
 
 
 def _balanced(labels: Tensor, seed: int) -> Tensor:
-    """All images in an order whose beginnings have as many of each class as there are; int64 of shape [N]."""
+    """Return an order of the images in which every prefix is balanced over the classes; int64 of shape [N]."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     place = torch.empty_like(order)
     for label in set(labels.tolist()):

@@ -1,4 +1,4 @@
-"""Images that stay in their files and are decoded for each batch, in worker processes."""
+"""Streams images from files: each batch is decoded in worker processes when it is needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from crqat.core.errors import CrqatError
 from crqat.core.progress import Progress
 
-# Decoded parts up to this size are kept in memory; larger ones are decoded again whenever they are needed.
+# Decoded parts up to this size are kept in memory; larger ones are decoded for every use.
 IN_MEMORY_BYTES = 2 * 2**30
 _CHUNK = 256
 Items = TypeVar("Items", bound=Sized)
@@ -31,16 +31,16 @@ Items = TypeVar("Items", bound=Sized)
 
 @dataclass(frozen=True)
 class StoredImages(ABC, Generic[Items]):
-    """Images that are decoded when they are asked for; behaves like a uint8 tensor of shape [N, C, crop, crop].
+    """Images that are decoded on demand; behaves like a uint8 tensor of shape [N, C, crop, crop].
 
     Attributes:
-        items: Where each image lies, in the order of the indices.
-        size: Of the shorter side after resizing.
-        crop: Of the square.
-        convert: See `crqat.core.image_file.decode_image`.
-        device: Where decoded images go.
+        items: Location of each image, in the order of the indices.
+        size: Shorter side after resizing, in pixels.
+        crop: Side of the centre square, in pixels.
+        convert: Convert images of another mode instead of refusing them; see `crqat.core.image_file.decode_image`.
+        device: Device for decoded images.
         channels: 3 (RGB) or 1 (grey).
-        interpolation: See `crqat.core.image_file.decode_image`.
+        interpolation: Interpolation of the resizing; see `crqat.core.image_file.decode_image`.
     """
 
     items: Items
@@ -56,34 +56,34 @@ class StoredImages(ABC, Generic[Items]):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """[N, C, crop, crop]."""
+        """Return [N, C, crop, crop]."""
         return len(self), self.channels, self.crop, self.crop
 
     def to(self: Images, device: torch.device) -> Images:
-        """The same images, decoded to another device."""
+        """Return the same images, to be decoded to another device."""
         return replace(self, device=device)
 
     def subset(self: Images, chosen: Tensor) -> Images:
-        """Some of the images, not decoded; `chosen` is int64 of shape [M]."""
+        """Return some of the images without decoding them; `chosen` is int64 of shape [M]."""
         return replace(self, items=self._items_of(chosen))
 
     @abstractmethod
     def _items_of(self, chosen: Tensor) -> Items:
-        """Some of the items."""
+        """Return some of the items."""
 
     @abstractmethod
     def _decode(self, index: int) -> Any:
-        """One image, uint8 of shape [C, crop, crop]; raises as `__getitem__`."""
+        """Decode one image: uint8 of shape [C, crop, crop]. Raises what `__getitem__` raises."""
 
     def __getitem__(self, chosen: slice | Tensor | Sequence[int]) -> Tensor:
-        """Decode: uint8 of shape [M, C, crop, crop].
+        """Decode images: uint8 of shape [M, C, crop, crop].
 
         Raises:
-            UsageError: An image is of another mode; see `crqat.core.image_file.decode_image`.
-            ToolError: A file is gone, cannot be read or is another one than when it was listed.
+            UsageError: An image has another mode; see `crqat.core.image_file.decode_image`.
+            ToolError: A file is gone, cannot be read or has changed since it was listed.
         """
         indices = range(len(self))[chosen] if isinstance(chosen, slice) else [int(index) for index in chosen]
-        with ThreadPoolExecutor() as pool:  # Pillow decodes without Python's lock
+        with ThreadPoolExecutor() as pool:  # Pillow releases Python's lock while it decodes
             arrays = list(pool.map(self._decode, indices))
         return torch.from_numpy(np.stack(arrays)).to(self.device)
 
@@ -92,7 +92,7 @@ Images = TypeVar("Images", bound=StoredImages[Any])
 
 
 def decode(images: StoredImages[Any], task: str, progress: Progress) -> Tensor | StoredImages[Any]:
-    """The images in memory if they fit, uint8 of shape [N, C, crop, crop]; else as they are."""
+    """Return the decoded images, uint8 of shape [N, C, crop, crop], if they fit into memory; otherwise as they are."""
     if math.prod(images.shape) > IN_MEMORY_BYTES:
         return images
     decoded = torch.empty(images.shape, dtype=torch.uint8)
@@ -103,7 +103,7 @@ def decode(images: StoredImages[Any], task: str, progress: Progress) -> Tensor |
 
 
 class _Decoder(torch.utils.data.Dataset[Any]):
-    """What a worker process gets: lists of indices. An exception's message would come back with a traceback in it."""
+    """Dataset for loader workers. Errors are returned, not raised: DataLoader would wrap them in a traceback."""
 
     def __init__(self, images: StoredImages[Any]) -> None:
         self.images = images
@@ -116,14 +116,14 @@ class _Decoder(torch.utils.data.Dataset[Any]):
 
 
 def _leave_signals(_: int) -> None:
-    """Signals are the training's to answer, and it ends its workers by SIGTERM: what others send is ignored.
+    """Ignore signals in a worker unless the training process sent them: it handles signals and ends its workers.
 
-    Ctrl-C reaches every process of a terminal, torchrun's SIGTERM a process's group, and SLURM's all of a job. A worker
-    that ended of it would end the training before its state is saved.
+    Ctrl-C reaches every process of a terminal, torchrun's SIGTERM a process group, and SLURM's a whole job. If a worker
+    ended, the training would end before its state is saved.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if sys.platform == "linux":  # elsewhere nobody tells who sent it
+    if sys.platform == "linux":  # elsewhere the sender of a signal is unknown
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # SIGTERM has been blocked since the worker's start
         threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
 
@@ -137,7 +137,7 @@ def _end_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
-    """A process started meanwhile inherits the blocked signals: none ends it before `_leave_signals` has run there."""
+    """Block signals for processes that are started meanwhile, until `_leave_signals` has run there."""
     if sys.platform != "linux":
         yield
         return
@@ -149,22 +149,22 @@ def _signals_wait() -> Iterator[None]:
 
 
 def workers() -> int:
-    """How many processes decode batches, each a whole one."""
+    """Return the number of worker processes; each decodes whole batches."""
     return min(8, os.cpu_count() or 1)
 
 
 def stream_batches(images: StoredImages[Any], batches: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Decode batches in worker processes, ahead of the training, in the order given.
+    """Decode batches in worker processes ahead of the training, in the given order.
 
     Args:
-        images: All of them.
+        images: All images.
         batches: The indices of each batch, int64 of shape [B].
 
     Yields:
-        uint8 of shape [B, C, crop, crop] on the images' device.
+        Images of one batch, uint8 of shape [B, C, crop, crop] on the images' device.
 
     Raises:
-        UsageError, ToolError: As `StoredImages.__getitem__`.
+        UsageError, ToolError: See `StoredImages.__getitem__`.
     """
     on_gpu = images.device.type == "cuda"
     loader = DataLoader(
@@ -174,7 +174,7 @@ def stream_batches(images: StoredImages[Any], batches: Sequence[Tensor]) -> Iter
         num_workers=workers(),
         pin_memory=on_gpu,
         worker_init_fn=_leave_signals,
-        # Its own, which draws nothing that training sees: an epoch may be read in two parts.
+        # A separate generator, so that the training's random state does not change: an epoch may be read in two parts.
         generator=torch.Generator(),
     )
     with _signals_wait():

@@ -1,7 +1,7 @@
-"""WebDataset shards: tar archives whose images are read one by one, in any order, by their place in the archive.
+"""WebDataset shards: images in tar archives, read in any order by their offset in the archive.
 
 A shard is indexed once: its headers and labels are read, its images are skipped. Nothing is extracted, and no name in
-an archive is ever used as a path.
+an archive is used as a path.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from crqat.train.data.streaming import StoredImages
 CLASSES = "classes.txt"
 PARTS = {"train": ("train",), "test": ("test", "val", "validation")}
 _BLOCK = tarfile.BLOCKSIZE
-# A long name or a pax header is read into memory, and its length is the archive's to claim.
+# Largest header. A long name or a pax header is read into memory, and an archive may claim any length.
 _MAX_HEADER = 64 * 2**10
 _MAX_LABEL = 32
 
 
 @dataclass(frozen=True)
 class Shard:
-    """An archive as it was when it was indexed; size in bytes, time of its last change in ns."""
+    """An archive's state when it was indexed: size in bytes, modification time in ns."""
 
     path: Path
     state: tuple[int, int]
@@ -42,14 +42,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Members:
-    """Where the images of a part lie; arrays, because millions of objects would be copied into every worker process.
+    """Locations of a part's images; arrays, because workers would get copies of millions of objects.
 
     Attributes:
         shards: All archives.
-        shard: Which of them, int32 of shape [N].
-        offset: Of the image's first byte there, int64 of shape [N].
-        length: In bytes, int32 of shape [N].
-        labels: int64 of shape [N].
+        shard: Index of each image's archive, int32 of shape [N].
+        offset: First byte of each image in its archive, int64 of shape [N].
+        length: Size of each image in bytes, int32 of shape [N].
+        labels: Class of each image, int64 of shape [N].
     """
 
     shards: tuple[Shard, ...]
@@ -93,12 +93,12 @@ class ShardImages(StoredImages[Members]):
 
 
 def list_shards(root: Path, progress: Progress) -> tuple[tuple[str, ...], Members, Members]:
-    """Class names, training images and test images of the shards in a folder.
+    """Return class names, training images and test images of the shards in a folder.
 
     Args:
-        root: Its *.tar files belong to the part that their name has as a word: `train`, and `test`, `val` or
-            `validation`. classes.txt names the classes, one a line; without it they are numbers.
-        progress: Told of indexed shards.
+        root: Folder of *.tar files. A shard's part is the word in its name: `train`, or `test`, `val` or `validation`.
+            classes.txt names the classes, one a line; without it, they are numbers.
+        progress: Reports indexed shards.
 
     Raises:
         UsageError: There are no shards, one is damaged, a sample lacks its image or label, or a label has no class.
@@ -134,13 +134,13 @@ def _class_names(path: Path) -> tuple[str, ...] | None:
         msg = f"{path}: not UTF-8; write one class name a line"
         raise UsageError(msg) from error
     if not names or "" in names or len(set(names)) < len(names):
-        msg = f"{path}: one class name a line, the first for label 0, none empty and none twice"
+        msg = f"{path}: write one class name a line, the first for label 0, without empty or repeated names"
         raise UsageError(msg)
     return names
 
 
 def _numbers(train: Members, root: Path) -> tuple[str, ...]:
-    """Classes are numbers: each from 0 up needs an image, or one wrong label would make a million classes."""
+    """Return class numbers as names, 0 up to the largest; a gap is refused, as one wrong label could make a million."""
     present = np.unique(train.labels)
     if present[-1] != len(present) - 1:
         gap = int(np.flatnonzero(present != np.arange(len(present)))[0])
@@ -170,7 +170,7 @@ def _index(paths: list[Path], task: str, names: tuple[str, ...] | None, progress
 
 
 def _samples(path: Path, names: tuple[str, ...] | None) -> Iterator[tuple[int, int, int]]:
-    """Offset, length and label of each image. A sample is what has the same name up to the first dot, in succession."""
+    """Yield offset, length and label of each image. A sample's files share their name up to the first dot."""
     key, place = "", (0, 0)
     found: dict[str, int] = {}
 
@@ -221,7 +221,7 @@ def _label(text: bytes, where: str, names: tuple[str, ...] | None) -> int:
 
 
 class _Headers(io.RawIOBase):
-    """What tarfile reads a shard through: no header may be longer than an honest one."""
+    """File from which tarfile reads a shard; refuses headers of excessive length."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -240,13 +240,13 @@ class _Headers(io.RawIOBase):
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int, BinaryIO]]:
-    """Name, offset and length of each file in an archive, and the archive open at the file's first byte."""
+    """Yield name, offset and length of each file in an archive, and the archive opened at the file's first byte."""
     end = 0
     try:
         with path.open("rb") as file:
             with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
                 for member in archive:
-                    if member.offset < end or member.size < 0:  # would read the same headers again, for ever
+                    if member.offset < end or member.size < 0:  # would read the same headers in an endless loop
                         msg = f"its headers lead back to byte {member.offset}"
                         raise tarfile.ReadError(msg)
                     start = member.offset_data
@@ -266,12 +266,12 @@ def _members(path: Path) -> Iterator[tuple[str, int, int, BinaryIO]]:
             raise _damaged(path, error) from error
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
-    except Exception as error:  # a damaged archive fails in whatever way its bytes lead tarfile to
+    except Exception as error:  # tarfile raises many kinds of errors for damaged archives
         raise _damaged(path, error) from error
 
 
 def _check_end(path: Path, file: BinaryIO, end: int) -> None:
-    """Tarfile takes a header that it cannot read for the end; the real one is zeros up to the end of the file."""
+    """Check that only zeros follow an archive's end: tarfile also takes an unreadable header for the end."""
     file.seek(end)
     rest = file.read(2**20)
     if len(rest) < _BLOCK or any(rest) or file.read(1):
@@ -285,6 +285,6 @@ def _damaged(path: Path, error: Exception) -> UsageError:
 
 
 def _shown(name: str) -> str:
-    """A name out of an archive, as one short printable line."""
+    """Return a name from an archive as one short printable line."""
     text = "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in name.lstrip("/"))
     return text if len(text) <= 120 else f"{text[:117]}..."

@@ -1,1 +1,1 @@
-"""The network as a torch.fx graph."""
+"""Traces networks to torch.fx graphs and analyses them."""

@@ -1,6 +1,6 @@
-"""nn.MultiheadAttention as operations that torch.fx and NNCF can show: those of torch's own forward, in its order.
+"""nn.MultiheadAttention written out as operations that torch.fx and NNCF see: those of torch's forward, in its order.
 
-Both see what is written out here, so that NNCF's layout maps to the graph one to one.
+Both trace the same operations, so that NNCF's layout maps to the graph one to one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from crqat.core.errors import UsageError
 
 
 class _Weights:
-    """A placeholder for attention weights: every use of it is refused."""
+    """Placeholder for attention weights; any use of it is refused."""
 
     def __getattr__(self, name: str) -> Any:
         del name
@@ -31,15 +31,15 @@ class _Weights:
 
 
 class WrittenOut(nn.MultiheadAttention):
-    """An attention whose forward is `attend`."""
+    """Attention whose forward is `attend`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See `attend`."""
+        """Compute attention; see `attend`."""
         return attend(self, *args, **kwargs)
 
 
 def write_out(model: nn.Module) -> None:
-    """Make each nn.MultiheadAttention of a network run `attend`; changes the network in place, keeps its parameters."""
+    """Make each nn.MultiheadAttention of a network run `attend`, in place; parameters are unchanged."""
     for module in model.modules():
         if isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward:
             module.__class__ = WrittenOut
@@ -55,24 +55,24 @@ def attend(
     attn_mask: Tensor | None = None,
     **further: Any,
 ) -> tuple[Tensor, Any]:
-    """What `module(query, key, value)` computes; dropout of attention weights is left out.
+    """Return the result of `module(query, key, value)`, without dropout of attention weights.
 
     Args:
-        module: Whose parameters are used.
+        module: Module whose parameters are used.
         query: Shape [N, T, E], or [T, N, E] without `batch_first`.
         key: Shape [N, S, E_k], or [S, N, E_k] without `batch_first`.
         value: Shape [N, S, E_v], or [S, N, E_v] without `batch_first`.
-        key_padding_mask: None.
-        need_weights: Accepted as torch accepts it; the attention weights themselves cannot be used.
-        attn_mask: None.
-        further: What else the module takes, and what changes nothing then.
+        key_padding_mask: Must be None.
+        need_weights: Accepted as in torch; the attention weights themselves cannot be used.
+        attn_mask: Must be None.
+        further: Other arguments of the module; they have no effect without a mask.
 
     Returns:
-        Of the shape of `query`; and None, as torch gives it in place of weights that are not needed, or what refuses
-        any use.
+        The output, in the shape of `query`; and None in place of attention weights that are not needed, or a
+        placeholder that refuses any use.
 
     Raises:
-        UsageError: It is called in another way, or has other parts.
+        UsageError: It is called with a mask, or the module has unsupported options.
     """
     if key_padding_mask is not None or attn_mask is not None or further.get("is_causal"):
         msg = "attention with a mask is not quantized: call nn.MultiheadAttention without a mask"

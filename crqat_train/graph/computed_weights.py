@@ -1,8 +1,8 @@
-"""Weights that are a function of parameters alone: folded into plain ones, which a quantizer can sit on.
+"""Folds weights that are computed from parameters alone into plain weights, which can be quantized.
 
-Parametrizations, weight and spectral norm and pruning of `torch.nn.utils` are folded in the module; what a forward
-computes itself, such as weight standardization, a transposed weight that two layers share or a low-rank product, is
-folded in the graph. From then on training goes on with the plain weight, so each is reported.
+Parametrizations, weight and spectral norm and pruning of `torch.nn.utils` are folded in the module. Weights that a
+forward computes itself are folded in the graph: weight standardization, a transposed weight that two layers share, a
+low-rank product. Training then continues with the plain weight, so each fold is reported.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ _RANDOM = {"dropout", "bernoulli", "normal", "multinomial"}
 
 
 def copied(model: nn.Module) -> dict[int, Any]:
-    """For `copy.deepcopy`: copies of the tensors that hooks have computed, which cannot be copied by it."""
+    """Return copies, for `copy.deepcopy`, of tensors computed by hooks, which it cannot copy itself."""
     values = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return {id(value): value.detach().clone() for value in values if not value.is_leaf}
 
 
 def fold_modules(model: nn.Module) -> list[str]:
-    """Fold what `torch.nn.utils` computes weights by.
+    """Fold the weights that `torch.nn.utils` computes in hooks and parametrizations.
 
     Args:
-        model: In eval mode; changed in place.
+        model: Network in eval mode; changed in place.
 
     Returns:
-        One line for each weight.
+        One line for each folded weight.
     """
     notes = []
     for path, module in list(model.named_modules()):
@@ -49,7 +49,7 @@ def fold_modules(model: nn.Module) -> list[str]:
                 name: (getattr(module, name).detach().clone(), parts)
                 for name, parts in module.get_submodule("parametrizations").named_children()
             }
-            # torch's own removal would take the weight away from the network that this one is a copy of, too.
+            # torch's own removal would also take the weight from the original network, of which this one is a copy.
             module.__class__ = parametrize.type_before_parametrizations(module)
             del module.parametrizations
             for name, (value, parts) in made.items():
@@ -76,15 +76,15 @@ def fold_modules(model: nn.Module) -> list[str]:
 def fold_graph(
     graph_module: fx.GraphModule, model: nn.Module, values: Mapping[fx.Node, Any]
 ) -> tuple[dict[fx.Node, fx.Node], list[str]]:
-    """Fold what the forward computes weights and biases by, and turn products with a weight into linear layers.
+    """Fold computed weights and biases of a traced forward, and turn products with a weight into linear layers.
 
     Args:
-        graph_module: Changed in place.
+        graph_module: Traced graph; changed in place.
         model: The network that it was traced from.
-        values: What each node computed for an example.
+        values: Value of each node for an example.
 
     Returns:
-        Each layer to its new weight's node; one line for each layer whose training differs.
+        The new weight's node of each layer, and one line for each layer whose training differs.
     """
     graph = graph_module.graph
     constant: set[fx.Node] = set()
@@ -134,7 +134,7 @@ def fold_graph(
 
 
 def _folded(owner: str, name: str, by: str) -> str:
-    return f"{owner}: its {name} is computed ({by}); it is folded, and training goes on with the plain {name}"
+    return f"{owner}: its {name} is computed ({by}); it is folded, and training continues with the plain {name}"
 
 
 def _name(node: fx.Node) -> str:
@@ -172,7 +172,7 @@ def _names_between(source: fx.Node) -> set[str]:
 
 
 def _store(graph_module: fx.GraphModule, source: fx.Node, reader: fx.Node, value: Tensor) -> fx.Node:
-    """A new parameter, or a buffer if it is of buffers alone, in the module that reads it."""
+    """Store a new parameter, or a buffer if computed from buffers only, in the module that uses it."""
     owners = [path for path, _ in (reader.meta.get("nn_module_stack") or {}).values() if path]
     owner: nn.Module = graph_module
     for part in owners[-1].split(".") if owners else ():
@@ -193,5 +193,5 @@ def _store(graph_module: fx.GraphModule, source: fx.Node, reader: fx.Node, value
 
 
 def channels_of(node: fx.Node, weight: Tensor) -> int:
-    """The output channels of a layer's weight."""
+    """Return the number of output channels of a layer's weight."""
     return int(weight.shape[int(is_transposed(node))])

@@ -1,4 +1,4 @@
-"""What is said of a network that cannot be traced or run: the line of the user's code, and what to change there."""
+"""Explains why a network cannot be traced or run: the line of the user's code, and what to change there."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _OWN = {
     "crqat.train.training.stage",
 }
 _ADAPTIVE_POOLS: set[Any] = {functional.adaptive_avg_pool2d, functional.adaptive_max_pool2d}
-# Words of the error, and the way out.
+# Words in an error message, and the advice for it.
 _HINTS = (
     (
         "control flow",
@@ -51,7 +51,7 @@ _OTHERWISE = "replace data-dependent Python code by tensor operations"
 
 
 def where(error: BaseException) -> str:
-    """File and line of the model's own code that raised the error, as " at file:line"; empty if there is none."""
+    """Return file and line of the model's own code that raised the error, as " at file:line"; empty if none."""
     frames = []
     traceback = error.__traceback__
     while traceback is not None:
@@ -65,7 +65,7 @@ def where(error: BaseException) -> str:
 
 
 def failing_module(network: nn.Module, error: BaseException) -> str:
-    """The innermost part of a network that was running when the error was raised, as "fc (Linear)"; empty if none."""
+    """Return the innermost module that was running when the error was raised, as "fc (Linear)"; empty if none."""
     names = {module: name for name, module in network.named_modules() if name}
     found = ""
     traceback = error.__traceback__
@@ -78,14 +78,14 @@ def failing_module(network: nn.Module, error: BaseException) -> str:
 
 
 def passes_through(error: BaseException) -> bool:
-    """Whether an error says by itself what is wrong, or says nothing of the network: too little memory."""
+    """Whether an error is reported unchanged: it explains itself, or is out of memory and not about the network."""
     return isinstance(error, (CrqatError, MemoryError, torch.OutOfMemoryError))
 
 
 def forward_of(model: nn.Module) -> str:
-    """File and line of a network's forward, as " at file:line"; empty if it has no source."""
+    """Return file and line of a network's forward, as " at file:line"; empty if it has no source."""
     function = inspect.unwrap(type(model).forward)
-    if type(model).__module__.startswith("torch."):  # nn.Sequential's is no line that anybody wrote for this network
+    if type(model).__module__.startswith("torch."):  # e.g. nn.Sequential: not the user's own code
         return ""
     try:
         return f" at {inspect.getsourcefile(function)}:{inspect.getsourcelines(function)[1]}"
@@ -94,12 +94,12 @@ def forward_of(model: nn.Module) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The error's text without line breaks, shortened; its type if it has no text."""
+    """Return the error's text without line breaks, shortened; its type if it has no text."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def hint(error: BaseException) -> str:
-    """What to change, by what torch.fx stumbled over; empty if the error says so itself."""
+    """Return advice for an error of torch.fx; empty if the error explains itself."""
     if isinstance(error, UsageError):
         return ""
     text = str(error)
@@ -107,10 +107,10 @@ def hint(error: BaseException) -> str:
 
 
 def check_module(model: nn.Module) -> None:
-    """Refuse what is no plain network of one tensor before anything is copied or run.
+    """Refuse anything but a plain network of one input tensor, before it is copied or run.
 
     Raises:
-        UsageError: A part of it is compiled, scripted or spread over devices, or its forward takes something else.
+        UsageError: A part is compiled, scripted or spread over devices, or its forward has other parameters.
     """
     name = type(model).__name__
     lazy = next((path for path, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)), None)
@@ -120,11 +120,11 @@ def check_module(model: nn.Module) -> None:
     for path, module in model.named_modules():
         reserved = next((part for part in path.split(".") if keyword.iskeyword(part)), None)
         if reserved is not None:
-            msg = f"model.name: {path}: {reserved} is a word of Python's grammar, by which nothing is traced; rename it"
+            msg = f"model.name: {path}: {reserved} is a Python keyword, which torch.fx cannot trace; rename it"
             raise UsageError(msg)
         kind = _wrapped(module)
         if kind:
-            msg = f"model.name: {path or name} is {kind}; build the network without that, training sees to it"
+            msg = f"model.name: {path or name} is {kind}; build it without that, training does it itself"
             raise UsageError(msg)
     if type(model).forward is nn.Module.forward:
         msg = f"model.name: {name} has no forward; define one that takes the images and returns the logits"
@@ -153,14 +153,14 @@ def _wrapped(module: nn.Module) -> str:
 
 
 def check_pools(graph_module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> None:
-    """Refuse adaptive pools whose windows differ in size, which ONNX has no operation for, before any training.
+    """Refuse adaptive pools with windows of unequal size, which ONNX cannot express, before training.
 
     Args:
-        graph_module: What was traced.
-        values: What each node computed for an example.
+        graph_module: The traced network.
+        values: Value of each node for an example.
 
     Raises:
-        UsageError: One does not divide its input evenly.
+        UsageError: A pool does not divide its input evenly.
     """
     for node in graph_module.graph.nodes:
         module = graph_module.get_submodule(node.target) if node.op == "call_module" else None
@@ -171,17 +171,17 @@ def check_pools(graph_module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> 
         if any(size % pooled for size, pooled in zip(before, after, strict=True)):
             place = f"{node.target if module is not None else node.name}{source_line(node.stack_trace)}"
             msg = (
-                f"model.name: {place} pools {before} pixels to {after}, which ONNX cannot: take images of a size for "
-                "which the first is a multiple of the second, or pool to 1"
+                f"model.name: {place} pools {before} pixels to {after}, which ONNX cannot express: take images whose "
+                "size is a multiple of the second size, or pool to 1"
             )
             raise UsageError(msg)
 
 
 def check_norms(graph_module: fx.GraphModule) -> None:
-    """Refuse a BatchNorm that takes the statistics of the batch in eval mode, too.
+    """Refuse a BatchNorm that uses batch statistics in eval mode, too.
 
     Raises:
-        UsageError: One has no running statistics.
+        UsageError: A BatchNorm has no running statistics.
     """
     for node in graph_module.graph.nodes:
         module = graph_module.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -191,7 +191,7 @@ def check_norms(graph_module: fx.GraphModule) -> None:
 
 
 def place(model: nn.Module, node: fx.Node) -> str:
-    """A node for people: the module that it runs in, its class and the line, as "layer1.conv (Conv2d) at file:line"."""
+    """Describe a node for messages: its module, class and line, as "layer1.conv (Conv2d) at file:line"."""
     path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", type(model))}).values()))
     if node.op == "call_module":
         path, kind = str(node.target), type(model.get_submodule(str(node.target)))
@@ -200,7 +200,7 @@ def place(model: nn.Module, node: fx.Node) -> str:
 
 
 def source_line(stack_trace: str | None) -> str:
-    """The last line of the user's code in the stack trace of a node, as " at file:line"; empty if there is none."""
+    """Return the last line of user code in a node's stack trace, as " at file:line"; empty if there is none."""
     found = ""
     for line in (stack_trace or "").splitlines():
         if line.lstrip().startswith('File "'):

@@ -1,9 +1,9 @@
-"""BatchNorm folded into the convolution before it, as numbers; the export rewrites its graphs by it.
+"""Folds BatchNorm into the convolution before it, numerically; the export uses it to rewrite graphs.
 
 y = gamma (conv(x, w) + b - mean) / sigma + beta = conv(x, m w) + beta + (b - mean) m, with m = gamma / sigma.
 
-All arrays are float32. The caller takes the square root: torch's (on some CPUs a vector library's, not correctly
-rounded) and numpy's may differ in their last place, and delivered scales were chosen by torch's.
+All arrays are float32. The caller computes the square root: torch's (on some CPUs that of a vector library, not
+correctly rounded) and numpy's may differ in their last place, and delivered scales were chosen with torch's.
 """
 
 from __future__ import annotations
@@ -19,31 +19,31 @@ Floats = npt.NDArray[np.float32]
 
 
 def multiplier(gamma: Floats, sigma: Floats) -> Floats:
-    """What BatchNorm multiplies each channel by: m = gamma / sigma, with sigma = sqrt(variance + epsilon); [C] each."""
+    """Return BatchNorm's factor of each channel: m = gamma / sigma, with sigma = sqrt(variance + epsilon); all [C]."""
     result: Floats = (gamma / sigma).astype(np.float32)
     return result
 
 
 def folded_bias(bias: Floats, beta: Floats, mean: Floats, factor: Floats) -> Floats:
-    """The convolution's bias after folding, of shape [C]; `factor` is `multiplier`'s result."""
+    """Return the convolution's bias after folding, of shape [C]; `factor` is `multiplier`'s result."""
     result: Floats = (beta + (bias - mean) * factor).astype(np.float32)
     return result
 
 
 def folded_weight(weight: Floats, factor: Floats) -> Floats:
-    """The convolution's weight after folding, of shape [C, ...]."""
+    """Return the convolution's weight after folding, of shape [C, ...]."""
     result: Floats = weight * per_channel(factor, weight.ndim)
     return result
 
 
 def folded_codes(codes: npt.NDArray[np.int32], scale: Floats, factor: Floats) -> tuple[npt.NDArray[np.int32], Floats]:
-    """A quantized weight after folding: its codes are not rounded again.
+    """Return a quantized weight after folding, without rounding its codes again.
 
-    A channel's scale is multiplied by |m|, the sign of its codes changes where m < 0, and where m = 0 codes are 0.
+    A channel's scale is multiplied by |m|, its codes change sign where m < 0, and become 0 where m = 0.
 
     Args:
-        codes: int32 of shape [C, ...].
-        scale: Of shape [1] or [C].
+        codes: Integer weight, int32 of shape [C, ...].
+        scale: Scale of the weight, of shape [1] or [C].
         factor: `multiplier`'s result, of shape [C].
 
     Returns:
@@ -55,16 +55,16 @@ def folded_codes(codes: npt.NDArray[np.int32], scale: Floats, factor: Floats) ->
 
 
 def per_channel(values: npt.NDArray[Any], ndim: int) -> npt.NDArray[Any]:
-    """One value for each channel, in a shape that broadcasts over a weight of `ndim` dimensions."""
+    """Reshape one value per channel to broadcast over a weight of `ndim` dimensions."""
     return values.reshape(-1, *[1] * (ndim - 1))
 
 
 def of_module(bn: nn.modules.batchnorm._BatchNorm, bias: Floats) -> tuple[Floats, Floats]:
-    """A module's multiplier, and the bias of the convolution before it after folding, both of shape [C].
+    """Return a BatchNorm module's multiplier and the folded bias of the convolution before it, both of shape [C].
 
     Args:
-        bn: In eval mode, on any device.
-        bias: The convolution's own, zeros if it has none.
+        bn: Module in eval mode, on any device.
+        bias: The convolution's own bias; zeros if it has none.
 
     Raises:
         ValueError: The module has no running statistics.

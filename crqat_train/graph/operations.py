@@ -1,4 +1,4 @@
-"""What the passes ask of a torch.fx graph: tracing, and what an operation does to the values that quantizers see."""
+"""Traces a model with torch.fx and classifies the graph's operations by their effect on quantized values."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from crqat.train.graph.explain import forward_of, hint, one_line, where
 from crqat.train.graph.sizes import SizedTracer
 from crqat.train.graph.train_eval_diff import HOLDER, follow_eval
 
-# Key of a GraphModule's `meta`: lines on what its training does otherwise than the network's.
+# Key of a GraphModule's `meta`: lines on how its training differs from the original network's.
 NOTES = "crqat_notes"
 _TRANSPOSED = {"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 _MATMULS = {"linear", "conv1d", "conv2d", "conv3d", *_TRANSPOSED}
-# Values pass through these unchanged, so a quantizer before them still holds behind them.
+# These move values without changing them, so a quantizer before them also holds after them.
 _MOVEMENT_MODULES = (nn.MaxPool2d, nn.Flatten, nn.Unflatten, nn.Identity, nn.modules.dropout._DropoutNd, nn.ZeroPad2d,
                      nn.ChannelShuffle, nn.ReflectionPad2d, nn.ReplicationPad2d)  # fmt: skip
-# They drop whole samples in training, torchvision's and timm's; to be seen as one operation, and to pass values on.
+# torchvision's and timm's modules that drop whole samples in training; traced as one operation, and moving values.
 _STOCHASTIC_DEPTH = {"StochasticDepth", "DropPath"}
 _MOVEMENT_FUNCTIONS: set[Any] = {
     functional.max_pool2d, torch.max_pool2d, torch.flatten, functional.pad, functional.dropout, torch.reshape,
@@ -37,7 +37,7 @@ _NONNEGATIVE_FUNCTIONS = {
     functional.relu, functional.relu6, torch.relu, torch.sigmoid, functional.hardsigmoid, "relu",
     torch.zeros, torch.ones, torch.zeros_like, torch.ones_like, "new_zeros", "new_ones",
 }  # fmt: skip
-# ONNX Runtime fuses a convolution with what follows it only if that is a quantizer, or a ReLU or ReLU6 before one.
+# ONNX Runtime fuses a convolution with the next operation only if that is a quantizer, or a ReLU or ReLU6 before one.
 _UNFUSED_MODULES = (nn.SiLU, nn.Hardswish, nn.LeakyReLU, nn.Sigmoid, nn.Hardsigmoid, nn.GELU, nn.ELU, nn.Tanh, nn.PReLU,
                     nn.Hardtanh, nn.Mish)  # fmt: skip
 _UNFUSED_FUNCTIONS: set[Any] = {
@@ -52,17 +52,17 @@ _SIGN_KEEPING_FUNCTIONS: set[Any] = {
 
 
 def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
-    """The model as a GraphModule in which weights are edges of their own; keys of the state dict stay the same.
+    """Return the model as a GraphModule in which weights are separate edges; the state dict keeps its keys.
 
     Args:
         model: The float network in eval mode. Its modules become the graph's; see `_Tracer.call_module`.
-        example: Input of shape [N, C, H, W], float32, whose sizes the forward may ask for; None: it must not.
+        example: Input of shape [N, C, H, W], float32; without one, the forward must not use sizes.
 
     Raises:
         UsageError: torch.fx cannot trace the model; the message says where.
     """
     write_out(model)
-    # Tracing replaces some modules, so each of the two modes traces a network of its own.
+    # Tracing replaces some modules, so each mode traces its own copy.
     training = copy.deepcopy(model).train()
     graph = _graph(model, example)
     dropouts, note = follow_eval(model, graph, lambda: _graph(training, example))
@@ -85,12 +85,12 @@ def _graph(model: nn.Module, example: Tensor | None) -> fx.Graph:
     try:
         with torch.no_grad(), _caches_empty(model):
             graph = _Tracer(example).trace(model)
-    except Exception as error:  # the forward is the user's: it may raise anything when it gets a Proxy
+    except Exception as error:  # the user's forward may raise anything when it gets a Proxy
         msg = f"model.name: torch.fx cannot trace {type(model).__name__}{where(error)}: {one_line(error)}{hint(error)}"
         raise UsageError(msg) from error
     for node in reversed(graph.nodes):
         if node.target is getattr and not node.users:
-            graph.erase_node(node)  # a device that was asked for in one of the modes alone
+            graph.erase_node(node)  # queries the device in one of the modes only
     return graph
 
 
@@ -98,7 +98,7 @@ def _graph(model: nn.Module, example: Tensor | None) -> fx.Graph:
 def _caches_empty(model: nn.Module) -> Iterator[None]:
     """Empty the caches that timm's networks keep in eval mode, so that a trace computes their values.
 
-    The cached values come from parameters, which are to be trained.
+    The cached values are computed from parameters that training changes.
     """
     kept = [pair for part in model.modules() for pair in vars(part).items()]
     caches = [value for name, value in kept if "cache" in name and type(value) is dict]
@@ -108,17 +108,17 @@ def _caches_empty(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for cache in caches:
-            cache.clear()  # of proxies
+            cache.clear()  # it holds proxies
 
 
 class _Tracer(SizedTracer):
-    """Traces into convolutions and linear layers, so that their weights become edges that a quantizer can sit on."""
+    """Traces into convolutions and linear layers, so that their weights become edges that can be quantized."""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, (nn.modules.conv._ConvNd, nn.Linear, nn.LayerNorm, nn.MultiheadAttention,
                           nn.TransformerEncoderLayer, nn.TransformerEncoder)):  # fmt: skip
             return False
-        # timm derives from BatchNorm; traced into, its `self.training` would be fixed at the value of today.
+        # timm derives from BatchNorm; tracing into it would fix `self.training` at its present value.
         if isinstance(m, nn.modules.batchnorm._BatchNorm) or type(m).__name__ in _STOCHASTIC_DEPTH:
             return True
         return super().is_leaf_module(m, module_qualified_name)
@@ -126,14 +126,14 @@ class _Tracer(SizedTracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A BatchNormAct2d of timm becomes a BatchNorm2d and, as a node of its own, the activation that it holds.
+        """Split timm's BatchNormAct2d into a BatchNorm2d and its activation as a separate node.
 
-        Inside of one node the activation would be hidden from what asks for signs and for places of quantizers.
+        Inside one node the activation would be hidden from the analysis of signs and quantizer positions.
         """
         if self.computes:
             return forward(*args, **kwargs)
         if type(m) is nn.Identity and len(args) == 1:
-            return args[0]  # an Identity between a convolution and its activation would keep them from being fused
+            return args[0]  # an Identity between a convolution and its activation would prevent their fusion
         result = super().call_module(m, forward, args, kwargs)
         if isinstance(m, nn.BatchNorm2d) and type(m) is not nn.BatchNorm2d and hasattr(m, "act"):
             m.__class__ = nn.BatchNorm2d  # the same tensors under the same names
@@ -154,7 +154,7 @@ def _is(graph_module: fx.GraphModule, node: fx.Node, modules: tuple[type, ...], 
 
 
 def moves_values(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node's values are those of its first input, in other places, apart from zeros."""
+    """Whether the node only moves the values of its first input, possibly adding zeros."""
     if node.op != "call_module" and _name(node) == "pad":
         value: Any = node.kwargs.get("value", node.args[3] if len(node.args) > 3 else None)
         mode = node.kwargs.get("mode", node.args[2] if len(node.args) > 2 else "constant")
@@ -194,20 +194,20 @@ def is_add(node: fx.Node) -> bool:
 
 
 def is_concat(node: fx.Node) -> bool:
-    """Whether the node joins tensors."""
+    """Whether the node concatenates tensors."""
     return node.op == "call_function" and node.target in {torch.cat, torch.concat, torch.concatenate}
 
 
 def is_unfused_activation(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is an activation that ONNX Runtime cannot take into the convolution before it."""
+    """Whether the node is an activation that ONNX Runtime cannot fuse into the convolution before it."""
     bounds = clip_bounds(graph_module, node)
     if bounds is not None:
-        return bounds[0] != 0  # ReLU and ReLU6 are fused, whatever they are written as
+        return bounds[0] != 0  # ReLU and ReLU6 are fused, in any spelling
     return _is(graph_module, node, _UNFUSED_MODULES, _UNFUSED_FUNCTIONS)
 
 
 def is_fused_activation(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is a ReLU or a bound of one, which ONNX Runtime takes into the convolution before it."""
+    """Whether the node is a ReLU or a bounded one, which ONNX Runtime fuses into the convolution before it."""
     bounds = clip_bounds(graph_module, node)
     if bounds is not None:
         return bounds[0] == 0
@@ -220,7 +220,7 @@ def is_softmax(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def clip_bounds(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float | None, float | None] | None:
-    """The two numbers between which a node keeps its input, None for no bound; None if it is no such node."""
+    """Return the bounds to which a node clips its input, None for no bound; None if the node does not clip."""
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
         return (float(module.min_val), float(module.max_val)) if isinstance(module, nn.Hardtanh) else None
@@ -233,7 +233,7 @@ def clip_bounds(graph_module: fx.GraphModule, node: fx.Node) -> tuple[float | No
         given[index] = value
     given = [node.kwargs.get(key, value) for key, value in zip(keys, given, strict=True)]
     if not all(value is None or isinstance(value, (int, float)) for value in given):
-        return None  # bounds that are computed
+        return None  # the bounds are computed
     low, high = (None if value is None else float(value) for value in given)
     return low, high
 
@@ -249,7 +249,7 @@ def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
     if moves_values(graph_module, node):
         sources = node.all_input_nodes[:1]
     elif is_add(node) or node.target is torch.mul:
-        sources = [*node.args, *node.kwargs.values()]  # numbers as well: x + y * alpha, x * -1
+        sources = [*node.args, *node.kwargs.values()]  # include numbers: x + y * alpha, x * -1
     elif _is(graph_module, node, _SIGN_KEEPING_MODULES, _SIGN_KEEPING_FUNCTIONS) or _interpolates(graph_module, node):
         sources = node.all_input_nodes
     return bool(sources) and all(
@@ -261,7 +261,7 @@ def is_nonnegative(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _interpolates(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node interpolates within the range of neighbouring values, which cubic interpolation may leave."""
+    """Whether the node interpolates within the range of neighbouring values, which cubic interpolation can exceed."""
     if node.op == "call_module":
         module = graph_module.get_submodule(str(node.target))
         return isinstance(module, nn.Upsample) and module.mode != "bicubic"
@@ -270,7 +270,7 @@ def _interpolates(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx.Node]:
-    """The node and those behind it as long as values only move."""
+    """Yield the node and all nodes after it that receive its values by data movement only."""
     yield node
     while moves_values(graph_module, node) and node.all_input_nodes:
         node = node.all_input_nodes[0]
@@ -278,12 +278,12 @@ def through_movement(graph_module: fx.GraphModule, node: fx.Node) -> Iterator[fx
 
 
 def reads_images(node: fx.Node) -> bool:
-    """Whether the values of the node's first input depend on the network's input, more than by its size."""
+    """Whether the values of the node's first input depend on the network's input, not only on its size."""
     return any(of_images(source) for source in node.all_input_nodes[:1])
 
 
 def of_images(node: fx.Node) -> bool:
-    """Whether the node's own values depend on the network's input, more than by its size."""
+    """Whether the node's values depend on the network's input, not only on its size."""
     left, seen = [node], set()
     while left:
         source = left.pop()
@@ -296,9 +296,9 @@ def of_images(node: fx.Node) -> bool:
 
 
 def batch_norm_after(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
-    """Name of the BatchNorm that alone reads a convolution, None if there is none.
+    """Return the name of the BatchNorm that is a convolution's only consumer; None if there is none.
 
-    A BatchNorm behind a linear layer or a transposed convolution is not folded; it stays an operation of its own.
+    A BatchNorm after a linear layer or a transposed convolution is not folded; it stays a separate operation.
     """
     users = list(node.users)
     if _name(node) == "linear" or is_transposed(node) or len(users) != 1 or not is_batch_norm(graph_module, users[0]):
@@ -307,17 +307,17 @@ def batch_norm_after(graph_module: fx.GraphModule, node: fx.Node) -> str | None:
 
 
 def convolution_groups(node: fx.Node) -> int:
-    """The `groups` argument of a convolution."""
+    """Return the `groups` argument of a convolution."""
     if "groups" in node.kwargs:
         return int(node.kwargs["groups"])  # type: ignore[arg-type]
     return int(node.args[6]) if len(node.args) > 6 else 1  # type: ignore[arg-type]
 
 
 def parameter(graph_module: fx.GraphModule, node: fx.Node) -> Tensor:
-    """The stored tensor that a get_attr node stands for.
+    """Return the stored tensor of a get_attr node.
 
     Raises:
-        UsageError: It is not one.
+        UsageError: The node is not a get_attr node, so the weight is computed in the forward pass.
     """
     value: Any = graph_module if node.op == "get_attr" else None
     for part in str(node.target).split("."):

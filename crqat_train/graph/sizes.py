@@ -1,7 +1,7 @@
-"""Tracing with sizes known: a forward may ask for shapes, unpack chunks and decide by sizes, as Python does.
+"""Tracing with known sizes: a forward may use shapes, unpack chunks and branch on sizes, as in plain Python.
 
-Each proxy carries the values that its operation has for two batch sizes. What is the same number in both is that
-number; a size that differs is the batch's and stays a part of the graph.
+Each proxy carries the values of its operation for two batch sizes. A number that is the same in both is a constant; a
+size that differs depends on the batch and stays part of the graph.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _BATCHES = (2, 3)
 _UNKNOWN = (None, None)
 
 
-# A tensor's own views of itself, as operations that have names. NNCF takes one without for the question of a shape.
+# A tensor's views of itself as named operations. NNCF treats an unnamed one as a query of the shape.
 VIEWS: dict[str, Callable[[Any], Any]] = {
     "T": lambda x: x.permute(*range(x.ndim - 1, -1, -1)),
     "mT": lambda x: x.transpose(-2, -1),
@@ -29,12 +29,12 @@ VIEWS: dict[str, Callable[[Any], Any]] = {
 }
 
 
-# What a forward may ask of a tensor: the same for all that it is given here.
+# Attributes of a tensor that a forward may query; they are the same for all tensors here.
 _KINDS = ("is_nested", "is_cuda", "is_sparse", "is_quantized", "is_mps", "requires_grad", "is_leaf")
 
 
 def _written_out(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What a function of torch's makes of proxies by its operations, instead of being one itself."""
+    """Trace the operations of a torch function on proxies, instead of recording the function as one operation."""
     asks = vars(functional)["has_torch_function"]
     functional.has_torch_function = lambda _: False  # type: ignore[attr-defined]
     try:
@@ -44,24 +44,24 @@ def _written_out(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 class SizedProxy(fx.Proxy):
-    """A proxy that knows its shape, its length and the outcome of comparisons of sizes.
+    """A proxy with known shape, length and results of size comparisons.
 
     Attributes:
-        known: The value for each of two batch sizes; None where it is not known.
+        known: Its value for each of two batch sizes; None where it is unknown.
     """
 
     known: tuple[Any, Any] = _UNKNOWN
 
     @property
     def shape(self) -> Any:
-        """Numbers, and a proxy for the batch's size."""
+        """Return its sizes: numbers, and a proxy for the batch size."""
         if not isinstance(self.known[0], Tensor):
             return fx.proxy.Attribute(self, "shape")
         return self._sizes()
 
     @property
     def ndim(self) -> Any:
-        """The number of dimensions."""
+        """Return the number of dimensions."""
         return self.known[0].ndim if isinstance(self.known[0], Tensor) else fx.proxy.Attribute(self, "ndim")
 
     def _sizes(self) -> tuple[Any, ...]:
@@ -72,7 +72,7 @@ class SizedProxy(fx.Proxy):
         )
 
     def __getattr__(self, name: str) -> Any:
-        """A view as the operation that it is, a tensor's kind as it is known, everything else as fx has it."""
+        """Return a view as an operation, a known tensor attribute as its value, and any other attribute as fx does."""
         if isinstance(self.known[0], Tensor):
             if name in VIEWS:
                 return VIEWS[name](self)
@@ -92,16 +92,16 @@ class SizedProxy(fx.Proxy):
         if isinstance(one, (tuple, list)):
             return iter([whole[index] for index in range(len(one))])
         if isinstance(one, Tensor) and one.ndim and len(one) == len(other):
-            parts = whole.unbind(0)  # as a tensor's own iterator does
+            parts = whole.unbind(0)  # like a tensor's own iterator
             return iter([parts[index] for index in range(len(one))])
         return super().__iter__()
 
 
 class SizedTracer(fx.Tracer):
-    """A tracer that runs each operation for an example, too.
+    """A tracer that also runs each operation on an example.
 
     Args:
-        example: Input of shape [N, C, H, W], float32; None: nothing is known of sizes.
+        example: Input of shape [N, C, H, W], float32; without one, no sizes are known.
     """
 
     record_stack_traces = True
@@ -116,13 +116,13 @@ class SizedTracer(fx.Tracer):
             self._inputs = one, other
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """A proxy whose values are yet to be set."""
+        """Return a proxy whose values are not yet known."""
         return SizedProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *further: Any, **named: Any) -> Any:
-        """A node and its values; a plain number, or a shape, where the operation gives one that is known.
+        """Create a node and its values; return a plain number or shape instead if the result is known.
 
-        An argument of the forward that has a default keeps it.
+        An argument of the forward with a default keeps the default.
         """
         if kind == "placeholder" and args:
             return args[0]
@@ -178,5 +178,5 @@ class SizedTracer(fx.Tracer):
                 part.training = mode
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A parameter as a proxy, unless a module runs for its values."""
+        """Return a parameter as a proxy, unless a module is running to compute values."""
         return attr_val if self.computes else super().getattr(attr, attr_val, parameter_proxy_cache)

@@ -1,8 +1,8 @@
-"""What a forward does otherwise in training: torch.fx records one of the two, so the difference is found here.
+"""Finds differences between a network's forward in training and in eval mode; torch.fx records only one of them.
 
-A functional dropout becomes a Dropout module, which asks for the mode each time it runs. Other operations that one of
-the modes has alone, such as noise, are reported: the quantized network is the one of eval mode. What training has
-weights or outputs of its own for is refused.
+A functional dropout becomes a Dropout module, which checks the mode each time it runs. Other operations of only one
+mode, such as noise, are reported: the quantized network follows eval mode. Weights or outputs that exist only in
+training are refused.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn import functional
 from crqat.core.errors import UsageError
 from crqat.train.graph.explain import place
 
-# Where the modules are put in the network.
+# Name of the submodule that holds the new Dropout modules.
 HOLDER = "functional_dropouts"
 _DROPOUTS: dict[Any, type[nn.Module]] = {
     functional.dropout: nn.Dropout,
@@ -31,24 +31,24 @@ _DROPOUTS: dict[Any, type[nn.Module]] = {
 
 
 def follow_eval(model: nn.Module, graph: fx.Graph, trace: Callable[[], fx.Graph]) -> tuple[dict[str, nn.Module], str]:
-    """Compare the graph of evaluation with that of training, and turn functional dropouts into modules.
+    """Compare the graphs of eval and training mode, and turn functional dropouts into modules.
 
     Args:
         model: The network.
-        graph: Of evaluation; changed in place.
+        graph: Graph in eval mode; changed in place.
         trace: Traces the same network in training mode.
 
     Returns:
-        The modules that the graph calls now, by name; and a line on what it has otherwise than training, empty if
-        nothing.
+        The new modules by name, and a line that describes the remaining differences from training, empty if there are
+        none.
 
     Raises:
-        UsageError: Training has weights, outputs or settings that evaluation has not.
+        UsageError: Training has weights, outputs or settings that eval mode lacks.
     """
     try:
         twin = trace()
     except UsageError as error:
-        msg = f"{error} (in training mode: in eval mode it is traced)"
+        msg = f"{error} (in training mode only; in eval mode it is traced)"
         raise UsageError(msg) from error
     nodes, others = list(graph.nodes), list(twin.nodes)
     _check_weights(model, nodes, others)
@@ -82,17 +82,17 @@ def _key(node: fx.Node) -> tuple[str, str]:
 
 
 def _settings(node: fx.Node) -> Any:
-    """A node's arguments without other nodes, whose names differ as soon as one graph has more nodes."""
+    """Return a node's arguments without other nodes, whose names differ between graphs of different length."""
     return fx.map_arg((node.args, node.kwargs), lambda _: None)
 
 
 def _drops_nothing(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two calls differ in `training` alone, as attention without dropout does."""
+    """Whether two calls differ only in `training`, as attention without dropout does."""
     found = []
     for call in (node, other):
         try:
             given = inspect.signature(call.target).bind(*call.args, **call.kwargs).arguments  # type: ignore[arg-type]
-        except (TypeError, ValueError):  # no function, or one without a signature
+        except (TypeError, ValueError):  # not a function, or one without a signature
             return False
         if given.pop("training", None) is None or given.get("dropout_p", given.get("p")) != 0:
             return False
@@ -101,7 +101,7 @@ def _drops_nothing(node: fx.Node, other: fx.Node) -> bool:
 
 
 def _weights(model: nn.Module, node: fx.Node) -> set[str]:
-    """The parameters that a node uses, by name."""
+    """Return the names of the parameters that a node uses."""
     if node.op == "get_attr":
         return {str(node.target)} & dict(model.named_parameters(remove_duplicate=False)).keys()
     if node.op == "call_module":
@@ -122,7 +122,7 @@ def _note(model: nn.Module, alone: Sequence[fx.Node], other_alone: Sequence[fx.N
         found = [node for node in found if node.op.startswith("call") and node.target is not getattr]
         if found:
             names = ", ".join(dict.fromkeys(_name(node) for node in found))
-            parts.append(f"{place(model, found[0])} computes {names} in {mode} mode alone")
+            parts.append(f"{place(model, found[0])} computes {names} only in {mode} mode")
     if not parts:
         return ""
     line = f"{', and '.join(parts)}; the quantized network follows eval mode, in training too"

@@ -1,1 +1,1 @@
-"""Float networks by name, and their weights."""
+"""Builds float networks by name and loads their weights."""

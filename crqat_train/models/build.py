@@ -1,4 +1,4 @@
-"""The float network by its name in the recipe, and its weights from a file. No file's code is ever run."""
+"""Builds the float network that a recipe names, and loads weights from a file without executing code in it."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ AUXILIARY_HEADS = ("googlenet", "inception_v3")
 
 
 def check_name(name: str) -> None:
-    """See that a network's name is known, or that its function can be called by `build`; nothing is built.
+    """Check that a network's name is known, or that `build` can call its function; nothing is built.
 
     Raises:
-        UsageError: It is not, or cannot.
+        UsageError: The name is unknown, or its function cannot be called.
     """
     if is_onnx_file(name):
         onnx_file.read(user_path(name, "model.name"))
@@ -38,16 +38,16 @@ def check_name(name: str) -> None:
 
 
 def build(name: str, classes: int, channels: int) -> nn.Module:
-    """A network with freshly drawn weights (torch's global generator), on the CPU, in training mode.
+    """Return a network with randomly initialized weights (torch's global generator), on the CPU, in training mode.
 
-    That of an ONNX file has the file's weights and is in eval mode.
+    The network of an ONNX file has the file's weights and is in eval mode.
 
     Args:
         name: "cifar/resnet8", "cifar/resnet20", "cifar/resnet56", "cifar/resnet18", "cifar/mobilenet_v2",
             "torchvision/NAME", "timm/NAME", "package.module:function", a function or a class (see
             `network_arguments`), or the path of an ONNX file.
         classes: Number of logits.
-        channels: Of the images.
+        channels: Number of image channels.
 
     Raises:
         UsageError: The name is unknown, or the network does not take these arguments.
@@ -66,26 +66,26 @@ def build(name: str, classes: int, channels: int) -> nn.Module:
 
 
 def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]:
-    """A network of torchvision or timm with the weights that its library publishes, downloaded if need be.
+    """Return a torchvision or timm network with its published weights, downloading them if necessary.
 
     Args:
         name: "torchvision/NAME" or "timm/NAME".
         classes: Number of logits.
-        channels: Of the images.
+        channels: Number of image channels.
 
     Returns:
-        The network, and whether its classifier is new: drawn at random, because the weights are for other classes.
+        The network, and whether its classifier is newly initialized because the weights are for other classes.
 
     Raises:
         UsageError: The name is unknown or has no published weights.
-        ToolError: They cannot be fetched.
+        ToolError: The weights cannot be downloaded.
     """
     if not name.startswith(("torchvision/", "timm/")):
         msg = f'model.weights: "pretrained" is for torchvision/NAME and timm/NAME; "{name}" needs a file, or `float`'
         raise UsageError(msg)
     if name.removeprefix("torchvision/") in AUXILIARY_HEADS:
         msg = (
-            f"model.weights: the published weights of {name} want their images normalized anew inside of the network, "
+            f"model.weights: the published weights of {name} need their images normalized again inside the network, "
             "which is left out here; train it by a `float` section, or name a file"
         )
         raise UsageError(msg)
@@ -111,7 +111,7 @@ def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]
 
 
 def _stem_for(value: Tensor, own: Tensor | None) -> Tensor:
-    """A published weight of a first convolution for RGB, for as many channels as the network's own has."""
+    """Return a first convolution's published RGB weight, adapted to the network's number of channels."""
     if own is None or value.ndim != 4 or value.shape[1] != RGB or own.shape[2:] != value.shape[2:]:
         return value
     return of_channels(value, own.shape[1])
@@ -142,19 +142,19 @@ def _check_timm(name: str, pretrained: bool) -> None:
 
 
 def _check_torchvision(name: str) -> None:
-    # Imported here because other networks do without torchvision, which takes a second.
+    # Imported here: torchvision takes a second, and other networks do not need it.
     import torchvision  # type: ignore[import-untyped]
 
     # Only classifiers, not its detectors and the like.
     known = set(torchvision.models.list_models(module=torchvision.models))
     names = [*CIFAR_BLOCKS, *CIFAR_NETWORKS, *(f"torchvision/{model}" for model in sorted(known))]
     if name not in names:
-        # The part before the slash must not make "torchvision/x" resemble every torchvision name.
+        # Compare the part after the slash only: with "torchvision/" all names would look similar.
         names_of = {candidate.rpartition("/")[2]: candidate for candidate in names}
         near = difflib.get_close_matches(name.rpartition("/")[2], names_of, n=1)
         hint = f'; did you mean "{names_of[near[0]]}"?' if near else ""
         kinds = '"cifar/...", "torchvision/...", "timm/..." or "package.module:function"'
-        msg = f'model.name: "{name}" is no {kinds} known here{hint}'
+        msg = f'model.name: "{name}" is not a known {kinds}{hint}'
         raise UsageError(msg)
 
 
@@ -163,14 +163,14 @@ def _torchvision(name: str, classes: int, channels: int) -> nn.Module:
     import torchvision
 
     short = name.removeprefix("torchvision/")
-    # The heads that help these two to train from scratch are a second output, and no part of what is delivered.
+    # These two networks have auxiliary heads for training, which are a second output and not part of the export.
     further = {"aux_logits": False, "init_weights": True} if short in AUXILIARY_HEADS else {}
     model: nn.Module = torchvision.models.get_model(short, weights=None, num_classes=classes, **further)
     return model if channels == RGB else _with_channels(model, channels)
 
 
 def _with_channels(model: nn.Module, channels: int) -> nn.Module:
-    """A network of torchvision, whose first convolution reads RGB, for images of other channels; see `of_channels`."""
+    """Adapt a torchvision network, whose first convolution takes RGB, to other channels; see `of_channels`."""
     name, first = next(
         (name, module)
         for name, module in model.named_modules()
@@ -194,14 +194,14 @@ def _with_channels(model: nn.Module, channels: int) -> nn.Module:
 
 
 def of_channels(weight: Tensor, channels: int) -> Tensor:
-    """A first convolution's weight for RGB, float32 [out, 3, h, w], for images of other channels, as timm does it.
+    """Adapt a first convolution's RGB weight, float32 [out, 3, h, w], to another number of channels, as timm does.
 
-    Of one channel it is the sum: what the convolution gives of a grey image in all three. Of others the three are
-    repeated, scaled by 3 / channels.
+    For one channel it is the sum, which gives the same result as a grey image in all three channels. For other numbers
+    the three are repeated and scaled by 3 / channels.
 
     Args:
-        weight: Of the convolution.
-        channels: Of the images.
+        weight: Weight of the convolution.
+        channels: Number of image channels.
     """
     if channels == 1:
         return weight.sum(1, keepdim=True)
@@ -210,18 +210,18 @@ def of_channels(weight: Tensor, channels: int) -> Tensor:
 
 
 def load_weights(model: nn.Module, path: Path, key: str | None = None) -> str:
-    """Fill a network with the weights in a file; all of them must fit, and nothing is changed if one does not.
+    """Load the weights in a file into a network; if any does not fit, nothing is changed.
 
     Args:
         model: Changed in place.
-        path: See `crqat.train.models.weight_files.choose`, and there `key`.
-        key: Likewise.
+        path: The file; see `crqat.train.models.weight_files.choose`.
+        key: Key of the state dict in the file; see `crqat.train.models.weight_files.choose`.
 
     Returns:
-        What was taken of the file, in one line; "" where there is nothing to say.
+        A note of what was taken from the file, in one line; "" if there is nothing to report.
 
     Raises:
-        UsageError: The file is missing, damaged, needs code to load, does not fit the network, or holds two that do.
+        UsageError: The file is missing, damaged, needs code to load, does not fit, or has several state dicts that fit.
     """
     chosen, said = weight_files.choose(path, key, model.state_dict())
     model.load_state_dict(chosen.state, strict=False)
@@ -229,7 +229,7 @@ def load_weights(model: nn.Module, path: Path, key: str | None = None) -> str:
 
 
 def fill(model: nn.Module, values: Mapping[str, Tensor], source: str) -> None:
-    """Fill a network with a state dict, as `load_weights` does with a file's; `source` is where it comes from.
+    """Load a state dict into a network, as `load_weights` does; `source` names where it comes from, for messages.
 
     Raises:
         UsageError: It does not fit the network.

@@ -1,4 +1,4 @@
-"""Networks of CIFAR size: ResNets of the original paper, MLPerf Tiny's, and ImageNet's with another stem."""
+"""Networks of CIFAR size: the ResNets of the original paper and MLPerf Tiny, and ImageNet's with another stem."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ CIFAR_BLOCKS = {"cifar/resnet20": 3, "cifar/resnet56": 9}
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions around a shortcut without parameters ("option A" of arXiv 1512.03385).
+    """Residual block of two 3x3 convolutions with a parameter-free shortcut ("option A" of arXiv 1512.03385).
 
     Where the resolution halves, the shortcut takes every second pixel and pads the new channels with zeros.
 
     Args:
-        channels: Of the input.
+        channels: Channels of the input.
         width: Channels of the output.
         stride: 1, or 2 where the resolution halves.
     """
@@ -35,7 +35,7 @@ class BasicBlock(nn.Module):
         self.new_channels = width - channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
+        """Map float32 [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         if self.stride == 2:
@@ -45,13 +45,13 @@ class BasicBlock(nn.Module):
 
 
 class ResNet8(nn.Module):
-    """MLPerf Tiny's network for image classification (github.com/mlcommons/tiny): one residual block a stage.
+    """MLPerf Tiny's image classification network (github.com/mlcommons/tiny): one residual block in each stage.
 
     Where the resolution halves, the shortcut is a 1x1 convolution without BatchNorm.
 
     Args:
         classes: Number of logits.
-        channels: Of the images.
+        channels: Number of image channels.
     """
 
     def __init__(self, classes: int, channels: int) -> None:
@@ -69,14 +69,14 @@ class ResNet8(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, float32 [B, classes], of normalized float32 images [B, channels, H, W]."""
+        """Return logits, float32 [B, classes], for normalized float32 images [B, channels, H, W]."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.linear(torch.flatten(self.pool(out), 1))  # type: ignore[no-any-return]
 
 
 class _ProjectedBlock(nn.Module):
-    """As BasicBlock, with a 1x1 convolution as the shortcut where the shape changes."""
+    """Residual block like BasicBlock, with a 1x1 convolution as the shortcut where the shape changes."""
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
@@ -89,21 +89,21 @@ class _ProjectedBlock(nn.Module):
         self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(channels, width, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """float32 [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
+        """Map float32 [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return self.relu2(out + self.shortcut(x))  # type: ignore[no-any-return]
 
 
 class CifarResNet(nn.Module):
-    """The ResNet for small images of arXiv 1512.03385, section 4.2.
+    """ResNet for small images of arXiv 1512.03385, section 4.2.
 
     Attribute names are those of the published CIFAR-10 weights.
 
     Args:
         blocks: Residual blocks in each of the three stages.
         classes: Number of logits.
-        channels: Of the images.
+        channels: Number of image channels.
     """
 
     def __init__(self, blocks: int, classes: int, channels: int) -> None:
@@ -121,7 +121,7 @@ class CifarResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits, float32 [B, classes], of normalized float32 images [B, channels, H, W]."""
+        """Return logits, float32 [B, classes], for normalized float32 images [B, channels, H, W]."""
         out = self.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
         return self.linear(torch.flatten(self.pool(out), 1))  # type: ignore[no-any-return]
@@ -133,7 +133,7 @@ def _stage(blocks: int, channels: int, width: int, stride: int) -> nn.Sequential
 
 
 def _small_resnet18(classes: int, channels: int) -> nn.Module:
-    """The ResNet-18 of torchvision with the stem that small images need: 3x3, stride 1, no pooling."""
+    """Return torchvision's ResNet-18 with a stem for small images: 3x3, stride 1, no pooling."""
     from torchvision.models import resnet18  # type: ignore[import-untyped]
 
     model: nn.Module = resnet18(weights=None, num_classes=classes)
@@ -144,7 +144,7 @@ def _small_resnet18(classes: int, channels: int) -> nn.Module:
 
 
 def _small_mobilenet_v2(classes: int, channels: int) -> nn.Module:
-    """The MobileNetV2 of torchvision for small images: the stem and the second stage keep the resolution."""
+    """Return torchvision's MobileNetV2 for small images: the stem and the second stage keep the resolution."""
     from torchvision.models import mobilenet_v2
 
     # Expansion, channels, repetitions, stride of each stage; 224 px networks have stride 2 in the second one too.

@@ -1,4 +1,4 @@
-"""A float network from an ONNX file, held against what ONNX Runtime makes of the file."""
+"""Builds a float network from an ONNX file, and compares it with ONNX Runtime's results for the file."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from crqat.train.models.onnx_network import Builder, OnnxNetwork
 if TYPE_CHECKING:
     pass
 
-# Of the logits' range: how far the network's logits may be from the file's, which differ by rounding alone.
+# Largest difference of the logits relative to their range; the network and the file differ by rounding only.
 TOLERANCE = 1e-4
-# Images that the two are compared on.
+# Number of images for the comparison.
 COMPARED = 8
 
 
 def network(file: OnnxFile) -> OnnxNetwork:
-    """The network of a file, on the CPU in eval mode. It takes any number of images, whatever the file is fixed to.
+    """Return the network of a file, on the CPU in eval mode; it accepts any batch size, even if the file fixes one.
 
     Raises:
-        UsageError: A node is used in a way that is not read; the message names it.
+        UsageError: A node is used in a way that is not supported; the message names it.
     """
     return Builder(file).build()
 
 
 def build(name: str, classes: int, channels: int) -> OnnxNetwork:
-    """The network of the ONNX file that `model.name` names, with the file's weights.
+    """Return the network of the ONNX file that `model.name` names, with the file's weights.
 
     Args:
         name: Path of the file.
-        classes: Number of logits that the data set asks for.
-        channels: Of the images.
+        classes: Number of classes of the data set.
+        channels: Number of image channels.
 
     Raises:
         UsageError: See `read` and `network`; or the file has another number of outputs or channels.
@@ -59,18 +59,18 @@ def build(name: str, classes: int, channels: int) -> OnnxNetwork:
 
 
 def compare(name: str, network: nn.Module, images: Tensor) -> str:
-    """Compare a network that was made of a file with what ONNX Runtime computes by the file itself.
+    """Compare a converted network with the results of ONNX Runtime for the file.
 
     Args:
         name: Path of the file.
-        network: On the CPU in eval mode.
-        images: Preprocessed, float32 [N, C, H, W], on the CPU; the first few are taken.
+        network: The network, on the CPU in eval mode.
+        images: Preprocessed images, float32 [N, C, H, W], on the CPU; only the first few are used.
 
     Returns:
-        The difference, in one line.
+        The difference as a message of one line.
 
     Raises:
-        UsageError: The file does not take images of this size, or the network computes something else.
+        UsageError: The file does not accept images of this size, or the results differ by more than rounding.
         ToolError: ONNX Runtime cannot run the file.
     """
     file = read(user_path(name, "model.name"))
@@ -87,20 +87,20 @@ def compare(name: str, network: nn.Module, images: Tensor) -> str:
     difference = float((logits - reference).abs().max()) / max(span, 1e-30) if logits.shape == reference.shape else None
     if difference is None or not difference <= TOLERANCE:
         found = "another shape" if difference is None else f"logits that differ by {difference:.1e} of their range"
-        free = "" if file.shape[0] is None else "; export it with a free number of images (dynamic batch)"
+        free = "" if file.shape[0] is None else "; export it with a dynamic batch size"
         msg = (
-            f"model.name: the network made of {file.path} computes {found} from what ONNX Runtime computes by the file "
-            f"(at most {TOLERANCE:g} is rounding){free or '; give the network as module:function instead'}"
+            f"model.name: the network made from {file.path} returns {found}, compared with ONNX Runtime's for the file "
+            f"(up to {TOLERANCE:g} is rounding){free or '; give the network as module:function instead'}"
         )
         raise UsageError(msg)
     return (
-        f"{file.path}: on {len(images)} images the logits of the network that was made of it differ from the file's in "
+        f"{file.path}: on {len(images)} images the converted network's logits differ from the file's logits in "
         f"ONNX Runtime by at most {difference:.1e} of their range"
     )
 
 
 def _by_runtime(file: OnnxFile, images: Tensor) -> Tensor:
-    """The file's logits, computed in portions of the number of images that it is fixed to."""
+    """Return ONNX Runtime's logits for the file, in portions of the batch size that the file is fixed to."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -111,7 +111,7 @@ def _by_runtime(file: OnnxFile, images: Tensor) -> Tensor:
         content = file.model.SerializeToString()
         session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         parts = [session.run([file.output], {file.input: part.numpy()})[0] for part in torch.split(padded, count)]
-    except Exception as error:  # ONNX Runtime has exceptions of its own for each kind of failure
+    except Exception as error:  # ONNX Runtime has its own exceptions for each kind of failure
         words = " ".join(str(error).split())[:200]
         msg = f"{file.path}: ONNX Runtime cannot run it: {words}"
         raise ToolError(msg) from error

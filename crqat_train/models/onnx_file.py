@@ -1,4 +1,4 @@
-"""Reading an ONNX file: what a file of a float classifier has to be, and what is refused by the name of its node."""
+"""Reads the ONNX file of a float classifier, and refuses unsupported files by the name of the node."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crqat.train.models.onnx_operators import OPERATORS
 if TYPE_CHECKING:
     import onnx
 
-# The operator sets that are read: before 13 operators have other inputs, after 23 there are none to try.
+# Supported opsets: before 13 operators have other inputs, and later ones than 23 could not be tested.
 OPSETS = (13, 23)
 _CHANNELS = range(1, 5)
 _LOOPS = ("Loop", "If", "Scan", "SequenceMap")
@@ -22,14 +22,14 @@ _STANDARD = ("", "ai.onnx")
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """A file that was read.
+    """An ONNX file that was read and checked.
 
     Attributes:
-        path: Where it lies.
-        model: With all tensors, also those that lie in files beside it.
-        input: The input's name.
-        output: The output's name.
-        shape: Of the input, [N, C, H, W]; None where it is free.
+        path: Path of the file.
+        model: The model with all tensors, including those of external data files.
+        input: Name of the input.
+        output: Name of the output.
+        shape: Shape of the input, [N, C, H, W]; None where it is free.
     """
 
     path: Path
@@ -40,15 +40,15 @@ class OnnxFile:
 
 
 def read(path: Path) -> OnnxFile:
-    """Read a file and check all that can be said before it is converted.
+    """Read a file and check everything that does not need the conversion.
 
     Args:
-        path: Of an ONNX file; tensors may lie in files beside it.
+        path: An ONNX file; its tensors may lie in external data files.
 
     Raises:
-        UsageError: It is no ONNX file, damaged, no float network of one image and one output, or has an operator that
-            is not read; the message names the file and the node.
-        ToolError: It cannot be read.
+        UsageError: It is not an ONNX file, is damaged, is not a float network with one input of images and one output,
+            or has an unsupported operator; the message names the file and the node.
+        ToolError: The file cannot be read.
     """
     if not path.is_file():
         msg = f"model.name: no file {path} (relative to {Path.cwd()}); correct the path"
@@ -60,12 +60,12 @@ def read(path: Path) -> OnnxFile:
     version = max(versions.values(), default=0)
     if not OPSETS[0] <= version <= OPSETS[1]:
         msg = (
-            f"{path}: is of opset {version}; opsets {OPSETS[0]} to {OPSETS[1]} are read: export it with one of them, "
+            f"{path}: is of opset {version}; opsets {OPSETS[0]} to {OPSETS[1]} are supported: export it with one, "
             "such as opset_version=17"
         )
         raise UsageError(msg)
     if model.functions:
-        msg = f"{path}: has functions of its own, such as {model.functions[0].name}; export it without them"
+        msg = f"{path}: defines functions, such as {model.functions[0].name}; export it without them"
         raise UsageError(msg)
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
@@ -83,30 +83,30 @@ def _check_operator(path: Path, node: onnx.NodeProto) -> None:
     if node.domain not in _STANDARD:
         reason = f"is an operator of {node.domain}; export with ONNX's own operators alone, before any optimizer"
     elif kind in _LOOPS:
-        reason = "has a graph of its own; export the network without loops and branches"
+        reason = "contains a subgraph; export the network without loops and branches"
     elif "Quantize" in kind or "Integer" in kind or kind.startswith("QLinear"):
-        reason = "is of a quantized file; give the float file that it was made of"
+        reason = "belongs to a quantized file; give the float file from which it was quantized"
     elif kind not in OPERATORS:
-        reason = "is none of the operators that are read; change the network, or give it as module:function"
+        reason = "is not a supported operator; change the network, or give it as module:function"
     if reason:
         raise refusal(path, node, reason)
 
 
 def refusal(path: Path, node: onnx.NodeProto, reason: str) -> UsageError:
-    """What to raise of a node that is not read; it names the file, the node and its operator."""
+    """Return the error for a node that is not supported; it names the file, the node and its operator."""
     name = node.name or next(iter(node.output), "without a name")
     return UsageError(f"{path}: node {name} ({node.op_type}): {reason}")
 
 
 def _shape(path: Path, value: onnx.ValueInfoProto) -> tuple[int | None, int, int | None, int | None]:
-    """Of the input; what is free is None."""
+    """Return the shape of the input; None where it is free."""
     import onnx
 
     kind = value.type.tensor_type
     sizes = [side.dim_value if side.HasField("dim_value") and side.dim_value > 0 else None for side in kind.shape.dim]
     if kind.elem_type != onnx.TensorProto.FLOAT:
         name = onnx.TensorProto.DataType.Name(kind.elem_type)
-        msg = f"{path}: the input {value.name} is {name}; a network with float32 images and weights is read"
+        msg = f"{path}: the input {value.name} is {name}; only float32 images and weights are supported"
         raise UsageError(msg)
     if len(sizes) != 4 or sizes[1] is None or sizes[1] not in _CHANNELS:
         shape = " x ".join(str(size or "?") for size in sizes) or "no known shape"

@@ -1,6 +1,6 @@
-"""The network that an ONNX file stands for: a module of ordinary layers, built node by node.
+"""Converts an ONNX file to a PyTorch network: a module of ordinary layers, built node by node.
 
-Nothing in the file is executed: its operators are taken from a closed list, and its names name modules alone.
+Nothing in the file is executed: its operators come from a closed list, and its names become module names only.
 """
 
 from __future__ import annotations
@@ -22,36 +22,36 @@ from crqat.train.models.onnx_operators import OPERATORS, Node, Refused, Value
 if TYPE_CHECKING:
     pass
 
-# Of a constant that is computed from others, such as an expanded one.
+# Most elements of a constant that is computed from others, such as an expanded one.
 _MOST_NUMBERS = 2**28
-# The sides of the images that a file without one is read with; each run has its own.
+# Image sides used to trace a file that leaves them open; each of the two traces has its own.
 _ANY_SIDES = (224, 256)
 
 
 @dataclass(frozen=True)
 class _Named:
-    """In a step's arguments: the value of an earlier step."""
+    """Argument of a step: the value of an earlier step."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """In a step's arguments: a tensor of the network."""
+    """Argument of a step: a tensor of the network."""
 
     path: str
 
 
 @dataclass
 class _Step:
-    """One operation: a function, or a module of the network by its path, on values, tensors and plain arguments.
+    """One operation: a function, or a module of the network by its path, applied to values, tensors and constants.
 
     Attributes:
-        function: What computes it.
-        arguments: Of it, with `_Named` and `_Stored` in them, also inside of lists.
-        result: Name of its value.
-        node: The file's node that it was made of, for messages.
-        released: Names of the values that nobody needs behind it.
+        function: The function, or the path of the module.
+        arguments: Its arguments, with `_Named` and `_Stored` in them, also inside lists.
+        result: Name of the value that it computes.
+        node: The file's node that it was converted from; used in messages.
+        released: Names of the values that no later step needs.
     """
 
     function: Callable[..., Any] | str
@@ -62,10 +62,10 @@ class _Step:
 
 
 class _Scope(nn.Module):
-    """A module of modules; called on the way to one of them, so that its whole path is known to whoever traces it."""
+    """A container of modules. It is called on the way to a submodule, so that tracers record the whole path."""
 
     def forward(self, path: list[str], *arguments: Any) -> Any:
-        """What the module at a path computes."""
+        """Call the module at a path."""
         return _called(self, path, *arguments)
 
 
@@ -75,10 +75,10 @@ def _called(owner: nn.Module, path: list[str], *arguments: Any) -> Any:
 
 
 class OnnxNetwork(nn.Module):
-    """The network of an ONNX file: layers with parameters of their own, called in the file's order.
+    """PyTorch network of an ONNX file: layers with parameters of their own, called in the file's order.
 
     Attributes:
-        shape: Of the file's input, [N, C, H, W]; None where it is free.
+        shape: Shape of the file's input, [N, C, H, W]; None where it is free.
         classes: Number of logits.
     """
 
@@ -90,7 +90,7 @@ class OnnxNetwork(nn.Module):
         self._names = ("", "")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits, float32 [N, classes], of images, float32 [N, C, H, W]."""
+        """Return logits, float32 [N, classes], for images, float32 [N, C, H, W]."""
         values: dict[str, Any] = {self._names[0]: images}
 
         def given(argument: Any) -> Any:
@@ -116,10 +116,10 @@ class OnnxNetwork(nn.Module):
 
 
 class Builder:
-    """Makes a network of a file's nodes, in their order, while images without content pass through it.
+    """Converts a file's nodes in order to a network, while meta images (shapes without data) pass through it.
 
     Attributes:
-        batch: The number of images that the file is fixed to, None if it is free.
+        batch: Number of images that the file is fixed to; None if it is free.
     """
 
     def __init__(self, file: OnnxFile) -> None:
@@ -127,7 +127,7 @@ class Builder:
 
         self.network, self.batch, self._file = OnnxNetwork(), file.shape[0], file
         batch, channels, height, width = file.shape
-        # What is the same for both depends on no image's number and size.
+        # A value that is the same in both traces does not depend on the number and size of images.
         sample, other = (
             torch.zeros((batch or 2) + more, channels, height or _ANY_SIDES[more], width or _ANY_SIDES[more])
             for more in (0, 1)
@@ -138,14 +138,14 @@ class Builder:
         uses = [name for node in file.model.graph.node for name in node.input]
         self._uses = Counter([*uses, file.output])
         self._node = ""
-        # Paths with `_` for each dot, in which quantizers and NNCF name operations.
+        # Paths with `_` for each dot, as quantizers and NNCF name operations.
         self._flat: set[str] = set()
 
     def build(self) -> OnnxNetwork:
-        """The network, in eval mode.
+        """Return the network in eval mode.
 
         Raises:
-            UsageError: An operator is used in a way that is not read.
+            UsageError: An operator is used in a way that is not supported.
         """
         for proto in self._file.model.graph.node:
             self._node = proto.name or next(iter(proto.output), "")
@@ -156,14 +156,14 @@ class Builder:
                 raise refusal(self._file.path, proto, str(error)) from error
             except (CrqatError, MemoryError):
                 raise
-            except Exception as error:  # what an operator's function makes of arguments that it does not expect
+            except Exception as error:  # raised by an operator's function for unexpected arguments
                 words = " ".join(str(error).split())[:200] or type(error).__name__
                 raise refusal(self._file.path, proto, f"cannot be read: {words}") from error
             for name, value in zip(proto.output, results if isinstance(results, tuple) else (results,), strict=False):
                 self._values[name] = value
             missing = [name for name in proto.output if name and name not in self._values]
             if any(self._uses[name] for name in missing):
-                raise refusal(self._file.path, proto, f"its output {missing[0]} is not read")
+                raise refusal(self._file.path, proto, f"its output {missing[0]} is not supported")
         return self._finished(self._values[self._file.output])
 
     def _finished(self, output: Value) -> OnnxNetwork:
@@ -179,7 +179,7 @@ class Builder:
             raise UsageError(msg)
         network.shape, network.classes = self._file.shape, shape[1]
         network._names = ("images", output.name)
-        # What is part of an activation as a whole, or of no use at all, is left out.
+        # Leave out operations whose value is not used, such as those fused into an activation.
         needed, kept = {output.name}, []
         for step in reversed(network._steps):
             if step.result in needed:
@@ -191,7 +191,7 @@ class Builder:
         return network
 
     def _value(self, name: str) -> Value | None:
-        """By its name in the file; None for an input that is left out."""
+        """Return a value by its name in the file; None for an omitted input."""
         if not name:
             return None
         if name not in self._values:
@@ -200,15 +200,15 @@ class Builder:
         return self._values[name]
 
     def used_once(self, name: str) -> bool:
-        """Whether one node alone reads a value of the file."""
+        """Whether exactly one node uses a value of the file."""
         return self._uses[name] == 1
 
     def emit(self, function: Callable[..., Any] | str, *arguments: Any) -> Value:
-        """Add an operation, and see what it makes of images; what depends on no image is computed once for all.
+        """Add an operation and trace it; an operation on constants is computed once, now.
 
         Args:
-            function: Or the path of a module.
-            arguments: With `Value`s in them, also inside of lists.
+            function: A function, or the path of a module.
+            arguments: Its arguments, with `Value`s in them, also inside lists.
         """
         called = self.network.get_submodule(function).eval() if isinstance(function, str) else function
         with torch.no_grad():
@@ -220,7 +220,7 @@ class Builder:
             except (RuntimeError, ValueError) as error:
                 if self.batch is None:
                     raise
-                msg = f"computes something for {self.batch} images alone; export it with a free number (dynamic batch)"
+                msg = f"computes a value for exactly {self.batch} images; export it with a dynamic batch size"
                 raise Refused(msg) from error
         if isinstance(sample, (bool, int, float, list)) and sample == other:
             return Value.of(sample, self._node)
@@ -229,10 +229,10 @@ class Builder:
         return Value(sample, result, other=other)
 
     def module(self, made: nn.Module, weight: Value | None = None) -> str:
-        """Put a layer into the network, under its weight's name in the file if that is one, else under the node's.
+        """Add a layer to the network, named after its weight in the file if possible, otherwise after the node.
 
         Returns:
-            Its path.
+            The layer's path.
         """
         origin = weight.origin if weight is not None else ""
         name = origin.removesuffix(".weight") if origin.endswith(".weight") else _layer_name(self._node)
@@ -262,7 +262,7 @@ class Builder:
         return _Stored(argument.stored)
 
     def _place(self, name: str, put: Callable[[nn.Module, str], None]) -> str:
-        """Find a place for a module or a tensor; its path has letters, digits and `_` alone, whatever the file says."""
+        """Find a free path for a module or a tensor. It has letters, digits and `_` only, whatever the file has."""
         parts = [_identifier(re.sub(r"[^A-Za-z0-9_]", "_", part)) for part in name.strip("/.").split(".")]
         if "/" in name or ":" in name or not all(parts) or not self._free(parts):
             parts = [_identifier(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "unnamed")]
@@ -280,7 +280,7 @@ class Builder:
         return ".".join(parts)
 
     def _free(self, parts: list[str]) -> bool:
-        """Whether nothing is there, and no module or tensor lies on the way."""
+        """Whether no module or tensor is at a path or on the way to it."""
         owner: Any = self.network
         for part in parts:
             if not isinstance(owner, (OnnxNetwork, _Scope)):
@@ -292,15 +292,15 @@ class Builder:
 
 
 def _identifier(part: str) -> str:
-    """A name that Python's grammar does not keep for itself."""
+    """Return a valid attribute name that is not a Python keyword."""
     return f"{part}_" if keyword.iskeyword(part) else part
 
 
 def _layer_name(node: str) -> str:
-    """The name that a layer had in PyTorch: layer1.0.conv1 of /layer1/layer1.0/conv1/Conv; others as they are."""
+    """Return a layer's name in PyTorch: layer1.0.conv1 for /layer1/layer1.0/conv1/Conv; other names unchanged."""
     path, before = "", ""
     for scope in node.strip("/").split("/")[:-1]:
-        inside = scope.rpartition(".")[0] == before and bool(before)  # of a sequence, which repeats its own name
+        inside = scope.rpartition(".")[0] == before and bool(before)  # a sequence repeats its own name
         path = path[: -len(before)] + scope if inside else f"{path}.{scope}" if path else scope
         before = scope
     return path if node.startswith("/") and path else node

@@ -1,4 +1,4 @@
-"""A user's own function or class: what it is called with, and what is wrong with it."""
+"""Calls a user's own function or class that makes the network, and reports what is wrong with it."""
 
 from __future__ import annotations
 
@@ -11,36 +11,39 @@ from torch import nn
 from crqat.core.errors import UsageError
 from crqat.train.own_code import call_function, import_function
 
-# What functions and classes of a user's call the two numbers, the product's own name first.
+# Parameter names that users give the two numbers; the product's own name comes first.
 CLASSES_NAMES = ("classes", "num_classes", "n_classes", "nb_classes")
 CHANNELS_NAMES = ("channels", "in_channels", "in_chans", "num_channels", "input_channels")
 
 
 def check_callable(name: str) -> None:
-    """Check that `build` can call what `model.name` names, without calling it; other names than a user's pass.
+    """Check that `build` can call the function or class in `model.name`, without calling it; other names pass.
 
     Raises:
-        UsageError: It cannot be imported, or has a parameter that is neither number of classes, channels nor optional.
+        UsageError: It cannot be imported, or has a required parameter that is neither classes nor channels.
     """
     if ":" in name:
         network_arguments(import_function(name, "model.name"), name, 1, 1)
 
 
 def network_arguments(function: Callable[..., Any], name: str, classes: int, channels: int) -> dict[str, int]:
-    """The arguments that a user's function or class of a network takes, by the names that it has for them.
+    """Return the arguments for a user's function or class, under the names that it uses for them.
 
     Args:
         function: See `check_callable`.
-        name: As in the recipe, for messages.
+        name: The name in the recipe; used in messages.
         classes: Number of logits.
-        channels: Of the images.
+        channels: Number of image channels.
 
     Raises:
         UsageError: See `check_callable`.
     """
     short = name.partition(":")[2]
     if isinstance(function, nn.Module):
-        msg = f"model.name: {name} is a network, not what makes one; name its class, or `def build(): return {short}`"
+        msg = (
+            f"model.name: {name} is a network, not a function or class that makes one; name its class, or `def "
+            f"build(): return {short}`"
+        )
         raise UsageError(msg)
     signature = inspect.signature(function)
     named = [parameter.name for parameter in signature.parameters.values() if _by_name(parameter)]
@@ -68,7 +71,7 @@ def _by_name(parameter: inspect.Parameter) -> bool:
 
 
 def build_own(name: str, classes: int, channels: int) -> nn.Module:
-    """The network of a user's function or class."""
+    """Return the network that a user's function or class makes."""
     function = import_function(name, "model.name")
     arguments = network_arguments(function, name, classes, channels)
     model = call_function(function, name, "model.name", arguments)

@@ -1,4 +1,4 @@
-"""How images are prepared for published weights: what torchvision and timm say of the very weights that are taken."""
+"""Preprocessing of published weights: what torchvision and timm state for the weights that are used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from crqat.core.errors import UsageError
 from crqat.train.config import FILE_SOURCES, DataConfig, Interpolation, TrainConfig, source_kind
 
-# Pillow's filters by the names of torchvision and timm.
+# Pillow's filters by their names in torchvision and timm.
 _FILTERS: dict[str, Interpolation] = {
     "bilinear": "bilinear",
     "bicubic": "bicubic",
@@ -19,16 +19,16 @@ _FILTERS: dict[str, Interpolation] = {
 
 @dataclass(frozen=True)
 class Published:
-    """Of one set of weights.
+    """Preprocessing and accuracy published with one set of weights.
 
     Attributes:
-        mean: Of each channel, in units of 0..1.
-        std: Likewise.
+        mean: Mean of each channel, in units of 0..1.
+        std: Standard deviation of each channel, in units of 0..1.
         size: Pixels of the shorter side after resizing.
-        crop: Pixels of the square.
+        crop: Side of the centre square, in pixels.
         interpolation: A value of `data.interpolation`.
-        accuracy: Share of ImageNet's validation images that is published; None where none is.
-        note: What cannot be followed here; empty if nothing.
+        accuracy: Published top-1 accuracy on ImageNet's validation images, in 0..1; None if none is published.
+        note: Published preprocessing that crqat cannot reproduce; empty if there is none.
     """
 
     mean: tuple[float, ...]
@@ -41,9 +41,9 @@ class Published:
 
 
 def published(name: str) -> Published | None:
-    """What is published with the default weights of "torchvision/NAME" or "timm/NAME"; None if nothing is.
+    """Return the data published with the default weights of "torchvision/NAME" or "timm/NAME"; None if there are none.
 
-    Nothing is fetched: the libraries hold it beside the weights' addresses.
+    Nothing is downloaded: the libraries hold these data together with the weights' addresses.
     """
     if name.startswith("torchvision/"):
         return _of_torchvision(name.removeprefix("torchvision/"))
@@ -55,7 +55,7 @@ def _of_torchvision(name: str) -> Published | None:
 
     try:
         weights = get_model_weights(name).DEFAULT
-    except (ValueError, AttributeError):  # `models.pretrained` says what is wrong
+    except (ValueError, AttributeError):  # `models.pretrained` reports the error
         return None
     how: Any = weights.transforms()
     metrics = (weights.meta.get("_metrics") or {}).get("ImageNet-1K") or {}
@@ -69,11 +69,11 @@ def _of_torchvision(name: str) -> Published | None:
 def _of_timm(name: str) -> Published | None:
     try:
         from timm.models import get_pretrained_cfg
-    except ImportError:  # `models.pretrained` says so
+    except ImportError:  # `models.pretrained` reports it
         return None
     try:
         configuration = get_pretrained_cfg(name)
-    except RuntimeError:  # `models.pretrained` says that there are no such weights
+    except RuntimeError:  # `models.pretrained` reports that there are no such weights
         return None
     if configuration is None:
         return None
@@ -94,13 +94,14 @@ def _filter(name: str) -> Interpolation:
 
 
 def data_section(config: TrainConfig) -> DataConfig:
-    """The recipe's `data` section, completed by what is published with `pretrained` weights.
+    """Return the recipe's `data` section, completed by the preprocessing published with `pretrained` weights.
 
-    What the recipe says itself stays. Size, crop and interpolation are of stored images; a data function gives its own
-    mean and std.
+    Values of the recipe take precedence. Size, crop and interpolation apply to stored images only; a data function
+    returns its own mean and std.
 
     Raises:
-        UsageError: The recipe's `data.size` or `data.crop` alone does not fit the published other one.
+        UsageError: The recipe sets only one of `data.size` and `data.crop`, and it does not fit the other, published
+            one.
     """
     data = config.data
     found = published(config.model.name) if config.model.weights == "pretrained" else None
@@ -125,7 +126,7 @@ def data_section(config: TrainConfig) -> DataConfig:
 
 
 def notes(config: TrainConfig) -> tuple[str, ...]:
-    """What `data_section` took, in one line, and what could not be taken; nothing where the recipe says it all."""
+    """Describe what `data_section` took, and what it could not take, one line each; empty if the recipe sets all."""
     data = data_section(config)
     found = published(config.model.name) if data != config.data else None
     if found is None:
@@ -141,7 +142,7 @@ def _shown(value: Any) -> str:
 
 
 def published_accuracy(config: TrainConfig, classes: int) -> float | None:
-    """The published accuracy where these very weights are taken and fed as they were; else None."""
+    """Return the published accuracy if these weights are used with their published preprocessing; otherwise None."""
     data, found = config.data, None
     if config.model.weights == "pretrained" and config.float_training.epochs == 0 and classes == 1000:
         found = published(config.model.name)

@@ -1,6 +1,6 @@
-"""An ONNX file from anywhere, read only as far as it is all there: nothing large is made, nothing elsewhere is opened.
+"""Reads untrusted ONNX files: checks all sizes before allocating, and opens no file outside of the model's folder.
 
-Of a float network alone, whose exporter writes them by default, tensors in files beside it are taken in.
+Only for a float network, tensors in external data files are read: its exporter writes them by default.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ if TYPE_CHECKING:
     import onnx
     from google.protobuf.message import Message  # type: ignore[import-untyped]
 
-# Protobuf's own limit.
+# Size limit of protobuf, in bytes.
 _MAX_BYTES = 2**31 - 1
-# TensorRT's limit of a tensor's elements, and 8 GiB in float32.
+# TensorRT's limit on the elements of a tensor; 8 GiB in float32.
 _MAX_ELEMENTS = 2**31 - 1
 
 
 def read(path: Path, beside: bool = False) -> onnx.ModelProto:
-    """The model, each of whose tensors has as many bytes as its shape says.
+    """Read a model and check that each tensor has as many bytes as its shape requires.
 
     Args:
         path: The file.
-        beside: Take in tensors that lie in other files of its folder, or below it, as large models have them. Without
-            it they are refused: such files are not covered by this one's hash.
+        beside: Read external data files in its folder or below it, as large models have them. By default they are
+            refused, because the model's hash does not cover them.
 
     Raises:
-        UsageError: It is no ONNX file, or a tensor in it is refused; the message names both.
-        ToolError: It cannot be read.
+        UsageError: It is not an ONNX file, or one of its tensors is refused; the message names both.
+        ToolError: The file cannot be read.
     """
     model = _parsed(path)
     left = _MAX_BYTES - model.ByteSize()
@@ -45,11 +45,11 @@ def read(path: Path, beside: bool = False) -> onnx.ModelProto:
 
 
 def files_beside(path: Path) -> list[Path]:
-    """The other files in which a model's tensors lie, each once.
+    """Return the external data files of a model, each once.
 
     Raises:
-        UsageError: As `read`.
-        ToolError: As `read`.
+        UsageError: See `read`.
+        ToolError: See `read`.
     """
     found = [_External.of(path, tensor).path for tensor in _tensors(_parsed(path)) if _is_external(tensor)]
     return list(dict.fromkeys(found))
@@ -62,7 +62,7 @@ def _parsed(path: Path) -> onnx.ModelProto:
     try:
         size = path.stat().st_size
         if size > _MAX_BYTES:
-            msg = f"{path}: {size / 2**30:.1f} GiB; ONNX files end at 2 GiB"
+            msg = f"{path}: {size / 2**30:.1f} GiB; ONNX files are limited to 2 GiB"
             raise UsageError(msg)
         model = onnx.load(path, load_external_data=False)
     except DecodeError as error:
@@ -72,26 +72,26 @@ def _parsed(path: Path) -> onnx.ModelProto:
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
     if not _all_text(model):
-        msg = f"{path}: a name in it is no UTF-8 text; damaged"
+        msg = f"{path}: a name in it is not UTF-8; the file is damaged, export it again"
         raise UsageError(msg)
     return model
 
 
 def check(path: Path, model: onnx.ModelProto) -> None:
-    """Check a model by ONNX's rules, and that no tensor whose shape it fixes is beyond what a runtime can hold.
+    """Check a model by ONNX's rules, and that no tensor of known shape is larger than a runtime can hold.
 
-    Shapes that depend on the input's values are known to nobody before the model runs; it runs in a process of its own.
+    Shapes that depend on the input's values are known only when the model runs, which it does in a separate process.
 
     Raises:
-        UsageError: It breaks a rule, or has such a tensor.
+        UsageError: It breaks a rule, or has a tensor that is too large.
     """
     import onnx
 
     try:
         onnx.checker.check_model(model)
         inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
-    except UnicodeDecodeError as error:  # it cites bytes of the file
-        msg = f"{path}: breaks ONNX's rules, and the checker's words on it are no text"
+    except UnicodeDecodeError as error:  # the checker quotes bytes of the file
+        msg = f"{path}: breaks ONNX's rules, and the checker's message is not valid text"
         raise UsageError(msg) from error
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError, RuntimeError) as error:
         rule = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -99,7 +99,7 @@ def check(path: Path, model: onnx.ModelProto) -> None:
         raise UsageError(msg) from error
     for value in (*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output):
         sizes = [dimension.dim_value for dimension in value.type.tensor_type.shape.dim]
-        elements = math.prod(size for size in sizes if size > 0)  # the others are known when it runs
+        elements = math.prod(size for size in sizes if size > 0)  # other sizes are known when it runs
         if elements > _MAX_ELEMENTS:
             shape = " x ".join(str(size) if size > 0 else "?" for size in sizes)
             msg = f"{path}: the tensor {value.name} has the shape {shape}; more than 2^31 elements are refused"
@@ -107,7 +107,7 @@ def check(path: Path, model: onnx.ModelProto) -> None:
 
 
 def _all_text(message: Message) -> bool:
-    """Whether every text is one: protobuf gives what is no UTF-8 as bytes, which nothing behind it expects."""
+    """Whether every string is UTF-8: protobuf returns other strings as bytes, which later code does not expect."""
     for field, value in message.ListFields():
         parts = value if isinstance(value, Sequence) and not isinstance(value, str | bytes) else [value]
         if field.type == field.TYPE_MESSAGE and not all(_all_text(part) for part in parts):
@@ -118,7 +118,7 @@ def _all_text(message: Message) -> bool:
 
 
 def _check_tensor(path: Path, tensor: onnx.TensorProto) -> None:
-    # A tensor in another file is not covered by this one's hash, and its path may lead anywhere.
+    # This file's hash does not cover tensors in another file, whose path may lead anywhere.
     if _is_external(tensor):
         msg = f"{path}: the tensor {tensor.name} lies in another file; external data is refused"
         raise UsageError(msg)
@@ -130,7 +130,7 @@ def _check_tensor(path: Path, tensor: onnx.TensorProto) -> None:
 
 
 def _bytes(tensor: onnx.TensorProto) -> int | None:
-    """As many as a tensor's shape and type need; None where they are wrong, which the checker looks at."""
+    """Return the bytes that a tensor's shape and type require; None if these are invalid, which the checker reports."""
     import onnx
 
     if min(tensor.dims, default=0) < 0:
@@ -150,12 +150,12 @@ def _is_external(tensor: onnx.TensorProto) -> bool:
 
 @dataclass(frozen=True)
 class _External:
-    """Where a tensor lies: a file in the model's folder or below it, and the bytes in that file.
+    """Location of an external tensor: a file in the model's folder or below it, and a range of bytes.
 
     Attributes:
-        path: Without links; the file is there.
-        offset: Bytes.
-        length: Bytes; None is up to the file's end.
+        path: Path with links resolved; the file exists.
+        offset: First byte of the tensor.
+        length: Number of bytes; None extends to the file's end.
     """
 
     path: Path
@@ -171,9 +171,9 @@ class _External:
             file = (folder / location).resolve()
             offset, length = (int(said.get(key) or 0) for key in ("offset", "length"))
         except (ValueError, OSError, RuntimeError) as error:  # a zero byte, no number, links in a circle
-            msg = f"{path}: where the tensor {tensor.name} lies cannot be read; damaged"
+            msg = f"{path}: the location of the tensor {tensor.name} is not valid; the file is damaged, export it again"
             raise UsageError(msg) from error
-        # The file's own words lead nowhere else, links included.
+        # No path in the file may lead outside of the folder, not even through links.
         if folder not in file.parents:
             msg = f"{path}: the tensor {tensor.name} lies in {location!r}, outside of the file's own folder; refused"
             raise UsageError(msg)
@@ -184,13 +184,15 @@ class _External:
             )
             raise UsageError(msg)
         if offset < 0 or length < 0:
-            msg = f"{path}: where the tensor {tensor.name} lies cannot be read; damaged"
+            msg = (
+                f"{path}: the byte range of the tensor {tensor.name} is not valid; the file is damaged, export it again"
+            )
             raise UsageError(msg)
         return cls(file, offset, length if "length" in said else None)
 
 
 def _take_in(path: Path, tensor: onnx.TensorProto, most: int) -> int:
-    """Put a tensor of another file into the model; returns its bytes."""
+    """Read an external tensor into the model and return its size in bytes."""
     place, needed = _External.of(path, tensor), _bytes(tensor)
     if needed is not None and needed > most:
         msg = f"{path}: more than 2 GiB with the files beside it; ONNX Runtime cannot take that as one model"
@@ -216,7 +218,7 @@ def _take_in(path: Path, tensor: onnx.TensorProto, most: int) -> int:
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[onnx.TensorProto]:
-    """Every tensor of a model, in subgraphs and functions too."""
+    """Yield every tensor of a model, including those in subgraphs and functions."""
     yield from _tensors_of_graph(model.graph)
     for training in model.training_info:
         yield from (*_tensors_of_graph(training.initialization), *_tensors_of_graph(training.algorithm))

@@ -1,7 +1,7 @@
-"""Checkpoints as trainings leave them: which of a file's tensors are the network's weights, and under which names.
+"""Reads checkpoints of training runs: finds the network's weights in a file and matches their names.
 
-No file's code is ever run: pickles are read by torch.load with weights_only=True, and what a few well-known classes of
-settings hold is left out.
+No code in a file is ever executed: pickles are loaded by torch.load with weights_only=True, and objects of a few
+well-known settings classes are replaced by empty ones.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from crqat.core.errors import UsageError
 ENDINGS = (".safetensors", ".pth", ".pt", ".th", ".ckpt", ".bin", ".pth.tar", ".pt.tar")
 _SHOWN = 3
 _SHOWN_KEYS = 12
-# What AveragedModel counts, and no network has.
+# Counter of AveragedModel, which no network has.
 _COUNTER = "n_averaged"
 _COMPILED = "_orig_mod."
-# Settings and numbers that trainers put beside the weights (timm's and torchvision's `args`, a best accuracy).
+# Settings and numbers that trainers store next to the weights (timm's and torchvision's `args`, a best accuracy).
 _SETTINGS = (
     "argparse.Namespace",
     "numpy.dtype",
@@ -43,7 +43,7 @@ _DICTIONARIES = (
 
 
 class _LeftOut:
-    """Stands for an object of `_SETTINGS`: takes whatever its pickle would give it, keeps nothing, calls nothing."""
+    """Replaces an object of `_SETTINGS`: accepts whatever its pickle passes, keeps nothing, calls nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> _LeftOut:
         return super().__new__(cls)
@@ -57,12 +57,12 @@ class _LeftOut:
 
 @dataclass(frozen=True)
 class Match:
-    """A state dict under the names of a network.
+    """A state dict renamed to a network's names, and what does not fit.
 
     Attributes:
-        state: Names as the network has them; values of any dtype.
-        dropped: The prefix that all names had in front, such as "module.", "" if none.
-        problems: What does not fit: kind and names.
+        state: Tensors of any dtype under the network's names.
+        dropped: Prefix that was removed from all names, such as "module."; "" if none.
+        problems: Names that do not fit, by kind of problem.
     """
 
     state: dict[str, Tensor]
@@ -71,25 +71,25 @@ class Match:
 
     @property
     def count(self) -> int:
-        """How many names do not fit."""
+        """Return how many names do not fit."""
         return sum(map(len, self.problems.values()))
 
     def __str__(self) -> str:
-        """The problems, on one line."""
+        """Return the problems on one line."""
         return "; ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in self.problems.items() if keys)
 
 
 def choose(path: Path, key: str | None, expected: Mapping[str, Tensor]) -> tuple[Match, str]:
-    """The state dict in a file that fits a network.
+    """Return the state dict in a file that fits a network.
 
     Args:
-        path: One of `ENDINGS`; a state dict, alone or under any key of a dictionary, such as "state_dict".
-        key: Under which key it lies ("model_ema", or "state.model" of a dictionary in another one); None takes the only
-            one that fits.
+        path: File with one of `ENDINGS`: a state dict, alone or under any key of a dictionary, such as "state_dict".
+        key: Key of the state dict ("model_ema", or "state.model" for a nested dictionary); None takes the only one that
+            fits.
         expected: The network's own state dict.
 
     Returns:
-        The state dict, and what was taken of the file in one line; "" where there is nothing to say.
+        The state dict, and a note of what was taken from the file, in one line; "" if there is nothing to report.
 
     Raises:
         UsageError: The file is missing, damaged, needs code to load or does not fit, or several state dicts fit.
@@ -120,7 +120,7 @@ def choose(path: Path, key: str | None, expected: Mapping[str, Tensor]) -> tuple
     if any(not _equal(first, fits[place].state) for place in fitting[1:]):
         msg = (
             f"model.weights_key: missing; {path} holds weights that fit under {' and '.join(fitting)}, and they differ "
-            f"(averaged weights are kept beside the last ones); say which, such as `weights_key: {fitting[-1]}`"
+            f"(such as averaged weights and the last ones); choose one, such as `weights_key: {fitting[-1]}`"
         )
         raise UsageError(msg)
     taken, others = fitting[0], [place for place in every if place and place != fitting[0]]
@@ -130,24 +130,24 @@ def choose(path: Path, key: str | None, expected: Mapping[str, Tensor]) -> tuple
 
 
 def match(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Match:
-    """Compare a state dict with a network's, as it is and without a prefix that all of its names have in front.
+    """Compare a state dict with a network's, both unchanged and without a prefix that all of its names share.
 
     Args:
-        values: The state dict. What torch.compile and AveragedModel add is left out.
-        expected: The network's own.
+        values: The state dict. Names added by torch.compile and AveragedModel are left out.
+        expected: The network's own state dict.
     """
     made = [Match(state, dropped, _problems(state, expected)) for dropped, state in _renamings(values, expected)]
-    return min(made, key=lambda one: one.count)  # the first, as it is, where none is better
+    return min(made, key=lambda one: one.count)  # of equally good matches the first, without a change
 
 
 def _renamings(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """A state dict by each set of names that it may have meant, and what was dropped of its own names for that."""
+    """Yield the state dict under each plausible set of names, with the prefix that was removed for it."""
     yield "", dict(values)
     plain = {name: value for name, value in values.items() if name in expected or _last(name) != _COUNTER}
-    # torch.compile of a part of a network leaves its mark in the middle of names.
+    # torch.compile of a part of a network adds its prefix in the middle of names.
     bare = {name.replace(_COMPILED, ""): value for name, value in plain.items()}
     for mark, state in (("", plain), (_COMPILED, bare)):
-        if len(state) < len(plain):  # two names have become one
+        if len(state) < len(plain):  # two names became the same
             continue
         yield mark, state
         prefix = ""
@@ -157,10 +157,10 @@ def _renamings(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
 
 
 def _common(names: list[str]) -> list[str]:
-    """The parts that all names begin with; a name's last part is its own."""
+    """Return the leading parts that all names share; the last part of a name is never among them."""
     if not names:
         return []
-    # The smallest and the largest differ first where any two do.
+    # The smallest and the largest name share only what all names share.
     pair = [name.split(".") for name in (min(names), max(names))]
     shortest = min(name.count(".") for name in names)
     parts: list[str] = []
@@ -173,7 +173,7 @@ def _common(names: list[str]) -> list[str]:
 
 def _problems(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, list[str]]:
     return {
-        # BN's count of batches is used by no one who does not train with momentum=None; old files lack it.
+        # BN counts its batches only for momentum=None; old files lack the counter.
         "missing": [key for key in expected if key not in state and not key.endswith("num_batches_tracked")],
         "unexpected": [key for key in state if key not in expected],
         "wrong shape": [
@@ -202,7 +202,7 @@ def _read(path: Path) -> Any:
         with torch.serialization.safe_globals(stand_ins):  # type: ignore[arg-type]
             return torch.load(path, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        # torch names the class or function that the file wants to have called.
+        # torch's message names the class or function that the file wants to call.
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         problem = f"needs code to load ({wanted[1]})" if wanted else "is not a file of tensors, or needs code to load"
         msg = (
@@ -210,7 +210,7 @@ def _read(path: Path) -> Any:
             "where the training ran (torch.save(torch.load(FILE, weights_only=False)[KEY], NEW) trusts the file)"
         )
         raise UsageError(msg) from error
-    except Exception as error:  # a damaged file fails in whatever way its bytes lead the reader to
+    except Exception as error:  # torch raises many kinds of errors for damaged files
         reason = " ".join(str(error).partition("\n")[0].partition(". ")[0].split()) or type(error).__name__
         msg = f"model.weights: {path} is damaged or not a file of tensors ({reason}); fetch or save it again"
         raise UsageError(msg) from error

@@ -1,1 +1,1 @@
-"""Checkpoints to and from stock NNCF."""
+"""Imports and exports NNCF checkpoints."""

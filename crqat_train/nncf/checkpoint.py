@@ -1,7 +1,7 @@
-"""Checkpoints in the form of stock NNCF: its state dict and configuration, and its parameters as Grids, both ways.
+"""Reads and writes NNCF checkpoints (state dict and configuration), and converts their parameters to and from Grids.
 
-NNCF keeps of a quantizer the largest value of its range, not the step: `scale` of a symmetric one, `input_low` and
-`input_range` of an asymmetric one. Hook names are our edge names, so nothing has to be mapped and NNCF is not imported.
+NNCF stores the largest value of a quantizer's range instead of the scale: `scale` of a symmetric one, `input_low` and
+`input_range` of an asymmetric one. Hook names are our edge names, so no mapping is needed and NNCF is not imported.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from crqat.train.checkpoint import read_tensors
 STATE, CONFIG, HOWTO = "model.safetensors", "nncf_config.json", "load_in_nncf.py"
 _PREFIX = "__nncf_hooks."
 _ENTRIES = "compression_state"
-# The one thing in a configuration that is no plain value: a kind of string, which is read as one.
+# The only non-plain value in a configuration: a kind of string, which is read as a string.
 _PLAIN: list[Any] = [(str, "nncf.common.quantization.structs.QuantizationScheme")]
-# A zero point so near to a whole number differs from it by the rounding of float32 alone.
+# A zero point this close to an integer differs from it only by float32 rounding.
 _ON_CODE = 1e-4
 _SYMMETRIC, _ASYMMETRIC = "SymmetricQuantizer", "AsymmetricQuantizer"
 
@@ -56,13 +56,13 @@ def load(network: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class NNCFQuantizer:
-    """One quantizer as NNCF stores it.
+    """One quantizer in NNCF's representation.
 
     Attributes:
-        hooks: All hook names that share it, sorted.
-        bits: Its bit width.
-        signed: Of a symmetric one: whether it has negative codes.
-        narrow: Of a symmetric one: without the smallest code (the largest, if it is unsigned).
+        hooks: All hook names that share the quantizer, sorted.
+        bits: Bit width.
+        signed: For a symmetric quantizer: whether it has negative codes.
+        narrow: For a symmetric quantizer: whether it lacks the smallest code (the largest, if it is unsigned).
         parameters: float32, of the scale's shape in NNCF: "scale", or "input_low" and "input_range".
     """
 
@@ -74,17 +74,17 @@ class NNCFQuantizer:
 
     @property
     def symmetric(self) -> bool:
-        """Whether its zero point is 0 by construction."""
+        """Whether the zero point is 0 by construction."""
         return "scale" in self.parameters
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of each parameter: (1,), or of full rank with the channels on one axis."""
+        """Return the shape of each parameter: (1,), or full rank with the channels on one axis."""
         return tuple(next(iter(self.parameters.values())).shape)
 
     @property
     def levels(self) -> tuple[int, int]:
-        """The smallest and the largest code."""
+        """Return the smallest and the largest code."""
         if not self.symmetric:
             return 0, 2**self.bits - 1
         if self.signed:
@@ -92,10 +92,10 @@ class NNCFQuantizer:
         return 0, 2**self.bits - 1 - self.narrow
 
     def grid(self) -> Grid:
-        """The values that it represents.
+        """Return the equivalent Grid.
 
         Raises:
-            UsageError: Its channels have different zero points, which no Grid has.
+            UsageError: Its channels have different zero points, which a Grid cannot represent.
         """
         low, high = self.levels
         scale, zero_point = self._step()
@@ -109,7 +109,7 @@ class NNCFQuantizer:
         return Grid(scale.reshape(-1).numpy(), int(points.pop()), low, high, axis)
 
     def _step(self) -> tuple[Tensor, Tensor]:
-        """Step and zero point, of the parameters' shape."""
+        """Return scale and zero point, in the parameters' shape."""
         low, high = self.levels
         if self.symmetric:
             scale = self.parameters["scale"].abs() / high
@@ -121,22 +121,22 @@ class NNCFQuantizer:
         exact = -smallest * (count / (largest - smallest))
         zero_point = torch.round(exact)
         by_high, by_low = largest / (count - zero_point), -smallest / zero_point
-        # A side that has no code moves none, and what lies on it still belongs to the range.
+        # A side without codes does not move a border, and a value on the border still belongs to the range.
         whole = (largest - smallest) / count
         by_high = torch.where(zero_point < count, by_high, whole)
         by_low = torch.where(zero_point > 0, by_low, whole)
-        # Where 0.0 is no code yet, one border moves, as NNCF does in each forward: the one that makes the range larger.
+        # If 0.0 is not a code yet, move the border that makes the range larger, as NNCF does in each forward.
         on_code = ((exact - zero_point).abs() < _ON_CODE) & (self.parameters["input_low"] <= 0)
         return torch.where(on_code, spread / count, torch.maximum(by_high, by_low)), zero_point
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network quantized by NNCF.
+    """Float weights and quantizers of a network quantized by NNCF.
 
     Attributes:
         weights: The float network's state dict.
-        quantizers: In the configuration's order, but for those that are switched off.
+        quantizers: The active quantizers, in the configuration's order.
     """
 
     weights: dict[str, Tensor]
@@ -144,13 +144,13 @@ class Checkpoint:
 
 
 def of_grid(hooks: Sequence[str], grid: Grid, ndim: int) -> NNCFQuantizer:
-    """A Grid as a quantizer of NNCF's.
+    """Convert a Grid to an NNCF quantizer.
 
-    The half range [0, 127] becomes signed 8 bits, which have the same values on a tensor without negative ones, and
-    which OpenVINO runs as INT8; of unsigned 7 bits NNCF's own tools know nothing.
+    The half range [0, 127] becomes signed 8 bits: these have the same values for a tensor without negative ones, and
+    OpenVINO runs them as INT8. NNCF's own tools do not support unsigned 7 bits.
 
     Args:
-        hooks: Its hook names.
+        hooks: Hook names of the quantizer.
         grid: A trained Grid.
         ndim: Dimensions of the quantized tensor.
 
@@ -172,14 +172,16 @@ def of_grid(hooks: Sequence[str], grid: Grid, ndim: int) -> NNCFQuantizer:
     count = grid.qmax - grid.qmin
     bits = (count + 1).bit_length() - 1
     if count + 1 != 2**bits:
-        msg = f"{hooks[0]}: codes {grid.qmin} to {grid.qmax} with zero point {grid.zero_point} are none of NNCF's"
+        msg = (
+            f"{hooks[0]}: NNCF has no quantizer with codes {grid.qmin} to {grid.qmax} and zero point {grid.zero_point}"
+        )
         raise UsageError(msg)
     parameters = {"input_low": scale * (grid.qmin - grid.zero_point), "input_range": _largest(scale, count)}
     return NNCFQuantizer(names, bits, True, False, parameters)
 
 
 def _largest(step: Tensor, code: int) -> Tensor:
-    """The value of the largest code: of the float32 numbers nearest to it one that gives the same step again."""
+    """Return the largest code's value: the nearest float32 number that gives the same scale again."""
     value = step * code
     for neighbour in (torch.full_like(value, torch.inf), torch.zeros_like(value)):
         other = torch.nextafter(step * code, neighbour)
@@ -188,15 +190,15 @@ def _largest(step: Tensor, code: int) -> Tensor:
 
 
 def write(checkpoint: Checkpoint, folder: Path, network: str) -> None:
-    """Write state dict, configuration and a text that shows how to load them.
+    """Write state dict, configuration and a Python script that shows how to load them.
 
     Args:
-        checkpoint: What to write.
-        folder: Made if need be.
-        network: What the float network is, for people.
+        checkpoint: The checkpoint to write.
+        folder: Output folder; created if it is missing.
+        network: Description of the float network for people.
 
     Raises:
-        ToolError: The folder cannot be written; no file in it is half written then.
+        ToolError: The folder cannot be written; no file is left half written.
     """
     state = {name: tensor.contiguous().clone() for name, tensor in checkpoint.weights.items()}
     entries = []
@@ -216,7 +218,7 @@ def write(checkpoint: Checkpoint, folder: Path, network: str) -> None:
 
 
 def _entry(quantizer: NNCFQuantizer) -> dict[str, Any]:
-    """A quantizer's entry in NNCF's configuration."""
+    """Return a quantizer's entry in NNCF's configuration."""
     return {
         "hook_names_in_model": list(quantizer.hooks),
         "module_path": "nncf.torch.quantization.layers",
@@ -235,7 +237,7 @@ def _entry(quantizer: NNCFQuantizer) -> dict[str, Any]:
 
 
 def _tensors(quantizer: NNCFQuantizer) -> Iterator[tuple[str, Tensor]]:
-    """A quantizer's part of NNCF's state dict."""
+    """Yield a quantizer's entries in NNCF's state dict."""
     integers = {"_num_bits": quantizer.bits, "enabled": 1}
     if quantizer.symmetric:
         integers["signed_tensor"] = int(quantizer.signed)
@@ -246,14 +248,14 @@ def _tensors(quantizer: NNCFQuantizer) -> Iterator[tuple[str, Tensor]]:
 
 
 def read(path: Path) -> Checkpoint:
-    """Read a checkpoint of NNCF's. No file's code is run.
+    """Read an NNCF checkpoint without executing code in it.
 
     Args:
         path: A folder with one .safetensors and one .json file, or a file written by torch.save that holds a state dict
             and the configuration of `nncf.torch.get_config` under any names.
 
     Raises:
-        UsageError: It is not there, damaged, needs code to load or holds something else than quantizers of NNCF's.
+        UsageError: It is missing, damaged, needs code to load, or holds anything but NNCF quantizers.
     """
     state, config = _read_folder(path) if path.is_dir() else _read_file(path)
     quantizers = []
@@ -269,7 +271,10 @@ def read(path: Path) -> Checkpoint:
             bits, signed = int(values.pop("_num_bits")), bool(values.pop("signed_tensor", True))
             narrow = bool(entry["module_config"]["narrow_range"]) and name == _SYMMETRIC
             if not 2 <= bits <= 8 or not all(bool(torch.isfinite(value).all()) for value in values.values()):
-                msg = f"{path}: {hooks[0]}: {bits} bits, or a range that is not finite; 2 to 8 bits can be taken over"
+                msg = (
+                    f"{path}: {hooks[0]}: {bits} bits, or an infinite range; only finite ranges of 2 to 8 bits can be "
+                    "imported"
+                )
                 raise UsageError(msg)
             quantizers.append(NNCFQuantizer(hooks, bits, signed, narrow, values))
     except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -287,7 +292,7 @@ def _names(module: str) -> tuple[str, ...]:
 def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     states, configs = sorted(path.glob("*.safetensors")), sorted(path.glob("*.json"))
     if len(states) != 1 or len(configs) != 1:
-        msg = f"{path}: {len(states)} .safetensors and {len(configs)} .json files; one state dict and one configuration"
+        msg = f"{path}: {len(states)} .safetensors and {len(configs)} .json files; it must have exactly one of each"
         raise UsageError(msg)
     try:
         config = strict_json.read(configs[0])
@@ -300,7 +305,7 @@ def _read_folder(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         msg = f"{states[0]}: damaged or no safetensors file ({' '.join(str(error).split())}); save it again"
         raise UsageError(msg) from error
     if not isinstance(config, dict) or _ENTRIES not in config:
-        msg = f"{configs[0]}: no configuration of nncf.torch.get_config(model): it has no {_ENTRIES}"
+        msg = f"{configs[0]}: not a configuration of nncf.torch.get_config(model): it has no {_ENTRIES}"
         raise UsageError(msg)
     return state, config
 
@@ -312,7 +317,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except FileNotFoundError as error:
         msg = f"{path}: no such file or folder; give the checkpoint of a network that nncf.quantize has quantized"
         raise UsageError(msg) from error
-    except Exception as error:  # a damaged file fails in whatever way its bytes lead the reader to
+    except Exception as error:  # torch raises many kinds of errors for damaged files
         reason = " ".join(str(error).partition("\n")[0].split())[:200] or type(error).__name__
         msg = f"{path}: damaged, or needs code to load ({reason}); save state dict and configuration alone"
         raise UsageError(msg) from error
@@ -321,7 +326,7 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     configs = [part for part in parts if _ENTRIES in part]
     if len(states) != 1 or len(configs) != 1:
         msg = (
-            f"{path}: {len(states)} state dicts and {len(configs)} configurations; "
+            f"{path}: {len(states)} state dicts and {len(configs)} configurations; save exactly one of each by "
             "torch.save({'state_dict': model.state_dict(), 'config': nncf.torch.get_config(model)}, path)"
         )
         raise UsageError(msg)
@@ -329,22 +334,22 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def export(train_dir: Path, candidate: str, out: Path, network: str) -> Checkpoint:
-    """Write a finished train stage in NNCF's form.
+    """Write the network of a finished train stage as an NNCF checkpoint.
 
-    Weights are clipped to their range: their quantized values stay, and NNCF's own exporters, which give a narrow range
-    one more code, then have nothing to put into it.
+    Weights are clipped to their range. Their quantized values do not change, and NNCF's own exporters, which add a code
+    to a narrow range, then never use that code.
 
     Args:
-        train_dir: A train stage; its hashes are verified first.
-        candidate: "student", "teacher", "calibrated", or "best" of them on the validation split.
-        out: The folder to write.
-        network: What the float network is, for people.
+        train_dir: Directory of a train stage; its hashes are verified first.
+        candidate: "student", "teacher" or "calibrated"; "best" takes the best of them on the validation split.
+        out: Output folder.
+        network: Description of the float network for people.
 
     Returns:
-        What was written.
+        The checkpoint that was written.
 
     Raises:
-        UsageError: The stage has no such candidate, or a quantizer that NNCF does not have.
+        UsageError: The stage has no such candidate, or NNCF cannot represent one of its quantizers.
         ToolError: The folder cannot be written.
     """
     payload = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
@@ -360,7 +365,7 @@ def export(train_dir: Path, candidate: str, out: Path, network: str) -> Checkpoi
     of_weights = [(_weight_name(spec["edge"]), grids[spec["edge"]]) for spec in specs if spec["kind"] == "weight"]
     names = [name for name, _ in of_weights]
     for name, grid in of_weights:
-        # A function's own parameter has no name here, and a layer that runs twice has two ranges.
+        # A parameter of a function has no name here, and a layer that runs twice has two ranges.
         if name in weights and names.count(name) == 1:
             weights[name] = _clipped(weights[name], grid)
     checkpoint = Checkpoint(weights, quantizers)
@@ -369,7 +374,7 @@ def export(train_dir: Path, candidate: str, out: Path, network: str) -> Checkpoi
 
 
 def _weight_name(edge: str) -> str:
-    """The state dict's key of the weight behind "pre_hooks.layer1/0/conv1/conv2d/0__1.0"."""
+    """Return the state dict's key of the weight at an edge such as "pre_hooks.layer1/0/conv1/conv2d/0__1.0"."""
     return f"{edge.split('.', 1)[1].rsplit('/', 2)[0].replace('/', '.')}.weight"
 
 

@@ -1,4 +1,4 @@
-"""CR-QAT from a network that stock NNCF has quantized: its float weights, and its ranges instead of calibration."""
+"""Starts CR-QAT from a network quantized by NNCF: takes its float weights, and its ranges instead of calibration."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from crqat.train.placement.quantizer_spec import QuantizerSpec
 from crqat.train.quantized_model import quantize_model
 from crqat.train.quantizers import MIN_SCALE, Quantizer, quantizer_maker, quantizer_of, specs_of
 
-# kept: the same step and zero point. rescaled: the same range in other codes. calibrated: the checkpoint has no range
-# for it. dropped: the checkpoint quantizes an edge that the targets leave in float.
+# kept: same scale and zero point. rescaled: same range in other codes. calibrated: the checkpoint has no range for the
+# edge. dropped: the checkpoint quantizes an edge that the targets leave in float.
 Outcome = Literal["kept", "rescaled", "calibrated", "dropped"]
 
 
 @dataclass(frozen=True)
 class Edge:
-    """What becomes of one edge of the layout or of the checkpoint.
+    """Outcome for one edge of the layout or of the checkpoint.
 
     Attributes:
-        name: The edge.
-        outcome: See above.
-        note: Why it is not kept, empty if it is.
+        name: Name of the edge.
+        outcome: Value of `Outcome`, defined above.
+        note: Why its range is not kept; empty if it is.
     """
 
     name: str
@@ -44,18 +44,18 @@ class Edge:
 
 @torch.no_grad()
 def take_ranges(student: fx.GraphModule, checkpoint: Checkpoint, targets: Sequence[str]) -> list[Edge]:
-    """Start the quantizers from a checkpoint's ranges; those without one keep what they have.
+    """Set the quantizers' ranges from a checkpoint; quantizers that it lacks keep their calibrated range.
 
     Args:
         student: The quantized GraphModule, calibrated.
-        checkpoint: Of the same network.
-        targets: Of the recipe.
+        checkpoint: Checkpoint of the same network.
+        targets: Targets of the recipe.
 
     Returns:
         One entry per edge of the layout, then one per edge that only the checkpoint quantizes.
 
     Raises:
-        UsageError: A zero point other than 0 where the quantizer or the target takes none.
+        UsageError: A zero point is not 0 where the quantizer or the target requires 0.
     """
     specs = specs_of(student)
     by_hook = {hook: quantizer for quantizer in checkpoint.quantizers for hook in quantizer.hooks}
@@ -82,7 +82,7 @@ def _take(quantizer: Quantizer, spec: QuantizerSpec, found: NNCFQuantizer | None
     if grid.zero_point != 0 and (spec.kind == "weight" or refusing is not None):
         why = "a weight" if spec.kind == "weight" or refusing is None else refusing.title
         others = ", ".join(target.name for target in runtimes.TARGETS.values() if target.zero_points)
-        msg = f"{spec.edge}: {point}, and {why} takes none but 0; quantize with nncf's preset PERFORMANCE"
+        msg = f"{spec.edge}: {point}, and {why} supports only 0; quantize with nncf's preset PERFORMANCE"
         raise UsageError(msg + ("" if spec.kind == "weight" else f", or set targets: [{others}]"))
     if quantizer.asymmetric:
         low, high = (float(step * (code - grid.zero_point)) for code in (grid.qmin, grid.qmax))
@@ -107,15 +107,15 @@ def _set(quantizer: Quantizer, spec: QuantizerSpec, step: Tensor, outcome: Outco
 
 
 def check(path: Path, config: TrainConfig, progress: Progress) -> tuple[Checkpoint, list[Edge]]:
-    """Read a checkpoint of NNCF's and say what a training by a recipe takes from it.
+    """Read an NNCF checkpoint and report what a recipe's training takes from it.
 
     Args:
-        path: See `crqat.train.nncf.checkpoint.read`.
-        config: The recipe's.
-        progress: Told of the data set, which has the network's classes and the input's shape.
+        path: Path of the checkpoint; see `crqat.train.nncf.checkpoint.read`.
+        config: The recipe's training configuration.
+        progress: Reports loading the data set, which determines the number of classes and the input's shape.
 
     Raises:
-        UsageError: The checkpoint is not of the recipe's network, or see `take_ranges`.
+        UsageError: The checkpoint is of another network than the recipe's; or see `take_ranges`.
     """
     checkpoint = read(path)
     dataset = sources.of_recipe(config.data, progress)
@@ -128,7 +128,7 @@ def check(path: Path, config: TrainConfig, progress: Progress) -> tuple[Checkpoi
 
 
 def usual_bits(checkpoint: Checkpoint) -> tuple[int, int]:
-    """The bit width of most weights and of most activations."""
+    """Return the most frequent bit width of weights and of activations."""
     weights = Counter(q.bits for q in checkpoint.quantizers if q.hooks[0].startswith("pre_hooks.") and len(q.shape) > 1)
     others = Counter(q.bits for q in checkpoint.quantizers)
     others.subtract(weights)
@@ -136,6 +136,6 @@ def usual_bits(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def summary(edges: Sequence[Edge]) -> str:
-    """How many edges have which outcome, in one line."""
+    """Return the number of edges with each outcome, in one line."""
     counts = Counter(edge.outcome for edge in edges)
     return ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("kept", "rescaled", "calibrated", "dropped"))

@@ -1,1 +1,1 @@
-"""Which edges carry quantizers, and of which range."""
+"""Decides which edges are quantized, with which codes and bit widths."""

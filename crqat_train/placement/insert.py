@@ -1,8 +1,8 @@
-"""Which edges carry quantizers: asked from NNCF, mapped one to one to torch.fx, constrained by the targets.
+"""Inserts quantizers: NNCF decides the edges, which are mapped one to one to torch.fx and constrained by the targets.
 
-NNCF decides placement without data and without running a quantizer; its hook names, such as
-"post_hooks.layer1/0/relu/relu__0.0", are our edge names, so a checkpoint can go both ways. The quantizers themselves
-live in a torch.fx GraphModule, because that is what torch.compile can fuse.
+NNCF decides placement without data and without running a quantizer. Its hook names, such as
+"post_hooks.layer1/0/relu/relu__0.0", are our edge names, so checkpoints can be converted in both directions. The
+quantizers live in a torch.fx GraphModule, because torch.compile can fuse that.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ def insert_quantizers(
     make_quantizer: Callable[[QuantizerSpec], nn.Module],
     residual: Residual | None = None,
 ) -> tuple[fx.GraphModule, list[QuantizerSpec]]:
-    """Insert quantizers into a copy of the model, where NNCF would put them and as the targets need them.
+    """Insert quantizers into a copy of the model, at NNCF's positions and within the limits of the targets.
 
     Args:
-        model: Float network; it is not changed.
+        model: Float network. It is not changed.
         example: Input of shape [N, C, H, W], float32.
-        config: Bit widths.
+        config: Bit widths and quantization methods.
         targets: Names of runtimes; see `crqat.core.targets`.
-        make_quantizer: Called once for each spec.
-        residual: Which inputs of a residual Add are quantized; None takes what the targets want.
+        make_quantizer: Creates the quantizer of a spec; called once for each.
+        residual: Which inputs of a residual Add are quantized; None uses the targets' choice.
 
     Returns:
-        A GraphModule that keeps the model's state dict keys and has the quantizers under `quantizers.NAME`, and their
-        specs in the order of NNCF's layout.
+        A GraphModule that keeps the model's state dict keys and has the quantizers under `quantizers.NAME`, and the
+        specs of the quantizers in the order of NNCF's layout.
 
     Raises:
         UsageError: The model cannot be run or traced, has layers that cannot be quantized, or NNCF's layout cannot be
             mapped one to one.
     """
     if hasattr(model, "quantizers"):
-        msg = f"model.name: {type(model).__name__}.quantizers is where quantizers are put; rename that attribute"
+        msg = f"model.name: {type(model).__name__}.quantizers is reserved for the quantizers; rename that attribute"
         raise UsageError(msg)
     check_module(model)
     model = copy.deepcopy(model, copied(model)).eval()
@@ -89,10 +89,10 @@ def insert_quantizers(
             node.meta[FLOAT_LAYER] = name
     alive, groups = set(graph_module.graph.nodes), []
     for names, channels, weight in hooks.groups:
-        # What a layer's weight was computed by is no longer there.
+        # Folded operations that computed a layer's weight no longer exist.
         kept = [places[name] for name in names if name in places and places[name].source in alive]
         if weight:
-            # A layer that reads constants, such as learned queries, has no codes to read.
+            # A layer on constants, such as learned queries, has no quantized input.
             kept = [p for p in kept if p.consumer and p.consumer not in folded and reads_images(p.consumer)]
         if kept:
             groups.append((names, channels, weight, kept))
@@ -131,7 +131,7 @@ def insert_quantizers(
 
 @contextmanager
 def _written_out() -> Iterator[None]:
-    """Transformer layers and views run by their operations, not by torch's one for all of them or by attributes."""
+    """Run transformer layers and views by their single operations, not by torch's fused one or as attributes."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for name, view in VIEWS.items():
@@ -146,7 +146,7 @@ def _written_out() -> Iterator[None]:
 
 
 def _check_weights(graph_module: fx.GraphModule, model: nn.Module) -> None:
-    """Refuse convolutions whose weight is another for each image: no runtime has it as integers."""
+    """Refuse convolutions whose weight depends on the image: no runtime computes these in integers."""
     for node in filter(is_matmul, graph_module.graph.nodes):
         weight = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
         if not is_linear(node) and of_images(weight):
@@ -160,10 +160,10 @@ def _check_weights(graph_module: fx.GraphModule, model: nn.Module) -> None:
 def _left_out(
     graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups, in_float: Sequence[str]
 ) -> Groups:
-    """Weights that NNCF leaves in float and the recipe does not: the layers of squeeze-and-excitation.
+    """Return weights that NNCF leaves in float but the recipe quantizes: the layers of squeeze-and-excitation.
 
-    They are up to a tenth of a small network's multiply-accumulates, and what holds a runtime in float between the
-    global pool and the sigmoid.
+    They are up to a tenth of a small network's multiply-accumulates. In float they would keep everything between the
+    global pool and the sigmoid in float.
     """
     quantized = {place.consumer for _, _, weight, own in groups if weight for place in own}
     added: Groups = []
@@ -177,10 +177,10 @@ def _left_out(
 
 
 def _in_float(hooks: Hooks, config: QuantizationConfig, targets: Sequence[str]) -> list[str]:
-    """NNCF's names of the operations that `float_layers` keeps in float."""
+    """Return NNCF's names of the operations that `float_layers` keeps in float."""
     edges = [names[0] for names, _, weight in hooks.groups if weight]
     layers = {edge.split(".", 1)[1].rsplit("__", 1)[0].replace(":", "."): operation_of(edge) for edge in edges}
-    # Those that NNCF leaves out by itself are quantized here, see `_left_out`.
+    # Operations that NNCF leaves out by itself are quantized here, see `_left_out`.
     for name in hooks.operations:
         if re.search(r"/(conv[123]d|linear|conv_transpose[123]d)/\d+$", name):
             layers.setdefault(name, operation_of(f"pre_hooks.{name.replace('.', ':')}__1.0"))
@@ -191,22 +191,23 @@ def _in_float(hooks: Hooks, config: QuantizationConfig, targets: Sequence[str]) 
 def _map_hooks(
     graph_module: fx.GraphModule, model: nn.Module, example: Tensor, hooks: Hooks
 ) -> tuple[dict[fx.Node, str], dict[str, Place], dict[fx.Node, Any]]:
-    """NNCF's name of each node, the place of each hook name, and the value of each node.
+    """Return NNCF's name of each node, the place of each hook name, and the value of each node.
 
     The FX graph is run once node by node under NNCF's naming. The two lists of operations must agree in number, order
-    and name; then a hook is the edge whose value is the very tensor that the operation read or wrote.
+    and names; each hook is then the edge whose value is the same tensor object as the operation's input or output.
     """
     check_norms(graph_module)
     operations, values = name_operations(graph_module, model, example)
     check_pools(graph_module, values)
-    # A Proxy turns `a += b` into `add`, so a trailing underscore is no difference, nor is the number behind it that
-    # counts calls of the same name; the order stands for that.
+    # Ignore a trailing underscore, because a Proxy turns `a += b` into `add`, and the number that counts calls of the
+    # same name, because the order identifies them.
     if [_plain(name) for name in operations] != [_plain(name) for name in hooks.operations]:
         odd = set(map(_plain, hooks.operations)) ^ set(map(_plain, operations))
         some = ", ".join(_described(model, name) for name in sorted(odd)[:3]) or "their order"
         msg = (
-            f"model.name: {type(model).__name__}{forward_of(model)} runs other operations when it is traced ({some}); "
-            "do not let the forward depend on the type of a tensor, or call what hides operations from torch"
+            f"model.name: {type(model).__name__}{forward_of(model)} runs different operations when it is traced "
+            f"({some}); the forward must not depend on the type of a tensor, or call functions that hide operations "
+            "from torch"
         )
         raise UsageError(msg)
     by_name = dict(zip(hooks.operations, operations.values(), strict=True))
@@ -224,14 +225,14 @@ def _map_hooks(
             )
             raise UsageError(msg)
         node, arguments, output = by_name[operation]
-        # No runtime computes a normalization, an embedding or the like in integers: its weight stays in float.
+        # No runtime computes a normalization or an embedding in integers: its weight stays in float.
         if weight and not is_matmul(node):
             continue
         if side == "post_hooks":
             written = output[port] if isinstance(output, (tuple, list)) else output
             found = [node] if values[node] is written else []
             if isinstance(output, (tuple, list)) and node.op != "call_module":
-                # Of several results, such as min's, the one that is taken out.
+                # Of several results, such as min's, take the one that is used.
                 found = [taken for taken in node.users if values[taken] is written]
         else:
             read = arguments[port]
@@ -247,7 +248,7 @@ def _map_hooks(
 
 
 def _described(model: nn.Module, operation: str) -> str:
-    """An operation of NNCF's for people: "conv2d in layer1.conv (Conv2d)"."""
+    """Describe an NNCF operation for messages: "conv2d in layer1.conv (Conv2d)"."""
     path, _, function = operation.rpartition("/")
     path = path.replace("/", ".")
     if not path:
@@ -276,11 +277,11 @@ def _insert(graph: fx.Graph, target: str, places: list[Place]) -> None:
 
 
 def quantizer_node(model: fx.GraphModule, spec: QuantizerSpec) -> fx.Node:
-    """The first call of a quantizer in the GraphModule."""
+    """Return the first call of a quantizer in the GraphModule."""
     found: fx.Node = next(node for node in model.graph.nodes if node.target == f"quantizers.{spec.module_name}")
     return found
 
 
 def weight_node(model: fx.GraphModule, spec: QuantizerSpec) -> fx.Node:
-    """The get_attr node of the float tensor that a weight's quantizer sits on."""
+    """Return the get_attr node of the float tensor that a weight's quantizer quantizes."""
     return quantizer_node(model, spec).all_input_nodes[0]

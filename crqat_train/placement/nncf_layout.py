@@ -1,7 +1,7 @@
-"""Everything that touches NNCF's insides: its placement, asked without data, and its names for operations.
+"""Queries NNCF's internals: its quantizer placement, without data, and its names for operations.
 
-NNCF's public way to a layout needs data and runs quantizers; this asks the algorithm behind it. Tests compare the
-answer with `nncf.quantize`'s, so that a version of NNCF in which these parts moved is noticed.
+NNCF's public API needs data and runs quantizers to get a layout; this module calls the placement algorithm directly.
+Tests compare the result with `nncf.quantize`, to detect a version of NNCF in which these internals changed.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from crqat.train.graph.explain import forward_of, one_line, where
 
 @dataclass(frozen=True)
 class Hooks:
-    """NNCF's answer.
+    """NNCF's quantizer placement for a network.
 
     Attributes:
         groups: One entry per quantizer: the hook names that share it, its channels (None for per tensor), and whether
             it quantizes a weight.
-        operations: The names of all operations, in the order in which they run.
+        operations: Names of all operations, in execution order.
     """
 
     groups: list[tuple[tuple[str, ...], int | None, bool]]
@@ -37,7 +37,7 @@ class Hooks:
 
 
 class _Chain(nn.Module):
-    """A Sequential as a plain module: NNCF adds a child to the root, which a Sequential would take for a layer."""
+    """A Sequential as a plain module: NNCF adds a child to the root, which a Sequential would run as a layer."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
@@ -52,18 +52,18 @@ class _Chain(nn.Module):
 
 
 def ask_layout(model: nn.Module, example: Tensor, in_float: Sequence[str] = ()) -> Hooks:
-    """Ask NNCF's own placement algorithm, with all activations per tensor; one eval forward, nothing is calibrated.
+    """Run NNCF's placement algorithm with per-tensor activations; needs one eval forward and no calibration.
 
     Args:
-        model: Float network in eval mode; it is not changed.
+        model: Float network in eval mode. It is not changed.
         example: Input of shape [N, C, H, W], float32.
-        in_float: Names of operations, as in the answer, that are not to be quantized: NNCF's ignored scope.
+        in_float: Names of operations that must not be quantized, as in `Hooks.operations`: NNCF's ignored scope.
 
     Raises:
         UsageError: The network's forward fails on the example; the message names file and line.
     """
     os.environ.setdefault("NNCF_CI", "1")  # otherwise importing NNCF sets up telemetry
-    # Importing NNCF looks for CUDA to build extensions with, and warns on machines without; nothing is built here.
+    # Importing NNCF searches for CUDA to build extensions, and warns on machines without; nothing is built here.
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     import nncf
     from nncf.common.graph.transformations.commands import TargetType
@@ -80,7 +80,7 @@ def ask_layout(model: nn.Module, example: Tensor, in_float: Sequence[str] = ()) 
     try:
         with _tuples_as_lists():
             graph = wrapper.build_graph()
-    except Exception as error:  # whatever the user's forward raises
+    except Exception as error:  # the user's forward may raise anything
         shape, line = tuple(example.shape), where(error) or forward_of(model)
         msg = f"model.name: {type(model).__name__} cannot run on an input of shape {shape}{line}: {one_line(error)}"
         raise UsageError(msg) from error
@@ -115,7 +115,7 @@ def ask_layout(model: nn.Module, example: Tensor, in_float: Sequence[str] = ()) 
         groups.append((names, channels, bool(first.is_weight_target_point())))
     constants = ("nncf_model_input", "nncf_model_output", "nncf_model_const")
     nodes = sorted(graph.get_all_nodes(), key=lambda node: node.node_id)
-    # What the forward makes of nothing, such as torch.arange, is a constant to torch.fx, and no operation.
+    # Values without an input, such as torch.arange's, are constants in torch.fx, not operations.
     left = [node for node in nodes if node.node_type in ("nncf_model_input", "nncf_model_const")]
     reached = {node.node_id for node in left}
     while left:
@@ -134,14 +134,14 @@ def ask_layout(model: nn.Module, example: Tensor, in_float: Sequence[str] = ()) 
 
 @contextmanager
 def _tuples_as_lists() -> Iterator[None]:
-    """Let NNCF see the parameters in a tuple, such as torch.cat((a, b))'s: it looks into lists alone."""
+    """Let NNCF see parameters in a tuple, as in torch.cat((a, b)): it searches lists only."""
     from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode
 
     original = FunctionHookMode.process_parameters
 
     def process(self: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
         def listed(value: Any) -> Any:
-            # An index is a tuple, too, and has to stay one; it has no parameters in it.
+            # An index is a tuple, too, and must stay one; it holds no parameters.
             return list(value) if type(value) is tuple and any(isinstance(v, nn.Parameter) for v in value) else value
 
         return original(self, [listed(value) for value in args], {key: listed(value) for key, value in kwargs.items()})
@@ -154,17 +154,17 @@ def _tuples_as_lists() -> Iterator[None]:
 
 
 def parts_of(hook: str) -> tuple[str, str, int]:
-    """A hook name taken apart: "pre_hooks" or "post_hooks", NNCF's name of the operation, and its port."""
+    """Split a hook name: "pre_hooks" or "post_hooks", NNCF's name of the operation, and its port."""
     side, rest = hook.split(".", 1)
     operation, port = rest.rsplit(".", 1)[0].replace(":", ".").rsplit("__", 1)
     return side, operation, int(port)
 
 
 def without_extension() -> None:
-    """Let NNCF's quantizers compute by NNCF's own reference in torch, eagerly, for the rest of this process.
+    """Make NNCF's quantizers use NNCF's torch implementation, eagerly, for the rest of this process.
 
-    Otherwise the first forward pass compiles C++ for minutes, and fails where there is no compiler or where it takes
-    longer than NNCF waits.
+    Otherwise the first forward pass compiles C++ for minutes, and fails without a compiler or if compilation exceeds
+    NNCF's timeout.
     """
     from nncf.torch.quantization.extensions import QuantizedFunctionsCPU
     from nncf.torch.quantization.reference import ReferenceBackendType, ReferenceQuantize
@@ -179,18 +179,18 @@ def name_operations(
     """Run a graph once, node by node, under NNCF's own naming.
 
     Args:
-        graph_module: What `crqat.train.graph.operations.trace` made of the model.
-        model: The network itself, whose modules NNCF's names follow.
+        graph_module: Graph of the model from `crqat.train.graph.operations.trace`.
+        model: The network itself; NNCF's names follow its modules.
         example: Input of shape [N, C, H, W], float32.
 
     Returns:
-        Operation name to (FX node, flattened arguments, output), in order; and the value of each node.
+        A mapping of operation name to (FX node, flattened arguments, output), in order; and the value of each node.
     """
     from nncf.torch.function_hook.hook_executor_mode import FunctionHookMode
     from nncf.torch.function_hook.hook_storage import HookStorage
 
     operations: dict[str, tuple[fx.Node, list[Any], Any]] = {}
-    # Kept, so that no other value gets their addresses.
+    # Kept alive, so that no other value gets their addresses.
     from_nothing: dict[int, Any] = {}
 
     class Recorder(FunctionHookMode):  # type: ignore[misc]

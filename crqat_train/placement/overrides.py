@@ -1,7 +1,7 @@
-"""Layers by name: what `quantization.overrides` and `quantization.float_layers` of a recipe say of single layers.
+"""Settings by layer name: a recipe's `quantization.overrides` and `quantization.float_layers`.
 
-A layer's `activations` are the ones that it reads, because those are what its kernel multiplies. An activation that no
-layer reads, such as the input of an Add, goes by its own name.
+A layer's `activations` are its inputs, because its kernel multiplies those. An activation that is not a layer's input,
+such as the input of an Add, is addressed by its own name.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from crqat.train.config import Override
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer, as overrides see it.
+    """A convolution or linear layer that an override can address.
 
     Attributes:
-        edge: Of its weight.
-        name: For people, what patterns are compared with: "layer1.0.conv1".
-        input_edge: The activation that it reads, None if that is not quantized, or by more than one quantizer.
+        edge: Edge of its weight.
+        name: Name for people, which patterns are matched with: "layer1.0.conv1".
+        input_edge: Edge of its input activation; None if that is not quantized, or has more than one quantizer.
     """
 
     edge: str
@@ -34,15 +34,15 @@ class Layer:
 def widths(
     overrides: Mapping[str, Override], layers: Sequence[Layer], activations: Mapping[str, str]
 ) -> dict[str, int]:
-    """The bit width of each edge that an override speaks of.
+    """Return the bit width of each edge that an override addresses.
 
-    Where several patterns match a name, the name itself counts before a pattern, and a longer pattern before a shorter
-    one. Of layers that read the same activation and ask for different bit widths, the largest is taken.
+    If several patterns match a name, the exact name takes precedence over a pattern, and a longer pattern over a
+    shorter one. Layers that share an input use the largest bit width that any of them asks for.
 
     Args:
-        overrides: Pattern to bit widths, as the recipe has them.
+        overrides: Pattern to bit widths, as in the recipe.
         layers: Every quantized layer.
-        activations: Edge to name of every quantized activation whose bit width may change.
+        activations: Name of each quantized activation whose bit width may change, by edge.
 
     Raises:
         UsageError: A pattern has no effect, or two of them contradict each other.
@@ -88,12 +88,12 @@ def widths(
 
 
 def in_float(asked: Mapping[str, Sequence[str]], targets: Sequence[str], names: Sequence[str]) -> set[str]:
-    """The layers that `quantization.float_layers` keeps in float for any of a recipe's targets.
+    """Return the layers that `quantization.float_layers` keeps in float for any of a recipe's targets.
 
     Args:
-        asked: Target, or `ALL`, to names and patterns.
-        targets: Of the recipe.
-        names: Every layer that would be quantized.
+        asked: Names and patterns by target; the target may be `ALL`.
+        targets: Targets of the recipe.
+        names: Names of all layers that would be quantized.
 
     Raises:
         UsageError: A pattern matches no layer.

@@ -1,4 +1,4 @@
-"""What a quantizer is: its edge, bit width, codes, and what it belongs to."""
+"""Spec of a quantizer: its edge, bit width, codes, and the operation that it belongs to."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from crqat.core import targets as runtimes
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """One quantizer of the layout.
+    """Edge, codes and bit width of one quantizer of the layout.
 
     Attributes:
-        edge: Its name: the first of its NNCF hook names.
-        hooks: All hook names that share it, sorted.
+        edge: Name of the edge: the first of its NNCF hook names.
+        hooks: All hook names that share the quantizer, sorted.
         kind: "weight" or "activation".
-        bits: Bit width asked for, after the targets' constraints.
+        bits: Bit width within the targets' constraints.
         qmin: Smallest code.
         qmax: Largest code.
-        channels: Length of a per-channel scale, None for per tensor.
+        channels: Length of a per-channel scale; None for per tensor.
         ndim: Dimensions of the quantized tensor.
-        input_edge: For a weight, the edge of the activation that it meets.
-        bn: For a weight, the name of the BatchNorm that the convolution folds, None if there is none.
-        reason: Why the bit width differs from the recipe's, empty if it does not.
-        axis: Of the channels of a per-channel scale: 1 for a transposed convolution, whose weight has the shape
-            [in channels, out channels, ...], else 0.
+        input_edge: For a weight, the edge of the activation that it is multiplied with.
+        bn: For a weight, the name of the BatchNorm that is folded into the convolution; None if there is none.
+        reason: Why the bit width differs from the recipe's; empty if it does not.
+        axis: Axis of the channels of a per-channel scale: 1 for a transposed convolution, whose weight has the shape
+            [in channels, out channels, ...], otherwise 0.
     """
 
     edge: str
@@ -43,23 +43,23 @@ class QuantizerSpec:
 
     @property
     def module_name(self) -> str:
-        """A Python identifier for the quantizer inside the GraphModule."""
+        """Return a Python identifier for the quantizer inside the GraphModule."""
         return re.sub(r"\W", "_", self.edge)
 
     @property
     def operation(self) -> str:
-        """The module path or operation that the edge belongs to, for people: "layer1.0.conv1"."""
+        """Return the module path or operation of the edge, for people: "layer1.0.conv1"."""
         return operation_of(self.edge)
 
 
 def operation_of(edge: str) -> str:
-    """The module path or operation that an edge belongs to, for people."""
+    """Return the module path or operation that an edge belongs to, for people."""
     name = edge.split(".", 1)[1].rsplit("__", 1)[0]
     return ".".join(name.split("/")[:-2]) or name
 
 
 def codes_at(spec: QuantizerSpec, bits: int) -> tuple[int, int]:
-    """Smallest and largest code of a quantizer at another bit width than its own, whatever the targets say of it."""
+    """Return the smallest and largest code of a quantizer at another bit width, ignoring the targets' limits."""
     if bits == spec.bits:
         return spec.qmin, spec.qmax
     if spec.kind == "weight":

@@ -1,4 +1,4 @@
-"""What the targets ask of the layout: residual Adds, activations that are not fused, codes and bit widths."""
+"""Applies the targets' rules to the layout: residual Adds, unfused activations, codes and bit widths."""
 
 from __future__ import annotations
 
@@ -31,20 +31,20 @@ from crqat.train.placement.quantizer_spec import QuantizerSpec, operation_of
 
 # Key of an FX node's `meta`: NNCF's name of a layer that the recipe keeps in float.
 FLOAT_LAYER = "crqat_float_layer"
-# Likewise: that its quantizer is there for fusion alone, and what reads it computes in float.
+# Key of an FX node's `meta`: its quantizer only enables fusion, and its consumers compute in float.
 BEFORE_FLOAT = "crqat_before_float"
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a hook sits in the FX graph: behind `source`, on all of its uses or on the use by `consumer`."""
+    """Position of a hook in the FX graph: after `source`, on all of its uses or on the use by `consumer`."""
 
     source: fx.Node
     consumer: fx.Node | None
 
 
 def first_reader(place: Place) -> fx.Node:
-    """The first that reads a place."""
+    """Return the first consumer of a place."""
     return place.consumer or next(iter(place.source.users))
 
 
@@ -52,15 +52,15 @@ Groups = list[tuple[tuple[str, ...], "int | None", bool, list[Place]]]
 
 
 def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups) -> Groups:
-    """The groups with a quantizer behind each convolution whose result is read in float, so that it runs in integers.
+    """Add a quantizer after each convolution whose result is used in float, so that the convolution runs in integers.
 
-    A runtime fuses a layer with a BatchNorm and a ReLU and then with a quantizer alone. NNCF does not ask for one in
-    front of an activation, or where it finds a better place behind what selects or moves values. A quantizer that some
-    readers of the result have already is shared by all of them.
+    A runtime fuses a layer with a BatchNorm and a ReLU, and then only with a quantizer. NNCF places none before an
+    activation, or where a position after data movement seems better. If some consumers of the result have a quantizer
+    already, all of them share it.
     """
     places = {place: index for index, (_, _, weight, own) in enumerate(groups) if not weight for place in own}
     weights = {place.consumer for _, _, weight, own in groups if weight for place in own}
-    # The last layer's result is the network's: what comes behind, a LogSoftmax for instance, is no reason to round it.
+    # The last layer's result is the network's: operations after it, such as a LogSoftmax, are no reason to round it.
     quantized = weights | {place.source for place in places}
     before_others: set[fx.Node] = set()
     for node in reversed(graph_module.graph.nodes):
@@ -92,18 +92,18 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
         if len(source.users) == 1 and Place(source, None) not in places and is_fused_activation(graph_module, reader):
             source = reader
         bent = any(is_unfused_activation(graph_module, user) for user in source.users)
-        # A linear layer needs none: its integer kernel gives real values, too.
+        # A linear layer needs no quantizer: its integer kernel also returns float values.
         if not bent and (is_linear(node) or node not in weights or node not in before_others):
             continue
-        # ONNX Runtime's integer Softmax, which two quantizers around it ask for, is off by many codes.
+        # ONNX Runtime's integer Softmax, which runs between two quantizers, is off by many codes.
         if covered(source) or feeds_softmax(source):
             continue
-        # What the recipe keeps in float reads real values.
+        # A layer that the recipe keeps in float takes float inputs.
         if any(FLOAT_LAYER in user.meta for user in source.users):
             continue
         shared = {places[Place(source, user)] for user in source.users if Place(source, user) in places}
         if shared:
-            # One value has one quantizer: where its readers were given several, the first of them serves all.
+            # A value has one quantizer: if its consumers had several, they share the first.
             first, *rest = sorted(shared)
             hooks = tuple(sorted({name for index in (first, *rest) for name in result[index][0]}))
             own = [place for index in (first, *rest) for place in result[index][3] if place.source is not source]
@@ -118,7 +118,7 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
 
 
 def in_front_of_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups) -> Groups:
-    """Quantizers of the inputs of layers whose weights are quantized, where NNCF asks for none."""
+    """Add quantizers to the inputs of layers with quantized weights, where NNCF places none."""
     places = {place for _, _, weight, own in groups if not weight for place in own}
     added: Groups = []
 
@@ -139,8 +139,8 @@ def in_front_of_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Nod
 
 
 def conv_branches(graph_module: fx.GraphModule, groups: Groups) -> set[str]:
-    """Edges on the convolution side of a residual Add; of two such sides the deeper, the other is the downsample."""
-    # A quantizer that edges share stays: the others need it.
+    """Return the quantized edge between each residual Add and its convolution; of two convolutions, the deeper one."""
+    # A quantizer that several edges share stays, because the others need it.
     quantized = {places[0].source: names[0] for names, _, weight, places in groups if not weight and len(places) == 1}
     depth: dict[fx.Node, int] = {}
     for node in graph_module.graph.nodes:
@@ -158,7 +158,7 @@ def conv_branches(graph_module: fx.GraphModule, groups: Groups) -> set[str]:
 
 
 def without_skips(groups: Groups) -> Groups:
-    """The groups with each Add reading float values; a quantizer that nothing else reads is left out."""
+    """Remove the quantizers of each Add's inputs, except those that other operations use as well."""
     result: Groups = []
     for names, channels, weight, places in groups:
         kept: list[Place] = []
@@ -178,7 +178,7 @@ def constrain(
     config: QuantizationConfig,
     constraints: runtimes.Constraints,
 ) -> list[QuantizerSpec]:
-    """Each quantizer's codes: signedness from the graph, bit widths from the recipe, within the targets' limits."""
+    """Return the specs: signedness from the graph, bit widths from the recipe, within the targets' limits."""
     activation_at = {place: names[0] for names, _, weight, places in groups if not weight for place in places}
     matmuls = [node for node in graph_module.graph.nodes if is_matmul(node)]
 
@@ -217,7 +217,7 @@ def constrain(
         elif names[0] == last_input:
             bits = config.last_layer
         elif feeds_float(places):
-            bits = 8  # what it feeds is computed in float: fewer bits would only cost accuracy
+            bits = 8  # its consumers compute in float: fewer bits would only cost accuracy
         bits = overridden.get(names[0], bits)
         nonnegative = all(is_nonnegative(graph_module, place.source) for place in places)
         qmin, qmax = constraints.activation_codes(bits, nonnegative)
@@ -237,7 +237,7 @@ def constrain(
         bits = overridden.get(names[0], bits)
         input_edge = edge_into(node)
         fed = specs.get(input_edge or "")
-        # A transposed convolution has its output channels on axis 1, those of one group alone: groups share a scale.
+        # A transposed convolution has its output channels on axis 1, those of one group only: groups share a scale.
         axis, grouped = int(is_transposed(node)), convolution_groups(node) > 1
         channels = None if axis and grouped else channels
         depthwise = not axis and is_depthwise(weights.shape, convolution_groups(node))

@@ -1,1 +1,1 @@
-"""Post-training quantization beyond calibration: equalization, adaptive rounding, bias correction. No labels needed."""
+"""Post-training quantization beyond calibration: equalization, adaptive rounding, bias correction. Needs no labels."""

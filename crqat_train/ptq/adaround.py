@@ -1,10 +1,10 @@
-"""Adaptive rounding: codes are chosen so that a layer's outputs, not its weights, come closest to the float network's.
+"""Adaptive rounding: chooses codes so that a layer's outputs, not its weights, come closest to the float network's.
 
-The problem is AdaRound's (arXiv 2004.10568): for each layer, the smallest squared error of the float network's outputs,
-with what the quantized layers before it make of the images as input. It is quadratic in a channel's weights, so second
-moments of the inputs are all that is kept of the images, and it is solved by cyclic coordinate descent on the codes
-(QuantEase, arXiv 2309.01885) instead of by gradients of a relaxed rounding. It has
-no learning rate and draws no random numbers, and a code may end more than one step away from its weight.
+The problem is AdaRound's (arXiv 2004.10568): minimize, for each layer, the squared error of its outputs against the
+float network's; its inputs are those computed by the quantized layers before it. The error is quadratic in a channel's
+weights, so only second moments of the inputs are kept. It is minimized by cyclic coordinate descent on the codes
+(QuantEase, arXiv 2309.01885) instead of by gradients of a relaxed rounding. This has no learning rate and draws no
+random numbers, and a code may end more than one scale away from its weight.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from crqat.train.graph.operations import convolution_groups, is_linear, is_trans
 from crqat.train.ptq.walk import Layer
 from crqat.train.quantizers import Quantizer
 
-# Of the mean of its diagonal, added to a layer's second moments: how much a weight's own error counts beside that of
-# the outputs on these images.
+# Share of the mean diagonal that is added to a layer's second moments: the weight of a parameter's own error relative
+# to that of the outputs on these images.
 _DAMPING = 0.01
 _SWEEPS = 20
-# Values of patches that are held at a time.
+# Largest number of patch values held in memory at a time.
 _BLOCK = 1 << 24
-# Positions of all images that a layer's moments are taken from; neighbours say much the same.
+# Number of positions, over all images, used for a layer's moments; neighbouring positions are similar.
 _POSITIONS = 1 << 16
 
 
 @dataclass(frozen=True)
 class Moments:
-    """Second moments of what a layer's weights meet, mean over images and positions; float32.
+    """Second moments of a layer's inputs, mean over images and positions; float32.
 
     Attributes:
-        quantized: Of the quantized network's inputs, shape [groups, K, K], K weights of one output channel.
-        mixed: Of the float network's inputs (rows) and the quantized one's (columns), same shape.
-        damping: How much a weight's own error counts beside that of the outputs, of shape [groups].
+        quantized: Moments of the quantized network's inputs, shape [groups, K, K], K weights of one output channel.
+        mixed: Moments of the float network's inputs (rows) with the quantized network's (columns), same shape.
+        damping: Weight of a parameter's own error relative to that of the outputs, of shape [groups].
     """
 
     quantized: Tensor
@@ -47,7 +47,7 @@ class Moments:
 
 
 def can_round(layer: Layer) -> bool:
-    """Whether a layer is one that is solved: a linear layer, or a convolution of images padded by numbers."""
+    """Whether adaptive rounding supports a layer: a linear layer, or a 2D convolution with constant padding."""
     node = layer.node
     if is_linear(node):
         return True
@@ -56,15 +56,15 @@ def can_round(layer: Layer) -> bool:
 
 
 def round_weight(layer: Layer, quantizer: Quantizer, centered: bool) -> None:
-    """Move a layer's latent weight onto its Grid, in place, so that its outputs come closest to the float network's.
+    """Round a layer's latent weight to its Grid, in place, so that its outputs come closest to the float network's.
 
     Args:
-        layer: As `walk` tells of it.
-        quantizer: Of its weight, calibrated.
-        centered: Whether the mean of each output channel will be corrected by the bias, and so does not count.
+        layer: Layer that `walk` yielded.
+        quantizer: Calibrated quantizer of its weight.
+        centered: Ignore the mean of each output channel, because bias correction will fix it.
 
     Raises:
-        UsageError: The method of the weight does not round the weight itself.
+        UsageError: The weight's method transforms the weight before rounding.
     """
     weight = layer.weight.detach()
     if not torch.equal(quantizer.values(weight), weight.float()):
@@ -82,7 +82,7 @@ def round_weight(layer: Layer, quantizer: Quantizer, centered: bool) -> None:
 
 
 def moments(layer: Layer, groups: int, centered: bool) -> Moments:
-    """Second moments of a layer's inputs in both networks."""
+    """Return second moments of a layer's inputs in both networks."""
     original, quantized = layer.inputs
     size = layer.weight[0].numel()
     inner, outer = (original.new_zeros(groups, size, size, dtype=torch.float64) for _ in range(2))
@@ -101,7 +101,7 @@ def moments(layer: Layer, groups: int, centered: bool) -> Moments:
         means[1] += x.sum(1, keepdim=True)
         count += y.shape[1]
     inner, outer = inner / count, outer / count
-    # Of all moments, also where they are centered: of images that are all alike nothing else would be left.
+    # From the uncentered moments in all cases: with identical images, centered ones would be zero.
     damping = (_DAMPING * inner.diagonal(dim1=1, dim2=2).mean(1)).clamp_min(1e-12)
     if centered:
         of_quantized, of_float = (total / count for total in means)
@@ -111,13 +111,13 @@ def moments(layer: Layer, groups: int, centered: bool) -> Moments:
 
 
 def _patches(layer: Layer, x: Tensor, groups: int, chosen: Tensor | None) -> Tensor:
-    """What output positions multiply by the weights, float32 of shape [groups, positions of all images, K].
+    """Return the input patches that meet the weights, float32 of shape [groups, positions of all images, K].
 
     Args:
-        layer: For its geometry.
-        x: Inputs, of shape [N, ...].
-        groups: Of a convolution.
-        chosen: Which positions of an image, int64; None takes all.
+        layer: Layer that defines the geometry.
+        x: Inputs of shape [N, ...].
+        groups: Groups of the convolution.
+        chosen: Positions to use in each image, int64; None uses all.
     """
     node = layer.node
     if is_linear(node):
@@ -141,22 +141,22 @@ def _pair(node: fx.Node, index: int, key: str, usual: int) -> tuple[int, int]:
 
 
 def coordinate_descent(asked: Tensor, found: Moments, qmin: float, qmax: float) -> Tensor:
-    """Codes whose outputs come closest to those of the weights that are asked for, within reach of one code at a time.
+    """Return codes whose outputs come closest to those of `asked`, found by changing one code at a time.
 
     Args:
-        asked: Weights in units of their scale, float32 of shape [groups, channels of a group, K].
-        found: Second moments.
+        asked: Target weights in units of their scale, float32 of shape [groups, channels of a group, K].
+        found: Second moments of the inputs.
         qmin: Smallest code.
         qmax: Largest code.
 
     Returns:
-        Whole numbers, of the shape of `asked`.
+        Integer codes, in the shape of `asked`.
     """
     damping = found.damping[:, None]
     size = asked.shape[2]
     inner = found.quantized + damping[:, :, None] * torch.eye(size, device=asked.device)
     codes = asked.round().clamp(qmin, qmax)
-    # Half the gradient of the squared error by each code.
+    # Half the gradient of the squared error with respect to each code.
     gradient = codes @ inner - asked @ found.mixed - damping[:, :, None] * asked
     curvature = inner.diagonal(dim1=1, dim2=2)
     for _ in range(_SWEEPS):

@@ -1,4 +1,4 @@
-"""Bias correction: the mean of each output channel is moved back to where the float network has it (1906.04721)."""
+"""Bias correction: moves the mean of each output channel to that of the float network (1906.04721)."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from crqat.train.ptq.walk import Output
 
 
 def correct(model: fx.GraphModule, output: Output) -> bool:
-    """Correct a layer's bias, or the mean of the BatchNorm behind it, in place, from the images of the walk.
+    """Correct a layer's bias, or the mean of the BatchNorm after it, in place, from the images of the walk.
 
-    With a bias the quantized network's outputs of this walk change as well, so that the layers behind read what they
-    will read.
+    A corrected bias also changes the quantized network's outputs in this walk, so that later layers get their final
+    inputs.
 
     Args:
         model: The quantized network.
-        output: What the layer gives in both networks.
+        output: Outputs of the layer in both networks.
 
     Returns:
-        Whether there was something to correct it with.
+        Whether the layer has a bias or BatchNorm that can be corrected.
     """
     own, quantized = output.outputs
     channel = own.ndim - 1 if output.layer.weight.ndim == 2 else 1
@@ -37,7 +37,7 @@ def correct(model: fx.GraphModule, output: Output) -> bool:
 
 
 def place(model: fx.GraphModule, node: fx.Node, bn: str | None) -> tuple[Tensor, float] | None:
-    """Find the tensor that can take a shift of a layer's outputs: its bias, or the mean of the BatchNorm behind it.
+    """Find the tensor that can shift a layer's outputs: its bias, or the mean of the BatchNorm after it.
 
     Returns:
         The tensor and the sign of the shift; None if the layer has neither, or shares it with other layers.

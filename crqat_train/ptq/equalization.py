@@ -1,8 +1,8 @@
-"""Cross-layer equalization (arXiv 1906.04721, section 4.1) between two layers with nothing but a ReLU between them.
+"""Cross-layer equalization (arXiv 1906.04721, section 4.1) of two layers with at most a ReLU between them.
 
-A channel between them is divided by a number and the weights that read it are multiplied by the same: the network
-computes the same, and a scale that all channels share fits each of them better. Each weight's channel has a scale of
-its own, so it is the activation's range that is brought into line with the weights that read it, not the weights' own.
+Each channel between them is divided by a factor, and the weights that consume it are multiplied by the same factor: the
+function does not change, and one scale shared by all channels fits each of them better. Each weight channel has its own
+scale, so the activation's range is matched to the weights that consume it, not to those that produce it.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from crqat.train.ptq.shared import is_shared
 from crqat.train.quantizers import specs_of
 from crqat.train.quantizers.calibration import Hook, hooked, only
 
-# A channel that is hardly used must not be blown up.
+# Largest factor, so that a channel that is hardly used is not blown up.
 _LARGEST_FACTOR = 64.0
-# max(0, s x) = s max(0, x), and a pool of it likewise; a ReLU6 or a sigmoid has no such property.
+# max(0, s x) = s max(0, x), and pooling likewise; a ReLU6 or a sigmoid does not have this property.
 _HOMOGENEOUS = (nn.ReLU, nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Identity, nn.modules.dropout._DropoutNd)
 _FUNCTIONS = {functional.relu, torch.relu, "relu", "relu_"}
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two layers, and the channels between them.
+    """Two layers, and the activation between them.
 
     Attributes:
-        first: Operation that writes the channels.
-        norm: The BatchNorm behind it, None if there is none.
-        second: Operation that alone reads them.
-        between: The activation's quantizer, whose input is looked at.
+        first: Operation that computes the channels.
+        norm: Name of the BatchNorm after it; None if there is none.
+        second: The only operation that consumes the channels.
+        between: Spec of the activation's quantizer, whose input is observed.
     """
 
     first: fx.Node
@@ -46,14 +46,14 @@ class Pair:
 
 @torch.no_grad()
 def equalize(model: fx.GraphModule, batches: list[Tensor]) -> int:
-    """Change weights and BatchNorms in place where that changes nothing of what the float network computes.
+    """Equalize weights and BatchNorms in place where that leaves the float network's function unchanged.
 
     Args:
-        model: Quantized, in eval mode, not calibrated yet.
+        model: Quantized network in eval mode, not calibrated yet.
         batches: Normalized images, float32 of shape [N, C, H, W] each.
 
     Returns:
-        How many pairs of layers were equalized.
+        The number of pairs of layers that were equalized.
     """
     found = pairs(model)
     peaks: dict[str, Tensor] = {}
@@ -77,11 +77,11 @@ def equalize(model: fx.GraphModule, batches: list[Tensor]) -> int:
 def _equalize(model: fx.GraphModule, pair: Pair, peak: Tensor) -> None:
     reader = _weight(model, pair.second)
     if convolution_groups(pair.second) == 1:
-        # Its channels have scales of their own, but share them over what they read.
+        # The weights have scales for output channels, but share them over input channels.
         by_channel = reader.reshape(len(reader), len(peak), -1).abs().amax((0, 2))
         factor = (peak / by_channel.clamp_min(1e-12)).sqrt()
     else:
-        factor = peak.clone()  # each channel's weights have their own scale, whatever they are multiplied by
+        factor = peak.clone()  # each channel's weights have their own scale, so any factor fits them
     used = (peak > 0) & (factor > 0)
     if not bool(used.any()):
         return
@@ -104,7 +104,7 @@ def _equalize(model: fx.GraphModule, pair: Pair, peak: Tensor) -> None:
 
 
 def pairs(model: fx.GraphModule) -> list[Pair]:
-    """All pairs of layers between which equalization is exact, in the order of the graph."""
+    """Return all pairs of layers between which equalization is exact, in the order of the graph."""
     found = []
     by_module = {f"quantizers.{spec.module_name}": spec for spec in specs_of(model)}
     calls: dict[str, int] = {}
@@ -123,8 +123,8 @@ def pairs(model: fx.GraphModule) -> list[Pair]:
 def _pair(
     model: fx.GraphModule, second: fx.Node, by_module: dict[str, QuantizerSpec], calls: dict[str, int]
 ) -> Pair | None:
-    """The pair that a layer ends, None if there is none in front of it that equalization leaves exact."""
-    # A linear layer reads the last axis, which need not be that of the channels.
+    """Return the pair that ends with a layer; None if no layer before it allows exact equalization."""
+    # A linear layer works on the last axis, which need not be that of the channels.
     if is_linear(second) or is_transposed(second) or not _own_weight(model, second, calls):
         return None
     between, norm = None, None
@@ -172,7 +172,7 @@ def _is_layer(node: fx.Node) -> bool:
 
 
 def _own_weight(model: fx.GraphModule, node: fx.Node, calls: dict[str, int]) -> bool:
-    """Whether the layer's weight is read by it alone, through its quantizer."""
+    """Whether the layer's weight is used by it alone, through its quantizer."""
     if not _is_layer(node) or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
         return False
     rounding = node.args[1]
@@ -186,7 +186,7 @@ def _own_weight(model: fx.GraphModule, node: fx.Node, calls: dict[str, int]) -> 
 
 
 def _weight(model: fx.GraphModule, node: fx.Node) -> Tensor:
-    """The latent weight of a layer whose weight is quantized."""
+    """Return the latent weight of a layer whose weight is quantized."""
     return parameter(model, node.args[1].args[0]).data  # type: ignore[union-attr,arg-type]
 
 
@@ -194,5 +194,5 @@ def _channels_read(model: fx.GraphModule, node: fx.Node) -> int:
     weight, groups = _weight(model, node), convolution_groups(node)
     if groups == 1:
         return int(weight.shape[1])
-    # Between other groups than those of one channel the weights that read a channel share scales with others'.
+    # In other groupings the weights that consume a channel share scales with those of other channels.
     return int(weight.shape[0]) if weight.shape[1] == 1 and groups == weight.shape[0] else -1

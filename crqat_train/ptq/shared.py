@@ -1,4 +1,4 @@
-"""Whether a change of a parameter changes one place of a network alone."""
+"""Checks whether a parameter is used in one place of a network only, so that it can be changed there."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from crqat.train.graph.operations import parameter
 
 
 def is_shared(model: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether what a node stands for, a stored tensor or a module, is used elsewhere as well, under any name."""
+    """Whether a node's stored tensor or module is used elsewhere as well, under any name."""
     twins = [other for other in model.graph.nodes if (other.op, other.target) == (node.op, node.target)]
     if len(twins) > 1 or (node.op == "get_attr" and len(node.users) > 1):
         return True

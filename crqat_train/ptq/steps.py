@@ -1,4 +1,4 @@
-"""Calibration and the steps behind it that a recipe's `ptq` section asks for, in their order."""
+"""Calibration, and the steps after it that a recipe's `ptq` section switches on, in their order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crqat.train.quantizers import calibration as ranges
 from crqat.train.quantizers import quantizer_of, specs_of
 from crqat.train.quantizers.finalize import make_representable
 
-# Pixels of all images together that are looked at: all values of both networks that are still needed are held at once.
+# Largest number of pixels over all images: all values of both networks that are still needed are in memory at once.
 PIXELS = 1 << 22
 
 
@@ -26,21 +26,21 @@ def apply(
     config: PTQConfig,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> list[str]:
-    """Calibrate a quantized network, and improve what rounds, from images without labels.
+    """Calibrate a quantized network, and improve its rounding with unlabeled images.
 
     Args:
-        model: Not calibrated yet, in eval mode; it is changed in place, its weights as well.
-        targets: Names of runtimes, whose limits scales keep to.
+        model: Uncalibrated network in eval mode; it is changed in place, including its weights.
+        targets: Names of the runtimes whose limits the scales must respect.
         batches: Normalized images, float32 of shape [N, C, H, W] each.
-        calibration: See `crqat.train.config.QuantizationConfig.calibration`.
-        config: Which steps.
-        progress: Told of layers: what is done, how many are, how many there will be.
+        calibration: "mse", "minmax" or "percentile"; see `crqat.train.config.QuantizationConfig.calibration`.
+        config: Which steps are switched on.
+        progress: Called with the task, the number of finished layers and their total.
 
     Returns:
-        What was done, one line for each step.
+        A description of each step, one line each.
 
     Raises:
-        UsageError: A weight's method does not go with a step, or a scale is larger than a target can store.
+        UsageError: A step does not support a weight's method, or a scale is larger than a target can store.
     """
     notes = []
     if config.equalization:
@@ -49,7 +49,7 @@ def apply(
     ranges.calibrate(model, batches, calibration)
     if not (config.adaround or config.bias_correction):
         return notes
-    # Adaptive rounding puts weights onto the Grids that will be stored.
+    # Adaptive rounding rounds weights to the Grids that will be stored.
     make_representable(model, targets, trained=False)
     images = _first(batches)
     total = sum(spec.kind == "weight" for spec in specs_of(model))
@@ -75,7 +75,7 @@ def apply(
 
 
 def _first(batches: Sequence[Tensor]) -> Tensor:
-    """As many images as are looked at; all have the size of the first ones."""
+    """Return the images for the steps; all have the size of the first ones."""
     height, width = batches[0].shape[2:]
     alike = [batch for batch in batches if batch.shape[1:] == batches[0].shape[1:]]
     return torch.cat(alike)[: max(2, PIXELS // (height * width))]

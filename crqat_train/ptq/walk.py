@@ -1,4 +1,4 @@
-"""A quantized network and its float twin, run operation by operation on the same images."""
+"""Runs a quantized network and its float twin side by side, operation by operation, on the same images."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from crqat.train.quantizers.calibration import only
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or linear layer with a quantized weight, where the walk is about to run it.
+    """A convolution or linear layer with a quantized weight, just before it runs.
 
     Attributes:
-        node: The operation, in the quantized network's graph.
-        spec: Of its weight's quantizer.
-        weight: The latent weight, changed in place by what corrects it.
-        inputs: What it reads, of shape [N, ...]: in the float network and in the quantized one.
+        node: Its operation in the quantized network's graph.
+        spec: Spec of its weight's quantizer.
+        weight: The latent weight; corrections change it in place.
+        inputs: Its inputs of shape [N, ...]: in the float network and in the quantized one.
     """
 
     node: fx.Node
@@ -35,14 +35,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Output:
-    """The same layer once it has been run, with all changes so far: its outputs in both networks."""
+    """The same layer after it has run with all changes so far: its outputs in both networks."""
 
     layer: Layer
     outputs: tuple[Tensor, Tensor]
 
 
 class _Steps(fx.Interpreter):
-    """Runs one node after the other and keeps what later ones need."""
+    """Runs one node after another and keeps values that later nodes need."""
 
     def begin(self, images: Tensor) -> None:
         self.args_iter = iter((images,))
@@ -55,15 +55,15 @@ class _Steps(fx.Interpreter):
 
 
 def walk(model: fx.GraphModule, images: Tensor) -> Iterator[Layer | Output]:
-    """Run both networks over all images, in the order of the graph, so that whoever listens can change a layer.
+    """Run both networks over all images in the order of the graph, so that the caller can change each layer.
 
     Each layer is yielded twice: before it runs, as `Layer`, and after it has run, as `Output`. Its inputs are computed
-    with the changed weights of the layers before it. A layer that is called again is not yielded again.
+    with the changed weights of the layers before it. A layer that is called a second time is not yielded again.
 
     Args:
-        model: Quantized and calibrated, in eval mode. The float twin has its weights as they are now.
-        images: Normalized, float32 of shape [N, C, H, W]. All values of both networks that later operations need are
-            held at a time.
+        model: Quantized and calibrated, in eval mode. The float twin takes its present weights.
+        images: Normalized, float32 of shape [N, C, H, W]. Memory holds all values of both networks that later
+            operations need.
     """
     twin = copy.deepcopy(model)
     floats, quantized = _Steps(twin), _Steps(model)
@@ -78,7 +78,7 @@ def walk(model: fx.GraphModule, images: Tensor) -> Iterator[Layer | Output]:
                 source, before = node.args[0], its_twin.args[0]
                 found = Layer(node, *layer, (floats.env[before], quantized.env[source]))
                 yield found
-                # The weight was read and rounded before it was changed.
+                # The weight was rounded before it was changed, so it is rounded again.
                 rounding = node.args[1]
                 for again in (rounding.args[0], rounding):
                     quantized.env[again] = quantized.run_node(again)
@@ -90,7 +90,7 @@ def walk(model: fx.GraphModule, images: Tensor) -> Iterator[Layer | Output]:
 def _layer(
     model: fx.GraphModule, node: fx.Node, of_weight: dict[str, QuantizerSpec], quantized: _Steps, told: set[str]
 ) -> tuple[QuantizerSpec, Tensor] | None:
-    """Spec and weight of a layer that can be corrected, None for any other node."""
+    """Return spec and weight of a layer that can be corrected; None for any other node."""
     if not is_matmul(node) or len(node.args) < 2:
         return None
     source, weight = node.args[:2]

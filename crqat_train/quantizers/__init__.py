@@ -1,7 +1,8 @@
-"""How a quantizer learns its Grid. Every method is a module that fake-quantizes and ends as a `Grid`.
+"""Quantization methods: each is a module that fake-quantizes, learns its scale and ends as a `Grid`.
 
-Fake quantization gives, in float32, the value of the nearest code: ``clip(rint(x / s), qmin - z, qmax - z) * s``, with
-the zero point z = 0 but for LSQ+. The division is a true division: a multiplication by the reciprocal is off by one
+Fake quantization returns, in float32, the value of the nearest code: ``clip(rint(x / s), qmin - z, qmax - z) * s``. The
+zero point z is 0 in all methods except LSQ+. The division is a true division: a multiplication by the reciprocal is off
+by one
 unit in the last place and flips roundings. docs/methods.md has each method's formula, paper and deviations.
 """
 
@@ -23,7 +24,7 @@ from crqat.train.quantizers.minmax import MinMaxQuantizer
 from crqat.train.quantizers.observers import PERCENTILE, ActivationObserver, calibrate_weight
 from crqat.train.quantizers.pact import PACTQuantizer
 
-# The one registry of methods. Which of them a weight may have, `Quantizer.for_weights` says.
+# The one registry of methods. `Quantizer.for_weights` says which of them weights may use.
 METHODS: dict[str, type[Quantizer]] = {
     "lsq": LSQQuantizer,
     "lsq+": LSQPlusQuantizer,
@@ -52,20 +53,20 @@ __all__ = [
 
 
 def method_named(name: str, key: str) -> type[Quantizer]:
-    """The class of a method: one of `METHODS`, or the user's own as "package.module:Class".
+    """Return the class of a method: one of `METHODS`, or the user's own as "package.module:Class".
 
     Args:
-        name: As in the recipe.
+        name: The name in the recipe.
         key: The recipe's key, "quantization.weight_method" or "quantization.activation_method".
 
     Raises:
-        UsageError: It cannot be imported, or is no `Quantizer` that can be used there.
+        UsageError: It cannot be imported, or is not a `Quantizer` that fits the key.
     """
     kind = "weights" if key.endswith("weight_method") else "activations"
     if ":" in name:
         found = import_function(name, key)
         if not (isinstance(found, type) and issubclass(found, Quantizer)):
-            msg = f"{key}: {name} is no class that derives from crqat.train.quantizers.Quantizer; derive it from that"
+            msg = f"{key}: {name} does not derive from crqat.train.quantizers.Quantizer; derive it from that"
             raise UsageError(msg)
         if found.forward is Quantizer.forward:
             msg = f"{key}: {name} has no forward(self, x) of its own; define it, see docs/adding_a_method.md"
@@ -73,7 +74,7 @@ def method_named(name: str, key: str) -> type[Quantizer]:
     elif name in METHODS:
         found = METHODS[name]
     else:
-        msg = f'{key}: "{name}" is none of {", ".join(METHODS)}, and no "package.module:Class"'
+        msg = f'{key}: "{name}" is not one of {", ".join(METHODS)}, nor a "package.module:Class"'
         raise UsageError(msg)
     if not (found.for_weights if kind == "weights" else found.for_activations):
         msg = f"{key}: {name} is not for {kind}; choose another method"
@@ -82,10 +83,10 @@ def method_named(name: str, key: str) -> type[Quantizer]:
 
 
 def quantizer_maker(config: QuantizationConfig) -> Callable[[QuantizerSpec], Quantizer]:
-    """What makes each spec's quantizer, by the recipe's methods for weights and activations.
+    """Return a function that creates each spec's quantizer by the recipe's methods for weights and activations.
 
     Raises:
-        UsageError: See `method_named`; what it returns raises, too, where a user's class does not keep to `Quantizer`.
+        UsageError: See `method_named`. The returned function raises it, too, if a user's class breaks the interface.
     """
     names = {"weight": config.weight_method, "activation": config.activation_method}
     methods = {kind: method_named(name, f"quantization.{kind}_method") for kind, name in names.items()}

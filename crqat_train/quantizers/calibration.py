@@ -1,4 +1,4 @@
-"""Ranges from images: what each quantizer would read in the float network, and the steps that follow from it."""
+"""Calibration: initial ranges from the values that each quantizer receives in the float network."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ Hook = Callable[[Any, tuple[Tensor], Tensor], Tensor | None]
 
 @contextmanager
 def hooked(model: fx.GraphModule, hooks: Iterable[tuple[QuantizerSpec, Hook]]) -> Iterator[None]:
-    """Within the context each quantizer's hook is called with the quantizer, its input and its output.
+    """Within the context, call each quantizer's hook with the quantizer, its input and its output.
 
-    What a hook returns, if it is not None, takes the output's place.
+    A hook's result replaces the output unless it is None.
     """
     handles = [quantizer_of(model, spec).register_forward_hook(hook) for spec, hook in hooks]
     try:
@@ -40,7 +40,7 @@ def _pass_through(x: Tensor) -> Tensor:
 
 @contextmanager
 def only(model: fx.GraphModule, active: Sequence[QuantizerSpec]) -> Iterator[None]:
-    """Within the context every quantizer but the active ones passes its input through, and computes nothing."""
+    """Within the context, only the active quantizers quantize; all others return their input and compute nothing."""
     idle = [quantizer_of(model, spec) for spec in specs_of(model) if spec not in active]
     before = [vars(quantizer).get("forward") for quantizer in idle]
     for quantizer in idle:
@@ -55,7 +55,7 @@ def only(model: fx.GraphModule, active: Sequence[QuantizerSpec]) -> Iterator[Non
 
 
 def _layout(model: fx.GraphModule, image: Tensor) -> torch.memory_format:
-    """Channels last, which convolutions compute faster, unless the network's own code takes views that do not fit."""
+    """Return channels last, which is faster for convolutions, unless the network's views do not support it."""
     if image.ndim != 4:
         return torch.contiguous_format
     try:
@@ -67,10 +67,10 @@ def _layout(model: fx.GraphModule, image: Tensor) -> torch.memory_format:
 
 @torch.no_grad()
 def observe(model: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, ActivationObserver]:
-    """What every activation's quantizer reads in the float network, by edge; over all ranks.
+    """Return an observer of each quantized activation in the float network, by edge; merged over all ranks.
 
     Args:
-        model: Quantized, in eval mode.
+        model: Quantized network in eval mode.
         batches: Normalized images, float32 of shape [N, C, H, W] each.
     """
     specs = specs_of(model)
@@ -88,7 +88,7 @@ def observe(model: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, Activ
         for batch in batches:
             own = distributed.share(batch)
             if len(own):
-                # Of two images: a view of one may fit any layout.
+                # Tried with two images: a view of one may fit any layout.
                 layout = layout or _layout(model, own[:2])
                 with hooked(model, looks):
                     model(own.contiguous(memory_format=layout))
@@ -99,12 +99,12 @@ def observe(model: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, Activ
 
 @torch.no_grad()
 def calibrate(model: fx.GraphModule, batches: Iterable[Tensor], calibration: str = "mse") -> None:
-    """Start every range from training images.
+    """Set the initial range of every quantizer from training images.
 
     Args:
-        model: Quantized, in eval mode.
+        model: Quantized network in eval mode.
         batches: Normalized training images, float32 of shape [N, C, H, W] each.
-        calibration: See `crqat.train.config.QuantizationConfig`.
+        calibration: "mse", "minmax" or "percentile"; see `crqat.train.config.QuantizationConfig`.
     """
     observers = observe(model, batches)
     for spec in specs_of(model):
@@ -115,11 +115,11 @@ def calibrate(model: fx.GraphModule, batches: Iterable[Tensor], calibration: str
 
 
 def weight_of(model: fx.GraphModule, spec: QuantizerSpec) -> Tensor:
-    """The float tensor that a weight's quantizer sits on."""
+    """Return the float tensor that a weight's quantizer quantizes."""
     return parameter(model, weight_node(model, spec))
 
 
 def rounded_weights(model: fx.GraphModule) -> dict[str, npt.NDArray[np.float32]]:
-    """Weight edge name to what its Grid rounds: the latent weight, or what the method makes of it."""
+    """Return the values that each weight's Grid rounds, by edge: the latent weight, or its transform by the method."""
     weights = [spec for spec in specs_of(model) if spec.kind == "weight"]
     return {s.edge: quantizer_of(model, s).values(weight_of(model, s)).detach().numpy() for s in weights}

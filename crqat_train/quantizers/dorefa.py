@@ -12,11 +12,11 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class DoReFaQuantizer(MinMaxQuantizer):
-    """Rounds limit * tanh(w) / max|tanh(w)| of weights, and activations within a calibrated range.
+    """Rounds weights as limit * tanh(w) / max|tanh(w)|, and activations within a calibrated range.
 
     Attributes:
-        limit: Largest weight at the start, float32 of shape [1], which stays: the paper's 1, so that layers without BN
-            keep their size.
+        limit: Largest initial weight, float32 of shape [1]; it stays fixed. It replaces the paper's 1, so that layers
+            without BN keep their magnitude.
     """
 
     limit: Tensor
@@ -38,6 +38,6 @@ class DoReFaQuantizer(MinMaxQuantizer):
         return squeezed * (self.limit / squeezed.abs().amax().clamp_min(_TINY))
 
     def start_weight(self, weight: Tensor) -> Tensor:
-        """One step for all channels, which takes the largest code to the largest weight."""
+        """Return one scale for all channels, which maps the largest weight to the largest code."""
         self.limit.fill_(weight.abs().amax())
         return (self.limit / self.qmax).expand(self.scale.numel())

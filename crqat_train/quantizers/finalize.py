@@ -1,9 +1,8 @@
-"""Moves trained scales onto values that every target can store, before the delivered model is evaluated.
+"""Rounds trained scales to values that every target can store, before the delivered model is evaluated.
 
-After this the lowering to each target is exact: what torch evaluated is what the files contain. Two limits matter.
-Scales may be stored in float16, and what a file holds of a weight is the scale after BN folding, s |gamma / sigma|. A
-bias may be stored as int32 in units of s_x s_w; a smaller product overflows silently. `crqat.core.targets` knows which
-of them hold.
+After this the conversion for each target is exact: the files contain what torch evaluated. Two limits matter. Scales
+may be stored in float16, and a file stores a weight's scale after BN folding, s |gamma / sigma|. A bias may be stored
+as int32 in units of s_x s_w; a smaller product overflows silently. `crqat.core.targets` says which limits hold.
 """
 
 from __future__ import annotations
@@ -32,20 +31,20 @@ _STATISTICS = ("running_mean", "running_var")
 def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: bool = True) -> list[str]:
     """Round the scales of a quantized model in place; call it before the final evaluation.
 
-    Scales are rounded up, so that nothing that fitted is clipped. The change is below one part in a thousand for scales
-    that float16 holds as normal numbers.
+    Scales are rounded up, so that no value is clipped that was not before. The change is below one part in a thousand
+    for scales that float16 holds as normal numbers.
 
     Args:
         model: The quantized GraphModule in its final state.
-        targets: Names of runtimes; see `crqat.core.targets`.
-        trained: Whether it was trained after calibration; for messages.
+        targets: Names of the target runtimes; see `crqat.core.targets`.
+        trained: Whether the model was trained after calibration; used in messages only.
 
     Returns:
-        One line for each weight some of whose channels had to be raised to a larger scale.
+        One line for each weight that has channels whose scale was raised.
 
     Raises:
-        UsageError: A BatchNorm or a scale holds what no network can compute with, or a scale is larger than what a
-            target stores.
+        UsageError: A BatchNorm or a scale holds values that are not finite or not valid, or a scale is larger than a
+            target can store.
     """
     why = "training diverged; lower qat.lr" if trained else "and nothing was trained: look at weights and images"
     check_values(model, "the network", why)
@@ -55,7 +54,7 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
     scales = {spec.edge: quantizer_of(model, spec).scale for spec in specs}
     for spec in specs:
         if not bool(scales[spec.edge].isfinite().all()):
-            msg = f"{spec.operation}: the scale of its {spec.kind} is infinite or no number: {why}"
+            msg = f"{spec.operation}: the scale of its {spec.kind} is infinite or NaN: {why}"
             raise UsageError(msg)
     if _representable(model, scales, constraints):
         return []
@@ -82,10 +81,10 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
 
 
 def _representable(model: fx.GraphModule, scales: Mapping[str, Tensor], constraints: runtimes.Constraints) -> bool:
-    """Whether every scale is a stored one already, but for the roundings of folding BN into it and out of it again.
+    """Whether every scale is a value that targets store, up to the rounding of folding BN into it and out again.
 
-    Rounding such a scale up once more could make it the next larger stored one, half a part in a thousand away. It
-    takes all scales of a network: a single one that was trained may lie so near to a stored one by chance.
+    Rounding such a scale up again could move it to the next larger stored value, half a part in a thousand away. The
+    test needs all scales of a network: a single trained one may lie so near to a stored value by chance.
     """
     for spec in specs_of(model):
         scale = scales[spec.edge]
@@ -106,7 +105,7 @@ def _representable(model: fx.GraphModule, scales: Mapping[str, Tensor], constrai
 def _folded(
     model: fx.GraphModule, spec: QuantizerSpec, channels: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-    """BN's multiplier and the folded bias of the operation that a weight belongs to, both of shape [scales]."""
+    """Return BN's multiplier and the folded bias of the operation that a weight belongs to, both of shape [scales]."""
     operation = next(iter(quantizer_node(model, spec).users))
     argument = operation.args[2] if len(operation.args) > 2 else operation.kwargs.get("bias")
     bias = np.zeros(channels, np.float32)
@@ -124,17 +123,17 @@ def _folded(
 
 
 def check_values(model: torch.nn.Module, source: str, why: str = "the file is damaged") -> None:
-    """See that a network's weights and statistics are numbers, and that no BatchNorm takes the root of a negative one.
+    """Check that a network's weights and statistics are finite, and that no BatchNorm has a negative variance.
 
-    Quantizers' steps and buffers of other kinds, such as a mask of infinities, are not looked at.
+    Quantizers' scales and buffers of other kinds, such as a mask of infinities, are not checked.
 
     Args:
-        model: In any state.
-        source: Where its values come from, for the message.
-        why: What to say of values that are no numbers.
+        model: Network in any state.
+        source: Where its values come from; used in the message.
+        why: The likely cause of values that are not finite; used in the message.
 
     Raises:
-        UsageError: The message names the first tensor, by its module, and what is wrong with it.
+        UsageError: A value is not valid; the message names the tensor and what is wrong with it.
     """
     values: list[tuple[str, Tensor]] = [
         (name, tensor) for name, tensor in model.named_parameters() if not is_step(name)
@@ -143,14 +142,14 @@ def check_values(model: torch.nn.Module, source: str, why: str = "the file is da
     for name, tensor in values:
         wrong = int((~tensor.isfinite()).sum())
         if wrong:
-            msg = f"{source} holds values that are infinite or no number: {wrong} of {tensor.numel()} in {name}; {why}"
+            msg = f"{source} holds values that are infinite or NaN: {wrong} of {tensor.numel()} in {name}; {why}"
             raise UsageError(msg)
     for name, variance in values:
         if name.endswith("running_var") and bool((variance < 0).any()):
             channels, least = int((variance < 0).sum()), float(variance.min())
             msg = (
-                f"{source}: {name} is negative in {channels} of {variance.numel()} channels (down to {least:g}), which "
-                "no variance is; the weights are damaged, or not this network's"
+                f"{source}: {name} is negative in {channels} of {variance.numel()} channels (down to {least:g}), but "
+                "it is a variance; the weights are damaged, or belong to another network"
             )
             raise UsageError(msg)
 
@@ -158,7 +157,7 @@ def check_values(model: torch.nn.Module, source: str, why: str = "the file is da
 def _stored(
     constraints: runtimes.Constraints, scale: npt.NDArray[np.float32], spec: QuantizerSpec, why: str
 ) -> npt.NDArray[np.float32]:
-    """The smallest scales that all targets store and that are not below `scale`."""
+    """Return the smallest scales that all targets store and that are not below `scale`."""
     target = too_large(scale, constraints.targets)
     if target is not None:
         msg = (

@@ -1,4 +1,4 @@
-"""LSQ: the step is learned (arXiv 1902.08153)."""
+"""LSQ: the scale is learned (arXiv 1902.08153)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from crqat.train.quantizers.base import MIN_SCALE, Quantizer
 
 
 class _LSQ(torch.autograd.Function):
-    """Learned step size quantization, arXiv 1902.08153, equations 1 to 3, with its gradient for the step."""
+    """Learned step size quantization, arXiv 1902.08153, equations 1 to 3, with its gradient for the scale."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, scale: Tensor, qmin: float, qmax: float, grad_scale: float) -> Tensor:
@@ -35,14 +35,14 @@ class _LSQ(torch.autograd.Function):
 
 
 class LSQQuantizer(Quantizer):
-    """Fake-quantizes with a learned step (LSQ)."""
+    """Fake-quantizes with a learned scale (LSQ)."""
 
     scale: nn.Parameter
 
     def __init__(self, spec: QuantizerSpec) -> None:
         super().__init__(spec)
         self.scale = nn.Parameter(self.initial_scale())
-        # Known once calibration has seen the tensor.
+        # Set by calibration, which sees the tensor.
         self.grad_scale = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
@@ -50,11 +50,11 @@ class LSQQuantizer(Quantizer):
         return _LSQ.apply(x.float(), self.scale, self.qmin, self.qmax, self.grad_scale)  # type: ignore[no-any-return]
 
     def set_grad_scale(self, elements: int) -> None:
-        """Scale the step's gradient by 1 / (sqrt(N) qmax), N = `elements`: a scale's weights, or a sample's features.
+        """Multiply the gradient of the scale by 1 / (sqrt(N) qmax); N = `elements` values share the scale.
 
-        The paper's factor is 1 / sqrt(N qmax). It balances steps that start at 2 mean|x| / sqrt(qmax); ours start where
-        the rounding error is smallest, at 8 bits several times lower, and each channel has its own. With the paper's
-        factor one epoch of W8A8 took a CIFAR-10 ResNet-20 from 99.7 to 67.8 % on its training images: steps of single
-        channels grew up to 898-fold.
+        The paper's factor is 1 / sqrt(N qmax). It balances scales that start at 2 mean|x| / sqrt(qmax); ours start
+        where the rounding error is smallest, at 8 bits several times lower, and each channel has its own. With the
+        paper's factor one epoch of W8A8 took a CIFAR-10 ResNet-20 from 99.7 to 67.8 % on its training images: scales of
+        single channels grew up to 898-fold.
         """
         self.grad_scale = 1.0 / (math.sqrt(max(elements, 1)) * self.qmax)

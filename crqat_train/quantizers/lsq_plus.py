@@ -1,4 +1,4 @@
-"""LSQ+: step and offset are learned (arXiv 2004.09576)."""
+"""LSQ+: scale and offset are learned (arXiv 2004.09576)."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from crqat.train.quantizers.lsq import LSQQuantizer
 
 
 def _zero_point(scale: Tensor, offset: Tensor, qmin: float, qmax: float) -> Tensor:
-    """The offset as an integer code. The nearest one, so 0.0 is on the grid: zeros are what a convolution pads with."""
+    """Return the integer code nearest to the offset. 0.0 is then exact, as a convolution's zero padding needs."""
     return torch.clamp(torch.round(-offset / scale), qmin, qmax)
 
 
 class _LSQPlus(torch.autograd.Function):
-    """The paper's equations 4 to 8 with its offset rounded to a whole number of steps, straight through.
+    """Equations 4 to 8 of the paper, with the offset rounded to a whole number of scales, straight through.
 
-    With beta = -z s the paper's round(clip((x - beta) / s, qmin, qmax)) s + beta is round(clip(x / s, qmin - z,
-    qmax - z)) s, but for a tie, which goes to the code that is even without the zero point, as in ONNX.
+    With beta = -z s the paper's round(clip((x - beta) / s, qmin, qmax)) s + beta is round(clip(x / s, qmin - z, qmax -
+    z)) s, except for a tie, which goes to the code that is even without the zero point, as in ONNX.
     """
 
     @staticmethod
@@ -52,7 +52,7 @@ class _LSQPlus(torch.autograd.Function):
 
 
 class LSQPlusQuantizer(LSQQuantizer):
-    """LSQ with a learned offset for activations of both signs, and a start of its own for weights.
+    """LSQ with a learned offset for activations of both signs, and its own initial scales for weights.
 
     Weights are symmetric, as the paper recommends. So are activations that are never negative: an offset could only
     spend codes on values that do not occur, and ONNX Runtime absorbs a ReLU only at zero point 0.
@@ -72,12 +72,12 @@ class LSQPlusQuantizer(LSQQuantizer):
         return _LSQPlus.apply(x.float(), self.scale, self.offset, bounds, factors)  # type: ignore[no-any-return]
 
     def set_grad_scale(self, elements: int) -> None:
-        """The step's gradient as in LSQ; the offset, a value and not a step of qmax codes, has 1 / sqrt(N)."""
+        """Multiply the scale's gradient by LSQ's factor, and the offset's, which needs no qmax, by 1 / sqrt(N)."""
         super().set_grad_scale(elements)
         self.offset_grad_scale = 1.0 / math.sqrt(max(elements, 1))
 
     def start_weight(self, weight: Tensor) -> Tensor:
-        """The paper's start: three standard deviations to either side of the mean, of each channel."""
+        """Return the paper's initial scales: three standard deviations to either side of each channel's mean."""
         per_channel = self.rows(weight)
         mean, deviation = per_channel.mean(dim=1), per_channel.std(dim=1, correction=0)
         return torch.maximum((mean - 3 * deviation).abs(), (mean + 3 * deviation).abs()) / -self.qmin

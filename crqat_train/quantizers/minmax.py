@@ -1,4 +1,4 @@
-"""Min-max: the range that calibration found stays; the straight-through gradient trains the rest."""
+"""Min-max: the calibrated range stays fixed; the straight-through gradient trains the weights."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 class MinMaxQuantizer(Quantizer):
-    """Fake-quantizes within the range that calibration found, which stays; a straight-through gradient for the rest."""
+    """Fake-quantizes within the fixed range that calibration found, with a straight-through gradient."""
 
     def __init__(self, spec: QuantizerSpec) -> None:
         super().__init__(spec)

@@ -1,4 +1,4 @@
-"""Where a quantizer's range starts: from a weight, or from what an edge carries for training images."""
+"""Initial ranges of quantizers: from a weight, or from the values of an activation for training images."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor
 from crqat.train import distributed
 from crqat.train.quantizers.base import MIN_SCALE, Quantizer
 
-# Ratios of a range to the largest magnitude that calibration tries.
+# Number of clipping ratios that calibration tries, relative to the largest magnitude.
 _CANDIDATES = 80
 _SHARES = torch.arange(_CANDIDATES, 0, -1, dtype=torch.float64) / _CANDIDATES
-# Values that are looked at at a time: what is computed of them stays in the cache.
+# Number of values processed at a time, so that intermediate results stay in the cache.
 _BLOCK = 1 << 19
-# Weights of which the largest bounds the error of a clipped range from below.
+# Group size: the largest of so many weights bounds the error of a clipped range from below.
 _GROUP = 16
-# Times that the search for an asymmetric range goes over both of its ends.
+# Number of times that the search for an asymmetric range visits both of its ends.
 _PASSES = 2
 _HISTOGRAM_BINS = 2048
-# Of the magnitudes of the values that are not 0, in per cent.
+# Percentile of the magnitudes of nonzero values, in per cent.
 PERCENTILE = 99.99
 # A histogram up to a larger value could not be doubled within float32.
 _LARGEST = torch.finfo(torch.float32).max / 2
@@ -28,10 +28,10 @@ _LARGEST = torch.finfo(torch.float32).max / 2
 
 @torch.no_grad()
 def calibrate_weight(quantizer: Quantizer, weight: Tensor, calibration: str = "mse") -> None:
-    """Start each channel's step of a weight: see `crqat.train.config.QuantizationConfig.calibration`.
+    """Set each channel's initial scale of a weight; see `crqat.train.config.QuantizationConfig.calibration`.
 
-    A method with a start of its own takes that. A channel of zeros gets the largest channel's step, or 1 if all are
-    zero: any positive step represents it.
+    A method with its own initial scales uses those. A channel of zeros gets the largest channel's scale, or 1 if all
+    channels are zero: any positive scale represents it.
     """
     start = quantizer.start_weight(weight.detach())
     per_channel = quantizer.rows(weight.detach())
@@ -52,18 +52,18 @@ def calibrate_weight(quantizer: Quantizer, weight: Tensor, calibration: str = "m
 
 
 def _least_squares(weights: Tensor, largest: Tensor, unclipped: Tensor, qmin: float, qmax: float) -> Tensor:
-    """The candidate step with the smallest squared error for each channel; `unclipped` where no error is finite.
+    """Return the candidate scale with the least squared error for each channel; `unclipped` if no error is finite.
 
     Args:
-        weights: Float of shape [channels, weights of one].
+        weights: Float of shape [channels, weights of one channel].
         largest: Each channel's largest magnitude, of shape [channels].
-        unclipped: Of shape [channels].
+        unclipped: Scale at which no value is clipped, of shape [channels].
         qmin: Smallest code.
         qmax: Largest code.
     """
     group = _GROUP if weights.shape[1] >= _GROUP**2 else 1
     groups = weights.shape[1] // group
-    # Each is a weight of its own, so what they are clipped by is a part of the error, and grows as steps shrink.
+    # Each is a separate weight, so its clipping error is part of the total error, and grows as scales shrink.
     peaks = weights[:, : groups * group].reshape(-1, group, groups).abs().amax(dim=1)
     best_error, best = torch.full_like(largest, math.inf), unclipped
     steps, codes = torch.empty_like(weights), torch.empty_like(weights)
@@ -81,10 +81,10 @@ def _least_squares(weights: Tensor, largest: Tensor, unclipped: Tensor, qmin: fl
 
 
 class ActivationObserver:
-    """Collects a histogram of magnitudes over calibration batches, to choose an activation's step.
+    """Collects a histogram of magnitudes over calibration batches, to choose an activation's scale.
 
     A batch with larger values widens the histogram by doubling, so one pass over the images is enough. Positive and
-    negative values are counted apart: the signed range reaches further down.
+    negative values are counted separately: the signed range reaches further down.
     """
 
     def __init__(self) -> None:
@@ -103,7 +103,8 @@ class ActivationObserver:
         low, high = torch.stack(torch.aminmax(values)).tolist()
         largest = max(-low, high)
         if not self._begun and distributed.world() > 1:
-            # All ranks' histograms begin with the same bins, those of the whole first batch, so that they can be added.
+            # The histograms of all ranks start with the same bins, those of the whole first batch, so that they can be
+            # added.
             first = distributed.largest(largest if largest < _LARGEST else math.inf)[0]
             self.limit = max(first, MIN_SCALE) if first < _LARGEST else 0.0
         self._begun = True
@@ -123,7 +124,7 @@ class ActivationObserver:
         floats, integers = torch.empty(size), torch.empty(size, dtype=torch.int16)
         zeros = len(values)
         for part in torch.split(values, _BLOCK):
-            # Rounded down before the shift, so that bins of a smaller limit are parts of those of its double.
+            # Rounded down before the shift, so that bins of one limit are parts of the bins of twice that limit.
             place = torch.mul(part, bins / self.limit, out=floats[: len(part)]).floor_().add_(bins)
             counts += torch.bincount(integers[: len(part)].copy_(place), minlength=len(counts))
             zeros -= int(torch.ne(part, 0, out=place).sum())
@@ -133,7 +134,7 @@ class ActivationObserver:
         self.counts[1] += counts[:bins].flip(0)
 
     def reduce(self) -> None:
-        """Take in what all ranks have seen; from then on they hold the same. Each has seen its share of each batch."""
+        """Sum the histograms of all ranks, each of which has seen its share of every batch."""
         if distributed.world() == 1:
             return
         limit, lowest, self.highest = distributed.largest(self.limit, -self.lowest, self.highest)
@@ -150,7 +151,7 @@ class ActivationObserver:
 
     @torch.no_grad()
     def calibrate(self, quantizer: Quantizer, calibration: str = "mse") -> None:
-        """Start an activation's step: see `crqat.train.config.QuantizationConfig.calibration`."""
+        """Set an activation's initial scale; see `crqat.train.config.QuantizationConfig.calibration`."""
         quantizer.set_grad_scale(self.features)
         if not bool(self.counts.any()):  # nothing but zeros was seen
             quantizer.scale.fill_(1.0)
@@ -169,7 +170,7 @@ class ActivationObserver:
         return self._magnitude() / quantizer.qmax
 
     def _magnitude(self) -> float:
-        """What PERCENTILE of the magnitudes do not exceed, to one part in 2048 of the largest."""
+        """Return the magnitude that PERCENTILE of the values do not exceed, to one part in 2048 of the largest."""
         shares = self.counts.sum(dim=0).cumsum(dim=0) / self.counts.sum()
         bins = 1 + int(torch.searchsorted(shares, PERCENTILE / 100))
         return min(bins * self.limit / _HISTOGRAM_BINS, max(-self.lowest, self.highest))
@@ -181,13 +182,13 @@ class ActivationObserver:
         return float(scales[_best(values, counts, scales, quantizer.qmin, quantizer.qmax)])
 
     def _seen(self) -> tuple[Tensor, Tensor]:
-        """The middles of the bins that are not empty, and how many values each holds; float64."""
+        """Return the middles of the nonempty bins and their counts; float64."""
         middles = (torch.arange(_HISTOGRAM_BINS, dtype=torch.float64) + 0.5) * (self.limit / _HISTOGRAM_BINS)
         used = self.counts > 0
         return torch.stack([middles, -middles])[used], self.counts[used]
 
     def _range(self, quantizer: Quantizer, calibration: str) -> tuple[float, float]:
-        """Both ends of an asymmetric range; it contains 0."""
+        """Return both ends of an asymmetric range, which contains 0."""
         if calibration == "percentile":
             magnitude = self._magnitude()
             return max(self.lowest, -magnitude), min(self.highest, magnitude)
@@ -209,7 +210,7 @@ class ActivationObserver:
 
 
 def _best(values: Tensor, counts: Tensor, scales: Tensor, qmin: float | Tensor, qmax: float | Tensor) -> int:
-    """Which of the scales, of shape [scales], has the smallest squared error; bounds may have shape [scales, 1]."""
+    """Return the index of the scale with the least squared error. Scales: [scales]; bounds may be [scales, 1]."""
     steps = scales[:, None]
     rounded = torch.round(values / steps).clamp_(qmin, qmax).mul_(steps)  # type: ignore[arg-type]
     return int((rounded.sub_(values).square_() @ counts).argmin())

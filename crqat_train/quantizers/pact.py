@@ -38,7 +38,7 @@ class _PACT(torch.autograd.Function):
 
 
 class PACTQuantizer(Quantizer):
-    """Fake-quantizes an activation below a learned clipping level, alpha = qmax * scale, on which weight decay is."""
+    """Fake-quantizes an activation below a learned clipping level, alpha = qmax * scale, with weight decay on it."""
 
     scale: nn.Parameter
     decays_scale = True

@@ -1,1 +1,1 @@
-"""How fast a training would be in several processes."""
+"""Predicts the speed of training in several processes."""

@@ -1,12 +1,12 @@
-"""How CR-QAT training scales under data parallelism: a formula of the step time, its constants measured here.
+"""Predicts how CR-QAT training scales under data parallelism: a formula of the step time with measured constants.
 
     step(P)       = max(compute + all-reduce, data)
     compute       = a + b ceil(B / P)                              B images a step in all, P processes
     all-reduce    = 2 (P - 1) latency + 2 (P - 1) / P G / bandwidth    G bytes of gradients around a ring
     data          = share ceil(B / P) D / rate                     D bytes an image, `share` processes on one source
 
-DistributedDataParallel overlaps the all-reduce with the backward pass where there is more than one bucket of gradients,
-so this is an upper bound there. Nothing here is assumed: a constant is measured, counted, or given by the user.
+DistributedDataParallel overlaps the all-reduce with the backward pass if there is more than one bucket of gradients, so
+the formula is then an upper bound. Nothing is assumed: each constant is measured, counted, or given by the user.
 """
 
 from __future__ import annotations
@@ -34,19 +34,19 @@ from crqat.train.config import TrainConfig
 
 SCHEMA_VERSION = 1
 _PACKAGES = Path(__file__).parents[3]
-# Of one group of processes, compilation included: longer is a hang.
+# Time limit in seconds for one group of processes, including compilation: longer is a hang.
 TIME_LIMIT = 1800.0
-_SMALLEST_DEFAULT = 4  # images a process; fewer are a question that the user has to ask
+_SMALLEST_DEFAULT = 4  # images per process; smaller sizes must be requested by the user
 _MOST_MACHINES = 8
 
 
 @dataclass(frozen=True)
 class Link:
-    """What the gradients travel over.
+    """Network link for the gradients.
 
     Attributes:
         latency: Seconds of one step of the ring.
-        bandwidth: Bytes a second of one process.
+        bandwidth: Bytes per second of one process.
     """
 
     latency: float
@@ -55,18 +55,18 @@ class Link:
 
 @dataclass(frozen=True)
 class Constants:
-    """Everything that the formula needs.
+    """Constants of the step time formula.
 
     Attributes:
-        batch: Images a step, over all processes.
-        gradient_bytes: Of all trained parameters.
-        image_bytes: What the source delivers for one image of a step.
-        step_seconds: a, what a step costs whatever its batch.
-        image_seconds: b, what each image of a process adds.
-        data_rate: Bytes a second of the recipe's source.
-        holds: Processes that one machine like this one holds.
-        local: The link between processes of one machine; None if it was not measured.
-        between: The link between machines; None if it was not given.
+        batch: Images in a step, over all processes.
+        gradient_bytes: Bytes of the gradients of all trained parameters.
+        image_bytes: Bytes that the source delivers for one image of a step.
+        step_seconds: a, the constant part of a step, independent of the batch.
+        image_seconds: b, the time that each image of a process adds.
+        data_rate: Bytes per second of the recipe's source.
+        holds: Number of processes that one machine like this one can run.
+        local: Link between processes of one machine; None if it was not measured.
+        between: Link between machines; None if it was not given.
     """
 
     batch: int
@@ -81,20 +81,20 @@ class Constants:
 
 
 def all_reduce_terms(processes: int, size: float) -> tuple[float, float]:
-    """What a ring all-reduce of `size` bytes takes: steps, and bytes that each process sends."""
+    """Return the cost of a ring all-reduce of `size` bytes: steps, and bytes that each process sends."""
     return 2.0 * (processes - 1), 2.0 * (processes - 1) / processes * size
 
 
 def predict(constants: Constants, processes: int) -> dict[str, Any]:
-    """The formula, filled in.
+    """Predict step time and throughput for a number of processes.
 
     Args:
-        constants: Of a machine and a recipe.
-        processes: P.
+        constants: Constants of a machine and a recipe.
+        processes: Number of processes, P.
 
     Returns:
-        Seconds of the parts and of the step, images a second, efficiency (speed-up over P, in 0..1) and what limits
-        it; or the reason under `not_predicted`.
+        Seconds of the parts and of the step, images per second, efficiency (speed-up over P, in 0..1) and the limiting
+        part; or the reason under `not_predicted`.
     """
     row: dict[str, Any] = {"processes": processes, "machines": math.ceil(processes / constants.holds)}
     link = constants.local if row["machines"] == 1 else constants.between
@@ -123,32 +123,32 @@ def predict(constants: Constants, processes: int) -> dict[str, Any]:
 
 
 def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[float, ...]:
-    """The non-negative constants c of `seconds = terms @ c` whose relative errors have the smallest squares.
+    """Return the non-negative constants c of `seconds = terms @ c` with the least squares of relative errors.
 
     Args:
         terms: One row for each measured time.
-        seconds: The times, above 0.
+        seconds: The measured times, above 0.
     """
     times = np.asarray(seconds)
     rows = np.asarray(terms) / times[:, None]
-    # Columns of one size: a byte and a second are orders of magnitude apart.
+    # Normalize the columns: a byte and a second are orders of magnitude apart.
     scale = rows.max(axis=0)
     solution, _ = nnls(rows / scale, np.ones(len(times)))
     return tuple(float(value) for value in solution / scale)
 
 
 def quartiles(values: Sequence[float]) -> dict[str, Any]:
-    """Median, the middle half's ends and how many values there are."""
+    """Return median, quartiles and number of the values."""
     low, middle, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
     return {"median": middle, "quartiles": [low, high], "n": len(values)}
 
 
 def fit_rounds(terms: Sequence[Sequence[float]], rounds: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """Each constant, fitted to the medians over the rounds, with the quartiles of the fits of single rounds.
+    """Fit each constant to the medians over the rounds, with the quartiles of fits to single rounds.
 
     Args:
         terms: See `fit`.
-        rounds: For each row of `terms`, its seconds by round.
+        rounds: Seconds by round, for each row of `terms`.
     """
     values = fit(terms, [float(np.median(seconds)) for seconds in rounds])
     single = [fit(terms, seconds) for seconds in zip(*rounds, strict=True)]
@@ -159,7 +159,7 @@ def fit_rounds(terms: Sequence[Sequence[float]], rounds: Sequence[Sequence[float
 
 
 def default_processes(holds: int, batch: int, between: bool) -> list[int]:
-    """Powers of two up to what this machine holds; with a link between machines, up to eight of them."""
+    """Return powers of two up to the processes of this machine; with a link between machines, of up to eight."""
     numbers = [2**power for power in range(holds.bit_length()) if 2**power <= holds]
     if between:
         machines = [2**power for power in range(1, _MOST_MACHINES.bit_length())]
@@ -170,7 +170,7 @@ def default_processes(holds: int, batch: int, between: bool) -> list[int]:
 
 
 def local_batches(batch: int, processes: Sequence[int]) -> list[int]:
-    """The sizes at which compute is measured: that of one process, that of the most, and one between."""
+    """Return the batch sizes for measuring compute: that of one process, that of the most, and one between."""
     smallest = math.ceil(batch / max(processes)) if max(processes) > 1 else math.ceil(batch / 2)
     if batch == 1:
         return [1, 2]
@@ -178,19 +178,19 @@ def local_batches(batch: int, processes: Sequence[int]) -> list[int]:
 
 
 def measure(config: TrainConfig, processes: Sequence[int], between: Link | None, progress: Progress) -> dict[str, Any]:
-    """Measure the constants in processes of their own and fill the formula in.
+    """Measure the constants in separate processes and evaluate the formula.
 
     Args:
-        config: The recipe's; what a step is, is its `qat` and `consistency` sections'.
-        processes: The P to predict; empty takes `default_processes`.
+        config: The recipe; its `qat` and `consistency` sections define a step.
+        processes: Numbers of processes to predict; empty takes `default_processes`.
         between: The link between machines, given by the user.
-        progress: Told of what is measured.
+        progress: Reports the current measurement.
 
     Returns:
-        JSON: constants with spread and n, `predictions`, and the `check` of one of them on this machine.
+        JSON: constants with spread and n, `predictions`, and `check`, which compares one prediction with this machine.
 
     Raises:
-        UsageError: The recipe trains nothing or does not fit its data, or more processes than images are asked for.
+        UsageError: The recipe trains nothing or does not fit its data, or there are more processes than images.
         ToolError: A process died or took too long.
     """
     if config.qat.epochs == 0:
@@ -223,18 +223,18 @@ def assemble(
     threads: int,
     between: Link | None,
 ) -> dict[str, Any]:
-    """What `measure` returns, from what the processes measured.
+    """Assemble the result of `measure` from the measurements of the processes.
 
     Args:
-        alone: Of one process; see `crqat.train.scaling.worker`.
-        group: Of `world` processes at once; None if this machine holds one.
-        world: How many.
-        holds: Processes that this machine holds.
-        threads: Of each process.
+        alone: Measurements of one process; see `crqat.train.scaling.worker`.
+        group: Measurements of `world` processes at once; None if this machine runs only one.
+        world: Number of processes in the group.
+        holds: Number of processes that this machine can run.
+        threads: Number of threads of each process.
         between: The link between machines, if it was given.
 
     Raises:
-        ToolError: An all-reduce took no longer for more bytes.
+        ToolError: An all-reduce of more bytes took no longer.
     """
     points = alone["compute"]
     step, image = fit_rounds([(1.0, point["local_batch"]) for point in points], [p["seconds"] for p in points])
@@ -285,7 +285,7 @@ def assemble(
             "predicted_seconds": predicted["step_seconds"],
             "measured_seconds": real,
             "measured_to_predicted": real["median"] / predicted["step_seconds"],
-            # The formula takes processes on one machine not to slow each other; this says whether they do.
+            # The formula assumes that processes on one machine do not slow each other down; this checks it.
             "predicted_compute_seconds": predicted["compute_seconds"],
             "measured_compute_seconds": quartiles(group["compute"]),
         }
@@ -303,21 +303,21 @@ def assemble(
 
 
 def _inverse(constant: Mapping[str, Any]) -> dict[str, Any]:
-    """A constant's inverse; a round in which it is 0 has none."""
+    """Return a constant's inverse; rounds in which it is 0 are left out."""
     low, high = constant["quartiles"]
     ends = [1 / high if high else None, 1 / low if low else None]
     return {"value": 1 / constant["value"], "quartiles": ends, "n": constant["n"]}
 
 
 def _machine(device: str) -> tuple[int, int]:
-    """How many processes this machine holds, and the threads of each.
+    """Return how many processes this machine can run, and the threads of each.
 
-    One process a CUDA device; on the CPU as many as its cores have threads for. OMP_NUM_THREADS counts, and is 1 if it
-    is not set, as under torchrun.
+    One process for each CUDA device; on the CPU as many as fit with OMP_NUM_THREADS threads each (1 if it is not set,
+    as under torchrun).
     """
     import torch
 
-    # OpenMP's list, for nested regions, begins with the number that counts; it ignores what is no such number.
+    # OpenMP's list for nested regions begins with the number that counts; other values are ignored.
     given = re.match(r"\s*0*([1-9]\d*)\s*(,|$)", os.environ.get("OMP_NUM_THREADS", ""))
     threads = 1 if given is None else int(given[1])
     if device != "cpu" and torch.cuda.is_available():
@@ -327,9 +327,9 @@ def _machine(device: str) -> tuple[int, int]:
 
 
 def _run_processes(world: int, job: Mapping[str, Any], threads: int) -> dict[str, Any]:
-    """Run `crqat.train.scaling.worker` as `world` processes; give what rank 0 measured."""
+    """Run `crqat.train.scaling.worker` as `world` processes and return rank 0's measurements."""
     path = os.pathsep.join([str(_PACKAGES), *filter(None, [os.environ.get("PYTHONPATH")])])
-    # Nothing in the current folder takes the place of a library; Python 3.10 does not know the variable.
+    # No file in the current folder may shadow a library; Python 3.10 does not know the variable.
     environment = {**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": str(threads)}
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -356,21 +356,24 @@ def _run_processes(world: int, job: Mapping[str, Any], threads: int) -> dict[str
 
 
 def _wait(ranks: Sequence[subprocess.Popen[bytes]], folder: Path) -> None:
-    """Return when all have ended well; one that has not ends the wait.
+    """Wait until all processes have succeeded, or until one fails.
 
     Raises:
-        UsageError: The first that failed says so of the recipe.
-        ToolError: It failed otherwise, or the time limit is over.
+        UsageError: The first failing process reported an error in the recipe.
+        ToolError: A process failed in another way, or the time limit is exceeded.
     """
     end = time.monotonic() + TIME_LIMIT
     while any(process.poll() is None for process in ranks):
         if time.monotonic() > end:
-            msg = f"the measurement of {len(ranks)} processes takes longer than {TIME_LIMIT:.0f} s; take a smaller one"
+            msg = (
+                f"the measurement of {len(ranks)} processes takes longer than {TIME_LIMIT:.0f} s; measure a smaller "
+                "network or batch"
+            )
             raise ToolError(msg)
         if any(process.poll() for process in ranks):
             break
         time.sleep(0.05)
-    # One of them tells, the others end because of it.
+    # One process reports an error; the others end because of it.
     for said in sorted(folder.glob("*.error.json")):
         error = json.loads(said.read_text())
         raise (UsageError if error["usage"] else ToolError)(error["text"])

@@ -1,7 +1,7 @@
-"""One process of `crqat.train.scaling.model`: `python -m crqat.train.scaling.worker FOLDER RANK`.
+"""Measuring process of `crqat.train.scaling.model`: `python -m crqat.train.scaling.worker FOLDER RANK`.
 
-FOLDER/job.json says what to measure; rank 0 writes FOLDER/result.json. One process measures its steps and its data,
-several the all-reduce and their common step.
+FOLDER/job.json states what to measure; rank 0 writes FOLDER/result.json. A single process measures its steps and its
+data; several processes measure the all-reduce and their common step.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ from crqat.train.training.optimizer import Fit
 ROUNDS = 7
 _ROUND_SECONDS = 0.1
 _WARM_UP = 3
-_REPEATS = 5  # of one all-reduce in a round
-_LONG_MESSAGE = 1 << 26  # bytes; the gradients of a small network travel faster than a clock tells
-_CALIBRATION = 32  # images: ranges must be sensible, not good
-_MANY_STEPS = 1_000_000  # so that the learning rate stays in its warm-up, however long is measured
+_REPEATS = 5  # all-reduces in a round
+_LONG_MESSAGE = 1 << 26  # bytes; the gradients of a small network are too fast to time
+_CALIBRATION = 32  # images; ranges need to be plausible only
+_MANY_STEPS = 1_000_000  # keeps the learning rate in its warm-up, however long the measurement
 
 Step = Callable[[], object]
 
 
 class Work:
-    """The images and the network of a recipe, for steps of any batch."""
+    """Images and network of a recipe, for steps of any batch size."""
 
     def __init__(self, config: TrainConfig, device: torch.device, seed: int) -> None:
         self.config, self.device = config, device
@@ -62,7 +62,7 @@ class Work:
         data = config.data
         self.unlabeled = data.unlabeled_ratio if data.unlabeled is not None or data.labeled is not None else 0.0
         self.generators = Generators.of(seed, device)
-        # A step takes as long whatever the weights are: none are loaded, none trained.
+        # A step's time does not depend on the weights: none are loaded or trained.
         channels, classes = self.dataset.train_images.shape[1], len(self.dataset.class_names)
         self.network = models.build(config.model.name, classes, channels)
         self.network = self.network.to(device).to(memory_format=torch.channels_last).eval()
@@ -71,12 +71,12 @@ class Work:
 
     @property
     def image_bytes(self) -> int:
-        """What the source delivers for one image of a step: its pixels, and those of an unlabeled one beside it."""
+        """Return the bytes of one image of a step: its pixels, and those of the unlabeled images that go with it."""
         own = math.prod(self.dataset.train_images.shape[1:])
         return round(own * (1 + self.unlabeled))
 
     def batches(self, size: int, in_memory: bool) -> Batches:
-        """The recipe's training batches: of `size` images that are in memory, or of all from their source."""
+        """Return the recipe's training batches: `size` images in memory, or all images from their source."""
         config = self.config.data
         chosen = self.chosen[:size] if in_memory else self.chosen
         images = subset(self.dataset.train_images, chosen)
@@ -89,19 +89,19 @@ class Work:
         )
 
     def step(self, size: int, share_gradients: bool = True) -> Step:
-        """One step of the recipe's QAT on `size` images of all processes together, their augmentation included.
+        """Return one step of the recipe's QAT on `size` images over all processes, including augmentation.
 
         Args:
-            size: Images.
-            share_gradients: As training does it; without, processes compute the same and tell each other BN's
-                statistics alone.
+            size: Number of images.
+            share_gradients: Average gradients over processes, as training does; otherwise processes exchange only BN's
+                statistics.
         """
         student = copy.deepcopy(self.student)
         faster = self._wrap if share_gradients else self._compile
         training = ConsistencyTraining(student, self.network, self.config.consistency, faster)
         fit = Fit(student, self.config.qat, _MANY_STEPS, "qat", self.device, quiet)
         batches = endless(self.batches(size, in_memory=True), self.generators.augmentation, training.views)
-        # Labeled images in place of unlabeled ones: they take as long.
+        # Labeled images replace unlabeled ones: they take the same time.
         unlabeled, further = None, round(size * self.unlabeled)
         if further and (training.views == 2 or training.pseudo_labels):
             unlabeled = Feed(self.batches(further, in_memory=True), self.generators, training.views).stream()
@@ -119,7 +119,7 @@ class Work:
         return run
 
     def _quantize(self) -> QuantizedModel:
-        """The quantized network, calibrated on a few images."""
+        """Return the quantized network, calibrated on a few images."""
         quantization = self.config.quantization
         images = self.dataset.train_images[self.chosen[:_CALIBRATION]].to(self.device)
         batches = list(evaluation_batches(images, self.dataset.preprocessing, _CALIBRATION))
@@ -128,7 +128,7 @@ class Work:
         return student
 
     def _compile(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
-        # Not dynamic: in training there is one shape, here are several that must not meet in one graph.
+        # Not dynamic: training has one shape, and the several shapes here must not share a graph.
         return torch.compile(model, dynamic=False) if self.compiler else model
 
     def _wrap(self, model: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -136,25 +136,28 @@ class Work:
 
 
 def gradient_bytes(model: nn.Module) -> int:
-    """Bytes of the gradients of one step: of every parameter that is trained, quantizers' steps included."""
+    """Return the bytes of the gradients of one step: of every trained parameter, including the quantizers' scales."""
     return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
 def endless(batches: Batches, generator: torch.Generator, views: int) -> Iterator[tuple[Tensor, ...]]:
-    """Epochs without end; with 0 views the images are fetched and nothing is made of them."""
+    """Yield epochs without end; with 0 views, images are fetched but not augmented."""
     while True:
         yield from batches.epoch(generator, views)
 
 
 def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of steps by local batch, and bytes and seconds of what the source delivers.
+    """Return seconds of steps by local batch size, and bytes and seconds of the data source.
 
     Raises:
-        UsageError: More processes than images of a step are asked for.
+        UsageError: There are more processes than images in a step.
     """
     processes = sorted(set(job["processes"])) or default_processes(job["holds"], work.batch, job["between"])
     if processes[-1] > work.batch:
-        msg = f"--processes {processes[-1]}: a step has {work.batch} images (qat.batch_size, of the training split)"
+        msg = (
+            f"--processes {processes[-1]}: a step has {work.batch} images (qat.batch_size, of the training split); "
+            "take at most as many"
+        )
         raise UsageError(msg)
     for number in processes:
         shares.check_batch(work.batch, "qat.batch_size", number)
@@ -163,7 +166,7 @@ def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
     for step in steps:
         timed(step, _WARM_UP, work.device)
     repeats = [max(1, math.ceil(_ROUND_SECONDS / timed(step, 1, work.device))) for step in steps]
-    # The sizes take turns: a machine that slows down does so for all of them.
+    # Sizes alternate, so that a machine that slows down affects all of them.
     rounds = [
         [timed(step, number, work.device) for step, number in zip(steps, repeats, strict=True)] for _ in range(ROUNDS)
     ]
@@ -183,14 +186,14 @@ def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_data(work: Work) -> list[tuple[int, float]]:
-    """Bytes and seconds of batches of the recipe's source, one pair a round."""
+    """Return bytes and seconds of batches of the recipe's source, one pair for each round."""
     delivered = endless(work.batches(work.batch, in_memory=False), work.generators.augmentation, 0)
     own = math.prod(work.dataset.train_images.shape[1:]) * work.batch
 
     def draw() -> None:
         next(delivered)
 
-    # Decoding workers deliver all at once and then make one wait: a round takes as many batches from each of them.
+    # Decoding workers deliver in bursts: a round takes as many batches from each of them.
     burst = 1 if isinstance(work.dataset.train_images, Tensor) else workers()
     seconds = timed(draw, max(_WARM_UP, 2 * burst), work.device)
     number = burst * max(1, math.ceil(_ROUND_SECONDS / (burst * seconds)))
@@ -198,14 +201,14 @@ def measure_data(work: Work) -> list[tuple[int, float]]:
 
 
 def message_sizes(gradients: int) -> list[int]:
-    """Bytes of the all-reduces that are measured: a small one for the latency, the gradients', and longer ones."""
+    """Return the sizes of the all-reduces in bytes: a small one for the latency, the gradients', and larger ones."""
     longest = max(2 * gradients, min(16 * gradients, _LONG_MESSAGE))
     sizes = (gradients // 16, gradients, round(math.sqrt(gradients * longest)), longest)
     return [max(4, size // 4 * 4) for size in sizes]
 
 
 def measure_group(work: Work) -> dict[str, Any]:
-    """Seconds by round: of all-reduces by message size, of the common step, and of it without its all-reduce."""
+    """Return seconds by round: of all-reduces by message size, and of the common step with and without all-reduce."""
     size = gradient_bytes(work.student)
     messages = [torch.zeros(number // 4, device=work.device) for number in message_sizes(size)]
     exchanges: list[Step] = [partial(dist.all_reduce, message) for message in messages]
@@ -214,7 +217,7 @@ def measure_group(work: Work) -> dict[str, Any]:
         together(send, _WARM_UP, work.device)
     for warm in (step, alone):
         together(warm, _WARM_UP, work.device)
-    # The slowest process' count is everyone's: each step is a collective.
+    # All processes use the count of the slowest: each step is a collective.
     slowest = torch.tensor([together(step, 1, work.device)], device=work.device)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
     repeats = max(1, math.ceil(_ROUND_SECONDS / float(slowest)))
@@ -236,7 +239,7 @@ def measure_group(work: Work) -> dict[str, Any]:
 
 
 def timed(step: Step, times: int, device: torch.device) -> float:
-    """Seconds of one of `times` calls, the device's work included."""
+    """Return the mean seconds of `times` calls, including the device's work."""
     start = time.perf_counter()
     for _ in range(times):
         step()
@@ -246,7 +249,7 @@ def timed(step: Step, times: int, device: torch.device) -> float:
 
 
 def together(step: Step, times: int, device: torch.device) -> float:
-    """As `timed`, begun by all processes at once."""
+    """Return the mean seconds of `times` calls that all processes start at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     dist.barrier()
@@ -254,7 +257,7 @@ def together(step: Step, times: int, device: torch.device) -> float:
 
 
 def main() -> int:
-    """Measure what the job says; 0, or 2 or 3 with the reason in FOLDER/RANK.error.json."""
+    """Run the job; return 0, or 2 or 3 with the reason in FOLDER/RANK.error.json."""
     if len(sys.argv) != 3:
         print("scaling_rank: started by `crqat scale`, with FOLDER and RANK", file=sys.stderr)
         return UsageError.exit_code

@@ -1,4 +1,4 @@
-"""The consistency term of CR-QAT (arXiv 2402.13497), its teacher and its schedule.
+"""Consistency term of CR-QAT (arXiv 2402.13497), its teacher and its schedule.
 
 L = CE(f(A1(x)), y) + lambda(t) mean KL(softmax(f'(A2(x)) / T) || softmax(f(A1(x)) / T)) T^2
 """
@@ -20,12 +20,12 @@ from crqat.train.quantized_model import QuantizedModel
 
 
 def consistency_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """KL(teacher || student) of softened predictions, averaged over the batch, times the temperature squared.
+    """Return KL(teacher || student) of softened predictions, averaged over the batch, times the temperature squared.
 
     Args:
-        student: Logits of shape [N, classes] that get the gradient.
+        student: Logits of shape [N, classes]; the gradient flows into them.
         teacher: Logits of the same images under another augmentation; no gradient flows into them.
-        temperature: Of both softmaxes.
+        temperature: Softmax temperature of student and teacher.
 
     Returns:
         A scalar. The factor T^2 keeps the gradient's size independent of T.
@@ -36,7 +36,7 @@ def consistency_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0)
 
 
 def consistency_weight(step: int, steps: int, config: ConsistencyConfig) -> float:
-    """lambda(t): sigmoid-shaped ramp-up to `weight` over the first `ramp_up` share of the steps, then constant."""
+    """Return lambda(t): a sigmoid-shaped ramp-up to `weight` over the `ramp_up` share of the steps, then constant."""
     ramp = config.ramp_up * steps
     if step >= ramp:
         return config.weight
@@ -44,16 +44,16 @@ def consistency_weight(step: int, steps: int, config: ConsistencyConfig) -> floa
 
 
 def ema_alpha(step: int, decay: float) -> float:
-    """The teacher's alpha after step `step` (from 0): min(1 - 1/(t+1), decay), an average at first."""
+    """Return the teacher's alpha after step `step` (from 0): min(1 - 1/(t+1), decay), at first a plain average."""
     return min(1.0 - 1.0 / (step + 1), decay)
 
 
 class WeightAverage:
     """theta' <- alpha theta' + (1 - alpha) theta, matched by name.
 
-    Weights, BN affine parameters, quantizer scales and floating-point buffers are averaged, BN running statistics among
-    them: averaged weights with the statistics of the student's last steps are two networks in one. Integer buffers are
-    copied, and so is a buffer that holds infinity, as a mask does: its average would be no number.
+    Weights, BN affine parameters, quantizer scales and floating-point buffers are averaged. BN running statistics are
+    among them, because averaged weights do not fit the statistics of the student's last steps. Integer buffers are
+    copied, and so is a buffer that holds infinity, as a mask does: its average would be NaN.
 
     Raises:
         ValueError: The networks' tensors differ in name or shape.
@@ -77,7 +77,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, alpha: float) -> None:
-        """Move the teacher; two fused calls over all tensors, no host synchronization."""
+        """Update the teacher by two fused calls over all tensors, without host synchronization."""
         torch._foreach_lerp_(self._average[0], self._average[1], 1.0 - alpha)
         if self._copy[0]:  # a network without BN has no buffers
             torch._foreach_copy_(self._copy[0], self._copy[1])
@@ -90,12 +90,12 @@ class EMATeacher:
     step t uses alpha = min(1 - 1/(t + 1), decay), so the first update copies the student.
 
     Args:
-        student: The network that is trained; DistributedDataParallel and torch.compile wrappers are looked through.
+        student: The network that is trained; DistributedDataParallel and torch.compile wrappers are unwrapped.
         decay: Largest alpha of theta' <- alpha theta' + (1 - alpha) theta.
 
     Attributes:
-        model: The teacher's network, in eval mode, without gradients. It is what to export.
-        steps: Updates so far; set it when a training is resumed.
+        model: The teacher's network, in eval mode, without gradients. Export this one.
+        steps: Number of updates so far; set it when a training run is resumed.
 
     Raises:
         ValueError: `decay` is not in [0, 1).
@@ -111,31 +111,31 @@ class EMATeacher:
         self._average = WeightAverage(self.model, inner)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The teacher's logits of shape [N, classes], without gradient, for images of shape [N, C, H, W]."""
+        """Return the teacher's logits of shape [N, classes], without gradient, for images of shape [N, C, H, W]."""
         with torch.no_grad():
             logits: Tensor = self.model(images)
         return logits
 
     def update(self) -> None:
-        """Move the teacher towards the student; nothing waits for the device."""
+        """Move the teacher towards the student, without waiting for the device."""
         self._average.update(ema_alpha(self.steps, self.decay))
         self.steps += 1
 
 
 class ConsistencyTraining:
-    """The networks of a training step: the student, and the teacher if there is one; plain QAT has none.
+    """Networks of a training step: the student, and the teacher if there is one; plain QAT has none.
 
     Args:
         student: The network that is trained: quantized, or float where there is no teacher.
-        float_model: The network that it was quantized from.
-        config: Which teacher, and how much it counts.
-        compile_model: Makes a network's forward pass faster, or returns it as it is.
+        float_model: The float network that the student was quantized from.
+        config: Settings of the teacher and of the consistency term.
+        compile_model: Applies `torch.compile`, or returns the network unchanged.
 
     Attributes:
-        student: The student's forward pass, compiled: images to logits.
+        student: The student's compiled forward pass: images to logits.
         teacher: The EMA teacher, None unless the recipe asks for one.
-        views: How many augmentations of each image a step needs.
-        pseudo_labels: Whether labels that the float network has given stand in for a teacher.
+        views: Number of augmented views of each image that a step needs.
+        pseudo_labels: Whether pseudo-labels of the float network replace a teacher.
     """
 
     def __init__(
@@ -152,7 +152,7 @@ class ConsistencyTraining:
         if config.teacher == "ema":
             self._average = EMATeacher(student, config.ema_decay)
             self.teacher = self._average.model
-        # With weight 0 the teacher is an average of the student's weights and nothing else: it costs no forward pass.
+        # With weight 0 the teacher is only an average of the student's weights: it costs no forward pass.
         if self.teacher is not None and config.weight > 0:
             self._teach = compile_model(self.teacher)
         elif config.teacher == "float" and config.weight > 0:
@@ -161,13 +161,13 @@ class ConsistencyTraining:
         self.pseudo_labels = config.teacher == "pseudo-label" and config.weight > 0
 
     def weight(self, step: int, steps: int) -> float:
-        """lambda(t) of step `step` of `steps`; 0 where no teacher is asked."""
+        """Return lambda(t) of step `step` of `steps`; 0 without a teacher."""
         if self._teach is None and not self.pseudo_labels:
             return 0.0
         return consistency_weight(step, steps, self.config)
 
     def target(self, images: Tensor) -> Tensor:
-        """The teacher's logits, without gradient, for the second view of the images.
+        """Return the teacher's logits for the second view of the images, without gradient.
 
         Raises:
             ValueError: There is no teacher: `views` is 1.
@@ -179,7 +179,7 @@ class ConsistencyTraining:
             return self._teach(images)
 
     def update_teacher(self, step: int) -> None:
-        """Move the teacher after optimizer step `step`, from 0."""
+        """Update the teacher after optimizer step `step`, counted from 0."""
         if self.teacher is not None:
             self._average.steps = step  # a resumed training counts on
             self._average.update()

@@ -1,4 +1,4 @@
-"""Accuracy of a network in torch."""
+"""Predictions and accuracy of a network in torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from crqat.core.preprocessing import Preprocessing
 from crqat.train import distributed
 from crqat.train.data.batches import Images, evaluation_batches, subset
 
-# Images a batch.
+# Number of images in a batch.
 BATCH = 500
 
 
@@ -17,13 +17,13 @@ BATCH = 500
 def answers(
     model: nn.Module, images: Images, preprocessing: Preprocessing, device: torch.device | None = None
 ) -> Tensor:
-    """The class that a network in eval mode sees in each image, int64 of shape [N] on the CPU.
+    """Return the predicted class of each image, int64 of shape [N] on the CPU.
 
     Args:
-        model: Maps normalized float32 [N, C, H, W] to logits [N, classes].
+        model: Network in eval mode that maps normalized float32 [N, C, H, W] to logits [N, classes].
         images: uint8 of shape [N, C, H, W], or files.
-        preprocessing: Of the network's input.
-        device: Where the network is; None is the CPU.
+        preprocessing: Preprocessing of the network's input.
+        device: Device of the network; None is the CPU.
     """
     batches = evaluation_batches(images, preprocessing, BATCH)
     return torch.cat([model(batch.to(device or batch.device)).argmax(1).cpu() for batch in batches])
@@ -31,15 +31,13 @@ def answers(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, labels: Tensor, preprocessing: Preprocessing) -> float:
-    """Share of images whose largest logit is the label's, in 0..1; the model is in eval mode meanwhile.
-
-    Several ranks each look at their part of the images.
+    """Return top-1 accuracy, in 0..1. The model is in eval mode meanwhile; several ranks share the images.
 
     Args:
         model: Maps normalized float32 [N, C, H, W] to logits [N, classes].
         images: uint8 of shape [N, C, H, W], or files.
         labels: int64 of shape [N].
-        preprocessing: Of the network's input.
+        preprocessing: Preprocessing of the network's input.
     """
     was_training, count = model.training, len(labels)
     model.eval()

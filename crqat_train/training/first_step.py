@@ -1,4 +1,4 @@
-"""The first forward and the first training step of a network, before any training: what fails there, and why."""
+"""Checks the first forward pass and the first training step of a network before training, and explains failures."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from crqat.train.graph.explain import check_module, failing_module, forward_of, 
 from crqat.train.training import loop
 from crqat.train.training.optimizer import Fit
 
-# Sizes and channels that are tried to say what a network takes that does not take the data, and for how long.
+# Sizes and channels that are tried to find out which images a network takes, and the time limit in seconds.
 _SIZES, _CHANNELS, _SECONDS = (224, 32, 28, 64, 299, 256, 384, 96, 128), (1, 3), 5.0
 _FEW_VALUES = "more than 1 value per channel"
 _LEARNING_RATE = 1e-3
 
 
 def check_forward(network: nn.Module, images: Tensor, classes: int) -> None:
-    """Run a network in eval mode and compare its result with what the data asks for.
+    """Run a network in eval mode and check that its output fits the data.
 
     Args:
-        network: Float; only its mode changes, to that of evaluation.
+        network: Float network; it is left in eval mode and is otherwise unchanged.
         images: Normalized, float32 of shape [N, C, H, W], on the network's device.
-        classes: Of the data.
+        classes: Number of classes of the data.
 
     Raises:
-        UsageError: It raises, or it does not give one float number for each image and class.
+        UsageError: It raises, or does not return one float number for each image and class.
     """
     check_module(network)
     network.eval()
@@ -58,15 +58,15 @@ def check_step(
     """Train a network for one step, eagerly.
 
     Args:
-        network: Float or quantized; it is changed.
-        images: Normalized, float32 of shape [N, C, H, W], on the network's device. One batch of a process at most.
+        network: Float or quantized network; it is changed.
+        images: Normalized, float32 of shape [N, C, H, W], on the network's device; at most one batch of a process.
         labels: int64 of shape [N].
-        section: Of the training.
+        section: Settings of the training.
         key: The section's name in the recipe.
-        processes: That share the batch.
+        processes: Number of processes that share the batch.
 
     Raises:
-        UsageError: The forward or the backward pass raises, gives no logits or values that are no numbers.
+        UsageError: The forward or the backward pass raises, or returns no logits or values that are not finite.
     """
     fit = Fit(network, replace(section, epochs=1, lr=_LEARNING_RATE), 1, key, images.device, quiet)
     network.train()
@@ -93,15 +93,15 @@ def check_step(
 
 
 def check_statistics(network: nn.Module, images: Tensor, key: str) -> None:
-    """Run a network as when BatchNorm's statistics are estimated anew.
+    """Run a network as when BatchNorm's statistics are re-estimated.
 
     Args:
-        network: It is changed.
-        images: Normalized, float32 of shape [N, C, H, W]: as many as are estimated from at once.
-        key: What their number is called in the recipe.
+        network: Network to run; it is changed.
+        images: Normalized, float32 of shape [N, C, H, W]: one batch of the estimation.
+        key: The recipe's key for their number.
 
     Raises:
-        UsageError: They are too few.
+        UsageError: There are too few images.
     """
     try:
         with torch.no_grad():
@@ -116,14 +116,14 @@ def check_statistics(network: nn.Module, images: Tensor, key: str) -> None:
 def _refuse_one_image(network: nn.Module, images: Tensor, error: Exception, key: str, least: int) -> None:
     if len(images) == 1 and _FEW_VALUES in str(error):
         msg = (
-            f"{key}: {failing_module(network, error) or 'a BatchNorm'} has one value for each channel of one image, "
-            f"and no statistics of it; take at least {least}"
+            f"{key}: {failing_module(network, error) or 'a BatchNorm'} cannot compute statistics of one image with one "
+            f"value per channel; take at least {least}"
         )
         raise UsageError(msg) from error
 
 
 def one_line_of(error: BaseException) -> str:
-    """The kind of an error and its text, as " (RuntimeError: ...)"."""
+    """Return the kind of an error and its text, as " (RuntimeError: ...)"."""
     kind, text = type(error).__name__, one_line(error)
     return f" ({kind})" if text == kind else f" ({kind}: {text})"
 
@@ -164,12 +164,12 @@ def _check_logits(network: nn.Module, logits: object, images: int, classes: int 
 
 
 def _what_it_takes(network: nn.Module, images: Tensor) -> str:
-    """Which channels or size it takes in place of those of the images; found by trying."""
+    """Finds by trying which channels or size the network takes instead of those of the images, and advises."""
     _, channels, height, width = images.shape
     end = time.monotonic() + _SECONDS
     try:
         twin = copy.deepcopy(network)
-    except Exception:  # some tensors cannot be copied; what is tried changes nothing in eval mode but odd networks
+    except Exception:  # some tensors cannot be copied
         return "correct it, or choose another network"
 
     def runs(shape: tuple[int, int, int]) -> bool:

@@ -1,4 +1,4 @@
-"""The images of a training's steps: those with labels, and those that are used without."""
+"""Images of a training run: labeled ones, and unlabeled ones for the consistency term."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from crqat.train.training.evaluate import answers
 
 @dataclass(frozen=True)
 class TrainingImages:
-    """What the steps of one training draw from.
+    """Labeled and unlabeled images of one training run.
 
     Attributes:
         config: The recipe's `data` section.
         dataset: The images.
-        split: Which of them train.
-        device: Where training runs.
+        split: Which of the images are used for training.
+        device: Device of the training.
     """
 
     config: DataConfig
@@ -34,12 +34,12 @@ class TrainingImages:
     device: torch.device
 
     def labeled(self, section: OptimizerConfig, key: str, strong: bool) -> Batches:
-        """The training images with their labels.
+        """Return batches of the training images with their labels.
 
         Args:
-            section: Of the recipe, with the batch size.
-            key: Its name in the recipe, for messages.
-            strong: Whether the student sees strong views.
+            section: Section of the recipe that has the batch size.
+            key: Name of the section in the recipe; used in messages.
+            strong: Whether the student gets strongly augmented views.
 
         Raises:
             UsageError: The batch size does not fit the images or the processes.
@@ -51,7 +51,7 @@ class TrainingImages:
         return self._batches(images, labels, section.batch_size, strong, f"{key}, of {len(images)} images")
 
     def unlabeled(self, section: OptimizerConfig, strong: bool, labeler: nn.Module | None) -> Batches | None:
-        """Images whose labels are not used, or that `labeler` has labeled; None if there are none."""
+        """Return batches of unlabeled images, or of images pseudo-labeled by `labeler`; None if there are none."""
         config, images = self.config, self.without_labels
         size = round(config.unlabeled_ratio * section.batch_size)
         if size == 0 or len(images) == 0:
@@ -70,12 +70,12 @@ class TrainingImages:
 
     @functools.cached_property
     def without_labels(self) -> Images:
-        """All images that are used without their labels."""
+        """Return all images that are used without their labels."""
         config, images = self.config, self.dataset.train_images
         if config.unlabeled is None:
             return subset(images, self.split.unlabeled)
         if config.unlabeled == config.source and config.unlabeled_root is None:
-            # Of the labeled source itself all but the validation images, which stay unseen.
+            # From the labeled source, take all images except those for validation, which stay unseen.
             return subset(images, torch.cat([self.split.train, self.split.unlabeled]))
         with distributed.first_rank_first():
             return sources.load_unlabeled(config.unlabeled, config, self.dataset)

@@ -1,4 +1,4 @@
-"""The training loop: one step, seen whole, for the float network, QAT and CR-QAT alike, and the epochs around it.
+"""The training loop: one step for the float network, QAT and CR-QAT alike, and the epochs around it.
 
 Features of low-bit training are callbacks; see `crqat.train.training.callbacks`. No step waits for the device.
 """
@@ -18,7 +18,7 @@ from crqat.train.training.consistency import ConsistencyTraining, consistency_lo
 from crqat.train.training.optimizer import Fit
 from crqat.train.training.resume import Keeper, Training
 
-# Is given all rows of the history so far: as a training begins or goes on, and after each epoch.
+# Called with all rows of the history so far: when a training run starts or resumes, and after each epoch.
 Track = Callable[[Sequence[Mapping[str, Any]]], None]
 
 
@@ -30,15 +30,15 @@ def step(
     callbacks: Sequence[Callback] = (),
     pseudo_labels: Tensor | None = None,
 ) -> None:
-    """One training step: loss, gradient, optimizer, teacher.
+    """Run one training step: loss, gradient, optimizer and teacher.
 
     Args:
         views: `networks.views` augmentations, float32 of shape [N, C, H, W] each; the first B images are labeled.
-        labels: int64 of shape [B].
+        labels: Classes of the labeled images, int64 of shape [B].
         networks: The network that is trained, and its teacher.
         fit: The optimizer and the learning rate.
-        callbacks: What else happens in a step, in this order.
-        pseudo_labels: Of the unlabeled images, int64, where the float network has given them some.
+        callbacks: Features of low-bit training, called in this order.
+        pseudo_labels: Classes that the float network gave the unlabeled images, int64; None without pseudo-labels.
     """
     for callback in callbacks:
         callback.before_step(fit)
@@ -59,7 +59,7 @@ def objective(
     weight: float,
     pseudo_labels: Tensor | None = None,
 ) -> Tensor:
-    """The loss of `step`, a scalar: cross-entropy of labeled images + `weight` times consistency of all images.
+    """Return the loss of `step`: cross-entropy of labeled images + `weight` times consistency of all images.
 
     With `pseudo_labels`, the second term is the cross-entropy of the unlabeled images.
     """
@@ -74,7 +74,7 @@ def objective(
 
 
 def update(fit: Fit, loss: Tensor) -> None:
-    """Backward pass, learning rate and optimizer step for a scalar loss."""
+    """Run the backward pass of a scalar loss, set the learning rate and step the optimizer."""
     fit.optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     fit.set_learning_rate()
@@ -91,16 +91,16 @@ def epochs(
     measure: Callable[[], dict[str, float]],
     track: Track | None = None,
 ) -> None:
-    """All epochs of a training, or those that an interrupted one has left; one row of history for each.
+    """Run all epochs of a training run, or the remaining ones after an interruption; each adds a row of history.
 
     Args:
-        training: What is saved and resumed. Its feed "images" gives the batches; a feed "unlabeled" gives further
-            images for the consistency term, whose labels are those of `networks.pseudo_labels` or not used.
+        training: State that is saved and resumed. Its feed "images" gives the batches; a feed "unlabeled" gives further
+            images for the consistency term, with pseudo-labels if `networks.pseudo_labels`, otherwise without labels.
         networks: The network that is trained, and its teacher.
-        callbacks: Features of this training.
-        keeper: Saves and resumes.
-        measure: What an epoch's row says beside the loss.
-        track: Called with the history, once what it says is saved.
+        callbacks: Features of low-bit training.
+        keeper: Saves and resumes the training run.
+        measure: Returns the values of an epoch's row other than the loss.
+        track: Called with the history once the state that it describes is saved.
     """
     fit, unlabeled = training.fit, training.feeds.get("unlabeled")
     further = None if unlabeled is None else unlabeled.stream()

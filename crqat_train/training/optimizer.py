@@ -1,4 +1,4 @@
-"""One training's optimizer, learning rate and record; no step of it waits for the device."""
+"""Optimizer, learning rate and records of one training run; none of its steps waits for the device."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ _WARM_UP = 0.05
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups for any torch optimizer.
+    """Return parameter groups for any torch optimizer.
 
-    Convolution and linear weights are decayed; biases and BatchNorm parameters are not, and neither are the quantizers'
-    scales, which have as many dimensions as the weights that they belong to. PACT's clipping levels are decayed, as in
-    its paper (arXiv 1805.06085).
+    Convolution and linear weights have weight decay; biases, BatchNorm parameters and the quantizers' scales have none.
+    PACT's clipping levels are decayed, as in its paper (arXiv 1805.06085).
 
     Args:
         model: A float or quantized network.
-        weight_decay: Of the decayed groups.
+        weight_decay: Weight decay of the decayed groups.
 
     Returns:
         Four groups, some of which may be empty: the network's weights, its other parameters, the quantizers' parameters
@@ -49,7 +48,7 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 class Fit:
-    """One training's optimizer and learning rate: linear warm-up over 5 % of the steps, then cosine to zero."""
+    """Optimizer and learning rate of one training run: linear warm-up over 5 % of the steps, then cosine to zero."""
 
     def __init__(
         self,
@@ -68,7 +67,7 @@ class Fit:
         self.steps_in_epoch, self.epoch_started = 0, time.monotonic()
 
     def epochs(self) -> Iterator[int]:
-        """Epoch numbers from 1, or from the one that a loaded state is in; each ends by `end_of_epoch`."""
+        """Yield epoch numbers from 1, or from that of a loaded state; each epoch must end with `end_of_epoch`."""
         while self.epochs_done < self.section.epochs:
             if self.steps_in_epoch == 0:
                 self.loss_sum.zero_()
@@ -76,37 +75,37 @@ class Fit:
             yield self.epochs_done + 1
 
     def scale_lr(self, factor: float) -> None:
-        """Multiply the quantizers' learning rate from now on; at 0 they stay as they are."""
-        for group in self.optimizer.param_groups[2:]:  # behind the network's own
+        """Multiply the quantizers' learning rate from now on; 0 freezes them."""
+        for group in self.optimizer.param_groups[2:]:  # the groups after the network's own
             group["factor"] = factor
 
     def autocast(self) -> torch.autocast:
-        """The context of a forward pass and its loss."""
+        """Return the autocast context of a forward pass and its loss."""
         bfloat16 = self.section.precision == "bfloat16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
     def learning_rate(self, step: int) -> float:
-        """The network's in a step, counted from 0; that of the quantizers is a factor of it."""
+        """Return the network's learning rate in a step, counted from 0; the quantizers' rate is a factor of it."""
         warm_up = max(1.0, _WARM_UP * self.steps)
         cosine = 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return self.section.lr * min(1.0, (step + 1) / warm_up) * cosine
 
     def set_learning_rate(self) -> None:
-        """Set the learning rate of the step that comes next."""
+        """Set the learning rate of the next step."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate(self.steps_done) * group["factor"]
 
     def count(self, loss: Tensor) -> None:
-        """Record a step that is done; nothing in here waits for the device."""
+        """Record a finished step without waiting for the device."""
         self.loss_sum += loss.detach()
         self.steps_done += 1
         self.steps_in_epoch += 1
 
     def end_of_epoch(self, epoch: int, **row: float) -> dict[str, Any]:
-        """One row of history. Loss and weights are looked at here, once an epoch, not in every step.
+        """Return one row of history. Loss and weights are checked here, once an epoch, not in every step.
 
         Raises:
-            UsageError: They are not finite.
+            UsageError: The loss or a weight is not finite.
         """
         loss = float(distributed.mean(self.loss_sum)) / self.steps_in_epoch
         if not (math.isfinite(loss) and finite(self.model)):
@@ -121,7 +120,7 @@ class Fit:
         return {"phase": self.name, "epoch": epoch, "loss": loss, **row, "lr": lr, "seconds": round(seconds, 3)}
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What changes from step to step, but for the network: tensors, and what JSON holds."""
+        """Return optimizer and progress state as tensors and JSON values; the network is saved separately."""
         tensors = {"loss_sum": self.loss_sum}
         values: dict[str, Any] = {"optimizer": {}}
         for index, parameter in enumerate(self._parameters()):
@@ -133,7 +132,7 @@ class Fit:
         return tensors, {**values, "epoch_seconds": time.monotonic() - self.epoch_started}
 
     def load_state(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
-        """Take on what `state` gave, in another process."""
+        """Load a state that `state` returned in another process."""
         self.loss_sum.copy_(tensors["loss_sum"])
         for name in ("steps_done", "epochs_done", "steps_in_epoch"):
             setattr(self, name, values[name])
@@ -146,7 +145,7 @@ class Fit:
             index, _, key = rest.partition(".")
             parameter = parameters[int(index)]
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                # In the parameter's memory layout, as it was: another one takes other kernels.
+                # In the parameter's original memory layout: another layout selects other kernels.
                 value = torch.empty_like(parameter, requires_grad=False).copy_(value)
             self.optimizer.state[parameter][key] = value
 
@@ -155,10 +154,10 @@ class Fit:
 
 
 def is_scale(name: str) -> bool:
-    """Whether a parameter's name is that of a quantizer's step, which stays positive; an offset need not."""
+    """Whether a parameter's name is that of a quantizer's scale, which stays positive; an offset need not."""
     return is_step(name) and name.endswith(".scale")
 
 
 def finite(model: nn.Module) -> bool:
-    """Whether all values of a network's state are numbers."""
+    """Whether all values of a network's state are finite."""
     return bool(torch.stack([tensor.isfinite().all() for tensor in model.state_dict().values()]).all())

@@ -1,8 +1,8 @@
-"""A training that was interrupted at any instant goes on from its last state, with the same bits as if it had not been.
+"""Saves and resumes training: after an interruption at any time, the result has the same bits as without it.
 
 A state is everything that the rest of the training depends on: networks, optimizer, counters, all random generators,
-and the place in the images. It is taken between two steps. Whatever follows from the recipe alone, such as the split
-and the calibration, is done again.
+and the position in the images. It is saved between two steps. Results that follow from the recipe alone, such as the
+split and the calibration, are computed again.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ SAVE_EVERY = 300.0
 
 @dataclass
 class Training:
-    """What changes while a network is trained.
+    """The parts of a training run that change from step to step.
 
     Attributes:
-        fit: Its optimizer and counters; its name is the phase, "float" or "qat".
-        feeds: Its images.
-        models: Its networks by name, the float network among them in QAT.
-        generators: Of the order of images and the augmentation.
-        history: Rows of all epochs so far.
+        fit: Optimizer and counters; its name is the phase, "float" or "qat".
+        feeds: Batches of the training run, by name.
+        models: Networks by name; in QAT the float network is among them.
+        generators: Random generators of the order of images and of the augmentation.
+        history: Rows of all finished epochs.
     """
 
     fit: Fit
@@ -51,18 +51,18 @@ class Training:
 
 
 class Keeper:
-    """Saves a training's state by time and at each epoch, and when the process is asked to end.
+    """Saves a training run's state periodically, after each epoch, and when the process is asked to end.
 
-    Each rank has one and calls it at the same places; rank 0's reads and writes for all, by its own clock.
+    Each rank has a keeper and calls it at the same points; rank 0 reads and writes for all, by its own clock.
 
     Args:
-        directory: Of the states of this recipe; None saves nothing.
-        seconds: Between two states; 0 saves after every step.
-        device: Where training runs.
-        progress: Told of what was found.
+        directory: Directory for the states of this recipe; None saves nothing.
+        seconds: Seconds between two states; 0 saves after every step.
+        device: Device of the training.
+        progress: Reports a state that was found.
 
     Raises:
-        UsageError: The state that was found is of another kind of device, or of another number of ranks.
+        UsageError: The state was saved on another kind of device, or by another number of ranks.
     """
 
     def __init__(self, directory: Path | None, seconds: float, device: torch.device, progress: Progress) -> None:
@@ -77,11 +77,11 @@ class Keeper:
             self._started -= self._found.values["seconds"]
             if self._found.values["device"] != device.type:
                 was = self._found.values["device"]
-                msg = f"{directory}: a training on {was} cannot go on on {device.type}; --restart discards it"
+                msg = f"{directory}: a training on {was} cannot resume on {device.type}; --restart discards it"
                 raise UsageError(msg)
             if (ranks := self._found.values.get("ranks", 1)) != distributed.world():
-                msg = f"{directory}: a training in {ranks} process{'es' * (ranks > 1)} cannot go on in "
-                msg += f"{distributed.world()}; `crqat train RECIPE --nproc {ranks}` does, or --restart discards it"
+                msg = f"{directory}: a training in {ranks} process{'es' * (ranks > 1)} cannot resume in "
+                msg += f"{distributed.world()}; use `crqat train RECIPE --nproc {ranks}`, or --restart to discard it"
                 raise UsageError(msg)
 
     def _latest(self) -> State | None:
@@ -91,16 +91,16 @@ class Keeper:
 
     @property
     def found(self) -> bool:
-        """Whether there is a state to go on from; the same on all ranks."""
+        """Whether there is a state to resume from; the same on all ranks."""
         return self._found is not None
 
     @property
     def seconds(self) -> float:
-        """How long the training has taken so far, over all its processes but for what was done twice."""
+        """Return the training time so far in seconds, excluding steps that were redone after a restart."""
         return time.monotonic() - self._started
 
     def finished(self, phase: str, model: nn.Module) -> bool:
-        """Whether a later phase had begun already; if so, `model` becomes what it was at the end of `phase`."""
+        """Whether a later phase has begun already; if so, load into `model` its state at the end of `phase`."""
         if self._found is None or self._found.values["phase"] == phase:
             return False
         self._load({phase: model}, self._found)
@@ -108,13 +108,13 @@ class Keeper:
 
     @contextmanager
     def keep(self, training: Training) -> Iterator[None]:
-        """Put a training where its state left it, and answer SIGINT and SIGTERM by a state instead of a sudden end."""
+        """Restore a training run from its state, and on SIGINT or SIGTERM save a state before ending."""
         self._training, self._saved = training, time.monotonic()
         found, self._found = self._found, None
         if found is not None and found.values["phase"] == training.fit.name:
             self._restore(training, found)
         elif training.fit.name == "qat":
-            self.save()  # the float network is behind us
+            self.save()  # the training of the float network is done
         if self._checkpoints is None or threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -128,12 +128,12 @@ class Keeper:
     def _note(self, number: int, _: Any) -> None:
         if self._signal is not None:
             if distributed.world() > 1:
-                return  # torchrun repeats what a terminal has sent already, and ends what does not answer
-            raise KeyboardInterrupt  # asked twice
+                return  # torchrun repeats a signal that the terminal has sent, and kills processes that do not react
+            raise KeyboardInterrupt  # the second request ends at once
         self._signal = number
 
     def after_step(self) -> None:
-        """Save if it is time to; does not wait for the device otherwise. Several ranks do so one step later."""
+        """Save a state if it is due, without waiting for the device otherwise. Several ranks save one step later."""
         if self._checkpoints is None:
             return
         due = distributed.rank() == 0 and time.monotonic() - self._saved >= self._seconds
@@ -141,15 +141,15 @@ class Keeper:
             self.save()
 
     def save(self) -> None:
-        """Save now, and end if the process was asked to.
+        """Save a state now, and end if the process was asked to.
 
         Raises:
             ToolError: The state cannot be written.
-            Interrupted: By SIGINT or SIGTERM.
+            Interrupted: The process received SIGINT or SIGTERM.
         """
         if self._checkpoints is None or self._training is None:
             return
-        # A signal may have come to some ranks only; all of them save and end, or none does.
+        # A signal may reach only some ranks; all of them save and end, or none does.
         self._vote.close()
         number = int(distributed.largest(self._signal or 0)[0])
         state = self._state(self._training)
@@ -157,8 +157,8 @@ class Keeper:
             self._checkpoints.save(state)
         self._saved = time.monotonic()
         if number:
-            distributed.from_first(None)  # nobody ends before it is written
-            msg = f"interrupted; saved at {_place(self._training.fit)}: the same command goes on from there"
+            distributed.from_first(None)  # no rank ends before the state is written
+            msg = f"interrupted; saved at {_place(self._training.fit)}: run the same command to resume"
             raise Interrupted(msg, number)
 
     def _state(self, training: Training) -> State:
@@ -207,11 +207,11 @@ class Keeper:
 
     @torch.no_grad()
     def _load(self, models: dict[str, nn.Module], state: State) -> None:
-        """Copy into the tensors that are there: compiled networks and averages hold on to them."""
+        """Copy into the existing tensors, to which compiled networks and averages refer."""
         for name, model in models.items():
             own, saved = _tensors(model), _below(f"model.{name}.", state.tensors)
             if {k: t.shape for k, t in own.items()} != {k: t.shape for k, t in saved.items()}:
-                msg = "the saved state of this training is of another network than the recipe's as it is now; "
+                msg = "the saved state of this training does not fit the recipe's network as it is now; "
                 msg += "`crqat train RECIPE --restart` discards it"
                 raise UsageError(msg)
             for key, tensor in own.items():
@@ -225,7 +225,7 @@ def _place(fit: Fit) -> str:
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and all buffers, also those that a state dict leaves out."""
+    """Return parameters and all buffers, including those that a state dict leaves out."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
@@ -234,7 +234,7 @@ def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _with_other_ranks(state: State) -> State:
-    """Rank 0's state with what differs on the others: random generators and the sum of losses."""
+    """Return rank 0's state together with the other ranks' own parts: random generators and the sum of losses."""
     if distributed.world() == 1:
         return state
     tensors = {n: t for n, t in state.tensors.items() if n.startswith("random.") or n == "fit.loss_sum"}

@@ -1,4 +1,4 @@
-"""The `train` stage: a float network, loaded or trained; its quantized copy, calibrated and trained; the best one."""
+"""The `train` stage: loads or trains the float network, quantizes, calibrates and trains it, and selects the best."""
 
 from __future__ import annotations
 
@@ -47,15 +47,15 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Start:
-    """What a training starts from.
+    """Network and data at the start of training.
 
     Attributes:
-        network: Float, on the device, with the recipe's weights; not to be changed.
-        trained: Whether it stays as it is, because its weights are those of a file.
+        network: Float network on the device, with the recipe's weights. It must not be changed.
+        trained: Whether its weights come from a file and are not trained further.
         dataset: The images.
-        split: Which of them train.
-        device: Where training runs.
-        processes: That train together.
+        split: Which of the images are used for training.
+        device: Device of the training.
+        processes: Number of processes that train together.
     """
 
     network: nn.Module
@@ -66,7 +66,7 @@ class Start:
     processes: int
 
 
-# Raises what is wrong with a start. It draws from no generator that the training draws from.
+# Raises an error if the start is not valid. It must not use the random generators of the training.
 Precheck = Callable[[Start], None]
 
 
@@ -84,20 +84,20 @@ def train(
     Args:
         config: Resolved recipe.
         out: Empty directory; None writes nothing, as on ranks above 0.
-        progress: Told of epochs.
-        states: Where an interrupted training's states are, and are saved; None saves none. They must be of this recipe.
-        save_every: Seconds between two states; each epoch's end is saved, too.
-        precheck: Called on rank 0 before anything is trained, unless there is a state to go on from.
+        progress: Reports epochs.
+        states: Directory for the states of an interrupted training run of this recipe; None saves none.
+        save_every: Seconds between two states; a state is also saved after each epoch.
+        precheck: Called on rank 0 before training starts, unless it resumes from a state.
         track: Called with the history of epochs as it grows; None on ranks above 0.
 
     Returns:
-        The manifest's payload: accuracies on the validation split, which candidate is the best, and what ran where. The
-        calibrated network is one beside what training made of it, so that training delivers nothing worse.
+        The manifest's payload: accuracies on the validation split, the best candidate, and the environment. The
+        calibrated network is a candidate as well, so training never delivers a worse one.
 
     Raises:
         UsageError: The recipe does not fit its data or weights, or training diverged.
-        ToolError: The device asked for is not there, or a state cannot be saved.
-        Interrupted: By SIGINT or SIGTERM; the state is saved.
+        ToolError: The device is not available, or a state cannot be saved.
+        Interrupted: The process received SIGINT or SIGTERM; the state is saved.
     """
     with deterministic(config.seed):
         run, network, trained = _begin(config, progress, states, save_every, precheck)
@@ -130,7 +130,7 @@ def train(
             if candidate is not None:
                 run.estimate_bn(candidate)
                 finish(name, candidate)
-    # Of equal ones the first.
+    # Of equally good candidates, take the first.
     best = max((n for n in ("student", "teacher", "calibrated") if n in candidates), key=candidates.__getitem__)
     if out is not None:
         (out / "layout.json").write_text(json.dumps([asdict(spec) for spec in student.specs], indent=1))
@@ -156,11 +156,11 @@ def train(
 
 
 def check(config: TrainConfig, progress: Progress, precheck: Precheck) -> None:
-    """Do all that comes before the training, and train nothing.
+    """Run all checks and preparations of the training without training.
 
     Raises:
-        UsageError: As `train`.
-        ToolError: As `train`.
+        UsageError: See `train`.
+        ToolError: See `train`.
     """
     with deterministic(config.seed):
         _begin(config, progress, None, SAVE_EVERY, precheck)
@@ -169,13 +169,13 @@ def check(config: TrainConfig, progress: Progress, precheck: Precheck) -> None:
 def _begin(
     config: TrainConfig, progress: Progress, states: Path | None, save_every: float, precheck: Precheck | None
 ) -> tuple[_Run, nn.Module, bool]:
-    """Read the data, build the network, check both; see `_Run.network`."""
+    """Read the data, build the network and check both; see `_Run.network`."""
     device = choose_device(config.device)
     shares.check(config, distributed.world())
     if config.qat.sync_bn:
         distributed.check_sync_bn(device)
     models.check_name(config.model.name)
-    quantizer_maker(config.quantization)  # a user's own method is wrong before anything is read or trained
+    quantizer_maker(config.quantization)  # refuse an invalid method before anything is read or trained
     with distributed.first_rank_first():
         preparation = [f"images prepared {note}" for note in published.notes(config)]
         config = replace(config, data=published.data_section(config))
@@ -189,7 +189,7 @@ def _begin(
     keeper = Keeper(states, save_every, device, progress)
     run = _Run(config, dataset, split, device, progress, keeper)
     run.preparation = preparation
-    _ = run.images.without_labels  # what is wrong with them is said before anything is trained
+    _ = run.images.without_labels  # report errors in these images before anything is trained
     network, trained = run.network()
     if not keeper.found:
         start = Start(network, trained, dataset, split, device, distributed.world())
@@ -200,7 +200,7 @@ def _begin(
 
 
 class _Run:
-    """What the parts of one training share: data on the device, the split, the generator and the progress."""
+    """State shared by the parts of a training run: data on the device, split, random generator and progress."""
 
     def __init__(
         self,
@@ -229,7 +229,7 @@ class _Run:
         self.validation_labels = dataset.train_labels[split.validation].to(device)
 
     def network(self) -> tuple[nn.Module, bool]:
-        """The float network as the recipe has it before training, and whether it stays so."""
+        """Return the float network before training, and whether its weights come from a file and stay unchanged."""
         config = self.config
         channels = self.dataset.train_images.shape[1]
         classes, weights = len(self.dataset.class_names), config.model.weights
@@ -246,7 +246,7 @@ class _Run:
             model = models.build(config.model.name, classes, channels)
         check_module(model)
         compared = self._compared(model)
-        # Never slower than the other layout where it was measured, and a third faster for depthwise convolutions.
+        # Never slower than the other layout in our measurements, and a third faster for depthwise convolutions.
         model = channels_last(model.to(self.device))
         source = compared
         if self.nncf is not None:
@@ -258,12 +258,12 @@ class _Run:
             if said:
                 self.notes.append(f"model.weights: {said}")
                 self.progress("weights", 1, 1, said)
-        # A function may have loaded weights of its own.
+        # A user's function may have loaded its own weights.
         check_values(model, source or f"model.name: {config.model.name}")
         return model, bool(source) and not config.float_training.fine_tune
 
     def _compared(self, model: nn.Module) -> str:
-        """Compare a network of an ONNX file with that file on calibration images; returns the key and the file."""
+        """Compare a network from an ONNX file with that file on calibration images; return the key and the file."""
         name = self.config.model.name
         if not is_onnx_file(name):
             return ""
@@ -275,7 +275,7 @@ class _Run:
         return f"model.name: {name}"
 
     def float_model(self, model: nn.Module, trained: bool) -> nn.Module:
-        """The float network in eval mode, trained by the recipe's `float` section unless it is already."""
+        """Return the float network in eval mode; the recipe's `float` section trains it unless its weights are kept."""
         config = self.config
         if trained or self.keeper.finished("float", model) or config.float_training.epochs == 0:
             return model.eval()
@@ -290,11 +290,11 @@ class _Run:
         self._epochs(fit, feeds, saved, networks, [], lambda: self._measure(fit, networks, model))
         if teacher is not None and self.history[-1]["validation_teacher"] > self.history[-1]["validation"]:
             model.load_state_dict(teacher.state_dict())
-            self.progress("float network", 1, 1, "the average of its weights is the better one, and is taken")
+            self.progress("float network", 1, 1, "the average of its weights is better and is used")
         return model.eval()
 
     def quantize(self, float_model: nn.Module) -> QuantizedModel:
-        """Insert quantizers and start their ranges from training images."""
+        """Insert quantizers and calibrate their ranges on training images."""
         config = self.config
         images = self.dataset.train_images[self.split.train[: config.quantization.calibration_images]].to(self.device)
         batches = list(evaluation_batches(images, self.dataset.preprocessing, BATCH))
@@ -312,14 +312,14 @@ class _Run:
         return student
 
     def begin_history(self, calibrated: float) -> None:
-        """The row from which the training of the quantized network starts: what calibration alone has."""
+        """Record the first row of the history: the accuracy of calibration alone."""
         row = {"phase": "qat", "epoch": 0, "validation": calibrated}
         if self.config.consistency.teacher == "ema":
             row["validation_teacher"] = calibrated
         self.history.append(row)
 
     def train_quantized(self, student: QuantizedModel, float_model: nn.Module) -> QuantizedModel | None:
-        """CR-QAT: returns the EMA teacher, None where there is none."""
+        """Train the quantized network by CR-QAT; return the EMA teacher, or None if there is none."""
         config, consistency = self.config, self.config.consistency
         if config.qat.epochs == 0:
             return None
@@ -337,7 +337,7 @@ class _Run:
         return networks.teacher
 
     def _measure(self, fit: Fit, networks: ConsistencyTraining, student: nn.Module) -> dict[str, float]:
-        """What an epoch's row of the history says beside the loss."""
+        """Return the values of an epoch's history row other than the loss."""
         row = {"validation": self.validate(student)}
         if fit.name == "qat" or networks.config.teacher != "none":
             row = {"lambda": networks.weight(fit.steps_done, fit.steps), **row}
@@ -348,7 +348,7 @@ class _Run:
     def _feeds(
         self, batches: Batches, networks: ConsistencyTraining, fit: Fit, float_model: nn.Module
     ) -> dict[str, Feed]:
-        """The images of a training's steps, and further ones without labels if the consistency term has them."""
+        """Return the batches of training images, and unlabeled ones if the consistency term uses them."""
         feeds = {"images": self._feed(batches, networks.views)}
         if networks.views == 2 or networks.pseudo_labels:
             labeler = float_model if networks.pseudo_labels else None
@@ -371,19 +371,19 @@ class _Run:
         loop.epochs(training, networks, callbacks, self.keeper, measure, self.track)
 
     def estimate_bn(self, model: QuantizedModel) -> None:
-        """Replace BN's running statistics by those of `qat.bn_images` training images; the model ends in eval mode."""
+        """Re-estimate BN's running statistics from `qat.bn_images` training images; the model ends in eval mode."""
         count, dataset = self.config.qat.bn_images, self.dataset
         if count:
             images = dataset.train_images[self.split.train[:count]].to(self.device)
             made = evaluation_batches(images, dataset.preprocessing, self.config.qat.batch_size)
-            # Full batches alone: a small one would count as much as they do.
+            # Full batches only: a small one would have the same influence.
             full = [batch for batch in made if len(batch) == min(count, self.config.qat.batch_size)]
             torch.optim.swa_utils.update_bn(full, model)
             distributed.take_statistics(model)
         model.eval()
 
     def validate(self, model: nn.Module) -> float:
-        """Accuracy on the validation split, in 0..1."""
+        """Return the accuracy on the validation split, in 0..1."""
         return accuracy(model, self.validation_images, self.validation_labels, self.dataset.preprocessing)
 
     def _feed(self, batches: Batches, views: int) -> Feed:
@@ -394,7 +394,7 @@ class _Run:
 
 
 def _worse(candidates: dict[str, float], qat: QATConfig, images: int) -> str:
-    """What to say where no trained network is as good as the calibrated one."""
+    """Return a warning for the case that no trained network is as good as the calibrated one."""
     trained = ", ".join(f"{name} {accuracy:.2%}" for name, accuracy in candidates.items() if name != "calibrated")
     return (
         f"training made the network worse: {trained}, calibration alone {candidates['calibrated']:.2%} of {images} "

@@ -1,1 +1,1 @@
-"""What a bit width costs, and which part of a network fails."""
+"""Analyses the cost of bit widths, and finds the part of a network that fails."""

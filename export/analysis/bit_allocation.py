@@ -1,4 +1,4 @@
-"""Which layer gets which bit width: the smallest sum of divergences within a size, exactly."""
+"""Allocates bit widths to layers: the exact minimum of the summed divergence for a given average bit width."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from crqat.export.analysis.bit_width_cost import LayerDivergence
 
 
 def allocate(layers: Sequence[LayerDivergence], average_bits: float) -> dict[str, int]:
-    """The bit width of each layer that minimizes the summed divergence, a small integer program.
+    """Return the bit width of each layer that minimizes the summed divergence, by a small integer program.
 
-    The sum takes layers for independent of each other, which they are only roughly.
+    The sum treats layers as independent of each other, which they are only roughly.
 
     Args:
-        layers: What each bit width of each layer costs; all have the same bit widths.
+        layers: Divergence of each layer at each bit width; all have the same bit widths.
         average_bits: The largest mean bit width over all weights of all layers.
 
     Raises:
         UsageError: Even the smallest bit widths are above the average.
-        ToolError: The solver gives up.
+        ToolError: The solver finds no solution.
     """
     widths = sorted(layers[0].divergence)
     if average_bits < widths[0]:
-        msg = f"--average-bits {average_bits:g}: the smallest bit width is {widths[0]}"
+        msg = f"--average-bits {average_bits:g}: the smallest bit width is {widths[0]}; take at least that"
         raise UsageError(msg)
     cost = np.array([[layer.divergence[bits] for bits in widths] for layer in layers])
     weights = np.array([layer.weights for layer in layers], dtype=float)
@@ -49,5 +49,5 @@ def allocate(layers: Sequence[LayerDivergence], average_bits: float) -> dict[str
 
 
 def mean_bits(layers: Sequence[LayerDivergence], bits: dict[str, int]) -> float:
-    """The mean bit width over all weights."""
+    """Return the mean bit width over all weights."""
     return sum(layer.weights * bits[layer.layer] for layer in layers) / sum(layer.weights for layer in layers)

@@ -1,4 +1,4 @@
-"""What each layer's bit width costs: the float network with one layer quantized against itself, without training."""
+"""Measures the cost of each layer's bit width: the float network with and without one quantized layer, untrained."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _BATCH = 64
 
 @dataclass
 class LayerDivergence:
-    """One layer's row.
+    """Divergence of one layer at each bit width.
 
     Attributes:
-        layer: Its name, as `quantization.overrides` takes it.
-        weights: How many weights it has.
+        layer: Name of the layer, as in `quantization.overrides`.
+        weights: Number of its weights.
         divergence: KL(float || quantized) of the softmax, mean over the images in nats, for each bit width.
     """
 
@@ -44,21 +44,21 @@ class LayerDivergence:
 
 
 class Divergences:
-    """A float network whose quantizers can be switched on layer by layer at any bit width.
+    """A float network whose quantizers can be switched on by layer at any bit width.
 
     Args:
-        train_dir: A finished train stage; its hashes are verified first. Of it the float network is taken.
-        config: The recipe it was trained by.
-        images: How many calibration images to compare on.
+        train_dir: A finished train stage, whose float network is used; its hashes are verified first.
+        config: The training part of its recipe.
+        images: Largest number of calibration images to compare on.
 
     Attributes:
-        images: How many there are.
+        images: Number of images that are used.
     """
 
     def __init__(self, train_dir: Path, config: TrainConfig, images: int) -> None:
         trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
         asked = config.quantization
-        # At 8 bits the targets' limits show; no smaller bit width meets one.
+        # The targets' limits apply at 8 bits; smaller bit widths are not limited.
         widest = replace(asked, weights=8, activations=8, first_layer=8, last_layer=8, overrides={})
         self._model = rebuild(train_dir, replace(config, quantization=widest), trained, "student")
         self._specs = self._model.specs
@@ -79,7 +79,7 @@ class Divergences:
             self._float = self._log_probabilities()
 
     def one_layer_at_a_time(self, progress: Progress, widths: Sequence[int] = WIDTHS) -> list[LayerDivergence]:
-        """Every layer at every bit width, its weights and its input, all others in float; in the network's order."""
+        """Return the divergences of every layer at every bit width, weights and input, with all others in float."""
         rows = {
             name: LayerDivergence(
                 name, sum(weight_of(self._model, spec).numel() for spec in specs if spec.kind == "weight")
@@ -96,10 +96,10 @@ class Divergences:
         return list(rows.values())
 
     def together(self, bits: Mapping[str, int]) -> float:
-        """The same with every layer quantized at once, each at its own bit width; what no layer reads stays in float.
+        """Return the divergence with every layer quantized at its own bit width; other activations stay in float.
 
         Args:
-            bits: Layer to bit width. An activation that several layers read gets the largest of theirs.
+            bits: Bit width by layer. An input shared by several layers gets their largest bit width.
         """
         widths: dict[str, int] = {}
         for name, specs in self._layers.items():

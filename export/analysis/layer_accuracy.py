@@ -1,4 +1,4 @@
-"""Where the accuracy goes, layer by layer: the network with one layer quantized and all others in float."""
+"""Measures the accuracy with one layer quantized and all others in float, layer by layer."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from crqat.train.training.evaluate import accuracy
 def accuracy_of_each_layer(
     train_dir: Path, config: TrainConfig, candidate: str, progress: Progress
 ) -> list[LayerAccuracy]:
-    """Accuracy on the validation split with one layer at a time quantized, weights and input; worst first.
+    """Return the validation accuracy with one layer at a time quantized, weights and input; worst layer first.
 
     Args:
         train_dir: A finished train stage; its hashes are verified first.
-        config: The recipe it was trained by.
+        config: The training part of its recipe.
         candidate: "student", "teacher" or "calibrated".
-        progress: Told of layers.
+        progress: Reports layers.
 
     Returns:
-        Rows of `layer`, `accuracy` in 0..1 and `bits` as "weights/input"; the first two are "none", every quantizer
-        off, and "all". After training "none" is not the float network but the latent weights behind the quantizers.
+        Rows of `layer`, `accuracy` in 0..1 and `bits` as "weights/input"; the first two are "none", with every
+        quantizer off, and "all". After training, "none" has the latent weights, which differ from the float network's.
     """
     trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
     model = rebuild(train_dir, config, trained, candidate)

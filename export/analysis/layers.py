@@ -1,4 +1,4 @@
-"""What became of each layer: bit widths, quantization error and share of the multiply-accumulates."""
+"""Summarizes each layer: bit widths, quantization error and share of the multiply-accumulates."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MOVEMENT = {*ON_CODES, "Concat"}
 def layer_summaries(
     graph: Graph, specs: Sequence[QuantizerSpec], noise: Mapping[str, float | None]
 ) -> list[LayerSummary]:
-    """A row for each Conv, ConvTranspose, Gemm and MatMul, in the order of computation.
+    """Return a row for each Conv, ConvTranspose, Gemm and MatMul, in the order of computation.
 
     Args:
-        graph: Of the exporter.
-        specs: Of the network's quantizers.
-        noise: Of each quantizer, from `crqat.export.analysis.sqnr.quantizer_noise`.
+        graph: Graph of the exporter.
+        specs: Specs of the network's quantizers.
+        noise: SQNR of each quantizer from `crqat.export.analysis.sqnr.quantizer_noise`.
     """
     amounts, producers = macs(graph), graph.producers()
     sizes = shapes(graph) | {name: list(value.shape) for name, value in graph.constants.items()}

@@ -1,4 +1,4 @@
-"""How a run's networks stand noise on their input and on their weights, each network under the same draws of noise."""
+"""Measures the robustness of a run's networks to noise on input and weights, with the same noise for each network."""
 
 from __future__ import annotations
 
@@ -32,25 +32,26 @@ WEIGHT_LEVELS = (0.0, 0.01, 0.02, 0.05, 0.1)
 def under_noise(
     train_dir: Path, config: TrainConfig, run: str, progress: Progress, draws: int, images: int | None = None
 ) -> Perturbation:
-    """Accuracy and loss on validation images under Gaussian noise, of the float network and of every candidate.
+    """Return accuracy and loss on validation images under Gaussian noise, for the float network and every candidate.
 
-    A draw of input noise depends on its number and on the images' shape alone, one of weight noise on its number and on
-    the layer's name and shape: all networks see the same, and each level scales the same draws. Weight noise is added
-    to the weights in front of their quantizers, which stay as they are. The float network gets it on the same layers.
+    A draw of input noise depends only on its number and the images' shape; a draw of weight noise depends only on its
+    number and on the layer's name and shape. All networks therefore get the same noise, and each level scales the same
+    draws. Weight noise is added to the latent weights, and the quantizers are not changed. The float network gets it on
+    the same layers.
 
     Args:
         train_dir: A finished train stage; its hashes are verified first.
-        config: The recipe it was trained by.
-        run: Its name.
-        progress: Told of levels.
-        draws: How many of each noise.
-        images: At most so many validation images; None takes all.
+        config: The training part of the run's recipe.
+        run: Name of the run.
+        progress: Reports noise levels.
+        draws: Number of draws of each kind of noise.
+        images: Largest number of validation images; None takes all.
     """
     trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
     dataset = sources.of_recipe(published.data_section(config))
     chosen = split_of(dataset.train_labels, config.data, config.seed).validation[:images]
     pixels, labels = subset(dataset.train_images, chosen), dataset.train_labels[chosen]
-    # Without training the student is the calibrated network, and there is no other.
+    # Without training the calibrated network is the only candidate.
     candidates: dict[str, str] = {
         name: name for name in ("calibrated", "student", "teacher") if name in trained.candidates
     }
@@ -85,7 +86,7 @@ def under_noise(
 
 
 def weights_of(model: QuantizedModel) -> dict[str, Tensor]:
-    """The latent weights of each quantized layer by the layer's name; what several layers share comes once."""
+    """Return the latent weights of each quantized layer by layer name; shared weights are listed once."""
     found: dict[int, tuple[str, Tensor]] = {}
     for spec in model.specs:
         if spec.kind == "weight":
@@ -96,7 +97,7 @@ def weights_of(model: QuantizedModel) -> dict[str, Tensor]:
 
 @contextmanager
 def noisy_weights(weights: Mapping[str, Tensor], level: float, draw: int) -> Iterator[None]:
-    """Within the context each layer's weights carry noise whose norm is `level` times their own."""
+    """Within the context, each layer's weights carry noise whose norm is `level` times their own."""
     before = {name: weight.detach().clone() for name, weight in weights.items()}
     try:
         for name, weight in weights.items():
@@ -110,7 +111,7 @@ def noisy_weights(weights: Mapping[str, Tensor], level: float, draw: int) -> Ite
 
 
 def noisy_batches(batches: Iterator[Tensor], level: float, draw: int) -> Iterator[Tensor]:
-    """The batches with Gaussian noise of standard deviation `level` on each value."""
+    """Yield the batches with Gaussian noise of standard deviation `level` on each value."""
     generator = torch.Generator().manual_seed(draw)
     for batch in batches:
         yield batch + level * torch.randn(batch.shape, generator=generator)
@@ -118,7 +119,7 @@ def noisy_batches(batches: Iterator[Tensor], level: float, draw: int) -> Iterato
 
 @torch.no_grad()
 def _quality(model: nn.Module, batches: Iterator[Tensor], labels: Tensor) -> tuple[float, float]:
-    """Accuracy and mean cross-entropy."""
+    """Return accuracy and mean cross-entropy."""
     logits = torch.cat([model(batch) for batch in batches]).double()
     correct = int((logits.argmax(dim=1) == labels).sum())
     return correct / len(labels), float(functional.cross_entropy(logits, labels))

@@ -1,4 +1,4 @@
-"""The smallest part of an ONNX file that a builder refuses."""
+"""Finds the smallest part of an ONNX file that a builder refuses."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Callable, Sequence
 import onnx
 from onnx import TensorProto, helper
 
-# What a builder says of a part that it refuses, None of one that it takes.
+# Returns a builder's error message for a part that it refuses, None for one that it accepts.
 Refusal = Callable[[onnx.ModelProto], str | None]
 
 
 def smallest_cut(model: onnx.ModelProto, refused: Refusal) -> onnx.ModelProto:
-    """The smallest part found that fails as the whole file does.
+    """Return the smallest part found that fails like the whole file.
 
-    The shortest beginning of the file that fails ends with the node at fault; of that, as many nodes in front of it are
-    left out as can be. Both numbers are found by bisection, which supposes that a longer part fails if a shorter does.
+    The shortest failing beginning of the file ends with the node at fault; then as many nodes as possible are removed
+    from its start. Both numbers are found by bisection, which assumes that a part fails if a shorter one in it does.
 
     Args:
-        model: A file that is refused.
-        refused: Tries to build a part; it is called some 2 log2(nodes) times.
+        model: A file that the builder refuses.
+        refused: Tries to build a part; it is called about 2 log2(nodes) times.
     """
     parts = _Parts(model)
     rule = refused(model)
@@ -39,9 +39,9 @@ def smallest_cut(model: onnx.ModelProto, refused: Refusal) -> onnx.ModelProto:
 
 
 def _smallest(highest: int, holds: Callable[[int], bool]) -> int:
-    """The smallest number from 1 to `highest` for which `holds`, if it holds for all above; it is cheap for small ones.
+    """Return the smallest number from 1 to `highest` for which `holds`, trying small ones first because they are fast.
 
-    `highest` is taken to hold.
+    `holds` must be monotone and true for `highest`.
     """
     low, high = 0, 1
     while high < highest and not holds(high):
@@ -62,14 +62,14 @@ class _Parts:
         self.values = {value.name: value for value in (*inferred.value_info, *inferred.input, *inferred.output)}
         self.constants = {tensor.name: tensor for tensor in model.graph.initializer}
         self.producer = {name: node for node in model.graph.node for name in node.output}
-        # Nodes that depend on constants alone, such as a weight's DequantizeLinear, go with whoever reads them.
+        # Nodes that depend only on constants, such as a weight's DequantizeLinear, are copied with their consumers.
         self.fixed: set[str] = set(self.constants)
         for node in model.graph.node:
             if all(name in self.fixed for name in node.input if name) and node.input:
                 self.fixed |= set(node.output)
 
     def ancestors(self, nodes: Sequence[onnx.NodeProto]) -> list[onnx.NodeProto]:
-        """Of `nodes` the last one and what it depends on."""
+        """Return the last node of `nodes` and all nodes that it depends on."""
         wanted, found = set(nodes[-1].output), []
         for node in reversed(nodes):
             if wanted.intersection(node.output):
@@ -78,7 +78,7 @@ class _Parts:
         return found[::-1]
 
     def cut(self, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto | None:
-        """A model of these nodes, in order; None if the type of what they read is not known."""
+        """Return a model of these nodes, in order; None if the type of an input is unknown."""
         kept = {id(node) for node in nodes}
         needed = [name for node in nodes for name in node.input]
         while needed:

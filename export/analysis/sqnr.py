@@ -1,4 +1,4 @@
-"""Where the accuracy goes: the signal-to-noise ratio of each quantizer on real images."""
+"""Measures the signal-to-noise ratio of each quantizer on real images."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from crqat.train.quantizers.calibration import Hook, hooked
 
 
 def quantizer_noise(model: fx.GraphModule, images: npt.NDArray[np.float32]) -> dict[str, float | None]:
-    """10 log10(sum x^2 / sum (x - q(x))^2) of each quantizer, in dB, inside the quantized network.
+    """Return 10 log10(sum x^2 / sum (x - q(x))^2) in dB for each quantizer of the quantized network, by edge name.
 
     Args:
         model: Quantized network on the CPU in eval mode.
         images: Normalized, float32 of shape [N, C, H, W].
 
     Returns:
-        Edge name to dB; None where nothing is lost or nothing is there to lose.
+        The SQNR in dB by edge name; None if quantization is lossless or the signal is zero.
     """
     specs = specs_of(model)
     sums: dict[str, list[float]] = {spec.edge: [0.0, 0.0] for spec in specs}

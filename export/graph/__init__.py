@@ -1,1 +1,1 @@
-"""From torch to a float ONNX graph."""
+"""Converts torch networks to float ONNX graphs."""

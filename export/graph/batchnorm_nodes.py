@@ -1,4 +1,4 @@
-"""BatchNorm folded into the convolutions of an ONNX graph, by the numbers of `crqat.train.graph.fold_batchnorm`."""
+"""Folds BatchNorm into the convolutions of an ONNX graph, using `crqat.train.graph.fold_batchnorm`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from crqat.train.graph.fold_batchnorm import folded_bias, folded_weight, multipl
 
 
 def fold_batchnorm(graph: Graph) -> None:
-    """Conv -> BatchNormalization becomes Conv with scaled weights and a bias; `Graph.fold` keeps the multipliers."""
+    """Replace Conv -> BatchNormalization by a Conv with scaled weights and a bias; store factors in `Graph.fold`."""
     producers, consumers = graph.producers(), graph.consumers()
     kept = []
     for node in graph.nodes:
@@ -23,7 +23,8 @@ def fold_batchnorm(graph: Graph) -> None:
         bias = graph.constants[conv.input[2]] if len(conv.input) > 2 else np.zeros_like(mean)
         marker = producers.get(conv.input[1])
         weight = graph.constants[conv.input[1] if marker is None else marker.input[0]]
-        # Named by the output: the exporter stores equal weights once, and each of their convolutions has its own BN.
+        # Named after the output: the exporter stores equal weights once, and each convolution that uses them has its
+        # own BN.
         weight_name, bias_name = f"{node.output[0]}.folded_weight", f"{node.output[0]}.folded_bias"
         graph.constants[weight_name] = folded_weight(weight, factor)
         graph.constants[bias_name] = folded_bias(bias, beta, mean, factor)

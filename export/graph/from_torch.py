@@ -1,7 +1,7 @@
-"""The float network as ONNX, with a marker on every quantized edge, BN folded, and operations named by their layers.
+"""Exports the float network to ONNX, with markers on quantized edges, BN folded, and nodes named after their layers.
 
-The graph that training holds is written by `operators`, one operation after the other: the markers say, by construction
-and not by matching names, where Q/DQ nodes belong. torch's own exporters refuse narrow and low-bit fake quantization.
+`operators` converts the graph of the training one operation at a time: markers, not matched names, show where Q/DQ
+nodes belong. torch's own exporters refuse narrow and low-bit fake quantization.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from crqat.train.quantizers import specs_of
 
 
 def marked_graph(model: fx.GraphModule, input_shape: Sequence[int], classes: int) -> Graph:
-    """Export the network with its quantizers turned into markers, and fold BN into the convolutions.
+    """Export the network with its quantizers replaced by markers, and fold BN into the convolutions.
 
     Args:
-        model: Quantized GraphModule on the CPU in eval mode; it is not changed.
+        model: Quantized GraphModule on the CPU in eval mode. It is not changed.
         input_shape: [C, H, W].
-        classes: Width of the logits.
+        classes: Number of logits.
 
     Returns:
         The float graph with a `crqat.Edge` node, attribute `edge`, on every quantized edge.
 
     Raises:
-        UsageError: An operation has no form in ONNX; the message names module and line.
+        UsageError: ONNX cannot express an operation; the message names module and line.
     """
     model = copy.deepcopy(model).eval()
     for spec in specs_of(model):
@@ -52,7 +52,7 @@ def marked_graph(model: fx.GraphModule, input_shape: Sequence[int], classes: int
 
 
 def _mark_float_layers(model: fx.GraphModule) -> None:
-    """Markers on the weights of layers that the recipe keeps in float, so that their nodes are found and named, too."""
+    """Mark the weights of layers that the recipe keeps in float, so that their nodes are found and named, too."""
     layers = [node for node in model.graph.nodes if FLOAT_LAYER in node.meta]
     for index, node in enumerate(layers):
         weight = node.args[1]
@@ -65,7 +65,7 @@ def _mark_float_layers(model: fx.GraphModule) -> None:
 
 
 def _take_float_markers(graph: Graph) -> None:
-    """Remove what `_mark_float_layers` put there, and remember which nodes it was about."""
+    """Remove the markers of `_mark_float_layers`, and record the nodes that they marked."""
     for node in graph.nodes:
         edge = _weight_edge(graph, node) if node.op_type in {*LAYERS, "MatMul"} else None
         if edge is not None and edge.startswith(f"{FLOAT_LAYER}."):
@@ -76,9 +76,9 @@ def _take_float_markers(graph: Graph) -> None:
 
 
 def _pool_means(graph: Graph) -> None:
-    """A mean over the pixels becomes GlobalAveragePool, which runtimes fuse and which is the same in every opset.
+    """Convert means over the pixels to GlobalAveragePool, which runtimes fuse and which is the same in every opset.
 
-    Its quantizer comes before the Flatten that drops the two dimensions: ONNX Runtime would not fuse it behind that.
+    The quantizer is placed before the Flatten that drops the two dimensions: ONNX Runtime would not fuse it after that.
     """
     consumers, nodes = graph.consumers(), []
     behind: dict[str, onnx.NodeProto] = {}
@@ -105,13 +105,13 @@ def _pool_means(graph: Graph) -> None:
 
 
 def _weight_edge(graph: Graph, node: onnx.NodeProto) -> str | None:
-    """The edge name of a Conv or Gemm's quantized weight."""
+    """Return the edge name of the quantized weight of a Conv or Gemm."""
     marker = graph.producers().get(node.input[1])
     return None if marker is None or marker.op_type != "Edge" else marker.attribute[0].s.decode()
 
 
 def _name_operations(graph: Graph) -> None:
-    """Give each layer with a weight the name of its layer; everything else keeps a unique name of its own."""
+    """Name each node with a weight after its layer; all other nodes keep a unique name of their own."""
     for index, node in enumerate(graph.nodes):
         edge = _weight_edge(graph, node) if node.op_type in {*LAYERS, "MatMul"} else None
         node.name = edge.split(".", 1)[1].rsplit("/", 2)[0] if edge else f"{node.op_type}_{index}"

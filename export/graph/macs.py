@@ -1,4 +1,4 @@
-"""Multiply-accumulates of each layer and MatMul: the one count that coverage, float layers and surveys go by."""
+"""Counts multiply-accumulates of each layer and MatMul, for coverage, float layers and surveys."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ COUNTED = (*LAYERS, "MatMul")
 
 
 def macs(graph: Graph) -> dict[str, int]:
-    """Multiply-accumulates for one image by node name, of a graph of the exporter.
+    """Return the multiply-accumulates for one image by node name, for a graph of the exporter.
 
     Raises:
-        ValueError: A shape is not known, which no graph of the exporter has.
+        ValueError: A shape is unknown, which does not happen in graphs of the exporter.
     """
     sizes = shapes(graph) | {name: list(value.shape) for name, value in graph.constants.items()}
     counted = _count(graph.nodes, sizes)
@@ -28,10 +28,10 @@ def macs(graph: Graph) -> dict[str, int]:
 
 
 def split_macs(graph: Graph) -> tuple[dict[str, int], FloatLayers]:
-    """The multiply-accumulates that INT8 is asked of, and what `float_layers` costs.
+    """Split the multiply-accumulates into those required to run in INT8 and those of `float_layers`.
 
     Returns:
-        `macs` without the nodes of layers that the recipe keeps in float; and these.
+        `macs` without the nodes of layers that the recipe keeps in float; and the cost of those layers.
     """
     amounts = macs(graph)
     total, kept = sum(amounts.values()), dict.fromkeys(graph.float_layers.values(), 0)
@@ -41,10 +41,10 @@ def split_macs(graph: Graph) -> tuple[dict[str, int], FloatLayers]:
 
 
 def file_macs(model: onnx.ModelProto) -> dict[str, int] | None:
-    """Multiply-accumulates for one image by the node's name as TensorRT has it, of any ONNX file.
+    """Return the multiply-accumulates for one image by TensorRT's name of the node, for any ONNX file.
 
     Returns:
-        None if a size is not known: of a file with dynamic dimensions beside the batch, for instance.
+        None if a size is unknown, e.g. because the file has dynamic dimensions other than the batch.
     """
     single, batch = onnx.ModelProto(), 1
     single.CopyFrom(model)
@@ -54,10 +54,10 @@ def file_macs(model: onnx.ModelProto) -> dict[str, int] | None:
         if value.name in constants or not dims:
             continue
         if dims[0].dim_value:
-            batch = dims[0].dim_value  # shapes inside may be written for it
+            batch = dims[0].dim_value  # shapes inside the file may be fixed to it
         else:
             dims[0].dim_value = 1
-    del single.graph.value_info[:]  # may name the batch, too
+    del single.graph.value_info[:]  # may contain the batch size, too
     inferred = onnx.shape_inference.infer_shapes(single, data_prop=True).graph
     sizes = {
         value.name: [d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -68,7 +68,7 @@ def file_macs(model: onnx.ModelProto) -> dict[str, int] | None:
 
 
 def _count(nodes: Iterable[onnx.NodeProto], sizes: Mapping[str, Sequence[int]]) -> dict[str, int] | None:
-    """The number of each node, None if a size of one is not known."""
+    """Return the count for each node; None if a size of any node is unknown."""
     result = {}
     for node in nodes:
         if node.op_type not in COUNTED or len(node.input) < 2:
@@ -76,7 +76,7 @@ def _count(nodes: Iterable[onnx.NodeProto], sizes: Mapping[str, Sequence[int]]) 
         output, weight = sizes.get(node.output[0], []), sizes.get(node.input[1], [])
         if len(output) < 2 or len(weight) < 2 or 0 in output or 0 in weight:
             return None
-        if node.op_type == "ConvTranspose":  # each element of the input meets each weight of its channel
+        if node.op_type == "ConvTranspose":  # each input element is multiplied with each weight of its channel
             given = sizes.get(node.input[0], [])
             if len(given) < 2 or 0 in given:
                 return None

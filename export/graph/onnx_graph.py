@@ -1,4 +1,4 @@
-"""An ONNX graph taken apart into plain lists and dictionaries: its shapes, and back to a model."""
+"""ONNX graphs as plain lists and dictionaries, their shapes, and their conversion back to a model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ OPSET = 17
 
 @dataclass
 class Graph:
-    """An ONNX graph taken apart, so that passes edit plain lists and dictionaries.
+    """An ONNX graph as plain lists and dictionaries, which passes can edit.
 
     Attributes:
         nodes: In topological order.
-        constants: Name to array: initializers and folded Constant nodes.
-        fold: For each weight edge, what BN folding multiplied each output channel by, float32 of shape [C].
+        constants: Arrays by name: initializers and folded Constant nodes.
+        fold: For each weight edge, the BN multiplier of each output channel, float32 of shape [C].
         input_shape: [C, H, W].
-        classes: Width of the logits.
-        float_layers: Nodes of the layers that the recipe keeps in float, to the layers' names.
+        classes: Number of logits.
+        float_layers: Layer name of each node that the recipe keeps in float, by node name.
     """
 
     nodes: list[onnx.NodeProto]
@@ -37,11 +37,11 @@ class Graph:
     float_layers: dict[str, str] = field(default_factory=dict)
 
     def producers(self) -> dict[str, onnx.NodeProto]:
-        """Tensor name -> the node that writes it."""
+        """Return the node that computes each tensor, by tensor name."""
         return {output: node for node in self.nodes for output in node.output}
 
     def consumers(self) -> dict[str, list[onnx.NodeProto]]:
-        """Tensor name -> the nodes that read it, in order."""
+        """Return the nodes that use each tensor, in order, by tensor name."""
         result: dict[str, list[onnx.NodeProto]] = {}
         for node in self.nodes:
             for name in dict.fromkeys(node.input):
@@ -49,7 +49,7 @@ class Graph:
         return result
 
     def drop_unused(self) -> None:
-        """Remove nodes whose outputs nothing reads."""
+        """Remove nodes whose outputs are not used."""
         used = {name for node in self.nodes for name in node.input} | {"logits"}
         while any(not used.intersection(node.output) for node in self.nodes):
             self.nodes[:] = [node for node in self.nodes if used.intersection(node.output)]
@@ -64,9 +64,9 @@ def build_model(
     opset: int,
     batch: int | str = "batch",
 ) -> onnx.ModelProto:
-    """A checked ONNX model with input "input" float32 [batch, C, H, W] and output "logits" float32 [batch, classes].
+    """Build a checked ONNX model: input "input" float32 [batch, C, H, W], output "logits" float32 [batch, classes].
 
-    Constants that no node reads are left out.
+    Constants that no node uses are left out.
     """
     used = {name for node in nodes for name in node.input}
     model = helper.make_model(
@@ -87,7 +87,7 @@ def build_model(
 
 
 def without_markers(graph: Graph) -> list[onnx.NodeProto]:
-    """The nodes with an Identity for each `crqat.Edge`, which no other tool knows."""
+    """Return the nodes with an Identity for each `crqat.Edge`, which other tools do not know."""
     return [
         helper.make_node("Identity", node.input, node.output) if node.op_type == "Edge" else node
         for node in graph.nodes
@@ -95,7 +95,7 @@ def without_markers(graph: Graph) -> list[onnx.NodeProto]:
 
 
 def shapes(graph: Graph, batch: int = 1) -> dict[str, list[int]]:
-    """Tensor name -> shape for a batch of that size, from ONNX shape inference."""
+    """Return the shape of each tensor by name for a batch of that size, from ONNX shape inference."""
     model = build_model(without_markers(graph), graph.constants, graph, {}, OPSET, batch)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     values = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]

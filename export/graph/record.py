@@ -1,7 +1,7 @@
-"""What a network computes, as a flat list of torch's own operators with the sizes that they have.
+"""Records a network's computation as a flat list of torch operators with known sizes.
 
-The network is run twice, with two batch sizes, and each operator is recorded before autograd takes it apart. What is
-the same in both runs is known; a size that differs is the batch's.
+The network runs twice, with two batch sizes, and each operator is recorded before autograd decomposes it. A value that
+is the same in both runs is a constant; a size that differs depends on the batch.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ BATCHES = (2, 3)
 _LIBRARY = torch.library.Library(DOMAIN, "DEF")  # type: ignore[no-untyped-call]
 _LIBRARY.define("edge(Tensor x, str edge) -> Tensor")  # type: ignore[no-untyped-call]
 _LIBRARY.impl("edge", lambda x, edge: x.clone(), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-# Of a tensor they take the sizes and the type alone.
+# These use only the sizes and the type of a tensor.
 _MAKERS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 
 
 class Marker(nn.Module):
-    """Stands for a quantizer and passes values on.
+    """Identity that marks the position of a quantizer.
 
     Args:
-        edge: Which `record` finds in its place.
+        edge: Name of the edge, by which `record` finds the marker.
     """
 
     def __init__(self, edge: str) -> None:
@@ -36,16 +36,16 @@ class Marker(nn.Module):
         self.edge = edge
 
     def forward(self, x: Tensor) -> Tensor:
-        """A copy of `x`."""
+        """Return a copy of `x`."""
         return cast("Tensor", torch.ops.crqat.edge(x, self.edge))
 
 
 class Program:
-    """The operators of a network.
+    """The recorded operators of a network.
 
     Attributes:
-        nodes: In the order in which they run, with their sizes for the first of `BATCHES` in `meta["val"]`.
-        twins: Each of them in the run with the other batch size.
+        nodes: Operators in execution order, with the sizes for the first of `BATCHES` in `meta["val"]`.
+        twins: The operator of the other batch size's run, for each operator.
     """
 
     def __init__(self, model: fx.GraphModule, input_shape: list[int]) -> None:
@@ -53,7 +53,7 @@ class Program:
         lists = [list(run.graph.nodes) for run in self._runs]
         if [str(node.target) for node in lists[0]] != [str(node.target) for node in lists[1]]:
             msg = (
-                f"model.name: {type(model).__name__} computes something else for {BATCHES[0]} images than for "
+                f"model.name: {type(model).__name__} computes differently for {BATCHES[0]} images than for "
                 f"{BATCHES[1]}; let no `if` or loop depend on their number"
             )
             raise UsageError(msg)
@@ -64,12 +64,12 @@ class Program:
         self._values: dict[fx.Node, Any] = {}
 
     def sizes(self, node: fx.Node) -> list[int | None]:
-        """The shape of a node's result; None stands for the batch, or a multiple of it."""
+        """Return the shape of a node's result; None stands for the batch size, or a multiple of it."""
         shapes = [n.meta["val"].shape for n in (node, self.twins[node])]
         return [int(a) if a == b else None for a, b in zip(*shapes, strict=True)]
 
     def is_fixed(self, node: fx.Node) -> bool:
-        """Whether no image has a part in a node's values."""
+        """Whether a node's values do not depend on the images."""
         if node not in self._fixed:
             schema = getattr(node.target, "_schema", None)
             if node.op in ("placeholder", "output") or node.target is torch.ops.crqat.edge.default:
@@ -81,7 +81,7 @@ class Program:
         return self._fixed[node]
 
     def value(self, node: fx.Node) -> Any:
-        """What a fixed node computes."""
+        """Return the value of a node that does not depend on the images."""
         if node not in self._values:
             if node.op == "get_attr":
                 self._values[node] = getattr(self._runs[0], str(node.target))
@@ -99,7 +99,7 @@ class Program:
         return self._values[node]
 
     def stored_name(self, node: fx.Node) -> str | None:
-        """The name of the parameter or buffer that a node reads."""
+        """Return the name of the parameter or buffer that a node loads."""
         return self._names.get(id(self.value(node))) if node.op == "get_attr" else None
 
 
@@ -109,6 +109,6 @@ def _recorded(model: fx.GraphModule, input_shape: list[int], batch: int) -> fx.G
 
 
 def module_of(node: fx.Node) -> str:
-    """The path of the module that an operator was called in; empty for the network itself."""
+    """Return the path of the module that called an operator; empty for the network itself."""
     stack = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
     return str(stack[-1]) if stack else ""

@@ -1,1 +1,1 @@
-"""A graph with QuantizeLinear and DequantizeLinear, and the rules it keeps."""
+"""Writes ONNX graphs with QuantizeLinear and DequantizeLinear, and checks them against the targets' rules."""

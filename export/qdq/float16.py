@@ -1,7 +1,7 @@
-"""A float32 file -> the same file in float16, by what ONNX's own schemas say of each operation's types.
+"""Converts a float32 file to float16, using ONNX's schemas for the types of each operation.
 
-Input and output stay float32. The image stays float32, too, up to its quantizer or the first layer that multiplies:
-rounding it to float16 first would move codes.
+Input and output stay float32. The image also stays float32 up to its quantizer or the first layer with weights, because
+rounding it to float16 first would change codes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from onnx import TensorProto, defs, helper, numpy_helper
 
 from crqat.export.graph.onnx_graph import OPSET, Graph, build_model
 
-# QuantizeLinear takes float16 scales from opset 19 on.
+# QuantizeLinear accepts float16 scales from opset 19 on.
 OPSET_FLOAT16 = 19
 _MULTIPLIES = {"Conv", "ConvTranspose", "Gemm", "MatMul", "Einsum"}
 _LARGEST, _SMALLEST = 65504.0, 2.0**-24
@@ -28,13 +28,13 @@ def float16_model(
     graph: Graph,
     metadata: Mapping[str, str],
 ) -> onnx.ModelProto:
-    """A checked model in float16.
+    """Return a checked model in float16.
 
     Args:
-        nodes: A float32 file's, in topological order; they are not changed.
-        constants: Its constants by name.
-        graph: Says the shapes of input and output.
-        metadata: For the file's metadata_props.
+        nodes: Nodes of a float32 file, in topological order. They are not changed.
+        constants: Constants of the file by name.
+        graph: Graph that has the shapes of input and output.
+        metadata: Content of the file's metadata_props.
     """
     nodes, constants = for_opset(nodes, constants, OPSET, OPSET_FLOAT16)
     model = build_model(nodes, constants, graph, {}, OPSET_FLOAT16)
@@ -50,7 +50,7 @@ def float16_model(
 
 
 def as_float16(value: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    """A constant as a file holds it: nothing finite becomes infinite, and no number that divides becomes 0."""
+    """Round a constant to float16 such that finite values stay finite, and no divisor becomes 0."""
     value = np.where(np.isfinite(value), np.clip(value, -_LARGEST, _LARGEST), value)
     if value.size == 1:
         value = np.where((value != 0) & (np.abs(value) < _SMALLEST), np.copysign(_SMALLEST, value), value)
@@ -60,7 +60,7 @@ def as_float16(value: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
 def for_opset(
     nodes: Sequence[onnx.NodeProto], constants: Mapping[str, npt.NDArray[Any]], old: int, new: int
 ) -> tuple[list[onnx.NodeProto], dict[str, npt.NDArray[Any]]]:
-    """Copies of nodes as a later opset spells them: an attribute that has become an input is one."""
+    """Return copies of nodes in the form of a later opset, in which some attributes have become inputs."""
     result, constants = [], dict(constants)
     for node in nodes:
         copied = onnx.NodeProto()
@@ -85,23 +85,23 @@ def for_opset(
 
 
 class _Converter:
-    """Converts one node after the other.
+    """Converts one node after another to float16.
 
     Attributes:
-        nodes: Those of the result.
-        constants: Likewise.
+        nodes: Converted nodes.
+        constants: Converted constants by name.
     """
 
     def __init__(self, constants: Mapping[str, npt.NDArray[Any]], floats: set[str]) -> None:
         self.source = constants
-        # Tensors that are float32 in the source; and those that stay it, for they are the image's own values.
+        # Tensors that are float32 in the source; and those that stay float32 because they hold the image's own values.
         self.floats, self.single = floats, {"input"}
         self.nodes: list[onnx.NodeProto] = []
         self.constants = {name: value for name, value in constants.items() if value.dtype != np.float32}
         self.made: set[str] = set()
 
     def convert(self, node: onnx.NodeProto) -> None:
-        """Append a node in float16 where its operation takes that, between casts where it does not."""
+        """Append a node in float16 if its operation supports that, otherwise in float32 between casts."""
         schema = defs.get_schema(node.op_type, OPSET_FLOAT16, node.domain)
         inputs, outputs = (_types(names, formal) for names, formal in ((node.input, schema.inputs),
                                                                        (node.output, schema.outputs)))  # fmt: skip
@@ -128,16 +128,16 @@ class _Converter:
                     self._cast("logits.float16", name, TensorProto.FLOAT)
             elif name == "logits" or (of_the_image and takes_half.get(kind, False)):
                 self.single.add(name)
-            else:  # it takes float32 alone
+            else:  # it supports float32 only
                 copied.output[index] = f"{name}.float32"
                 self._cast(f"{name}.float32", name, TensorProto.FLOAT16)
 
     def _computed(self, name: str) -> bool:
-        """Whether a tensor holds real values that are computed."""
+        """Whether a tensor holds computed float values."""
         return name in self.floats and name not in self.source
 
     def _read(self, name: str, half: bool) -> str:
-        """The name under which a tensor has the type that is asked for."""
+        """Return the name under which a tensor exists in the requested type."""
         value = self.source.get(name)
         if value is not None:
             if value.dtype != np.float32:
@@ -159,12 +159,12 @@ class _Converter:
 
 
 def _types(names: Sequence[str], formal: Sequence[Any]) -> list[str]:
-    """The type variable, or the one type, of each input or output; the last formal one may stand for many."""
+    """Return the type variable or fixed type of each input or output; the last formal one may stand for many."""
     return [formal[min(index, len(formal) - 1)].type_str for index in range(len(names))]
 
 
 def _type_attributes(node: onnx.NodeProto) -> None:
-    """What a node is to make: `to` and `dtype` name a type, `value` is a tensor of it."""
+    """Convert attributes that determine a node's output type: `to`, `dtype`, and the tensor `value`."""
     for attribute in node.attribute:
         if attribute.name in ("to", "dtype") and attribute.i == TensorProto.FLOAT:
             attribute.i = TensorProto.FLOAT16

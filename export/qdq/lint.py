@@ -1,4 +1,4 @@
-"""The targets' rules, checked on the file that ships. A finding names the node, the rule and the fix."""
+"""Checks a delivered file against its target's rules. A finding names the node, the rule and the fix."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from crqat.export.graph.macs import file_macs
 from crqat.export.graph.onnx_graph import LAYERS
 from crqat.export.graph.record import DOMAIN
 
-# TensorRT moves a DequantizeLinear behind these.
+# TensorRT moves a DequantizeLinear from before these to after them.
 _COMMUTING = {*ON_CODES, "Concat"}
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One broken rule.
+    """A rule that a node of a file breaks.
 
     Attributes:
         node: Name of the node.
-        rule: What must hold, and what happens if it does not.
-        fix: What to do.
+        rule: The rule, and the consequence of breaking it.
+        fix: How to fix it.
     """
 
     node: str
@@ -40,10 +40,10 @@ class Finding:
 
 
 def lint(model: onnx.ModelProto, target: str) -> list[Finding]:
-    """Check a file against a target's rules.
+    """Return a file's violations of a target's rules.
 
     Args:
-        model: With its initializers inside.
+        model: The file's model; its initializers should be inside the file.
         target: Name of a runtime, or "float" or "float16".
     """
     view = _View(model)
@@ -53,7 +53,7 @@ def lint(model: onnx.ModelProto, target: str) -> list[Finding]:
         if tensor.data_location == TensorProto.EXTERNAL
     ]
     if findings:
-        return findings  # the other rules look at values, and these are somewhere else
+        return findings  # the other rules need values, which lie in other files
     findings += _common(view)
     rules = runtimes.find(target)
     if rules is not None:
@@ -66,7 +66,7 @@ def lint(model: onnx.ModelProto, target: str) -> list[Finding]:
 
 
 class _View:
-    """Look-ups over a model."""
+    """Look-ups in a model."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
@@ -154,9 +154,9 @@ def _quantized_operands(view: _View, node: onnx.NodeProto) -> list[bool]:
 
 
 def left_in_float(model: onnx.ModelProto) -> dict[str, str]:
-    """Which operands of each layer and MatMul have no quantizer: node name to "input", "weight" or both.
+    """Return the operands of each layer and MatMul that have no quantizer: node name to "input", "weight" or both.
 
-    A runtime is not asked to compute these in integers. For a MatMul the operands are called first and second.
+    A runtime is not expected to compute these nodes in integers. The operands of a MatMul are called first and second.
     """
     view, result = _View(model), {}
     for node in view.nodes:
@@ -170,10 +170,10 @@ def left_in_float(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def int8_share(model: onnx.ModelProto) -> float | None:
-    """Share of a file's multiply-accumulates whose operands are both quantized, so that a runtime can use INT8.
+    """Return the share of multiply-accumulates with two quantized operands, which a runtime can compute in INT8.
 
     Returns:
-        None where `file_macs` does not know them.
+        None if `file_macs` does not know all sizes.
     """
     amounts = file_macs(model)
     if not amounts:
@@ -182,7 +182,7 @@ def int8_share(model: onnx.ModelProto) -> float | None:
 
 
 def _largest_code(view: _View, name: str) -> int:
-    """Upper bound of a tensor of codes: an integer Clip's, or the type's."""
+    """Return an upper bound of a tensor of codes: that of an integer Clip, or that of the type."""
     node = view.producer.get(name)
     while node is not None and node.op_type not in {"Clip", "QuantizeLinear"}:
         node = view.producer.get(node.input[0])
@@ -196,6 +196,6 @@ def _float_clip_before_quantizer(view: _View, node: onnx.NodeProto) -> bool:
     is_float = view.tensors[node.input[1]].data_type in (TensorProto.FLOAT, TensorProto.FLOAT16)
     source = view.producer.get(node.input[0])
     if source is None or source.op_type not in {*LAYERS, "Add", "Relu"}:
-        return False  # a network's own clamp of dequantized codes, or of what is float in any case
+        return False  # the network's own clamp of dequantized codes, or of values that stay float anyway
     readers = view.readers.get(node.output[0], [])
     return is_float and any(reader.op_type == "QuantizeLinear" for reader in readers)

@@ -1,6 +1,6 @@
-"""A trained Grid in a target's encoding, with the claim that it makes.
+"""Converts trained Grids to a target's encoding, with a claim of exactness.
 
-exact: the same representable values. lossy: other values, which needs `export.allow_lossy`.
+exact: the representable values are the same. lossy: they differ, which needs `export.allow_lossy`.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from crqat.train.graph.fold_batchnorm import folded_codes, per_channel
 _STORED: dict[str, type[np.int8] | type[np.uint8]] = {"int8": np.int8, "uint8": np.uint8}
 Claim = Literal["exact", "lossy"]
 
-# Largest magnitude that low-bit weight codes are spread to. The int32 bias rounds to units of s_x s_w: the larger the
+# Largest magnitude to which low-bit weight codes are scaled. The int32 bias rounds to units of s_x s_w: the larger the
 # codes, the smaller the unit. 64 keeps 255 * (64 + 64) within 16 bits.
 SPREAD_LIMIT = 64
-# The scale of a channel whose codes are all 0. Any positive one represents it, but its bias is stored in units of it.
+# Scale of a channel whose codes are all 0. Any positive scale represents it, but its bias is stored in units of it.
 _UNUSED_SCALE = np.float32(2.0**-10)
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation's Grid as a target stores it.
+    """An activation's Grid in a target's encoding.
 
     Attributes:
-        grid: Codes of the stored type, zero point included.
+        grid: The stored Grid: its codes have the stored type, and its zero point is included.
         dtype: np.int8 or np.uint8.
-        clip: Bounds of the integer Clip behind QuantizeLinear, None where the type's own saturation is the bound.
-        claim: See the module.
-        note: What a user should know, empty if nothing.
+        clip: Bounds of the integer Clip after QuantizeLinear; None if the type's own saturation is the bound.
+        claim: "exact" or "lossy"; see the module.
+        note: Message for the user; empty if there is none.
     """
 
     grid: Grid
@@ -47,16 +47,16 @@ class Activation:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight's codes and Grid as a target stores them, BN folded in.
+    """A weight's codes and Grid in a target's encoding, with BN folded in.
 
     Attributes:
-        codes: int8, of the weight's shape.
+        codes: Integer weight, int8 of the weight's shape.
         scale: float32 of shape [C], positive.
         bias: float32 of shape [C]: the folded bias rounded to a multiple of the unit s_x s_w, the same for all targets.
-        bias_codes: The multiples, int32 of shape [C].
-        bias_error: Largest change of the bias by that rounding, in units of the real bias.
-        claim: See the module.
-        note: What a user should know, empty if nothing.
+        bias_codes: The bias in units of s_x s_w, int32 of shape [C].
+        bias_error: Largest change of the bias by that rounding, as a real number.
+        claim: "exact" or "lossy"; see the module.
+        note: Message for the user; empty if there is none.
     """
 
     codes: npt.NDArray[np.int8]
@@ -69,13 +69,13 @@ class Weight:
 
 
 def lower_activation(grid: Grid, target: str) -> Activation:
-    """Encode an activation's trained Grid for a target.
+    """Convert an activation's trained Grid to a target's encoding.
 
-    Where the target takes zero points, the Grid is shifted so that its smallest code is the type's. Elsewhere its codes
-    are those of training.
+    If the target supports zero points, the Grid is shifted so that its smallest code is that of the type. Otherwise the
+    codes of training are kept.
 
     Raises:
-        UsageError: The target is to take a zero point other than 0 and takes none.
+        UsageError: The Grid needs a zero point other than 0, which the target does not support.
     """
     rules = runtimes.get(target)
     stored, (low, high) = _STORED[rules.activation_type], rules.code_range
@@ -95,7 +95,7 @@ def lower_activation(grid: Grid, target: str) -> Activation:
         halved = Grid(grid.scale * np.float32(grid.qmax / high), 0, 0, high)
         note = f"{rules.title} has no unsigned INT8: {high + 1} codes instead of {grid.qmax + 1}"
         return Activation(halved, stored, None, "lossy", note)
-    full = grid.qmin in (low, 0) and grid.qmax == high  # with qmin 0 the tensor itself has no negative value
+    full = grid.qmin in (low, 0) and grid.qmax == high  # with qmin 0 the tensor has no negative value
     return Activation(grid, stored, None if full else (grid.qmin, grid.qmax))
 
 
@@ -108,20 +108,20 @@ def lower_weight(
     depthwise: bool,
     target: str,
 ) -> Weight:
-    """Encode a weight for a target, with BN folded into the scale: codes are not rounded again.
+    """Convert a weight to a target's encoding, with BN folded into the scale; codes are not rounded again.
 
     Args:
         grid: Trained per-channel Grid of the unfolded weight.
         weight: The unfolded latent weight, float32 of shape [C, ...].
         multiplier: m = gamma / sigma of each channel, float32 of shape [C]; ones without BN.
         bias: Folded bias, float32 of shape [C].
-        input_activation: The lowered activation that the weight meets, None if that is not quantized.
-        depthwise: See `crqat.core.targets.is_depthwise`.
+        input_activation: The converted activation that the weight is multiplied with; None if that is not quantized.
+        depthwise: Whether the layer is a depthwise convolution; see `crqat.core.targets.is_depthwise`.
         target: Name of a runtime; see `crqat.core.targets`.
     """
     rules = runtimes.get(target)
     codes, scale = folded_codes(grid.quantize(weight), grid.scale, multiplier)
-    # The trained scale was chosen so that the folded one is a float16; take the product's last rounding back.
+    # The trained scale was chosen so that the folded one is a float16 number; undo the product's last rounding.
     half = scale.astype(np.float16).astype(np.float32)
     rounded_to = (np.abs(multiplier) != 1) & (np.abs(half - scale) <= scale * 2.0**-21)
     scale = np.where(rounded_to, half, scale).astype(np.float32)
@@ -139,7 +139,7 @@ def lower_weight(
             scale = (scale * np.float32(ratio)).astype(np.float32)
             claim, note = (
                 "lossy",
-                f"codes reduced to +-{fitting}: larger ones saturate 16-bit sums behind its input",
+                f"codes reduced to +-{fitting}: with its input, larger ones saturate 16-bit sums",
             )
     spread = _spread(grid)
     unit_bias_scale = scale / np.float32(spread)
@@ -161,11 +161,11 @@ def lower_weight(
 
 
 def _spread(grid: Grid) -> int:
-    """The largest power of two that keeps low-bit codes within SPREAD_LIMIT; 1 for 7 and 8 bits."""
+    """Return the largest power of two that keeps low-bit codes within SPREAD_LIMIT; 1 for 7 and 8 bits."""
     largest = max(abs(grid.qmin), grid.qmax)
     return 1 if largest >= SPREAD_LIMIT else 1 << int(np.log2(SPREAD_LIMIT / largest))
 
 
 def clip_bound(high: float, grid: Grid) -> int:
-    """The largest code of ``rint(min(x, high) / scale)``: what an integer Clip needs to replace a float one (ReLU6)."""
+    """Return the largest code of ``rint(min(x, high) / scale)``, the bound of an integer Clip that replaces ReLU6."""
     return min(grid.qmax, int(np.rint(np.float32(high) / grid.scale[0])) + grid.zero_point)

@@ -1,4 +1,4 @@
-"""Float graph + Grids -> a target's ONNX file with QuantizeLinear and DequantizeLinear nodes."""
+"""Writes a target's ONNX file with QuantizeLinear and DequantizeLinear nodes, from a float graph and Grids."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ _Lowered = TypeVar("_Lowered", Activation, Weight)
 
 @dataclass
 class QDQModel:
-    """A target's file and what is claimed of it.
+    """A target's file, and the claims for its quantizers.
 
     Attributes:
         model: The ONNX model.
-        activations: Edge name to the lowered activation.
-        weights: Edge name to the lowered weight.
-        codes: Activation edge name to the tensors that hold its codes, in the order in which the network computes them;
-            more than one where edges share a quantizer.
-        float_constants: Constants of the float parts, as they are before the file's type rounds them.
+        activations: Converted activations by edge name.
+        weights: Converted weights by edge name.
+        codes: Tensors that hold the codes of each activation, in the order of computation, by edge name; there are
+            several if edges share a quantizer.
+        float_constants: Constants of the float parts before they are rounded to the file's type.
     """
 
     model: onnx.ModelProto
@@ -44,7 +44,7 @@ class QDQModel:
     float_constants: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def claims(self) -> dict[str, Claim]:
-        """Edge name to its claim, for the manifest."""
+        """Return the claim of each edge by edge name, for the manifest."""
         result = {edge: Claim(own.claim, own.note or None) for edge, own in self.activations.items()}
         for edge, weight in self.weights.items():
             result[edge] = Claim(weight.claim, weight.note or None, weight.bias_error)
@@ -52,12 +52,12 @@ class QDQModel:
 
 
 def float_model(graph: Graph, metadata: Mapping[str, str], precision: str = "float32") -> onnx.ModelProto:
-    """The float network without markers, BN folded: the baseline that every runtime is compared with.
+    """Return the float network without markers, with BN folded: the baseline for every runtime.
 
     Args:
         graph: The marked float graph.
-        metadata: For the file's metadata_props.
-        precision: "float32" or "float16", of weights and values; input and output stay float32.
+        metadata: Content of the file's metadata_props.
+        precision: "float32" or "float16", the type of weights and values; input and output stay float32.
     """
     alias: dict[str, str] = {}
     nodes = []
@@ -82,17 +82,17 @@ def qdq_model(
     metadata: Mapping[str, str],
     weights: str = "int8",
 ) -> QDQModel:
-    """Write a target's file.
+    """Return a target's file with its claims.
 
     Args:
         graph: The marked float graph.
-        specs: Quantizers of the layout.
-        grids: Edge name to trained Grid.
-        latent: Weight edge name to the unfolded float32 weight.
+        specs: Specs of the network's quantizers.
+        grids: Trained Grids by edge name.
+        latent: Unfolded float32 weights by edge name.
         target: Name of a runtime; see `crqat.core.targets`.
         precision: "float32" or "float16": the type of everything that is not INT8. Input and output stay float32.
-        metadata: For the file's metadata_props.
-        weights: "int8" or "float": see `ExportConfig`.
+        metadata: Content of the file's metadata_props.
+        weights: "int8" or "float"; see `ExportConfig`.
     """
     return _Writer(graph, specs, grids, latent, target, precision, weights).write(metadata)
 
@@ -123,7 +123,7 @@ class _Writer:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, npt.NDArray[Any]] = {}
         self.alias: dict[str, str] = {}
-        # Tensor of the float graph -> (tensor of codes, edge) where this tensor exists as codes.
+        # Maps a tensor of the float graph to (tensor of codes, edge) if it exists as codes.
         self.coded: dict[str, tuple[str, str]] = {}
         self.dequantized: dict[str, str] = {}
         self.result = QDQModel(onnx.ModelProto())
@@ -152,7 +152,7 @@ class _Writer:
         return name
 
     def _read(self, name: str) -> str:
-        """The float tensor for a name of the float graph: dequantized, of a removed node's input, or as it is."""
+        """Return the float tensor for a name of the float graph: dequantized, a removed node's input, or itself."""
         name = self.alias.get(name, name)
         if name in self.coded:
             codes, edge = self.coded[name]
@@ -174,7 +174,7 @@ class _Writer:
         if self.specs[edge].kind == "activation":
             self._activation(edge, node)
             return
-        # A weight is written with the Conv or Gemm that it belongs to, because its bias needs both scales.
+        # A weight is written with its Conv or Gemm, because its bias needs both scales.
         readers = [reader for reader in self.graph.nodes if node.output[0] in reader.input]
         if any(reader.op_type not in LAYERS for reader in readers):
             kinds = ", ".join(sorted({reader.op_type for reader in readers}))
@@ -207,13 +207,13 @@ class _Writer:
         tensors.append(codes)
 
     def _stored(self, lowered: _Lowered, scale: npt.NDArray[np.float32]) -> _Lowered:
-        """The claim after the scale is written in the file's type; training for TensorRT chooses scales that fit."""
+        """Return the claim after rounding the scale to the file's type; training for TensorRT makes scales fit."""
         if (scale.astype(self.float_type).astype(np.float32) == scale).all():
             return lowered
         return replace(lowered, claim="lossy", note="float16 does not hold its scale")
 
     def _same_edge(self, names: Sequence[str]) -> bool:
-        """Whether all these tensors are codes of one quantizer, as NNCF wants it for what is joined before a layer."""
+        """Whether all tensors are codes of one quantizer, as NNCF requires for a concatenation before a layer."""
         return all(name in self.coded for name in names) and len({self.coded[name][1] for name in names}) == 1
 
     def _concat_codes(self, node: onnx.NodeProto) -> None:
@@ -224,7 +224,7 @@ class _Writer:
         self.coded[node.output[0]] = (joined.output[0], self.coded[node.input[0]][1])
 
     def _input_edge(self, name: str) -> str | None:
-        """The edge whose codes stand behind a tensor of the float graph, None if it is not quantized."""
+        """Return the edge whose codes a tensor of the float graph holds; None if it is not quantized."""
         producers = self.graph.producers()
         node = producers.get(name)
         while node is not None and moves_codes(node, self.graph.constants):
@@ -238,7 +238,7 @@ class _Writer:
         codes, edge = self.coded[node.input[0]]
         moved = _copy(node, [codes, *(self._read(name) if name else "" for name in node.input[1:])])
         if node.op_type == "Pad":
-            # What a float graph pads with 0.0 is padded with the code of 0.0.
+            # A float graph pads with 0.0, a graph of codes with the code of 0.0.
             del moved.input[2:]
             moved.input.append(f"{edge}.zero_point")
         moved.output[0] = f"{node.output[0]}.codes"
@@ -246,7 +246,7 @@ class _Writer:
         self.coded[node.output[0]] = (moved.output[0], edge)
 
     def _becomes_integer(self, node: onnx.NodeProto, consumers: Mapping[str, list[onnx.NodeProto]]) -> bool:
-        """Whether a float Clip(0, high) is followed by its quantizer alone: then an integer Clip does the same."""
+        """Whether a float Clip(0, high) has its quantizer as the only consumer: an integer Clip can then replace it."""
         readers = consumers[node.output[0]]
         low = self.graph.constants.get(node.input[1])
         if len(readers) != 1 or readers[0].op_type != "Edge" or low is None or float(low) != 0.0:
@@ -255,7 +255,7 @@ class _Writer:
         return grid.qmin == 0 and len(node.input) > 2 and node.input[2] in self.graph.constants
 
     def _as_relu(self, node: onnx.NodeProto) -> onnx.NodeProto:
-        """A Clip that bounds below by 0 alone is a ReLU, which runtimes fuse."""
+        """Convert a Clip with 0 as its only bound to a ReLU, which runtimes fuse."""
         low, high = [*node.input[1:], "", ""][:2] if node.op_type == "Clip" else ("", "")
         if high or low not in self.graph.constants or self.graph.constants[low].any():
             return node
@@ -275,10 +275,10 @@ class _Writer:
         self.nodes.append(_copy(node, inputs))
 
     def _weight(self, node: onnx.NodeProto, edge: str) -> list[str]:
-        """Emit a layer's weight and bias; returns the tensor names."""
+        """Write a layer's weight and bias, and return the tensor names."""
         weight, trained = self.latent[edge], self.grids[edge]
         transposed, shape = node.op_type == "ConvTranspose", weight.shape
-        if transposed:  # with the channels that share a scale in front, as other layers have them
+        if transposed:  # put the channels that share a scale first, as in other layers
             weight = weight.reshape(1, -1) if trained.axis is None else np.swapaxes(weight, 0, 1)
             trained = replace(trained, axis=None if trained.axis is None else 0)
         channels = weight.shape[0]
@@ -304,7 +304,7 @@ class _Writer:
 
         codes = f"{edge}.codes"
         if self.weights == "float":
-            # code * scale rounds by less than half a step, in float16 too, so the codes come back.
+            # code * scale is rounded by less than half a scale, in float16 too, so the codes are recovered.
             scale = lowered.scale.reshape(-1, *[1] * (weight.ndim - 1))
             values = self._constant(f"{edge}.values", stored(lowered.codes * scale), np.float32)
             self.nodes.append(

@@ -1,1 +1,1 @@
-"""An ONNX file's integer codes in numpy."""
+"""Simulates the integer codes of an ONNX file in numpy."""

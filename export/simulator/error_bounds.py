@@ -1,4 +1,4 @@
-"""How far a float32 result may lie from the exact one.
+"""Bounds on the error of float32 results against exact ones.
 
 Assumptions about libraries, in relative error (one unit in the last place is at most two unit roundoffs):
 * +, -, *, / and sqrt are correctly rounded (IEEE 754); a division may be a multiplication by a reciprocal.
@@ -26,33 +26,33 @@ RATIONAL = 32.0
 
 Attributes = dict[str, Any]
 Function = Callable[..., Array]
-# (attributes, result, values of the inputs) -> magnitudes that are rounded, of a shape that broadcasts to the result's.
+# Maps (attributes, result, input values) to the magnitudes that are rounded, broadcastable to the result's shape.
 Roundings = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Known:
-    """An operation that is computed in float.
+    """A float operation with a bound on its error.
 
     Attributes:
-        function: (attributes, *float64 inputs) -> float64 result, exact but for float64's own rounding.
-        bound: (attributes, result, *inputs as Float) -> how far a float32 result may lie from `function`'s.
+        function: (attributes, *float64 inputs) -> float64 result, exact up to float64's own rounding.
+        bound: (attributes, result, *inputs as Float) -> largest distance of a float32 result from `function`'s.
     """
 
     function: Function
     bound: Function
 
     def __call__(self, attributes: Attributes, *inputs: Float) -> Float:
-        """The result of inputs that carry errors."""
+        """Return the result for inputs that have errors."""
         with np.errstate(all="ignore"):
             result = np.asarray(self.function(attributes, *(x.values for x in inputs)))
             error = np.asarray(self.bound(attributes, result, *inputs), np.float64)
-        # What is not a number bounds nothing.
+        # NaN gives no bound.
         return Float(result, np.broadcast_to(np.where(np.isnan(error), np.inf, error), result.shape))
 
 
 def of_errors(function: Function, attributes: Attributes, inputs: Sequence[Float]) -> Array:
-    """What the inputs' errors become, from the ends of their intervals."""
+    """Return the effect of the inputs' errors, from the ends of their intervals."""
     result = np.asarray(function(attributes, *(x.values for x in inputs)))
     carried = np.zeros(result.shape)
     moving = [x.error.any() for x in inputs]
@@ -64,12 +64,12 @@ def of_errors(function: Function, attributes: Attributes, inputs: Sequence[Float
 
 
 def around_zero(x: Float) -> Array:
-    """Where an interval contains 0 and more."""
+    """Whether each interval contains 0 in its interior."""
     return (np.abs(x.values) <= x.error) & (x.error > 0)
 
 
 def elementwise(function: Function, roundings: Roundings, pole: Callable[..., Array] | None = None) -> Known:
-    """A row of the table; there is no bound where `pole`, of the inputs as Float, is true."""
+    """Return a row of the table; it has no bound where `pole`, a function of the inputs as Float, is true."""
 
     def bound(attributes: Attributes, result: Array, *inputs: Float) -> Array:
         carried = of_errors(function, attributes, inputs)
@@ -82,15 +82,15 @@ def elementwise(function: Function, roundings: Roundings, pole: Callable[..., Ar
 
 
 def times(count: float) -> Roundings:
-    """`count` roundings of the result."""
+    """Return the magnitudes for `count` roundings of the result."""
     return lambda _, y, *__: count * np.abs(y)
 
 
 def exact(*_: Any) -> float:
-    """Values are selected, and none is rounded."""
+    """Return zero magnitudes: values are selected and not rounded."""
     return 0.0
 
 
 def sum_of(count: int) -> float:
-    """How many roundings of the sum of magnitudes a sum of `count` terms is off by."""
+    """Return the error of a sum of `count` terms, in roundings of the sum of magnitudes."""
     return float(8 * np.sqrt(count) + 8)

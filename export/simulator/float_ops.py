@@ -1,8 +1,8 @@
-"""One table of what a runtime computes in float: each operation's float64 function and the bound of a float32 result.
+"""Table of float operations: for each, a float64 function and a bound on the error of a float32 result.
 
 `FLOAT_OPERATIONS` maps an ONNX operation to a `Known`. The bound of its result has two parts:
 
-* what the errors of its inputs become: elementwise functions are evaluated at the ends of each input's interval,
+* the effect of its inputs' errors: elementwise functions are evaluated at the ends of each input's interval,
   value +- error, which contains the result for all that are monotone in each input, or convex around a minimum;
 * its own rounding errors: UNIT_ROUNDOFF times the magnitudes that it rounds, each counted as often as it is rounded.
 
@@ -98,12 +98,12 @@ def _where(_: Attributes, condition: Array, x: Array, y: Array) -> Array:
 
 
 def compared(function: Callable[[Array, Array], Array]) -> Known:
-    """Truth as 0 and 1, with the error 1 where the inputs' errors leave it open."""
+    """Return 0 or 1 for a comparison, with the error 1 where the inputs' errors leave the result open."""
     return elementwise(lambda _, x, y: function(x, y).astype(np.float64), exact)
 
 
 def _magnitudes(_: Attributes, __: Array, x: Array, y: Array) -> Array:
-    # Once on its own, and once where a product before it takes it into its sum.
+    # Counted once for the sum itself, and once for a kernel that fuses it with a product before it.
     return 2 * (np.abs(x) + np.abs(y))
 
 
@@ -131,7 +131,7 @@ FLOAT_OPERATIONS: dict[str, Known] = {
     "Or": elementwise(lambda _, x, y: np.maximum(x, y), exact),
     "Add": elementwise(lambda _, x, y: x + y, _magnitudes),
     "Sub": elementwise(lambda _, x, y: x - y, _magnitudes),
-    # ONNX Runtime's product of codes is multiplied by the quotient of three scales: a handful of roundings.
+    # ONNX Runtime multiplies the product of codes by the quotient of three scales: a handful of roundings.
     "Mul": elementwise(lambda _, x, y: x * y, times(8)),
     "Div": elementwise(lambda _, x, y: x / y, times(3), lambda _, y: around_zero(y)),
     "Reciprocal": elementwise(lambda _, x: 1 / x, times(3), around_zero),
@@ -159,7 +159,7 @@ FLOAT_OPERATIONS: dict[str, Known] = {
         lambda a, x: _elu(x, _alpha(a, 1.0)), lambda a, y, x: (LIBRARY + 1) * abs(_alpha(a, 1.0)) + np.abs(y)
     ),
     "Selu": elementwise(_selu, lambda a, y, x: (LIBRARY + 2) * a.get("gamma", 1.06) * _alpha(a, 1.68) + 2 * np.abs(y)),
-    # One rounding of x / alpha more, which is at most exp(t) |t| < 1 behind exp.
+    # One more rounding, of x / alpha, whose effect after exp is at most exp(t) |t| < 1.
     "Celu": elementwise(_celu, lambda a, y, x: (LIBRARY + 2) * abs(_alpha(a, 1.0)) + np.abs(y)),
     "HardSigmoid": elementwise(
         lambda a, x: np.clip(_alpha(a, 0.2) * x + a.get("beta", 0.5), 0.0, 1.0),
@@ -171,7 +171,7 @@ FLOAT_OPERATIONS: dict[str, Known] = {
         lambda _, y, x: 3 * np.abs(x) * np.minimum(np.abs(x) / 6 + 0.5, 1.0) + 2 * np.abs(y),
     ),
     "Relu": elementwise(lambda _, x: np.maximum(x, 0.0), exact),
-    # A table of codes in ONNX Runtime, made of a few products.
+    # ONNX Runtime uses a table of codes, computed by a few products.
     "LeakyRelu": elementwise(lambda a, x: np.where(x > 0, x, _alpha(a, 0.01) * x), times(3)),
     "ThresholdedRelu": elementwise(lambda a, x: np.where(x > _alpha(a, 1.0), x, 0.0), exact),
     "PRelu": elementwise(lambda _, x, slope: np.where(x > 0, x, slope * x), times(1)),
@@ -220,7 +220,7 @@ FLOAT_OPERATIONS: dict[str, Known] = {
 def compute(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Value:
-    """An operation of the table on real values."""
+    """Compute an operation of the table on float values."""
     attributes, names = attributes_of(node), list(node.input)
     if node.op_type.startswith("Reduce") and len(names) > 1:
         if names[1]:
@@ -248,6 +248,6 @@ def compute(
 def operands(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], out: Simulation
 ) -> tuple[Float, Float]:
-    """The first two inputs as real values; one may be a constant."""
+    """Return the first two inputs as float values; one may be a constant."""
     first, second = (out.real(name, values, constants) for name in node.input[:2])
     return first, second

@@ -1,4 +1,4 @@
-"""Operations that the integer simulator computes on codes, with the roundings of ONNX Runtime's CPU kernels."""
+"""Simulated operations on codes, with the rounding of ONNX Runtime's CPU kernels."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from crqat.export.simulator.values import (
 
 
 def quantized_constant(node: onnx.NodeProto, constants: dict[str, Array]) -> Array:
-    """The codes of a weight that is stored as float values, with one scale or one per channel of the node's axis."""
+    """Return the codes of a weight that is stored as float, with one scale or one per channel of the node's axis."""
     values, scale, zero_point = (constants[name] for name in node.input)
     info = np.iinfo(zero_point.dtype)
     shape = [1] * values.ndim
@@ -41,7 +41,7 @@ def quantized_constant(node: onnx.NodeProto, constants: dict[str, Array]) -> Arr
 def quantize(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Codes:
-    """Codes of anything, rounded as ONNX Runtime's kernel for it rounds."""
+    """Quantize any value, with the rounding of ONNX Runtime's kernel for it."""
     info = np.iinfo(constants[node.input[2]].dtype)
     stored = (constants[node.input[1]], int(constants[node.input[2]]))
     step, zero_point = out.grids.get(node.output[0], stored)
@@ -49,8 +49,8 @@ def quantize(
     value = values[node.input[0]]
     fallback = real_values(value) / float(scale)
     bound: Array = np.asarray(4 * UNIT_ROUNDOFF * np.abs(fallback).max(initial=0.0))
-    # The kernels below round at most four times: a sum, a scale or two, and their product. An Add's has a bound of its
-    # own, and what is computed in float64 has none.
+    # The kernels below round at most four times: a sum, a scale or two, and their product. An Add has its own bound,
+    # and float64 results need none.
     kernel_bound = float(bound)
     if isinstance(value, Sum):
         total = (value.sums + column(value.bias, value.sums)).astype(np.float32)
@@ -87,26 +87,26 @@ def quantize(
 
 
 def _demand_bound(node: onnx.NodeProto, value: Float, bound: Array) -> None:
-    """A bound that no code can break verifies nothing."""
+    """Refuse a bound that no code can exceed, because it would verify nothing."""
     if np.isnan(value.values).any():
-        msg = f"{node.name}: the operation in front of it gives values that are no numbers"
+        msg = f"{node.name}: the operation before it returns NaN"
         raise NotSimulated(msg)
     if bound.size and (bound >= 0.5).all():
-        msg = f"{node.name}: float32 leaves none of its values within half a code, so nothing is verified"
+        msg = f"{node.name}: float32 errors are above half a code for all its values, so nothing is verified"
         raise NotSimulated(msg)
 
 
 def dequantize(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Value:
-    """Codes stay codes: what reads them decides how it computes."""
+    """Return the codes unchanged: the consumer decides how it computes with them."""
     value = values[node.input[0]]
     if not isinstance(value, Codes):
-        msg = f"{node.name}: the simulator wants codes in front of a DequantizeLinear"
+        msg = f"{node.name}: the simulator needs codes as input of a DequantizeLinear"
         raise NotSimulated(msg)
     if out.grids:
         return replace(value, real=True)
-    # The file's own: a scale or a zero point that is not that of the codes shows behind.
+    # The file's own values: a wrong scale or zero point then shows in later results.
     zero_point = int(constants[node.input[2]]) if len(node.input) > 2 and node.input[2] else 0
     integers = value.integers + (value.zero_point - zero_point)
     return Codes(integers, np.float32(constants[node.input[1]]), zero_point, real=True)
@@ -115,7 +115,7 @@ def dequantize(
 def clip(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
 ) -> Value:
-    """A Clip of codes in their own type, or of real values."""
+    """Clip codes in their own type, or float values."""
     value = values[node.input[0]]
     low, high = (constants.get(name) for name in [*node.input, "", ""][1:3])
     if isinstance(value, Codes) and low is not None and high is not None and low.dtype in (np.uint8, np.int8):
@@ -129,7 +129,7 @@ def clip(
 
 
 def relu(node: onnx.NodeProto, values: dict[str, Value], *further: Any) -> Value:
-    """Rounding is monotone, so a ReLU before it is a bound of the codes behind it."""
+    """Apply ReLU: rounding is monotone, so a ReLU before it becomes a bound of the codes after it."""
     value = values[node.input[0]]
     if isinstance(value, (Sum, Added)):
         return replace(value, relu=True)
@@ -139,7 +139,7 @@ def relu(node: onnx.NodeProto, values: dict[str, Value], *further: Any) -> Value
 def add(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
 ) -> Value:
-    """The sum of two tensors; of two tensors of codes it is rounded together with the quantizer behind."""
+    """Add two tensors; a sum of two tensors of codes is rounded together with the quantizer after it."""
     first, second = (values.get(name) for name in node.input)
     whole = isinstance(first, Codes) and not first.selected and node.name not in out.in_float
     if whole and isinstance(first, Codes) and isinstance(second, Codes) and not second.selected:
@@ -150,7 +150,7 @@ def add(
 def global_average_pool(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
 ) -> Value:
-    """The mean over the pixels; of codes it is rounded together with the quantizer behind."""
+    """Average over the pixels; a mean of codes is rounded together with the quantizer after it."""
     value = values[node.input[0]]
     if not isinstance(value, Codes) or value.selected or node.name in out.in_float:
         return compute(node, values, constants, model, out)

@@ -1,4 +1,4 @@
-"""Convolutions and matrix products in the integer simulator: of codes as exact sums, of real values with a bound."""
+"""Simulated convolutions and matrix products: exact sums for codes, and an error bound for float values."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from crqat.export.simulator.values import (
 def conv_or_gemm(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
 ) -> Value:
-    """A Conv or Gemm; of codes its sums are exact. A ConvTranspose has no integer kernel in ONNX Runtime."""
+    """Compute a Conv or Gemm; sums of codes are exact. ONNX Runtime has no integer kernel for ConvTranspose."""
     x, attributes = values[node.input[0]], attributes_of(node)
     if node.op_type == "Gemm" and not attributes.get("transB"):
-        msg = f"{node.name}: the simulator wants a Gemm with transB"
+        msg = f"{node.name}: the simulator needs a Gemm with transB"
         raise NotSimulated(msg)
     in_float = node.op_type == "ConvTranspose" or node.name in out.in_float
     if not isinstance(x, Codes) or x.selected or node.input[1] in constants or in_float:
@@ -55,7 +55,7 @@ def _float_conv_or_gemm(
     model: onnx.ModelProto,
     out: Simulation,
 ) -> Value:
-    """A Conv, ConvTranspose or Gemm that no runtime computes in integers, for want of a quantizer or of a kernel."""
+    """Compute a Conv, ConvTranspose or Gemm in float, because a quantizer or an integer kernel is missing."""
     if node.input[1] in constants:
         stored = out.real(node.input[1], {}, constants)
         weight, weight_error, bias_error = stored.values, stored.error, np.zeros(())
@@ -91,7 +91,7 @@ def _float_conv_or_gemm(
 def matmul(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Value:
-    """The product of two tensors as in attention; of two tensors of codes it is exact."""
+    """Multiply two tensors, as in attention; the product of two tensors of codes is exact."""
     first, second = (values.get(name) for name in node.input)
     whole = isinstance(first, Codes) and not first.selected and node.name not in out.in_float
     if whole and isinstance(first, Codes) and isinstance(second, Codes) and not second.selected:
@@ -105,17 +105,17 @@ def matmul(
 
 
 def _weight(name: str, constants: dict[str, Array], model: onnx.ModelProto, out: Simulation) -> tuple[Array, Array]:
-    """Codes (float64) and scale (float32) behind the DequantizeLinear that a Conv or Gemm reads."""
+    """Return codes (float64) and scale (float32) of the weight of a Conv or Gemm."""
     for node in model.graph.node:
         if name in node.output and node.op_type == "DequantizeLinear" and node.input[0] in constants:
             scale, _ = out.grids.get(node.input[0], (constants[node.input[1]], 0))
             return constants[node.input[0]].astype(np.float64), scale.astype(np.float32)
-    msg = f"{name}: the simulator wants weights as integers behind a DequantizeLinear"
+    msg = f"{name}: the simulator needs weights as integers with a DequantizeLinear"
     raise NotSimulated(msg)
 
 
 def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> Array:
-    """Exact integer sums: float64 holds them all."""
+    """Return exact integer sums; float64 represents all of them."""
     if op_type == "Gemm":
         return x @ weight.T
     rank = x.ndim - 2
@@ -135,10 +135,10 @@ def _sums(x: Array, weight: Array, attributes: dict[str, Any], op_type: str) -> 
 
 
 def _transposed(x: Array, weight: Array, strides: Any, dilations: Any, attributes: dict[str, Any]) -> Array:
-    """The sums of a ConvTranspose: of all pixels that the input reaches, those that `pads` leaves."""
+    """Return the sums of a ConvTranspose, cropped by `pads` from all pixels that the input reaches."""
     rank, group = x.ndim - 2, attributes.get("group", 1)
     if "output_shape" in attributes or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
-        msg = "the simulator wants a ConvTranspose with pads"
+        msg = "the simulator needs a ConvTranspose with pads"
         raise NotSimulated(msg)
     function: Any = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}[
         rank
@@ -158,10 +158,10 @@ def _transposed(x: Array, weight: Array, strides: Any, dilations: Any, attribute
 def _bias(
     node: onnx.NodeProto, constants: dict[str, Array], model: onnx.ModelProto, unit: Array, out: Simulation
 ) -> Array:
-    """The bias in units of s_x s_w, float64: the int32 codes themselves, or a float bias divided by the unit.
+    """Return the bias in units of s_x s_w, float64: the int32 codes themselves, or a float bias divided by the unit.
 
-    The exporter rounds biases to whole units, or to a 64th where low-bit codes are not spread. A float32 bias that is
-    one within its own rounding is taken for it; a float16 one is what it is.
+    The exporter rounds biases to whole units, or to a 64th of them for unscaled low-bit codes. A float32 bias that
+    equals such a multiple up to its own rounding is replaced by it; a float16 bias is used as it is.
     """
     if len(node.input) < 3 or not node.input[2]:
         return np.zeros(unit.shape)

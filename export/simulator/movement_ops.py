@@ -1,4 +1,4 @@
-"""Operations of the integer simulator that move or select elements and compute no new values."""
+"""Simulated operations that move or select elements without computing new values."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from crqat.export.simulator.values import (
     attributes_of,
 )
 
-# Of several tensors of codes on the same Grid they select codes; of others they are computed on real values.
+# They select codes from tensors on the same Grid; otherwise they compute on float values.
 SELECTING = ("Max", "Min", "Where", "ReduceMax", "ReduceMin", "GlobalMaxPool")
-# What reads these reads real values.
+# Consumers of these operations compute on float values.
 _BEHIND_REAL = {*ON_REAL_VALUES, *PARTIAL_MOVEMENT, *SELECTING}
 
 
 def move(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
-    """Elements in other places: of codes these are codes of the same Grid."""
+    """Move elements; codes stay codes of the same Grid."""
     value = values[node.input[0]]
     if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
         padding = constants[node.input[2]]
@@ -58,7 +58,7 @@ def _same_grid(node: onnx.NodeProto, value: Codes, integers: Array) -> Codes:
 def select(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
 ) -> Value:
-    """The larger of two tensors and the like: of codes on one Grid these are codes of that Grid."""
+    """Select elements, e.g. the larger of two tensors; codes on one Grid stay codes of that Grid."""
     chosen = node.input[1:] if node.op_type == "Where" else node.input[:1] if "Reduce" in node.op_type else node.input
     parts = [values.get(name) for name in chosen]
     first = parts[0]
@@ -81,14 +81,14 @@ def select(
 
 
 def split(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> list[Value]:
-    """A tensor in parts along an axis."""
+    """Split a tensor into equal parts along an axis."""
     value, axis = values[node.input[0]], attributes_of(node).get("axis", 0)
     whole = value.integers if isinstance(value, Codes) else as_float(value).values
     sizes = [whole.shape[axis] // len(node.output)] * len(node.output)
     if len(node.input) > 1 and node.input[1]:
         sizes = [int(size) for size in constants[node.input[1]]]
     if sum(sizes) != whole.shape[axis]:
-        msg = f"{node.name}: the simulator does not know a Split into parts that are not equal"
+        msg = f"{node.name}: the simulator does not support a Split into unequal parts"
         raise NotSimulated(msg)
     ends = np.cumsum(sizes)[:-1]
     if isinstance(value, Codes):
@@ -99,7 +99,7 @@ def split(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, A
 
 
 def resize(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
-    """An image of another size: the nearest pixels are moved, between two is interpolated."""
+    """Resize an image: nearest moves pixels, other modes interpolate between neighbours."""
     value, attributes = values[node.input[0]], attributes_of(node)
     shape = (value.integers if isinstance(value, Codes) else as_float(value).values).shape
     if len(node.input) > 3 and node.input[3]:
@@ -113,13 +113,13 @@ def resize(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, 
     nearest = attributes.get("nearest_mode", b"round_prefer_floor").decode()
     unknown = where == "tf_crop_and_resize" or attributes.get("antialias") or attributes.get("exclude_outside")
     if mode not in ("nearest", "linear", "cubic") or unknown:
-        msg = f"{node.name}: the simulator does not know a Resize of mode {mode}, {where}"
+        msg = f"{node.name}: the simulator does not support a Resize of mode {mode}, {where}"
         raise NotSimulated(msg)
     positions = [
         _positions(own, size, scale, where) for own, size, scale in zip(shape[2:], sizes[2:], scales[2:], strict=True)
     ]
     if sizes[:2] != list(shape[:2]):
-        msg = f"{node.name}: the simulator does not know a Resize of images or channels"
+        msg = f"{node.name}: the simulator does not support a Resize of images or channels"
         raise NotSimulated(msg)
     if mode == "nearest":
         roundings: dict[str, Callable[[Array], Array]] = {
@@ -152,7 +152,7 @@ def resize(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, 
 
 
 def _positions(own: int, size: int, scale: float, where: str) -> Array:
-    """Where each pixel of the result lies in the input."""
+    """Return the position of each pixel of the result in the input."""
     pixel = np.arange(size, dtype=np.float64)
     if where == "align_corners":
         return pixel * (own - 1) / max(size - 1, 1)
@@ -164,7 +164,7 @@ def _positions(own: int, size: int, scale: float, where: str) -> Array:
 
 
 def _cubic(real: Float, positions: list[Array], a: float) -> Float:
-    """Cubic convolution (Keys, 1981), as ONNX's Resize has it: four neighbors on each axis, edges repeated."""
+    """Interpolate cubically (Keys, 1981), as ONNX's Resize does: four neighbors on each axis, edges repeated."""
     result, error = real.values, real.error
     for axis, position in enumerate(positions, start=2):
         own = result.shape[axis]
@@ -211,7 +211,7 @@ def _moved(node: onnx.NodeProto, array: Array, constants: dict[str, Array]) -> A
     if node.op_type == "Pad":
         pads, mode = constants[node.input[1]].reshape(2, -1).T, attributes.get("mode", b"constant").decode()
         if pads.min() < 0 or mode not in ("constant", "reflect", "edge"):
-            msg = f"{node.name}: the simulator does not know a Pad of {pads.tolist()} in mode {mode}"
+            msg = f"{node.name}: the simulator does not support a Pad of {pads.tolist()} in mode {mode}"
             raise NotSimulated(msg)
         return np.pad(array, [(int(before), int(after)) for before, after in pads], mode)
     if node.op_type == "Flatten":
@@ -233,7 +233,7 @@ def _moved(node: onnx.NodeProto, array: Array, constants: dict[str, Array]) -> A
         return _pixel_shuffled(array, node.op_type, attributes)
     if node.op_type == "MaxPool":
         return max_pool(attributes, array)
-    msg = f"{node.name}: the simulator does not know {node.op_type}"
+    msg = f"{node.name}: the simulator does not support {node.op_type}"
     raise NotSimulated(msg)
 
 
@@ -254,7 +254,7 @@ def _pixel_shuffled(array: Array, op_type: str, attributes: dict[str, Any]) -> A
 def concat(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Value:
-    """Tensors joined along an axis."""
+    """Concatenate tensors along an axis."""
     axis = attributes_of(node)["axis"]
     parts = [values[name] if name in values else out.real(name, values, constants) for name in node.input]
     first = parts[0]
@@ -266,7 +266,7 @@ def concat(
 
 
 def sizes(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array]) -> Array | None:
-    """What a node computes of integers alone, a shape of the batch's size for instance; None for any other node."""
+    """Compute a node on integers only, such as a shape with the batch size; None for any other node."""
     if node.op_type == "Shape":
         value, attributes = values[node.input[0]], attributes_of(node)
         whole = value if isinstance(value, np.ndarray) else value.integers if isinstance(value, Codes) else None
@@ -282,7 +282,7 @@ def sizes(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, A
 
 
 def constant_of_shape(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], *_: Any) -> Value:
-    """A tensor of one number."""
+    """Return a tensor filled with one number."""
     shape = values.get(node.input[0], constants.get(node.input[0]))
     given = attributes_of(node).get("value")
     number = 0.0 if given is None else float(onnx.numpy_helper.to_array(given).reshape(()))
@@ -293,7 +293,7 @@ def constant_of_shape(node: onnx.NodeProto, values: dict[str, Value], constants:
 def expand(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Value:
-    """A tensor repeated, a constant for each image of the batch for instance."""
+    """Repeat a tensor, such as a constant for each image of the batch."""
     shape = np.asarray(values.get(node.input[1], constants.get(node.input[1])))
     value = values.get(node.input[0])
     x = out.real(node.input[0], values, constants)
@@ -304,5 +304,5 @@ def expand(
 
 
 def cast(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
-    """The values are those of another float type: all of them are computed alike."""
+    """Cast to another float type: all float types are computed in the same way."""
     return values[node.input[0]]

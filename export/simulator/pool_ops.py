@@ -1,4 +1,4 @@
-"""Windows of pixels in the integer simulator, of any rank: where they lie, and their largest value or their mean."""
+"""Simulated pooling of any rank: positions of windows, and their maximum or mean."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crqat.export.simulator.values import UNIT_ROUNDOFF, Array, Float
 
 
 def padding(sizes: Sequence[int], kernel: Sequence[int], attributes: Attributes) -> list[tuple[int, int]]:
-    """Pixels before and behind on each axis, by `pads` or as `auto_pad` has it."""
+    """Return the padding before and after each axis, from `pads` or `auto_pad`."""
     rank, auto = len(sizes), attributes.get("auto_pad", b"NOTSET").decode()
     if auto in ("NOTSET", "VALID"):
         pads = attributes.get("pads", [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
@@ -27,13 +27,13 @@ def padding(sizes: Sequence[int], kernel: Sequence[int], attributes: Attributes)
 
 
 def max_pool(attributes: Attributes, x: Array) -> Array:
-    """The largest value of each window; what is padded is none."""
+    """Return the maximum of each window; padding does not count."""
     lowest = np.iinfo(x.dtype).min if x.dtype.kind == "i" else -np.inf
     return _pooled(attributes, x, np.maximum, lowest)
 
 
 def average_pool(attributes: Attributes, x: Array) -> Array:
-    """Means over windows, which ONNX Runtime takes of codes in float32 and in an order of its own."""
+    """Return the mean of each window, which ONNX Runtime computes from codes in float32 and in its own order."""
     counted = np.ones((1, 1, *x.shape[2:]))
     if attributes.get("count_include_pad", 0):
         around = padding(x.shape[2:], attributes["kernel_shape"], attributes)
@@ -43,19 +43,19 @@ def average_pool(attributes: Attributes, x: Array) -> Array:
     else:
         numbers = _pooled(attributes, counted, np.add, 0.0)
     sums = _pooled(attributes, x, np.add, 0.0)
-    # A window that would start in the padding behind is left out of the sums.
+    # A window that would start in the padding at the end is left out of the sums.
     numbers = numbers[tuple(slice(size) for size in (1, 1, *sums.shape[2:]))]
     return np.asarray(sums / numbers)
 
 
 def average_pool_bound(attributes: Attributes, _: Array, x: Float) -> Array:
-    """Bound of `average_pool`."""
+    """Bound the error of `average_pool`."""
     rounding = sum_of(int(np.prod(attributes["kernel_shape"]))) * UNIT_ROUNDOFF
     return average_pool(attributes, x.error + rounding * np.abs(x.values))
 
 
 def _pooled(attributes: Attributes, x: Array, join: Callable[..., Array], neutral: float) -> Array:
-    """All windows at once: the first pixel of each, then the second, and so on."""
+    """Combine all windows at once: the first pixel of each, then the second, and so on."""
     kernel = attributes["kernel_shape"]
     rank = len(kernel)
     strides, dilations = (attributes.get(name, [1] * rank) for name in ("strides", "dilations"))
@@ -66,7 +66,7 @@ def _pooled(attributes: Attributes, x: Array, join: Callable[..., Array], neutra
     ):
         free = size + before + behind - dilation * (length - 1) - 1
         count = (-(-free // stride) if attributes.get("ceil_mode", 0) else free // stride) + 1
-        if (count - 1) * stride >= size + before:  # it would see nothing but padding
+        if (count - 1) * stride >= size + before:  # it would lie in the padding only
             count -= 1
         counts.append(count)
         covered = (count - 1) * stride + dilation * (length - 1) + 1

@@ -1,4 +1,4 @@
-"""The sum of two tensors of codes, with the roundings of ONNX Runtime's QLinearAdd on each family of CPUs."""
+"""Adds two tensors of codes with the rounding of ONNX Runtime's QLinearAdd on each CPU family."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import numpy as np
 from crqat.core.targets import AddKernel
 from crqat.export.simulator.values import UNIT_ROUNDOFF, Added, Array, Codes
 
-# The fixed-point kernel takes quotients of scales from this range, and multiplies by 22 bits of the larger one.
+# The fixed-point kernel supports quotients of scales in this range, and multiplies by 22 bits of the larger one.
 _RATIOS = (np.float32(2.0**-14), np.float32(2.0**8))
 _MULTIPLIER_BITS = 22
 
 
 def qlinear_add(value: Added, scale: np.float32, zero_point: int, kernel: AddKernel) -> tuple[Array, float]:
-    """The sum in codes of a scale and a zero point, rounded but not clipped, the zero point taken off.
+    """Return the sum in codes of a given scale and zero point, rounded but not clipped, minus the zero point.
 
     Args:
-        value: The two tensors.
-        scale: Of the sum.
-        zero_point: Of the sum.
-        kernel: See `crqat.core.targets.CpuFamily`.
+        value: The two tensors to add.
+        scale: Scale of the sum.
+        zero_point: Zero point of the sum.
+        kernel: The kernel's arithmetic; see `crqat.core.targets.CpuFamily`.
 
     Returns:
-        The codes, float64, and how far, in codes, the kernel's arithmetic can lie from the exact sum before it rounds.
+        The codes, float64; and the largest distance, in codes, of the kernel's unrounded result from the exact sum.
     """
     first, second = value.first, value.second
-    # A kernel's second tensor may be one number for a whole row of the first; if it is the other way, they are swapped.
+    # A kernel's second tensor may be one number for a whole row of the first; otherwise the kernel swaps them.
     if _is_scalar(first, second):
         first, second = second, first
     if kernel == "float32":
@@ -37,14 +37,14 @@ def qlinear_add(value: Added, scale: np.float32, zero_point: int, kernel: AddKer
 
 
 def _is_scalar(first: Codes, second: Codes) -> bool:
-    """Whether the first is broadcast along the innermost axis of the sum."""
+    """Whether the first tensor is broadcast along the innermost axis of the sum."""
     shape = np.broadcast_shapes(first.integers.shape, second.integers.shape)
     axis = next((axis for axis in range(1, len(shape) + 1) if shape[-axis] > 1), 1)
     return first.integers.ndim < axis or first.integers.shape[-axis] != shape[-axis]
 
 
 def _float32(a: Codes, b: Codes, scale: np.float32, zero_point: int) -> Array:
-    """rint(fma(rA, A, fma(rB, B, c))) on raw codes, with c = z - fma(rA, zA, rB zB), as the AVX2 kernel orders it."""
+    """Return rint(fma(rA, A, fma(rB, B, c))) on raw codes, c = z - fma(rA, zA, rB zB), in the AVX2 kernel's order."""
     ratio_a, ratio_b = _ratio(a, scale), _ratio(b, scale)
     # A float64 holds the product of a float32 and an 8-bit code exactly, so rounding once to float32 is an fma.
     offset = np.float32(float(ratio_a) * a.zero_point + float(ratio_b * np.float32(b.zero_point)))
@@ -55,10 +55,10 @@ def _float32(a: Codes, b: Codes, scale: np.float32, zero_point: int) -> Array:
 
 
 def _float32_bound(a: Codes, b: Codes, scale: np.float32, zero_point: int) -> float:
-    """How far, in codes, `_float32` and `_unfused` can lie from the exact sum before they round to a code.
+    """Return the largest distance, in codes, of `_float32` and `_unfused` from the exact sum before they round.
 
-    Raw codes and zero points are multiplied apart from each other: where the scale of an input is far above that of the
-    sum, two large products cancel, and their rounding errors stay. With
+    Raw codes and zero points are multiplied separately: if the scale of an input is far above that of the sum, two
+    large products cancel, and their rounding errors remain. With
     M = |z_y| + r_a (|A| + |z_a|) + r_b (|B| + |z_b|), no number that is rounded is larger than M: the products r_a z_a
     and r_b z_b, their sum, its distance from z_y, and the two fma; that is six roundings at most. The two ratios are
     rounded as well, which moves the result by at most one more u M. Together 7 u M, and less than 8 u M with the terms
@@ -72,12 +72,12 @@ def _float32_bound(a: Codes, b: Codes, scale: np.float32, zero_point: int) -> fl
 
 
 def _shift(a: Codes, b: Codes, scale: np.float32) -> int | None:
-    """By how many bits the fixed-point kernel shifts its sums; None where it takes `_unfused` instead."""
+    """Return the number of bits by which the fixed-point kernel shifts sums; None if it uses `_unfused` instead."""
     ratios = _ratio(a, scale), _ratio(b, scale)
-    if not all(_RATIOS[0] <= ratio < _RATIOS[1] for ratio in ratios):  # so NaN, too
+    if not all(_RATIOS[0] <= ratio < _RATIOS[1] for ratio in ratios):  # NaN fails, too
         return None
     shift = _MULTIPLIER_BITS - int(np.frexp(max(ratios))[1])
-    # Rounding to a multiplier may carry into one bit more.
+    # Rounding to a multiplier may carry into one more bit.
     return shift if shift <= 31 and max(_multiplier(ratio, shift) for ratio in ratios) < 2**_MULTIPLIER_BITS else None
 
 
@@ -86,14 +86,14 @@ def _multiplier(ratio: np.float32, shift: int) -> int:
 
 
 def _fixed_point(a: Codes, b: Codes, scale: np.float32, shift: int) -> Array:
-    """The sum mA (A - zA) + mB (B - zB) in 32-bit integers, shifted right; halves are rounded away from zero."""
+    """Return mA (A - zA) + mB (B - zB) in 32-bit integers, shifted right; halves are rounded away from zero."""
     sums = sum(_multiplier(_ratio(v, scale), shift) * v.integers.astype(np.int64) for v in (a, b))
     rounded: Array = np.sign(sums) * ((np.abs(sums) + (1 << (shift - 1))) >> shift)
     return rounded.astype(np.float64)
 
 
 def _fixed_point_bound(a: Codes, b: Codes, scale: np.float32, shift: int) -> float:
-    """How far, in codes, `_fixed_point` can lie from the exact sum before it rounds to a code.
+    """Return the largest distance, in codes, of `_fixed_point` from the exact sum before it rounds to a code.
 
     Each ratio is rounded to float32, u relative to it, and to its multiplier, by half of 2^-shift; the integers are
     exact. A second u covers the terms in u^2.
@@ -106,7 +106,7 @@ def _fixed_point_bound(a: Codes, b: Codes, scale: np.float32, shift: int) -> flo
 
 
 def _unfused(a: Codes, b: Codes, scale: np.float32, zero_point: int) -> Array:
-    """rint(fma(sA, A - zA, sB (B - zB)) / s + z): where fixed point does not hold the quotients of the scales."""
+    """Return rint(fma(sA, A - zA, sB (B - zB)) / s + z), used where fixed point cannot hold the quotients of scales."""
     product = (b.scale * b.integers.astype(np.float32)).astype(np.float64)
     sums = (float(a.scale) * a.integers + product).astype(np.float32)
     total = (sums / scale).astype(np.float32) + np.float32(zero_point)

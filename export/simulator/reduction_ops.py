@@ -1,4 +1,4 @@
-"""Float operations that combine values: reductions, softmax, normalization and products, with their bounds."""
+"""Simulated float operations that combine values, with error bounds: reductions, softmax, normalization, products."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ def _axes(attributes: Attributes, x: Array) -> tuple[int, ...]:
 
 
 def reduced_count(attributes: Attributes, x: Array) -> int:
-    """How many values each result of a reduction is made of."""
+    """Return the number of values that each result of a reduction combines."""
     return int(np.prod([x.shape[axis] for axis in _axes(attributes, x)]))
 
 
 def reduced(function: Callable[..., Any], attributes: Attributes, x: Array) -> Array:
-    """A reduction along the node's axes."""
+    """Reduce along the node's axes."""
     return np.asarray(function(x, axis=_axes(attributes, x), keepdims=bool(attributes.get("keepdims", 1))))
 
 
 def reduction(function: Callable[..., Any]) -> Known:
-    """A sum or a mean: its error is the errors' sum or mean, and that of adding."""
+    """Return a sum or mean; its error is that of its inputs, summed or averaged, plus that of the additions."""
 
     def bound(attributes: Attributes, _: Array, x: Float) -> Array:
         rounding = sum_of(reduced_count(attributes, x.values)) * UNIT_ROUNDOFF
@@ -37,19 +37,19 @@ def reduction(function: Callable[..., Any]) -> Known:
 
 
 def extreme(function: Callable[..., Any]) -> Known:
-    """A largest or smallest value: off by no more than the largest error."""
+    """Return a maximum or minimum; its error is at most the largest error of its inputs."""
     return Known(lambda a, x: reduced(function, a, x), lambda a, _, x: reduced(np.max, a, x.error))
 
 
 def product_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound of a product along axes: of factors that are off, each product rounded."""
+    """Bound the error of a product along axes, from the factors' errors and the rounding of each product."""
     factors = np.abs(x.values) + x.error
     rounding = 1 + reduced_count(attributes, x.values) * 2 * UNIT_ROUNDOFF
     return np.asarray(reduced(np.prod, attributes, factors) * rounding - np.abs(result))
 
 
 def log_sum_exp_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound of log(sum(exp(x))): the largest value is taken off before exp, and added behind log."""
+    """Bound the error of log(sum(exp(x))): the maximum is subtracted before exp, and added after log."""
     spread = reduced(np.max, attributes, x.values) - reduced(np.min, attributes, x.values)
     largest = np.abs(reduced(np.max, attributes, np.abs(x.values)))
     roundings = 2 * LIBRARY + sum_of(reduced_count(attributes, x.values)) + spread + largest + 2 * np.abs(result)
@@ -57,26 +57,26 @@ def log_sum_exp_bound(attributes: Attributes, result: Array, x: Float) -> Array:
 
 
 def cumulative_bound(attributes: Attributes, _: Array, x: Float) -> Array:
-    """Bound of a running sum: the errors' running sum, and that of adding."""
+    """Bound the error of a cumulative sum: the cumulative sum of the errors, plus the error of the additions."""
     axis = attributes["axis"]
     rounding = sum_of(x.values.shape[axis]) * UNIT_ROUNDOFF
     return np.asarray(np.cumsum(x.error + rounding * np.abs(x.values), axis))
 
 
 def l2_norm(x: Array, axis: Any, keepdims: bool) -> Array:
-    """The Euclidean norm."""
+    """Return the Euclidean norm."""
     return np.asarray(np.sqrt((x * x).sum(axis=axis, keepdims=keepdims)))
 
 
 def l2_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound of `l2_norm`."""
+    """Bound the error of `l2_norm`."""
     # The norm of a sum is at most the sum of the norms; squares, their sum and the root are rounded.
     rounding = (sum_of(reduced_count(attributes, x.values)) + 2) * UNIT_ROUNDOFF
     return reduced(l2_norm, attributes, x.error) + rounding * result
 
 
 def lp_normalized(attributes: Attributes, x: Array) -> Array:
-    """Values divided by their norm along an axis."""
+    """Divide values by their norm along an axis."""
     axis = attributes.get("axis", -1)
     power = attributes.get("p", 2)
     size = l2_norm(x, axis, True) if power == 2 else np.abs(x).sum(axis=axis, keepdims=True)
@@ -84,7 +84,7 @@ def lp_normalized(attributes: Attributes, x: Array) -> Array:
 
 
 def lp_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound of `lp_normalized`."""
+    """Bound the error of `lp_normalized`."""
     axis, power = attributes.get("axis", -1), attributes.get("p", 2)
     size, error = (
         l2_norm(v, axis, True) if power == 2 else np.abs(v).sum(axis=axis, keepdims=True) for v in (x.values, x.error)
@@ -95,14 +95,14 @@ def lp_bound(attributes: Attributes, result: Array, x: Float) -> Array:
 
 
 def softmax(attributes: Attributes, x: Array) -> Array:
-    """Softmax along the node's axis."""
+    """Return the softmax along the node's axis."""
     return np.asarray(scipy.special.softmax(x, axis=attributes.get("axis", -1)))
 
 
 def _exp_sum_error(attributes: Attributes, x: Float) -> Array:
-    """How far the sum of exp(x - max x) may be off, relative to it, inputs' errors aside.
+    """Return the relative error of the sum of exp(x - max x), without the effect of the inputs' errors.
 
-    The difference is rounded, which exp turns into a relative error of each term: it counts by the term's share.
+    Rounding the difference becomes a relative error of each term after exp, which counts by the term's share.
     """
     axis = attributes.get("axis", -1)
     below = x.values.max(axis=axis, keepdims=True) - x.values
@@ -111,22 +111,22 @@ def _exp_sum_error(attributes: Attributes, x: Float) -> Array:
 
 
 def softmax_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """An error of x changes the term and the sum by a factor each."""
+    """Bound the error of softmax: an error of x multiplies a term and the sum by a factor each."""
     axis = attributes.get("axis", -1)
     below = x.values.max(axis=axis, keepdims=True) - x.values
     carried = np.expm1(x.error + x.error.max(axis=axis, keepdims=True))
-    # The term: the difference's rounding and exp's; then the sum's; then the quotient's, or a reciprocal and a product.
+    # Roundings of the term (difference and exp), of the sum, and of the quotient or of a reciprocal and a product.
     roundings = below + LIBRARY + _exp_sum_error(attributes, x) + 2
     return np.asarray(result * (carried + UNIT_ROUNDOFF * roundings) + np.finfo(np.float32).tiny)
 
 
 def log_softmax_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Of x - max - log sum: the logarithm of a sum of exponentials moves by no more than the largest error."""
+    """Bound the error of x - max - log sum: the log of a sum of exponentials changes by at most the largest error."""
     axis = attributes.get("axis", -1)
     largest = np.abs(x.values).max(axis=axis, keepdims=True)
     below = x.values.max(axis=axis, keepdims=True) - x.values
     logarithm = np.log(x.values.shape[axis])  # at most
-    # max + log sum may be rounded before it is taken from x.
+    # max + log sum may be rounded before it is subtracted from x.
     roundings = below + _exp_sum_error(attributes, x) + (LIBRARY + 1) * logarithm + largest + np.abs(result)
     return np.asarray(x.error + x.error.max(axis=axis, keepdims=True) + UNIT_ROUNDOFF * roundings)
 
@@ -137,10 +137,10 @@ def _normalized(x: Array, axes: tuple[int, ...], epsilon: float) -> Array:
 
 
 def _normalized_bound(x: Float, gamma: Array, axes: tuple[int, ...], epsilon: float) -> Array:
-    """The bound of gamma * (x - mean) / sqrt(variance + epsilon), gamma's own error aside.
+    """Bound the error of gamma * (x - mean) / sqrt(variance + epsilon), without gamma's own error.
 
-    A runtime may take the variance as the mean square less the squared mean, which cancels: its rounding is relative to
-    the mean square. It may also compute x * factor - mean * factor, which is rounded relative to both.
+    A runtime may compute the variance as the mean square minus the squared mean, which cancels: its rounding error is
+    relative to the mean square. It may also compute x * factor - mean * factor, whose rounding is relative to both.
     """
 
     def mean(array: Array) -> Array:
@@ -162,25 +162,25 @@ def _last_axes(attributes: Attributes, x: Array) -> tuple[int, ...]:
 
 
 def layer_norm(attributes: Attributes, x: Array, gamma: Array, beta: Any = 0.0) -> Array:
-    """LayerNormalization over the last axes."""
+    """Return LayerNormalization over the last axes."""
     normal = _normalized(x, _last_axes(attributes, x), attributes.get("epsilon", 1e-5))
     return np.asarray(normal * gamma + beta)
 
 
 def layer_norm_bound(attributes: Attributes, _: Array, x: Float, gamma: Float, beta: Float | None = None) -> Array:
-    """Bound of `layer_norm`."""
+    """Bound the error of `layer_norm`."""
     axes, epsilon = _last_axes(attributes, x.values), attributes.get("epsilon", 1e-5)
     return _affine_bound(x, gamma, beta, axes, epsilon)
 
 
 def instance_norm(attributes: Attributes, x: Array, gamma: Array, beta: Array) -> Array:
-    """InstanceNormalization over the pixels."""
+    """Return InstanceNormalization over the pixels."""
     normal = _normalized(x, tuple(range(2, x.ndim)), attributes.get("epsilon", 1e-5))
     return np.asarray(normal * column(gamma, x) + column(beta, x))
 
 
 def instance_norm_bound(attributes: Attributes, _: Array, x: Float, gamma: Float, beta: Float) -> Array:
-    """Bound of `instance_norm`."""
+    """Bound the error of `instance_norm`."""
     gamma, beta = (Float(column(v.values, x.values), column(v.error, x.values)) for v in (gamma, beta))
     return _affine_bound(x, gamma, beta, tuple(range(2, x.values.ndim)), attributes.get("epsilon", 1e-5))
 
@@ -193,13 +193,13 @@ def _affine_bound(x: Float, gamma: Float, beta: Float | None, axes: tuple[int, .
 
 
 def batch_norm(attributes: Attributes, x: Array, *stored: Array) -> Array:
-    """BatchNormalization with stored statistics."""
+    """Return BatchNormalization with stored statistics."""
     gamma, beta, mean, variance = (column(v, x) for v in stored)
     return np.asarray((x - mean) * gamma / np.sqrt(variance + attributes.get("epsilon", 1e-5)) + beta)
 
 
 def batch_norm_bound(attributes: Attributes, _: Array, x: Float, *stored: Float) -> Array:
-    """Bound of `batch_norm`."""
+    """Bound the error of `batch_norm`."""
     gamma, beta, mean, variance = (column(v.values, x.values) for v in stored)
     d_gamma, d_beta, d_mean, d_variance = (column(v.error, x.values) for v in stored)
     noise = variance + attributes.get("epsilon", 1e-5)
@@ -211,17 +211,17 @@ def batch_norm_bound(attributes: Attributes, _: Array, x: Float, *stored: Float)
 
 
 def pixels(x: Array) -> Attributes:
-    """The attributes of a reduction over the pixels, which keeps them as axes of size 1."""
+    """Return the attributes of a reduction over the pixels, which keeps them as axes of size 1."""
     return {"axes": list(range(2, x.ndim))}
 
 
 def einsum(attributes: Attributes, *x: Array) -> Array:
-    """A product of tensors in Einstein's notation."""
+    """Return a product of tensors in Einstein notation."""
     return np.asarray(np.einsum(attributes["equation"].decode(), *x))
 
 
 def einsum_bound(attributes: Attributes, _: Array, *x: Float) -> Array:
-    """Bound of `einsum`."""
+    """Bound the error of `einsum`."""
     terms, _, kept = attributes["equation"].decode().replace(" ", "").partition("->")
     sizes: dict[str, int] = {}
     for term, operand in zip(terms.split(","), x, strict=True):

@@ -1,10 +1,10 @@
-"""An integer simulator of a QDQ file: the codes that an exact integer runtime computes, from the file alone.
+"""Simulates a QDQ file with exact integers: computes, from the file alone, the codes of an integer runtime.
 
 The arithmetic between codes is that of ONNX Runtime's CPU kernels, in float32 where they use float32: requantization
-multiplies an int32 sum by (s_x s_w) / s_y and rounds half to even. Kernels that compute otherwise on another family of
-CPUs are simulated for each, as `Simulation.add_kernel` says. Where a file asks for something else, a SiLU or a
-residual Add of a float convolution for instance, values are computed in float64, together with a bound of how far a
-correct float32 computation may lie from them; codes behind such values are `inexact`.
+multiplies an int32 sum by (s_x s_w) / s_y and rounds half to even. Kernels that differ between CPU families are
+simulated for each, see `Simulation.add_kernel`. Other operations, such as a SiLU or a residual Add of a float
+convolution, are computed in float64, with a bound on the error of a correct float32 computation; codes after such
+values are `inexact`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def simulate(
         add_kernel: See `Simulation`.
 
     Raises:
-        NotSimulated: The file contains an operation that is not known here.
+        NotSimulated: The simulator does not support an operation of the file.
     """
     result = Simulation(
         forced=forced or {},
@@ -62,20 +62,20 @@ def simulate(
             continue
         operation = _OPERATIONS.get(node.op_type)
         if operation is None:
-            msg = f"{node.name or node.output[0]}: the simulator does not know {node.op_type}"
+            msg = f"{node.name or node.output[0]}: the simulator does not support {node.op_type}"
             raise NotSimulated(msg)
         if node.op_type == "QuantizeLinear" and node.input[0] in constants:
             constants[node.output[0]] = integer_ops.quantized_constant(node, constants)
             continue
         if node.op_type == "DequantizeLinear" and node.input[0] in constants:
-            continue  # a weight or a bias: read where it is used
+            continue  # a weight or a bias: evaluated where it is used
         try:
             computed = operation(node, values, constants, model, result)
         except KeyError as missing:
-            msg = f"{node.name}: the simulator does not know {node.op_type} with {missing} as it is here"
+            msg = f"{node.name}: the simulator does not support {node.op_type} without a known {missing}"
             raise NotSimulated(msg) from missing
         outputs = computed if isinstance(computed, list) else [computed]
-        values.update(zip(node.output, outputs, strict=False))  # outputs that are optional
+        values.update(zip(node.output, outputs, strict=False))  # some outputs are optional
     logits = values["logits"]
     result.real_logits = as_float(logits)
     if isinstance(logits, Sum):
@@ -86,7 +86,7 @@ def simulate(
     if not isinstance(logits, np.ndarray):
         approximate = as_float(logits)
         if approximate.error.size and not np.isfinite(approximate.error).any():
-            msg = "logits: float32 leaves nothing of their values, so nothing is verified"
+            msg = "logits: float32 errors are larger than the values, so nothing is verified"
             raise NotSimulated(msg)
         result.logits_bound = approximate.error + UNIT_ROUNDOFF * np.abs(approximate.values)
         logits = approximate.values

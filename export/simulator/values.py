@@ -1,4 +1,4 @@
-"""What the integer simulator computes with: codes, sums of them before they are rounded, real values with a bound."""
+"""Values of the integer simulator: codes, unrounded sums of codes, and float values with an error bound."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ UNIT_ROUNDOFF = 2.0**-24
 
 
 class NotSimulated(Exception):
-    """The file contains an operation that the simulator does not know; the message names node and operation."""
+    """The simulator does not support an operation of the file; the message names node and operation."""
 
 
 @dataclass
 class Codes:
-    """Quantized values: integers with the zero point taken off, so that 0 is 0.0.
+    """Quantized values: integers minus the zero point, so that 0 is 0.0.
 
     Attributes:
-        integers: int32.
-        scale: One for all.
-        zero_point: As stored.
+        integers: Codes minus the zero point, int32.
+        scale: One scale for all values.
+        zero_point: Zero point as stored in the file.
         real: Whether a DequantizeLinear came before.
-        selected: Whether a runtime selected these values as real ones: what reads them computes in float.
+        selected: Whether a runtime selected these values as float values, so that consumers compute in float.
     """
 
     integers: Array
@@ -41,22 +41,22 @@ class Codes:
     selected: bool = False
 
     def same_grid(self, other: Value) -> bool:
-        """Whether the other's integers stand for the same values."""
+        """Whether the other value's integers have the same scale and zero point."""
         return isinstance(other, Codes) and (other.scale, other.zero_point) == (self.scale, self.zero_point)
 
 
 @dataclass
 class Sum:
-    """What a Conv or Gemm computes before it is rounded: (sums + bias) * unit, per channel on axis 1.
+    """Unrounded result of a Conv or Gemm: (sums + bias) * unit, per channel on axis 1.
 
     Attributes:
         sums: int32 sums as float64, exact.
-        bias: In units of `unit`; an integer for ONNX Runtime's files.
-        unit: s_x s_w, float32 of shape [C].
-        magnitude: Sum of |code_x code_w| of each element, for the bound of a float computation of the same.
-        terms: Products in each sum.
+        bias: Bias in units of `unit`; an integer in ONNX Runtime's files.
+        unit: Product of the scales, s_x s_w, float32 of shape [C].
+        magnitude: Sum of |code_x code_w| for each element, for the bound of a float computation.
+        terms: Number of products in each sum.
         relu: Whether a ReLU follows.
-        bias_error: How far the bias is known to lie from that of the network, as a real number.
+        bias_error: Known error of the bias against that of the network, as a real number.
     """
 
     sums: Array
@@ -70,7 +70,7 @@ class Sum:
 
 @dataclass
 class Added:
-    """a + b of two quantized tensors."""
+    """The sum a + b of two quantized tensors."""
 
     first: Codes
     second: Codes
@@ -79,7 +79,7 @@ class Added:
 
 @dataclass
 class Pooled:
-    """The mean over the pixels of a quantized tensor; `sums` over `count` codes each."""
+    """Mean over the pixels of a quantized tensor: `sums` over `count` codes each."""
 
     sums: Array
     count: int
@@ -88,12 +88,12 @@ class Pooled:
 
 @dataclass
 class Float:
-    """Real values, float64.
+    """Float values in float64, with an error bound.
 
     Attributes:
-        values: What exact arithmetic gives.
-        error: Bound of the distance of a float32 computation of the same, of the values' shape.
-        product: Whether it is a product of two tensors of codes.
+        values: Results of exact arithmetic.
+        error: Bound on the error of a float32 computation, in the shape of the values.
+        product: Whether they are a product of two tensors of codes.
     """
 
     values: Array
@@ -106,29 +106,30 @@ Value = Codes | Sum | Added | Pooled | Float | Array
 
 @dataclass
 class Simulation:
-    """What came out.
+    """Results of a simulation, and its options.
 
     Attributes:
-        codes: Tensor of codes (zero point taken off, int32) by its name in the file.
+        codes: Tensors of codes (minus the zero point, int32) by name in the file.
         logits: float32 of shape [N, classes].
-        bounds: Name of a tensor of codes -> how far apart, in codes, two correct float32 computations of the same value
-            can lie before they are rounded (probabilistic bound of Higham and Mary 2019 with lambda = 8 for a sum, plus
-            single roundings): one number, or one for each code. Codes may differ only within this distance of a tie.
-        kernel_bounds: Name of a tensor of codes -> how far, in codes, the simulator's own arithmetic in the order of
-            ONNX Runtime's kernel can lie from `before_rounding`: where that computes with zero points, more than
-            computing with real values does. What judges these codes allows for it.
-        before_rounding: Name of a tensor of codes -> values / scale before rounding, float64.
-        inexact: Names of tensors of codes that a runtime computes from float values in an order of its own; another
-            correct computation may differ from them by one code within `tie_bound` of a tie.
-        logits_bound: Bound of the distance of float32 logits, of their shape; None where a runtime's must be the same.
-        real_logits: The logits and the bound of any correct float32 computation of them.
-        forced: Name of a tensor of codes -> integers that the operations behind it see instead of the computed ones.
-        stored_error: Name of a constant -> how far its stored values, in float16, lie from those of the network; name
-            of a dequantized weight -> how far its operation's bias does. Bounds then hold for a computation with the
-            network's own values.
-        grids: Name of a tensor of codes -> the scale, of one or one per channel, and the zero point that it is to have.
-            They count instead of the file's.
-        in_float: Names of nodes that the runtime was seen to compute in float though their inputs are codes.
+        bounds: By name of a tensor of codes: largest distance, in codes, between two correct float32 computations of
+            the same value before rounding (probabilistic bound of Higham and Mary 2019 with lambda = 8 for a sum, plus
+            single roundings); one number, or one for each code. Codes may differ only within this distance of a tie.
+        kernel_bounds: By name of a tensor of codes: largest distance, in codes, of the simulator's own arithmetic, in
+            the order of ONNX Runtime's kernel, from `before_rounding`. With zero points it is larger than that of a
+            computation with float values. Comparisons of these codes allow for it.
+        before_rounding: By name of a tensor of codes: values / scale before rounding, float64.
+        inexact: Names of tensors of codes that a runtime computes from float values in its own order; another correct
+            computation may differ from them by one code within `tie_bound` of a tie.
+        logits_bound: Bound on the error of float32 logits, in their shape; None if a runtime's logits must be
+            identical.
+        real_logits: The logits with the bound for any correct float32 computation of them.
+        forced: By name of a tensor of codes: integers that later operations receive instead of the computed ones.
+        stored_error: By name of a constant: error of its stored float16 values against those of the network; by name of
+            a dequantized weight: error of its operation's bias. Bounds then hold for a computation with the network's
+            own values.
+        grids: By name of a tensor of codes: the scale, or scales per channel, and the zero point that it must have.
+            They replace those of the file.
+        in_float: Names of nodes that the runtime computes in float although their inputs are codes.
         add_kernel: How the runtime adds two tensors of codes; see `crqat.core.targets.CpuFamily`.
     """
 
@@ -148,17 +149,17 @@ class Simulation:
 
     @property
     def tie_bound(self) -> dict[str, float]:
-        """The largest of each of the `bounds`."""
+        """Return the largest of the `bounds` of each tensor."""
         return {name: float(np.max(bound, initial=0.0)) for name, bound in self.bounds.items()}
 
     def record(self, name: str, codes: Codes, before: Array, bound: Array, kernel_bound: float) -> Codes:
-        """Keep a quantizer's result and give what goes on from there."""
+        """Record a quantizer's result, and return the codes for later operations."""
         self.kernel_bounds[name] = kernel_bound
         self.codes[name], self.before_rounding[name], self.bounds[name] = codes.integers, before, bound
         return replace(codes, integers=self.forced.get(name, codes.integers))
 
     def real(self, name: str, values: Mapping[str, Value], constants: Mapping[str, Array]) -> Float:
-        """A tensor or a constant as real values, with a bound."""
+        """Return a tensor or a constant as float values with an error bound."""
         if name in values:
             return as_float(values[name])
         constant = constants[name].astype(np.float64)
@@ -166,12 +167,12 @@ class Simulation:
 
 
 def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
-    """A node's attributes by name."""
+    """Return a node's attributes by name."""
     return {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
 
 
 def column(values: Array, like: Array) -> Array:
-    """One value for each channel, in a shape that broadcasts over an array with the channels second."""
+    """Reshape one value per channel to broadcast over an array with the channels on axis 1."""
     return values.reshape(1, -1, *[1] * (like.ndim - 2))
 
 
@@ -180,12 +181,12 @@ def _but_channels(values: Array) -> tuple[int, ...]:
 
 
 def real_values(value: Value) -> Array:
-    """The real value of anything, float64."""
+    """Return any value as float64 numbers."""
     return as_float(value).values
 
 
 def as_float(value: Value) -> Float:
-    """Anything as real values with the bound of a float32 computation of them."""
+    """Return any value as float values with the bound of a float32 computation."""
     if isinstance(value, Float):
         return value
     if isinstance(value, Codes):
@@ -195,7 +196,7 @@ def as_float(value: Value) -> Float:
         unit = column(value.unit, value.sums).astype(np.float64)
         real = (value.sums + column(value.bias, value.sums)) * unit
         spread = (value.magnitude + np.abs(column(value.bias, value.sums))) * unit
-        # The channel's largest: a BatchNorm that is not folded in subtracts the channel's mean from each of its sums.
+        # The channel's largest: a BatchNorm that is not folded subtracts the channel's mean from each of its sums.
         spread = np.broadcast_to(spread.max(axis=_but_channels(spread), keepdims=True, initial=0.0), spread.shape)
         error = (8 * np.sqrt(value.terms + 1) + 8) * UNIT_ROUNDOFF * spread + value.bias_error
         return Float(np.maximum(real, 0.0) if value.relu else real, error)

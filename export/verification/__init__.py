@@ -1,4 +1,4 @@
-"""Whether training, simulator and runtime agree."""
+"""Verifies that training, simulator and runtime compute the same codes."""
 
-# `fusion.fusion`'s reason where it knows none.
+# Reason of `fusion.fusion` if the cause is unknown.
 UNEXPLAINED = "ONNX Runtime did not fuse it"

@@ -1,11 +1,11 @@
-"""The verification in integer codes: torch = integer simulator = runtime, and one target = the other.
+"""Verification in integer codes: torch = integer simulator = runtime, and one target = the other.
 
-1. torch's fake quantization on the trained Grids (BN unfolded, each quantizer fed with the simulator's codes) =
+1. torch's fake quantization on the trained Grids (BN unfolded, each quantizer receives the simulator's codes) =
    simulator of the file: codes differ only where the simulator's value lies within a derived bound of a rounding tie,
    logits by no more than a derived bound.
-2. simulator on the trained Grids' scales = ONNX Runtime with all optimizations: not one differing code, the logits bit
-   for bit; the simulator adds as the kernels of this machine's family of CPUs do. Where the file leaves operations in
-   float (a SiLU between its quantizers), the codes behind them fall under the rule of check 1, with the bounds of
+2. simulator on the trained Grids' scales = ONNX Runtime with all optimizations: no code differs, and the logits agree
+   bit for bit; the simulator adds as the kernels of this machine's CPU family do. If the file leaves operations in
+   float (a SiLU between its quantizers), the codes after them follow the rule of check 1, with the bounds of
    `crqat.export.simulator.float_ops`.
 3. simulator of one target = simulator of the other, operation by operation, under the rule of check 1.
 """
@@ -47,16 +47,16 @@ def verify(
     exported: Mapping[str, QDQModel],
     images: npt.NDArray[np.float32],
 ) -> dict[str, Verification]:
-    """Make all checks for all targets.
+    """Run all checks for all targets.
 
     Args:
-        model: The delivered quantized network, CPU, eval mode.
-        grids: Edge name to trained Grid.
-        exported: Target to its file.
-        images: Normalized, float32 of shape [N, C, H, W], from the training set.
+        model: The exported quantized network, on the CPU, in eval mode.
+        grids: Trained Grids by edge name.
+        exported: Files by target.
+        images: Normalized training images, float32 of shape [N, C, H, W].
 
     Returns:
-        Target to what was found.
+        Results by target.
     """
     result: dict[str, Verification] = {}
     simulations: dict[str, Simulation] = {}
@@ -77,7 +77,7 @@ def verify(
         except Exception as error:
             if not _by_runtime(error):
                 raise
-            # A file that its runtime does not run is a failed verification, and no error of the export.
+            # A file that its runtime does not run counts as a failed verification, not as an error of the export.
             status = f"{REFUSED} ({' '.join(str(error).split())[:300]})"
             result[target] = Verification(status, len(images), 0, 0)
             continue
@@ -108,12 +108,12 @@ def _compare(
     simulation: Simulation,
     kernel_bounds: Mapping[str, float] | None = None,
 ) -> Check:
-    """Count codes that differ, and those of them that no rounding within the bound gives.
+    """Count codes that differ, and those of them that no rounding error within the bound can explain.
 
     Args:
-        pairs: Tensor name to (codes of the simulator, codes of the other).
-        simulation: Of the first.
-        kernel_bounds: Where the other is a simulator, too, its `Simulation.kernel_bounds` by the same names.
+        pairs: Codes of the simulator and of the other computation, by tensor name.
+        simulation: The simulator's results.
+        kernel_bounds: `Simulation.kernel_bounds` of the other computation if it is a simulator, too, by the same names.
     """
     bounds = {name: simulation.bounds[name] + (kernel_bounds or {}).get(name, 0.0) for name in pairs}
     ties = {name: Tie(simulation.before_rounding[name], np.asarray(bound)) for name, bound in bounds.items()}
@@ -129,7 +129,7 @@ def _compare(
 
 
 def _bias_errors(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
-    """How far each bias lies from the trained one, by the name of its operation's weight, as a real number."""
+    """Return the error of each bias against the trained one as a real number, by the name of its operation's weight."""
     return {
         f"{edge}.dequantized": np.asarray(weight.bias_error + _stored_error(file, edge))
         for edge, weight in file.weights.items()
@@ -137,7 +137,7 @@ def _bias_errors(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
 
 
 def _trained_grids(file: QDQModel, grids: Mapping[str, Grid], target: str) -> dict[str, tuple[npt.NDArray[Any], int]]:
-    """Scale and zero point that each tensor of codes is to have; see `Simulation.grids`."""
+    """Return the scale and zero point that each tensor of codes must have; see `Simulation.grids`."""
     result: dict[str, tuple[npt.NDArray[Any], int]] = {}
     for edge, names in file.codes.items():
         lowered = (
@@ -152,14 +152,14 @@ def _trained_grids(file: QDQModel, grids: Mapping[str, Grid], target: str) -> di
 
 
 def _stores(model: onnx.ModelProto, grids: Mapping[str, tuple[npt.NDArray[Any], int]]) -> bool:
-    """Whether all of a file's quantizers have the scale and the zero point that their codes are to have."""
+    """Whether all quantizers of a file have the scale and zero point of the trained Grids."""
     producer = {output: node for node in model.graph.node for output in node.output}
     constants = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     for node in model.graph.node:
         if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
             continue
         name = node.output[0] if node.op_type == "QuantizeLinear" else node.input[0]
-        while name not in grids and name in producer:  # codes that were moved
+        while name not in grids and name in producer:  # moved codes
             name = producer[name].input[0]
         if name in grids:
             scale, zero_point = grids[name]
@@ -182,11 +182,11 @@ def _against_torch(
 
         def replace(_: nn.Module, __: tuple[Tensor], output: Tensor) -> Tensor:
             name = next(tensors)
-            # A file may quantize a pooled tensor before it is flattened, torch behind.
+            # A file may quantize a pooled tensor before the flatten, and torch after it.
             codes = simulation.codes[name].reshape(output.shape)
-            # Rounding a value of the Grid gives its code back; the simulator's have the zero point taken off.
+            # Rounding a value of the Grid returns its code; the simulator's codes have the zero point subtracted.
             pairs[name] = (codes, grid.quantize(output.numpy()) - grid.zero_point)
-            # In the output's own memory layout, which a later view may depend on.
+            # In the output's own memory layout, on which a later view may depend.
             return torch.empty_like(output).copy_(torch.from_numpy(grid.dequantize(codes + grid.zero_point)))
 
         return replace
@@ -195,14 +195,14 @@ def _against_torch(
     with torch.no_grad(), hooked(model, [(spec, replaced_by_the_file(spec)) for spec in in_file]):
         logits = model(torch.from_numpy(images)).double().numpy()
     check = _compare(pairs, simulation)
-    # Behind the last quantizer, too, the scales are those of the trained Grids. Lossy ones differ, as is claimed.
+    # After the last quantizer, too, scales are those of the trained Grids. Lossy ones differ, as their claim states.
     exact = all(claim.claim == "exact" for claim in file.claims().values())
     differing = _outside(logits, simulation.real_logits.values, simulation.real_logits.error) if exact else 0
     return replace(check, differing_logits=differing, violations=check.violations + differing)
 
 
 def _outside(values: npt.NDArray[Any], expected: npt.NDArray[Any], bound: npt.NDArray[Any] | float) -> int:
-    """How many values are farther from what is expected than the bound, or no numbers."""
+    """Count values that are farther from the expected ones than the bound, or are NaN."""
     with np.errstate(invalid="ignore"):  # equal infinities
         return int((~((values == expected) | (np.abs(values - expected) <= bound))).sum())
 
@@ -222,12 +222,12 @@ def _against_runtime(
     theirs = {name: own.astype(np.int64) - zero_points[name] for name, own in zip(names, codes, strict=True)}
     trained = _trained_grids(file, grids, runtimes.executed())
     seen = in_float(file.model, before)
-    # The first family's arithmetic where this CPU's is not known: a difference then shows.
+    # Use the first family if this CPU's is unknown: a difference then shows in the comparison.
     cpu = runtimes.get(runtimes.executed()).cpu(platform.machine())
     kernel = cpu.add_kernel if cpu is not None else simulation.add_kernel
     anew = seen or simulation.inexact or simulation.logits_bound is not None or kernel != simulation.add_kernel
     if anew or not _stores(file.model, trained):
-        # Each quantizer is fed with the runtime's codes: a difference shows where it arises and does not spread.
+        # Feed each quantizer with the runtime's codes: a difference then shows where it arises and does not spread.
         forced = theirs if simulation.inexact or seen else None
         simulation = simulate(file.model, images, forced, grids=trained, in_float=seen, add_kernel=kernel)
     pairs = {name: (simulation.codes[name], theirs[name]) for name in names}
@@ -235,7 +235,7 @@ def _against_runtime(
     near = _compare({name: pair for name, pair in pairs.items() if name in simulation.inexact}, simulation)
     allowed = 0.0 if simulation.logits_bound is None else simulation.logits_bound
     differing_logits = _outside(logits.astype(np.float64), simulation.logits, allowed)
-    # Looking at the codes must not have changed what is computed.
+    # Reading the codes must not have changed the computation.
     observed = any(len(before[op]) != len(after[op]) for op in computing)
     return Check(
         codes=sum(codes.size for codes in theirs.values()),
@@ -244,7 +244,7 @@ def _against_runtime(
         at=exact.first_wrong or (near.at if near.violations else ""),
         violations=exact.wrong + near.violations + differing_logits + int(observed),
         observed_graph_is_shipped_graph=not observed,
-        # Codes behind float operations, and those that lie on the other side of a tie.
+        # Codes after float operations, and those on the other side of a tie.
         inexact=near.codes,
         inexact_differing=near.differing,
         inexact_farthest_from_tie=near.farthest_from_tie,
@@ -255,7 +255,7 @@ def _against_runtime(
 def _against_target(
     file: QDQModel, other: QDQModel, other_simulation: Simulation, images: npt.NDArray[np.float32]
 ) -> Check:
-    """This target's simulator, fed with the other's codes operation by operation, against the other's results."""
+    """Compare this target's simulator, fed with the other target's codes at each operation, with the other."""
     tensors = {
         own: theirs for edge in file.codes if edge in other.codes
         for own, theirs in zip(file.codes[edge], other.codes[edge], strict=True)
@@ -264,31 +264,32 @@ def _against_target(
     stored = {f"{edge}.dequantized": np.asarray(_stored_error(file, edge)) for edge in file.weights}
     simulation = simulate(file.model, images, forced, stored_error={**_rounded_constants(file), **stored})
     pairs = {own: (simulation.codes[own], forced[own]) for own in tensors}
-    # The other's codes are those of its kernels, which may lie farther from the exact value than this target's do.
+    # The other target's codes come from its kernels, which may lie farther from the exact value than this target's.
     return _compare(pairs, simulation, {own: other_simulation.kernel_bounds[theirs] for own, theirs in tensors.items()})
 
 
 def _stored_error(file: QDQModel, edge: str) -> float:
-    """What storing a float bias cost: nothing in float32, half of its last place in float16."""
+    """Return the rounding error of a stored float bias: none in float32, half of its last place in float16."""
     stored = next((t for t in file.model.graph.initializer if t.name == f"{edge}.bias"), None)
     if stored is None:
         return 0.0
-    # Of the bias that was to be written, not of the one in the file: that one is to be verified.
+    # Computed from the intended bias, not from the one in the file, which is to be verified.
     bias = file.weights[edge].bias
     values = as_float16(bias) if stored.data_type == TensorProto.FLOAT16 else bias
     return float(np.abs(values.astype(np.float64) - bias).max())
 
 
 def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
-    """How far the constants of the float parts lie from the network's own.
+    """Return the error of each constant in the float parts against the network's own constant.
 
-    The file's type moves each of them, float32 none. A number such as 1.41421356 that a forward pass writes out is
-    rounded where it is exported, and torch may compute with the number: one of more than 12 bits is taken for such.
+    Constants are rounded to the file's type; float32 constants are exact. A literal such as 1.41421356 in a forward
+    pass is rounded at export, while torch may compute with the exact number: constants of more than 12 bits are taken
+    for literals.
     """
     types = {tensor.name: helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in file.model.graph.initializer}
     result = {}
     for name, value in file.float_constants.items():
-        # Of the constant that was to be written, not of the one in the file: that one is to be verified.
+        # Computed from the intended constant, not from the one in the file, which is to be verified.
         stored = as_float16(value) if types.get(name) == np.float16 else value
         moved = np.abs(stored.astype(np.float64) - value)
         if value.size == 1:

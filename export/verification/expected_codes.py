@@ -1,4 +1,4 @@
-"""The integer codes of a few images, for a board to compare its own with; `measure.codes` reads them there."""
+"""Writes the integer codes of a few images for comparison on a board; `measure.codes` reads them there."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from crqat.export.simulator.run import simulate
 from crqat.export.simulator.values import NotSimulated
 from crqat.export.verification.fusion import in_float
 
-# Every code of each image is stored: 0.3 million for a CIFAR ResNet-20, 11 million for a ResNet-50.
+# Number of images. All codes are stored: 0.3 million per image for a CIFAR ResNet-20, 11 million for a ResNet-50.
 IMAGES = 2
 
 
 def expected_codes(file: QDQModel, images: npt.NDArray[np.float32], out: Path) -> bool:
-    """Write the simulator's codes, for each family of CPUs that the runtime knows.
+    """Write the simulator's codes for each CPU family of the runtime.
 
     Args:
-        file: ONNX Runtime's file.
-        images: Normalized images, float32 [N, C, H, W]; the first few are taken.
-        out: The .npz file.
+        file: The file for ONNX Runtime.
+        images: Normalized images, float32 [N, C, H, W]; only the first few are used.
+        out: Path of the .npz file.
 
     Returns:
-        Whether it was written: not if the file has an operation that the simulator does not know, nor if none of its
-        codes is exact.
+        Whether the file was written: it is not if the simulator does not support an operation, or if no code is exact.
     """
     images = np.ascontiguousarray(images[:IMAGES])
     first, *others = ONNXRUNTIME.cpus
@@ -42,7 +41,7 @@ def expected_codes(file: QDQModel, images: npt.NDArray[np.float32], out: Path) -
     except NotSimulated:
         return False
     zero_points = {name: file.activations[edge].grid.zero_point for edge, names in file.codes.items() for name in names}
-    # One inexact code may be another's input: there is no simulator on the board to start anew from the board's own.
+    # The board has no simulator, so codes that depend on an inexact code cannot be recomputed there and are left out.
     doubtful = _behind(file.model, simulations[0].inexact)
     exact = [name for name in zero_points if name not in doubtful]
     if not exact:
@@ -67,9 +66,9 @@ def expected_codes(file: QDQModel, images: npt.NDArray[np.float32], out: Path) -
 
 
 def _behind(model: onnx.ModelProto, tensors: set[str]) -> set[str]:
-    """The tensors and all that are computed from them."""
+    """Return the given tensors and all tensors computed from them."""
     reached = set(tensors)
-    for node in model.graph.node:  # in the order of computation, as ONNX demands
+    for node in model.graph.node:  # in topological order, as ONNX requires
         if reached.intersection(node.input):
             reached.update(node.output)
     return reached

@@ -1,4 +1,4 @@
-"""What ONNX Runtime's optimizer fuses of a file on this machine, and why the rest stays float."""
+"""Reports which operations of a file ONNX Runtime fuses on this machine, and why others stay in float."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crqat.export.verification import UNEXPLAINED
 
 
 def session(model: bytes, optimized: Path | None = None) -> Any:
-    """An ONNX Runtime session on the CPU with all optimizations; `optimized` gets the graph that these make."""
+    """Return an ONNX Runtime CPU session with all optimizations; the optimized graph is written to `optimized`."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -30,7 +30,7 @@ def session(model: bytes, optimized: Path | None = None) -> Any:
 
 
 def optimized_operations(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """What ONNX Runtime makes of a file on this machine: operation to the names of its nodes."""
+    """Return ONNX Runtime's optimized operations on this machine: names of nodes by operation."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         session(model.SerializeToString(), path)
@@ -40,13 +40,13 @@ def optimized_operations(model: onnx.ModelProto) -> dict[str, list[str]]:
     return operations
 
 
-# What each operation of the file is to become, and which stay float.
+# Expected fusion of each operation of the file, and operations whose result is float.
 FUSED, _FLOAT_RESULT = runtimes.ONNXRUNTIME.fusions, runtimes.ONNXRUNTIME.float_results
 ALWAYS_FLOAT = runtimes.ONNXRUNTIME.always_float
 
 
 def fusion(model: onnx.ModelProto) -> Fusion:
-    """Count what ONNX Runtime fuses, and say of the rest why it stayed float."""
+    """Count the operations that ONNX Runtime fuses, and give a reason for each that stays in float."""
     operations = optimized_operations(model)
     counts = Counter(node.op_type for node in model.graph.node)
     dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
@@ -66,11 +66,11 @@ def fusion(model: onnx.ModelProto) -> Fusion:
 
 
 def in_float(model: onnx.ModelProto, operations: Mapping[str, list[str]] | None = None) -> set[str]:
-    """Nodes that read codes and that ONNX Runtime leaves in float on this machine: a result with two readers is one.
+    """Return nodes with quantized inputs that ONNX Runtime computes in float, e.g. because two nodes use the result.
 
     Args:
         model: The file.
-        operations: Of `optimized_operations`, if they are there already.
+        operations: Result of `optimized_operations`, if it is available already.
     """
     optimized = dict(operations or optimized_operations(model))
     return {
@@ -81,7 +81,7 @@ def in_float(model: onnx.ModelProto, operations: Mapping[str, list[str]] | None 
 
 
 def _before_output(model: onnx.ModelProto, node: onnx.NodeProto) -> bool:
-    """Whether nothing but movement lies between a node and the logits."""
+    """Whether only data movement lies between a node and the logits."""
     names = {model.graph.output[0].name}
     for other in reversed(model.graph.node):
         if names.intersection(other.output) and (other is node or other.op_type in ON_CODES):

@@ -261,7 +261,7 @@ def test_processes_estimate_the_same_statistics_and_wait_for_the_first_as_long_a
 @pytest.mark.slow
 def test_another_number_of_processes_does_not_go_on(together: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UsageError, match=r"in 2 processes cannot go on in 1; `crqat train RECIPE --nproc 2` does, or --restart"
+        UsageError, match=r"in 2 processes cannot resume in 1; use `crqat train RECIPE --nproc 2`, or --restart"
     ):
         train(recipe(together), tmp_path, quiet, together / "states-0")
 

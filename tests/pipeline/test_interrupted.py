@@ -75,7 +75,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert first.wait(kill_and_resume.SECONDS) == code
     last = log(folder)[-1]
     assert last.startswith("crqat: error: interrupted; saved at float epoch ")
-    assert last.endswith(": the same command goes on from there")
+    assert last.endswith(": run the same command to resume")
     assert train(folder).wait(kill_and_resume.SECONDS) == 0
     place = last.split("saved at ")[1].split(": the same")[0]
     assert any(line.startswith(f"continued: 1/1  from {place}") for line in log(folder))
@@ -143,7 +143,7 @@ def test_a_full_disk(disk: Path, whole: dict[str, str]) -> None:
     assert first.wait(kill_and_resume.SECONDS) == 3
     line = log(folder)[-1]
     assert line.startswith("crqat: error: cannot save the training's state to runs/soak/.states/")
-    assert "No space left on device" in line and "the same command goes on from the last state" in line
+    assert "No space left on device" in line and "run the same command to resume from the last saved state" in line
     assert train(folder).wait(kill_and_resume.SECONDS) == 3  # still full
     filler.unlink()
     assert train(folder).wait(kill_and_resume.SECONDS) == 0

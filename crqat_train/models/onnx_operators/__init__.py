@@ -1,4 +1,4 @@
-"""What each operator of an ONNX file becomes in PyTorch: the closed list of those that are read."""
+"""Conversion of ONNX operators to PyTorch: the closed list of supported operators."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Activations."""
+"""Converters of ONNX operators: activations."""
 
 from __future__ import annotations
 

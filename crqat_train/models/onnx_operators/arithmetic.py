@@ -1,4 +1,4 @@
-"""Arithmetic of tensors and of the shapes that a file computes, and reductions."""
+"""Converters of ONNX operators: arithmetic on tensors and on computed shapes, and reductions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from crqat.train.models.onnx_operators.node import (
 def _two(
     function: Callable[[Any, Any], Any], whole: Callable[[Any, Any], Any] | None = None
 ) -> Callable[[Node], Value]:
-    """An operation on two tensors, or on two shapes; `whole` is that on whole numbers, where it is another."""
+    """Return a converter of an operation on two tensors or two shapes; `whole` is used for integers if it differs."""
 
     def convert(node: Node) -> Value:
         left, right = node.input(0), node.input(1)
@@ -38,17 +38,17 @@ def _two(
 
 
 def _same_rank(node: Node, value: Value) -> Value:
-    """Of a list of whole numbers beside a tensor: a tensor."""
+    """Return a list of integers that meets a tensor as a tensor, other values unchanged."""
     if isinstance(value.sample, list):
         if value.name is not None:
-            msg = "computes with a shape and a tensor; that is not read"
+            msg = "computes with a shape and a tensor; that is not supported"
             raise Refused(msg)
         return Value(torch.tensor(value.sample), None, value.origin or "numbers")
     return value
 
 
 def _add(node: Node) -> Value:
-    """A sum; one with a constant may be the bias of a linear layer."""
+    """Convert a sum; with a constant it may be the bias of a linear layer."""
     left, right = node.input(0), node.input(1)
     for index, (product, bias) in enumerate(((left, right), (right, left))):
         linear = product.layer
@@ -65,7 +65,7 @@ def _add(node: Node) -> Value:
 
 
 def _mul(node: Node) -> Value:
-    """A product, or the activation that exporters write as one; what only it needs is left out of the network."""
+    """Convert a product, or the activation that exporters write as one, whose inner operations are then left out."""
     left, right = node.input(0), node.input(1)
     for gate, other in ((left, right), (right, left)):
         kind, origin = gate.made_of
@@ -116,7 +116,7 @@ def _sum(node: Node) -> Value:
 
 
 def _extreme(function: Callable[[Any, Any], Any], bound: str) -> Callable[[Node], Value]:
-    """Max or Min of several: of a number a bound."""
+    """Return a converter of Max or Min; with a number it becomes a bound of clamp."""
 
     def convert(node: Node) -> Value:
         result = node.input(0)
@@ -142,12 +142,12 @@ def _pow(node: Node) -> Value:
 
 
 def _reduced(function: Callable[..., Any]) -> Callable[[Node], Value]:
-    """A reduction over axes."""
+    """Return a converter of a reduction over axes."""
 
     def convert(node: Node) -> Value:
         value, axes, keep = node.input(0), node.whole(1, "axes"), bool(node.attribute("keepdims", 1))
         if not value.is_tensor:
-            msg = "reduces a shape; that is not read"
+            msg = "reduces a shape; that is not supported"
             raise Refused(msg)
         if not axes:
             if node.attribute("noop_with_empty_axes", 0):
@@ -155,7 +155,7 @@ def _reduced(function: Callable[..., Any]) -> Callable[[Node], Value]:
             axes = list(range(value.rank))
         axes = sorted(axis % value.rank for axis in axes)
         if function is torch.mean and keep and value.rank == IMAGE_RANK and axes == [2, 3]:
-            return node.emit(functional.adaptive_avg_pool2d, value, 1)  # what it was before the export, mostly
+            return node.emit(functional.adaptive_avg_pool2d, value, 1)  # most likely the module before the export
         return node.emit(function, value, tuple(axes), keep)
 
     return convert

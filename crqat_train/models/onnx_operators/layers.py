@@ -1,4 +1,4 @@
-"""Layers with weights, pools and dropout."""
+"""Converters of ONNX operators: layers with weights, pools and dropout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _fill(parameter: Tensor | None, values: Tensor | None) -> None:
 
 
 def _sides(node: Node, rank: int) -> tuple[list[int], list[int]]:
-    """Padding in front and behind."""
+    """Return the padding at the start and at the end of each dimension."""
     pads = list(node.attribute("pads", [0] * 2 * rank))
     mode = node.attribute("auto_pad", "NOTSET")
     if mode in ("SAME_UPPER", "SAME_LOWER"):
@@ -36,7 +36,7 @@ def _sides(node: Node, rank: int) -> tuple[list[int], list[int]]:
 
 
 def _padded(node: Node, value: Value, front: list[int], behind: list[int]) -> tuple[Value, tuple[int, ...]]:
-    """The value padded by zeros where the two sides differ, and the padding that is left for the layer itself."""
+    """Return the value padded by zeros where the two sides differ, and the padding left for the layer itself."""
     if front == behind:
         return value, tuple(front)
     order = [side for pair in reversed(list(zip(front, behind, strict=True))) for side in pair]
@@ -46,7 +46,7 @@ def _padded(node: Node, value: Value, front: list[int], behind: list[int]) -> tu
 def _conv(node: Node) -> Value:
     weight = node.weight(1)
     if weight.ndim != IMAGE_RANK or node.input(0).rank != IMAGE_RANK:
-        msg = f"is a convolution over {weight.ndim - 2} dimensions; over images of 2 it is read"
+        msg = f"is a convolution over {weight.ndim - 2} dimensions; only convolutions over 2D images are supported"
         raise Refused(msg)
     node._attributes.setdefault("kernel_shape", list(weight.shape[2:]))
     value, padding = _padded(node, node.input(0), *_sides(node, 2))
@@ -67,7 +67,7 @@ def _transposed_conv(node: Node) -> Value:
     weight = node.weight(1)
     front, behind = _sides(node, 2)
     if weight.ndim != IMAGE_RANK or front != behind or node.attribute("output_shape") is not None:
-        msg = "a transposed convolution is read over images, with the same pads on both sides and without output_shape"
+        msg = "this transposed convolution is not supported: only over images, with equal pads and without output_shape"
         raise Refused(msg)
     groups, bias = node.attribute("group", 1), node.optional(2)
     sizes: dict[str, Any] = {
@@ -102,7 +102,7 @@ def _layer_norm(node: Node) -> Value:
     value, scale, bias = node.input(0), node.weight(1), node.optional(2)
     axis = node.attribute("axis", -1) % value.rank
     if list(scale.shape) != list(value.sample.shape[axis:]):
-        msg = "its scale must have the shape of what is normalized"
+        msg = "its scale must have the shape of the normalized dimensions"
         raise Refused(msg)
     made = nn.LayerNorm(list(scale.shape), node.attribute("epsilon", 1e-5), bias=bias is not None)
     _fill(made.weight, scale)
@@ -111,7 +111,7 @@ def _layer_norm(node: Node) -> Value:
 
 
 def _linear(node: Node, weight: Tensor, bias: Tensor | None) -> Value:
-    """Of a weight [out, in]."""
+    """Return a linear layer with a weight of shape [out, in]."""
     made = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
     _fill(made.weight, weight)
     _fill(made.bias, bias)
@@ -123,7 +123,7 @@ def _linear(node: Node, weight: Tensor, bias: Tensor | None) -> Value:
 def _gemm(node: Node) -> Value:
     weight = node.weight(1) * node.attribute("alpha", 1.0)
     if node.attribute("transA", 0):
-        msg = "transA is not read: a linear layer has its images in rows"
+        msg = "transA is not supported: a linear layer has its images in rows"
         raise Refused(msg)
     weight = weight if node.attribute("transB", 0) else weight.t()
     bias = None if node.optional(2) is None else node.weight(2) * node.attribute("beta", 1.0)
@@ -153,7 +153,7 @@ def _prelu(node: Node) -> Value:
 
 
 def _dropout(node: Node) -> Value:
-    """It does nothing in eval mode; a training by the recipe drops again."""
+    """Return dropout, which does nothing in eval mode and is active again when the recipe trains."""
     ratio = node.constant(1, 0.5)
     if node.constant(2, 0):
         msg = "is in training mode; call eval() before the export"
@@ -164,7 +164,7 @@ def _dropout(node: Node) -> Value:
 def _max_pool(node: Node) -> Value:
     front, behind = _sides(node, 2)
     if front != behind or len(node.attribute("kernel_shape")) != 2 or node.attribute("storage_order", 0):
-        msg = "a max pool is read over images, with the same pads on both sides"
+        msg = "this max pool is not supported: only over images, with the same pads on both sides"
         raise Refused(msg)
     return node.emit(
         functional.max_pool2d, node.input(0), tuple(node.attribute("kernel_shape")),
@@ -177,10 +177,10 @@ def _average_pool(node: Node) -> Value:
     front, behind = _sides(node, 2)
     counts = bool(node.attribute("count_include_pad", 0))
     if len(node.attribute("kernel_shape")) != 2 or set(node.attribute("dilations", [1, 1])) != {1}:
-        msg = "an average pool is read over images, without dilations"
+        msg = "this average pool is not supported: only over images, without dilations"
         raise Refused(msg)
     if front != behind and not counts:
-        msg = "an average pool with other pads in front than behind is read with count_include_pad alone"
+        msg = "an average pool with different pads on both sides is supported only with count_include_pad"
         raise Refused(msg)
     value, padding = _padded(node, node.input(0), front, behind)
     return node.emit(

@@ -1,4 +1,4 @@
-"""What moves values, and what computes shapes."""
+"""Converters of ONNX operators: data movement, and operations on shapes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _sizes(value: Any, start: int, end: int | None) -> list[Any]:
 
 def _flatten(node: Node) -> Value:
     if node.attribute("axis", 1) % node.input(0).rank != 1:
-        msg = "is read with axis 1 alone, which keeps the images apart"
+        msg = "is supported with axis 1 only, which keeps the images apart"
         raise Refused(msg)
     return node.emit(torch.flatten, node.input(0), 1)
 
@@ -44,7 +44,7 @@ def _reshape(node: Node) -> Value:
     made = _reshaped(value.sample, sizes)
     flat = len(sizes) == 2 and value.rank > 2 and list(made.shape) == [batch, value.sample[0].numel()]
     fixed = node.builder.batch
-    # In a file for a fixed number of images a shape that begins with it means any number.
+    # In a file for a fixed number of images, a shape that begins with this number stands for any number.
     if value.name is not None and flat and (sizes[0] in (0, -1) or sizes[0] == fixed):
         return node.emit(torch.flatten, value, 1)
     if fixed is not None and value.name is not None and len(sizes) > 1 and made.shape[0] % fixed == 0:
@@ -61,7 +61,7 @@ def _is(size: Any, number: int) -> bool:
 
 
 def _refuse(reason: str) -> Value:
-    msg = f"{reason}; that is not read"
+    msg = f"{reason}; that is not supported"
     raise Refused(msg)
 
 
@@ -113,7 +113,7 @@ def _concat(node: Node) -> Value:
     axis = node.attribute("axis") % max(value.rank for value in values)
     first = next((value for value in values if value.name is not None), None)
     if first is not None and node.builder.batch == 1 and axis:
-        # A constant, such as a class token, that goes with the one image of the file goes with each.
+        # A constant that belongs to the single image of the file, such as a class token, is repeated for each image.
         values = [value if value.name is not None else node.emit(_for_each, value, first) for value in values]
     return node.emit(torch.cat, values, axis)
 
@@ -129,7 +129,7 @@ def _for_each(value: Tensor, images: Tensor) -> Tensor:
 def _expand(node: Node) -> Value:
     value, shape = node.input(0), node.input(1)
     if not value.is_tensor:
-        msg = "expands a number; that is not read"
+        msg = "expands a number; that is not supported"
         raise Refused(msg)
     return node.emit(_expanded, value, shape)
 
@@ -168,9 +168,9 @@ def _slice(node: Node) -> Value:
     rank = value.rank
     if any(step < 1 for step in steps):
         if value.name is not None:
-            msg = "goes backwards through values of the image; that is not read"
+            msg = "slices values of the image backwards; that is not supported"
             raise Refused(msg)
-        table = torch.as_tensor(value.sample).numpy()  # NumPy goes backwards, PyTorch does not
+        table = torch.as_tensor(value.sample).numpy()  # NumPy supports negative steps, PyTorch does not
         return Value.of(torch.from_numpy(_sliced(table, starts, ends.sample, axes, steps).copy()), value.origin)
     return node.emit(_sliced, value, starts, ends, [axis % rank for axis in axes], steps)
 
@@ -221,13 +221,13 @@ def _resize(node: Node) -> Value:
     place = node.attribute("coordinate_transformation_mode", "half_pixel")
     aligned = place == "align_corners"
     if value.rank != IMAGE_RANK or node.attribute("axes") is not None or node.attribute("antialias", 0):
-        msg = "is read over images, without axes and without antialias"
+        msg = "is supported over images only, without axes and without antialias"
         raise Refused(msg)
     if mode == "nearest" and (place != "asymmetric" or node.attribute("nearest_mode") != "floor"):
-        msg = "the nearest neighbour is read as PyTorch takes it: asymmetric and floor"
+        msg = "the nearest neighbour is supported only as PyTorch computes it: asymmetric and floor"
         raise Refused(msg)
     if mode != "nearest" and place not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
-        msg = f"the coordinates {place} are not read"
+        msg = f"the coordinates {place} are not supported"
         raise Refused(msg)
     corners = None if mode == "nearest" else aligned
     if scales is not None and (not isinstance(scales.sample, list) or scales.sample):
@@ -286,18 +286,18 @@ def _cast(node: Node) -> Value:
     whole = to in (onnx.TensorProto.INT64, onnx.TensorProto.INT32)
     same = whole if not value.is_tensor else to == onnx.TensorProto.FLOAT and value.sample.dtype == torch.float32
     if not same:
-        msg = f"turns values of the image into {onnx.TensorProto.DataType.Name(to)}; float32 stays float32 here"
+        msg = f"casts values of the image to {onnx.TensorProto.DataType.Name(to)}; only float32 is supported"
         raise Refused(msg)
     return value
 
 
 def _on_shapes(function: Callable[..., Any]) -> Callable[[Node], Value]:
-    """What exporters do with shapes alone."""
+    """Return a converter of an operation that exporters use on shapes only."""
 
     def convert(node: Node) -> Value:
         values = [node.input(index) for index in range(len(node.inputs))]
         if any(value.is_tensor and value.name is not None for value in values):
-            msg = "is read on shapes alone, not on values of the image"
+            msg = "is supported on shapes only, not on values of the image"
             raise Refused(msg)
         return node.emit(function, *(_plain(value) for value in values))
 

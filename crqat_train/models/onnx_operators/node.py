@@ -1,7 +1,7 @@
-"""A node of an ONNX file while it is converted, and the values between nodes.
+"""A node of an ONNX file during conversion, and the values between nodes.
 
 Shapes that the file computes (Shape, Gather, Concat ... Reshape) are lists of numbers here, in which the number of
-images stays open. Everything else is a tensor, or a Python number where the file has a single one.
+images stays open. Every other value is a tensor, or a Python number if the file has a single one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IMAGE_RANK = 4
 
 
 class Refused(Exception):
-    """An operator is used in a way that is not read; its text says which, and what to do."""
+    """An operator is used in a way that is not supported; the text says which, and how to fix it."""
 
 
 @dataclass(eq=False)
@@ -31,13 +31,13 @@ class Value:
     """A value between the file's nodes.
 
     Attributes:
-        sample: What it is for images without content: a tensor, a number or a list of numbers.
-        other: Likewise for one image more, and for larger ones if the file leaves their size open; None of a constant.
-        name: Under which the network holds it while it computes; None if it depends on no image.
-        origin: What a constant is called in the file.
-        stored: The path of the network's tensor that holds a constant, once there is one.
-        made_of: What it is of which value, where it may be a part of an activation; "" and None of others.
-        layer: The linear layer that it comes from, whose bias may be added behind it.
+        sample: Its value for meta images (shapes without data): a tensor, a number or a list of numbers.
+        other: Its value for one image more, and for larger images if the file leaves their size open; None if constant.
+        name: Name under which the network holds it during the forward pass; None if it does not depend on the images.
+        origin: Name of a constant in the file.
+        stored: Path of the network's tensor that holds a constant, once there is one.
+        made_of: For a value that may be part of an activation: which part, and of which value; otherwise "" and None.
+        layer: The linear layer that computes it, to which a bias may be added by the next node.
     """
 
     sample: Any
@@ -50,7 +50,7 @@ class Value:
 
     @classmethod
     def of(cls, constant: Any, origin: str) -> Value:
-        """A constant: whole numbers as a list or a number, a single float as a number."""
+        """Wrap a constant: integers as a list or a number, a single float as a number."""
         if isinstance(constant, Tensor) and constant.ndim <= 1:
             whole = not constant.is_floating_point()
             if whole or constant.numel() == 1:
@@ -59,21 +59,21 @@ class Value:
 
     @property
     def is_tensor(self) -> bool:
-        """Whether it is a tensor, else a number or a list of numbers."""
+        """Whether it is a tensor; otherwise it is a number or a list of numbers."""
         return isinstance(self.sample, Tensor)
 
     @property
     def rank(self) -> int:
-        """Number of dimensions."""
+        """Return the number of dimensions."""
         return self.sample.ndim if isinstance(self.sample, Tensor) else int(isinstance(self.sample, list))
 
 
 class Node:
-    """A node of the file while it is converted.
+    """A node of the file during conversion.
 
     Attributes:
-        inputs: Its inputs; None for one that is left out.
-        builder: Takes the operations that it becomes.
+        inputs: Its inputs; None for an omitted one.
+        builder: Receives the operations that it is converted to.
     """
 
     def __init__(self, proto: onnx.NodeProto, inputs: list[Value | None], builder: Builder) -> None:
@@ -83,12 +83,12 @@ class Node:
         self._attributes = {entry.name: onnx.helper.get_attribute_value(entry) for entry in proto.attribute}
 
     def attribute(self, name: str, default: Any = None) -> Any:
-        """An attribute's value; texts are str, tensors stay ONNX's."""
+        """Return an attribute's value; strings are str, tensors stay ONNX tensors."""
         found = self._attributes.get(name, default)
         return found.decode() if isinstance(found, bytes) else found
 
     def input(self, index: int) -> Value:
-        """An input that must be there."""
+        """Return a required input."""
         found = self.optional(index)
         if found is None:
             msg = f"its input {index} is missing"
@@ -96,21 +96,21 @@ class Node:
         return found
 
     def optional(self, index: int) -> Value | None:
-        """An input that may be left out."""
+        """Return an optional input; None if it is omitted."""
         return self.inputs[index] if index < len(self.inputs) else None
 
     def constant(self, index: int, default: Any = None) -> Any:
-        """The value of an input that must depend on no image."""
+        """Return the value of an input that must be constant."""
         found = self.optional(index)
         if found is None:
             return default
         if found.name is not None:
-            msg = f"its input {self.proto.input[index]} is computed from the image; only a constant is read there"
+            msg = f"its input {self.proto.input[index]} is computed from the image; only a constant is supported there"
             raise Refused(msg)
         return found.sample
 
     def weight(self, index: int) -> Tensor:
-        """A constant tensor of float32."""
+        """Return a constant float32 tensor."""
         found = self.constant(index)
         if isinstance(found, float):
             found = torch.tensor([found])
@@ -121,20 +121,20 @@ class Node:
         return found
 
     def whole(self, index: int, name: str = "", default: Any = None) -> Any:
-        """A list of whole numbers: a constant input, or an attribute."""
+        """Return a list of integers from a constant input or an attribute."""
         found = self.constant(index) if self.optional(index) is not None else self.attribute(name, default)
         return [found] if isinstance(found, int) else found
 
     def emit(self, function: Callable[..., Any] | str, *arguments: Any) -> Value:
-        """See `crqat.train.models.onnx_file.Builder.emit`."""
+        """Add an operation; see `crqat.train.models.onnx_file.Builder.emit`."""
         return self.builder.emit(function, *arguments)
 
     def layer(self, made: nn.Module, *arguments: Any, weight: Value | None = None) -> Value:
-        """A module of the network, called."""
+        """Add a module to the network and call it."""
         return self.builder.emit(self.builder.module(made, weight), *arguments)
 
     def sole_reader_of(self, index: int) -> bool:
-        """Whether no other node reads an input."""
+        """Whether no other node uses an input."""
         return self.builder.used_once(self.proto.input[index])
 
 
@@ -142,7 +142,7 @@ Result = Value | tuple[Value, ...]
 
 
 def each_number(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function of numbers for lists of them, too; a list of a single number goes with each of the others."""
+    """Extend a function of numbers to lists of them; a list of a single number is broadcast."""
 
     def of_lists(*arguments: Any) -> Any:
         if not any(isinstance(argument, list) for argument in arguments):
@@ -155,7 +155,7 @@ def each_number(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_one(function: Callable[[Tensor], Tensor]) -> Callable[[Node], Value]:
-    """An operation on one tensor, or on a number that is known."""
+    """Return a converter of an operation on one tensor, or on a constant number."""
 
     def convert(node: Node) -> Value:
         value = node.input(0)

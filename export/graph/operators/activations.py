@@ -1,4 +1,4 @@
-"""Activation functions."""
+"""Converters of torch operators: activation functions."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _gelu(w: Walk, a: Arguments) -> Any:
 @operator("elu")
 def _elu(w: Walk, a: Arguments) -> Any:
     if a["scale"] != 1 or a["input_scale"] != 1:
-        w.refuse("an ELU with scales of its own is none of ONNX")
+        w.refuse("ONNX cannot express an ELU with scale or input_scale")
     return w.emit("Elu", [w.float_name(a["self"])], alpha=float(a["alpha"]))
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic, comparisons and reductions."""
+"""Converters of torch operators: arithmetic, comparisons and reductions."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def _norm(w: Walk, a: Arguments) -> Any:
 
 
 def _variance(w: Walk, a: Arguments, kept: int) -> tuple[str, str]:
-    """Variance and mean, the latter with all dimensions."""
+    """Return the names of variance and mean; the mean keeps all dimensions."""
     x, axes = a["self"], axes_of(a["self"], a.get("dim"))
     count = math.prod(w.known(x, axis) for axis in axes)
     correction = a.get("correction", int(a.get("unbiased", True)))

@@ -1,4 +1,4 @@
-"""Convolutions, linear layers, normalization, pooling, products of tensors and attention."""
+"""Converters of torch operators: convolutions, linear layers, normalization, pooling, matrix products and attention."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def _conv_transpose(w: Walk, a: Arguments) -> Any:
 
 @operator("linear")
 def _linear(w: Walk, a: Arguments) -> Any:
-    """A Gemm, which fuses with its bias inside; a tensor of more than two dimensions is reshaped around it.
+    """Write a linear layer as a Gemm with its bias; tensors of more than two dimensions are reshaped around it.
 
-    A quantizer that alone reads the result comes in front of the second Reshape, which then moves codes.
+    A quantizer that is the only consumer is placed before the second Reshape, which then moves codes.
     """
     x, weight = a["input"], a["weight"]
     name, weights = w.float_name(x), w.float_name(weight)
@@ -152,16 +152,16 @@ def _max_pool(w: Walk, a: Arguments) -> Any:
 
 @operator("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def _avg_pool(w: Walk, a: Arguments) -> Any:
-    """A mean whose windows lie within the pixels and the zeros that are written around them.
+    """Write an average pool whose windows lie within the image and its written zero padding.
 
-    ONNX Runtime's integer kernel divides a window that goes beyond its padding by a wrong number, and no attribute
-    stands for torch's `divisor_override`.
+    ONNX Runtime's integer kernel divides a window that exceeds its padding by a wrong number, and no attribute
+    corresponds to torch's `divisor_override`.
     """
     x, name, divisor = a["self"], w.float_name(a["self"]), a.get("divisor_override")
     dims = w.node.meta["val"].ndim - 2
     attributes = _pool_attributes(a, dims)
     kernel, strides, pads = (attributes[key] for key in ("kernel_shape", "strides", "pads"))
-    beyond = []  # how far the last window goes beyond the padding
+    beyond = []  # by how much the last window exceeds the padding
     for axis in range(dims):
         covered = (w.known(w.node, axis + 2) - 1) * strides[axis] + kernel[axis]
         beyond.append(covered - w.known(x, axis + 2) - 2 * pads[axis])
@@ -192,7 +192,7 @@ def _adaptive_pool(w: Walk, a: Arguments) -> Any:
     if all(size == 1 for size in after):
         result = w.emit(f"Global{kind}Pool", [name])
     elif any(size % pooled for size, pooled in zip(before, after, strict=True)):
-        w.refuse(f"{before} pixels are pooled to {after}, which ONNX cannot")
+        w.refuse(f"{before} pixels are pooled to {after}, which ONNX cannot express")
     else:
         kernel = [size // pooled for size, pooled in zip(before, after, strict=True)]
         result = w.emit(f"{kind}Pool", [name], kernel_shape=kernel, strides=kernel) if before != after else name
@@ -225,10 +225,10 @@ def _einsum(w: Walk, a: Arguments) -> Any:
 
 @operator("scaled_dot_product_attention")
 def _attention(w: Walk, a: Arguments) -> Any:
-    """The factor of the scores comes behind their product: nothing stands between a quantizer and the product."""
+    """Write attention, scaling after the product of query and key, so that the product's inputs are quantized."""
     query, key = a["query"], a["key"]
     if a["enable_gqa"]:
-        w.refuse("attention with fewer keys than queries in heads has no form in ONNX")
+        w.refuse("attention with fewer key heads than query heads has no form in ONNX")
     ndim, features = query.meta["val"].ndim, query.meta["val"].shape[-1]
     turned = w.emit("Transpose", [w.float_name(key)], perm=[*range(ndim - 2), ndim - 1, ndim - 2])
     scale = 1 / math.sqrt(features) if a["scale"] is None else float(a["scale"])

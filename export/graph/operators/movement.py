@@ -1,4 +1,4 @@
-"""What moves values and changes none: shapes, slices, joins, padding and resizing."""
+"""Converters of torch operators for data movement: shapes, slices, concatenation, padding and resizing."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def _nothing(w: Walk, a: Arguments) -> Any:
 def _to(w: Walk, a: Arguments) -> Any:
     before, after = a["self"].meta["val"].dtype, w.node.meta["val"].dtype
     if after.is_floating_point and after != torch.float32:
-        w.refuse(f"a cast to {after}, and a runtime computes in the type of its file")
+        w.refuse(f"a cast to {after}: a runtime computes in the type of its file")
     if before.is_floating_point and not after.is_floating_point and after != torch.bool:
-        w.refuse(f"a cast of real values to {after}, which cuts off what they have behind the point")
+        w.refuse(f"a cast of real values to {after}, which cuts off their fraction")
     return w.name(a["self"], w.node.meta["val"].dtype)
 
 
@@ -105,7 +105,7 @@ def _repeat(w: Walk, a: Arguments) -> Any:
 def _repeat_interleave(w: Walk, a: Arguments) -> Any:
     axis, times = axis_of(a["self"], a["dim"]), a["repeats"]
     if not isinstance(times, int):
-        w.refuse("elements are repeated by numbers that a tensor holds")
+        w.refuse("elements are repeated by counts in a tensor")
     index = np.repeat(np.arange(w.known(a["self"], axis)), times)
     return w.emit("Gather", [w.name(a["self"]), w.ints(index.tolist())], axis=axis)
 
@@ -143,7 +143,7 @@ def _narrow(w: Walk, a: Arguments) -> Any:
 
 @operator("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk")
 def _split(w: Walk, a: Arguments) -> Any:
-    """Slices, which move codes; a Split would leave them between two float values."""
+    """Write a split as slices, which can move codes; a Split would stay between two float values."""
     axis, start, parts = axis_of(first(a), a.get("dim", 0)), 0, []
     w.known(first(a), axis)
     read = {user.args[1] for user in w.node.users}

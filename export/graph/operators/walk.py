@@ -1,4 +1,4 @@
-"""The walk from a recorded program to ONNX: names, constants, sizes, and who writes which operator."""
+"""Converts a recorded program to ONNX: names, constants, sizes, and the registry of operator converters."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ TYPES = {
 
 
 class Walk:
-    """Writes a program as nodes of ONNX.
+    """Writes a program as ONNX nodes.
 
     Attributes:
         nodes: In topological order; the last one's output is "logits".
-        constants: Tensor name to array.
+        constants: Arrays by tensor name.
     """
 
     def __init__(self, program: Program) -> None:
@@ -38,14 +38,14 @@ class Walk:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: dict[str, npt.NDArray[Any]] = {}
         self.names: dict[fx.Node, Any] = {}
-        self.node: fx.Node = program.nodes[0]  # the one at hand
+        self.node: fx.Node = program.nodes[0]  # the current operator
         self._batch = ""
 
     def run(self) -> None:
-        """Write all of it.
+        """Convert the whole program.
 
         Raises:
-            UsageError: An operator has no form in ONNX; the message names module and line.
+            UsageError: ONNX cannot express an operator; the message names module and line.
         """
         for node in self.program.nodes:
             self.node = node
@@ -77,49 +77,49 @@ class Walk:
             name = name[:-1]
         handler = HANDLERS.get(name)
         if handler is None:
-            self.refuse(f"torch's {name} has no form in ONNX that is known here")
+            self.refuse(f"torch's {name} has no form in ONNX that crqat knows")
         arguments = {a.name: a.default_value for a in schema.arguments}
         arguments.update(zip(arguments, node.args, strict=False))
         arguments.update(node.kwargs)
         return handler(self, arguments)
 
     def _refuse_shared(self, node: fx.Node) -> None:
-        """An operator that changes its input in place is the same as one that does not, unless views share it."""
+        """Refuse an in-place operator if views share its input; otherwise it equals the out-of-place operator."""
         changed = node.all_input_nodes[0]
         shared = any(_is_view(user) for user in changed.users if user is not node)
         if shared or (_is_view(changed) and len(changed.all_input_nodes[0].users) > 1):
-            self.refuse("a tensor is changed in place of which a part or another view is in use")
+            self.refuse("a tensor is changed in place while a part or another view of it is in use")
 
     def refuse(self, what: str) -> NoReturn:
-        """Say what cannot be written, with the module and the line of the operator at hand."""
+        """Raise an error for the current operator, with its module and line."""
         place = module_of(self.node) or "the network itself"
         msg = f"model.name: {place}{source_line(self.node.stack_trace)}: {what}; replace that operation"
         raise UsageError(msg)
 
     def sizes(self, node: fx.Node) -> list[int | None]:
-        """See `Program.sizes`."""
+        """Return the shape of a node; see `Program.sizes`."""
         return self.program.sizes(node)
 
     def shape(self, node: fx.Node) -> list[int]:
-        """As `sizes`, with -1 for the batch, which must be in one dimension alone."""
+        """Return the shape of a node with -1 for the batch size, which may occur in one dimension only."""
         sizes = self.sizes(node)
         if sizes.count(None) > 1:
             self.refuse("the number of images is in two dimensions of a tensor")
         return [-1 if size is None else size for size in sizes]
 
     def known(self, node: fx.Node, axis: int) -> int:
-        """A size that is not the batch's."""
+        """Return a size that must not depend on the batch."""
         size = self.sizes(node)[axis]
         if size is None:
-            self.refuse("images are mixed with one another")
+            self.refuse("images of a batch are mixed with one another")
         return int(size)
 
     def name(self, value: Any, dtype: torch.dtype | None = None) -> str:
-        """The tensor of a node or a number.
+        """Return the tensor name of a node or a number.
 
         Args:
             value: An fx node, or a number that becomes a constant.
-            dtype: What it is converted to; None leaves it.
+            dtype: Type to convert to; None keeps the type.
         """
         if not isinstance(value, fx.Node):
             return self.constant(np.asarray(value, numpy_type(dtype or torch.float32)))
@@ -145,7 +145,7 @@ class Walk:
         return str(self.emit("Expand", [self.constant(row.cpu().numpy()), self.batch_shape(self.shape(node))]))
 
     def batch_shape(self, shape: Sequence[int]) -> str:
-        """A shape with the number of images in place of -1, computed."""
+        """Compute a shape in which the batch size replaces -1, and return its name."""
         if not self._batch:
             self._batch = self.emit("Shape", ["input"], start=0, end=1)
         axis = list(shape).index(-1)
@@ -157,17 +157,17 @@ class Walk:
         return str(self.emit("Concat", parts, axis=0))
 
     def constant(self, value: npt.NDArray[Any], name: str | None = None) -> str:
-        """A constant's name."""
+        """Add a constant and return its name."""
         name = name or f"constant.{len(self.constants)}"
         self.constants[name] = value
         return name
 
     def ints(self, values: Sequence[int]) -> str:
-        """A constant of int64."""
+        """Add an int64 constant and return its name."""
         return self.constant(np.asarray(values, np.int64))
 
     def emit(self, operation: str, inputs: Sequence[str], outputs: int = 1, **attributes: Any) -> Any:
-        """Add a node; its output's name, or a list of names."""
+        """Add a node; return the name of its output, or a list of names."""
         scope = module_of(self.node).replace(".", "/")
         base = f"/{scope}/{operation}_{len(self.nodes)}" if scope else f"/{operation}_{len(self.nodes)}"
         names = [base] if outputs == 1 else [f"{base}.{index}" for index in range(outputs)]
@@ -175,11 +175,11 @@ class Walk:
         return names[0] if outputs == 1 else names
 
     def float_name(self, value: Any) -> str:
-        """An operand of what is computed in float32."""
+        """Return the name of a float32 operand."""
         return self.name(value, torch.float32)
 
     def reshaped(self, name: str, source: Sequence[int | None], shape: Sequence[int]) -> str:
-        """A tensor in another shape; nothing if it has that one."""
+        """Reshape a tensor if its shape differs, and return its name."""
         if [-1 if size is None else size for size in source] == list(shape):
             return name
         inner = [size for size in source[1:] if size is not None]
@@ -195,17 +195,17 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def numpy_type(dtype: torch.dtype) -> Any:
-    """The type of the same name in numpy."""
+    """Return the numpy type of the same name."""
     return torch.empty((), dtype=dtype).numpy().dtype
 
 
-# By the name of torch's operator, without its overload. The other files of this folder fill it.
+# Converters by the name of torch's operator without its overload. The other files of this folder register them.
 HANDLERS: dict[str, Callable[[Walk, Arguments], Any]] = {}
 Handler = Callable[[Walk, Arguments], Any]
 
 
 def operator(*names: str) -> Callable[[Handler], Handler]:
-    """Register a function that writes torch's operators of these names."""
+    """Register a function that converts torch operators of these names."""
 
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(names, handler))
@@ -215,23 +215,23 @@ def operator(*names: str) -> Callable[[Handler], Handler]:
 
 
 def first(a: Arguments) -> Any:
-    """The operator's first argument, whatever its name."""
+    """Return the operator's first argument, whatever its name."""
     return next(iter(a.values()))
 
 
 def as_list(value: Any, count: int) -> list[int]:
-    """One number for each of `count` dimensions, from a number or from a list."""
+    """Return one number for each of `count` dimensions, from a number or a list."""
     values = [value] if isinstance(value, int) else list(value)
     return [int(v) for v in (values * count if len(values) == 1 else values)]
 
 
 def axis_of(node: fx.Node, axis: int) -> int:
-    """An axis counted from the front."""
+    """Return an axis as a non-negative index."""
     return axis % int(node.meta["val"].ndim)
 
 
 def axes_of(node: fx.Node, axes: Any) -> list[int]:
-    """Axes counted from the front, in order; all of them if none is named."""
+    """Return axes as non-negative indices, in order; all axes if none is given."""
     ndim = node.meta["val"].ndim
     if axes is None or axes == []:
         return list(range(ndim))

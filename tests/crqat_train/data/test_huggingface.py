@@ -75,7 +75,8 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
     dataset = loaded(root, label_column="coarse", image_column="image")
     assert dataset.train_labels.tolist() == coarse and dataset.class_names == ("0", "1")
     assert refusal(root, image_column="label") == (
-        f"{root}: data.image_column: label is no column of images (datasets.Image); the table has image, label, coarse"
+        f"{root}: data.image_column: label is not a column of images (datasets.Image); the table has image, label, "
+        "coarse"
     )
     two = {"train": train.cast_column("coarse", datasets.ClassLabel(names=["a", "b"])), "test": train}
     root = saved(tmp_path, **two)
@@ -87,7 +88,7 @@ def test_columns_can_be_named(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
     test = table(range(9, 12))
     root = saved(tmp_path, train=table(range(9)))
-    assert refusal(root) == f"{root}: has the splits train; needed are train and one of test, validation, val"
+    assert refusal(root) == f"{root}: has the splits train; it needs train and one of test, validation, val"
     root = saved(tmp_path, train=table(range(3), label=[0, None, 2]), test=test)
     assert refusal(root) == f"{root}/train: row 1: no label; every image needs its class"
     root = saved(tmp_path, train=table(range(3), datasets.Value("int64"), label=[0, 1, 3]), test=test)

@@ -295,7 +295,7 @@ def test_other_endings_links_and_hidden_files_are_taken_or_named(root: Path, tmp
     ]
     assert loaded(root).train_images.shape == (27, 3, 16, 16)
     (cat / "gone.png").symlink_to(tmp_path / "nothing")
-    with pytest.raises(UsageError, match=r"gone\.png: a link to a file that is not there; mend or remove it$"):
+    with pytest.raises(UsageError, match=r"gone\.png: a link to a file that does not exist; repair or remove it$"):
         loaded(root)
 
 

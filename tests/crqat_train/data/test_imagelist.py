@@ -44,7 +44,7 @@ def test_a_list_is_a_source(folder: Path) -> None:
         3: 1,
         4: 0,
     }
-    assert "the labels are the answers of a network: accuracy is the agreement with it" in dataset.notes
+    assert "the labels are predictions of a network: accuracy is the agreement with it" in dataset.notes
     assert imagelist.outside(path) == [folder / "other"]
     assert imagelist.outside(write(folder)) == []
 
@@ -53,7 +53,7 @@ def test_a_list_is_a_source(folder: Path) -> None:
     ("changes", "message"),
     [
         ({"test": {}}, r"images\.json: test: lists no images"),
-        ({"train": {"a/1.png": 2}}, r"images\.json: train: a/1\.png is of class 2, and there are 2 classes"),
+        ({"train": {"a/1.png": 2}}, r"images\.json: train: a/1\.png has class 2, but the classes are 0\.\.1"),
         ({"classes": "cat"}, r"images\.json: damaged: classes .*; write it again by `crqat quantize`"),
     ],
 )

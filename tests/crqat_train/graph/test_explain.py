@@ -104,7 +104,7 @@ def other_slope_in_training(m: Own, x: Tensor) -> Tensor:
         (changes_a_part, "x[:, :4]", "a part of a tensor is assigned there; build the tensor by torch.cat"),
         (numpy_computes, "from_numpy", "NumPy computes there; take torch's operation"),
         (new_zeros, "torch.zeros", "write x.new_zeros(...)"),
-        (uneven_pool, "adaptive", "pools (8, 8) pixels to (3, 3), which ONNX cannot: take images of a size"),
+        (uneven_pool, "adaptive", "pools (8, 8) pixels to (3, 3), which ONNX cannot express: take images whose size"),
         (uses_weights, "weights.mean", "use the first output of nn.MultiheadAttention alone"),
         (masked_attention, "attn_mask", "call nn.MultiheadAttention without a mask"),
         (other_slope_in_training, "leaky_relu", "computes something else in training than in eval mode"),

@@ -85,9 +85,9 @@ def probabilities(m: Differing, x: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "line"),
     [
-        (noise, "Differing at FILE computes randn_like, mul, add in training mode alone"),
-        (depth, "Differing at FILE computes getitem, rand_like, gt, to, mul in training mode alone"),
-        (probabilities, "Differing at FILE computes softmax in eval mode alone"),
+        (noise, "Differing at FILE computes randn_like, mul, add only in training mode"),
+        (depth, "Differing at FILE computes getitem, rand_like, gt, to, mul only in training mode"),
+        (probabilities, "Differing at FILE computes softmax only in eval mode"),
     ],
 )
 def test_what_has_no_weights_is_left_as_in_eval_mode_and_told(function: Callable[..., Any], line: str) -> None:

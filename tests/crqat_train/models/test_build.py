@@ -183,7 +183,10 @@ def test_a_users_function_that_does_not_fit_is_named(function: str, message: str
             r"must be callable as more\(classes=, channels=\), more\(num_classes=\) or more\(\) \(.*'depth'\); give",
         ),
         ("absent", "has no function or class 'absent'"),
-        ("instance", r"is a network, not what makes one; name its class, or `def build\(\): return instance`"),
+        (
+            "instance",
+            r"is a network, not a function or class that makes one; name .*, or `def build\(\): return instance`",
+        ),
     ],
 )
 def test_what_cannot_be_called_is_told_without_a_call(function: str, message: str) -> None:

@@ -76,7 +76,7 @@ def test_of_two_that_fit_one_has_to_be_named(tmp_path: Path) -> None:
         models.load_weights(model, path)
     assert str(caught.value) == (
         f"model.weights_key: missing; {path} holds weights that fit under state_dict and state_dict_ema, and they "
-        "differ (averaged weights are kept beside the last ones); say which, such as `weights_key: state_dict_ema`"
+        "differ (such as averaged weights and the last ones); choose one, such as `weights_key: state_dict_ema`"
     )
     assert torch.equal(model.state_dict()["0.weight"], before)
     assert taken(path, content, "state_dict_ema") == (

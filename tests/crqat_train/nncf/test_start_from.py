@@ -168,7 +168,7 @@ def test_zero_points_are_refused_for_tensorrt(images: Tensor, tmp_path: Path) ->
     checkpoint = read(stock(images, "mixed", tmp_path / "stock.pt"))
     moved = [q.hooks[0] for q in checkpoint.quantizers if q.grid().zero_point != 0]
     assert moved
-    with pytest.raises(UsageError, match=r"zero point \d+, and TensorRT takes none but 0.*preset PERFORMANCE"):
+    with pytest.raises(UsageError, match=r"zero point \d+, and TensorRT supports only 0.*preset PERFORMANCE"):
         take(checkpoint, images, ("onnxruntime", "tensorrt"))
     edges = {edge.name: edge for edge in take(checkpoint, images, ("onnxruntime",))}
     assert all(edges[name].outcome == "rescaled" and "here 0" in edges[name].note for name in moved)

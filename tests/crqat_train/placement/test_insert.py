@@ -467,7 +467,7 @@ def test_a_forward_that_fails_on_the_shape_is_named_by_file_and_line() -> None:
             Refused(PerImage()),
             r"layer \(PerImage\) at .*:\d+ convolves with a weight that depends on the image; convolve with each",
         ),
-        (nn.ModuleDict({"quantizers": nn.ReLU()}), r"ModuleDict\.quantizers is where quantizers are put"),
+        (nn.ModuleDict({"quantizers": nn.ReLU()}), r"ModuleDict\.quantizers is reserved for the quantizers"),
     ],
 )
 def test_what_cannot_be_quantized_is_refused_before_any_training(model: nn.Module, message: str) -> None:

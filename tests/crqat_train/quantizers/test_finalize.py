@@ -347,7 +347,7 @@ def test_the_true_cause_is_named_by_its_module(targets: Sequence[str]) -> None:
     norm.running_var.copy_(right)
     quantizer_of(model, model.specs[0]).scale.data.fill_(float("nan"))
     for trained, words in ((False, "and nothing was trained"), (True, "training diverged; lower qat.lr")):
-        with pytest.raises(UsageError, match=rf"scale of its \w+ is infinite or no number: {words}"):
+        with pytest.raises(UsageError, match=rf"scale of its \w+ is infinite or NaN: {words}"):
             make_representable(model, targets, trained)
 
 

@@ -268,7 +268,7 @@ def test_another_network_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(Cut):
         train(recipe(), tmp_path, quiet, tmp_path / "states", save_every=0.0)
     other = recipe(model=ModelConfig("cifar/resnet20"))
-    with pytest.raises(UsageError, match=r"of another network than .*--restart` discards it$"):
+    with pytest.raises(UsageError, match=r"does not fit the recipe's network .*--restart` discards it$"):
         train(other, tmp_path, quiet, tmp_path / "states")
 
 
@@ -278,7 +278,7 @@ def test_another_kind_of_device_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(Cut):
         train(recipe(), tmp_path, quiet, states, save_every=0.0)
     monkeypatch.setattr("crqat.train.training.stage.choose_device", lambda _: torch.device("meta"))
-    with pytest.raises(UsageError, match=r"a training on cpu cannot go on on meta; --restart discards it$"):
+    with pytest.raises(UsageError, match=r"a training on cpu cannot resume on meta; --restart discards it$"):
         train(recipe(), tmp_path, quiet, states)
 
 

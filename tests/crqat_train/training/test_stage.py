@@ -586,7 +586,7 @@ def test_weights_in_a_file_must_be_numbers(finished: Run, tmp_path: Path, value:
     state["bn1.running_var"][2] = value
     path = tmp_path / "broken.safetensors"
     safetensors.torch.save_file(state, path)
-    wrong = r"holds values that are infinite or no number: 1 of \d+ in bn1\.running_var; the file is damaged"
+    wrong = r"holds values that are infinite or NaN: 1 of \d+ in bn1\.running_var; the file is damaged"
     with pytest.raises(UsageError, match=rf"^model\.weights: {path} {wrong}$"):
         train(recipe(model=ModelConfig(f"{__name__}:network", str(path))), tmp_path, quiet)
 
@@ -635,7 +635,9 @@ def test_a_rebuilt_network_gives_the_same_bits(
         grids = load_grids(tmp_path / f"{name}.grids.json")
         for spec in specs:
             assert quantizer_of(rebuilt, spec).grid().to_json() == grids[spec.edge].to_json()
-    with pytest.raises(UsageError, match=r"the checkpoint is not of .*:wider as it is now; train again with --force$"):
+    with pytest.raises(
+        UsageError, match=r"the checkpoint does not fit .*:wider as it is now; train again with --force$"
+    ):
         rebuild(tmp_path, replace(config, model=ModelConfig(f"{__name__}:wider")), payload, "student")
 
 

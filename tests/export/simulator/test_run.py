@@ -57,9 +57,9 @@ def test_what_is_not_simulated_is_named() -> None:
     coded = [quantize("x", "input"), dequantize("x", "x", "x.real")]
     weight = {"w": np.ones((2, 2, 1, 1), np.int8), "w.scale": np.ones(2, np.float32), "w.zero": np.zeros(2, np.int8)}
     read: Node = ("DequantizeLinear", ["w", "w.scale", "w.zero"], "w.real", {"axis": 0})
-    assert refused([("Det", ["input"], "logits", {})]) == "logits/Det: the simulator does not know Det"
+    assert refused([("Det", ["input"], "logits", {})]) == "logits/Det: the simulator does not support Det"
     message = refused([*coded, ("Add", ["x.real", "none"], "logits", {})])
-    assert message.startswith("logits/Add: the simulator does not know Add with 'none'")
+    assert message.startswith("logits/Add: the simulator does not support Add without a known 'none'")
     flat: list[Node] = [*coded, ("Flatten", ["x.real"], "flat", {}), read]
     gemm = {**weight, "w": np.ones((32, 2), np.int8)}
     assert refused([*flat, ("Gemm", ["flat", "w.real"], "logits", {})], gemm).startswith("logits/Gemm: ")

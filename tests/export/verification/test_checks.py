@@ -285,7 +285,7 @@ def test_what_cannot_be_simulated_is_not_run_and_said(digits: Digits) -> None:
     proof = proof_of(quantized, {**files, "tensorrt": replace(files["tensorrt"], model=model)})
     assert proof["onnxruntime"]["status"] == "passed"
     entry = proof["tensorrt"]
-    assert entry["status"] == f"not run: {node.name}: the simulator does not know Det"
+    assert entry["status"] == f"not run: {node.name}: the simulator does not support Det"
     assert (entry["images"], entry["codes"], entry["differing_codes"]) == (len(quantized.images), 0, 0)
 
 

@@ -122,7 +122,7 @@ def test_a_folder_judges(tmp_path: Path) -> None:
     assert advice.float_top1 > 0.7
     (tmp_path / "judge" / "eleven").mkdir()
     Image.new("L", (8, 8)).save(tmp_path / "judge" / "eleven" / "0.png")
-    with pytest.raises(UsageError, match=r"^--judge: .* has eleven, which is no folder of a class"):
+    with pytest.raises(UsageError, match=r"^--judge: .* has eleven, which is not a class"):
         Ladder(config, tmp_path / "others", tmp_path / "judge", quiet).climb()
     assert not (tmp_path / "others").exists()
 

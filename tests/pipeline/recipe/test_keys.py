@@ -32,7 +32,7 @@ def test_type_bounds_and_values_are_those_that_a_recipe_is_checked_by() -> None:
     assert keys.explain("quantization.weight_method").allowed[-1] == "package.module:name"
     assert keys.explain("data.channels").allowed == ("1", "3")
     assert "onnxruntime" in keys.explain("export.targets").allowed
-    assert keys.explain("data.std").meaning.startswith("As `mean`: Of each channel")
+    assert keys.explain("data.std").meaning.startswith("Standard deviation of each channel")
     lines = list(keys.lines(keys.explain("gate")))
     assert any("gate.max_accuracy_drop" in line and "1.0" in line for line in lines)
 
