@@ -75,7 +75,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert first.wait(kill_and_resume.SECONDS) == code
     last = log(folder)[-1]
     assert last.startswith("crqat: error: interrupted; saved at float epoch ")
-    assert last.endswith(": the same command goes on from there")
+    assert last.endswith("; run the same command again to resume")
     assert train(folder).wait(kill_and_resume.SECONDS) == 0
     place = last.split("saved at ")[1].split(": the same")[0]
     assert any(line.startswith(f"continued: 1/1  from {place}") for line in log(folder))
@@ -207,7 +207,7 @@ def test_between_two_phases_a_signal_ends_with_how_to_go_on_and_nothing_is_lost(
             cli.main()
     assert ended.value.code == code
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("crqat: error: ") and last.endswith("still is: the same command goes on from there")
+    assert last.startswith("crqat: error: ") and last.endswith("work is kept; run the same command again to resume")
     assert len(states(folder)) == 2
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -1,4 +1,4 @@
-"""A model's answer to each test image, as a short text in results.json."""
+"""Packs a model's predicted class of each test image into a short text for results.json."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ _TYPE = np.dtype("<i4")
 
 
 def pack(classes: npt.NDArray[np.int64]) -> str:
-    """Base64 of zlib of the classes as little-endian int32.
+    """Encode classes as Base64 of zlib-compressed little-endian int32.
 
     Args:
-        classes: The most probable class of each image, int64 [N].
+        classes: Predicted class of each image, int64 [N].
     """
     return base64.b64encode(zlib.compress(classes.astype(_TYPE).tobytes(), 9)).decode("ascii")
 
 
 def unpack(text: str, n: int) -> npt.NDArray[np.int64]:
-    """The classes, int64 [N].
+    """Decode the text that `pack` returned into classes, int64 [N].
 
     Args:
-        text: From `pack`.
-        n: How many there should be.
+        text: Text returned by `pack`.
+        n: Expected number of images.
 
     Raises:
-        ValueError: The text holds something else.
+        ValueError: The text is damaged or holds another number of classes.
     """
     size = n * _TYPE.itemsize
     try:
