@@ -109,7 +109,7 @@ def quantize(
 
 @click.command()
 @recipe_arguments
-@click.option("--judge", type=click.Path(path_type=Path), help="Class folders to judge steps on. Default: held-out ones.")
+@click.option("--judge", type=click.Path(path_type=Path), help="Class folders to judge the steps. Default: held out.")
 @click.option("--all", "every", is_flag=True, help="Run all steps, even after one has passed.")
 @json_option
 def advise(recipe: Path, overrides: tuple[str, ...], runs: Path, judge: Path | None, every: bool) -> int:
