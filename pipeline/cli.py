@@ -262,9 +262,7 @@ def benchmark(
 @click.option(
     "--baseline", type=click.Path(path_type=Path), help="Earlier results.json, for gate.max_latency_regression."
 )
-@click.option(
-    "--results", type=click.Path(path_type=Path), help="A results.json that was measured by hand on a board."
-)
+@click.option("--results", type=click.Path(path_type=Path), help="A results.json that was measured by hand on a board.")
 @json_option
 def gate(
     recipe: Path,

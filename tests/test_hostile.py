@@ -493,7 +493,7 @@ def test_external_data_is_refused_by_the_benchmark(folder: Path, crqat: Crqat, k
     board = [sys.executable, "-m", "crqat.runtime_eval", str(export)]
     result = subprocess.run(board, cwd=ROOT / "src", capture_output=True, text=True, check=False)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
-    assert "onnxruntime.onnx: the tensor w lies in another file" in result.stderr
+    assert "onnxruntime.onnx: the tensor w is stored in another file" in result.stderr
 
 
 @pytest.fixture

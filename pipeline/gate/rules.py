@@ -246,9 +246,7 @@ def _float_accuracy(file: str, accuracy: Accuracy, config: GateConfig, known: Kn
         verdict = _at_least("float_accuracy", file, accuracy.top1, accuracy.n, allowed)
         text = f"{_percent(verdict)}; chance is {100 * accuracy.chance:.2f} %"
         if verdict.status == "fail":
-            text += (
-                ", hardly better than chance: check the model's weights, data.mean, data.std and the labels"
-            )
+            text += ", hardly better than chance: check the model's weights, data.mean, data.std and the labels"
         verdicts.append(_with_images(replace(verdict, message=text)))
     if known is not None:
         floor = known.share - known.points / 100

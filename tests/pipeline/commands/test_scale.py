@@ -116,8 +116,8 @@ def test_a_row_without_its_constant_shows_no_number(
     [
         (["--bandwidth", "1e9"], "give both"),
         (["--latency", "1e-3"], "give both"),
-        (["--bandwidth", "nan", "--latency", "0"], "bytes a second above 0"),
-        (["--bandwidth", "0", "--latency", "0"], "bytes a second above 0"),
+        (["--bandwidth", "nan", "--latency", "0"], "bytes per second above 0"),
+        (["--bandwidth", "0", "--latency", "0"], "bytes per second above 0"),
         (["--bandwidth", "1e9", "--latency", "-1"], "seconds from 0"),
         (["--set", "qat.epochs=0"], "qat.epochs: 0 trains nothing"),
     ],
