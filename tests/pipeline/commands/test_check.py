@@ -55,7 +55,7 @@ def test_boards_are_part_of_a_run(fakes: Fakes) -> None:
     ):
         pass
     assert check(RUN)[-2].startswith(f"{RUN / 'benchmark@orin'}: stage benchmark@orin, ")
-    assert check(RUN)[-1].startswith(f"{RUN / 'benchmark@orin'}: made by an older crqat that did not note")
+    assert check(RUN)[-1].startswith(f"{RUN / 'benchmark@orin'}: made by an older crqat that did not record")
 
 
 def test_altered_run_directory(fakes: Fakes) -> None:
