@@ -473,7 +473,8 @@ def test_a_run_that_does_not_say_what_it_depends_on_is_made_again(
     assert f"{RUN / 'train'}: made by an older crqat that did not record the versions" in capsys.readouterr().err
     assert check(RUN)[1].startswith(f"{RUN / 'train'}: made by an older crqat that did not record the versions")
     assert go(fakes, only=["train"]) == ["train"]
-    assert capsys.readouterr().err.startswith("train: runs again, since it was made by an older crqat that did not record")
+    said = capsys.readouterr().err
+    assert said.startswith("train: runs again, since it was made by an older crqat that did not record")
 
 
 def test_what_changed_is_said_before_anything_begins(
