@@ -284,7 +284,7 @@ def stays_float(row: Mapping[str, Any]) -> list[str]:
     groups: Counter[tuple[str, str]] = Counter()
     for entry in row["fusion"]["float"]:
         reason = re.sub(
-            r"its input \S+ is not quantized \((.*)\)", r"behind \1, which has no quantizer", entry["reason"]
+            r"its input \S+ is not quantized \((.*)\)", r"after \1, which has no quantizer", entry["reason"]
         )
         groups[reason.replace(f" for {entry['operation']}", ""), entry["operation"]] += 1
     by_reason: dict[str, list[str]] = {}
@@ -326,25 +326,25 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [
         "# Networks",
         "",
-        "Written by `crqat models`; the numbers behind it are in the `.json` beside. Each network has untrained",
-        "weights and BatchNorm statistics of the images, is quantized W8A8 for both runtimes, trained for one step,",
-        "and exported. The table says what is mapped, equal and computed in integers, and nothing of accuracy.",
+        "Written by `crqat models`; the numbers are in the `.json` next to it. Each network has untrained weights and",
+        "BatchNorm statistics from the images. It is quantized W8A8 for both runtimes, trained for one step, and",
+        "exported. The table shows what is mapped, equal and computed in integers. It says nothing about accuracy.",
         "",
         _counts(rows),
         "",
         "* class: a network passes if both files are verified in integer codes and at least 90 % of its",
-        "  multiply-accumulates are INT8 in ONNX Runtime, or each layer that stays float has its reason in the row.",
+        "  multiply-accumulates are INT8 in ONNX Runtime, or if the row has a reason for each layer that stays float.",
         "* quantizers / hooks: edges of the layout; several of NNCF's hooks may share a quantizer.",
-        "* claims: of all edges of both files, how many hold the trained Grid exactly.",
-        "* differing codes: of ONNX Runtime against the integer simulator, over all quantized tensors of two images.",
-        "  Codes behind what is computed in float may lie on the other side of a tie, within the stated bound of it;",
-        "  where some do, they are counted apart. The torch network against the simulator, and one file against the",
-        "  other, hold too, unless the cell says otherwise.",
-        "* ONNX Runtime: INT8: share of the multiply-accumulates of Conv, Gemm and MatMul that its optimized graph",
-        "  computes in integers; then these operations, in integers / in float.",
-        "* TensorRT for RTX: the same share in the plan of the engine, which is built where it was asked for, and not",
-        "  run: no CUDA device.",
-        "* s: of the whole row, on a machine that did other things too.",
+        "* claims: number of edges in both files that hold the trained Grid exactly, and of those that do not.",
+        "* differing codes: codes of ONNX Runtime that differ from the integer simulator's, over all quantized tensors",
+        "  of two images. Codes after a float operation may fall on the other side of a rounding tie, within the",
+        "  stated bound; the cell counts these separately. The torch network agrees with the simulator, and one file",
+        "  with the other, unless the cell says otherwise.",
+        "* ONNX Runtime: INT8: share of the multiply-accumulates of Conv, Gemm and MatMul that the optimized graph",
+        "  computes in integers; then the number of these operations in integers / in float.",
+        "* TensorRT for RTX: the same share in the engine's plan. An engine is built if it was asked for, but not run,",
+        "  because there is no CUDA device.",
+        "* s: seconds for the whole row, on a machine that also ran other work.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
