@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--advise", "advised", is_flag=True, help="Try steps beyond calibration until one meets --max-drop.")
 @click.option("--max-drop", type=click.FloatRange(min=0), help="Allowed accuracy drop in points; the gate judges it.")
 @click.option("--mean", help="Mean of each channel in units of 0..1, such as 0.485,0.456,0.406.")
-@click.option("--std", help="Likewise.")
+@click.option("--std", help="Standard deviation of each channel, like --mean.")
 @click.option("--size", type=click.IntRange(min=1), help="Shorter side after resizing, in pixels.")
 @click.option("--crop", type=click.IntRange(min=1), help="Side of the square center crop, in pixels.")
 @click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "lanczos", "nearest"]))

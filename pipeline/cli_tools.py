@@ -249,7 +249,7 @@ def doctor() -> int:
 @click.option("--weights", help="Checkpoint. Default: what torchvision or timm publish; else the network is trained.")
 @click.option("--weights-key", help="Key of the state dict in that file. Default: the only one that fits.")
 @click.option("--mean", help="Mean of each channel in units of 0..1, such as 0.485,0.456,0.406.")
-@click.option("--std", help="Likewise.")
+@click.option("--std", help="Standard deviation of each channel, like --mean.")
 @click.option("--size", type=click.IntRange(min=1), help="Shorter side after resizing, in pixels.")
 @click.option("--crop", type=click.IntRange(min=1), help="Side of the square center crop, in pixels.")
 @click.option("--all", "every", is_flag=True, help="Write every key with its default and what it means.")
@@ -362,7 +362,7 @@ def study(
     console.give(study=str(chosen.out), rows=chosen.rows)
     if failed:
         more = f"; {len(failed) - 1} more failed or were not run" if len(failed) > 1 else ""
-        msg = f"{failed[0]}{more}; the same command tries them again"
+        msg = f"{failed[0]}{more}; run the same command to retry"
         raise ToolError(msg)
 
 

@@ -530,7 +530,7 @@ if "crqat.runtime_eval.measure.worker" in words and any(word.endswith("/onnxrunt
     ("action", "words"),
     [
         ("os.abort()", "its process was ended by SIGABRT"),
-        ("time.sleep(1000)", "no answer for 3 s, taken for hung and killed"),
+        ("time.sleep(1000)", "no answer for 3 s, considered hung and killed"),
     ],
     ids=["aborts", "hangs"],
 )

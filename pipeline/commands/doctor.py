@@ -89,7 +89,7 @@ def examine() -> list[Finding]:
             "TensorRT",
             _released("tensorrt"),
             "engines for the CUDA device here",
-            "pip install tensorrt, beside a CUDA device; on a Jetson it is JetPack's",
+            "pip install tensorrt, on a machine with a CUDA device; a Jetson uses JetPack's",
         ),
         Finding(
             "TensorRT for RTX",

@@ -231,11 +231,11 @@ def _listed(folder: Path, option: str, labels: bool) -> tuple[tuple[str, ...] | 
         return None, {str(path): 0 for path in paths}
     if loose:
         msg = (
-            f"{option}: {folder} has images beside its class folders, such as {loose[0]}; move them, or use --no-labels"
+            f"{option}: {folder} has images outside its class folders, like {loose[0]}; move them, or use --no-labels"
         )
         raise UsageError(msg)
     if len(names) == 1:
-        msg = f"{option}: {folder} has one class folder, {names[0]}; add those of the others, or use --no-labels"
+        msg = f"{option}: {folder} has one class folder, {names[0]}; add folders of other classes, or use --no-labels"
         raise UsageError(msg)
     return names, {str(path): names.index(path.parts[0]) for path in paths}
 
@@ -308,7 +308,7 @@ def _answers(
     found = []
     for part, images in ((calibrating, dataset.train_images), (test, dataset.test_images)):
         seen = answers(network.eval(), images, dataset.preprocessing).tolist()
-        progress("answers of the float network", len(part), len(part))
+        progress("predictions of the float network", len(part), len(part))
         found.append(dict(zip(part, seen, strict=True)))
     return found[0], found[1]
 

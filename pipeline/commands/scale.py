@@ -80,11 +80,11 @@ def show(result: dict[str, Any]) -> None:
     for line in formula(constants):
         click.echo(line)
     if check["status"] != "measured":
-        click.echo(f"measured beside predicted: {check['status']}")
+        click.echo(f"measured and predicted: {check['status']}")
     else:
         real = check["measured_seconds"]
         click.echo(
-            f"measured beside predicted, {check['processes']} processes on this machine: "
+            f"measured and predicted, {check['processes']} processes on this machine: "
             f"{real['median']:.4g} s / step [{real['quartiles'][0]:.4g}, {real['quartiles'][1]:.4g}], n {real['n']}; "
             f"predicted {check['predicted_seconds']:.4g}; measured / predicted {check['measured_to_predicted']:.2f}"
         )

@@ -56,7 +56,7 @@ class TimeSpent:
 
     @property
     def limited(self) -> list[LayerTime]:
-        """Return the layers that are hardly faster."""
+        """Return the layers that are hardly faster than in float."""
         return [row for row in self.layers if row.limit]
 
 

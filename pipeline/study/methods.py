@@ -23,7 +23,7 @@ class Training:
         start: Name of the training whose float network it starts from; None trains one by the recipe's `float` section.
         views: Augmentation of labeled images and, after a slash, of unlabeled images, as the student sees them.
         unlabeled: What unlabeled images are used for.
-        steps: Optimizer steps as a share of the recipe's QAT, summed over all trainings after the shared float network.
+        steps: Optimizer steps as a share of the recipe's QAT, summed over all runs after the shared float network.
         settings: Changes to the recipe, as `--set` writes them.
     """
 
@@ -90,7 +90,7 @@ METHODS: dict[str, str] = {method: name for name, training in TRAININGS.items() 
 
 
 def needed(methods: tuple[str, ...]) -> list[str]:
-    """Return the trainings that some methods need, each after the one that it starts from; empty means all methods.
+    """Return the training runs that some methods need, each after the one that it starts from; empty means all methods.
 
     Raises:
         UsageError: A method does not exist.

@@ -1,4 +1,4 @@
-"""Runs the trainings of a study, each in its own process, and stores their results."""
+"""Runs the training runs of a study, each in its own process, and stores their results."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Job:
         seed: Seed of the recipe.
         labels: Number of labeled images; None for all.
         bits: Bit width of weights and activations; None for the recipe's.
-        equal: What all trainings of a comparison have in common: "steps", or (approximately) "time".
+        equal: What all training runs of a comparison have in common: "steps", or (approximately) "time".
         overrides: Changes to the recipe, except for the float network's file.
         key: Hash of everything that the result depends on.
         name: Name of its run.
@@ -98,7 +98,7 @@ class Study:
         self, methods: tuple[str, ...], seeds: Sequence[int], labels: Sequence[int | None],
         bits: Sequence[int | None], equal: str,
     ) -> list[Job]:  # fmt: skip
-        """Return all trainings, each after the one that it starts from.
+        """Return all training runs, each after the one that it starts from.
 
         Raises:
             UsageError: The recipe is invalid with the settings of a training; a method is unknown; or `equal` is "time"
@@ -214,7 +214,7 @@ def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study
 
 
 def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
-    """Run the trainings without rows, and write the results after each training.
+    """Run the training runs that have no rows, and write the results after each training.
 
     Args:
         study: Study that gets the rows.
@@ -227,7 +227,7 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
     pending = [job for job in jobs if not study.done(job)]
     wanted = {job.start for job in pending}
     pending = [job for job in jobs if job in pending or (job.name in wanted and not study.weights(job.name).is_file())]
-    console.say(f"study: {len(jobs) - len(pending)} of {len(jobs)} trainings are already finished")
+    console.say(f"study: {len(jobs) - len(pending)} of {len(jobs)} training runs are already finished")
     failed: dict[str, str] = {}
     with _processes() as running:
         while pending or running:
@@ -251,7 +251,7 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
 
 @contextmanager
 def _processes() -> Iterator[dict[Job, subprocess.Popen[bytes]]]:
-    """Context manager for the running trainings; if the study ends early, they are ended and save their state."""
+    """Context manager for the active training runs; if the study ends early, they are ended and save their state."""
     running: dict[Job, subprocess.Popen[bytes]] = {}
     try:
         yield running
@@ -274,7 +274,7 @@ def _start(study: Study, job: Job) -> subprocess.Popen[bytes]:
     given += [] if job.start is None else [f"model.weights={study.weights(job.start)}"]
     file.write_text(json.dumps({"recipe": str(study.path), "settings": given, "runs": str(study.runs)}))
     console.say(f"{job.training}, seed {job.seed}{_cell(job)}: starts; {log}")
-    # One core each: two trainings in parallel on two cores are faster than one after the other on both.
+    # One core each: two training runs in parallel on two cores are faster than one after the other on both.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as lines:
         command = [sys.executable, "-m", "crqat.pipeline.study.worker", str(file)]

@@ -195,7 +195,7 @@ def verify(folder: Path) -> Bundle:
             msg = f"{folder / name}: missing"
             raise UsageError(msg)
         if member.resolve() != member:
-            msg = f"{folder / name}: a link; a bundle has none"
+            msg = f"{folder / name}: is a link, which a bundle must not contain"
             raise UsageError(msg)
         if run_directory.sha256_file(member) != digest:
             msg = f"{folder / name}: damaged or altered (its SHA-256 is not the bundle's)"

@@ -160,7 +160,7 @@ def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool,
     if found.state != "finished" or found.code != 0:
         reason = found.reason or f"exit code {found.code}"
         link.persist(lambda: link.ask("clean"))
-        msg = f"{board.address}: the work there failed ({reason}); last words: {link.last_words or 'none'}"
+        msg = f"{board.address}: the work there failed ({reason}); last output: {link.last_words or 'none'}"
         raise ToolError(msg)
     return _checked(link.persist(lambda: link.ask("fetch")), board, bundle)
 

@@ -167,7 +167,7 @@ class Worker:
             try:
                 line = self._lines.get(timeout=limit)
             except queue.Empty:
-                cause = f"no answer for {limit:g} s, taken for hung and killed"
+                cause = f"no answer for {limit:g} s, considered hung and killed"
                 raise self._failure(cause) from None
             if line is None or not line.endswith("\n"):  # half a line: the process died in the middle of an answer
                 raise self._failure(self._death())
@@ -188,7 +188,7 @@ class Worker:
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(words) if line.strip()), None)
-        return f"{cause}, last words: {last}" if last else cause
+        return f"{cause}, last output: {last}" if last else cause
 
     def _failure(self, cause: str) -> ToolError:
         self._close()

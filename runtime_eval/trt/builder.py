@@ -141,7 +141,7 @@ class Build:
         config.num_compute_capabilities = len(names)
         for index, name in enumerate(names):
             if not config.set_compute_capability(getattr(self.trt.ComputeCapability, name), index):
-                msg = f"the builder does not take the compute capability {name}"
+                msg = f"the builder does not support the compute capability {name}"
                 raise BuildFailure(msg)
 
     def inspect(self, serialized: bytes) -> list[plan_layers.Layer]:
@@ -207,5 +207,5 @@ def set_batch(
             profile.set_shape(tensor.name, *bounds)
             bounded = True
     if bounded and config.add_optimization_profile(profile) < 0:
-        msg = f"the builder does not take the batch sizes {smallest}, {usual}, {largest}"
+        msg = f"the builder does not support the batch sizes {smallest}, {usual}, {largest}"
         raise BuildFailure(msg)

@@ -131,7 +131,7 @@ def _run(command: list[str], limit: float) -> str | None:
     if code == ToolError.exit_code and last.startswith(f"{_PROGRAM}: "):
         raise ToolError(last.removeprefix(f"{_PROGRAM}: "))
     cause = f"its process was ended by {failures.signal_name(-code)}" if code < 0 else f"its process exited with {code}"
-    return f"{cause}, last words: {last}" if last else cause
+    return f"{cause}, last output: {last}" if last else cause
 
 
 def _last_parsed(log: Path) -> tuple[str | None, str | None]:
@@ -176,7 +176,7 @@ def report_of(model: Path, options: EngineOptions, builder: str, found: Found) -
         operator = f" [{failure.operator}]" if failure.operator else ""
         status = f"failed: {failure.stage}{at}{operator}: {failure.rule}"
     if builder == tensorrt_api.RTX:
-        notices.append("tensorrt_rtx does not build for Jetson (SM87, SM110) or SM90: this plan says nothing of them")
+        notices.append("tensorrt_rtx does not build for Jetson (SM87, SM110) or SM90: this plan is not for them")
     return EngineReport(
         model=model.name,
         model_sha256=run_directory.sha256_file(model),
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compute-capability", action="append", default=[], metavar="SM89")
     parser.add_argument("--macs", type=Path, help="JSON object: multiply-accumulates by node name")
     parser.add_argument("--timing-cache", type=Path)
-    parser.add_argument("--log", type=Path, help="write the builder's messages here; default: beside the report")
+    parser.add_argument("--log", type=Path, help="write the builder's messages here; default: next to the report")
     given = parser.parse_args(arguments)
     targets = tuple(given.compute_capability)
     options = EngineOptions(given.builder, tuple(given.batch), targets, timing_cache=given.timing_cache)

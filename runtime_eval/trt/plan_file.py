@@ -148,7 +148,7 @@ def load(plan: Path, builder: str, version: str, capability: tuple[int, int]) ->
         ("compute capability", sidecar.compute_capability, _text(capability)),
     ):
         if built != here:
-            msg = f"{plan}: a foreign engine, built for {what} {built}, not {here}; build it on this machine"
+            msg = f"{plan}: the engine was built for {what} {built}, not {here}; build it on this machine"
             raise ToolError(msg)
     try:
         content = plan.read_bytes()

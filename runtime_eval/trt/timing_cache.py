@@ -37,7 +37,7 @@ def attach(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
         # A mismatch is not ignored: times of another device would select the wrong kernels.
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
             return cache
-    msg = f"{path}: TensorRT takes no timing cache"
+    msg = f"{path}: TensorRT rejects an empty timing cache"
     raise ToolError(msg)
 
 

@@ -15,7 +15,7 @@ from crqat.runtime_eval.machine import host
 TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
 INSTALL_HINTS = {
     RTX: "pip install crqat-edge[tensorrt-cpu]",
-    TENSORRT: "pip install tensorrt; on a Jetson it is JetPack's",
+    TENSORRT: "pip install tensorrt; a Jetson uses JetPack's",
 }
 # TensorRT's module comes in packages of several names, one for each major version of CUDA.
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
@@ -99,7 +99,7 @@ def check_targets(module: str, wanted: tuple[str, ...]) -> None:
                 f"for other devices say nothing about it; build with tensorrt on the device itself"
             )
         else:
-            msg = f"compute capability {name}: {module} has {', '.join(row.compute_capabilities)}"
+            msg = f"compute capability {name}: {module} supports only {', '.join(row.compute_capabilities)}"
         raise UsageError(msg)
 
 

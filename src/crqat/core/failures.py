@@ -191,7 +191,7 @@ def _write(error: BaseException, run: Path | None) -> str:
             continue
         if path is not None:
             return f"traceback in {path}"
-    return f"the traceback could not be written ({reason}); with a TMPDIR that has room it can"
+    return f"the traceback could not be written ({reason}); set TMPDIR to a directory with room"
 
 
 def _into_run(content: bytes, run: Path | None) -> Path | None:

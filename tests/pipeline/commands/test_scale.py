@@ -108,7 +108,7 @@ def test_a_row_without_its_constant_shows_no_number(
     output = capsys.readouterr().out
     assert "not predicted" in output
     assert "the link between machines was not given" in output
-    assert "measured beside predicted: not run: this machine holds 1 process" in output
+    assert "measured and predicted: not run: this machine holds 1 process" in output
 
 
 @pytest.mark.parametrize(

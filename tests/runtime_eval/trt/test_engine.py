@@ -404,7 +404,7 @@ def stand_in(directory: Path, body: str) -> None:
             "sys.exit('no memory left')",
             60.0,
             "layer1/conv [7]",
-            "its process exited with 1, last words: no memory left",
+            "its process exited with 1, last output: no memory left",
         ),
         ("time.sleep(60)", 0.5, "layer1/conv [7]", "not finished after 0.5 s, stopped"),
         ("print('crqat: the file has been parsed', file=log, flush=True); os.abort()", 60.0, None, "ended by SIGABRT"),

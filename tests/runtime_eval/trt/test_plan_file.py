@@ -45,7 +45,7 @@ def test_a_foreign_engine_is_refused(
     tmp_path: Path, builder: str, version: str, capability: tuple[int, int], words: str
 ) -> None:
     save(tmp_path / "a.plan")
-    with pytest.raises(ToolError, match="a foreign engine") as caught:
+    with pytest.raises(ToolError, match="the engine was built for") as caught:
         plan_file.load(tmp_path / "a.plan", builder, version, capability)
     assert words in str(caught.value)
 

@@ -36,13 +36,13 @@ def unpack(text: str, n: int) -> npt.NDArray[np.int64]:
         # The limit keeps a short text that unpacks to gigabytes from filling the memory.
         raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
     except (binascii.Error, zlib.error) as error:
-        msg = f"has damaged answers: {error}"
+        msg = f"has damaged `answers`: {error}"
         raise ValueError(msg) from error
     if len(raw) != size:
-        msg = f"has answers to another number of images than {n}"
+        msg = f"has `answers` for another number of images than {n}"
         raise ValueError(msg)
     classes = np.frombuffer(raw, _TYPE).astype(np.int64)
     if n and classes.min() < 0:
-        msg = "has answers that are no classes"
+        msg = "has `answers` that are not class indices"
         raise ValueError(msg)
     return classes
