@@ -63,7 +63,7 @@ def of_json(values: Mapping[str, Any]) -> BenchmarkConfig:
         value, default = getattr(config, item.name), item.default
         texts = isinstance(default, tuple) and isinstance(value, list) and all(isinstance(text, str) for text in value)
         if not texts and type(value) is not type(default) and not (type(value) is int and type(default) is float):
-            msg = f"{item.name} is {value!r}"
+            msg = f"{item.name} has the wrong type: {value!r}"
             raise TypeError(msg)
         if not isinstance(value, bool | str | list | tuple) and not 0 <= value < 2**31:
             msg = f"{item.name} is {value}"

@@ -265,7 +265,7 @@ def test_grey_images_of_a_network_for_colours_are_converted(place: Path) -> None
         ([*POINTED, "--mean", "bright"], r"--mean: bright is no list of numbers"),
         ([*POINTED, "--size", "8", "--crop", "9"], r"--crop: 9 is larger than --size 8"),
         (["--images", "digits"], r"--images: needs --model beside it"),
-        (["--std", "0.1"], r"--std: needs --images beside it"),
+        (["--std", "0.1"], r"--std: also needs --images"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(place: Path, arguments: list[str], message: str) -> None:
