@@ -1,1 +1,1 @@
-"""The user side: command line, recipes, stages, gate."""
+"""The user interface: command line, recipes, stages and gate."""

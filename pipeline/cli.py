@@ -1,4 +1,4 @@
-"""The command line. Nothing heavy is imported before a stage needs it: help and a recipe's errors are instant."""
+"""The command line. Heavy modules are imported only when a stage needs them, so help and recipe errors are instant."""
 
 from __future__ import annotations
 
@@ -30,37 +30,37 @@ if TYPE_CHECKING:
     from crqat.core.results.export import ExportPayload
     from crqat.pipeline.recipe.recipe import Recipe
 
-# Asks for a shell's completion instead of a command; click has named it.
+# Name of the variable by which a shell asks for completion instead of a command; set by click.
 _COMPLETE = "_CRQAT_COMPLETE"
 INTERRUPTED, NOBODY_READS = 130, 128 + signal.SIGPIPE
-# Where a training takes steps it has a line of its own, which says where it was saved.
-# What most users need, in the order in which they do; `--help` shows the others behind.
+# While a training takes steps, it prints its own line, which says where it was saved.
+# What most users need, in the order of use; `--help` shows the other commands after these.
 FIRST = (
     "init", "quantize", "advise", "run", "train", "export", "benchmark", "gate", "report", "compare", "check",
     "explain", "doctor",
 )  # fmt: skip
-_KEPT = "what was complete or saved still is: the same command goes on from there"
+_KEPT = "completed and saved work is kept; run the same command again to resume"
 
 
 class _Commands(click.Group):
-    """The commands, each with --quiet, in two groups.
+    """The commands in two groups, each with the option --quiet.
 
-    A command's unexpected exception becomes an error of one line, before click makes something of it.
+    An unexpected exception of a command becomes an error of one line before click handles it.
     """
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Take a command on."""
+        """Register a command, with the option --quiet."""
         for command in cmd.commands.values() if isinstance(cmd, click.Group) else (cmd,):
             command.params.append(_quiet_option())
         super().add_command(cmd, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All names: first those that most users need."""
+        """Return all names, those that most users need first."""
         others = [name for name in super().list_commands(ctx) if name not in FIRST]
         return [name for name in FIRST if name in self.commands] + others
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Both groups, for --help."""
+        """Write both groups for --help."""
         names = self.list_commands(ctx)
         limit = formatter.width - 6 - max(map(len, names))
         for title, first in (("Commands", True), ("Expert tools", False)):
@@ -83,14 +83,14 @@ class _Commands(click.Group):
 
 
 def _quiet_option() -> click.Option:
-    text = "No progress: results and errors alone."
+    text = "Show no progress, only results and errors."
     return click.Option(["--quiet"], is_flag=True, expose_value=False, callback=console.be_quiet, help=text)
 
 
 @click.group(cls=_Commands, params=[_quiet_option()])
 @click.version_option(package_name="crqat-edge", prog_name="crqat")
 def crqat() -> None:
-    """A float image classifier goes in, an INT8 model that is verified on its runtime comes out.
+    """Quantize an image classifier to INT8 and verify it on its target runtime.
 
     \b
     Exit codes: 0 pass, 1 measured and judged a failure (gate, run,
@@ -116,7 +116,7 @@ def run(
     from crqat.pipeline.stages import launch, lock
 
     if launch.several():
-        msg = "run: is of one process; start `train` by torchrun, and `crqat run` once when that has ended"
+        msg = "run: uses one process; start `train` with torchrun, then run `crqat run` once when it has ended"
         raise UsageError(msg)
     config = load(recipe, overrides)
     with lock.hold(runs / config.name):
@@ -132,10 +132,10 @@ def run(
 @recipe_arguments
 @force_option
 @training_options
-@click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Train in so many processes on this machine.")
+@click.option("--nproc", type=click.IntRange(min=1), metavar="N", help="Train in N processes on this machine.")
 @click.option(
     "--max-restarts", type=click.IntRange(min=0), default=0, metavar="M",
-    help="With --nproc: how often to go on by itself after a process has died. Default: 0.",
+    help="With --nproc: number of automatic restarts after a process has died. Default: 0.",
 )  # fmt: skip
 @json_option
 def train(
@@ -149,12 +149,12 @@ def train(
     nproc: int | None,
     max_restarts: int,
 ) -> int:
-    """Train the float network if need be, and quantize it; go on where it was interrupted."""
+    """Train the float network if necessary, then quantize it; resume an interrupted training."""
     from crqat.pipeline.stages import launch
 
     config = load(recipe, overrides)
     if max_restarts and nproc is None:
-        msg = "--max-restarts: is of several processes; add --nproc N, or start it by torchrun and give it to that"
+        msg = "--max-restarts: needs several processes; add --nproc N, or start with torchrun and pass it to torchrun"
         raise UsageError(msg)
     if nproc is not None and nproc > 1:
         arguments = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
@@ -167,7 +167,7 @@ def train(
         payload = launch.train(config, runs, force, restart, save_every, unchecked)
     else:
         payload = train_stage(config, runs, force, restart=restart, save_every=save_every, unchecked=unchecked)
-    if payload is None:  # another process of the training tells it
+    if payload is None:  # another process of the training prints the result
         return 0
     console.give(run=str(runs / config.name), training=payload)
     click.echo(f"trained on {payload.device}; fused: {payload.compiled}; {payload.seconds} s")
@@ -185,10 +185,10 @@ def train(
 @recipe_arguments
 @force_option
 @click.option(
-    "--unsafe", is_flag=True, help="Write files that break their runtime's rules, too; the gate fails on them."
+    "--unsafe", is_flag=True, help="Also write files that break their runtime's rules; the gate fails on them."
 )
 @click.option(
-    "--bisect", is_flag=True, help="If no engine can be made of tensorrt.onnx, write the smallest part that fails too."
+    "--bisect", is_flag=True, help="If no engine can be built from tensorrt.onnx, write its smallest part that fails."
 )
 @json_option
 def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, unsafe: bool, bisect: bool) -> None:
@@ -224,9 +224,9 @@ def export(recipe: Path, overrides: tuple[str, ...], runs: Path, force: bool, un
 @recipe_arguments
 @force_option
 @on_option
-@click.option("--python", default="python3", help="The Python there, e.g. venv/bin/python. Default: python3.")
-@click.option("--ssh-config", type=click.Path(path_type=Path), help="Instead of ~/.ssh/config.")
-@click.option("--clean", is_flag=True, help="Remove what was copied there once the results are here.")
+@click.option("--python", default="python3", help="Python on the board, e.g. venv/bin/python. Default: python3.")
+@click.option("--ssh-config", type=click.Path(path_type=Path), help="File to use instead of ~/.ssh/config.")
+@click.option("--clean", is_flag=True, help="Remove the copied files from the board after the results arrived.")
 @json_option
 def benchmark(
     recipe: Path,
@@ -238,11 +238,11 @@ def benchmark(
     ssh_config: Path | None,
     clean: bool,
 ) -> None:
-    """Measure every file, on this machine or on a board; the verdict is the gate's."""
+    """Measure every file on this machine or on a board; `crqat gate` judges the results."""
     config = load(recipe, overrides)
     if address is None:
         if clean or ssh_config is not None or python != "python3":
-            msg = "--python, --ssh-config and --clean are of a board; name it with --on ssh://HOST"
+            msg = "--python, --ssh-config and --clean apply only to a board; name it with --on ssh://HOST"
             raise UsageError(msg)
         run_stage("benchmark", config, runs, force)
         show_results(config, runs)
@@ -262,9 +262,7 @@ def benchmark(
 @click.option(
     "--baseline", type=click.Path(path_type=Path), help="Earlier results.json, for gate.max_latency_regression."
 )
-@click.option(
-    "--results", type=click.Path(path_type=Path), help="results.json that a board wrote by hand, brought here as FILE."
-)
+@click.option("--results", type=click.Path(path_type=Path), help="A results.json that was measured by hand on a board.")
 @json_option
 def gate(
     recipe: Path,
@@ -274,13 +272,13 @@ def gate(
     baseline: Path | None,
     results: Path | None,
 ) -> int:
-    """Judge the benchmark's results, this machine's or a board's; exit with the verdict.
+    """Judge the benchmark results of this machine or a board; exit with the verdict.
 
-    With --results FILE they become the stage benchmark@NAME, NAME being the file's, and are judged as if ssh had
-    brought them.
+    --results FILE imports the results as stage benchmark@NAME, where NAME is the file's name, and judges them like
+    results fetched over ssh.
     """
     if results is not None and address:
-        msg = f"--results {results}: --on {address} has results of its own; leave one of them out"
+        msg = f"--results {results}: cannot be combined with --on {address}; leave one of them out"
         raise UsageError(msg)
     from crqat.pipeline.stages import boards
 
@@ -302,7 +300,7 @@ def gate(
 @click.option(
     "--perturbation",
     is_flag=True,
-    help="Instead: accuracy and loss of the run's networks under noise on input and weights.",
+    help="Instead: measure accuracy and loss of the run's networks under noise on inputs and weights.",
 )
 @click.option(
     "--run",
@@ -310,9 +308,9 @@ def gate(
     multiple=True,
     type=click.Path(path_type=Path),
     metavar="RUN",
-    help="With --perturbation: the directory of another trained run, shown beside; may be given again.",
+    help="With --perturbation: directory of another trained run to compare with; repeatable.",
 )
-@click.option("--draws", type=click.IntRange(min=1), help="With --perturbation: draws of each noise. Default: 5.")
+@click.option("--draws", type=click.IntRange(min=1), help="With --perturbation: draws at each noise level. Default: 5.")
 @json_option
 def sensitivity(
     recipe: Path,
@@ -325,16 +323,16 @@ def sensitivity(
     others: tuple[Path, ...],
     draws: int | None,
 ) -> None:
-    """Measure what fewer bits cost each layer of a trained run, and propose a recipe of mixed bit widths."""
+    """Measure each layer's sensitivity to fewer bits in a trained run, and propose a mixed bit-width recipe."""
     config = load(recipe, overrides)
     if perturbation:
         if average_bits is not None:
-            msg = "--average-bits: proposes bit widths, which --perturbation does not; leave one of them out"
+            msg = "--average-bits: does not apply to --perturbation; leave one of them out"
             raise UsageError(msg)
         _perturb(config, runs, force, others, draws=draws or 5, images=images)
         return
     if others or draws is not None:
-        msg = "--run and --draws are of noise; add --perturbation"
+        msg = "--run and --draws apply only to noise; add --perturbation"
         raise UsageError(msg)
     from crqat.pipeline.commands import mixed_precision as proposal
 
@@ -343,7 +341,7 @@ def sensitivity(
 
 
 def _perturb(config: Recipe, runs: Path, force: bool, others: tuple[Path, ...], **further: Any) -> None:
-    """Measure this run and the others under noise, and show them together."""
+    """Measure this run and the others under noise, and show the results together."""
     from crqat.core.run_directory import verify_stage
     from crqat.pipeline.commands import perturbation
     from crqat.pipeline.recipe.recipe import from_resolved
@@ -353,21 +351,22 @@ def _perturb(config: Recipe, runs: Path, force: bool, others: tuple[Path, ...], 
         path = other.resolve()
         found = from_resolved(verify_stage(path / "train").config)
         if _validation(found) != _validation(config):
-            click.echo(f"warning: {other}: of another data.source, data.validation or seed: its images are others")
-        asked.append((replace(found, name=path.name), path.parent))  # the directory may have another name by now
+            click.echo(f"warning: {other}: has another data.source, data.validation or seed, so its images differ")
+        asked.append((replace(found, name=path.name), path.parent))  # the directory may have been renamed
     directories = [run_stage("perturbation", found, where, force, **further) for found, where in asked]
     perturbation.show(directories)
 
 
 def _validation(config: Recipe) -> tuple[object, ...]:
-    """What the choice of the validation images depends on."""
+    """Return the settings that determine the validation images."""
     return config.data.source, config.data.root, config.data.validation, config.seed
 
 
 def main() -> None:
-    """The `crqat` command."""
+    """Entry point of the `crqat` command."""
     streams.prepare()
-    # A recipe may name the user's own package.module:function; an installed command does not look here by itself.
+    # A recipe may name the user's own package.module:function; an installed command does not search this folder by
+    # itself.
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     before = signal.signal(signal.SIGTERM, _terminate)
@@ -384,7 +383,7 @@ def main() -> None:
 
 
 def _run_command() -> int:
-    """Run what the arguments say, tell an error in one line, and give the exit code."""
+    """Run the command of the arguments, print an error as one line, and return the exit code."""
     try:
         code = crqat.main(prog_name="crqat", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -396,7 +395,7 @@ def _run_command() -> int:
     except click.ClickException as error:
         with suppress(OSError):
             error.show()
-        return UsageError.exit_code  # click's own is 1 for some
+        return UsageError.exit_code  # click's own code is 1 for some errors
     except (KeyboardInterrupt, click.Abort):
         _say_error(f"interrupted; {_KEPT}", INTERRUPTED)
         return INTERRUPTED
@@ -416,19 +415,19 @@ def _run_command() -> int:
 
 
 class _Terminated(Told):
-    """By SIGTERM. What is half written is removed on the way out, as after Ctrl-C."""
+    """Ends the process after SIGTERM. Partial files are removed on the way out, as after Ctrl-C."""
 
 
 def _terminate(number: int, _: Any) -> None:
-    """A training answers by itself, and saves."""
+    """Handle SIGTERM; a training handles the signal itself and saves its state."""
     raise _Terminated(128 + number)
 
 
 def _say_error(message: str, code: int) -> None:
-    if "CRQAT_SAID" in os.environ:  # of `crqat.pipeline.stages.launch`, which speaks where no process of a training has
+    if "CRQAT_SAID" in os.environ:  # set by `stages.launch`, which reports for silent processes
         with suppress(FileExistsError), Path(os.environ["CRQAT_SAID"]).open("x") as said:
             said.write(str(code))
-    with suppress(OSError):  # nobody reads it, or it goes to a full disk
+    with suppress(OSError):  # nobody reads it, or the disk is full
         click.echo(f"crqat: error: {message}", err=True)
 
 

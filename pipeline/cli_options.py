@@ -1,4 +1,4 @@
-"""What the commands share: options and arguments. Nothing heavy is imported."""
+"""Options and arguments that several commands share. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def recipe_arguments(command: _Command) -> _Command:
-    """RECIPE, --set and --runs."""
+    """Add RECIPE, --set and --runs."""
     command = click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Default: runs.")(
         command
     )
@@ -28,30 +28,30 @@ def recipe_arguments(command: _Command) -> _Command:
 
 
 def force_option(command: _Command) -> _Command:
-    """--force."""
-    return click.option("--force", is_flag=True, help="Run it even if it is up to date or damaged.")(command)
+    """Add --force."""
+    return click.option("--force", is_flag=True, help="Run the stage even if it is up to date or damaged.")(command)
 
 
 def training_options(command: _Command) -> _Command:
-    """--save-every, --restart and --unchecked."""
+    """Add --save-every, --restart and --unchecked."""
     command = click.option(
         "--save-every", type=click.FloatRange(min=0), default=300.0, metavar="SECONDS",
-        help="Save the training's state so often, and at each epoch's end. Default: 300.",
+        help="Interval between saved training states; each epoch's end is saved too. Default: 300.",
     )(command)  # fmt: skip
     command = click.option(
-        "--unchecked", is_flag=True, help="Train without trying before how far the untrained network comes."
+        "--unchecked", is_flag=True, help="Skip the check that exports the untrained network before training."
     )(command)
-    return click.option("--restart", is_flag=True, help="Begin an interrupted training anew.")(command)
+    return click.option("--restart", is_flag=True, help="Start an interrupted training from the beginning.")(command)
 
 
 def on_option(command: _Command) -> _Command:
-    """--on."""
+    """Add --on."""
     help_text = "A board, ssh://[USER@]HOST[:PORT]; your ssh configuration applies."
     return click.option("--on", "address", metavar="ADDRESS", help=help_text)(command)
 
 
 def json_option(command: _Command) -> _Command:
-    """--json; the command adds to the document by `crqat.pipeline.console.give`."""
+    """Add --json; the command adds to the JSON document with `crqat.pipeline.console.give`."""
 
     @functools.wraps(command)
     def run(*arguments: Any, as_json: bool, **options: Any) -> Any:
@@ -62,19 +62,19 @@ def json_option(command: _Command) -> _Command:
         with console.json_document():
             return command(*arguments, **options)
 
-    text = "Data on stdout as one JSON document, all else on stderr."
+    text = "Print data to stdout as one JSON document, everything else to stderr."
     return click.option("--json", "as_json", is_flag=True, help=text)(run)  # type: ignore[return-value]
 
 
 def board(address: str, python: str = "python3", ssh_config: Path | None = None) -> Board:
-    """The board at an address."""
+    """Return the board at an address."""
     from crqat.runtime_eval.board.ssh import Board
 
     return Board.parse(address, python, ssh_config)
 
 
 def load(path: Path, overrides: tuple[str, ...]) -> Recipe:
-    """Read a recipe; an error of it names key, file and fix."""
+    """Read a recipe; its errors name the key, the file and the fix."""
     from crqat.pipeline.recipe import recipe
 
     return recipe.load(path, overrides)

@@ -1,4 +1,4 @@
-"""The commands without training, or with as little as will do: `quantize` and `advise`."""
+"""The commands that need no training, or as little as possible: `quantize` and `advise`."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model")
-@click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of class folders, or of images.")
-@click.option("--test", type=click.Path(path_type=Path), help="Folder whose images judge. Default: a part of --images.")
+@click.option("--images", type=click.Path(path_type=Path), required=True, help="Folder of class folders or of images.")
+@click.option("--test", type=click.Path(path_type=Path), help="Folder of test images. Default: a part of --images.")
 @click.option("--weights", help="Checkpoint. Default: those of torchvision, timm or the file.")
-@click.option("--no-labels", is_flag=True, help="Class folders are no labels: agreement with the float network judges.")
-@click.option("--classes", type=click.IntRange(min=2), help="Of the network, where no class folders say it.")
-@click.option("--bits", default="8,8", metavar="W,A", help="Of weights and activations. Default: 8,8.")
-@click.option("--advise", "advised", is_flag=True, help="Try steps beyond calibration until one keeps to --max-drop.")
-@click.option("--max-drop", type=click.FloatRange(min=0), help="Points that may be lost; judges, like `crqat gate`.")
-@click.option("--mean", help="Of each channel, in units of 0..1, such as 0.485,0.456,0.406.")
-@click.option("--std", help="Likewise.")
-@click.option("--size", type=click.IntRange(min=1), help="Pixels of the shorter side after resizing.")
-@click.option("--crop", type=click.IntRange(min=1), help="Pixels of the square out of the center.")
+@click.option("--no-labels", is_flag=True, help="Ignore class folders; measure agreement with the float network.")
+@click.option("--classes", type=click.IntRange(min=2), help="Number of classes, needed without class folders.")
+@click.option("--bits", default="8,8", metavar="W,A", help="Bit widths of weights and activations. Default: 8,8.")
+@click.option("--advise", "advised", is_flag=True, help="Try steps beyond calibration until one meets --max-drop.")
+@click.option("--max-drop", type=click.FloatRange(min=0), help="Allowed accuracy drop in points; the gate judges it.")
+@click.option("--mean", help="Mean of each channel in units of 0..1, such as 0.485,0.456,0.406.")
+@click.option("--std", help="Standard deviation of each channel, like --mean.")
+@click.option("--size", type=click.IntRange(min=1), help="Shorter side after resizing, in pixels.")
+@click.option("--crop", type=click.IntRange(min=1), help="Side of the square center crop, in pixels.")
 @click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "lanczos", "nearest"]))
-@click.option("--seed", type=click.IntRange(min=0), default=0, help="Of the split. Default: 0.")
+@click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the split. Default: 0.")
 @click.option("--out", type=click.Path(path_type=Path), help="Default: runs/MODEL-wWaA.")
 @force_option
 @json_option
@@ -57,9 +57,9 @@ def quantize(
     """Quantize MODEL by calibration alone, from a folder of images, to verified files.
 
     \b
-    MODEL is a name of torchvision or timm, module:function with
-    --weights, or a float ONNX file. The recipe that was used lies beside the results.
-    Without --max-drop nothing is judged, and the exit code is 0.
+    MODEL is a torchvision or timm name, module:function with --weights,
+    or a float ONNX file. The recipe is written next to the results.
+    Without --max-drop the results are not judged; the exit code is 0.
     """  # noqa: D301 - click's mark for lines that stay as they are
     from crqat.pipeline import console
     from crqat.pipeline.commands import quantize as command
@@ -67,7 +67,7 @@ def quantize(
 
     widths = command.numbers(bits, "--bits", int)
     if len(widths) != 2:
-        msg = f"--bits: {bits} is no pair; write weights and activations, such as 8,8"
+        msg = f"--bits: {bits} is not a pair; write weights and activations, such as 8,8"
         raise UsageError(msg)
     preprocessing = {
         "mean": None if mean is None else command.numbers(mean, "--mean", float),
@@ -109,16 +109,16 @@ def quantize(
 
 @click.command()
 @recipe_arguments
-@click.option("--judge", type=click.Path(path_type=Path), help="Class folders that judge. Default: held-back images.")
-@click.option("--all", "every", is_flag=True, help="Run all steps, also behind the first one that passes.")
+@click.option("--judge", type=click.Path(path_type=Path), help="Class folders to judge the steps. Default: held out.")
+@click.option("--all", "every", is_flag=True, help="Run all steps, even after one has passed.")
 @json_option
 def advise(recipe: Path, overrides: tuple[str, ...], runs: Path, judge: Path | None, every: bool) -> int:
     """Find the cheapest step that passes the gate, from calibration to QAT, and measure it on the test images.
 
     \b
     Each step is judged on images that neither it nor the float training
-    has seen; the test images are looked at once, for the chosen one.
-    The same command goes on where it was interrupted. Exit code 1 if no
+    has seen; the test images are used only once, for the chosen step.
+    The same command resumes an interrupted search. Exit code 1 if no
     step passes, else the gate's.
     """  # noqa: D301 - click's mark for lines that stay as they are
     return _advise(load(recipe, overrides), runs, judge, every=every)

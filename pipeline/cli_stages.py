@@ -1,4 +1,4 @@
-"""What the commands of single stages and those of several share: run a stage, show what it found, judge it."""
+"""Helpers of the stage commands: run a stage, show its results, judge them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VERDICTS = {0: "pass", 1: "fail", 3: "error", 4: "inconclusive"}
 
 
 def run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: Any) -> Path:
-    """Run one stage of a recipe, unless it is up to date, and give its directory."""
+    """Run one stage of a recipe unless it is up to date, and return its directory."""
     from crqat.pipeline import console
     from crqat.pipeline.stages import lock
     from crqat.pipeline.stages import run as stages
@@ -30,7 +30,7 @@ def run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: An
 
 
 def train_stage(config: Recipe, runs: Path, force: bool, **further: Any) -> TrainingPayload:
-    """Run the `train` stage, and give what its manifest says."""
+    """Run the `train` stage and return the payload of its manifest."""
     from crqat.core.results.training import TrainingPayload
     from crqat.core.run_directory import payload_of, read_manifest
     from crqat.pipeline import console
@@ -42,13 +42,13 @@ def train_stage(config: Recipe, runs: Path, force: bool, **further: Any) -> Trai
 
 
 def show_warnings(trained: TrainingPayload) -> None:
-    """The warnings of a training, on stdout."""
+    """Print the warnings of a training run on stdout."""
     for warning in trained.warnings:
         click.echo(f"warning: {warning}")
 
 
 def show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
-    """A benchmark's table, on stdout."""
+    """Print the table of a benchmark on stdout."""
     from crqat.core.results.benchmark import read_results
     from crqat.pipeline import console
     from crqat.pipeline.report import tables as results
@@ -64,7 +64,7 @@ def show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
 
 
 def judge_run(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:
-    """Judge a benchmark's results, show each rule's verdict, and give the exit code."""
+    """Judge benchmark results, show each rule's verdict, and return the exit code."""
     from crqat.pipeline import console
     from crqat.pipeline.gate import rules
     from crqat.pipeline.report import tables as results

@@ -1,4 +1,4 @@
-"""The commands beside the four stages: each looks at something, or makes something of it. See `crqat.pipeline.cli`."""
+"""The commands besides the four stages; each inspects or converts something. See `crqat.pipeline.cli`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from crqat.pipeline.cli_options import json_option, load
 
 @click.command()
 @click.argument("files", metavar="RUN_OR_RESULTS...", type=click.Path(path_type=Path), nargs=-1, required=True)
-@click.option("--picture", type=click.Path(path_type=Path), help="Of runs: draw them into a .png, .svg or .pdf file.")
+@click.option("--picture", type=click.Path(path_type=Path), help="Draw the runs into a .png, .svg or .pdf file.")
 @json_option
 def compare(files: tuple[Path, ...], picture: Path | None) -> None:
     """Show several runs side by side, or the results.json of one run from several devices.
 
-    Of run directories each file is compared with the first run's, image by image.
+    With run directories, each file is compared with the first run's file for the same target, image by image.
     """
     from crqat.core.results.benchmark import read_results
     from crqat.pipeline.report import tables as results
@@ -28,7 +28,7 @@ def compare(files: tuple[Path, ...], picture: Path | None) -> None:
     folders = [path for path in files if path.is_dir()]
     if folders and len(folders) < len(files):
         other = next(path for path in files if path not in folders)
-        msg = f"{other}: not a run directory, and {folders[0]} is one; compare runs, or results.json files"
+        msg = f"{other}: not a run directory, but {folders[0]} is; compare either run directories or results.json files"
         raise UsageError(msg)
     if folders:
         from crqat.pipeline.commands import compare_runs
@@ -41,7 +41,7 @@ def compare(files: tuple[Path, ...], picture: Path | None) -> None:
         console.give(comparison=comparison)
         return
     if picture is not None:
-        msg = "--picture: draws runs; name run directories in place of results.json files"
+        msg = "--picture: draws runs only; name run directories instead of results.json files"
         raise UsageError(msg)
     several = [(path, read_results(path)) for path in files]
     results.compare(several)
@@ -58,7 +58,7 @@ def bundle(run: Path, out: Path | None) -> None:
 
     archive, digest, how = boards.bundle(run, out)
     click.echo(f"wrote {archive}, bundle {digest}")
-    click.echo(f"measures as the export's recipe says: {', '.join(f'{key}={value}' for key, value in how.items())}")
+    click.echo(f"settings, from the export's recipe: {', '.join(f'{key}={value}' for key, value in how.items())}")
     click.echo("on the board:")
     click.echo(f"  tar xzf {archive.name} && cd crqat-bundle && python3 -m runtime_eval .")
     console.give(archive=str(archive), bundle=digest, benchmark=how)
@@ -67,12 +67,12 @@ def bundle(run: Path, out: Path | None) -> None:
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value.")
-@click.option("--syntax", is_flag=True, help="Of a recipe: read it, without its data and network.")
+@click.option("--syntax", is_flag=True, help="Check only the recipe's keys and values, not its data and network.")
 @json_option
 def check(path: Path, overrides: tuple[str, ...], syntax: bool) -> None:
     """Verify a run directory, a recipe, an ONNX file, Grids (grids.json) or results.json.
 
-    A recipe's network is tried on two images, untrained, from its data to the verification of its files.
+    A recipe is tried with its untrained network on two images, from the data to the verified files.
     """
     from crqat.pipeline.commands import check as checks
 
@@ -89,7 +89,7 @@ def check(path: Path, overrides: tuple[str, ...], syntax: bool) -> None:
 @click.option("--layers", is_flag=True, help="Measure the accuracy with one layer at a time quantized.")
 @json_option
 def report(run: Path, out: Path, layers: bool) -> None:
-    """Write the report of a run directory again, as one HTML file."""
+    """Write the HTML report of a run directory again."""
     from crqat.pipeline.stages import run as stages
 
     with console.show_progress() as progress:
@@ -100,13 +100,13 @@ def report(run: Path, out: Path, layers: bool) -> None:
 
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--batch", type=click.IntRange(min=1), help="Build for this batch alone. Default: from 1 to 64.")
+@click.option("--batch", type=click.IntRange(min=1), help="Build for this batch size only. Default: from 1 to 64.")
 @click.option("--compute-capability", "targets", multiple=True, metavar="SM89", help="Build for this GPU; repeatable.")
-@click.option("--bisect", is_flag=True, help="If it cannot be built, write the smallest part that cannot either.")
+@click.option("--bisect", is_flag=True, help="If the build fails, write the smallest part of the file that fails too.")
 @click.option("--out", type=click.Path(path_type=Path), help="Write the report here, as JSON.")
 @json_option
 def inspect(path: Path, batch: int | None, targets: tuple[str, ...], bisect: bool, out: Path | None) -> None:
-    """Show what TensorRT makes of an .onnx file, layer by layer, or show an engine.json."""
+    """Show the TensorRT layers of an .onnx file's engine, or of an engine.json."""
     from crqat.pipeline.commands import inspect_engine
     from crqat.runtime_eval.trt.engine import EngineOptions
 
@@ -116,7 +116,7 @@ def inspect(path: Path, batch: int | None, targets: tuple[str, ...], bisect: boo
 
 @click.group()
 def nncf() -> None:
-    """Take checkpoints to stock NNCF and from it."""
+    """Exchange checkpoints with stock NNCF."""
 
 
 @nncf.command("export")
@@ -130,7 +130,7 @@ def nncf() -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-nncf.")
 @json_option
 def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
-    """Write a finished training as a state dict and a configuration that stock NNCF loads."""
+    """Write a finished training run as a state dict and a configuration that stock NNCF loads."""
     from crqat.pipeline.commands import nncf as checkpoints
 
     checkpoints.export(run, candidate, out)
@@ -138,14 +138,14 @@ def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
 
 @nncf.command("import")
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("--recipe", "recipe", type=click.Path(path_type=Path), required=True, help="Of the same network.")
+@click.option("--recipe", "recipe", type=click.Path(path_type=Path), required=True, help="Recipe of the same network.")
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value: --set qat.epochs=3"
 )
 @click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-start.")
 @json_option
 def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
-    """Make a network that nncf.quantize has quantized the start of a training."""
+    """Start a training from a network that nncf.quantize has quantized."""
     from crqat.pipeline.commands import nncf as checkpoints
 
     with console.show_progress() as progress:
@@ -154,16 +154,16 @@ def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out:
 
 @click.command()
 @click.argument("names", metavar="[NAMES]...", nargs=-1)
-@click.option("--cifar10", type=click.Path(path_type=Path), help="Folder of CIFAR-10, to be enlarged. Default: noise.")
+@click.option("--cifar10", type=click.Path(path_type=Path), help="Folder of CIFAR-10. Default: noise images.")
 @click.option("--size", type=click.IntRange(min=32), default=224, help="Height and width of the images. Default: 224.")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="Write the table here, as Markdown. Default: show it alone."
+    "--out", type=click.Path(path_type=Path), help="Write the table to this file, as Markdown. Default: only show it."
 )
-@click.option("--force", is_flag=True, help="Replace a file that this command has not written.")
-@click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="Of the images; 1 is grey. Default: 3.")
-@click.option("--engines/--no-engines", default=True, help="Build TensorRT's engines, too. Default: they are built.")
+@click.option("--force", is_flag=True, help="Replace a file that this command did not write.")
+@click.option("--channels", type=click.Choice(["1", "3"]), default="3", help="Channels; 1 is grey. Default: 3.")
+@click.option("--engines/--no-engines", default=True, help="Build TensorRT engines too. Default: --engines.")
 @click.option(
-    "--resume", is_flag=True, help="Leave out networks that the file of --out has rows of, of the same images."
+    "--resume", is_flag=True, help="Skip networks that the --out file already has rows of, for the same images."
 )
 @click.option(
     "--limit",
@@ -183,7 +183,7 @@ def models(
     resume: bool,
     limit: float,
 ) -> int:
-    """Take networks through everything and say what is mapped, equal and computed in integers; exit 1 if one fails."""
+    """Run networks through all stages and report what was mapped, verified and computed in INT8; exit 1 on failure."""
     from crqat.pipeline.commands import model_survey
 
     return model_survey.run(names, cifar10, size, out, force, int(channels), engines, not resume, limit)
@@ -193,10 +193,10 @@ def models(
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value.")
 @click.option(
-    "--processes", multiple=True, type=click.IntRange(min=1), metavar="N", help="Predict for so many; repeatable."
+    "--processes", multiple=True, type=click.IntRange(min=1), metavar="N", help="Predict for N processes; repeatable."
 )
-@click.option("--bandwidth", type=float, metavar="B/S", help="Bytes a second between machines.")
-@click.option("--latency", type=float, metavar="S", help="Seconds of a message between machines.")
+@click.option("--bandwidth", type=float, metavar="B/S", help="Bandwidth between machines, in bytes per second.")
+@click.option("--latency", type=float, metavar="S", help="Latency between machines, in seconds per message.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("scale.json"), help="Default: scale.json.")
 @json_option
 def scale(
@@ -207,7 +207,7 @@ def scale(
     latency: float | None,
     out: Path,
 ) -> None:
-    """Measure here what a training step costs, and predict it for more processes."""
+    """Measure the time of a training step on this machine, and predict it for more processes."""
     from crqat.pipeline.commands import scale as scaling
 
     scaling.scale(load(recipe, overrides), processes, bandwidth, latency, out)
@@ -217,7 +217,7 @@ def scale(
 @click.argument("key", required=False)
 @json_option
 def explain(key: str | None) -> None:
-    """Say what a recipe's KEY means, such as qat.lr or gate; without KEY, list all of them."""
+    """Explain a recipe KEY, such as qat.lr or gate; without KEY, list all keys."""
     from crqat.pipeline.recipe import keys
 
     if key is None:
@@ -234,7 +234,7 @@ def explain(key: str | None) -> None:
 @click.command()
 @json_option
 def doctor() -> int:
-    """Say what this machine can do and what is missing for what."""
+    """Report what works on this machine, and what is missing for what."""
     from crqat.pipeline.commands import doctor as examination
 
     return examination.show()
@@ -243,15 +243,15 @@ def doctor() -> int:
 @click.command()
 @click.argument("path", metavar="[RECIPE]", type=click.Path(path_type=Path), default=Path("recipe.yaml"))
 @click.option(
-    "--images", type=click.Path(path_type=Path), help="Folder with train/CLASS and test/CLASS, or with CLASS."
+    "--images", type=click.Path(path_type=Path), help="Folder with train/CLASS and test/CLASS, or with CLASS folders."
 )
 @click.option("--model", help="Name of torchvision or timm, module:function, or a float ONNX file.")
 @click.option("--weights", help="Checkpoint. Default: what torchvision or timm publish; else the network is trained.")
-@click.option("--weights-key", help="Where in that file the state dict lies. Default: the only one that fits.")
-@click.option("--mean", help="Of each channel, in units of 0..1, such as 0.485,0.456,0.406.")
-@click.option("--std", help="Likewise.")
-@click.option("--size", type=click.IntRange(min=1), help="Pixels of the shorter side after resizing.")
-@click.option("--crop", type=click.IntRange(min=1), help="Pixels of the square out of the center.")
+@click.option("--weights-key", help="Key of the state dict in that file. Default: the only one that fits.")
+@click.option("--mean", help="Mean of each channel in units of 0..1, such as 0.485,0.456,0.406.")
+@click.option("--std", help="Standard deviation of each channel, like --mean.")
+@click.option("--size", type=click.IntRange(min=1), help="Shorter side after resizing, in pixels.")
+@click.option("--crop", type=click.IntRange(min=1), help="Side of the square center crop, in pixels.")
 @click.option("--all", "every", is_flag=True, help="Write every key with its default and what it means.")
 @json_option
 def init(
@@ -269,10 +269,10 @@ def init(
     """Write a recipe for your images and network, or the commented one.
 
     \b
-    With --images and --model both are tried, and the recipe has the keys
-    that they need: calibration alone, on both runtimes. Without them it
-    is the recipe of scikit-learn's digits, in which every key is
-    explained.
+    With --images and --model, both are tried, and the recipe gets the
+    keys that they need: calibration alone, for both runtimes. Without
+    them, the recipe is for scikit-learn's digits and explains every
+    key.
     """  # noqa: D301 - click's mark for lines that stay as they are
     from crqat.pipeline.commands import new_recipe as command
 
@@ -287,7 +287,7 @@ def init(
         given |= {"--weights-key": weights_key, "--size": size, "--crop": crop}
         found = [option for option, value in given.items() if value is not None]
         if found:
-            msg = f"{found[0]}: needs {'--images' if images is None else '--model'} beside it"
+            msg = f"{found[0]}: also needs {'--images' if images is None else '--model'}"
             raise UsageError(msg)
         command.write_default(path)
         console.give(recipe=str(path))
@@ -308,7 +308,7 @@ def init(
             f"{summary.channels} x {summary.crop} x {summary.crop}"
         )
         if summary.float_top1 is not None:
-            click.echo(f"float network: {summary.float_top1:.1%} of {summary.tried_images} test images right")
+            click.echo(f"float network: {summary.float_top1:.1%} of {summary.tried_images} test images correct")
         for warning in summary.warnings:
             click.echo(f"warning: {warning}", err=True)
         console.give(**asdict(summary))
@@ -318,12 +318,12 @@ def init(
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value everywhere.")
-@click.option("--methods", default="", help="Separated by commas. Default: all.")
-@click.option("--seeds", default="0", help="Separated by commas. Default: 0.")
+@click.option("--methods", default="", help="Methods, separated by commas. Default: all.")
+@click.option("--seeds", default="0", help="Seeds, separated by commas. Default: 0.")
 @click.option("--labels", default="", help="Numbers of labeled images, `all` for all. Default: the recipe's.")
-@click.option("--bits", default="", help="Bits of weights and activations. Default: the recipe's.")
+@click.option("--bits", default="", help="Bit widths of weights and activations. Default: the recipe's.")
 @click.option("--equal", type=click.Choice(["steps", "time"]), default="steps", help="Default: steps.")
-@click.option("--jobs", type=click.IntRange(1), default=None, help="Trainings at once. Default: one for each core.")
+@click.option("--jobs", type=click.IntRange(1), default=None, help="Parallel training runs. Default: one per core.")
 @click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: studies/NAME.md.")
 @click.option("--runs", type=click.Path(path_type=Path), default=None, help="Default: runs/study-NAME.")
 @json_option
@@ -339,9 +339,9 @@ def study(
     out: Path | None,
     runs: Path | None,
 ) -> None:
-    """Compare training methods on one recipe, over seeds, with the controls that a gain needs.
+    """Compare training methods on one recipe, over several seeds, with the necessary controls.
 
-    The same command goes on where it was stopped; what is in the JSON beside OUT is not trained again.
+    The same command resumes where it was stopped; runs in the JSON next to OUT are not repeated.
     """
     from crqat.pipeline.study import report
     from crqat.pipeline.study import study as studies
@@ -358,20 +358,20 @@ def study(
         console.show_table(report.title(cell), report.COLUMNS, report.table(rows))
         if headline := report.headline(rows):
             click.echo(headline)
-    click.echo(f"{chosen.out}, with the numbers and a picture beside")
+    click.echo(f"{chosen.out}, with the numbers and a picture next to it")
     console.give(study=str(chosen.out), rows=chosen.rows)
     if failed:
         more = f"; {len(failed) - 1} more failed or were not run" if len(failed) > 1 else ""
-        msg = f"{failed[0]}{more}; the same command tries them again"
+        msg = f"{failed[0]}{more}; run the same command to retry"
         raise ToolError(msg)
 
 
 def _numbers(text: str, option: str) -> list[int | None]:
-    """Numbers separated by commas; None for `all`."""
+    """Parse numbers separated by commas; `all` becomes None."""
     try:
         return [None if part.strip() == "all" else int(part) for part in text.split(",")]
     except ValueError:
-        msg = f"{option}: {text} is no list of numbers such as 0,1,2"
+        msg = f"{option}: {text} is not a list of numbers, such as 0,1,2"
         raise UsageError(msg) from None
 
 

@@ -1,4 +1,4 @@
-"""What the user sees: progress on stderr, tables and verdicts on stdout; drawn on a terminal, plain lines elsewhere."""
+"""Output of the command line: progress on stderr, tables and verdicts on stdout; animated on a terminal only."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from crqat.core.progress import Progress
 from crqat.core.typed_json import to_json
 
 _SECONDS_BETWEEN_LINES = 10.0
-# Wider than any table: a log has no edge to wrap at, and a wrapped number is not a number.
+# Wider than any table: a log has no edge to wrap at, and wrapping would split numbers.
 _LOG_WIDTH = 1000
-# In the context of a command: whether --quiet was given, and the document of --json, None without it.
+# In the context of a command: whether --quiet was given, and the document of --json (None without it).
 _QUIET, _DOCUMENT = "crqat.quiet", "crqat.json"
 
 
 def drawn(stream: TextIO) -> bool:
-    """Whether a stream can show things that move."""
+    """Return whether a stream is a terminal that can redraw lines."""
     return stream.isatty() and not os.environ.get("CI")
 
 
 def be_quiet(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    """Callback of --quiet, which stands before a command's name or behind it."""
+    """Callback of --quiet, which may be given before or after the command's name."""
     if wanted:
         context.meta[_QUIET] = True
 
@@ -46,54 +46,54 @@ def _of_command(name: str) -> Any:
 
 
 def quiet() -> bool:
-    """Whether the command runs with --quiet."""
+    """Return whether the command runs with --quiet."""
     return bool(_of_command(_QUIET))
 
 
 def wants_json() -> bool:
-    """Whether the command runs with --json."""
+    """Return whether the command runs with --json."""
     return _of_command(_DOCUMENT) is not None
 
 
 @contextmanager
 def json_document() -> Iterator[None]:
-    """What --json does: text for stdout goes to stderr, and what `give` gets to stdout, as one JSON document."""
+    """Context manager of --json: text goes to stderr, and data from `give` to stdout as one JSON document."""
     document: dict[str, Any] = {}
     click.get_current_context().meta[_DOCUMENT] = document
     with redirect_stdout(io.StringIO() if quiet() else sys.stderr):
         yield
-    if document:  # of several processes one has it, which prints it itself
+    if document:  # of several processes, only one has a document and prints it
         click.echo(json.dumps(document, indent=1, allow_nan=False))
 
 
 def give(**data: Any) -> None:
-    """Add to the document of --json: JSON values, dataclasses, and lists and dictionaries of these."""
+    """Add JSON values, dataclasses, or lists and dictionaries of these to the document of --json."""
     document = _of_command(_DOCUMENT)
     if document is not None:
         document.update(to_json(data))
 
 
 def say(text: str) -> None:
-    """One line on stderr, with the progress."""
+    """Print one line on stderr, next to the progress."""
     if not quiet():
         click.echo(text, err=True)
 
 
 def printable(text: str) -> str:
-    """A text from a file, without what would move the cursor or start a new line."""
+    """Return a text from a file without characters that would move the cursor or start a new line."""
     return "".join(letter if letter.isprintable() else "?" for letter in text)
 
 
 class _Console(Console):
-    """Rich's own ends the process with exit code 1 where nobody reads its output."""
+    """Rich console whose process does not exit with code 1 when nobody reads its output."""
 
     def on_broken_pipe(self) -> None:
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))
 
 
 def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """A table on stdout. Cells are shown as they are; square brackets are no markup."""
-    click.echo(title)  # not the table's own, which would be cut at the table's width
+    """Print a table on stdout. Cells are shown as they are; square brackets are not markup."""
+    click.echo(title)  # rich's own title would be cut at the table's width
     table = Table()
     for column in columns:
         table.add_column(column, overflow="fold")
@@ -105,7 +105,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextmanager
 def show_progress() -> Iterator[Progress]:
-    """Give the function that stages call as they go."""
+    """Context manager that yields the progress callback for the stages."""
     if quiet():
         yield _warnings_alone
         return
@@ -120,7 +120,7 @@ def show_progress() -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )
-    # stdout is the user's, for tables; only what libraries write to stderr is kept above the bars.
+    # Only what libraries write to stderr is kept above the progress bars; stdout is for the user's tables.
     bars = Bars(*columns, console=Console(stderr=True), redirect_stdout=False)
     tasks: dict[str, TaskID] = {}
 
@@ -138,13 +138,13 @@ def show_progress() -> Iterator[Progress]:
 
 
 def _warnings_alone(task: str, done: int, total: int, note: str = "") -> None:
-    """A `crqat.core.progress.Progress` of --quiet."""
+    """`crqat.core.progress.Progress` for --quiet, which shows only warnings."""
     if note.startswith("warning: "):
         click.echo(f"{task}: {note}", err=True)
 
 
 class PlainProgress:
-    """A line when a task starts, every ten seconds, and when it ends."""
+    """Progress as text: one line when a task starts, every ten seconds, and when it ends."""
 
     def __init__(self) -> None:
         self._started: dict[str, float] = {}
@@ -152,7 +152,7 @@ class PlainProgress:
         self._ended: set[str] = set()
 
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        """A `crqat.core.progress.Progress`."""
+        """Report progress; see `crqat.core.progress.Progress`."""
         now = time.monotonic()
         first, end = task not in self._started, done >= total
         due = now - self._printed.get(task, now) >= _SECONDS_BETWEEN_LINES

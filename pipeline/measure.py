@@ -1,4 +1,4 @@
-"""`crqat.benchmark` and `crqat.gate`: files of `crqat.export`, measured on the user's own images, and their verdict."""
+"""`crqat.benchmark` and `crqat.gate`: measure exported files on the user's own images, and judge the results."""
 
 from __future__ import annotations
 
@@ -31,31 +31,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What `crqat.benchmark` measured; `print` shows it as a table.
+    """Results of `crqat.benchmark`; `print` shows them as a table.
 
     Attributes:
-        results: Everything, as results.json of a run holds it.
+        results: All results, in the layout of a run's results.json.
     """
 
     results: Results = field(repr=False)
 
     @property
     def files(self) -> Mapping[str, ModelResult]:
-        """By file name, such as "onnxruntime.onnx"."""
+        """Result of each file by file name, such as "onnxruntime.onnx"."""
         return self.results.models
 
     def __str__(self) -> str:
-        """The table, and a line for everything that has no number."""
+        """Return the table, and one line for every file without numbers."""
         return tables.as_text(self.results)
 
 
 @dataclass(frozen=True)
 class Gate:
-    """The verdict on a benchmark.
+    """Verdict of `crqat.gate` on a benchmark.
 
     Attributes:
-        exit_code: For `sys.exit` in a CI job: 0 pass, 1 a rule failed, 3 something did not work, 4 inconclusive.
-        verdicts: Each rule on each file.
+        exit_code: Exit code for `sys.exit` in a CI job: 0 pass, 1 a rule failed, 3 a rule could not be checked, 4
+            inconclusive.
+        verdicts: Verdict of each rule on each file.
     """
 
     exit_code: int
@@ -68,11 +69,11 @@ class Gate:
 
     @property
     def lines(self) -> list[str]:
-        """One for each rule and file, then the verdict."""
+        """Text lines: one for each rule and file, then the overall verdict."""
         return tables.verdict_lines(self.verdicts)
 
     def __str__(self) -> str:
-        """The lines."""
+        """Return the lines as one text."""
         return "\n".join(self.lines)
 
 
@@ -91,29 +92,29 @@ def benchmark(
     time_limit_seconds: float = 300.0,
     progress: Progress = quiet,
 ) -> Benchmark:
-    """Measure accuracy, latency, memory and size of exported files on this machine, beside the float baseline.
+    """Measure accuracy, latency, memory and size of exported files on this machine, next to the float baseline.
 
-    Each file runs in processes of its own, one at a time.
+    Each file runs in its own processes, one file at a time.
 
     Args:
-        files: What `crqat.export` gave, or its directory, or a run's `export`; the files' hashes are checked.
-        images: Test images: bytes before normalization, uint8 of shape [N, C, H, W], a tensor or an array.
-        labels: Integers of shape [N], each the index of a logit.
-        threads: Threads that one inference may use.
-        provider: ONNX Runtime's execution provider.
-        warm_up_seconds: Inferences at the start of each process that are not counted.
-        latency_rounds: Rounds in which the files take turns; at least 6.
-        latency_seconds: Counted time of one file over all rounds.
-        accuracy_batch: Images of one inference where accuracy is measured.
-        openvino: Measure the float file and ONNX Runtime's in OpenVINO, too.
-        time_limit_seconds: A process that is silent for longer is taken for hung.
-        progress: Told of rounds and images.
+        files: Result of `crqat.export`, its directory, or a run's `export` directory; the file hashes are checked.
+        images: Test images as bytes before normalization: uint8 of shape [N, C, H, W], a tensor or an array.
+        labels: Class indices of the images, integers of shape [N]; each is the index of a logit.
+        threads: Number of threads that one inference may use.
+        provider: Execution provider of ONNX Runtime.
+        warm_up_seconds: Duration of uncounted inferences at the start of each process.
+        latency_rounds: Number of rounds in which the files take turns; at least 6.
+        latency_seconds: Total counted time of one file over all rounds.
+        accuracy_batch: Batch size for measuring accuracy.
+        openvino: Also measure the float file and ONNX Runtime's file in OpenVINO.
+        time_limit_seconds: A process that is silent for longer is considered hung.
+        progress: Callback for the progress of rounds and images.
 
     Returns:
-        The results of each file. One that cannot run has the status "failed: ..." or "not run: ...".
+        The result of each file. A file that cannot run has the status "failed: ..." or "not run: ...".
 
     Raises:
-        UsageError: Images, labels or an option are of another type, shape or range, or a file is missing or damaged.
+        UsageError: Images, labels or an option have the wrong type, shape or range, or a file is missing or damaged.
     """
     config = checked(
         BenchmarkConfig(
@@ -130,7 +131,7 @@ def benchmark(
     directory = (Path(files) if isinstance(files, str | Path) else files.directory).absolute()
     exported = verify_stage(directory)
     payload = payload_of(ExportPayload, directory, exported)
-    # A stage's export has it with what its training says of itself.
+    # The export stage stores the preprocessing in the payload of its training.
     preprocessing = payload.training.preprocessing if payload.training is not None else payload.preprocessing
     pixels = checked_bytes(images, preprocessing)
     numbers = np.asarray(labels.detach().cpu() if hasattr(labels, "detach") else labels)
@@ -138,7 +139,7 @@ def benchmark(
         msg = f"labels: {numbers.dtype} of shape {list(numbers.shape)}; expected one integer for each of "
         msg += f"{len(pixels)} images"
         raise UsageError(msg)
-    # The stage's own function measures: it is given what the stage is given, a complete export with its images.
+    # The stage's own function measures. It gets what the stage gets: a complete export with its images.
     with tempfile.TemporaryDirectory(prefix="crqat-benchmark-") as scratch:
         payload = replace(payload, images="images.npy", labels="labels.npy")
         manifest = Manifest("export", "", None, {}, {}, to_json(payload))
@@ -162,25 +163,25 @@ def gate(
     min_int8_coverage: float | None = 1.0,
     max_reformat_layers: int | None = None,
 ) -> Gate:
-    """Judge a benchmark as the command `crqat gate` does; nothing is measured.
+    """Judge a benchmark by the rules of the command `crqat gate`, without measuring.
 
     Args:
-        results: What `crqat.benchmark` gave, or the path of a results.json.
+        results: Result of `crqat.benchmark`, or the path of a results.json.
         max_accuracy_drop: Percentage points of top-1 accuracy that a quantized file may lose against the float file;
-            None: any.
-        relative_accuracy: Share of the float file's top-1 accuracy that it must keep, such as MLPerf's 0.99.
-        min_agreement: Share of the images on which it must answer as the float file does.
-        min_accuracy: Share of the images that it must answer rightly.
-        max_latency_ratio: Its latency divided by the float file's.
-        max_size_ratio: Its file size divided by the float file's.
-        min_int8_coverage: Share of the multiply-accumulates that its TensorRT engine computes in INT8.
-        max_reformat_layers: Layers of its TensorRT engine that only change type or layout.
+            None allows any drop.
+        relative_accuracy: Share of the float file's top-1 accuracy that the file must keep, such as MLPerf's 0.99.
+        min_agreement: Share of the images for which the file must predict the same class as the float file.
+        min_accuracy: Share of the images that the file must classify correctly.
+        max_latency_ratio: Largest latency divided by the float file's latency.
+        max_size_ratio: Largest file size divided by the float file's size.
+        min_int8_coverage: Share of the multiply-accumulates that the TensorRT engine must compute in INT8.
+        max_reformat_layers: Largest number of TensorRT engine layers that only change type or layout.
 
     Returns:
-        The verdict. What is uncertain is judged by its interval; a file whose verification failed fails.
+        The verdict. Uncertain values are judged by their intervals; a file whose verification failed always fails.
 
     Raises:
-        UsageError: A limit is of another type or out of range, or the file is missing or damaged.
+        UsageError: A limit has the wrong type or is out of range, or the file is missing or damaged.
     """
     limits = checked(
         rules.GateConfig(

@@ -1,4 +1,4 @@
-"""stdout and stderr of the command: no traceback where they are closed, full, without a reader, or of few letters."""
+"""Makes stdout and stderr safe: no traceback if they are closed, full, unread or limited to ASCII."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def prepare() -> None:
-    """Have three standard streams that take every letter; a closed one becomes /dev/null: no file gets its number."""
+    """Open all three standard streams and let them accept every character; a closed stream becomes /dev/null."""
     for number in range(3):
         with suppress(OSError):
             os.fstat(number)
@@ -24,7 +24,7 @@ def prepare() -> None:
 
 
 def nobody_reads() -> bool:
-    """Whether the other end of stdout or stderr has been closed, as by `| head -1`."""
+    """Return whether the other end of stdout or stderr was closed, as by `| head -1`."""
     poll = select.poll()
     for number in (1, 2):
         poll.register(number, 0)
@@ -32,7 +32,7 @@ def nobody_reads() -> bool:
 
 
 def flush() -> OSError | None:
-    """Have everything printed; give the last error of it, behind which Python finds nothing left to print."""
+    """Flush all output; return the last error, after which Python finds nothing left to print."""
     found: OSError | None = None
     for stream in (sys.stdout, sys.stderr):
         try:

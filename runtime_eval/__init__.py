@@ -1,1 +1,1 @@
-"""What runs on the board: accuracy and latency of a file on its runtime. Needs numpy and a runtime only."""
+"""Measures accuracy and latency of a file on its runtime. Runs on boards; needs only numpy and a runtime."""

@@ -1,4 +1,4 @@
-"""`python -m crqat.runtime_eval PATH`: a bundle or an export measured, on a board that has numpy and a runtime only."""
+"""`python -m crqat.runtime_eval PATH`: measures a bundle or an export on a board with only numpy and a runtime."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from crqat.runtime_eval.config import BenchmarkConfig, of_json
 
 
 def table(results: Results) -> str:
-    """The results in lines of at most about 100 characters, one for each model."""
+    """Return the results as lines of at most about 100 characters, one or more for each model."""
     device, config = results.device, results.config
     lines = [
         f"{results.run}: {results.dataset.n if results.dataset else 0} test images, {device.cpu}, "
@@ -64,7 +64,7 @@ def _lines(file: str, model: ModelResult, accuracy: Accuracy) -> list[str]:
 
 
 def say_progress() -> Progress:
-    """A `Progress` in lines on standard error, "TASK: DONE/TOTAL  NOTE": the first and last of a task, one a second."""
+    """Return a `Progress` that prints "TASK: DONE/TOTAL  NOTE" on standard error, at most once a second."""
     said: dict[str, float] = {}
 
     def say(task: str, done: int, total: int, note: str = "") -> None:
@@ -77,14 +77,14 @@ def say_progress() -> Progress:
 
 
 def measure(path: Path, threads: int | None) -> Results:
-    """Results of an export directory, or of a bundle by the configuration that it brings; they name the bundle then.
+    """Measure an export directory, or a bundle with its own configuration; a bundle's results name the bundle.
 
     Args:
-        path: An export directory, a bundle's archive, or a bundle unpacked.
-        threads: Of one inference; None takes the bundle's, or the default.
+        path: An export directory, a bundle's archive, or an unpacked bundle.
+        threads: Number of threads that one inference may use; None uses the bundle's value, or the default.
 
     Raises:
-        CrqatError: It is none of these, or is damaged.
+        CrqatError: The path is none of these, or is damaged.
     """
     if not path.exists():
         msg = f"{path}: no such file or directory; give a run's `export` directory, or a bundle"
@@ -99,17 +99,17 @@ def measure(path: Path, threads: int | None) -> Results:
         try:
             config = of_json(bundle.benchmark if threads is None else {**bundle.benchmark, "threads": threads})
         except (TypeError, ValueError) as error:
-            msg = f"{path}: a benchmark configuration of another crqat ({error}); make the bundle anew"
+            msg = f"{path}: the benchmark configuration is from another crqat ({error}); make the bundle again"
             raise UsageError(msg) from error
         results = benchmark(folder / bundles.EXPORT, config, say_progress())
         return replace(results, bundle=bundle.sha256, crqat_version=bundle.crqat_version)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; the exit code is 0, or as crqat's: 2, 3, 130 or 141.
+    """Run the command line; return the exit code 0, or as crqat 2, 3, 130 or 141.
 
     Args:
-        arguments: Without the program's name; None takes the process's own.
+        arguments: Arguments without the program's name; None uses those of the process.
     """
     parser = argparse.ArgumentParser(prog="python -m runtime_eval", description="Measure an export on this machine.")
     parser.add_argument("path", type=Path, help="a run's `export` directory, or a bundle: the archive, or unpacked")
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
                 raise ToolError(msg) from error
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left of the table must not become an error of Python's
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the rest of the table must not cause an error in Python
         return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("runtime_eval: interrupted", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The `benchmark` stage: an export directory in, measured results of each of its models out."""
+"""The `benchmark` stage: measures each model of an export directory."""
 
 from __future__ import annotations
 
@@ -48,16 +48,16 @@ from crqat.runtime_eval.trt import coverage, engine
 from crqat.runtime_eval.trt import versions as tensorrt_api
 
 FLOAT, FLOAT16 = "float", "float16"
-# What OpenVINO runs, too, and as which targets: the float file, and that of a target which says so.
+# Targets of the files that OpenVINO runs too: the float file, and that of a target with `runs_also`.
 FLOAT_OPENVINO = "float_openvino"
 FOR_OPENVINO = {FLOAT: FLOAT_OPENVINO} | {name: OPENVINO for name, t in TARGETS.items() if OPENVINO in t.runs_also}
-# Kernels are chosen by times that are measured once, so engines of one file differ; they are measured in turns.
+# The builder chooses kernels by times that it measures once, so engines of one file differ; they take turns.
 BUILDS = 3
 
 
 @dataclass
 class _Model:
-    """One file while it is measured."""
+    """A file during its measurement."""
 
     entry: ExportedModel
     path: Path
@@ -81,23 +81,23 @@ class _Model:
 
     @property
     def runtime(self) -> str:
-        """What runs it."""
+        """Runtime that runs the file."""
         if self.entry.target in FOR_OPENVINO.values():
             return OPENVINO
         return TENSORRT.name if self.plans else RUNTIME
 
     @property
     def name(self) -> str:
-        """What it is called in the results: its file, and what runs it where one file is run by two."""
+        """Name in the results: the file's name, with the runtime if two runtimes run the file."""
         return f"{self.entry.file}@{OPENVINO}" if self.runtime == OPENVINO else self.entry.file
 
     def file(self, turn: int) -> Path:
-        """What is loaded in a round: the ONNX file, or one of the engines that were built from it, in turns."""
+        """File to load in a round: the ONNX file, or one of the engines that were built from it, in turns."""
         return self.plans[turn % len(self.plans)] if self.plans else self.path
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
-        """A failure of the model's process ends the body and is kept as the model's result."""
+        """Context manager that stores a failure of the model's process as the model's result."""
         try:
             yield
         except ToolError as error:
@@ -107,17 +107,17 @@ class _Model:
 def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> Results:
     """Measure every model of an export on this machine.
 
-    A model whose process dies, hangs or answers nonsense has the status "failed: ..."; the others are measured.
+    A model whose process dies, hangs or returns invalid output gets the status "failed: ..."; the others are measured.
 
     Args:
-        export_dir: A directory written by the `export` stage; its hashes are checked.
-        config: How to measure.
-        progress: Told of rounds and images.
+        export_dir: Directory written by the `export` stage; its hashes are checked.
+        config: Settings of the measurement.
+        progress: Callback for the progress of rounds and images.
 
     Raises:
-        UsageError: The directory is no export, or a file in it is missing or damaged.
+        UsageError: The directory is not an export, or a file in it is missing or damaged.
     """
-    export_dir = export_dir.resolve()  # a new export that becomes current meanwhile must not mix with this one
+    export_dir = export_dir.resolve()  # a new export may become current during the benchmark
     manifest, parent = verify_stage(export_dir), manifest_hash(export_dir)
     payload, images, labels = _read_payload(export_dir, manifest)
     entries = list(payload.models)
@@ -150,7 +150,7 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
 
 
 def _version() -> str | None:
-    """This crqat's version; None where it is not installed but came with a bundle."""
+    """Return this crqat's version; None if crqat was not installed but came with a bundle."""
     try:
         return metadata.version("crqat-edge")
     except metadata.PackageNotFoundError:
@@ -160,7 +160,7 @@ def _version() -> str | None:
 def _read_payload(
     export_dir: Path, manifest: Manifest
 ) -> tuple[ExportPayload, npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """The payload, the images uint8 [N, C, H, W] (memory-mapped) and the labels int64 [N] of an export."""
+    """Return an export's payload, images uint8 [N, C, H, W] (memory-mapped) and labels int64 [N]."""
     if manifest.stage != "export":
         msg = f"{export_dir}: not an export but the stage {manifest.stage}; give the run's `export` directory"
         raise UsageError(msg)
@@ -174,7 +174,7 @@ def _read_payload(
             msg = f"{export_dir}: the manifest names {name} as a model or data but not as a file; export again"
             raise UsageError(msg)
     if targets.count(FLOAT) != 1:
-        msg = f"{export_dir}: {targets.count(FLOAT)} float models; exactly one is what the others are compared with"
+        msg = f"{export_dir}: has {targets.count(FLOAT)} float models, not exactly one to compare with; export again"
         raise UsageError(msg)
     for entry in entries:
         _refuse_external_data(export_dir / entry.file)
@@ -193,9 +193,9 @@ def _refuse_external_data(path: Path) -> None:
     try:
         tensor = onnx_header.external_tensor(path)
     except UsageError:
-        return  # no runtime will load it, and why becomes this model's result
+        return  # no runtime will load the file; the reason becomes this model's result
     if tensor is not None:
-        msg = f"{path}: the tensor {tensor} lies in another file; external data is refused, export again"
+        msg = f"{path}: the tensor {tensor} is stored in another file; external data is refused, export again"
         raise UsageError(msg)
 
 
@@ -209,10 +209,10 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
 
 
 def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Progress, folder: Path) -> None:
-    """Build the engines of the files for TensorRT where a builder is installed; a failed one is a result, too.
+    """Build the engines of the TensorRT files if a builder is installed; a failure is a result too.
 
-    Without a GPU the engine of the quantized file is built to be looked at. With one, those of the float files are
-    built too, several of each, and measured.
+    Without a GPU, the engine of the quantized file is built only for its report. With a GPU, several engines of each
+    file, including the float files, are built and measured.
     """
     builder = tensorrt_api.choose()
     runs = builder == tensorrt_api.TENSORRT
@@ -242,12 +242,12 @@ def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Prog
 
 
 def _for_engine(model: _Model) -> bool:
-    """Whether TensorRT is to run it, where it can: the file for it, and the two that INT8 has to be faster than."""
+    """Return whether TensorRT should run the file: the file for it, and the two float files to compare INT8 with."""
     return model.entry.target in (FLOAT, FLOAT16) or builds_engine(model.entry.target)
 
 
 def _engine_summary(model: _Model) -> EngineSummary | None:
-    """A model's entry `engine` in the results; None of what is not for TensorRT."""
+    """Return the entry `engine` of a model's results; None if the file is not for TensorRT."""
     if not builds_engine(model.entry.target):
         return None
     return EngineSummary(status=model.engine_failure) if model.engine is None else coverage.headline(model.engine)
@@ -261,10 +261,10 @@ def _measure(
     progress: Progress,
     watch: Watch,
 ) -> None:
-    """Fill in the models' predictions, latency and memory. One process lives at a time and has the machine to itself.
+    """Measure the models' predictions, latency and memory. Only one process runs at a time.
 
     Raises:
-        UsageError: A label is no class of a model.
+        UsageError: A label is not a class of a model.
     """
     for model in models:
         model.not_run = None if model.plans else _obstacle(model)
@@ -288,7 +288,7 @@ def _measure(
             top = Path(scratch) / "top.npy"
             worker.accuracy(config.accuracy_batch, top, partial(progress, task))
             model.top = np.load(top, allow_pickle=False)
-            if model.plans:  # an engine has other kernels at another batch
+            if model.plans:  # an engine uses other kernels at another batch size
                 worker.accuracy(1, top, partial(progress, f"{task} at batch 1"))
                 model.top_single = np.load(top, allow_pickle=False)
             elif model.entry.expected_codes is not None:
@@ -298,7 +298,7 @@ def _measure(
     for turn in range(config.latency_rounds):
         timed = [model for model in runnable if model.failure is None and _is_timed(model, config)]
         for position in range(len(timed)):
-            model = timed[(position + turn) % len(timed)]  # nobody always follows the same neighbour
+            model = timed[(position + turn) % len(timed)]  # no model always follows the same neighbour
             with model.attempt(), Worker(model.file(turn), images, config, model.runtime) as worker:
                 progress("latency", turn, config.latency_rounds, model.name)
                 slice_seconds = config.latency_seconds / config.latency_rounds
@@ -311,7 +311,7 @@ def _measure(
 
 
 def _is_timed(model: _Model, config: BenchmarkConfig) -> bool:
-    """Whether what runs a model here is what it was written for; otherwise it runs to count its right answers only."""
+    """Return whether the model's latency is measured here; other models run only for their accuracy."""
     if model.runtime == OPENVINO:
         return True
     by_tensorrt = bool(model.plans) or config.provider in TENSORRT_PROVIDERS
@@ -321,7 +321,7 @@ def _is_timed(model: _Model, config: BenchmarkConfig) -> bool:
 def _result(
     model: _Model, models: list[_Model], labels: npt.NDArray[np.int64], config: BenchmarkConfig, watch: Watch
 ) -> ModelResult:
-    """One model's entry in the results."""
+    """Return one model's entry in the results."""
     timed: Latency | NoLatency | None = None
     top = None if model.failure is not None else model.top
     single = None if model.failure is not None else model.top_single
@@ -359,12 +359,12 @@ def _result(
 def _versus_float(
     model: _Model, top: npt.NDArray[np.int64], models: list[_Model], labels: npt.NDArray[np.int64]
 ) -> VersusFloat | None:
-    """Against the float network in the same runtime, where that has one of its own."""
+    """Compare with the float network in the same runtime, if that runtime ran a float file."""
     of_openvino = model.runtime == OPENVINO
     baseline = next(other for other in models if other.entry.target == (FLOAT_OPENVINO if of_openvino else FLOAT))
     if baseline.failure is not None or baseline.top is None or model is baseline:
         return None
-    # A ratio across two runtimes says nothing of quantization.
+    # A ratio across two runtimes would not show the effect of quantization.
     comparable = bool(model.rounds) and model.runtime == baseline.runtime
     ratio = latency.compare(baseline.rounds, model.rounds) if comparable else None
     return accuracy.compare(baseline.top, top, labels, model.size / baseline.size, ratio)
@@ -378,13 +378,13 @@ def _versus_float16(model: _Model, models: list[_Model]) -> LatencyRatio | None:
 
 
 def _build(model: _Model, index: int) -> Build:
-    """One of a model's engines: builds differ, since their kernels are chosen by times that were measured once."""
+    """Return one engine of a model; builds differ, because their kernels are chosen by times measured once."""
     rounds = model.rounds[index :: len(model.plans)]
     return Build(sha256_file(model.plans[index]), [1e3 * float(np.median(samples)) for samples in rounds])
 
 
 def _obstacle(model: _Model) -> str | None:
-    """Why a file cannot be measured here: its runtime is missing, or ONNX Runtime gets something else than TensorRT."""
+    """Return why a file cannot be measured here: no runtime, or ONNX Runtime would compute differently; or None."""
     if model.runtime == OPENVINO:
         return None if importlib.util.find_spec(OPENVINO) else "not run: openvino is not installed"
     version = host.onnxruntime_version()
@@ -398,7 +398,7 @@ def _obstacle(model: _Model) -> str | None:
 
 
 def _not_run(model: _Model) -> str:
-    """Why the latency of a file that was not made for ONNX Runtime's provider is not measured."""
+    """Return why the latency of a file for another execution provider is not measured."""
     if model.entry.target != FLOAT16 and not builds_engine(model.entry.target):
         return "not run: the file is for another execution provider"
     if not host.cuda_device():

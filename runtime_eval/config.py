@@ -1,4 +1,4 @@
-"""The `benchmark` stage's part of a recipe."""
+"""Settings of the `benchmark` stage in a recipe."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from crqat.core.field_bounds import STRICT, Range
 
-# What a session is asserted to run on. Names of ONNX Runtime's own.
+# Providers that a session can be required to run on, by ONNX Runtime's names.
 Provider = Literal[
     "CPUExecutionProvider",
     "CUDAExecutionProvider",
     "TensorrtExecutionProvider",
     "NvTensorRTRTXExecutionProvider",
 ]
-# On these the file for TensorRT is the one that is timed.
+# On these providers, the file for TensorRT is the one that is timed.
 TENSORRT_PROVIDERS = ("TensorrtExecutionProvider", "NvTensorRTRTXExecutionProvider")
 
 
 @dataclass(frozen=True)
 class BenchmarkConfig:
-    """How a model is measured.
+    """Settings for measuring models.
 
     Attributes:
         threads: Threads that one inference may use.
-        provider: ONNX Runtime's execution provider; another one taking its place is an error.
-        warm_up_seconds: Inferences at the start of each process that are not counted.
-        latency_rounds: Rounds in which the models take turns, each time in a new process. From 6 on the interval of the
-            median ratio reaches 95 %.
-        latency_seconds: Counted time of one model over all rounds.
-        accuracy_batch: Images of one inference where accuracy is measured.
-        cuda_graph: Run a TensorRT engine as a CUDA graph, which takes the host's launches out of the latency.
-        openvino: Measure the float file and the one for ONNX Runtime in OpenVINO, too.
-        require: Runtimes without whose latency the gate does not judge but ends with an error; "openvino" here
-            measures it, too.
-        time_limit_seconds: A model's process that is silent for longer than this is taken for hung; so is the build of
-            an engine that takes longer.
+        provider: ONNX Runtime's execution provider; it is an error if ONNX Runtime uses another one.
+        warm_up_seconds: Duration of uncounted inferences at the start of each process.
+        latency_rounds: Rounds in which the models take turns, each time in a new process. From 6 rounds on, the
+            interval of the median ratio reaches 95 %.
+        latency_seconds: Total counted time of one model over all rounds.
+        accuracy_batch: Batch size for measuring accuracy.
+        cuda_graph: Run a TensorRT engine as a CUDA graph, which removes the host's kernel launches from the latency.
+        openvino: Also measure the float file and the file for ONNX Runtime in OpenVINO.
+        require: Runtimes whose latency must be measured; without it the gate ends with an error. "openvino" here also
+            enables its measurement.
+        time_limit_seconds: A model's process that is silent for longer is considered hung, as is an engine build that
+            takes longer.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -53,17 +53,17 @@ class BenchmarkConfig:
 
 
 def of_json(values: Mapping[str, Any]) -> BenchmarkConfig:
-    """The configuration that a bundle brings: a recipe's was checked by pydantic, which a board does not have.
+    """Return the configuration from a bundle. Pydantic checks a recipe's; a board has no pydantic.
 
     Raises:
-        TypeError, ValueError: A key is unknown, or a value is of another type or not positive.
+        TypeError, ValueError: A key is unknown, or a value has another type or is not positive.
     """
     config = BenchmarkConfig(**values)
     for item in fields(config):
         value, default = getattr(config, item.name), item.default
         texts = isinstance(default, tuple) and isinstance(value, list) and all(isinstance(text, str) for text in value)
         if not texts and type(value) is not type(default) and not (type(value) is int and type(default) is float):
-            msg = f"{item.name} is {value!r}"
+            msg = f"{item.name} has the wrong type: {value!r}"
             raise TypeError(msg)
         if not isinstance(value, bool | str | list | tuple) and not 0 <= value < 2**31:
             msg = f"{item.name} is {value}"

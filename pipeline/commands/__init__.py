@@ -1,1 +1,1 @@
-"""The commands beside the four stages."""
+"""The commands besides the four stages."""

@@ -1,4 +1,4 @@
-"""The `advise` command: the cheapest way to an INT8 network that passes the gate, found step by step."""
+"""The `advise` command: searches step by step for the cheapest INT8 network that passes the gate."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from crqat.pipeline.stages import run as stages
 from crqat.train.config import DataConfig, ModelConfig, Override, QATConfig, QuantizationConfig
 
 JSON, PICTURE, RECIPE = "advice.json", "advice.png", "recipe.yaml"
-# Of the training images, held back from everything else, where the recipe and the user name none.
+# Share of the training images that is held out if neither the recipe nor the user names judging images.
 HELD_BACK = 0.2
-# Of a recipe's QAT: what a short one is.
+# Share of a recipe's QAT that a short QAT runs.
 _SHORT = 4
-# One bit more for the weights, as a mean over all layers, or one layer in ten in float.
+# One more bit for the weights, as a mean over all layers, or one layer in ten in float.
 _WIDER_BITS, _FLOAT_SHARE = 1, 10
 _IMAGES = 128
 
@@ -40,7 +40,7 @@ _Int = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class _Judges:
-    """What judges: the labels, and the float network's answers."""
+    """Labels of the judging images, and the float network's predictions on them."""
 
     labels: _Int
     float_answers: _Int
@@ -48,15 +48,15 @@ class _Judges:
 
 @dataclass
 class Ladder:
-    """A recipe's steps, from the cheapest on.
+    """Steps of `crqat advise` for one recipe, from the cheapest on.
 
     Attributes:
-        config: The recipe that is to be advised on.
-        runs: The directory of all runs; each step's lies there under the recipe's name and the step's.
-        judge: A folder of class folders whose images judge; None takes those that the recipe's image list names for it,
-            or holds a part of the training images back.
-        progress: Told of what the steps do.
-        every: Whether all steps are run although one passes.
+        config: Recipe to advise on.
+        runs: Directory of all runs; each step's run lies there under the recipe's name and the step's name.
+        judge: Folder of class folders with the judging images; None takes those that the recipe's image list marks, or
+            holds out a part of the training images.
+        progress: Callback for the progress of the steps.
+        every: Whether to run all steps even after one has passed.
         trains: Whether steps may train.
     """
 
@@ -71,7 +71,7 @@ class Ladder:
         data = self.config.data
         if self.judge is None and data.judging is None and data.image_list is None:
             data = replace(data, judging=HELD_BACK)
-        # No step but the last may train, and each is what its name says and nothing else.
+        # Only the last step may train, and each step is exactly what its name says.
         self._base = replace(
             self.config,
             data=data,
@@ -84,10 +84,10 @@ class Ladder:
         self.configs: dict[str, recipe.Recipe] = {}
 
     def climb(self) -> Advice:
-        """Try one step after the other until one passes.
+        """Try one step after another until one passes.
 
         Raises:
-            UsageError: As the train stage, or the judging images do not fit the recipe.
+            UsageError: As in the train stage, or the judging images do not fit the recipe.
         """
         self._read()
         for name, config in self._steps():
@@ -114,7 +114,7 @@ class Ladder:
         )
 
     def _steps(self) -> Iterator[tuple[str, recipe.Recipe]]:
-        """Each step as a recipe; what later ones build on is the best of those before."""
+        """Yield each step as a recipe; later steps build on the best step before them."""
         base = self._base
         for method in ("minmax", "percentile", "mse"):
             yield f"calibration-{method}", replace(base, quantization=replace(base.quantization, calibration=method))
@@ -144,7 +144,7 @@ class Ladder:
         return self.configs[min(self.found, key=_rank).name]
 
     def _wider(self, best: recipe.Recipe) -> QuantizationConfig:
-        """The layers that lose most with more bits, or in float where they have eight."""
+        """Return the layers that lose most, with more bits, or in float if they have eight bits."""
         from crqat.export.analysis.bit_allocation import allocate
         from crqat.export.analysis.bit_width_cost import Divergences
 
@@ -211,7 +211,7 @@ class Ladder:
         )
 
     def _judging(self) -> _Judges:
-        """The images that judge, and the first step's float network on them; read once."""
+        """Return the judging images and the first step's float network on them; they are read only once."""
         if self._judges is None:
             from crqat.train.checkpoint import read_tensors
             from crqat.train.models import build as models
@@ -223,7 +223,7 @@ class Ladder:
         return self._judges
 
     def _read(self) -> None:
-        """The images that judge, before anything is trained."""
+        """Read the judging images before anything is trained."""
         from crqat.train.data import sources
         from crqat.train.data.batches import subset
         from crqat.train.data.split import split_of
@@ -244,15 +244,15 @@ class Ladder:
         n, limit = len(labels), self.config.gate.max_accuracy_drop
         key = "data.judging" if self.judge is None else "--judge"
         if len(set(labels.tolist())) < 2:
-            msg = f"{key}: the {n} images that judge are all of one class; add images of others"
+            msg = f"{key}: all {n} judging images have one class; add images of other classes"
             raise UsageError(msg)
         from crqat.runtime_eval.measure.accuracy import tango
 
         least = 100 * tango(0, 0, n)[1]
         if limit is not None and least > limit:
             msg = (
-                f"{key}: {n} images cannot show that a drop is within {limit:g} points: with no difference at all its "
-                f"upper bound is {least:.2f}; take more images or a larger gate.max_accuracy_drop"
+                f"{key}: {n} images cannot show that a drop is within {limit:g} points: even with no difference its "
+                f"upper bound is {least:.2f}; add images, or raise gate.max_accuracy_drop"
             )
             raise UsageError(msg)
 
@@ -265,31 +265,31 @@ class Ladder:
     def _source(self) -> str:
         if self.judge is not None:
             return str(self.judge)
-        return "listed for it" if self._base.data.judging is None else "a part of the training images, held back"
+        return "listed for it" if self._base.data.judging is None else "held out from the training images"
 
     def _understated(self) -> str:
-        """Whether the float network may have been trained on the images that judge."""
+        """Return why the drop may be understated: the float network may have seen the judging images."""
         if self._base.data.judging is None or self.config.model.weights is None:
             return ""
         return (
             "the float network was trained elsewhere and may have seen these images: the drop may be understated; name "
-            "a folder that it has not seen by --judge"
+            "a folder of images that it has not seen with --judge"
         )
 
 
 def _rank(step: Step) -> tuple[int, float]:
-    """What makes a step better than another: its verdict first."""
+    """Return a sort key for steps: the verdict first, then the accuracy drop."""
     return ("pass", "inconclusive", "fail").index(step.status), step.drop_points
 
 
 def _gate(step: Step) -> str:
-    """The verdict, and the rules that are in its way."""
+    """Return the verdict and the rules that did not pass."""
     rules_ = [verdict.rule.replace("_", " ") for verdict in step.verdicts if verdict.status == step.status != "pass"]
     return ": ".join([step.status, ", ".join(rules_)]) if rules_ else step.status
 
 
 def write(ladder: Ladder, advice: Advice, out: Path) -> None:
-    """Write the table's numbers, the picture and the chosen recipe."""
+    """Write the table's figures, the picture and the chosen recipe."""
     out.mkdir(parents=True, exist_ok=True)
     (out / JSON).write_text(text(advice))
     _draw(out / PICTURE, advice, ladder.config.gate.max_accuracy_drop)
@@ -301,7 +301,7 @@ def write(ladder: Ladder, advice: Advice, out: Path) -> None:
 
 
 def show(advice: Advice, out: Path) -> None:
-    """The table, what was chosen, and the files, on stdout."""
+    """Print the table, the chosen step and the files on stdout."""
     rows = []
     for step in advice.steps:
         low, high = step.drop_interval_points
@@ -333,7 +333,7 @@ def show(advice: Advice, out: Path) -> None:
 
 
 def _draw(path: Path, advice: Advice, limit: float | None) -> None:
-    """Each step's drop with its interval, and the limit."""
+    """Draw each step's drop with its interval, and the limit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The `check` command: what a run directory or a file is, and whether it is intact."""
+"""The `check` command: identifies a run directory or a file and checks whether it is intact."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from crqat.pipeline.console import printable
 
 
 def check(path: Path, overrides: tuple[str, ...] = (), syntax: bool = False, progress: Progress = quiet) -> list[str]:
-    """Verify what is there and describe it in lines.
+    """Verify a run directory or a file and describe it in lines.
 
     Args:
-        path: A run directory or a file.
-        overrides: Of a recipe, as --set has them.
-        syntax: Read a recipe, and do not try it.
-        progress: Told of what is tried.
+        path: Run directory or file.
+        overrides: Values that replace a recipe's, as in --set.
+        syntax: Only read a recipe, without trying it.
+        progress: Callback for the progress of the checks.
 
     Raises:
-        UsageError: It is damaged, or it is nothing that crqat knows.
+        UsageError: The path is damaged or of a kind that crqat does not know.
     """
     if path.is_dir():
         lines = _check_directory(path)
@@ -53,7 +53,7 @@ def _check_directory(path: Path) -> list[str]:
     found = [stage for stage in staleness.STAGES if (path / stage).exists()]
     found += sorted(device.name for device in path.glob("benchmark@*"))
     if not found:
-        msg = f"{path}: no run here: none of {', '.join(staleness.STAGES)}"
+        msg = f"{path}: not a run directory: it has none of {', '.join(staleness.STAGES)}"
         raise UsageError(msg)
     lines = []
     for stage in found:
@@ -72,7 +72,7 @@ def _check_directory(path: Path) -> list[str]:
 
 
 def _describe(directory: Path, manifest: run_directory.Manifest) -> str:
-    """One line of a stage whose files were verified."""
+    """Return one line that describes a stage whose files were verified."""
     environment = manifest.environment
     versions = environment.get("versions")
     version = versions.get("crqat-edge", "unknown") if isinstance(versions, dict) else "unknown"
@@ -83,7 +83,7 @@ def _describe(directory: Path, manifest: run_directory.Manifest) -> str:
 
 
 def _check_hash(path: Path) -> list[str]:
-    """Compare a file with the manifest beside it, if there is one that names it."""
+    """Compare a file with the manifest next to it, if there is one that names it."""
     if not (path.parent / run_directory.MANIFEST).is_file():
         return []
     manifest = run_directory.read_manifest(path.parent)
@@ -92,7 +92,7 @@ def _check_hash(path: Path) -> list[str]:
     if run_directory.sha256_file(path) != manifest.files[path.name]:
         msg = f"{path}: altered or damaged (its SHA-256 is not the manifest's); run the stage again with --force"
         raise UsageError(msg)
-    return [f"{path}: as the manifest beside it says"]
+    return [f"{path}: matches the manifest next to it"]
 
 
 def _check_recipe(path: Path, overrides: tuple[str, ...], syntax: bool, progress: Progress) -> list[str]:

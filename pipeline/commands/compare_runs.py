@@ -1,4 +1,4 @@
-"""Several runs side by side under their names: accuracy paired by image, latency, size and INT8 coverage."""
+"""Compares several runs: accuracy paired by image, latency, size and INT8 coverage."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _FLOAT16 = "float16"
 
 @dataclass(frozen=True)
 class _Run:
-    """A finished run: its name, what was exported and measured, and the test images' hashes."""
+    """A finished run: its name, its export and results, and the hashes of the test images."""
 
     name: str
     export: ExportPayload
@@ -43,13 +43,13 @@ class _Run:
 
 
 def compare(directories: Sequence[Path]) -> Comparison:
-    """Each file of each run against the same target's file of the first one.
+    """Compare each file of each run with the first run's file for the same target.
 
     Args:
-        directories: Of finished runs, at least two.
+        directories: Run directories of finished runs, at least two.
 
     Raises:
-        UsageError: One is no finished run, or is damaged.
+        UsageError: A run is not finished or is damaged.
     """
     names = [directory.resolve().name for directory in directories]
     runs = [
@@ -90,7 +90,7 @@ def _compared(first: tuple[_Run, str, ModelResult], own: tuple[_Run, str, ModelR
     elif run.hashes != first[0].hashes:
         unpaired = "other test images"
     elif before is None or after is None:
-        unpaired = "the answers were not kept; benchmark again"
+        unpaired = "the predictions were not stored; run the benchmark again"
     else:
         was_right, is_right = before == run.labels, after == run.labels
         n, won, lost = len(run.labels), int((is_right & ~was_right).sum()), int((was_right & ~is_right).sum())
@@ -118,7 +118,7 @@ def _compared(first: tuple[_Run, str, ModelResult], own: tuple[_Run, str, ModelR
 
 
 def _int8_share(export: ExportPayload, entry: ExportedModel | None, model: ModelResult) -> float | None:
-    """Of the multiply-accumulates: of TensorRT's engine, or of the layers that ONNX Runtime computes in integers."""
+    """Return the INT8 share of the multiply-accumulates of TensorRT's engine or of ONNX Runtime's optimized graph."""
     if model.engine is not None:
         return None if model.engine.coverage is None else model.engine.coverage.by_macs
     total = sum(layer.macs for layer in export.layers)
@@ -132,7 +132,7 @@ def _int8_share(export: ExportPayload, entry: ExportedModel | None, model: Model
 
 
 def show(comparison: Comparison) -> None:
-    """The table on stdout."""
+    """Print the table on stdout."""
     devices = {row.device for row in comparison.rows}
     several = len(devices) > 1
     rows = [[console.printable(cell) for cell in _cells(row, several)] for row in comparison.rows]
@@ -160,15 +160,15 @@ def _cells(row: Compared, several: bool) -> list[str]:
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Accuracy with its interval, and latency, one line for each file of each run.
+    """Draw accuracy with its interval and latency, one line for each file of each run.
 
     Args:
-        comparison: What is drawn.
+        comparison: Comparison to draw.
         path: A .png, .svg or .pdf file.
 
     Raises:
-        UsageError: The file's name has another ending.
-        ToolError: It cannot be written.
+        UsageError: The file name has another extension.
+        ToolError: The file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The `doctor` command: what this machine can do, and what is missing for what."""
+"""The `doctor` command: reports what works on this machine, and what is missing for what."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MISSING = 3
 # One multiply-accumulate instruction for INT8, on x86 and on ARM.
 _DOT_PRODUCT = ("avx512_vnni", "avx_vnni", "asimddp", "i8mm")
 
-# Of every version the combinations that were run from recipe to verdict: `make test-versions` writes it.
+# The version combinations that ran from recipe to verdict; `make test-versions` writes the file.
 VERSIONS = Path(__file__).with_name("versions.json")
 
 
@@ -31,11 +31,11 @@ class Finding:
     """One row of the table.
 
     Attributes:
-        what: The part.
-        found: What was found; None if it is missing.
-        purpose: What it is for.
-        remedy: What to do if it is missing.
-        needed: The path from recipe to verdict does not work without it.
+        what: Name of the part.
+        found: What was found; None if the part is missing.
+        purpose: What the part is for.
+        remedy: What to do if the part is missing.
+        needed: Whether the path from recipe to verdict needs the part.
     """
 
     what: str
@@ -46,7 +46,7 @@ class Finding:
 
 
 def show() -> int:
-    """Print the table and the conclusion; return the exit code."""
+    """Print the table and the conclusion, and return the exit code."""
     findings = examine()
     columns = ("what", "found", "what it is for", "what to do")
     rows = [(item.what, item.found or "MISSING", item.purpose, "" if item.found else item.remedy) for item in findings]
@@ -61,7 +61,7 @@ def show() -> int:
 
 
 def examine() -> list[Finding]:
-    """Look at everything. Heavy libraries are really imported, since an installed one may be broken."""
+    """Examine every part. Heavy libraries are really imported, because an installed one may be broken."""
     reinstall = "pip install crqat-edge in this environment again"
     torch, nncf, onnx, runtime, sklearn = (
         _import(name) for name in ("torch", "nncf", "onnx", "onnxruntime", "sklearn.datasets")
@@ -89,7 +89,7 @@ def examine() -> list[Finding]:
             "TensorRT",
             _released("tensorrt"),
             "engines for the CUDA device here",
-            "pip install tensorrt, beside a CUDA device; on a Jetson it is JetPack's",
+            "pip install tensorrt, on a machine with a CUDA device; a Jetson uses JetPack's",
         ),
         Finding(
             "TensorRT for RTX",
@@ -113,9 +113,9 @@ def examine() -> list[Finding]:
 
 
 def tested(package: str) -> list[str]:
-    """The versions of a package that took two networks to a gate in which nothing failed, oldest first.
+    """Return the versions of a package with which two networks ran to a gate without failures, oldest first.
 
-    Where a rule could not be measured with it, a version says "(inconclusive)": docs/versions.md has which.
+    A version is followed by "(inconclusive)" if a rule could not be measured with it; docs/versions.md says which.
     """
     rows = [row for row in json.loads(VERSIONS.read_text())["rows"] if package in row["versions"]]
     passed = {row["versions"][package] for row in rows if row["status"] == "passed"}
@@ -125,7 +125,7 @@ def tested(package: str) -> list[str]:
 
 
 def _import(name: str) -> ModuleType | None:
-    """A module, without its greetings; None if it cannot be imported for whatever reason."""
+    """Import a module quietly; return None if the import fails for any reason."""
     previous = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -133,7 +133,7 @@ def _import(name: str) -> ModuleType | None:
         with warnings.catch_warnings(), contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
             warnings.simplefilter("ignore")
             return importlib.import_module(name)
-    except Exception:  # a broken installation raises what it likes; it is missing all the same
+    except Exception:  # a broken installation may raise anything and counts as missing
         return None
     finally:
         logging.disable(previous)
@@ -149,7 +149,7 @@ def _version(module: ModuleType | None) -> str | None:
 
 
 def _released(name: str) -> str | None:
-    """A package's version. One without a version is an empty directory that stubs for a type checker have left."""
+    """Return a package's version. A package without one is an empty directory that type stubs have left."""
     version = getattr(_import(name), "__version__", None)
     return None if version is None else str(version)
 
@@ -168,7 +168,7 @@ def _dot_product() -> str | None:
 
 
 def _cuda(torch: ModuleType | None) -> str | None:
-    """The device's name, or that there is one which PyTorch does not use: training and TensorRT are two things."""
+    """Return the device's name, or a note that PyTorch does not use it; TensorRT may use it anyway."""
     if torch is not None and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return "a device file, but PyTorch does not use it" if host.cuda_device() else None

@@ -1,4 +1,4 @@
-"""Folders of images that `crqat init` is pointed at: what they hold, and how a recipe names them."""
+"""Detects what a folder of images holds for `crqat init`, and how a recipe names it."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from crqat.train.data.imagelist import ImageList
     from crqat.train.data.streaming import StoredImages
 
-# Files whose sizes are looked at.
+# Number of files whose image sizes are read.
 _HEADERS = 1000
-# A folder with fewer images is no data set.
+# Fewest images that are accepted as a data set.
 _FEWEST = 20
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of images.
+    """Contents of a folder of images.
 
     Attributes:
-        data: What the recipe's `data` section says of the place.
-        classes: Names.
-        sides: Width and height of some images and how many have them; empty where nobody looked.
-        modes: Pillow's modes of the same images.
-        parts: Training and test images, given size, crop, whether to convert, and channels.
-        labels: Of the test images.
-        listed: What is to be written beside the recipe for `data.image_list`.
+        data: Entries of the recipe's `data` section for this folder.
+        classes: Class names.
+        sides: Number of images by width and height, for some images; empty if sizes were not read.
+        modes: Number of images by Pillow mode, for the same images.
+        parts: Function that returns the training and test images for a size, crop, convert flag and channels.
+        labels: Labels of the test images.
+        listed: Text to write next to the recipe for `data.image_list`.
     """
 
     data: dict[str, Any]
@@ -47,19 +47,19 @@ class Folder:
 
 
 def read(images: Path, image_list: Path, progress: Progress) -> Folder:
-    """What lies in a folder, by what it holds.
+    """Detect how a folder stores its images and return its contents.
 
     Args:
-        images: The folder, as `--images` names it.
-        image_list: Where a list of its images would be written.
-        progress: Told of what is left out.
+        images: Folder as given with `--images`.
+        image_list: Path where a list of the images would be written.
+        progress: Callback that reports what is left out.
 
     Raises:
-        UsageError: It is none that a recipe can name.
+        UsageError: A recipe cannot name this folder.
     """
     root = user_path(str(images), "--images")
     if not root.is_dir():
-        msg = f"--images: {root} is no folder"
+        msg = f"--images: {root} is not a folder"
         raise UsageError(msg)
     if (root / "dataset_dict.json").is_file():
         return _table(images, root)
@@ -69,9 +69,7 @@ def read(images: Path, image_list: Path, progress: Progress) -> Folder:
     if any(root.glob("train-*.tar")):
         return _shards(images, root, progress)
     if root.name in ("train", "test", "val") and (root.resolve().parent / "train").is_dir():
-        msg = (
-            f"--images: {root} is one part of {root.resolve().parent}, which has the others beside it; name that folder"
-        )
+        msg = f"--images: {root} is one part of {root.resolve().parent}, next to the other parts; name that folder"
         raise UsageError(msg)
     return _class_folders(images, root, image_list)
 
@@ -86,7 +84,7 @@ def _split_folders(images: Path, root: Path, progress: Progress) -> Folder:
 
 
 def _class_folders(images: Path, root: Path, image_list: Path) -> Folder:
-    """Half of each class for training, half for testing, drawn at random."""
+    """Return a folder of class folders: half of each class for training, half for testing, drawn at random."""
     import torch
 
     from crqat.train.data.imagefolder import list_images
@@ -145,7 +143,7 @@ def _of_files(
 
 
 def _header(file: ImageFile) -> tuple[tuple[int, int], str]:
-    """Width and height, and mode, of an image upright; nothing is decoded."""
+    """Return the upright width and height of an image, and its mode, without decoding it."""
     from PIL import Image
 
     from crqat.core.image_file import formats
@@ -155,7 +153,7 @@ def _header(file: ImageFile) -> tuple[tuple[int, int], str]:
             width, height = image.size
             turned = image.getexif().get(0x0112, 1) >= 5
             return (height, width) if turned else (width, height), image.mode
-    except Exception as error:  # a damaged file fails in whatever way its bytes lead the reader to
+    except Exception as error:  # what a reader raises on a damaged file depends on the file's bytes
         msg = f"{file.path}: cannot be read as an image ({type(error).__name__}); replace or remove it"
         raise UsageError(msg) from error
 
@@ -187,5 +185,5 @@ def _table(images: Path, root: Path) -> Folder:
 
 
 def spread(items: Sequence[Any], count: int) -> list[Any]:
-    """At most so many, evenly over all of them."""
+    """Return at most `count` items, spread evenly over all items."""
     return [items[index * len(items) // count] for index in range(count)] if len(items) > count else list(items)

@@ -1,4 +1,4 @@
-"""The `inspect` command: a file's TensorRT engine, layer by layer, as a person reads it."""
+"""The `inspect` command: shows the TensorRT engine of a file layer by layer."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ _AGAIN = "give an .onnx file, an engine report of this crqat or an inspector's J
 
 
 def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path | None) -> None:
-    """Show the engine of an ONNX file, which is built, or of a report or an inspector's JSON, which is read.
+    """Build and show the engine of an ONNX file, or show an engine report or an inspector's JSON.
 
     Args:
         path: An .onnx file, an engine report (engine.json) or the JSON of TensorRT's engine inspector.
-        options: How to build.
-        bisect: If the file cannot be built, write the smallest part of it that cannot either to the current directory.
-        out: Where to write the report of an engine that was built; None writes none.
+        options: Build options.
+        bisect: If the build fails, write the smallest part of the file that fails too to the current directory.
+        out: File for the report of a built engine; None writes none.
 
     Raises:
-        UsageError: The file is none of these, or no engine can be made of it.
-        ToolError: There is no builder, or a file cannot be written.
+        UsageError: The file is none of these, or no engine can be built from it.
+        ToolError: No builder is installed, or a file cannot be written.
     """
     if not path.is_file():
         msg = f"{path}: {'a directory; name an .onnx file in it' if path.is_dir() else 'no such file'}"
@@ -65,7 +65,7 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         _write(out, typed_json.text(report).encode())
     if report.status == BUILT:
         if bisect:
-            click.echo(f"{path} builds: there is nothing to cut")
+            click.echo(f"{path} builds: there is nothing to bisect")
         show(str(path), report)
         console.give(engines={str(path): report})
         return
@@ -73,16 +73,16 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         cut = _cut(model, options)
         target = Path(f"{path.stem}.cut.onnx")
         _write(target, cut.SerializeToString())
-        click.echo(f"wrote {target}: {len(cut.graph.node)} of {len(model.graph.node)} nodes, which are refused alike:")
+        click.echo(f"wrote {target}: {len(cut.graph.node)} of {len(model.graph.node)} nodes, which fail likewise:")
         for node in cut.graph.node:
             click.echo(printable(f"  {node.op_type} {node.name}"))
     msg = f"{path}: {report.status}"
-    # A builder that died or was stopped says nothing of the file.
+    # A builder that crashed or was stopped says nothing about the file.
     raise ToolError(msg) if report.failure is not None and report.failure.stage == "process" else UsageError(msg)
 
 
 def _macs(path: Path, model: onnx.ModelProto) -> dict[str, int] | None:
-    """The MACs that the export's manifest beside the file states, else what the file itself says."""
+    """Return the MACs from the export's manifest next to the file, or else from the file itself."""
     from crqat.export.graph.macs import file_macs
 
     if (path.parent / run_directory.MANIFEST).is_file():
@@ -106,7 +106,7 @@ def _cut(model: onnx.ModelProto, options: engine.EngineOptions) -> onnx.ModelPro
                 file.write_bytes(content)
                 failure = engine.build(file, options).failure
                 console.say(f"{len(part.graph.node)} nodes: {'refused' if failure else 'built'}")
-                # Numbers in it are line numbers and addresses; what is left tells this failure from another.
+                # Numbers in the text are line numbers and addresses; the rest distinguishes this failure from others.
                 known[content] = re.sub(r"\d+", "#", failure.rule) if failure else None
             return known[content]
 
@@ -114,11 +114,11 @@ def _cut(model: onnx.ModelProto, options: engine.EngineOptions) -> onnx.ModelPro
 
 
 def read(path: Path) -> list[tuple[str, EngineReport]]:
-    """The engine reports in a file by their names: of an engine.json, of one report, or of an inspector's JSON.
+    """Read the engine reports in a file by name: from an engine.json, one report, or an inspector's JSON.
 
     Raises:
-        UsageError: It is none of these, or what it holds cannot be shown.
-        ToolError: It cannot be read.
+        UsageError: The file is none of these, or its contents cannot be shown.
+        ToolError: The file cannot be read.
     """
     try:
         data = strict_json.read(path)
@@ -141,7 +141,7 @@ def read(path: Path) -> list[tuple[str, EngineReport]]:
 
 
 def of_inspector(path: Path, information: Mapping[str, Any]) -> EngineReport:
-    """The report of an engine of which only the inspector's JSON is known."""
+    """Return the report of an engine that is known only from the inspector's JSON."""
     found = engine.Found(source="engine inspector")
     engine.describe_plan(found, plan_layers.from_inspector(information), None)
     report = engine.report_of(path, engine.EngineOptions(), tensorrt_api.TENSORRT, found)
@@ -157,7 +157,7 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def show(name: str, report: EngineReport) -> None:
-    """The table of an engine's layers, then coverage, counts, and what the builder said."""
+    """Print the table of an engine's layers, then coverage, counts and the builder's messages."""
     if report.coverage is None or report.counts is None:
         click.echo(printable(f"{name}: {report.status}"))
         return
@@ -186,7 +186,7 @@ def _first(values: list[str]) -> str:
 
 
 def _title(name: str) -> str:
-    """A generated kernel's name is the list of its operations; the others carry a number of the compiler's."""
+    """Return a readable layer name: a generated kernel's operations, or the name without the compiler's number."""
     body = re.sub(r"_myl\d+_\d+$", "", name)
     if body.startswith("__myl_"):
         words = " ".join(re.findall("[A-Z][a-z]*", body.removeprefix("__myl_")))
@@ -195,7 +195,7 @@ def _title(name: str) -> str:
 
 
 def _short(nodes: list[str]) -> list[str]:
-    """Without quantizers, of which the precisions tell, unless there is nothing else."""
+    """Return the nodes without quantizers, which the precisions show anyway, unless there are no others."""
     return [node for node in nodes if not node.endswith(("QuantizeLinear", "DequantizeLinear"))] or nodes[:1]
 
 

@@ -1,4 +1,4 @@
-"""What fewer bits cost each layer, as table, JSON and picture, and the recipe of mixed bit widths that follows."""
+"""The `sensitivity` command: sensitivity of each layer to fewer bits, and a proposed mixed bit-width recipe."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ JSON, PICTURE, RECIPE = "sensitivity.json", "sensitivity.png", "recipe.yaml"
 def measure(
     config: recipe.Recipe, runs: Path, out: Path, progress: Progress, average_bits: float, images: int
 ) -> SensitivityPayload:
-    """Fill `out` with everything; the run's train stage is finished.
+    """Measure the sensitivities and write all files into `out`; the run's train stage must be finished.
 
     Args:
-        config: The recipe of the run.
-        runs: The directory of all runs.
+        config: Recipe of the run.
+        runs: Directory of all runs.
         out: Empty directory.
-        progress: Told of layers.
-        average_bits: The largest mean bit width over all weights.
-        images: How many calibration images to compare on.
+        progress: Callback for the progress over layers.
+        average_bits: Largest mean bit width over all weights.
+        images: Number of calibration images to compare on.
 
     Returns:
-        The manifest's payload.
+        The payload of the manifest.
     """
     from crqat.export.analysis.bit_allocation import allocate, mean_bits
     from crqat.export.analysis.bit_width_cost import WIDTHS, Divergences
@@ -74,7 +74,7 @@ def measure(
 
 
 def show(directory: Path) -> None:
-    """The table, the sums and the files, on stdout."""
+    """Print the table, the sums and the files on stdout."""
     report = read(Sensitivity, directory / JSON, "run crqat sensitivity again with --force")
     layers, asked = report.layers, report.average_bits
     widths = list(layers[0].divergence)
@@ -87,7 +87,7 @@ def show(directory: Path) -> None:
     divergence, uniform = report.divergence, report.divergence.uniform
     click.echo(f"mean bit width of the weights: {asked.proposed:.3f} bits proposed, {asked.asked:g} allowed")
     click.echo(
-        f"all layers together: {divergence.together:.4f} (sum of the single ones {divergence.sum:.4f}); "
+        f"all layers together: {divergence.together:.4f} (sum over single layers {divergence.sum:.4f}); "
         f"{uniform.bits} bits everywhere: {uniform.together:.4f}"
     )
     click.echo(f"written: {', '.join(str(directory / name) for name in (JSON, PICTURE, RECIPE))}")
@@ -96,7 +96,7 @@ def show(directory: Path) -> None:
 
 
 def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: Sensitivity) -> str:
-    """The run's recipe with the proposed bit widths, from the same float weights, without what is default anyway."""
+    """Return the run's recipe with the proposed bit widths and the same float weights, without default values."""
     overrides = {name: Override(weights=width, activations=width) for name, width in bits.items()}
     model, float_training = config.model, config.float_training
     if model.weights in (None, "pretrained"):
@@ -124,7 +124,7 @@ def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: 
 
 
 def changed(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the default, and what has none."""
+    """Return the values that differ from their default or have none."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if value != usual[key] or key in ("name", "data", "model", "source"):
@@ -134,14 +134,14 @@ def changed(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
 
 
 def _draw(path: Path, layers: Sequence[LayerSensitivity]) -> None:
-    """Divergences as colours, bit widths over layers; the proposed bit widths are marked."""
+    """Draw divergences as colours, bit widths over layers, with the proposed bit widths marked."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     widths = list(layers[0].divergence)
     values = np.array([[row.divergence[width] for row in layers] for width in widths])
-    # Rounding makes a divergence of nothing a tiny number of either sign.
+    # Rounding turns a divergence of 0 into a tiny number of either sign.
     logarithms = np.log10(np.maximum(values, 1e-7))
     figure = Figure(figsize=(max(6.4, 1.5 + 0.28 * len(layers)), 3.6), layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,4 +1,4 @@
-"""The `models` command: which networks work, to which extent, and why not further. Each has a process of its own."""
+"""The `models` command: which networks work, how far, and why not further. Each network runs in its own process."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from crqat.export.verification import UNEXPLAINED
 from crqat.pipeline import console
 
 SCHEMA_VERSION = 2
-# Each network, and its size in pixels where it does not take every size; null where it does.
+# Each network, and its size in pixels if it takes only one; null if it takes every size.
 NETWORKS: dict[str, int | None] = json.loads(Path(__file__).with_name("model_survey_networks.json").read_text())
 TIME_LIMIT_SECONDS = 1800.0
 VERIFIED_IMAGES = 2
@@ -37,12 +37,12 @@ PASSES, NOT_PROVABLE = "passes", "not provable behind the last quantizer"
 
 @dataclass(frozen=True)
 class Images:
-    """What the networks see.
+    """Images that the networks run on.
 
     Attributes:
         size: Height and width, in pixels.
-        verified: Images whose codes are compared.
-        cifar10: Folder of CIFAR-10, whose training images are enlarged; None is normal noise.
+        verified: Number of images whose codes are compared.
+        cifar10: Folder of CIFAR-10, whose training images are enlarged; None for normal noise.
         channels: 3, or 1 for grey images.
     """
 
@@ -67,24 +67,24 @@ def run(
     again: bool = True,
     limit: float = TIME_LIMIT_SECONDS,
 ) -> int:
-    """Measure networks one by one, show their table, and write it as Markdown and as JSON beside.
+    """Measure networks one by one, show the table, and write it as Markdown and as JSON next to it.
 
     Args:
-        names: As `model.name` of a recipe; none are all of `NETWORKS`.
-        cifar10: Folder with cifar-10-batches-py; None is noise.
-        size: Height and width, except for networks that take one size alone.
-        out: The Markdown file; None writes nothing. Rows of other networks in the JSON beside it stay.
-        force: Replace files that this command has not written.
+        names: Names as in `model.name` of a recipe; empty for all of `NETWORKS`.
+        cifar10: Folder with cifar-10-batches-py; None for noise.
+        size: Height and width, except for networks that take only one size.
+        out: The Markdown file; None writes nothing. Rows of other networks in the JSON next to it are kept.
+        force: Replace files that this command did not write.
         channels: 3, or 1 for grey images.
-        engines: Build TensorRT's engines, too.
-        again: Measure networks that the JSON has rows of, with the same images, once more.
-        limit: Seconds for each network.
+        engines: Build TensorRT engines too.
+        again: Measure networks again that the JSON already has rows of, for the same images.
+        limit: Time limit for each network, in seconds.
 
     Returns:
-        The exit code of these networks; see `exit_code`.
+        The exit code for these networks; see `exit_code`.
 
     Raises:
-        UsageError: There is no CIFAR-10 where it should be, or a file that this command has not written is in the way.
+        UsageError: CIFAR-10 is not in its folder, or a file that this command did not write is in the way.
         ToolError: A file cannot be written.
     """
     if cifar10 is not None and not (cifar10 / "cifar-10-batches-py").is_dir():
@@ -103,7 +103,7 @@ def run(
             _write(out, rows)
     console.show_table("networks", COLUMNS, [cells(name, rows[name]) for name in chosen])
     if out is None:
-        console.say("nothing is written; --out FILE.md writes the table, and the numbers as JSON beside it")
+        console.say("nothing is written; --out FILE.md writes the table, and the figures as JSON next to it")
     else:
         console.say(f"wrote {out} and {out.with_suffix('.json')}")
     code = exit_code([rows[name] for name in chosen])
@@ -112,11 +112,11 @@ def run(
 
 
 def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:
-    """As of all commands: 1 for a network that failed, before 3, 2 and 4.
+    """Return the exit code, as of all commands: 1 for a network that failed, before 3, 2 and 4.
 
-    A network has failed if its verification, its engine or its training step has, if it breaks a rule, or if it ends
-    its process or takes too long. 3 stands for what the machine lacks, 2 for a network that is refused, 4 for a
-    verification that could not be made.
+    A network fails if its verification, its engine or its training step fails, if it breaks a rule, or if its process
+    dies or takes too long. 3 means that the machine lacks something, 2 that a network was refused, and 4 that a
+    verification could not be made.
     """
     codes = {_exit_code(row) for row in rows}
     return next((code for code in (1, 3, 2, 4) if code in codes), 0)
@@ -135,10 +135,10 @@ def _exit_code(row: Mapping[str, Any]) -> int:
 
 
 def outcome(row: Mapping[str, Any]) -> str:
-    """The class of a row: `PASSES`, `NOT_PROVABLE`, or what went wrong, in a word or two.
+    """Return the class of a row: `PASSES`, `NOT_PROVABLE`, or what failed, in a word or two.
 
     A network passes if its codes are verified and at least 90 % of its multiply-accumulates are INT8 in ONNX Runtime,
-    or each layer that stays float has a reason.
+    or if every layer that stays float has a reason.
     """
     status = str(row["status"])
     if status != "measured":
@@ -157,19 +157,19 @@ def outcome(row: Mapping[str, Any]) -> str:
 
 
 def int8_share(row: Mapping[str, Any]) -> float:
-    """Share of the multiply-accumulates of Conv, Gemm and MatMul that ONNX Runtime computes in INT8."""
+    """Return the share of the multiply-accumulates of Conv, Gemm and MatMul that ONNX Runtime computes in INT8."""
     amounts = row["macs"]
     return 1.0 - sum(amounts["float"].values()) / amounts["all"] if amounts["all"] else 1.0
 
 
 def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engines: bool = False) -> dict[str, Any]:
-    """One network's row: `model_survey_worker.measure`'s result, or a status that says in a sentence why there is none.
+    """Return one network's row from `model_survey_worker.measure`, or a row whose status gives the reason for failure.
 
     Args:
-        name: As `model.name` of a recipe.
-        images: What it sees.
-        limit: Seconds, after which it is stopped.
-        engines: Build TensorRT's engine, too.
+        name: Name as in `model.name` of a recipe.
+        images: Images that the network runs on.
+        limit: Time limit in seconds, after which the network is stopped.
+        engines: Build the TensorRT engine too.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +187,7 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engine
             row = {"status": f"failed: not finished after {limit:g} s"}
         else:
             row = json.loads(report.read_text()) if report.is_file() else {"status": _death(ended)}
-    # Where this machine keeps its libraries is of no interest to readers of the table.
+    # Readers of the table do not need to know where this machine keeps its libraries.
     row["status"] = re.sub(r"[^ ]*/site-packages/", "", str(row["status"]))
     seconds = round(time.monotonic() - started, 1)
     machine = f"{platform.machine()}, {os.cpu_count()} CPUs"
@@ -195,7 +195,7 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engine
 
 
 def _death(ended: subprocess.CompletedProcess[bytes]) -> str:
-    """The status of a network whose process has written no row: the network ended it, or it did not even begin."""
+    """Return the status of a network whose process wrote no row: it died, or it did not start."""
     if ended.returncode < 0:
         return f"failed: its process was ended by {failures.signal_name(-ended.returncode)}"
     words = [line.strip() for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
@@ -204,9 +204,9 @@ def _death(ended: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """The process finds these packages, and nothing in the current folder takes the place of a library.
+    """Return an environment in which the process finds these packages and the current folder hides no library.
 
-    The user's own module there is found by `import_function`. Python 3.10 does not know the variable.
+    `import_function` finds the user's own module there. Python 3.10 does not know the variable.
     """
     paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONSAFEPATH": "1"}
@@ -232,7 +232,7 @@ COLUMNS = (
 
 
 def cells(name: str, row: Mapping[str, Any]) -> list[str]:
-    """A row of the table, as text."""
+    """Return a row of the table as text."""
     if row["status"] != "measured":
         return [name, outcome(row), "", "", "", "", "", "", str(row["status"]), f"{row['total_seconds']:.0f}"]
     claims: Counter[str] = Counter()
@@ -272,7 +272,7 @@ def _coverage(report: Mapping[str, Any]) -> str:
 
 
 def multiplications(row: Mapping[str, Any]) -> tuple[int, int]:
-    """Conv, Gemm and MatMul that ONNX Runtime computes in integers, and those that stay float."""
+    """Return the number of Conv, Gemm and MatMul that ONNX Runtime computes in integers, and of those in float."""
     fused = row["fusion"]
     expected = sum(fused["expected"].get(kind, 0) for kind in ("QLinearConv", "QGemm", "QLinearMatMul"))
     in_float = sum(entry["operation"] in _MULTIPLYING for entry in fused["float"])
@@ -280,11 +280,11 @@ def multiplications(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def stays_float(row: Mapping[str, Any]) -> list[str]:
-    """One phrase for each kind of operation that stays float and each reason: ONNX Runtime's, then TensorRT's."""
+    """Return a phrase for each kind of operation that stays float, with its reason: ONNX Runtime's, then TensorRT's."""
     groups: Counter[tuple[str, str]] = Counter()
     for entry in row["fusion"]["float"]:
         reason = re.sub(
-            r"its input \S+ is not quantized \((.*)\)", r"behind \1, which has no quantizer", entry["reason"]
+            r"its input \S+ is not quantized \((.*)\)", r"after \1, which has no quantizer", entry["reason"]
         )
         groups[reason.replace(f" for {entry['operation']}", ""), entry["operation"]] += 1
     by_reason: dict[str, list[str]] = {}
@@ -296,7 +296,7 @@ def stays_float(row: Mapping[str, Any]) -> list[str]:
 
 
 def unexplained(row: Mapping[str, Any]) -> list[str]:
-    """What of a row is no result and has no reason; nothing in a row that may stand in the document."""
+    """Return the gaps of a row that have no reason; a row in the document must have none."""
     if row["status"] != "measured":
         return [] if re.match(r"refused: .{20}", row["status"]) else [row["status"]]
     gaps = [f"{target}: {entry['status']}" for target, entry in row["verification"].items()
@@ -311,7 +311,7 @@ def unexplained(row: Mapping[str, Any]) -> list[str]:
 
 
 def _counts(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """How many rows are of which class, and how many of those that pass are mostly INT8."""
+    """Return how many rows are of which class, and how many of the passing rows are mostly INT8."""
     counted = Counter(map(outcome, rows.values()))
     others = "".join(f", {count} {kind}" for kind, count in counted.most_common() if kind != PASSES)
     mostly = sum(outcome(row) == PASSES and int8_share(row) >= _INT8_SHARE for row in rows.values())
@@ -322,29 +322,29 @@ def _counts(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """The Markdown page."""
+    """Return the Markdown page."""
     lines = [
         "# Networks",
         "",
-        "Written by `crqat models`; the numbers behind it are in the `.json` beside. Each network has untrained",
-        "weights and BatchNorm statistics of the images, is quantized W8A8 for both runtimes, trained for one step,",
-        "and exported. The table says what is mapped, equal and computed in integers, and nothing of accuracy.",
+        "Written by `crqat models`; the numbers are in the `.json` next to it. Each network has untrained weights and",
+        "BatchNorm statistics from the images. It is quantized W8A8 for both runtimes, trained for one step, and",
+        "exported. The table shows what is mapped, equal and computed in integers. It says nothing about accuracy.",
         "",
         _counts(rows),
         "",
         "* class: a network passes if both files are verified in integer codes and at least 90 % of its",
-        "  multiply-accumulates are INT8 in ONNX Runtime, or each layer that stays float has its reason in the row.",
+        "  multiply-accumulates are INT8 in ONNX Runtime, or if the row has a reason for each layer that stays float.",
         "* quantizers / hooks: edges of the layout; several of NNCF's hooks may share a quantizer.",
-        "* claims: of all edges of both files, how many hold the trained Grid exactly.",
-        "* differing codes: of ONNX Runtime against the integer simulator, over all quantized tensors of two images.",
-        "  Codes behind what is computed in float may lie on the other side of a tie, within the stated bound of it;",
-        "  where some do, they are counted apart. The torch network against the simulator, and one file against the",
-        "  other, hold too, unless the cell says otherwise.",
-        "* ONNX Runtime: INT8: share of the multiply-accumulates of Conv, Gemm and MatMul that its optimized graph",
-        "  computes in integers; then these operations, in integers / in float.",
-        "* TensorRT for RTX: the same share in the plan of the engine, which is built where it was asked for, and not",
-        "  run: no CUDA device.",
-        "* s: of the whole row, on a machine that did other things too.",
+        "* claims: number of edges in both files that hold the trained Grid exactly, and of those that do not.",
+        "* differing codes: codes of ONNX Runtime that differ from the integer simulator's, over all quantized tensors",
+        "  of two images. Codes after a float operation may fall on the other side of a rounding tie, within the",
+        "  stated bound; the cell counts these separately. The torch network agrees with the simulator, and one file",
+        "  with the other, unless the cell says otherwise.",
+        "* ONNX Runtime: INT8: share of the multiply-accumulates of Conv, Gemm and MatMul that the optimized graph",
+        "  computes in integers; then the number of these operations in integers / in float.",
+        "* TensorRT for RTX: the same share in the engine's plan. An engine is built if it was asked for, but not run,",
+        "  because there is no CUDA device.",
+        "* s: seconds for the whole row, on a machine that also ran other work.",
         "",
         f"| {' | '.join(COLUMNS)} |",
         "|" + "---|" * len(COLUMNS),
@@ -361,14 +361,14 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _read(out: Path, force: bool) -> dict[str, Any]:
-    """The rows that this command has written before; none where there is no file, or one to be replaced.
+    """Return the rows that this command wrote before; empty if there is no file, or one to be replaced.
 
     Raises:
-        UsageError: Something else is in the way.
+        UsageError: Another file is in the way.
     """
     path = out.with_suffix(".json")
     if path == out:
-        msg = f"--out {out}: names the Markdown file, beside which the JSON is written; give it another ending"
+        msg = f"--out {out}: must name the Markdown file; the JSON is written next to it; use another extension"
         raise UsageError(msg)
     if not path.exists() and (force or not out.exists()):
         return {}
@@ -380,7 +380,7 @@ def _read(out: Path, force: bool) -> dict[str, Any]:
     if force:
         return {}
     msg = f"{out if out.exists() else path}: not written by this version of `crqat models`; "
-    raise UsageError(msg + "name another --out, or replace it by --force")
+    raise UsageError(msg + "name another --out, or replace it with --force")
 
 
 def _write(out: Path, rows: Mapping[str, Any]) -> None:

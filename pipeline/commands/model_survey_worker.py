@@ -1,7 +1,7 @@
-"""One network through everything, in a process of its own; its arguments are NAME --report JSON.
+"""Runs one network through all stages in its own process; its arguments are NAME --report JSON.
 
-Quantized, trained for one step, exported for both runtimes, verified in integer codes, built as an engine. The weights
-are untrained: this is about what is mapped, computed in integers and equal, not about accuracy.
+The network is quantized, trained for one step, exported for both runtimes, verified in integer codes and built as an
+engine. Its weights are untrained: the result shows what is mapped, computed in integers and equal, not accuracy.
 """
 
 from __future__ import annotations
@@ -48,26 +48,26 @@ from crqat.train.untrained import awake, sane_bn
 
 TARGETS = runtimes.names()
 CLASSES = 10
-# Images that BN's statistics and the ranges come from, that the step trains on, and that the codes are verified on.
+# Numbers of images for BN's statistics and the ranges, for the training step, and for the verification of codes.
 CALIBRATION_IMAGES, STEP_IMAGES = 8, 4
 _LEARNING_RATE = 1e-3
 _NO_ENGINE: dict[str, Any] = {"status": "not run: not asked for", "coverage": None, "uncovered": []}
 
 
 def measure(name: str, images: Images, engines: bool = False) -> dict[str, Any]:
-    """Take a network through all stages.
+    """Run a network through all stages.
 
     Args:
-        name: As `model.name` of a recipe.
-        images: What it sees.
-        engines: Build the engine, too.
+        name: Name as in `model.name` of a recipe.
+        images: Images that the network runs on.
+        engines: Build the engine too.
 
     Returns:
-        The network's row, a JSON object, which `crqat.pipeline.commands.model_survey` shows.
+        The network's row, a JSON object that `crqat.pipeline.commands.model_survey` shows.
 
     Raises:
-        UsageError: The network cannot be built, mapped or exported; the message says which part of it and why.
-        ToolError: A library that it comes from, or the engine's builder, is missing.
+        UsageError: The network cannot be built, mapped or exported; the message names the part and the reason.
+        ToolError: The network's library or the engine's builder is missing.
     """
     clock = _Clock()
     torch.manual_seed(0)
@@ -107,7 +107,7 @@ def measure(name: str, images: Images, engines: bool = False) -> dict[str, Any]:
 
 
 class _Clock:
-    """Seconds of each part."""
+    """Measures the seconds of each part."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -120,7 +120,7 @@ class _Clock:
 
 
 def _load(images: Images) -> tuple[Tensor, Tensor]:
-    """Normalized images of shape [CALIBRATION_IMAGES, C, size, size], and labels."""
+    """Return normalized images of shape [CALIBRATION_IMAGES, C, size, size], and labels."""
     if images.cifar10 is None:
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(CALIBRATION_IMAGES, images.channels, images.size, images.size, generator=generator)
@@ -134,7 +134,7 @@ def _load(images: Images) -> tuple[Tensor, Tensor]:
 
 
 def _train_one_step(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """One step of quantization-aware training, and which parameters it reached."""
+    """Run one step of quantization-aware training and report which parameters it reached."""
     device = torch.device("cpu")
     fit = Fit(model, OptimizerConfig(epochs=1, lr=_LEARNING_RATE), 1, "qat", device, quiet)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -165,7 +165,7 @@ def _mapped(specs: list[QuantizerSpec]) -> dict[str, Any]:
 
 
 def _multiplications(fused: Fusion, amounts: dict[str, int]) -> dict[str, Any]:
-    """Multiply-accumulates for one image, and those that ONNX Runtime computes in float, by the layer's name."""
+    """Return the multiply-accumulates for one image, and those that ONNX Runtime computes in float, by layer name."""
     in_float = {entry.node: amounts[entry.node] for entry in fused.in_float if entry.node in amounts}
     return {"all": sum(amounts.values()), "float": in_float}
 
@@ -188,7 +188,7 @@ def _engine(file: QDQModel, amounts: dict[str, int]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure one network and write its row; 0 also if the network is refused, which is a row too."""
+    """Measure one network and write its row; return 0 even if the network is refused, which is a valid row."""
     parser = argparse.ArgumentParser(prog="python -m crqat.pipeline.commands.model_survey_worker")
     parser.add_argument("name")
     parser.add_argument("--report", type=Path, required=True)

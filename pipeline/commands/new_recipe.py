@@ -1,4 +1,4 @@
-"""The `init` command: a recipe for a folder of images and a network, which are both tried before it is written."""
+"""The `init` command: writes a recipe for a folder of images and a network after trying both."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 
     from crqat.train.data.imagelist import ImageList
 
-# Images that are decoded, and test images that the network has to answer.
+# Numbers of images that are decoded, and of test images that the network classifies.
 _DECODED, _ANSWERED = 100, 100
-# By how much another normalization has to be better to be worth a word.
+# Smallest gain in accuracy at which another normalization is suggested.
 _CLEARLY = 0.1
-# What the messages of others call by its key in the recipe.
+# Names of options for the recipe keys that appear in messages of other modules.
 _OPTIONS = {
     "model.weights_key": "--weights-key",
     "model.weights": "--weights",
@@ -36,16 +36,16 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for.
+    """What the user asked for.
 
     Attributes:
-        path: The recipe's file.
-        images: A folder that a source of the recipe reads, or a folder of class folders.
-        model: As `model.name` of a recipe, or the name alone of a network of torchvision or timm.
-        weights: A checkpoint; None takes what torchvision or timm publish, or trains the network.
-        weights_key: As `model.weights_key` of a recipe.
-        preprocessing: `mean`, `std`, `size` and `crop` of a recipe's `data` section, as far as given.
-        every: Whether the recipe gets every key, not the needed ones alone.
+        path: File of the recipe to write.
+        images: Folder that a source of the recipe reads, or a folder of class folders.
+        model: Network as in `model.name` of a recipe, or the bare name of a torchvision or timm network.
+        weights: Checkpoint; None uses weights that torchvision or timm publish, or trains the network.
+        weights_key: Key as in `model.weights_key` of a recipe.
+        preprocessing: Given keys of `mean`, `std`, `size` and `crop` in a recipe's `data` section.
+        every: Whether to write every key, not only the needed ones.
     """
 
     path: Path
@@ -62,15 +62,15 @@ class Summary:
     """What was found and written.
 
     Attributes:
-        recipe: The file.
-        classes: Of the images.
-        train_images: How many.
-        test_images: How many.
+        recipe: File of the written recipe.
+        classes: Number of classes of the images.
+        train_images: Number of training images.
+        test_images: Number of test images.
         channels: 3 (RGB) or 1 (grey).
-        crop: Pixels of the square that the network gets.
-        float_top1: Share of test images that the network answers rightly; None where it has no weights yet.
-        tried_images: Of how many test images that is.
-        warnings: What is probably a mistake.
+        crop: Side of the square that the network gets, in pixels.
+        float_top1: Share of the tried test images that the network classifies correctly; None without weights.
+        tried_images: Number of test images that the network was tried on.
+        warnings: Probable mistakes.
     """
 
     recipe: str
@@ -85,20 +85,20 @@ class Summary:
 
 
 def write_default(path: Path) -> None:
-    """Write the recipe in which every key is explained, of the digits that scikit-learn has.
+    """Write the commented recipe for scikit-learn's digits, which explains every key.
 
     Raises:
         UsageError: The file exists.
-        ToolError: It cannot be written.
+        ToolError: The file cannot be written.
     """
     _write(path, write.TEMPLATE.read_text("utf-8"))
 
 
 def write_for(request: Request, progress: Progress) -> Summary:
-    """Look at the images, try the network on some of them, and write the recipe.
+    """Inspect the images, try the network on some of them, and write the recipe.
 
     Raises:
-        UsageError: The file exists, or images, network, weights and preprocessing do not fit each other; the message
+        UsageError: The file exists, or images, network, weights and preprocessing do not fit together; the message
             names the option.
         ToolError: A file cannot be read or written, or a package is missing.
     """
@@ -118,7 +118,7 @@ def _write_for(request: Request, progress: Progress) -> Summary:
 
     name = _full_name(request.model)
     if is_onnx_file(name) and request.weights is not None:
-        msg = f"--weights: {name} has the weights already; leave it out"
+        msg = f"--weights: {name} already has its weights; leave the option out"
         raise UsageError(msg)
     models.check_name(name)
     image_list = request.path.with_name(f"{request.path.stem}.images.json")
@@ -180,7 +180,7 @@ def _write_list(path: Path, listed: ImageList) -> None:
 
 
 def _full_name(name: str) -> str:
-    """A network's name as a recipe has it."""
+    """Return a network's name as a recipe spells it."""
     if ":" in name or "/" in name or is_onnx_file(name):
         return name
     from torchvision.models import list_models  # type: ignore[import-untyped]
@@ -189,7 +189,7 @@ def _full_name(name: str) -> str:
 
 
 def _run_name(path: Path) -> str:
-    """Of the recipe's run: letters, digits and what a directory's name may have."""
+    """Return the name of the recipe's run, reduced to letters, digits and other characters of directory names."""
     letters = "".join(
         letter if letter.isascii() and (letter.isalnum() or letter in "_-") else "_" for letter in path.stem
     )
@@ -208,7 +208,7 @@ def _published_classes(name: str) -> int:
 
 
 class _Fit:
-    """Finds channels and size with which the network takes the images; adds them to the `data` section."""
+    """Finds channels and a size that the network accepts, and adds them to the `data` section."""
 
     def __init__(self, request: Request, name: str, weights: str | None, folder: Folder, data: dict[str, Any]) -> None:
         self._request, self._name, self._weights, self._folder, self._data = request, name, weights, folder, data
@@ -217,7 +217,7 @@ class _Fit:
         self._pixels: Tensor | None = None
 
     def _sides(self) -> tuple[int, int]:
-        """Size and crop, which are added to the section unless they are its defaults."""
+        """Return size and crop, and add them to the section unless they are its defaults."""
         data, shorter = self._data, {min(sides) for sides in self._folder.sides}
         size, crop = data.get("size"), data.get("crop")
         if size is None and crop is None:
@@ -233,7 +233,7 @@ class _Fit:
         return size, crop
 
     def _usual(self, shorter: set[int]) -> tuple[int | None, int | None, str]:
-        """Size, crop and a comment where neither was given; None leaves them to their defaults."""
+        """Return size, crop and a comment if neither was given; None leaves them at their defaults."""
         side = self._side_of_file()
         if side is not None:
             return (side if side != FOLDER_CROP or shorter == {side} else FOLDER_SIZE), side, ""
@@ -242,22 +242,22 @@ class _Fit:
         if len(shorter) == 1 and max(shorter) <= FOLDER_SIZE:
             same = len(self._folder.sides) == 1 and all(width == height for width, height in self._folder.sides)
             (only,) = shorter
-            return only, only, "" if same else "images are not square: the middle is cut out"
+            return only, only, "" if same else "images are not square: the center is cropped"
         said = (
             f"not given: the shorter side is resized to {FOLDER_SIZE}, and {FOLDER_CROP} x {FOLDER_CROP} pixels are "
-            "cut out of the middle; write `size` and `crop` if the network was trained with others"
+            "cropped from the center; set `size` and `crop` if the network was trained with others"
         )
         return None, None, said
 
     def _side_of_file(self) -> int | None:
-        """Of the square that an ONNX file takes; None where it is free, or of another network."""
+        """Return the side of the square that an ONNX file takes; None if it takes any, or for other networks."""
         if not is_onnx_file(self._name):
             return None
         from crqat.train.models import from_onnx, onnx_file
 
         _, _, height, width = from_onnx.network(onnx_file.read(user_path(self._name, "--model"))).shape
         if None not in (height, width) and height != width:
-            msg = f"--model: {self._name} takes images of {height} x {width}, and squares are cut out of files here"
+            msg = f"--model: {self._name} takes images of {height} x {width}, but image files are cropped to squares"
             raise UsageError(msg)
         return height or width
 
@@ -268,9 +268,9 @@ class _Fit:
         return (FOLDER_SIZE, FOLDER_CROP) if found is None else (found.size, found.crop)
 
     def _attempts(self) -> Iterator[tuple[int, bool]]:
-        """Channels and whether to convert, the likeliest first."""
+        """Return pairs of channels and whether to convert, the most likely first."""
         modes = set(self._folder.modes)
-        if not modes:  # nobody looked: decoding says it
+        if not modes:  # sizes and modes were not read; decoding will tell
             yield from ((3, False), (1, False), (3, True))
         elif modes <= {"L"}:
             yield from ((1, False), (3, True))
@@ -283,7 +283,7 @@ class _Fit:
         """Decode some images, build the network, load its weights and run it on the images.
 
         Raises:
-            UsageError: It takes the images in no way; the message is that of the likeliest.
+            UsageError: The network accepts the images with no setting; the message is from the most likely one.
         """
         problem: UsageError | None = None
         for channels, convert in self._attempts():
@@ -310,7 +310,7 @@ class _Fit:
         for key in ("mean", "std"):
             if key in data and len(data[key]) != channels:
                 msg = (
-                    f"--{key}: has {len(data[key])} numbers, and the images have {channels} channels; give one for each"
+                    f"--{key}: has {len(data[key])} numbers, but the images have {channels} channels; give one for each"
                 )
                 raise UsageError(msg)
         usual = imagenet(channels)
@@ -337,7 +337,7 @@ class _Fit:
         return summary
 
     def _doubts(self, summary: Summary, pixels: Tensor, top1: Callable[[Preprocessing], float]) -> list[str]:
-        """What the accuracy on a few test images gives reason to doubt."""
+        """Return warnings about the accuracy on a few test images."""
         found, count = summary.float_top1 or 0.0, summary.tried_images
         if not {"mean", "std"} & self._data.keys():
             channels = summary.channels
@@ -351,18 +351,18 @@ class _Fit:
             if top1(best) - found > _CLEARLY:
                 means, stds = (",".join(f"{number:g}" for number in part) for part in (best.mean, best.std))
                 return [
-                    f"normalization was not given, and the float network answers {found:.0%} of {count} test images "
-                    f"rightly; with --mean {means} --std {stds} it would be {top1(best):.0%}: what was it trained with?"
+                    f"normalization was not given, and the float network classifies {found:.0%} of {count} test images "
+                    f"correctly; with --mean {means} --std {stds} it would be {top1(best):.0%}: how was it trained?"
                 ]
         if found <= 2 / summary.classes:
             return [
-                f"the float network answers {found:.0%} of {count} test images rightly, hardly more than chance: are "
+                f"the float network classifies {found:.0%} of {count} test images correctly, hardly above chance: are "
                 "mean and std, size, and the order of the class folders those of its training?"
             ]
         return []
 
     def _network(self, channels: int) -> nn.Module | None:
-        """With its weights; None of published ones, which are fetched when they are used."""
+        """Return the network with its weights; without them for published weights, which are fetched on use."""
         from crqat.train.models import build as models
 
         classes = len(self._folder.classes)
@@ -380,7 +380,7 @@ class _Fit:
         return network
 
     def normalization(self) -> list[str]:
-        """What the recipe says of mean and std that were not given."""
+        """Return comments on the recipe's mean and std if they were not given."""
         from crqat.train.data.builtin import imagenet
 
         assert self._pixels is not None  # noqa: S101 - of `try_network`
@@ -388,14 +388,14 @@ class _Fit:
         mean, std = (", ".join(map(str, part)) for part in imagenet(self._pixels.shape[1]))
         missing = " and ".join(key for key in ("mean", "std") if key not in self._data)
         return [
-            f"{missing}: normalization was not given, so that of ImageNet is used: mean [{mean}], std [{std}].",
-            "Weights that were trained with another one lose accuracy: write theirs here.",
+            f"{missing}: normalization was not given, so ImageNet's is used: mean [{mean}], std [{std}].",
+            "Weights that were trained with another normalization lose accuracy: write theirs here.",
             f"The pixels of {len(self._pixels)} training images have mean [{own[0]}] and std [{own[1]}].",
         ]
 
 
 def _statistics(pixels: Tensor) -> tuple[list[float], list[float]]:
-    """Mean and std of each channel, in units of 0..1, of images, uint8 [N, C, H, W]."""
+    """Return mean and std of each channel, in units of 0..1, for uint8 images [N, C, H, W]."""
     values = pixels.double().transpose(0, 1).flatten(1) / 255
     return values.mean(1).tolist(), values.std(1).tolist()
 
@@ -404,10 +404,10 @@ def _head(folder: Folder, found: Summary) -> list[str]:
     size = f"{found.crop} x {found.crop} pixels, {'grey' if found.channels == 1 else 'RGB'}"
     lines = [
         f"{found.train_images} training and {found.test_images} test images of {found.classes} classes, {size}.",
-        "`crqat explain KEY` says what a key means; leave out what you do not change.",
+        "`crqat explain KEY` explains a key; leave out the keys that you do not change.",
     ]
     if folder.listed is not None:
-        lines.insert(1, "Half of each class trains and calibrates, the other half tests; data.image_list has which.")
+        lines.insert(1, "Half of each class trains and calibrates, the other half tests; data.image_list says which.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""The `nncf` commands: checkpoints to stock NNCF and from it."""
+"""The `nncf` commands: exchange checkpoints with stock NNCF."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 
 def export(run: Path, candidate: str, out: Path | None) -> None:
-    """Write a finished training in stock NNCF's form and say how to load it.
+    """Write a finished training run in stock NNCF's format and print how to load it.
 
     Args:
-        run: The run's directory.
+        run: Directory of the run.
         candidate: "best", "student", "teacher" or "calibrated".
-        out: The folder to write; None takes NAME-nncf here.
+        out: Folder to write; None writes NAME-nncf in the current directory.
     """
     from crqat.train.nncf import checkpoint as nncf_checkpoint
 
@@ -35,14 +35,14 @@ def export(run: Path, candidate: str, out: Path | None) -> None:
 
 
 def take(path: Path, recipe_path: Path, config: Recipe, out: Path | None, progress: Progress) -> None:
-    """Check that a checkpoint of stock NNCF fits a recipe, write it for `model.nncf` and say what is taken from it.
+    """Check that a stock NNCF checkpoint fits a recipe, write it for `model.nncf` and print what was imported.
 
     Args:
-        path: The checkpoint: see `crqat.train.nncf.checkpoint.read`.
-        recipe_path: The recipe's file.
+        path: The checkpoint; see `crqat.train.nncf.checkpoint.read`.
+        recipe_path: File of the recipe.
         config: The recipe.
-        out: The folder to write; None takes NAME-start here.
-        progress: Told of the data set.
+        out: Folder to write; None writes NAME-start in the current directory.
+        progress: Callback for the progress of reading the data set.
     """
     from crqat.train.nncf import checkpoint as nncf_checkpoint
     from crqat.train.nncf import start_from
@@ -64,7 +64,7 @@ def take(path: Path, recipe_path: Path, config: Recipe, out: Path | None, progre
     }
     for key, (found, wanted) in asked.items():
         if found != wanted:
-            click.echo(f"the recipe asks for {wanted} bits of {key}, the checkpoint has {found}")
+            click.echo(f"the recipe sets {wanted} bits for {key}, the checkpoint has {found}")
             changes.append(f"quantization.{key}={found}")
     console.give(folder=str(folder), quantizers=len(checkpoint.quantizers), edges=edges, settings=changes)
     click.echo(f"next: crqat train {recipe_path} {' '.join(f'--set {change}' for change in changes)}")

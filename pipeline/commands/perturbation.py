@@ -1,4 +1,4 @@
-"""How the networks of trained runs stand noise on input and weights, as tables and JSON."""
+"""Robustness of trained networks to noise on inputs and weights, as tables and JSON."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from crqat.pipeline.report.html import NETWORKS, PERTURBATION
 def measure(
     config: recipe.Recipe, runs: Path, out: Path, progress: Progress, draws: int, images: int | None
 ) -> PerturbationPayload:
-    """Fill `out` with everything; the run's train stage is finished.
+    """Measure the run's networks under noise and write all files into `out`; the train stage must be finished.
 
     Args:
-        config: The recipe of the run.
-        runs: The directory of all runs.
+        config: Recipe of the run.
+        runs: Directory of all runs.
         out: Empty directory.
-        progress: Told of levels.
-        draws: Of each noise.
-        images: At most so many validation images; None takes all.
+        progress: Callback for the progress over noise levels.
+        draws: Number of draws at each noise level.
+        images: Largest number of validation images; None uses all.
 
     Returns:
-        The manifest's payload.
+        The payload of the manifest.
     """
     from crqat.export.analysis.perturbation import under_noise
 
@@ -41,7 +41,7 @@ def measure(
 
 
 def show(directories: Sequence[Path]) -> None:
-    """One table for each kind of noise, with all runs, on stdout."""
+    """Print one table for each kind of noise, with all runs, on stdout."""
     reports = [
         read(Perturbation, directory / PERTURBATION, "run crqat sensitivity --perturbation again with --force")
         for directory in directories

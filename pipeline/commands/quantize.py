@@ -1,4 +1,4 @@
-"""The `quantize` command: a network and a folder of images become verified INT8 files, by a recipe that it writes."""
+"""The `quantize` command: turns a network and a folder of images into verified INT8 files, with a recipe it writes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crqat.train.config import FOLDER_CROP, FOLDER_SIZE, is_onnx_file
 if TYPE_CHECKING:
     from crqat.train.models.onnx_network import OnnxNetwork
 
-# At most so many images calibrate; half of a folder with fewer than twice as many.
+# Largest number of calibration images; a folder with fewer than twice as many gives half of its images.
 CALIBRATION = 100
 _FEWEST = 20
 _IMAGENET = 1000
@@ -27,23 +27,23 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asks for.
+    """What the user asked for.
 
     Attributes:
-        model: As `model.name` of a recipe, such as a float ONNX file, or the name alone of a network of torchvision or
-            timm.
-        images: A folder of class folders, or of images without classes.
-        test: A folder of the same kind whose images judge; None splits `images`.
-        weights: A checkpoint; None takes what torchvision or timm publish, or those of an ONNX file.
-        labels: Whether class folders are labels.
-        classes: Logits of the network where no class folders say it; None is 1,000 for published weights, and what an
-            ONNX file has.
-        bits: Of weights and of activations.
-        advise: Whether half of the images that judge choose between ways to quantize; the others judge the chosen one.
-        max_drop: Percentage points that may be lost; None judges nothing.
-        seed: Of the split.
-        preprocessing: `mean`, `std`, `size`, `crop` and `interpolation` of a recipe's `data` section, as far as given.
-        out: Where the recipe, the list of images and the run go.
+        model: Network as in `model.name` of a recipe, such as a float ONNX file, or the bare name of a torchvision or
+            timm network.
+        images: Folder of class folders, or of images without classes.
+        test: Folder of the same kind with the test images; None splits `images`.
+        weights: Checkpoint; None uses weights that torchvision or timm publish, or those of an ONNX file.
+        labels: Whether class folders are used as labels.
+        classes: Number of logits if class folders do not give it; None means 1,000 for published weights, or an ONNX
+            file's own number.
+        bits: Bit widths of weights and activations.
+        advise: Whether half of the test images select the quantization method; the other half tests the selected one.
+        max_drop: Allowed accuracy drop in percentage points; None judges nothing.
+        seed: Seed of the split.
+        preprocessing: Given keys of `mean`, `std`, `size`, `crop` and `interpolation` in a recipe's `data` section.
+        out: Directory for the recipe, the list of images and the run.
     """
 
     model: str
@@ -61,17 +61,17 @@ class Request:
 
 
 def write_recipe(request: Request, progress: Progress) -> Path:
-    """Split the images, label them if nobody has, and write the list and the recipe.
+    """Split the images, label them with the float network if they have no labels, and write the list and the recipe.
 
     Returns:
-        The recipe's path; its run has the same folder.
+        The path of the recipe; its run lies in the same folder.
 
     Raises:
         UsageError: Images, weights or preprocessing are missing or do not fit; the message names the option.
         ToolError: A file cannot be read or written, or published weights cannot be fetched.
     """
     if request.advise and request.max_drop is None:
-        msg = "--advise: looks for the cheapest way that passes; say what passes by --max-drop POINTS"
+        msg = "--advise: searches for the cheapest step that passes; set the allowed drop with --max-drop POINTS"
         raise UsageError(msg)
     name = _full_name(request.model)
     imported = _imported(name)
@@ -90,7 +90,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
     names = found[0]
     if names is not None and request.classes not in (None, len(names)):
         msg = (
-            f"--classes: {request.classes}, and {request.images} has {len(names)} class folders; leave one of them out"
+            f"--classes: {request.classes}, but {request.images} has {len(names)} class folders; leave one of them out"
         )
         raise UsageError(msg)
     if imported is not None:
@@ -130,7 +130,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
 
 
 def _full_name(name: str) -> str:
-    """A network's name as a recipe has it."""
+    """Return a network's name as a recipe spells it."""
     if ":" in name or "/" in name or is_onnx_file(name):
         return name
     from torchvision.models import list_models  # type: ignore[import-untyped]
@@ -143,12 +143,12 @@ def _weights(name: str, request: Request) -> str:
         return request.weights
     if name.startswith(("torchvision/", "timm/")):
         return "pretrained"
-    msg = f"--weights: {name} needs a checkpoint of its weights; nobody publishes them"
+    msg = f"--weights: {name} has no published weights; give a checkpoint"
     raise UsageError(msg)
 
 
 def _imported(name: str) -> OnnxNetwork | None:
-    """The network of an ONNX file; None of another name."""
+    """Return the network of an ONNX file; None for other names."""
     if not is_onnx_file(name):
         return None
     from crqat.train.models import from_onnx, onnx_file
@@ -157,17 +157,17 @@ def _imported(name: str) -> OnnxNetwork | None:
 
 
 def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str, Any]:
-    """The `data` section's keys, as the input of an ONNX file wants them.
+    """Return the `data` section's keys that the input of an ONNX file requires.
 
     Raises:
-        UsageError: It wants images that no folder has, or does not say how they are resized; the message says so.
+        UsageError: The file needs images that no folder has, or does not determine how they are resized.
     """
     _, channels, height, width = network.shape
     if channels not in (1, 3):
-        msg = f"MODEL: {name} takes images of {channels} channels, and files of a folder have 1 or 3; write a recipe"
+        msg = f"MODEL: {name} takes images of {channels} channels, but image files have 1 or 3; write a recipe"
         raise UsageError(msg)
     if None not in (height, width) and height != width:
-        msg = f"MODEL: {name} takes images of {height} x {width}, and squares are cut out here; write a recipe"
+        msg = f"MODEL: {name} takes images of {height} x {width}, but images are cropped to squares; write a recipe"
         raise UsageError(msg)
     data = data | ({"channels": 1} if channels == 1 else {})
     side = height or width
@@ -177,12 +177,12 @@ def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str,
             raise UsageError(msg)
         return data | {"crop": data["crop"] or data["size"]}
     if data["crop"] not in (None, side):
-        msg = f"--crop: {data['crop']}, and {name} takes images of {side} x {side}; leave it out"
+        msg = f"--crop: {data['crop']}, but {name} takes images of {side} x {side}; leave it out"
         raise UsageError(msg)
     if data["size"] is None and side != FOLDER_CROP:
         msg = (
-            f"--size: to how many pixels is the shorter side of an image resized, before {side} x {side} are cut out "
-            f"of the center for {name}? Give it, such as --size {side}"
+            f"--size: give the shorter side of an image after resizing, in pixels, before {side} x {side} are cropped "
+            f"from the center for {name}, such as --size {side}"
         )
         raise UsageError(msg)
     return data | {"size": data["size"] or FOLDER_SIZE, "crop": side}
@@ -190,37 +190,37 @@ def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str,
 
 def _check_classes(request: Request, name: str, classes: int, names: Sequence[str] | None) -> None:
     if request.classes not in (None, classes):
-        msg = f"--classes: {request.classes}, and {name} has {classes} outputs; leave it out"
+        msg = f"--classes: {request.classes}, but {name} has {classes} outputs; leave it out"
         raise UsageError(msg)
     if names is not None and len(names) != classes:
         msg = (
-            f"--images: {request.images} has {len(names)} class folders, and {name} has {classes} outputs; give one "
+            f"--images: {request.images} has {len(names)} class folders, but {name} has {classes} outputs; give one "
             "for each, in the order of their names, or use --no-labels"
         )
         raise UsageError(msg)
 
 
 def _preprocessing(name: str, weights: str | None, request: Request) -> dict[str, Any]:
-    """The `data` section's keys of it. What is published with the weights need not be said."""
+    """Return the `data` section's preprocessing keys. Values published with the weights need not be given."""
     given = {key: value for key, value in request.preprocessing.items() if value is not None}
-    if any(len(given.get(key, ())) == 1 for key in ("mean", "std")):  # one number is that of grey images
+    if any(len(given.get(key, ())) == 1 for key in ("mean", "std")):  # a single number is for grey images
         given["channels"] = 1
     if weights == "pretrained":
         return given
     missing = [key for key in ("mean", "std") if key not in given]
     if missing:
         msg = (
-            f"--{missing[0]}: how does {name} want its images normalized? {weights or 'The file'} does not say; give "
-            "--mean and --std of each channel in units of 0..1, such as --mean 0.485,0.456,0.406"
+            f"--{missing[0]}: {name} needs the normalization of its training, which {weights or 'the file'} does not "
+            "state; give --mean and --std of each channel in units of 0..1, such as --mean 0.485,0.456,0.406"
         )
         raise UsageError(msg)
-    if is_onnx_file(name):  # the file says it
+    if is_onnx_file(name):  # the file determines it
         return {"size": None, "crop": None, **given}
     return {"size": FOLDER_SIZE, "crop": FOLDER_CROP, **given}
 
 
 def _listed(folder: Path, option: str, labels: bool) -> tuple[tuple[str, ...] | None, dict[str, int]]:
-    """The class names, None without labels, and each image's path, in order, with its class, 0 without labels."""
+    """Return the class names (None without labels), and each image's path, in order, with its class (0 without)."""
     from crqat.train.data.imagefolder import list_images
 
     folder = user_path(str(folder), option)
@@ -231,11 +231,11 @@ def _listed(folder: Path, option: str, labels: bool) -> tuple[tuple[str, ...] | 
         return None, {str(path): 0 for path in paths}
     if loose:
         msg = (
-            f"{option}: {folder} has images beside its class folders, such as {loose[0]}; move them, or use --no-labels"
+            f"{option}: {folder} has images outside its class folders, like {loose[0]}; move them, or use --no-labels"
         )
         raise UsageError(msg)
     if len(names) == 1:
-        msg = f"{option}: {folder} has one class folder, {names[0]}; add those of the others, or use --no-labels"
+        msg = f"{option}: {folder} has one class folder, {names[0]}; add folders of other classes, or use --no-labels"
         raise UsageError(msg)
     return names, {str(path): names.index(path.parts[0]) for path in paths}
 
@@ -243,7 +243,7 @@ def _listed(folder: Path, option: str, labels: bool) -> tuple[tuple[str, ...] | 
 def _split(
     request: Request, images: dict[str, int], judging: dict[str, int] | None
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """What calibrates and what judges, drawn by the seed; nothing is in both."""
+    """Split the images into calibration and test images, drawn by the seed; no image is in both."""
     import torch
 
     if len(images) < _FEWEST:
@@ -260,7 +260,7 @@ def _split(
 
 
 def _halves(request: Request, images: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """What chooses and what judges the choice, drawn by the seed."""
+    """Split the test images into one half that selects and one that tests the selection, drawn by the seed."""
     import torch
 
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(request.seed + 1)).tolist()
@@ -274,7 +274,7 @@ def _halves(request: Request, images: dict[str, int]) -> tuple[dict[str, int], d
 def _classes(name: str, weights: str | None) -> int:
     if weights == "pretrained":
         return _IMAGENET
-    msg = f"--classes: how many classes has {name}? Images without class folders do not say it"
+    msg = f"--classes: give the number of classes of {name}; images without class folders do not show it"
     raise UsageError(msg)
 
 
@@ -286,7 +286,7 @@ def _answers(
     test: dict[str, int],
     progress: Progress,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """The same images with the float network's answers as their classes."""
+    """Return the same images with the float network's predictions as their classes."""
     from crqat.pipeline.recipe import recipe as recipes
     from crqat.train.data import sources
     from crqat.train.models import build as models
@@ -308,7 +308,7 @@ def _answers(
     found = []
     for part, images in ((calibrating, dataset.train_images), (test, dataset.test_images)):
         seen = answers(network.eval(), images, dataset.preprocessing).tolist()
-        progress("answers of the float network", len(part), len(part))
+        progress("predictions of the float network", len(part), len(part))
         found.append(dict(zip(part, seen, strict=True)))
     return found[0], found[1]
 
@@ -337,20 +337,20 @@ def _write(
 
 
 def numbers(given: str, option: str, kind: Callable[[str], _Number]) -> list[_Number]:
-    """Numbers separated by commas.
+    """Parse numbers separated by commas.
 
     Raises:
-        UsageError: They are none; the message names the option.
+        UsageError: The text is not a list of numbers; the message names the option.
     """
     try:
         return [kind(part) for part in given.split(",")]
     except ValueError:
-        msg = f"{option}: {given} is no list of numbers, such as 8,8 or 0.485,0.456,0.406"
+        msg = f"{option}: {given} is not a list of numbers, such as 8,8 or 0.485,0.456,0.406"
         raise UsageError(msg) from None
 
 
 def run_name(model: str, bits: Sequence[int]) -> str:
-    """Of a model's run: letters, digits and what a directory's name may have."""
+    """Return the name of a model's run, reduced to letters, digits and other characters of directory names."""
     model = Path(model).stem if is_onnx_file(model) else model
     letters = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in model)
     return f"{letters}-w{bits[0]}a{bits[1]}"

@@ -1,4 +1,4 @@
-"""The `scale` command: how a recipe's training would scale, as a table and a JSON file; see docs/scaling.md."""
+"""The `scale` command: predicts how a recipe's training scales, as a table and JSON; see docs/scaling.md."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crqat.pipeline.recipe import recipe
 from crqat.runtime_eval.machine import host
 from crqat.train.scaling.model import Link, measure
 
-# Processes that want to run beside the measurement, a core: above it the constants are another machine's.
+# Load average per core before the measurement above which the constants are not valid for this machine.
 _BUSY = 0.5
 
 
@@ -29,14 +29,14 @@ def scale(
 
     Args:
         config: The recipe.
-        processes: The numbers of processes to predict; empty takes those that this machine holds, or eight machines.
-        bandwidth: Bytes a second between machines; None if there is one machine.
-        latency: Seconds of a message between machines, likewise.
+        processes: Numbers of processes to predict; empty for those that this machine holds, or for eight machines.
+        bandwidth: Bandwidth between machines in bytes per second; None if there is one machine.
+        latency: Latency between machines in seconds per message; None if there is one machine.
         out: The JSON file.
 
     Raises:
-        UsageError: One of bandwidth and latency without the other, or as `crqat.train.scaling.model.measure`.
-        ToolError: `out` cannot be written, or as `measure`.
+        UsageError: Only one of bandwidth and latency is given, or as in `crqat.train.scaling.model.measure`.
+        ToolError: `out` cannot be written, or as in `measure`.
     """
     between = _link(bandwidth, latency)
     load = host.load_average()
@@ -58,16 +58,16 @@ def _link(bandwidth: float | None, latency: float | None) -> Link | None:
     if bandwidth is None and latency is None:
         return None
     if bandwidth is None or latency is None:
-        msg = "--bandwidth and --latency are of one link between machines; give both"
+        msg = "--bandwidth and --latency describe one link between machines; give both"
         raise UsageError(msg)
     if not (math.isfinite(bandwidth) and math.isfinite(latency) and bandwidth > 0 and latency >= 0):
-        msg = f"--bandwidth {bandwidth:g} --latency {latency:g}: bytes a second above 0, and seconds from 0"
+        msg = f"--bandwidth {bandwidth:g} --latency {latency:g}: needs bytes per second above 0, and seconds from 0"
         raise UsageError(msg)
     return Link(latency, bandwidth)
 
 
 def show(result: dict[str, Any]) -> None:
-    """The table, the formula with its constants, and the check, on stdout."""
+    """Print the table, the formula with its constants, and the check on stdout."""
     constants, check = result["constants"], result["check"]
     title = (
         f"{result['run']}: predicted from constants measured on this machine; {constants['batch']} images a step "
@@ -80,11 +80,11 @@ def show(result: dict[str, Any]) -> None:
     for line in formula(constants):
         click.echo(line)
     if check["status"] != "measured":
-        click.echo(f"measured beside predicted: {check['status']}")
+        click.echo(f"measured and predicted: {check['status']}")
     else:
         real = check["measured_seconds"]
         click.echo(
-            f"measured beside predicted, {check['processes']} processes on this machine: "
+            f"measured and predicted, {check['processes']} processes on this machine: "
             f"{real['median']:.4g} s / step [{real['quartiles'][0]:.4g}, {real['quartiles'][1]:.4g}], n {real['n']}; "
             f"predicted {check['predicted_seconds']:.4g}; measured / predicted {check['measured_to_predicted']:.2f}"
         )
@@ -107,7 +107,7 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 def formula(constants: dict[str, Any]) -> list[str]:
-    """The formula of `train.scaling.model` with its constants; in brackets each one's quartiles over the rounds."""
+    """Return the formula of `train.scaling.model` with its constants, each with its quartiles over the rounds."""
     local = f"ceil({constants['batch']} / P)"
     step, image, rate = (_number(constants[name]) for name in ("step_seconds", "image_seconds", "data_rate"))
     lines = [

@@ -1,1 +1,1 @@
-"""The verdict."""
+"""The gate stage: judges a benchmark's results against limits."""

@@ -1,4 +1,4 @@
-"""A gate's verdicts as JUnit XML, which CI systems show."""
+"""Writes a gate's verdicts as JUnit XML, which CI systems display."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from crqat.core.results.verdict import Verdict
 
 
 def junit(verdicts: Sequence[Verdict], run: str) -> str:
-    """JUnit XML, one testcase for each rule and file.
+    """Return JUnit XML with one testcase for each rule and file.
 
-    JUnit knows four outcomes: "fail" becomes `failure`, "not run" `skipped`, and both "inconclusive" and "error" become
-    `error` with that word as the type.
+    JUnit has four outcomes: "fail" becomes `failure`, "not run" becomes `skipped`, and both "inconclusive" and "error"
+    become `error` with that word as the type.
     """
     count = [verdict.status for verdict in verdicts].count
     suite = ElementTree.Element(
@@ -37,5 +37,5 @@ def junit(verdicts: Sequence[Verdict], run: str) -> str:
 
 
 def _xml_text(text: str) -> str:
-    """The text with each character that XML 1.0 cannot hold (a runtime's last words may have any) as U+FFFD."""
+    """Return the text with U+FFFD for characters that XML 1.0 cannot hold (a runtime's error text may have any)."""
     return re.sub("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", text)

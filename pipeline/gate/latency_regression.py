@@ -1,4 +1,4 @@
-"""Latency against earlier results of the same device in the same state, and never against anything else."""
+"""Compares latency with earlier results of the same device in the same state, and with nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RULE = "latency_regression"
 
 
 def key(results: Results, model: ModelResult) -> dict[str, str | int | None]:
-    """Everything that two latencies of a file must share to be comparable, by name; None is what was not recorded."""
+    """Return what two latencies of a file must have in common to be comparable, by name; None if not recorded."""
     device, config, board = results.device, results.config, results.device.jetson
     return {
         "run": results.run,
@@ -25,12 +25,12 @@ def key(results: Results, model: ModelResult) -> dict[str, str | int | None]:
 
 
 def judge(results: Results, baseline: Results | None, allowed: float) -> list[Verdict]:
-    """A verdict on each quantized file whose latency was measured.
+    """Return a verdict on each quantized file whose latency was measured.
 
     Args:
-        results: What was measured.
-        baseline: What was measured before; None if the gate was given none.
-        allowed: `max_latency_regression`.
+        results: Results to judge.
+        baseline: Earlier results; None if the gate was given none.
+        allowed: Limit `max_latency_regression`.
     """
     return [
         _judge(file, results, model, baseline, allowed)
@@ -64,10 +64,10 @@ def _judge(file: str, results: Results, model: ModelResult, baseline: Results | 
 
 
 def _other_key(here: dict[str, str | int | None], there: dict[str, str | int | None]) -> str | None:
-    """Why a baseline says nothing of a file; None if it does."""
+    """Return why a file cannot be compared with the baseline; None if it can."""
     for name, value in here.items():
         if there[name] != value:
-            return f"not run: baseline is of another {name} ({_text(there[name])}, here {_text(value)})"
+            return f"not run: the baseline has another {name} ({_text(there[name])}, here {_text(value)})"
     return None
 
 
@@ -76,11 +76,11 @@ def _text(value: str | int | None) -> str:
 
 
 def _ratio(latency: Latency, base: Latency) -> tuple[float, tuple[float, float]]:
-    """Median by median, and an interval from the intervals of both medians over their rounds."""
+    """Return the ratio of the medians, and its interval from the intervals of both medians over their rounds."""
     from crqat.runtime_eval.measure.latency import median_interval
 
     ratio = latency.p50_ms / base.p50_ms
     low, high, _ = median_interval(latency.round_p50_ms)
     base_low, base_high, _ = median_interval(base.round_p50_ms)
-    # The two runs were not interleaved. Each interval misses with at most 5 %, both together with at most 10 %.
+    # The two runs were not interleaved. Each interval misses with at most 5 %, so both together with at most 10 %.
     return ratio, (min(low / base_high, ratio), max(high / base_low, ratio))

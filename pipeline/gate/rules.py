@@ -1,7 +1,7 @@
 """The `gate` stage: judges a benchmark's results against limits. It measures nothing.
 
-A bound that is uncertain is judged by its interval: it passes if the whole interval is within the limit, fails if the
-whole interval is beyond it, and is inconclusive otherwise. What was not run neither passes nor fails.
+A measured value with an interval passes if the whole interval is within the limit, fails if the whole interval is
+beyond it, and is inconclusive otherwise. A rule that was not run neither passes nor fails.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from crqat.core.results.verdict import Status, Verdict
 from crqat.core.results.verification import Verification
 from crqat.core.targets import TARGETS, builds_engine
 
-# What the other files are compared with.
+# The file that the others are compared with.
 BASELINES = ("float", "float16", "float_openvino")
-# The share of the way from chance to always right that a float model must be shown to have gone where no limit is set.
+# Without a limit, a float model must reach this share of the distance from chance to perfect accuracy.
 BEYOND_CHANCE = 0.1
-NO_ENGINE = "not run: the benchmark is of a version that built no engine; run it again"
+NO_ENGINE = "not run: the benchmark is from a version that built no engine; run it again"
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    """What every quantized model must keep to.
+    """Limits that every quantized model must meet.
 
     Attributes:
-        max_accuracy_drop: Percentage points of top-1 accuracy that it may lose against the float model; None: any.
-        relative_accuracy: Share of the float model's top-1 accuracy that it must keep, such as MLPerf's 0.99.
-        min_agreement: Share of the test images on which it must answer as the float model does.
-        min_accuracy: Share of the test images that it must answer rightly (top-1), such as 0.9; without it the float
-            model must be clearly better than chance.
-        max_latency_ratio: Its latency divided by the float model's.
-        max_latency_regression: Its latency divided by that of the same file in the baseline that the gate is given.
-        max_size_ratio: Its file size divided by the float model's.
-        min_int8_coverage: Share of the multiply-accumulates of Conv and Gemm that its TensorRT engine computes in INT8.
-        max_reformat_layers: Layers of its TensorRT engine that only change type or layout.
+        max_accuracy_drop: Percentage points of top-1 accuracy that the model may lose against the float model; None
+            allows any loss.
+        relative_accuracy: Share of the float model's top-1 accuracy that the model must keep, such as MLPerf's 0.99.
+        min_agreement: Share of the test images on which the model must predict the same class as the float model.
+        min_accuracy: Share of the test images that the model must classify correctly (top-1), such as 0.9; without it
+            the float model must be clearly better than chance.
+        max_latency_ratio: Largest latency divided by the float model's latency.
+        max_latency_regression: Largest latency divided by the latency of the same file in the gate's baseline.
+        max_size_ratio: Largest file size divided by the float model's file size.
+        min_int8_coverage: Share of the multiply-accumulates of Conv and Gemm that the TensorRT engine must compute in
+            INT8.
+        max_reformat_layers: Largest number of TensorRT engine layers that only change type or layout.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -55,12 +57,12 @@ class GateConfig:
 
 @dataclass(frozen=True)
 class KnownAccuracy:
-    """What the float model's accuracy is known to be.
+    """Expected accuracy of the float model from another source.
 
     Attributes:
-        share: Of the test images answered rightly.
-        source: Who says so.
-        points: How many percentage points below it are still what was said.
+        share: Share of the test images classified correctly.
+        source: Source of the figure.
+        points: Tolerance below `share`, in percentage points.
     """
 
     share: float
@@ -69,24 +71,24 @@ class KnownAccuracy:
 
 
 def judge(results: Results, config: GateConfig, known: KnownAccuracy | None = None) -> list[Verdict]:
-    """Apply every rule that has a limit to every quantized model, and those without to the float model.
+    """Apply every rule that has a limit to every quantized model, and the rules without limits to the float model.
 
     Args:
-        results: What `crqat.runtime_eval.benchmark` returned or was read from results.json.
-        config: The limits.
-        known: What the float model's accuracy should be.
+        results: Results from `crqat.runtime_eval.benchmark` or from results.json.
+        config: Limits of the gate.
+        known: Expected accuracy of the float model, if known.
     """
     verdicts = []
     timed = {model.target: model.timed for model in results.models.values()}
     for file, model in results.models.items():
         measured = model.status == MEASURED
-        if not measured and model.target != "float16":  # no rule needs that one
-            # Not run: its accuracy, which always has a limit, is neither kept nor broken, and that must not pass.
+        if not measured and model.target != "float16":  # no rule needs the float16 model
+            # Accuracy always has a limit. A file that did not run neither meets nor breaks it, and that must not pass.
             status: Status = "inconclusive" if model.status.startswith("not run") else "error"
             verdicts.append(_plain("measurement", file, status, model.status))
         elif measured and model.target not in BASELINES and model.versus_float is None:
             verdicts.append(
-                _plain("measurement", file, "error", "the float model that it is compared with has no result")
+                _plain("measurement", file, "error", "the float model that the file is compared with has no result")
             )
         if model.target == "float" and measured and model.accuracy is not None:
             verdicts += _float_accuracy(file, model.accuracy, config, known)
@@ -95,7 +97,7 @@ def judge(results: Results, config: GateConfig, known: KnownAccuracy | None = No
         if model.findings:
             number, first = len(model.findings), model.findings[0]
             verdicts.append(_plain("findings", file, "fail", f"exported with --unsafe, breaks {number} rules: {first}"))
-        if model.target != "openvino":  # the file is ONNX Runtime's, under whose name its verification is judged
+        if model.target != "openvino":  # the file is ONNX Runtime's, and its verification is judged there
             verdicts.append(_verification(file, model.verification))
         if model.codes_on_this_cpu is not None:
             verdicts.append(_codes(file, model.codes_on_this_cpu))
@@ -114,24 +116,24 @@ def judge(results: Results, config: GateConfig, known: KnownAccuracy | None = No
 
 
 def on_images(name: str, accuracy: Accuracy, versus: VersusFloat, config: GateConfig) -> list[Verdict]:
-    """The rules on images alone, for a network of which there is no file yet.
+    """Apply the rules on images alone, for a network that has no file yet.
 
     Args:
-        name: Of the network.
-        accuracy: On some images.
-        versus: Against the float network on the same ones.
-        config: The limits.
+        name: Name of the network.
+        accuracy: Accuracy of the network on some images.
+        versus: Comparison with the float network on the same images.
+        config: Limits of the gate.
     """
     return _limits(name, accuracy, versus, config)
 
 
 def _required(models: Mapping[str, ModelResult], runtimes: Sequence[str]) -> list[Verdict]:
-    """An error for each runtime that must be measured and was not."""
+    """Return an error for each runtime that `benchmark.require` names and that was not measured."""
     verdicts = []
     for runtime in runtimes:
         found = {file: model for file, model in models.items() if model.target == runtime}
         if not found:
-            # Whose file it runs.
+            # The runtime's own file, or the target whose file it runs.
             target = next((name for name, target in TARGETS.items() if runtime in target.runs_also), runtime)
             message = f"no file for {runtime}, which benchmark.require names; add {target} to export.targets"
             verdicts.append(_plain("required", runtime, "error", message))
@@ -148,18 +150,18 @@ def _plain(rule: str, file: str, status: Status, message: str) -> Verdict:
 
 
 def _verification(file: str, verification: Verification | None) -> Verdict:
-    """The export's verification in integer codes: it must be there, have compared something, and have passed."""
+    """Judge the export's verification in integer codes: it must exist, have compared codes, and have passed."""
     if verification is None:
         return _plain("verification", file, "fail", "the export did not verify this file; export it again")
     if verification.status.startswith("not run"):
-        # Not refuted, but not verified either: it must not pass.
+        # The file is neither refuted nor verified, so it must not pass.
         return _plain("verification", file, "inconclusive", verification.status)
     codes, differing = verification.codes, verification.differing_codes
     return _equal("verification", file, verification.status, codes, differing, verification.images)
 
 
 def _codes(file: str, counted: CountedCodes) -> Verdict:
-    """The same on the CPU that was measured: an export is verified on one machine and runs on another."""
+    """Judge the codes on the measuring CPU: an export is verified on one machine and runs on another."""
     if counted.status.startswith("not run"):
         return _plain("codes_on_this_cpu", file, "inconclusive", counted.status)
     return _equal("codes_on_this_cpu", file, counted.status, counted.codes, counted.differing, counted.images)
@@ -173,12 +175,12 @@ def _equal(rule: str, file: str, found: str, codes: int, differing: int, images:
 
 
 def _engine(file: str, engine: EngineSummary, in_float: float, config: GateConfig) -> list[Verdict]:
-    """The rules on a TensorRT engine: that it was built as the file says, and what its plan is.
+    """Judge a TensorRT engine: whether it was built as the file says, and the layers of its plan.
 
-    INT8 is asked of all layers but those that `quantization.float_layers` names: `in_float` is their share of the MACs.
+    INT8 is expected of all layers except those in `quantization.float_layers`; `in_float` is their share of the MACs.
 
-    Where none was built because the builder is missing, nothing passes and nothing fails. A builder that died or was
-    stopped says nothing of the file.
+    Without a builder, the engine rules neither pass nor fail. A builder that crashed or was stopped says nothing about
+    the file.
     """
     covered = engine.coverage if engine.status == BUILT else None
     counts = engine.counts if engine.status == BUILT else None
@@ -218,13 +220,13 @@ def _of_engine(engine: EngineSummary) -> str:
     wrong = next((message for message in engine.messages if message.severity == "error"), None)
     by = f"{engine.builder.name} {engine.builder.version}"
     if wrong is None:
-        return f"built by {by}, which has nothing against it"
+        return f"built by {by} without errors"
     at = f", first at {wrong.nodes[0]}" if wrong.nodes else ""
     return f"built by {by}, but {wrong.message} ({wrong.count} times{at})"
 
 
 def _of_coverage(covered: Coverage, uncovered: Sequence[Uncovered], allowed: float, in_float: float) -> str:
-    asked = f"; besides, float_layers keeps {100 * in_float:.2f} % of the network's in float" if in_float else ""
+    asked = f"; in addition, float_layers keeps {100 * in_float:.2f} % of the network's in float" if in_float else ""
     text = (
         f"{100 * (covered.by_macs or 0.0):.2f} % of the MACs, {covered.int8_nodes} of {covered.nodes} Conv and Gemm, "
         f"required {100 * allowed:g} %{asked}"
@@ -233,9 +235,9 @@ def _of_coverage(covered: Coverage, uncovered: Sequence[Uncovered], allowed: flo
 
 
 def _float_accuracy(file: str, accuracy: Accuracy, config: GateConfig, known: KnownAccuracy | None) -> list[Verdict]:
-    """Whether the float model knows anything, and what it is known to know: a small drop from nothing is no success.
+    """Judge whether the float model is better than chance and matches its known accuracy.
 
-    Where the user says what accuracy is enough, `min_accuracy`, it is compared with chance itself.
+    A small drop from a useless model is no success. With `min_accuracy`, the float model only has to beat chance.
     """
     verdicts = []
     if accuracy.chance is not None:
@@ -244,18 +246,16 @@ def _float_accuracy(file: str, accuracy: Accuracy, config: GateConfig, known: Kn
         verdict = _at_least("float_accuracy", file, accuracy.top1, accuracy.n, allowed)
         text = f"{_percent(verdict)}; chance is {100 * accuracy.chance:.2f} %"
         if verdict.status == "fail":
-            text += (
-                ", and it is hardly better: its weights, data.mean and data.std, or labels are not what they should be"
-            )
+            text += ", hardly better than chance: check the model's weights, data.mean, data.std and the labels"
         verdicts.append(_with_images(replace(verdict, message=text)))
     if known is not None:
         floor = known.share - known.points / 100
         verdict = _at_least("known_accuracy", file, accuracy.top1, accuracy.n, floor)
         text = f"{_percent(verdict)}; {known.source} says {100 * known.share:.2f} %"
-        if verdict.status != "fail":  # it would take more images to be sure, and nobody asked for more
+        if verdict.status != "fail":  # more images could decide it, but no limit was set
             verdict = replace(verdict, status="pass")
         else:
-            text += ": data.mean, data.std, data.size, data.crop or the weights are other ones"
+            text += ": check data.mean, data.std, data.size, data.crop and the weights"
         verdicts.append(replace(verdict, message=text))
     return verdicts
 
@@ -267,7 +267,7 @@ def _percent(verdict: Verdict) -> str:
 
 
 def _at_least(rule: str, file: str, share: float, n: int, allowed: float) -> Verdict:
-    """The verdict on a lower limit of a share of the test images."""
+    """Return the verdict on a lower limit of a share of the test images."""
     from crqat.runtime_eval.measure.accuracy import images_for_share, wilson
 
     low, high = wilson(round(share * n), n)
@@ -278,18 +278,18 @@ def _at_least(rule: str, file: str, share: float, n: int, allowed: float) -> Ver
 
 
 def _with_images(verdict: Verdict) -> Verdict:
-    """An inconclusive verdict whose message says how many test images would decide."""
+    """Add to an inconclusive verdict how many test images would decide it."""
     if verdict.status != "inconclusive":
         return replace(verdict, images_needed=None)
     needed = verdict.images_needed
-    text = "no number of test images would decide: what was measured is the limit itself"
+    text = "no number of test images would decide: the measured value equals the limit"
     if needed is not None:
         text = f"about {needed:,} test images would decide if the rates stay as they are"
     return replace(verdict, message=f"{verdict.message}; {text}")
 
 
 def _limits(file: str, accuracy: Accuracy, versus: VersusFloat, config: GateConfig) -> list[Verdict]:
-    """The rules on the test images."""
+    """Apply the rules on the test images."""
     from crqat.runtime_eval.measure.accuracy import images_for_difference, images_for_share
 
     n = accuracy.n
@@ -318,15 +318,15 @@ def _limits(file: str, accuracy: Accuracy, versus: VersusFloat, config: GateConf
 
 
 def _relative(file: str, n: int, versus: VersusFloat, allowed: float) -> Verdict:
-    """The verdict on the share of the float model's accuracy that is kept."""
+    """Return the verdict on the share of the float model's accuracy that the model keeps."""
     from crqat.runtime_eval.measure.accuracy import images_for_ratio, ratio_bounds
 
     both, first, second = versus.both_right, versus.only_float_right, versus.only_this_right
     if both is None or first is None or second is None:
-        why = "not run: the benchmark is of a version that did not count the images; run it again"
+        why = "not run: the benchmark is from a version that did not count the images; run it again"
         return Verdict("relative_accuracy", file, "inconclusive", None, None, allowed, n, why)
     if both + first == 0:
-        why = "the float model answers no image rightly"
+        why = "the float model classifies no image correctly"
         return Verdict("relative_accuracy", file, "fail", None, None, allowed, n, why)
     low, high = ratio_bounds(both, first, second, n)
     kept = (both + second) / (both + first)
@@ -345,7 +345,7 @@ def _size(file: str, ratio: float, allowed: float) -> Verdict:
 def at_most(
     what: tuple[str, str, int, str], measured: float, interval: Sequence[float], allowed: float, unit: str
 ) -> Verdict:
-    """The verdict on an upper limit; `what` is rule, file, n and what n counts."""
+    """Return the verdict on an upper limit; `what` is the rule, the file, n and what n counts."""
     rule, file, n, counted = what
     low, high = interval
     status: Status = "pass" if high <= allowed else "fail" if low > allowed else "inconclusive"
@@ -371,9 +371,9 @@ def _latency(file: str, model: ModelResult, versus: VersusFloat, float_unstable:
 
 
 def exit_code(verdicts: Sequence[Verdict]) -> int:
-    """1 if a rule failed; else 3 for an error; else 4 if one is inconclusive or nothing passed; else 0.
+    """Return 1 if a rule failed, else 3 for an error, else 4 if a rule is inconclusive or none passed, else 0.
 
-    A failure comes first because it stands whatever else could not be measured.
+    A failure comes first because it holds whatever else could not be measured.
     """
     statuses = {verdict.status for verdict in verdicts}
     if "fail" in statuses:

@@ -1,1 +1,1 @@
-"""The recipe: reading and checking it."""
+"""Reads, checks and writes recipes."""

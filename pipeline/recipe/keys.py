@@ -1,4 +1,4 @@
-"""What each key of a recipe means, from the dataclasses that check it: their docstrings, types and defaults."""
+"""Explains the keys of a recipe from the docstrings, types and defaults of the dataclasses that check it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ _WORDS = {bool: "true or false", int: "integer", float: "number", str: "text", t
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a recipe.
+    """Description of one key of a recipe.
 
     Attributes:
-        key: Its path, such as "qat.lr".
-        meaning: What it does.
-        type: Of its value, in words.
-        default: As JSON; None where `required`, too.
-        required: Whether it has no default.
-        allowed: All values, where they can be listed; else empty.
-        keys: Of a section: its keys, in the order of the dataclass; else empty.
+        key: Path of the key, such as "qat.lr".
+        meaning: What the key does.
+        type: Type of the value, in words.
+        default: Default as JSON; None if the key is required.
+        required: Whether the key has no default.
+        allowed: All allowed values if they can be listed; else empty.
+        keys: Keys of a section in the order of the dataclass; else empty.
     """
 
     key: str
@@ -44,18 +44,18 @@ class Key:
 
 
 def every_key() -> dict[str, Key]:
-    """All keys by their paths, each section before its own keys."""
+    """Return all keys by their paths, each section before its own keys."""
     return {key.key: key for key in _of_class(Recipe, "")}
 
 
 def explain(name: str) -> Key:
-    """What a key means.
+    """Return the description of a key.
 
     Args:
-        name: Its path, such as "qat.lr" or "gate".
+        name: Path of the key, such as "qat.lr" or "gate".
 
     Raises:
-        UsageError: There is no such key; the message names the closest one.
+        UsageError: The key does not exist; the message names the closest one.
     """
     known = every_key()
     if name in known:
@@ -65,12 +65,12 @@ def explain(name: str) -> Key:
     own = {key.rpartition(".")[2]: key for key in known}
     near = near or [own[word] for word in difflib.get_close_matches(name.rpartition(".")[2].lower(), own, n=1)]
     hint = f"did you mean {' or '.join(f'`{key}`' for key in near)}?" if near else "`crqat explain` lists all keys"
-    msg = f"{name}: no key of a recipe; {hint}"
+    msg = f"{name}: not a key of a recipe; {hint}"
     raise UsageError(msg)
 
 
 def lines(key: Key) -> Iterator[str]:
-    """A key as a person reads it."""
+    """Yield the description of a key as lines of text."""
     yield f"{key.key}: {key.meaning}"
     if key.keys:
         yield ""
@@ -99,7 +99,7 @@ def _of_class(cls: type[Any], prefix: str) -> Iterator[Key]:
         meaning = f"As `{before}`: {meanings[before]}" if meaning == "Likewise." else meaning
         before = item.name
         inner = _section(hint)
-        # The consistency term stands in the float training, too; its keys are explained once.
+        # Float training has a consistency section too; its keys are explained only once.
         keys = tuple(f"{path}.{own.name}" for own in fields(inner)) if inner is not None and not prefix else ()
         if inner is not None and prefix:
             meaning += f" The keys are those of the section `{name}`."
@@ -110,7 +110,7 @@ def _of_class(cls: type[Any], prefix: str) -> Iterator[Key]:
 
 
 def _section(hint: Any) -> type[Any] | None:
-    """The dataclass that a type is, or may be beside null."""
+    """Return the dataclass that a type is, or may be instead of null."""
     if typing.get_origin(hint) in (Annotated, Union, types.UnionType):
         return next((kind for one in typing.get_args(hint) if (kind := _section(one)) is not None), None)
     return hint if isinstance(hint, type) and hint not in _WORDS and is_dataclass(hint) else None
@@ -121,7 +121,7 @@ def _required(item: Field[Any]) -> bool:
 
 
 def _value(item: Field[Any]) -> Any:
-    """The default as JSON; of a section None, since its keys have their own."""
+    """Return the default as JSON; None for a section, whose keys have their own defaults."""
     if item.default is not MISSING:
         return json.loads(json.dumps(item.default))
     if item.default_factory is MISSING:
@@ -131,7 +131,7 @@ def _value(item: Field[Any]) -> Any:
 
 
 def _meanings(cls: type[Any]) -> dict[str, str]:
-    """What the docstrings of a dataclass and of those that it extends say of each attribute."""
+    """Return the docstring entry of each attribute of a dataclass and of its base classes."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         text = inspect.cleandoc(base.__doc__ or "").partition("Attributes:\n")[2]
@@ -142,7 +142,7 @@ def _meanings(cls: type[Any]) -> dict[str, str]:
 
 
 def _type(hint: Any) -> tuple[str, tuple[str, ...]]:
-    """A type in words, and its values where they can be listed."""
+    """Return a type in words, and its values if they can be listed."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         return _annotated(arguments)

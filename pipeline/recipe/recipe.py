@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that holds every stage's configuration, checked before anything runs."""
+"""The recipe: one YAML file with the configuration of every stage, checked before anything runs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ SECTIONS: dict[str, type[Any]] = {
     "gate": GateConfig,
 }
 _SHOWN_ERRORS = 3
-# Keys of older recipes, and what to write instead.
+# Keys of older recipes, and their replacements.
 _REPLACED = {
     "quantization.method": "is now two keys, `weight_method` and `activation_method`; replace it by both",
 }
@@ -59,25 +59,25 @@ _REPLACED = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a recipe file says; paths in it are relative to the current directory.
+    """Contents of a recipe file; paths in it are relative to the current directory.
 
     Attributes:
-        name: Of the run's directory: letters, digits, "_", "-" and "."; not starting with a dot.
+        name: Name of the run's directory: letters, digits, "_", "-" and "."; not starting with a dot.
         data: The images.
         model: The float network.
-        seed: Of everything random.
+        seed: Seed of all random numbers.
         targets: The runtimes that the network must run on.
-        device: Where training runs; "auto" takes CUDA where there is one.
-        compile: "auto" fuses the training step by torch.compile where a C++ compiler is at hand.
+        device: Device of the training; "auto" uses CUDA if available.
+        compile: "auto" fuses the training step with torch.compile if a C++ compiler is available.
         tracker: "tensorboard" writes epochs and final results into runs/NAME/tensorboard; null writes none.
-        float_training: The `float` section: how the float network is trained if `model.weights` names none.
-        quantization: Bit widths and methods.
-        qat: How the quantized network is trained.
-        consistency: The consistency term.
-        ptq: What is done behind calibration, before any training.
-        export: What is written.
-        benchmark: How it is measured.
-        gate: What must hold.
+        float_training: The `float` section: how the float network is trained if `model.weights` names no weights.
+        quantization: Bit widths and quantization methods.
+        qat: Quantization-aware training.
+        consistency: Consistency loss.
+        ptq: Post-training methods that run after calibration, before any training.
+        export: Files to write.
+        benchmark: How the files are measured.
+        gate: Limits that the results must meet.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -100,7 +100,7 @@ class Recipe:
 
 
 def top_level_keys() -> list[str]:
-    """The keys of a recipe, as YAML spells them."""
+    """Return the top-level keys of a recipe, as YAML spells them."""
     return ["float" if item.name == "float_training" else item.name for item in fields(Recipe)]
 
 
@@ -109,10 +109,10 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: The YAML file.
-        overrides: "key.path=value" texts that replace what the file says; the values are YAML.
+        overrides: "key.path=value" texts that replace values of the file; the values are YAML.
 
     Raises:
-        UsageError: In one line: where it is wrong, what is wrong, what would be right.
+        UsageError: The recipe is wrong; the message names the place, the problem and the fix in one line.
     """
     data = read_yaml(path)
     if not isinstance(data, dict):
@@ -133,7 +133,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _override(data: dict[str, Any], text: str) -> str:
-    """Apply one `--set` to the file's data and return the key's path."""
+    """Apply one `--set` to the recipe's data and return the key's path."""
     path, equals, value = text.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
@@ -152,7 +152,7 @@ def _override(data: dict[str, Any], text: str) -> str:
 
 
 def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
-    """One validation error of pydantic's as a user reads it."""
+    """Return one pydantic validation error as a line for the user."""
     place = ".".join(str(part) for part in detail["loc"] if part != "[key]")
     from_option = any(f"{place}.".startswith(f"{key}.") for key in overridden)
     where = f"--set {place}" if from_option else f"{path}: {place}"
@@ -162,7 +162,7 @@ def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
             return f"{where}: {_REPLACED[place]}"
         kind = None
         if section:
-            # The last name that is a section's: `consistency` is one inside of `float`, too.
+            # The last name that is a section; `consistency` is one inside `float` too.
             kind = Override if "overrides" in section else SECTIONS[[str(s) for s in section if s in SECTIONS][-1]]
         valid = top_level_keys() if kind is None else [item.name for item in fields(kind)]
         near = _near(str(key), valid)
@@ -181,13 +181,13 @@ def _explain(detail: Any, path: Path, overridden: Sequence[str]) -> str:
 
 
 def _near(word: str, valid: Sequence[str]) -> list[str]:
-    """The valid name that a wrong one is most like, if there is one; upper and lower case are the same."""
+    """Return the valid name closest to a wrong one, ignoring case, if there is one."""
     names = {name.lower(): name for name in valid}
     return [names[name] for name in difflib.get_close_matches(word.lower(), names, n=1)]
 
 
 def _contradiction(recipe: Recipe) -> str | None:
-    """What no single key shows to be wrong."""
+    """Return a problem that only several keys together show; None if there is none."""
     allowed = all(letter.isascii() and (letter.isalnum() or letter in "_.-") for letter in recipe.name)
     if not allowed or not recipe.name or recipe.name.startswith(".") or len(recipe.name) > 100:
         return (
@@ -205,19 +205,19 @@ def _contradiction(recipe: Recipe) -> str | None:
         return problem
     resized = [key for key in ("size", "crop", "interpolation", "convert") if getattr(recipe.data, key)]
     if resized and not kinds & set(FILE_SOURCES):
-        return f"data.{resized[0]}: only of {', '.join(FILE_SOURCES)}, whose images are files; remove it"
+        return f"data.{resized[0]}: applies only to {', '.join(FILE_SOURCES)}, whose images are files; remove it"
     if recipe.data.image_list is not None and recipe.data.source != "imagelist":
-        return "data.image_list: only of data.source: imagelist; remove it"
+        return "data.image_list: applies only to data.source: imagelist; remove it"
     columns = [key for key in ("image_column", "label_column") if getattr(recipe.data, key) is not None]
     if columns and "huggingface" not in kinds:
-        return f"data.{columns[0]}: only of huggingface, whose data sets are tables; remove it"
-    # What is missing beside pretrained weights is known once their library is asked.
+        return f"data.{columns[0]}: applies only to huggingface, whose data sets are tables; remove it"
+    # Sizes missing with pretrained weights are looked up in their library later.
     published = recipe.model.weights == "pretrained" and None in (recipe.data.size, recipe.data.crop)
     if not published and (recipe.data.crop or FOLDER_CROP) > (recipe.data.size or FOLDER_SIZE):
         return "data.crop: larger than data.size, the shorter side it is cut from; set both"
     for pattern, override in recipe.quantization.overrides.items():
         if override == Override():
-            return f"quantization.overrides.{pattern}: says nothing; give it weights, activations or both"
+            return f"quantization.overrides.{pattern}: empty; set weights, activations or both"
     problem = _progression(recipe)
     if problem is not None:
         return problem
@@ -232,43 +232,43 @@ def _contradiction(recipe: Recipe) -> str | None:
                 f"{key} to [{others}], or quantization.activation_method to lsq"
             )
     if recipe.model.nncf is not None and recipe.model.weights is not None:
-        return "model.nncf: brings the float weights, too; leave model.weights out"
+        return "model.nncf: the checkpoint already has the float weights; remove model.weights"
     if recipe.model.weights_key is not None and recipe.model.weights in (None, "pretrained"):
-        return "model.weights_key: says where in the file of model.weights the weights lie; name the file, or remove it"
+        return "model.weights_key: needs a file in model.weights; set it to the file, or remove this key"
     if recipe.model.weights is None and recipe.float_training is None and not recipe.model.has_weights:
-        return "float: missing; say how to train the float network, or give its weights as model.weights"
+        return "float: missing; add it to train the float network, or name its weights in model.weights"
     return None
 
 
 def _unlabeled(recipe: Recipe) -> str | None:
-    """What is wrong with unlabeled images and with what is made of them, None if nothing is."""
+    """Return a problem of unlabeled images or of their use; None if there is none."""
     data, section = recipe.data, recipe.float_training
     in_float = None if section is None else section.consistency
     used = [term for term in (recipe.consistency, in_float) if term and term.teacher != "none" and term.weight > 0]
     if data.unlabeled is not None and not used:
-        return "data.unlabeled: feeds the consistency term alone, which is off; set consistency.teacher and .weight"
+        return "data.unlabeled: used only by the consistency term, which is off; set consistency.teacher and .weight"
     if data.unlabeled_root is not None and data.unlabeled is None:
         return "data.unlabeled_root: the folder of data.unlabeled, which is missing; add `unlabeled: imagefolder`"
     found = data.unlabeled_ratio > 0 and (data.unlabeled is not None or data.labeled is not None)
     if recipe.consistency.teacher == "pseudo-label" and not found:
-        return "consistency.teacher: pseudo-label labels unlabeled images; name some by data.unlabeled or data.labeled"
+        return "consistency.teacher: pseudo-label needs unlabeled images; set data.unlabeled or data.labeled"
     if in_float is not None and in_float.teacher != "ema":
-        return f"float.consistency.teacher: is {in_float.teacher}; in float training only ema is possible"
+        return f"float.consistency.teacher: {in_float.teacher} is not possible in float training; set it to ema"
     if (
         section is not None
         and section.fine_tune
         and recipe.model.weights is None
         and not is_onnx_file(recipe.model.name)
     ):
-        return "float.fine_tune: trains on from given weights; name their file as model.weights, or remove it"
+        return "float.fine_tune: needs given weights to continue from; name their file in model.weights, or remove it"
     return None
 
 
 def _channels(recipe: Recipe, kinds: set[str | None]) -> str | None:
-    """What is wrong with `data.channels`, `data.mean` and `data.std`, None if nothing is."""
+    """Return a problem of `data.channels`, `data.mean` and `data.std`; None if there is none."""
     data = recipe.data
     if data.channels is not None and not kinds & set(COLOUR_SOURCES):
-        return f"data.channels: only of {', '.join(COLOUR_SOURCES)}; other sources bring their own; remove it"
+        return f"data.channels: applies only to {', '.join(COLOUR_SOURCES)}; other sources fix it; remove it"
     if source_kind(data.source) not in COLOUR_SOURCES:
         return None
     channels = data.channels or 3
@@ -279,49 +279,49 @@ def _channels(recipe: Recipe, kinds: set[str | None]) -> str | None:
 
 
 def _progression(recipe: Recipe) -> str | None:
-    """What is wrong with `qat.progressive_bits`, None if nothing is."""
+    """Return a problem of `qat.progressive_bits`; None if there is none."""
     bits, quantization = recipe.qat.progressive_bits, recipe.quantization
     if not bits:
         return None
     if list(bits) != sorted(set(bits), reverse=True):
-        return f"qat.progressive_bits: {list(bits)} has to go down"
+        return f"qat.progressive_bits: {list(bits)} must decrease"
     asked = [quantization.weights, quantization.activations, quantization.first_layer, quantization.last_layer]
     for override in quantization.overrides.values():
         asked += [width for width in (override.weights, override.activations) if width is not None]
     least = min(asked)
     if bits[-1] > least:
-        return f"qat.progressive_bits: ends at {bits[-1]}, above the smallest bit width that is asked for; add {least}"
+        return f"qat.progressive_bits: ends at {bits[-1]}, above the smallest requested bit width; add {least}"
     return None
 
 
 def _trained(recipe: Recipe) -> FloatConfig | None:
-    """How the float network is trained, None if it is given and stays as it is."""
+    """Return the section that trains the float network; None if its weights are given and stay unchanged."""
     section = recipe.float_training
     return None if section is None or (recipe.model.has_weights and not section.fine_tune) else section
 
 
 def from_resolved(values: dict[str, Any]) -> Recipe:
-    """The recipe that `resolved` made, as a manifest holds it.
+    """Return the recipe that `resolved` wrote into a manifest.
 
     Raises:
-        UsageError: It is of a version with other keys.
+        UsageError: The recipe was written by a version with other keys.
     """
     try:
         return pydantic.TypeAdapter(Recipe).validate_json(json.dumps(values), strict=True)
     except pydantic.ValidationError as error:
         problem = _explain(error.errors()[0], Path("the run's recipe"), ())
-        msg = f"{problem}; the run is of another version of crqat: train it again"
+        msg = f"{problem}; the run is from another version of crqat: train it again"
         raise UsageError(msg) from error
 
 
 def train_config(recipe: Recipe) -> TrainConfig:
-    """The part of a recipe that the `train` stage depends on."""
+    """Return the part of a recipe that the `train` stage depends on."""
     return TrainConfig(
         seed=recipe.seed,
         targets=recipe.targets,
         data=recipe.data,
         model=recipe.model,
-        # Not used beside given weights: a fixed value there keeps a change in it from training anew.
+        # Unused with given weights: a fixed value keeps a change of it from triggering a new training run.
         float_training=_trained(recipe) or FloatConfig(epochs=0),
         quantization=recipe.quantization,
         qat=recipe.qat,
@@ -333,7 +333,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as JSON, complete with its defaults, in the keys of the YAML file."""
+    """Return a recipe as JSON, complete with its defaults, in the keys of the YAML file."""
     values = asdict(recipe)
     values["float"] = values.pop("float_training")
     if _trained(recipe) is None:
@@ -343,7 +343,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def completed(key: str, recorded: Any) -> Any:
-    """A part of a recipe as `resolved` gave it when the part had fewer keys, or was not there: defaults fill it up."""
+    """Fill up a part of a recipe from a version with fewer keys (or without this part) with the defaults."""
     kind = SECTIONS.get(key)
     if recorded is None and key in {item.name for item in fields(Recipe) if item.default_factory is not MISSING}:
         recorded = {}

@@ -1,4 +1,4 @@
-"""The text of a recipe that a command writes: the keys that are needed, or all keys with their comments."""
+"""Writes the text of a recipe: only the keys that are needed, or all keys with their comments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 TEMPLATE = Path(__file__).parents[1] / "templates" / "recipe.yaml"
-# Where the template departs from the defaults, for its own data.
+# Values that the template sets for its own data, which are not defaults.
 _DEFAULTS = {"crop_padding": 4, "flip": True}
 
 
@@ -20,11 +20,11 @@ def _scalar(value: Any) -> str:
 
 
 def needed(values: Mapping[str, Any], comments: Mapping[str, Sequence[str]]) -> str:
-    """The recipe of these keys alone.
+    """Return the text of a recipe with these keys alone.
 
     Args:
-        values: Of the recipe: "name", and sections by name.
-        comments: Lines about a key such as "data.mean", which need not be there; those of "" come first.
+        values: Values of the recipe: "name", and sections by name.
+        comments: Comment lines by key, such as "data.mean", which may be absent from `values`; those of "" come first.
     """
     lines = [f"# {line}" for line in comments[""]] + ["", f"name: {_scalar(values['name'])}"]
     for section in ("data", "model", "float", "qat"):
@@ -41,7 +41,7 @@ def needed(values: Mapping[str, Any], comments: Mapping[str, Sequence[str]]) -> 
 
 
 def filled(values: Mapping[str, Any], comments: Mapping[str, Sequence[str]]) -> str:
-    """The commented recipe of all keys with these values; see `needed`."""
+    """Return the commented recipe of all keys with these values; see `needed`."""
     values = {**values, "float": values.get("float", {"epochs": 0})}
     values["data"] = {**_DEFAULTS, **values["data"]}
     lines, section = [f"# {line}" for line in comments[""]], ""
@@ -54,7 +54,7 @@ def filled(values: Mapping[str, Any], comments: Mapping[str, Sequence[str]]) -> 
         section = section if indent else key
         own = values.get(section, {}).get(key) if indent else values.get(key)
         lines += [f"{indent}# {said}" for said in comments.get(f"{section}.{key}", [])]
-        if own is None or isinstance(own, dict):  # a section's own line stays
+        if own is None or isinstance(own, dict):  # the line of a section itself stays
             lines.append(line)
             continue
         column = line.index("#") if "#" in line else 0

@@ -1,4 +1,4 @@
-"""YAML as a recipe uses it: plain values, no aliases, no tags, no key twice, and a line number in each error."""
+"""Reads YAML for recipes: plain values, no aliases, no tags, no duplicate keys, and line numbers in errors."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import yaml
 
 from crqat.core.errors import UsageError
 
-# Twenty times the longest recipe; what yaml takes a minute to refuse is longer.
+# Twenty times the longest recipe; YAML that takes a minute to reject is longer.
 _MAX_BYTES = 1 << 16
-# YAML 1.1 reads 1e-4 as text; everybody means the number.
+# YAML 1.1 reads 1e-4 as text, but users mean the number.
 _FLOAT = re.compile(r"^[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)$")
 _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float", "str", "seq", "map")}
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without what a recipe has no use for: aliases blow up, dates and merge keys surprise."""
+    """SafeLoader without features that a recipe does not need: aliases can blow up, dates and merge keys surprise."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -37,7 +37,7 @@ class _Loader(yaml.SafeLoader):
             if not isinstance(key, yaml.ScalarNode):
                 raise yaml.constructor.ConstructorError(None, None, "a key must be a word", key.start_mark)
             if key.value in seen:
-                problem = f"the key `{key.value}` stands here a second time"
+                problem = f"the key `{key.value}` appears twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -63,7 +63,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def read_yaml(path: Path) -> Any:
-    """The value of a YAML file.
+    """Return the value of a YAML file.
 
     Raises:
         UsageError: The file cannot be read, is too large, or is not plain YAML.
@@ -75,7 +75,7 @@ def read_yaml(path: Path) -> Any:
         msg = f"{path}: {error.strerror}; `crqat init` writes a recipe"
         raise UsageError(msg) from error
     if len(content) > _MAX_BYTES:
-        msg = f"{path}: larger than 64 KiB, which no recipe is"
+        msg = f"{path}: larger than 64 KiB, too large for a recipe"
         raise UsageError(msg)
     try:
         text = content.decode()
@@ -86,10 +86,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text.
+    """Return the value of a YAML text.
 
     Raises:
-        UsageError: It is not plain YAML; the message starts with `where` and the line.
+        UsageError: The text is not plain YAML; the message starts with `where` and the line.
     """
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a subclass of SafeLoader that takes less, not more

@@ -1,1 +1,1 @@
-"""Results as tables and as a page."""
+"""Shows results as tables and as an HTML page."""

@@ -1,4 +1,4 @@
-"""The test images that only one of the float and the INT8 file answers rightly, and what each class gains or loses."""
+"""Test images that only one of the float and the INT8 file classifies correctly, and the change of each class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 from crqat.core.results.benchmark import Results
 from crqat.core.results.export import ExportPayload
 
-# Of each kind, and the side of a picture in pixels: smaller images are enlarged to it, larger ones reduced.
+# Number of pictures of each kind, and the side of a picture in pixels; images are resized to it.
 _SHOWN, _SIDE = 12, 96
 _CLASSES = 6
 
@@ -23,14 +23,14 @@ _Int = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Picture:
-    """A test image that one of the two files answers wrongly.
+    """A test image that one of the two files classifies wrongly.
 
     Attributes:
-        number: Its place among the test images.
-        source: A PNG as a data address.
-        label: Its class.
-        float_answer: The float file's.
-        answer: The INT8 file's.
+        number: Index of the image in the test images.
+        source: PNG image as a data URL.
+        label: Class of the image.
+        float_answer: Class that the float file predicts.
+        answer: Class that the INT8 file predicts.
     """
 
     number: int
@@ -42,15 +42,15 @@ class Picture:
 
 @dataclass(frozen=True)
 class ClassRow:
-    """A class of the test images.
+    """Counts of one class of the test images.
 
     Attributes:
-        name: Of the class.
-        n: Its images.
-        float_right: Those that the float file answers rightly.
-        right: Those that the INT8 file does.
-        only_float: Those that the float file alone does.
-        only_this: Those that the INT8 file alone does.
+        name: Name of the class.
+        n: Number of its images.
+        float_right: Number of images that the float file classifies correctly.
+        right: Number of images that the INT8 file classifies correctly.
+        only_float: Number of images that only the float file classifies correctly.
+        only_this: Number of images that only the INT8 file classifies correctly.
     """
 
     name: str
@@ -62,20 +62,20 @@ class ClassRow:
 
     @property
     def change(self) -> float:
-        """Of the accuracy, percentage points."""
+        """Change of the class's accuracy from float to INT8, in percentage points."""
         return 100 * (self.right - self.float_right) / self.n
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A file against the float file, image by image.
+    """Comparison of a file with the float file, image by image.
 
     Attributes:
-        file: Its name.
-        lost: Images that the float file alone answers rightly, the first of them.
-        lost_count: How many there are.
-        won: Images that this file alone answers rightly, the first of them.
-        won_count: How many there are.
+        file: Name of the file.
+        lost: First images that only the float file classifies correctly.
+        lost_count: Number of all images that only the float file classifies correctly.
+        won: First images that only this file classifies correctly.
+        won_count: Number of all images that only this file classifies correctly.
         classes: All classes that have images, those that lose most first.
     """
 
@@ -88,19 +88,19 @@ class Difference:
 
     @property
     def changed(self) -> list[ClassRow]:
-        """The classes that changed most: those that lose, then those that gain."""
+        """Return the classes that changed most: first those that lose, then those that gain."""
         lose = [row for row in self.classes if row.change < 0][:_CLASSES]
         gain = [row for row in self.classes if row.change > 0][-_CLASSES:]
         return [*lose, *gain]
 
 
 def differences(export_dir: Path, export: ExportPayload, results: Results) -> list[Difference]:
-    """One entry for each measured file of a target whose answers, and those of the float file, were kept.
+    """Return the comparison of each measured file with the float file, if the predictions of both were stored.
 
     Args:
-        export_dir: Has the test images and their labels.
-        export: Its payload.
-        results: What was measured on it.
+        export_dir: Directory of the export, with the test images and their labels.
+        export: Payload of the export.
+        results: Results of the benchmark on this export.
     """
     reference = next((m.classes() for m in results.models.values() if m.target == "float"), None)
     targets = {model.file for model in export.models if model.target not in ("float", "float16")}
@@ -108,7 +108,7 @@ def differences(export_dir: Path, export: ExportPayload, results: Results) -> li
     try:
         images = np.load(export_dir / export.images, mmap_mode="r", allow_pickle=False)
         labels = np.load(export_dir / export.labels, allow_pickle=False)
-    except (OSError, ValueError):  # the report of measurements does not need them
+    except (OSError, ValueError):  # the rest of the report does not need the images
         return []
     fits = reference is not None and len(reference) == len(images) == len(labels)
     return [
@@ -142,7 +142,7 @@ def _difference(
 
 
 def _png(image: npt.NDArray[np.uint8]) -> str:
-    """A picture of uint8 [C, H, W] with one or three channels; of others the first channel."""
+    """Return a PNG of a uint8 [C, H, W] image with one or three channels; of other images, of the first channel."""
     from PIL import Image
 
     array = np.ascontiguousarray(image)

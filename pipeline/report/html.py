@@ -1,4 +1,4 @@
-"""One self-contained HTML page of a run: the verdict first, then what it rests on. No scripts, no outside resources."""
+"""Renders a run as one self-contained HTML page: first the verdict, then its evidence. No scripts or external files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WORDS = {0: "pass", 1: "fail", 3: "not judged", 4: "inconclusive"}
 # Readable on white and on near-black.
 _PALETTE = ("#8a8f98", "#8957c9", "#2f81d6", "#4f9d3a", "#d9822b", "#c0392b")
 _COLORS = dict(zip(("float", "openvino", *runtimes.names()), _PALETTE, strict=False))
-# What `crqat sensitivity --perturbation` writes, and its networks in plain words.
+# Names of the networks in perturbation.json (written by `crqat sensitivity --perturbation`) in plain words.
 PERTURBATION = "perturbation.json"
 NETWORKS = {"float": "float", "calibrated": "calibration alone", "student": "trained", "teacher": "EMA teacher"}
 _NETWORK_COLORS = dict(zip(NETWORKS, ("#8a8f98", "#8957c9", "#2f81d6", "#d9822b"), strict=True))
@@ -46,15 +46,15 @@ def render(
     others: Sequence[Results] = (),
     perturbation: Perturbation | None = None,
 ) -> str:
-    """The page.
+    """Render the HTML page of a run.
 
     Args:
-        run: The run's directory; its train and export manifests and the training history are read.
-        results: What the benchmark measured.
-        verdicts: What the gate says of it.
-        layers: What `crqat.export.analysis.layer_accuracy.accuracy_of_each_layer` measured, if it was asked for.
+        run: Directory of the run; its train and export manifests and the training history are read.
+        results: Results of the benchmark.
+        verdicts: Verdicts of the gate on these results.
+        layers: Result of `crqat.export.analysis.layer_accuracy.accuracy_of_each_layer`, if it was measured.
         others: Results of the same files on other devices.
-        perturbation: How the run's networks stand noise, if it was measured.
+        perturbation: Accuracy of the run's networks under noise, if it was measured.
 
     Raises:
         UsageError: The run's files do not hold what the page shows.
@@ -124,7 +124,7 @@ def _kib(size: int | None) -> str:
 
 @dataclass(frozen=True)
 class _Edge:
-    """A quantized edge: its signal-to-noise in dB, and each target's claim."""
+    """A quantized edge: its signal-to-noise ratio in dB, and each target's claim."""
 
     edge: str
     noise: float | None
@@ -132,7 +132,7 @@ class _Edge:
 
 
 def _edges(export: ExportPayload) -> list[_Edge]:
-    """One row for each quantized edge, the noisiest first."""
+    """Return one row for each quantized edge, the noisiest first."""
     claims: dict[str, dict[str, str]] = {}
     for model in export.models:
         for edge, claim in model.claims.items():
@@ -142,7 +142,7 @@ def _edges(export: ExportPayload) -> list[_Edge]:
 
 
 def _float_reasons(export: ExportPayload) -> dict[str, str]:
-    """Why a layer with quantizers stays float in a file: layer to a sentence for each file."""
+    """Return why layers with quantizers stay float in a file: a list of sentences by layer."""
     reasons: dict[str, list[str]] = {}
     for model in export.models:
         for node in model.fusion.in_float if model.fusion is not None else ():
@@ -151,7 +151,7 @@ def _float_reasons(export: ExportPayload) -> dict[str, str]:
 
 
 def _class_chart(difference: Difference) -> str:
-    """The classes that changed most: accuracy of both files."""
+    """Draw the accuracy of both files for the classes that changed most."""
     rows = difference.changed
     if not rows:
         return ""
@@ -182,7 +182,7 @@ def _history(path: Path) -> list[Epoch]:
 
 
 def _tradeoff(results: Results) -> str:
-    """Accuracy against latency, one point per timed file, with their intervals."""
+    """Draw accuracy against latency, one point per timed file, with the intervals of both."""
     points = [
         (model.target, file, model.accuracy, model.timed)
         for file, model in results.models.items()
@@ -205,15 +205,15 @@ def _tradeoff(results: Results) -> str:
 
 
 def _label(file: str) -> str:
-    """A name as matplotlib shows it as it is: no mathematics between dollars, not hidden for a leading underscore."""
+    """Return a name that matplotlib shows unchanged: no math between dollar signs, no hiding by an underscore."""
     text = "".join(letter if letter.isprintable() else "?" for letter in file).replace("$", r"\$")
     return f"\u200b{text}" if text.startswith("_") else text
 
 
 def _curves(history: list[Epoch], float_accuracy: float) -> str:
-    """Training: accuracy on the validation split and lambda, float training and QAT side by side.
+    """Draw validation accuracy and lambda over the epochs, float training and QAT side by side.
 
-    QAT's starts with the calibrated network, as epoch 0, and has the float network's accuracy as a level.
+    The QAT curve starts with the calibrated network as epoch 0; the float network's accuracy is a horizontal line.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -230,7 +230,7 @@ def _curves(history: list[Epoch], float_accuracy: float) -> str:
         axes.set_ylabel("validation accuracy, %")
         axes.legend(frameon=False, fontsize=8)
         if any(row.weight for row in rows):
-            weight = axes.twinx()  # on the accuracies' axis it would press them flat
+            weight = axes.twinx()  # on the accuracies' axis it would flatten them
             weights = [(row.epoch, row.weight) for row in rows if row.weight is not None]
             weight.plot(*zip(*weights, strict=True), "--", color=_LINES["lambda"], linewidth=1)
             weight.set_ylabel("lambda (dashed)", color=_LINES["lambda"])
@@ -245,7 +245,7 @@ def _curves(history: list[Epoch], float_accuracy: float) -> str:
 
 
 def _noise(perturbation: Perturbation) -> str:
-    """Accuracy against noise on the input and on the weights, one line per network, with its spread over draws."""
+    """Draw accuracy against noise on inputs and weights, one line per network, with its deviation over draws."""
     figure, (left, right) = _figure(6.4, 3.2, columns=2)
     for network in perturbation.networks:
         for axes, levels in ((left, network.input_noise), (right, network.weight_noise)):
@@ -272,7 +272,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
     mpl.use("svg")
     import matplotlib.pyplot as plt
 
-    # The page's own font, and ids that do not change from one rendering to the next.
+    # Use the page's own font, and ids that do not change between renderings.
     mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "crqat", "font.family": "sans-serif", "font.size": 10})
     figure, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained")
     for one in axes if columns > 1 else [axes]:
@@ -281,7 +281,7 @@ def _figure(width: float, height: float, columns: int = 1) -> tuple[Any, Any]:
 
 
 def _svg(figure: Any) -> str:
-    """The picture as inline SVG: as wide as the page allows, black in the page's text colour, ground transparent."""
+    """Return the picture as inline SVG: as wide as the page allows, text in the page's colour, no background."""
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
@@ -291,5 +291,5 @@ def _svg(figure: Any) -> str:
     text = text[text.index("<svg") :]
     text = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL).replace("#000000", "currentColor")
-    # Text without a colour of its own is black, whatever the page's colour is.
+    # Text without its own colour would be black whatever the page's colour is.
     return re.sub(r'<text style="', '<text style="fill: currentColor; ', text)

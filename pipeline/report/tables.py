@@ -1,4 +1,4 @@
-"""A benchmark's results and a gate's verdicts as text."""
+"""Formats a benchmark's results and a gate's verdicts as text."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ COMPARED = (
     "latency is",
 )
 _SHOWN_LAYERS = 3
-_VERDICTS = {0: "PASS", 1: "FAIL", 3: "NOT JUDGED: something the gate needs did not work", 4: "INCONCLUSIVE"}
+_VERDICTS = {0: "PASS", 1: "FAIL", 3: "NOT JUDGED: a rule could not be checked", 4: "INCONCLUSIVE"}
 
 
 def show(results: Results, directory: Path) -> None:
-    """The table of a benchmark, then what was not run, then where the files are."""
+    """Print the table of a benchmark, then what was not run, then the paths of the files."""
     rows = [_row(file, model) for file, model in results.models.items()]
     console.show_table(console.printable(_title(results)), _COLUMNS, rows)
     for line in _lines(results.models):
@@ -54,7 +54,7 @@ def show(results: Results, directory: Path) -> None:
 
 
 def as_text(results: Results) -> str:
-    """The same table and lines as plain text, for `print` and notebooks."""
+    """Return the same table and lines as plain text, for `print` and notebooks."""
     rows = [_COLUMNS, *(_row(file, model) for file, model in results.models.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -106,7 +106,7 @@ def _with_interval(value: float | None, interval: tuple[float, float] | None, di
 
 
 def _lines(models: Mapping[str, ModelResult]) -> Iterable[str]:
-    """A line for everything that has no number, and for every number that is not to be trusted."""
+    """Yield a line for every missing number, and for every number that is not reliable."""
     for file, model in models.items():
         if model.status != MEASURED:
             yield f"{file}: {model.status}"
@@ -141,10 +141,10 @@ def _why_untimed(model: ModelResult) -> str:
 
 
 def compare(several: Sequence[tuple[Path, Results]]) -> None:
-    """One table of the results of several devices: a file's rows stand together, in the order of the devices.
+    """Print one table of the results of several devices: rows of one file together, in the order of the devices.
 
     Args:
-        several: Each results.json with what it holds.
+        several: Path of each results.json, and its content.
     """
     rows = [[console.printable(cell) for cell in row] for row in side_by_side([results for _, results in several])]
     console.show_table("latency at batch 1; drop and ratio with their intervals", COMPARED, rows)
@@ -153,7 +153,7 @@ def compare(several: Sequence[tuple[Path, Results]]) -> None:
 
 
 def side_by_side(several: Sequence[Results]) -> list[list[str]]:
-    """Rows with the columns COMPARED: each file on each device."""
+    """Return rows with the columns COMPARED, for each file on each device."""
     files = dict.fromkeys(file for results in several for file in results.models)
     return [_compared(file, results) for file in files for results in several if file in results.models]
 
@@ -164,7 +164,7 @@ def _device(results: Results) -> str:
 
 
 def _compared(file: str, results: Results) -> list[str]:
-    """A file's row on one device."""
+    """Return a file's row on one device."""
     from crqat.pipeline.gate.latency_regression import key
 
     model = results.models[file]
@@ -187,7 +187,7 @@ def _compared(file: str, results: Results) -> list[str]:
 
 
 def _engine(engine: EngineSummary) -> str:
-    """A TensorRT engine in one line."""
+    """Describe a TensorRT engine in one line."""
     covered, counts, builder = engine.coverage, engine.counts, engine.builder
     if covered is None or counts is None or builder is None:
         return engine.status
@@ -199,7 +199,7 @@ def _engine(engine: EngineSummary) -> str:
 
 
 def float_layers(kept: FloatLayers) -> str:
-    """What `quantization.float_layers` costs: the layers, largest first, and their share of the MACs."""
+    """Describe the cost of `quantization.float_layers`: the layers, largest first, and their share of the MACs."""
     names = sorted(kept.macs, key=lambda name: -kept.macs[name])
     more = f" and {len(names) - _SHOWN_LAYERS} more" if len(names) > _SHOWN_LAYERS else ""
     shown = ", ".join(names[:_SHOWN_LAYERS]) + more
@@ -207,13 +207,13 @@ def float_layers(kept: FloatLayers) -> str:
 
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """A line for each rule and file, then the verdict."""
+    """Print a line for each rule and file, then the overall verdict."""
     for line in verdict_lines(verdicts):
         click.echo(line)
 
 
 def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
-    """A line for each rule and file, then the verdict."""
-    # The message carries measured, interval, allowed and n, as far as the rule has them.
+    """Return a line for each rule and file, then the overall verdict."""
+    # The message holds measured value, interval, limit and n, if the rule has them.
     lines = [f"{verdict.status:<12}  {verdict.file}  {verdict.rule}: {verdict.message}" for verdict in verdicts]
     return [*map(console.printable, lines), f"gate: {_VERDICTS[exit_code(verdicts)]}"]

@@ -1,4 +1,4 @@
-"""Where ONNX Runtime spends its time in the float and the INT8 file, and what keeps INT8 from being faster."""
+"""Where ONNX Runtime spends its time in the float and the INT8 file, and what limits the speed of INT8."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from crqat.core.results.export import ExportedModel, ExportPayload, LayerSummary
 _LAYERS = re.compile(r"(Conv|Gemm|MatMul)")
 _CONVERSIONS = re.compile(r"^(Dynamic)?(Quantize|Dequantize)Linear|^Cast|^Reorder|^Transpose")
 KINDS = ("layers that multiply", "conversion and layout", "clipping codes to the bit width", "all other operations")
-# A layer is hardly faster from this share of its float time on; a node that takes so many of the cheapest node's times
-# is mostly the call itself; and so few products for an output leave no arithmetic to save.
+# Three limits: a layer counts as hardly faster from this share of its float time on; a node with at most so many times
+# the cheapest node's time is mostly call overhead; with so few products per output there is little arithmetic to save.
 _HARDLY, _CALLS, _FEW_PRODUCTS = 0.8, 3.0, 32
 
 
 @dataclass(frozen=True)
 class LayerTime:
-    """A layer in both files.
+    """Time of one layer in both files.
 
     Attributes:
-        layer: Its name.
-        float_microseconds: In the float file.
-        microseconds: In the INT8 file.
-        limit: What keeps it from being faster; "" where it is.
+        layer: Name of the layer.
+        float_microseconds: Time in the float file, in microseconds.
+        microseconds: Time in the INT8 file, in microseconds.
+        limit: What prevents a speed-up; "" if the layer is faster.
     """
 
     layer: str
@@ -40,13 +40,13 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class TimeSpent:
-    """A file against the float file.
+    """Comparison of a file's node times with the float file's.
 
     Attributes:
-        file: Its name.
-        latency_ratio: Its latency divided by the float file's, None if that was not measured.
-        kinds: Kind of operation to the float file's microseconds and nodes, and this file's.
-        layers: Every layer that both have, those that cost most first.
+        file: Name of the file.
+        latency_ratio: Latency divided by the float file's; None if it was not measured.
+        kinds: For each kind of operation, microseconds and number of nodes in the float file and in this file.
+        layers: Layers that both files have, those with the longest time first.
     """
 
     file: str
@@ -56,24 +56,24 @@ class TimeSpent:
 
     @property
     def limited(self) -> list[LayerTime]:
-        """The layers that are hardly faster."""
+        """Return the layers that are hardly faster than in float."""
         return [row for row in self.layers if row.limit]
 
 
 def time_spent(export_dir: Path, export: ExportPayload, results: Results) -> list[TimeSpent]:
-    """One entry for each file whose nodes were timed, as the float file's were.
+    """Return one comparison for each file whose nodes were timed, if the float file's were timed too.
 
     Args:
-        export_dir: Has the files.
-        export: Its payload.
-        results: What was measured on it.
+        export_dir: Directory of the export, with the files.
+        export: Payload of the export.
+        results: Results of the benchmark on this export.
     """
     name, reference = next(((file, m) for file, m in results.models.items() if m.target == "float"), ("", None))
     if reference is None or reference.node_times is None:
         return []
     try:
         layers_of_float = _layers_behind(onnx.load(export_dir / name, load_external_data=False))
-    except (OSError, CrqatError, ValueError):  # the report of measurements does not need it
+    except (OSError, CrqatError, ValueError):  # the rest of the report does not need the files
         return []
     found = []
     for entry in export.models:
@@ -87,7 +87,7 @@ def time_spent(export_dir: Path, export: ExportPayload, results: Results) -> lis
 
 
 def _layers_behind(model: onnx.ModelProto) -> dict[str, str]:
-    """Each node, and each result, to the layer behind it: the optimizer names a fused node by the last result of it."""
+    """Map nodes and results to their layer, through BN and activations; a fused node is named by its last result."""
     producers = {output: node for node in model.graph.node for output in node.output}
     found = {}
     for node in model.graph.node:

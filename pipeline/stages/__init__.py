@@ -1,1 +1,1 @@
-"""Running stages, and not running those that are up to date."""
+"""Runs stages, and skips those that are up to date."""

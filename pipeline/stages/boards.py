@@ -1,4 +1,4 @@
-"""The benchmark on a board: over ssh, by results that were carried by hand, or from an archive."""
+"""Benchmarks on a board: over ssh, from results carried by hand, or with an archive."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ def benchmark_on(
     """Run the `benchmark` stage on a board unless it is up to date, and return its directory.
 
     Args:
-        board: Where to measure.
+        board: Board to measure on.
         config: The recipe.
         runs: The directory of all runs.
-        force: Measure anew whatever is here or on the board.
-        progress: Told of what the board tells.
-        clean: Remove the board's job directory once the results are here.
+        force: Measure again, whatever exists on this machine or on the board.
+        progress: Callback for the progress that the board reports.
+        clean: Remove the board's job directory after the results arrived.
     """
     from crqat.runtime_eval.board import bundle as bundles
     from crqat.runtime_eval.board import ssh
 
     staleness.current(config, runs, "export")
-    # The recipe's own way to measure, which may have changed since the export.
+    # The recipe's current benchmark settings, which may have changed since the export.
     contents = bundles.describe(runs / config.name / "export", asdict(config.benchmark), metadata.version("crqat-edge"))
 
     def fill(out: Path) -> BenchmarkPayload:
@@ -55,30 +55,30 @@ def benchmark_on(
 
 
 def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
-    """Keep the results that were brought from a board by hand as a stage, as if ssh had, and give its name.
+    """Store results that were brought from a board by hand as a stage, as if over ssh, and return the stage's name.
 
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        file: What `python3 -m runtime_eval .` wrote there; the stage is benchmark@ and the file's name.
+        file: File that `python3 -m runtime_eval .` wrote on the board; the stage is benchmark@ and the file's name.
 
     Raises:
-        UsageError: The file is no results, or was measured on another export or in another way than the recipe's.
+        UsageError: The file is not a results file, or comes from another export or other settings than the recipe's.
     """
     staleness.current(config, runs, "export")
     results = read(Results, file, "bring it from the board again")
     stage = f"benchmark@{re.sub(r'[^A-Za-z0-9_.-]', '_', file.stem)}"
     if results.parent != staleness.parent_hash(stage, config, runs):
         export = runs / config.name / "export"
-        msg = f"{file}: parent: measured on another export than {export}; bundle and measure it anew"
+        msg = f"{file}: parent: measured on another export than {export}; make the bundle again and measure it"
         raise UsageError(msg)
     asked, measured = json.loads(json.dumps(asdict(config.benchmark))), asdict(results.config)
     different = [key for key in asked if measured[key] != asked[key]]
     if different:
         key = different[0]
         msg = (
-            f"{file}: config.{key}: measured with {measured.get(key)}, and the recipe says {asked[key]}; "
-            f"set benchmark.{key}, or bundle and measure anew"
+            f"{file}: config.{key}: measured with {measured.get(key)}, but the recipe says {asked[key]}; "
+            f"set benchmark.{key}, or make the bundle again and measure it"
         )
         raise UsageError(msg)
 
@@ -91,16 +91,16 @@ def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
 
 
 def stage_of(board: Board | None) -> str:
-    """The benchmark's stage for a board, or for this machine."""
+    """Return the name of the benchmark stage for a board, or for this machine."""
     return "benchmark" if board is None else f"benchmark@{board.name}"
 
 
 def bundle(run: Path, out: Path | None) -> tuple[Path, str, dict[str, Any]]:
-    """Write a finished export as one archive for a board; give the archive, the bundle's hash and how it measures.
+    """Write a finished export as one archive for a board; return archive, bundle hash and benchmark settings.
 
     Args:
-        run: The run's directory.
-        out: The archive; None takes NAME-bundle.tar.gz here.
+        run: Directory of the run.
+        out: Path of the archive; None writes NAME-bundle.tar.gz in the current directory.
 
     Raises:
         UsageError: The export is missing, damaged or stale.

@@ -1,4 +1,4 @@
-"""What has changed since a stage was made, in a few plain words each."""
+"""Describes in a few words what has changed since a stage was made."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 from crqat.pipeline.stages import disk
 
-# How an input's name begins; all but these are settings, which say how a stage was asked for.
+# Prefixes of the names of inputs; all others are settings of the stage.
 VERSION, FILE, DATA = "version ", "file ", "data "
 
 
 def of_inputs(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """What differs between the inputs of a stage then and now, each in a few plain words."""
+    """Describe each difference between the inputs of a stage then and now in a few words."""
     changes = []
     for name in sorted(before | now, key=lambda name: (not name.startswith(VERSION), name)):
         old, new = before.get(name), now.get(name)
@@ -35,7 +35,7 @@ def of_inputs(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 def of_recipe(name: str, old: Any, new: Any) -> list[str]:
-    """The recipe's keys below one that have another value now."""
+    """Return the changes of a recipe's values below one key."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [text for key in new for text in of_recipe(f"{name}.{key}", old.get(key), new[key])]
     return [] if old == new else [f"{name} {_shown(old)} -> {_shown(new)}"]

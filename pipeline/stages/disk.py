@@ -1,4 +1,4 @@
-"""Hashes of the data on disk. A file that has not changed since it was read is not read again."""
+"""Hashes the data on disk. A file that has not changed since it was hashed is not read again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from crqat.core.progress import Progress, quiet
 
 MEMORY = ".hashes"
 ABSENT = "nothing there"
-# A file may change again within the clock tick of its last change: such a young one is not remembered.
+# A file may change twice within one clock tick, so a file that changed this recently is not remembered.
 _YOUNG_NS = 2 * 10**9
 _CHUNK = 256
 
@@ -31,27 +31,27 @@ class DiskState:
     files: dict[str, tuple[int, str]]
 
     def __str__(self) -> str:
-        """Number of files, bytes and a hash over names, sizes and contents; never times."""
+        """Return number of files, bytes and a hash over names, sizes and contents, but not times."""
         if not self.files:
             return ABSENT
         size = sum(length for length, _ in self.files.values())
         return f"{len(self.files)} files, {size} bytes, {run_directory.hash_json(self.files)}"
 
     def holds(self, other: DiskState) -> bool:
-        """Whether all files of another state are here, unchanged."""
+        """Return whether all files of another state are in this one, unchanged."""
         return other.files.items() <= self.files.items()
 
 
 def disk_state(root: Path, runs: Path, progress: Progress = quiet) -> DiskState:
-    """What a folder, or a file, holds; empty if it is not there.
+    """Return the state of a folder or file; empty if it does not exist.
 
-    Hidden files, `__pycache__` and the runs themselves are left out; linked folders are followed. What a file's bytes
-    hash to is remembered in the runs' directory by path, size and times, so that an unchanged folder is not read twice.
+    Hidden files, `__pycache__` and the runs themselves are left out; linked folders are followed. File hashes are
+    stored in the runs' directory by path, size and times, so that an unchanged folder is not read twice.
 
     Args:
         root: The folder or file.
         runs: The directory of all runs.
-        progress: Told of files that have to be read.
+        progress: Callback for the progress of reading files.
 
     Raises:
         ToolError: A file cannot be read.
@@ -63,7 +63,7 @@ def disk_state(root: Path, runs: Path, progress: Progress = quiet) -> DiskState:
     entries: dict[str, list[Any]] = {}
     unread = []
     for name, path in paths:
-        with contextlib.suppress(OSError):  # a broken link, or gone meanwhile: who reads the data says so
+        with contextlib.suppress(OSError):  # a broken link or a removed file: the data's reader reports it
             status = path.stat()
             state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns]
             entry = known.get(name)
@@ -71,7 +71,7 @@ def disk_state(root: Path, runs: Path, progress: Progress = quiet) -> DiskState:
                 files[name], entries[name] = (status.st_size, str(entry[3])), entry
             else:
                 unread.append((name, path, state))
-    with ThreadPoolExecutor() as pool:  # hashlib reads without Python's lock
+    with ThreadPoolExecutor() as pool:  # hashlib releases Python's lock
         for start in range(0, len(unread), _CHUNK):
             chunk = unread[start : start + _CHUNK]
             for (name, _, state), digest in zip(chunk, pool.map(_digest, [p for _, p, _ in chunk]), strict=True):
@@ -81,7 +81,7 @@ def disk_state(root: Path, runs: Path, progress: Progress = quiet) -> DiskState:
             if len(unread) > _CHUNK:
                 progress("reading the data", min(start + _CHUNK, len(unread)), len(unread), "for its hash")
     if entries != known:
-        with contextlib.suppress(OSError):  # without it the next look takes longer
+        with contextlib.suppress(OSError):  # without it, the next call takes longer
             memory.parent.mkdir(parents=True, exist_ok=True)
             run_directory.replace_file(memory, json.dumps(entries).encode())
     return DiskState(dict(sorted(files.items())))
@@ -96,7 +96,7 @@ def _remembered(memory: Path) -> dict[str, Any]:
 
 
 def _walk(root: Path, runs: Path) -> Iterator[tuple[str, Path]]:
-    """Relative name and path of each file; a folder that links lead to again is entered once."""
+    """Yield relative name and path of each file; a folder that several links lead to is entered only once."""
     seen: set[tuple[int, int]] = set()
     for parent, folders, names in os.walk(root, followlinks=True):
         status = Path(parent).stat()

@@ -1,4 +1,4 @@
-"""What a recipe's function imports, found by reading the files: nothing is imported and nothing is run."""
+"""Finds what a recipe's function imports by reading the source files, without importing or running anything."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _INSTALLED = ("site-packages", "dist-packages")
 
 @dataclass(frozen=True)
 class Imports:
-    """Of a module and of all modules of the user's own that it imports, directly or not.
+    """Imports of a module and of all the user's own modules that it imports, directly or indirectly.
 
     Attributes:
-        files: Their names, each with its file.
-        packages: Top-level names of everything else that they import, but the standard library.
+        files: Module names, each with its file.
+        packages: Top-level names of all other imports, except the standard library.
     """
 
     files: dict[str, Path]
@@ -29,7 +29,7 @@ class Imports:
 
 
 def imports_of(module: str) -> Imports:
-    """Read a module and follow its imports as far as the user's own files go."""
+    """Read a module and follow its imports through the user's own files."""
     files: dict[str, Path] = {}
     packages: set[str] = set()
     pending = [module]
@@ -39,7 +39,7 @@ def imports_of(module: str) -> Imports:
         if name in seen:
             continue
         seen.add(name)
-        if parent := name.rpartition(".")[0]:  # its __init__.py is run, too
+        if parent := name.rpartition(".")[0]:  # its __init__.py runs too
             pending.append(parent)
         path = module_file(name)
         if path is not None and _is_own(path):
@@ -51,16 +51,16 @@ def imports_of(module: str) -> Imports:
 
 
 def versions(packages: frozenset[str]) -> dict[str, str]:
-    """The versions of the distributions that top-level names belong to, where one is installed."""
+    """Return the versions of the installed distributions that top-level names belong to."""
     distributions = metadata.packages_distributions() if packages else {}
     names = {name for package in packages for name in distributions.get(package, ())}
     return {name: metadata.version(name) for name in sorted(names)}
 
 
 def module_file(module: str) -> Path | None:
-    """The file of a module, found without importing it; None if there is none."""
+    """Return the file of a module without importing it; None if there is none."""
     search, spec = None, None
-    # Each part by itself: by its full name a folder without __init__.py is only found below an imported one.
+    # Search each part separately: by its full name, a folder without __init__.py is only found below an imported one.
     for part in module.split("."):
         spec = machinery.PathFinder.find_spec(part, search)
         if spec is None:
@@ -70,7 +70,7 @@ def module_file(module: str) -> Path | None:
 
 
 def _is_own(path: Path) -> bool:
-    """Whether a file is the user's: Python source that is neither Python's, nor installed, nor of crqat itself."""
+    """Return whether a file is the user's: Python source not of Python, of an installed package or of crqat."""
     foreign = [Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
     inside = any(path.resolve().is_relative_to(folder.resolve()) for folder in foreign)
     installed = inside or bool(set(path.parts) & set(_INSTALLED))
@@ -78,11 +78,11 @@ def _is_own(path: Path) -> bool:
 
 
 def _imported(module: str, path: Path) -> Iterator[str]:
-    """Names of the modules that a file may import, wherever in it the import stands."""
+    """Yield the names of the modules that a file may import anywhere in it."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):
-        return  # whoever imports it says what is wrong
+        return  # the import itself will report the error
     package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""`crqat train` in several processes: how they are started here, and what each of them does."""
+"""`crqat train` in several processes: the launcher, and the work of each process."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from crqat.pipeline.stages import lock
 from crqat.pipeline.stages import run as stages
 
 _SIGNALS = 128
-# How a process ends that has said why, or that was asked to end because of the others: -15 where it could not answer.
+# Exit codes of a process that reported its error or was stopped because of the others: -15 if it could not respond.
 _TOLD = (2, 3, _SIGNALS + signal.SIGINT, _SIGNALS + signal.SIGTERM, -signal.SIGTERM)
 
-# Seconds; somewhat less than those that torch gives a process to answer, since its clock counts whole ones.
+# Seconds; slightly less than torch gives a process to respond, since torch counts whole seconds.
 _UNANSWERED = 25
 
 
 def check(config: recipe.Recipe, processes: int) -> None:
-    """Say before anything is started what each of the processes would say.
+    """Validate the recipe for `processes` ranks before launching them.
 
     Raises:
-        UsageError: The recipe cannot be trained in so many processes.
-        ToolError: It needs a device that is not there.
+        UsageError: The recipe cannot be trained with this number of processes.
+        ToolError: The recipe needs a device that does not exist.
     """
     import torch
 
@@ -48,37 +48,37 @@ def check(config: recipe.Recipe, processes: int) -> None:
     shares.check(training, processes)
     device = machine.choose_device(training.device)
     if device.type == "cuda" and torch.cuda.device_count() < processes:
-        msg = f"--nproc {processes}: one process a CUDA device, and torch sees {torch.cuda.device_count()} here"
+        msg = f"--nproc {processes}: needs one CUDA device per process; torch sees {torch.cuda.device_count()} here"
         raise UsageError(msg)
     if training.qat.sync_bn:
         distributed.check_sync_bn(device)
 
 
 def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_restarts: int) -> int:
-    """Start `crqat train` in some processes as torchrun does, wait for them and return crqat's exit code.
+    """Start `crqat train` in several processes as torchrun does, wait for them and return crqat's exit code.
 
     Args:
-        arguments: Behind `crqat train`.
-        once: More of them, for the first start alone.
-        processes: How many, each with a device of its own or a share of the CPU's cores.
-        max_restarts: How often all of them are started again, from the last state, after one has died. A process
-            that ends with a reported error is not restarted: the error would recur.
+        arguments: Arguments after `crqat train`.
+        once: Further arguments for the first start only.
+        processes: Number of processes, each with its own device or a share of the CPU's cores.
+        max_restarts: How often all processes are restarted from the last state after one has died. Processes that exit
+            with a reported error are not restarted; the error would recur.
 
     Raises:
-        ToolError: One died, and there is no restart left.
-        Interrupted: By a signal that none of them answered in time.
+        ToolError: A process died, and no restart is left.
+        Interrupted: A signal arrived that no process answered in time.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    # What DistributedDataParallel notes about its own speed is not the user's to mend.
+    # Users cannot fix what DistributedDataParallel warns about its speed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    logging.disable()  # torch's account of what the processes have reported already, or what is reported below
+    logging.disable()  # torch would repeat what the processes reported, or what is reported below
     command = ["-m", "crqat", "train", *arguments]
     for left in range(max_restarts, -1, -1):
-        # Rendezvous as by torchrun's --standalone: on this machine, at a free port.
+        # Rendezvous as with torchrun's --standalone: on this machine, at a free port.
         how = LaunchConfig(
             1, 1, processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0
         )
@@ -87,15 +87,15 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
             os.environ["CRQAT_SAID"] = str(said)
             try:
                 elastic_launch(how, sys.executable)(*command, *(once if left == max_restarts else ()))
-            except SignalException as asked:  # which it has passed on, and waited for what came of it
+            except SignalException as asked:  # torch has passed the signal on, and waited for the processes
                 if said.exists():
                     return _SIGNALS + asked.sigval
-                msg = "ended before a process of the training could save; the same command goes on from the last state"
+                msg = "stopped before a training process could save; the same command resumes from the last state"
                 raise Interrupted(msg, asked.sigval) from asked
             except ChildFailedError as error:
                 codes = exit_codes(list(error.failures.values()))
                 # torch may stop the process that reported the error before it exits by itself, and then gives the code
-                # of a process that only followed it.
+                # of another process.
                 reported = int(said.read_text() or 0) if said.exists() else 0
             else:
                 return 0
@@ -109,16 +109,16 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
             how_it_died = "by an internal error"
         what = f"a process of the training ended {how_it_died}"
         if left:
-            click.echo(f"crqat: {what}; all start again from the last state ({left} of {max_restarts} left)", err=True)
-    msg = f"{what}; the same command goes on from the last state, and --max-restarts does so by itself"
+            click.echo(f"crqat: {what}; all restart from the last state ({left} of {max_restarts} left)", err=True)
+    msg = f"{what}; the same command resumes from the last state; --max-restarts does so automatically"
     raise ToolError(msg)
 
 
 def exit_codes(failures: Sequence[Any]) -> list[int]:
-    """Of torch's `ProcessFailure`s, but for processes that it ended itself because another one had ended.
+    """Return the exit codes in torch's `ProcessFailure`s, without processes that torch itself stopped.
 
-    It sends them SIGTERM, which one that is still starting does not answer, and SIGKILL 30 s later: who waits for a
-    device answers none. Why all of them end, the first has told.
+    torch sends those SIGTERM, which a process that is still starting does not answer, and SIGKILL 30 s later, which
+    also hits one that waits for a device. The first process that ended has reported the reason.
     """
     first = min(failure.timestamp for failure in failures)
     killed = [f.exitcode == -signal.SIGKILL and f.timestamp - first >= _UNANSWERED for f in failures]
@@ -127,25 +127,25 @@ def exit_codes(failures: Sequence[Any]) -> list[int]:
 
 
 def several() -> bool:
-    """Whether torchrun started this process as one of several."""
+    """Return whether torchrun started this process as one of several."""
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def train(
     config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_every: float, unchecked: bool = False
 ) -> TrainingPayload | None:
-    """Be one of several processes of a training; give the manifest's payload on rank 0, None on the others.
+    """Run one of several processes of a training; return the manifest's payload on rank 0, None on the others.
 
-    Rank 0 runs the stage as a single process does, and says whether there is something to train. The others train with
-    it, and write nothing.
+    Rank 0 runs the stage as a single process does, and decides whether there is something to train. The others train
+    with it and write nothing.
     """
     from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 
     from crqat.train import distributed
     from crqat.train.training.stage import train as run_training
 
-    _prctl_pr_set_pdeathsig(signal.SIGTERM)  # a killed launcher leaves nobody behind
-    # By torchrun, a process that died is started again by the same command, which is not to discard the state.
+    _prctl_pr_set_pdeathsig(signal.SIGTERM)  # end with a killed launcher
+    # torchrun restarts a dead process with the same command, which must not discard the state.
     restart = restart and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") == "0"
     run = runs / config.name
     with failures.explained("train", run), distributed.started(config.device):

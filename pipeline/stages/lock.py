@@ -1,4 +1,4 @@
-"""One process at a time writes to a run's directory; another one learns who does."""
+"""Locks a run's directory, so that only one process at a time writes to it; another process learns which one."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ import filelock
 from crqat.core.errors import ToolError, UsageError
 
 LOCK, HOLDER = ".lock", ".lock-holder.json"
-# For so long a killed process's own children may keep its lock: data workers look for their parent every five seconds.
+# Seconds that a killed process's children may keep its lock: data workers look for their parent every five seconds.
 _SECONDS_OF_THE_DEAD = 15.0
 
 
 @contextmanager
 def hold(run: Path) -> Iterator[None]:
-    """Have a run's directory to oneself; the same process may do so again inside.
+    """Context manager that locks a run's directory for this process; it may be nested.
 
-    The lock is the operating system's: it goes with the process that holds it, however that ends.
+    The operating system holds the lock, so it is released whenever and however the process ends.
 
     Args:
-        run: Made if need be.
+        run: Directory of the run; created if necessary.
 
     Raises:
-        UsageError: Its name is no UTF-8 text.
-        ToolError: Another process has it, or it cannot be written to.
+        UsageError: The directory's name is not UTF-8 text.
+        ToolError: Another process holds the lock, or the directory cannot be written to.
     """
     try:
         os.fspath(run).encode()
@@ -50,7 +50,7 @@ def hold(run: Path) -> Iterator[None]:
         raise ToolError(msg) from error
     try:
         if not again:
-            # A full disk has room for the lock, which is empty; who holds it is then not told.
+            # On a full disk the empty lock file still fits, but its holder's description does not.
             with suppress(OSError):
                 (run / HOLDER).write_text(json.dumps(_myself()))
         yield

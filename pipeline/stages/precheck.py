@@ -1,7 +1,7 @@
-"""Everything that can be refused before hours are spent: a recipe's untrained network goes through all stages.
+"""Finds problems before a long training: runs a recipe's untrained network through all stages.
 
-On a copy, with two images, and with generators of its own: a training behind it has the same bits as one without. Each
-stage of the check is a function of its own and raises what is wrong.
+The check uses a copy, a few images, and its own random generators, so a training after it has the same bits as one
+without it. Each stage of the check is a function that raises what is wrong.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ from crqat.train.training import stage as trainer
 from crqat.train.training.first_step import check_forward, check_statistics, check_step, one_line_of
 from crqat.train.untrained import awake, sane_bn
 
-# Images for the ranges and BN's statistics, and of those the ones that a step trains on and codes are verified on.
+# Numbers of images for the ranges and BN's statistics, for the training step, and for the verification of codes.
 CALIBRATION_IMAGES, IMAGES = 8, 2
 _REPLACE = "replace that operation. Nothing was trained"
 _STAGES = ("forward", "training step", "layout", "calibration", "export", "lint", "verification")
 
 
 def before_training(config: Recipe, progress: Progress, start: trainer.Start) -> None:
-    """What a training calls before its first step; where nothing trains, it is the forward alone.
+    """Check whatever a training calls before its first step; without training, run only the forward pass.
 
     Raises:
-        UsageError: What stands in the way.
+        UsageError: A problem that would stop the training.
     """
     training = train_config(config)
     trains = training.qat.epochs or (training.float_training.epochs and not start.trained)
@@ -62,11 +62,11 @@ def check_recipe(config: Recipe, progress: Progress) -> list[str]:
     """Read a recipe's data, build its network and check both through all stages.
 
     Returns:
-        What was found, in lines.
+        The findings, as lines.
 
     Raises:
-        UsageError: What stands in the way; nothing was trained.
-        ToolError: Something that it needs is not there.
+        UsageError: A problem that would stop the run; nothing was trained.
+        ToolError: Something that the recipe needs is missing.
     """
     lines: list[str] = []
     trainer.check(train_config(config), progress, lambda start: lines.extend(check_start(config, start, progress)))
@@ -76,7 +76,7 @@ def check_recipe(config: Recipe, progress: Progress) -> list[str]:
 def check_start(
     config: Recipe, start: trainer.Start, progress: Progress, stages: tuple[str, ...] = _STAGES
 ) -> list[str]:
-    """Take a copy of the network that a training starts from through some stages; see `check_recipe`."""
+    """Run a copy of the network that a training starts from through some stages; see `check_recipe`."""
     began = time.monotonic()
     with _untouched():
         found = _Check(config, start, progress, len(stages)).run(stages)
@@ -86,7 +86,7 @@ def check_start(
 
 @contextmanager
 def _untouched() -> Iterator[None]:
-    """The generators of torch (on all devices), NumPy and Python are afterwards where they were."""
+    """Context manager that restores the random generators of torch (on all devices), NumPy and Python."""
     states = random.getstate(), np.random.get_state()  # noqa: NPY002 - a user's own modules may draw from it
     try:
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -97,7 +97,7 @@ def _untouched() -> Iterator[None]:
 
 
 class _Check:
-    """One check: what its stages hand on, and where it is."""
+    """State of one check: data that its stages pass on, and the current stage."""
 
     def __init__(self, config: Recipe, start: trainer.Start, progress: Progress, total: int) -> None:
         self.config, self.training, self.start = config, train_config(config), start
@@ -151,8 +151,8 @@ class _Check:
             if passes_through(error):
                 raise
             msg = (
-                f"model.name: {type(network).__name__} cannot be copied{one_line_of(error)}; a teacher and the export "
-                "are copies: keep what is computed out of its attributes (torch.nn.utils.prune.remove ends a pruning)"
+                f"model.name: {type(network).__name__} cannot be copied{one_line_of(error)}; the teacher and the "
+                "export need copies: keep computed tensors out of attributes (torch.nn.utils.prune.remove ends a pruning)"
             )
             raise UsageError(msg) from error
 
@@ -165,7 +165,7 @@ class _Check:
 
     @contextmanager
     def _telling(self, stage: str) -> Iterator[None]:
-        """What no stage knows how to refuse is reported with the stage that it happened in."""
+        """Context manager that reports unexpected errors with the stage in which they occurred."""
         try:
             yield
         except Exception as error:
@@ -188,7 +188,7 @@ def calibrate_on_few(model: QuantizedModel, images: Tensor, training: TrainConfi
     """Start the ranges from a few images, and run the quantized network on them.
 
     Raises:
-        UsageError: What it gives is no number.
+        UsageError: The network returns values that are not finite.
     """
     model.calibrate([images], training.quantization.calibration)
     broken: list[str] = []
@@ -208,8 +208,8 @@ def calibrate_on_few(model: QuantizedModel, images: Tensor, training: TrainConfi
     if not finite or broken:
         place = f"first before {broken[0]}" if broken else "in its logits"
         msg = (
-            f"model.name: with quantizers the network gives values that are no numbers, {place}; a value that may be "
-            "rounded to 0 must not be divided by, nor the logarithm be taken of it"
+            f"model.name: with quantizers the network gives values that are not finite, {place}; do not divide by what "
+            "may be rounded to 0, nor take its logarithm"
         )
         raise UsageError(msg)
 
@@ -217,10 +217,10 @@ def calibrate_on_few(model: QuantizedModel, images: Tensor, training: TrainConfi
 def export(
     model: QuantizedModel, images: Tensor, training: TrainConfig, config: ExportConfig
 ) -> tuple[Quantized, dict[str, QDQModel]]:
-    """Make all files in memory, as the `export` stage does: each target's, and the float ones, which must load.
+    """Make all files in memory, as the `export` stage does: each target's, and the float files, which must load.
 
     Raises:
-        UsageError: One of them cannot be made; the message names the operation, and what helps.
+        UsageError: A file cannot be made; the message names the operation and the fix.
     """
     model.eval().cpu().to(memory_format=torch.contiguous_format)
     model.finalize(trained=False)
@@ -248,7 +248,7 @@ def export(
 
 def _file(quantized: Quantized, target: str, precision: str, weights: str) -> QDQModel:
     file = quantized.file(target, precision, weights=weights)
-    if precision != "float32":  # which comes with a float file of that type
+    if precision != "float32":  # that precision has its own float file
         float_model(quantized.graph, {}, precision)
     return file
 
@@ -258,14 +258,14 @@ def _load(model: onnx.ModelProto) -> None:
 
 
 def _operation(quantized: Quantized, error: BaseException) -> str:
-    """The operation that an error of the export is about, its layer and line where they are known, and the error."""
+    """Describe the operation that caused an export error, with its layer and line if known, and the error."""
     text = one_line_of(error).strip()
     node = _node(quantized.graph.nodes, error)
     if node is None:
         return f"it fails {text}"
     scope = node.output[0].strip("/").rpartition("/")[0] if node.output[0].startswith("/") else ""
     named = node.name if not re.search(rf"^{node.op_type}_\d+$|__", node.name) else ""
-    layer = (named or scope).replace("/", ".")  # of a module; no layer is what the forward does itself
+    layer = (named or scope).replace("/", ".")  # a module's layer; empty for operations of the forward itself
     calls = [call for call in quantized.model.graph.nodes if call.op.startswith("call")]
     found = [call for call in calls if str(call.target) == layer]
     found += [call for call in calls if layer and any(str(s.target) == f"{layer}.weight" for s in _stored(call))]
@@ -277,17 +277,17 @@ def _operation(quantized: Quantized, error: BaseException) -> str:
 
 
 def _name(call: fx.Node) -> str:
-    """Of a function or method; nothing of a module."""
+    """Return the name of a called function or method; "" for a module."""
     return "" if call.op == "call_module" else str(getattr(call.target, "__name__", call.target)).strip("_")
 
 
 def _stored(call: fx.Node) -> list[fx.Node]:
-    """The tensors that a call reads, also through their quantizers."""
+    """Return the tensors that a call reads, directly and through their quantizers."""
     return [*call.all_input_nodes, *(s for source in call.all_input_nodes for s in source.all_input_nodes)]
 
 
 def _node(nodes: Sequence[onnx.NodeProto], error: BaseException) -> onnx.NodeProto | None:
-    """The node that an error's text names, or that was at work when it was raised."""
+    """Return the node that an error's text names, or that was being processed when it was raised."""
     names = set(re.findall(r"[Nn](?:ode n)?ame: ([^\s)]+)", str(error)))
     found = next((node for node in nodes if node.name in names), None)
     traceback = error.__traceback__
@@ -300,28 +300,28 @@ def _node(nodes: Sequence[onnx.NodeProto], error: BaseException) -> onnx.NodePro
 
 
 def refuse_findings(files: Mapping[str, QDQModel], config: ExportConfig) -> None:
-    """Ask the targets' rules of their files, and whether these can hold the Grids.
+    """Check the targets' rules on their files, and that the files can hold the Grids.
 
     Raises:
-        UsageError: A file breaks a rule or holds a Grid with a loss that the recipe does not allow.
+        UsageError: A file breaks a rule, or holds a Grid with a loss that the recipe does not allow.
     """
     for target, file in files.items():
         findings = [str(finding) for finding in lint(file.model, target)]
         try:
             refuse(file, target, config.allow_lossy, findings)
         except UsageError as error:
-            msg = f"{str(error).partition('; crqat export')[0]}. Nothing was trained; --unchecked trains all the same"
+            msg = f"{str(error).partition('; crqat export')[0]}. Nothing was trained; --unchecked trains anyway"
             raise UsageError(msg) from error
 
 
 def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -> list[str]:
-    """Compare torch, simulator and runtime in codes.
+    """Compare the integer codes of torch, the simulator and the runtime.
 
     Returns:
-        What was found, and what of it cannot be verified, in lines.
+        The findings, and what cannot be verified, as lines.
 
     Raises:
-        UsageError: They differ.
+        UsageError: The codes differ.
     """
     try:
         proof = verify(quantized.model, quantized.grids, files, images.numpy())
@@ -336,7 +336,7 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
         if status.startswith("failed"):
             msg = (
                 f"model.name: {target}.onnx of the untrained network does not compute what torch does ({status}), and "
-                "the gate would fail. Nothing was trained; --unchecked trains all the same"
+                "the gate would fail. Nothing was trained; --unchecked trains anyway"
             )
             raise UsageError(msg)
         if status != "passed":
@@ -347,7 +347,7 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
         if odd:
             names = ", ".join(node.node for node in odd[:3])
             lines.append(
-                f"{executed}.onnx: ONNX Runtime computes {names} in float and not in integers; where that rounds "
-                "otherwise the gate will fail"
+                f"{executed}.onnx: ONNX Runtime computes {names} in float instead of integers; where that rounds "
+                "differently the gate will fail"
             )
     return lines or [f"codes equal on {len(images)} images"]

@@ -1,4 +1,4 @@
-"""The stages of a run: whether each is up to date, and how its directory comes to be."""
+"""The stages of a run: checks whether each is up to date, and makes its directory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _Payload = TrainingPayload | ExportPayload | BenchmarkPayload | SensitivityPaylo
 STATES = ".states"
 RESULTS, JUNIT, REPORT, ENGINES = "results.json", "junit.xml", "report.html", "engine.json"
 VERDICT = "verdict.json"
-# Below the published accuracy of weights: another decoder of JPEG or version of a library costs less than that.
+# Tolerance below the published accuracy of weights: another JPEG decoder or library version costs less than this.
 PUBLISHED_POINTS = 5.0
 
 
@@ -52,18 +52,18 @@ def train(
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        force: Run it even if it is up to date.
-        progress: Told of epochs.
-        restart: Do not go on from where an interrupted training of the same recipe was.
-        save_every: Seconds between two states of the training.
-        begin: Called if there is something to train, before that.
-        unchecked: Train without taking the untrained network through all stages before; see `pipeline.stages.precheck`.
+        force: Run the stage even if it is up to date.
+        progress: Callback for the progress over epochs.
+        restart: Ignore the state of an interrupted training of the same recipe.
+        save_every: Seconds between two saved states of the training.
+        begin: Callback before the training; not called if there is nothing to train.
+        unchecked: Train without first running the untrained network through all stages; see `pipeline.stages.precheck`.
     """
     tracker = tracking.of_recipe(config, runs)
     inputs = staleness.inputs("train", config, runs, progress)
     root = staleness.data_root(config)
     data = disk.DiskState({}) if root is None else disk.disk_state(root, runs)
-    # Below the key of everything that the result depends on: another recipe never goes on from this one's state.
+    # The directory is named by the key of everything that the result depends on, so another recipe never resumes it.
     states = runs / config.name / STATES / staleness.key_of("train", config, runs, inputs)[:16]
     if restart:
         shutil.rmtree(states, ignore_errors=True)
@@ -93,14 +93,14 @@ def train(
         tracker.trained(directory)
     shutil.rmtree(states, ignore_errors=True)
     with contextlib.suppress(OSError):
-        states.parent.rmdir()  # stays if another recipe's states are in it
+        states.parent.rmdir()  # stays if it holds another recipe's states
     return directory
 
 
 def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, unsafe: bool = False) -> Path:
     """Run the `export` stage unless it is up to date, and return its directory.
 
-    With `unsafe`, files that break their runtime's rules are written all the same, and the gate fails on them.
+    With `unsafe`, files that break their runtime's rules are written anyway, and the gate fails on them.
     """
     staleness.current(config, runs, "train")
 
@@ -117,8 +117,8 @@ def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, u
 
 
 def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
-    """Run the `benchmark` stage unless it is up to date, and return its directory. The verdict does not matter here."""
-    tracker = tracking.of_recipe(config, runs)  # a package that is missing is said before anything is measured
+    """Run the `benchmark` stage unless it is up to date, and return its directory, whatever the verdict."""
+    tracker = tracking.of_recipe(config, runs)  # reports a missing package before measuring
     staleness.current(config, runs, "export")
 
     def fill(out: Path) -> BenchmarkPayload:
@@ -127,10 +127,10 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
         results = measure(runs / config.name / "export", config.benchmark, progress)
         return write_results(out, runs / config.name, "benchmark", results, config)
 
-    # Another machine's numbers say nothing of this one; and an engine is built once there is a builder.
+    # Another machine's figures do not apply to this one, and an engine is built as soon as a builder is installed.
     inputs = {"machine": platform.node(), **staleness.inputs("benchmark", config, runs)}
     directory = run_stage("benchmark", config, runs, force, inputs, fill)
-    if tracker is not None and not tracker.has("benchmark"):  # the recipe asks for it since
+    if tracker is not None and not tracker.has("benchmark"):  # the recipe has asked for a tracker since
         tracker.measured("benchmark", read_results(directory / RESULTS))
     return directory
 
@@ -138,7 +138,7 @@ def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress
 def sensitivity(
     config: recipe.Recipe, runs: Path, force: bool, progress: Progress, average_bits: float, images: int
 ) -> Path:
-    """Measure what each layer's bit width costs, propose bit widths, and return the directory with both; see there."""
+    """Measure each layer's sensitivity to its bit width, propose bit widths, and return the stage's directory."""
     staleness.current(config, runs, "train")
 
     def fill(out: Path) -> SensitivityPayload:
@@ -154,7 +154,7 @@ def sensitivity(
 def perturbation(
     config: recipe.Recipe, runs: Path, force: bool, progress: Progress, draws: int, images: int | None
 ) -> Path:
-    """Measure how the run's networks stand noise, and return the directory with the result."""
+    """Measure the robustness of the run's networks to noise, and return the directory with the results."""
     staleness.current(config, runs, "train")
 
     def fill(out: Path) -> PerturbationPayload:
@@ -173,13 +173,13 @@ def judge(
     baseline: Results | None = None,
     known: KnownAccuracy | None = None,
 ) -> list[Verdict]:
-    """Every rule that has a limit, and those on the float model.
+    """Apply every rule that has a limit, and the rules on the float model.
 
     Args:
-        results: What a benchmark measured.
-        limits: The recipe's.
-        baseline: The results that the latency must not have grown over.
-        known: What the float model's accuracy should be.
+        results: Results of a benchmark.
+        limits: Limits of the recipe.
+        baseline: Earlier results that limit the latency.
+        known: Expected accuracy of the float model, if known.
     """
     from crqat.pipeline.gate import latency_regression as baselines
     from crqat.pipeline.gate import rules
@@ -191,7 +191,7 @@ def judge(
 
 
 def known_accuracy(claimed: float | None, limits: GateConfig, run: Path) -> KnownAccuracy | None:
-    """What the recipe's `model.accuracy` says of the float model, else who published its weights; None: nobody."""
+    """Return the float model's accuracy from `model.accuracy`, else from the publisher of its weights, else None."""
     from crqat.pipeline.gate.rules import KnownAccuracy
 
     if claimed is not None:
@@ -199,22 +199,22 @@ def known_accuracy(claimed: float | None, limits: GateConfig, run: Path) -> Know
         return KnownAccuracy(claimed, "model.accuracy", points)
     manifest = run_directory.read_manifest(run / "train")
     published = run_directory.payload_of(TrainingPayload, run / "train", manifest).float_network.published_accuracy
-    return None if published is None else KnownAccuracy(published, "who published the weights", PUBLISHED_POINTS)
+    return None if published is None else KnownAccuracy(published, "the publisher of the weights", PUBLISHED_POINTS)
 
 
 def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> list[Verdict]:
-    """Judge a benchmark's results, which must be intact and follow from the current recipe and stages.
+    """Judge a benchmark's results, which must be intact and made from the current recipe and stages.
 
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        stage: This machine's or a board's; see `crqat.pipeline.stages.boards.stage_of`.
-        baseline: Earlier results.json whose latency the recipe's `gate.max_latency_regression` refers to.
+        stage: Stage of this machine or of a board; see `crqat.pipeline.stages.boards.stage_of`.
+        baseline: Earlier results.json for the recipe's `gate.max_latency_regression`.
     """
     from crqat.pipeline.gate.junit import junit
 
     if baseline is not None and config.gate.max_latency_regression is None:
-        msg = f"--baseline {baseline}: the recipe allows any latency; set gate.max_latency_regression, such as 1.1"
+        msg = f"--baseline {baseline}: the recipe does not limit latency; set gate.max_latency_regression, such as 1.1"
         raise UsageError(msg)
     manifest = staleness.current(config, runs, stage)
     directory = runs / config.name / stage
@@ -222,7 +222,7 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
     known = known_accuracy(config.model.accuracy, config.gate, runs / config.name)
     verdicts = judge(results, config.gate, None if baseline is None else read_results(baseline), known)
     if junit(verdicts, config.name) != (directory / JUNIT).read_text("utf-8"):
-        # The limits were changed since: the same measurements, judged anew.
+        # The limits have changed since: the same measurements are judged again.
         with lock.hold(runs / config.name), run_directory.write_stage(runs / config.name, manifest) as out:
             shutil.copytree(directory, out, dirs_exist_ok=True, ignore=shutil.ignore_patterns(run_directory.MANIFEST))
             _write_verdict(out, runs / config.name, stage, results, verdicts)
@@ -230,13 +230,13 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
 
 
 def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
-    """Write the report of a finished run, judged by the limits that it was benchmarked with.
+    """Write the report of a finished run, judged by the limits of its benchmark.
 
     Args:
-        run: The run's directory.
-        out: The HTML file.
-        layers: Add the accuracy with one layer at a time quantized, which has to be measured first.
-        progress: Told of layers.
+        run: Directory of the run.
+        out: Path of the HTML file.
+        layers: Whether to measure and add the accuracy with one layer at a time quantized.
+        progress: Callback for the progress over layers.
 
     Raises:
         UsageError: A stage is missing or damaged.
@@ -268,7 +268,7 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
 
 
 def write_results(out: Path, run: Path, stage: str, results: Results, config: recipe.Recipe) -> BenchmarkPayload:
-    """Write everything of a benchmark and give its manifest's payload."""
+    """Write all files of a benchmark and return its manifest's payload."""
     if results.engines:
         (out / ENGINES).write_text(text(Engines(results.engines)))
     results = replace(results, engines={})
@@ -282,7 +282,7 @@ def write_results(out: Path, run: Path, stage: str, results: Results, config: re
 
 
 def _write_verdict(out: Path, run: Path, stage: str, results: Results, verdicts: list[Verdict]) -> None:
-    """Write what follows from the verdicts on a benchmark's stage: JUnit XML, JSON and the report."""
+    """Write the files that depend on the verdicts into a benchmark's stage: JUnit XML, JSON and the report."""
     from crqat.pipeline.gate import rules
     from crqat.pipeline.gate.junit import junit
     from crqat.pipeline.report import html as report
@@ -294,7 +294,7 @@ def _write_verdict(out: Path, run: Path, stage: str, results: Results, verdicts:
 
 
 def _perturbation(run: Path) -> Perturbation | None:
-    """What `crqat sensitivity --perturbation` measured of this training; None if it did not, or is damaged."""
+    """Return the perturbation results of this training; None if they are missing or damaged."""
     from crqat.pipeline.report.html import PERTURBATION
 
     directory = run / "perturbation"
@@ -306,7 +306,7 @@ def _perturbation(run: Path) -> Perturbation | None:
 
 
 def _others(run: Path, own: str) -> list[Results]:
-    """Results of the same export from other devices; what is damaged or of an older export is left out."""
+    """Return results of the same export from other devices, without damaged ones and those of older exports."""
     found = []
     for path in sorted(run.glob("benchmark*")):
         if path.name == own:
@@ -328,29 +328,29 @@ def run_stage(
     fill: Callable[[Path], _Payload],
     after: Callable[[], dict[str, str]] | None = None,
 ) -> Path:
-    """Make a stage unless it is up to date; say why one that is there is made again, before anything begins.
+    """Make a stage unless it is up to date; print why an existing stage is made again.
 
     Args:
-        stage: Its name.
+        stage: Name of the stage.
         config: The recipe.
         runs: The directory of all runs.
-        force: Make it in any case.
-        inputs: What its result depends on beside the recipe and the stage before.
-        fill: Fills its directory and returns the manifest's payload.
-        after: The inputs once it is filled, where filling completes them.
+        force: Make the stage in any case.
+        inputs: What the result depends on besides the recipe and the previous stage.
+        fill: Function that fills the stage's directory and returns the manifest's payload.
+        after: Function that returns the inputs after filling, if filling completes them.
     """
     run, key = runs / config.name, staleness.key_of(stage, config, runs, inputs)
     directory = run / stage
     if directory.exists():
         reasons = ["--force was given"] if force else []
-        with contextlib.suppress(*([CrqatError] if force else [])):  # whatever is there, --force replaces it
+        with contextlib.suppress(*([CrqatError] if force else [])):  # --force replaces whatever exists
             made = run_directory.read_manifest(directory)
             if not force and made.key == key:
                 run_directory.verify_stage(directory)
                 console.say(f"{stage} is up to date")
                 return directory
             reasons = staleness.why_again(config, runs, made, key, inputs) or reasons
-        console.say(console.printable(f"{stage}: again, since {', '.join(reasons)}"))
+        console.say(console.printable(f"{stage}: runs again, since {', '.join(reasons)}"))
     parent, environment = staleness.parent_hash(stage, config, runs), staleness.environment(config)
     manifest = run_directory.Manifest(stage, key, parent, recipe.resolved(config), environment, inputs=inputs)
     with run_directory.write_stage(run, manifest) as out:

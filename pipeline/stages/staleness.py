@@ -1,4 +1,4 @@
-"""What each stage of a run depends on: its recipe's keys, the stage before it, files and versions."""
+"""Tracks what each stage of a run depends on: its recipe's keys, the previous stage, files and versions."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from crqat.train.models import untrusted_onnx
 
 STAGES = ("train", "export", "benchmark")
 PARENTS = {"train": None, "export": "train", "benchmark": "export", "sensitivity": "train", "perturbation": "train"}
-# The keys of a recipe that a stage's result depends on; the stage before it brings in its own.
+# The recipe keys that a stage's result depends on; the previous stage covers its own keys.
 KEYS = {
     "train": (
         "seed",
@@ -42,10 +42,10 @@ KEYS = {
     "sensitivity": ("name",),
     "perturbation": ("name",),
 }
-# Of a section: what only the gate reads.
+# Keys of a section that only the gate reads.
 _JUDGED = {"model": ("accuracy",)}
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
-# The libraries that compute a stage's result; what a recipe brings in is added to them.
+# Libraries that compute a stage's result; those that a recipe brings in are added.
 _LIBRARIES = {
     "train": ("torch", "nncf"),
     "export": ("torch", "onnx", *_RUNTIMES),
@@ -68,7 +68,7 @@ _LIBRARIES_OF_MODEL = {
     "torchvision": ("torchvision",),
     "timm": ("timm",),
 }
-OLD = "made by an older crqat that did not note the versions and data it depends on; `crqat run` makes it anew"
+OLD = "made by an older crqat that did not record the versions and data it depends on; `crqat run` makes it again"
 _DISTRIBUTIONS = (
     "crqat-edge",
     "torch",
@@ -86,19 +86,19 @@ _DISTRIBUTIONS = (
 
 
 def kind(stage: str) -> str:
-    """Of a stage's name: benchmark@DEVICE is a benchmark."""
+    """Return the kind of a stage by its name: benchmark@DEVICE is a benchmark."""
     return stage.partition("@")[0]
 
 
 def current(config: recipe.Recipe, runs: Path, stage: str) -> run_directory.Manifest:
-    """The manifest of a stage that is intact and follows from this recipe and from the current stages before it.
+    """Return the manifest of a stage that is intact and was made from this recipe and the current previous stages.
 
-    It must also have been made with the data, the files and, on the machine where it was made, the versions that are
-    here. What is not here at all cannot be compared, and does not count. Of a stage that an older crqat made, which
-    noted none of this, a line says so.
+    The stage must also have been made with the current data and files and, on the machine where it was made, the
+    current versions. What is not on this machine cannot be compared and does not count. For a stage of an older crqat,
+    which recorded none of this, a note is printed.
 
     Raises:
-        UsageError: It is not; the message names the stage to run.
+        UsageError: The stage is not current; the message names the stage to run.
     """
     run = runs / config.name
     manifest, values = run_directory.verify_stage(run / stage), recipe.resolved(config)
@@ -122,10 +122,10 @@ def current(config: recipe.Recipe, runs: Path, stage: str) -> run_directory.Mani
 
 
 def check_inputs(config: recipe.Recipe, runs: Path, manifest: run_directory.Manifest, directory: Path) -> None:
-    """Check that a stage was made with the data, files and versions that are here.
+    """Check that a stage was made with the current data, files and versions.
 
     Raises:
-        UsageError: It was made with others; the message says with which.
+        UsageError: The stage was made with others; the message lists the differences.
     """
     again = run_directory.command(manifest.stage)
     here = inputs(manifest.stage, config, runs, missing_ok=True)
@@ -135,7 +135,7 @@ def check_inputs(config: recipe.Recipe, runs: Path, manifest: run_directory.Mani
         if name.startswith(VERSION) or (name.startswith((FILE, DATA)) and here.get(name, disk.ABSENT) != disk.ABSENT)
     }
     if manifest.environment.get("machine") != platform.node():
-        # This machine's versions say nothing of another's.
+        # This machine's versions do not apply to results of another machine.
         here, there = (
             {name: value for name, value in side.items() if not name.startswith(VERSION)} for side in (here, there)
         )
@@ -146,13 +146,13 @@ def check_inputs(config: recipe.Recipe, runs: Path, manifest: run_directory.Mani
 
 
 def check_parent(run: Path, manifest: run_directory.Manifest) -> None:
-    """Check that a stage was made from the current version of the stage before it.
+    """Check that a stage was made from the current version of the previous stage.
 
     Raises:
-        UsageError: It was made from an older one.
+        UsageError: The stage was made from an older version.
     """
     if kind(manifest.stage) not in PARENTS:
-        msg = f"{run}: holds a stage {manifest.stage}, which is none of crqat's; was it copied from elsewhere?"
+        msg = f"{run}: holds a stage {manifest.stage}, which crqat does not have; was it copied from elsewhere?"
         raise UsageError(msg)
     parent = PARENTS[kind(manifest.stage)]
     if parent is None:
@@ -167,18 +167,18 @@ def check_parent(run: Path, manifest: run_directory.Manifest) -> None:
 def inputs(
     stage: str, config: recipe.Recipe, runs: Path, progress: Progress = quiet, missing_ok: bool = False
 ) -> dict[str, str]:
-    """What a stage's result depends on beside the recipe and the stage before: versions, files and data, by name.
+    """Return what a stage's result depends on besides recipe and previous stage: versions, files and data, by name.
 
     Args:
-        stage: Its name.
+        stage: Name of the stage.
         config: The recipe.
-        runs: The directory of all runs, where hashes are remembered.
-        progress: Told of data that has to be read.
-        missing_ok: Leave out files that are not there instead of refusing.
+        runs: Directory of all runs, where hashes are stored.
+        progress: Callback for the progress of reading data.
+        missing_ok: Leave out missing files instead of raising an error.
 
     Raises:
-        UsageError: A file that the recipe names is not there.
-        ToolError: It cannot be read.
+        UsageError: A file that the recipe names is missing.
+        ToolError: A file cannot be read.
     """
     found = {f"{VERSION}{name}": version for name, version in versions(stage, config).items()}
     if stage != "train":
@@ -207,11 +207,11 @@ def inputs(
 
 
 def recipe_files(config: recipe.Recipe) -> list[tuple[Path, str, str]]:
-    """The files that a recipe names; with each what is wrong where it is not there, and what to do."""
+    """Return the files that a recipe names, each with the problem and the fix if it is missing."""
     files = []
     if is_onnx_file(config.model.name):
         path = user_path(config.model.name, "model.name")
-        # What it says of files beside it is checked as if anybody had written it.
+        # Names of further files in the ONNX file are checked as those of an untrusted file.
         beside = untrusted_onnx.files_beside(path) if path.is_file() else []
         wrong = f"no such ONNX file (model.name, relative to {Path.cwd()})"
         files += [(file, wrong, "") for file in (path, *beside)]
@@ -230,7 +230,7 @@ def recipe_files(config: recipe.Recipe) -> list[tuple[Path, str, str]]:
 
 
 def own_modules(config: recipe.Recipe) -> imports.Imports:
-    """The user's own modules that a recipe's functions lie in or import, found without importing them."""
+    """Return the user's own modules that a recipe's functions lie in or import, without importing them."""
     files: dict[str, Path] = {}
     packages: frozenset[str] = frozenset()
     methods = config.quantization.weight_method, config.quantization.activation_method
@@ -245,9 +245,9 @@ def own_modules(config: recipe.Recipe) -> imports.Imports:
 
 
 def data_root(config: recipe.Recipe) -> Path | None:
-    """The folder whose files a training depends on: of stored images, or what a data function is given.
+    """Return the folder whose files a training depends on: of stored images, or the folder of a data function.
 
-    None of CIFAR, whose files are compared with the published hashes where they are read.
+    None for CIFAR, whose files are compared with published hashes when they are read.
     """
     kinds = {source_kind(name) for name in (config.data.source, config.data.unlabeled)}
     hashed = bool(kinds & set(FILE_SOURCES)) or any(name is not None and ":" in name for name in kinds)
@@ -255,13 +255,13 @@ def data_root(config: recipe.Recipe) -> Path | None:
 
 
 def data_after(config: recipe.Recipe, runs: Path, before: dict[str, str], state: disk.DiskState) -> dict[str, str]:
-    """The inputs of a training whose data has come to be, or was completed, while its own source was read.
+    """Return the inputs of a training whose data was created or completed while its source was read.
 
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        before: The inputs as the stage began.
-        state: What the data's folder held then.
+        before: Inputs when the stage began.
+        state: State of the data's folder at that time.
     """
     root = data_root(config)
     if root is None:
@@ -274,7 +274,7 @@ def data_after(config: recipe.Recipe, runs: Path, before: dict[str, str], state:
 
 
 def versions(stage: str, config: recipe.Recipe) -> dict[str, str]:
-    """The versions of the libraries that compute a stage's result; none of a board's, which are that board's own."""
+    """Return the versions of the libraries that compute a stage's result; none for a board, which has its own."""
     if "@" in stage:
         return {}
     names = list(_LIBRARIES[stage])
@@ -283,7 +283,7 @@ def versions(stage: str, config: recipe.Recipe) -> dict[str, str]:
         for source in (config.data.source, config.data.unlabeled):
             names += _LIBRARIES_OF_SOURCE.get(source_kind(source) or "", ())
         names += _LIBRARIES_OF_MODEL.get(config.model.name, ())
-        if not is_onnx_file(config.model.name):  # a folder may be called timm
+        if not is_onnx_file(config.model.name):  # a user's folder may be called timm
             names += _LIBRARIES_OF_MODEL.get(config.model.name.partition("/")[0], ())
         found |= imports.versions(own_modules(config).packages)
     if stage == "benchmark" and (config.benchmark.openvino or "openvino" in config.benchmark.require):
@@ -308,14 +308,14 @@ def _installed(names: Iterable[str]) -> dict[str, str]:
 def why_again(
     config: recipe.Recipe, runs: Path, manifest: run_directory.Manifest, key: str, now: dict[str, str]
 ) -> list[str]:
-    """Why a stage that was made has to be made again, in plain words; empty if it is up to date.
+    """Return why an existing stage must be made again, in plain words; empty if it is up to date.
 
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        manifest: Of the stage as it was made.
-        key: What its key would be now.
-        now: What its inputs are now.
+        manifest: Manifest of the existing stage.
+        key: Key that the stage would have now.
+        now: Inputs that the stage would have now.
     """
     if manifest.key == key:
         return []
@@ -325,24 +325,24 @@ def why_again(
         old = _computed_from(name, recipe.completed(name, manifest.config.get(name)))
         reasons += changes.of_recipe(name, old, _computed_from(name, values[name]))
     if manifest.parent != parent_hash(manifest.stage, config, runs):
-        reasons.append(f"{PARENTS[kind(manifest.stage)]} was made anew")
+        reasons.append(f"{PARENTS[kind(manifest.stage)]} was made again")
     recorded = manifest.environment.get("versions")
     old, new = (recorded if isinstance(recorded, dict) else {}).get("crqat-edge"), metadata.version("crqat-edge")
     if old != new:
         reasons.append(f"crqat-edge {old} -> {new}")
     if manifest.inputs is None:
         return [*reasons, f"it was {OLD.partition(';')[0]}"]
-    return [*reasons, *changes.of_inputs(manifest.inputs, now)] or ["its key is another one"]
+    return [*reasons, *changes.of_inputs(manifest.inputs, now)] or ["its key has changed"]
 
 
 def _computed_from(key: str, value: Any) -> Any:
-    """A section of a recipe without what only the gate reads."""
+    """Return a section of a recipe without the keys that only the gate reads."""
     left_out = _JUDGED.get(key, ())
     return {name: entry for name, entry in value.items() if name not in left_out} if isinstance(value, dict) else value
 
 
 def environment(config: recipe.Recipe) -> dict[str, Any]:
-    """What a result may depend on beside the recipe."""
+    """Return what a result may depend on besides the recipe."""
     return {
         "versions": {**_installed(_DISTRIBUTIONS), "python": platform.python_version()},
         "git_revision": run_directory.git_revision(Path.cwd()),
@@ -353,13 +353,13 @@ def environment(config: recipe.Recipe) -> dict[str, Any]:
 
 
 def parent_hash(stage: str, config: recipe.Recipe, runs: Path) -> str | None:
-    """Hash of the manifest of the stage before; None of the first."""
+    """Return the hash of the previous stage's manifest; None for the first stage."""
     parent = PARENTS[kind(stage)]
     return None if parent is None else run_directory.manifest_hash(runs / config.name / parent)
 
 
 def key_of(stage: str, config: recipe.Recipe, runs: Path, inputs: dict[str, str]) -> str:
-    """Hash of everything that a stage's result depends on."""
+    """Return the hash of everything that a stage's result depends on."""
     values = recipe.resolved(config)
     return run_directory.hash_json(
         {

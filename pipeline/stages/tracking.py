@@ -1,4 +1,4 @@
-"""The recipe's `tracker`: epochs and final results where other tools show them, beside what every run keeps."""
+"""The recipe's `tracker`: writes epochs and final results where other tools show them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _MISSING = "tracker: tensorboard is not installed; pip install crqat-edge[tensor
 
 
 def of_recipe(config: Recipe, runs: Path) -> TensorBoard | None:
-    """The tracker of a recipe's run; None if it asks for none.
+    """Return the tracker of a recipe's run; None if the recipe names none.
 
     Raises:
-        ToolError: Its package is missing.
+        ToolError: The tracker's package is missing.
     """
     if config.tracker is None:
         return None
@@ -34,10 +34,10 @@ def of_recipe(config: Recipe, runs: Path) -> TensorBoard | None:
 
 
 class TensorBoard:
-    """Event files in the run's directory: "float", "qat", "train" and each benchmark are a series of their own.
+    """Event files in the run's directory, one series each for "float", "qat", "train" and every benchmark.
 
-    An epoch is written once: a training that begins or goes on writes all rows of its history anew, in place of those
-    that an interrupted one has left.
+    Each epoch appears once: a training that begins or resumes writes all rows of its history again, replacing those of
+    an interrupted training.
     """
 
     def __init__(self, run: Path) -> None:
@@ -50,11 +50,11 @@ class TensorBoard:
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def has(self, series: str) -> bool:
-        """Whether something was written."""
+        """Return whether something was written."""
         return (self._folder / series).exists()
 
     def epochs(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write the rows that are new since the last call; the first one writes all."""
+        """Write the rows that are new since the last call; the first call writes all."""
         new = history[self._written :]
         self._written = len(history)
         for phase in dict.fromkeys(row["phase"] for row in new):
@@ -65,10 +65,10 @@ class TensorBoard:
                             writer.add_scalar(name, value, row["epoch"])
 
     def trained(self, directory: Path) -> None:
-        """Write what a finished training ended with, and its epochs if it was not tracked; nothing a second time.
+        """Write the final figures of a finished training once, and its epochs if they were not tracked.
 
         Args:
-            directory: Of the `train` stage.
+            directory: Directory of the `train` stage.
         """
         if self.has("train"):
             return
@@ -83,11 +83,11 @@ class TensorBoard:
             writer.add_scalar("seconds of the training", payload.seconds)
 
     def measured(self, stage: str, results: Results) -> None:
-        """Write a benchmark's results in place of earlier ones.
+        """Write a benchmark's results, replacing earlier ones.
 
         Args:
-            stage: "benchmark", or a board's.
-            results: Of all files.
+            stage: "benchmark", or the stage of a board.
+            results: Results of all files.
         """
         self.forget(stage)
         with self._writer(stage) as writer:
@@ -111,7 +111,7 @@ class TensorBoard:
     def _writer(self, series: str) -> Iterator[Any]:
         try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:  # an installation that is broken
+        except ImportError as error:  # the installation is broken
             raise ToolError(_MISSING) from error
         try:
             writer = SummaryWriter(str(self._folder / series))

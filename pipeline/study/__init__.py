@@ -1,1 +1,1 @@
-"""`crqat study`: several trainings of one recipe side by side, over seeds, with the controls that a gain needs."""
+"""`crqat study`: compares training methods on one recipe, over several seeds, with the necessary controls."""

@@ -1,4 +1,4 @@
-"""The methods that a study compares: what each changes in a recipe, and what of a training is its row."""
+"""The methods that a study compares: the changes of each to the recipe, and which network of a training it reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from crqat.core.errors import UsageError
 from crqat.pipeline.recipe.recipe import Recipe
 
-# Of the optimizer steps of a method that trains the float network further before QAT: the float network's share.
+# For methods that train the float network further before QAT: the share of the optimizer steps in float.
 FLOAT_SHARE = 2 / 3
 REFERENCE = "cr-unlabeled"
 BEST = "best"
@@ -15,16 +15,16 @@ BEST = "best"
 
 @dataclass(frozen=True)
 class Training:
-    """One training of a study, whose results are the rows of one or two methods.
+    """One training run of a study, whose networks are the results of one or two methods.
 
     Attributes:
-        methods: By name which network of the training it is: "float", "student", "teacher", or `BEST`, of student and
-            teacher the better one on the validation images.
-        start: The training whose float network it starts from; None trains one by the recipe's `float` section.
-        views: Of labeled images and, behind a slash, of unlabeled ones, as the student sees them.
+        methods: Method name to the network of the training: "float", "student", "teacher", or `BEST`, the better of
+            student and teacher on the validation images.
+        start: Name of the training whose float network it starts from; None trains one by the recipe's `float` section.
+        views: Augmentation of labeled images and, after a slash, of unlabeled images, as the student sees them.
         unlabeled: What unlabeled images are used for.
-        steps: Optimizer steps as a share of the recipe's QAT, all trainings behind the shared float network together.
-        settings: Of the recipe, as `--set` writes them.
+        steps: Optimizer steps as a share of the recipe's QAT, summed over all runs after the shared float network.
+        settings: Changes to the recipe, as `--set` writes them.
     """
 
     methods: dict[str, str]
@@ -90,14 +90,14 @@ METHODS: dict[str, str] = {method: name for name, training in TRAININGS.items() 
 
 
 def needed(methods: tuple[str, ...]) -> list[str]:
-    """The trainings that some methods come from, each behind the one that it starts from; no method means all.
+    """Return the training runs that some methods need, each after the one that it starts from; empty means all methods.
 
     Raises:
-        UsageError: There is no method of such a name.
+        UsageError: A method does not exist.
     """
     unknown = sorted(set(methods) - METHODS.keys())
     if unknown:
-        msg = f"--methods: {unknown[0]} is none of {', '.join(METHODS)}"
+        msg = f"--methods: {unknown[0]} is not one of {', '.join(METHODS)}"
         raise UsageError(msg)
     found: set[str] = set()
     for method in methods or METHODS:
@@ -109,17 +109,17 @@ def needed(methods: tuple[str, ...]) -> list[str]:
 
 
 def settings(name: str, config: Recipe, factor: float = 1.0) -> tuple[str, ...]:
-    """What a training changes in a recipe, as `--set` writes it.
+    """Return the changes of a training to a recipe, as `--set` writes them.
 
     Args:
-        name: Of the training.
+        name: Name of the training.
         config: The recipe.
-        factor: Of all optimizer steps behind the shared float network.
+        factor: Factor on all optimizer steps after the shared float network.
     """
     training, epochs = TRAININGS[name], config.qat.epochs * factor
     found = list(training.settings)
     if training.start == "float" and training.steps < 1:
-        # The float network is trained on like the quantized one.
+        # Further float training uses the settings of QAT.
         found += [f"float.epochs={max(1, round(epochs * FLOAT_SHARE))}", f"float.batch_size={config.qat.batch_size}"]
         found += [f"float.lr={config.qat.lr}", f"float.weight_decay={config.qat.weight_decay}"]
         ema = config.consistency

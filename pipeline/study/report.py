@@ -1,4 +1,4 @@
-"""What the rows of a study say: means, intervals over seeds and images, a table and a picture."""
+"""Summarizes the rows of a study: means, intervals over seeds and images, a table and a picture."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ COLUMNS = (
 )  # fmt: skip
 _HEAD = """# Study: {name}
 
-Written by `crqat study`; the numbers are in the `.json` beside. All methods of a table share labels, the float
-network that they start from, optimizer steps (or, with `time`, about the seconds) and the batch of labeled images.
-Accuracies are of the torch network on all test images. Intervals over seeds are Student's t; those over images are
-paired, of the mean difference of all seeds. `s`: seconds of the training itself on one core, in the mean over the
-seeds, on a machine that may have done other things too.
+Written by `crqat study`; the numbers are in the `.json` next to it. All methods of a table share labels, the float
+network that they start from, optimizer steps (or, with `time`, approximately the seconds) and the batch of labeled
+images. Accuracies are of the torch network on all test images. Intervals over seeds are Student's t; those over images
+are paired, for the mean difference over all seeds. `s`: seconds of the training on one core, as a mean over the seeds,
+on a machine that may have run other work.
 """
 
 
 @dataclass(frozen=True)
 class Line:
-    """A method in one cell of a study.
+    """Summary of one method in one cell of a study.
 
     Attributes:
-        method: Its name.
-        rows: One for each seed.
-        mean: Of the test accuracy in percent.
-        half: Half the 95 % interval over seeds; None with one seed.
-        difference: Mean of the reference minus the method in points, over the seeds that both have; None without.
-        difference_half: Half its interval over seeds, None with one seed.
-        difference_images: Half its paired interval over images.
+        method: Name of the method.
+        rows: Rows of the method, one for each seed.
+        mean: Mean test accuracy, in percent.
+        half: Half the 95 % interval of the mean over seeds; None with one seed.
+        difference: Mean of the reference minus the method in points, over the seeds that both have; None without such
+            seeds.
+        difference_half: Half the interval of the difference over seeds; None with one seed.
+        difference_images: Half the paired interval of the difference over images.
     """
 
     method: str
@@ -54,25 +55,25 @@ class Line:
 
 
 def correct(row: StudyRow) -> npt.NDArray[np.float64]:
-    """1 for each test image that was answered rightly, else 0; shape [N]."""
+    """Return 1 for each test image that was classified correctly, else 0; shape [N]."""
     bits = np.unpackbits(np.frombuffer(base64.b64decode(row.correct), np.uint8))
     return bits[: row.n].astype(np.float64)
 
 
 def top1(row: StudyRow) -> float:
-    """Share of the test images that were answered rightly."""
+    """Return the share of the test images that were classified correctly."""
     return float(correct(row).mean())
 
 
 def half_interval(values: Sequence[float]) -> float | None:
-    """Half the 95 % interval of a mean by Student's t; None for one value."""
+    """Return half the 95 % interval of a mean by Student's t; None for one value."""
     if len(values) < 2:
         return None
     return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
 
 
 def lines(rows: Sequence[StudyRow]) -> list[Line]:
-    """The methods of one cell, in the order of `METHODS`."""
+    """Return the summary of each method of one cell, in the order of `METHODS`."""
     reference = {row.seed: row for row in rows if row.method == REFERENCE}
     found = []
     for method in METHODS:
@@ -92,7 +93,7 @@ def lines(rows: Sequence[StudyRow]) -> list[Line]:
 
 
 def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]]:
-    """The rows by number of labels, bit width and what is equal."""
+    """Group the rows by number of labels, bit width and what is equal."""
     found: dict[tuple[Any, Any, str], list[StudyRow]] = {}
     for row in rows:
         found.setdefault((row.labels, row.bits, row.equal), []).append(row)
@@ -100,14 +101,14 @@ def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]
 
 
 def title(cell: tuple[Any, Any, str]) -> str:
-    """A cell in words."""
+    """Describe a cell in words."""
     labels, bits, equal = cell
     named = "all labels" if labels is None else f"{labels:,} labels"
     return f"{named}, {'bits of the recipe' if bits is None else f'W{bits}A{bits}'}, equal {equal}"
 
 
 def table(rows: Sequence[StudyRow]) -> list[list[str]]:
-    """The lines of one cell as text."""
+    """Return the lines of one cell as text."""
     return [
         [
             line.method, line.rows[0].views, line.rows[0].unlabeled, str(len(line.rows)), f"{line.mean:.2f}",
@@ -120,7 +121,7 @@ def table(rows: Sequence[StudyRow]) -> list[list[str]]:
 
 
 def headline(rows: Sequence[StudyRow]) -> str:
-    """The reference beside the best of the others on the validation images, in a sentence; "" if there is no pair."""
+    """Compare in a sentence the reference with the best other method on the validation images; "" without a pair."""
     found = [line for line in lines(rows) if line.difference is not None]
     if not found:
         return ""
@@ -133,7 +134,7 @@ def headline(rows: Sequence[StudyRow]) -> str:
 
 
 def markdown(rows: Sequence[StudyRow], name: str) -> str:
-    """The whole page."""
+    """Return the whole Markdown page."""
     parts = [_HEAD.format(name=name), f"![accuracy of each method]({name}.png)\n"]
     for cell, own in cells(rows).items():
         head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
@@ -143,7 +144,7 @@ def markdown(rows: Sequence[StudyRow], name: str) -> str:
 
 
 def picture(rows: Sequence[StudyRow], path: Path) -> None:
-    """Each cell's methods with their seeds, means and intervals."""
+    """Draw the methods of each cell with their seeds, means and intervals."""
     from matplotlib.figure import Figure
 
     found = cells(rows)

@@ -1,4 +1,4 @@
-"""Runs the trainings of a study, each in a process of its own, and keeps what they found."""
+"""Runs the training runs of a study, each in its own process, and stores their results."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ from crqat.pipeline.study import report
 from crqat.pipeline.study.methods import BEST, FLOAT_SHARE, TRAININGS, needed, settings
 
 _POLL_SECONDS = 0.5
-# The settings that rows' keys have been made of since the first rows were published. What came later is in a key only
-# where it differs from its default, with which a training is what it was before: rows stay current when keys are added.
+# The settings that formed the rows' keys when the first rows were published. A setting that was added later is part of
+# a key only if it differs from its default, which leaves a training as it was before: rows stay valid when keys are
+# added.
 _FIRST = {
     "consistency": "ema_decay ramp_up teacher temperature weight",
     "data": (
@@ -50,18 +51,18 @@ _SECTIONS = ("data", "model", "float", "quantization", "qat", "consistency", "pt
 
 @dataclass(frozen=True)
 class Job:
-    """One training with one seed, number of labels and bit width.
+    """One training run with one seed, number of labels and bit width.
 
     Attributes:
-        training: Its name; see `TRAININGS`.
-        seed: The recipe's.
-        labels: Labeled images; None: all.
-        bits: Of weights and activations; None: the recipe's.
-        equal: Whether all trainings of a comparison have equal "steps" or, about, equal "time".
-        overrides: What it changes in the recipe, but for the float network's file.
-        key: Of everything that the result depends on.
-        name: Of its run.
-        start: The name of the run whose float network it starts from.
+        training: Name of the training; see `TRAININGS`.
+        seed: Seed of the recipe.
+        labels: Number of labeled images; None for all.
+        bits: Bit width of weights and activations; None for the recipe's.
+        equal: What all training runs of a comparison have in common: "steps", or (approximately) "time".
+        overrides: Changes to the recipe, except for the float network's file.
+        key: Hash of everything that the result depends on.
+        name: Name of its run.
+        start: Name of the run whose float network it starts from.
     """
 
     training: str
@@ -77,14 +78,14 @@ class Job:
 
 @dataclass
 class Study:
-    """What is to be run, and where.
+    """A study: the recipe, its options and the results so far.
 
     Attributes:
-        path: The recipe.
-        overrides: Of every training, as `--set` writes them.
-        out: The Markdown file; JSON and picture lie beside.
-        runs: The directory of the runs.
-        rows: What was found so far, one for each method, seed, number of labels and bit width.
+        path: Path of the recipe.
+        overrides: Changes to the recipe for every training, as `--set` writes them.
+        out: The Markdown file; JSON and picture lie next to it.
+        runs: Directory of the runs.
+        rows: Results so far, one for each method, seed, number of labels and bit width.
     """
 
     path: Path
@@ -97,11 +98,11 @@ class Study:
         self, methods: tuple[str, ...], seeds: Sequence[int], labels: Sequence[int | None],
         bits: Sequence[int | None], equal: str,
     ) -> list[Job]:  # fmt: skip
-        """All trainings, each behind the one that it starts from.
+        """Return all training runs, each after the one that it starts from.
 
         Raises:
-            UsageError: The recipe is wrong with the settings of one of them, or a method is unknown; with `equal`
-                "time": there are no results of equal steps yet, whose times it needs.
+            UsageError: The recipe is invalid with the settings of a training; a method is unknown; or `equal` is "time"
+                and the results of equal steps, whose times it needs, are missing.
         """
         jobs: list[Job] = []
         names = needed(methods)
@@ -127,7 +128,7 @@ class Study:
             given.append(f"data.unlabeled={base.data.source}")  # the labeled images themselves
         start = TRAININGS[name].start
         behind = None if start is None else others[start]
-        # The weights' place is no matter, what they are is.
+        # The place of the weights does not matter, only their content.
         checked = [*given, *([] if behind is None else ["model.weights=start.safetensors"])]
         resolved = recipe.resolved(recipe.load(self.path, checked))
         found = {key: hashed(key, resolved[key]) for key in _SECTIONS}
@@ -138,7 +139,7 @@ class Study:
         return Job(name, seed, labels, bits, equal, tuple(given), key, run, None if behind is None else behind.name)
 
     def _factor(self, name: str, labels: int | None, bits: int | None) -> float:
-        """By how much the steps of a training change so that it takes as long as plain QAT does."""
+        """Return the factor on a training's steps with which it takes as long as plain QAT."""
         training = TRAININGS[name]
         if training.start is None:
             return 1.0
@@ -147,7 +148,7 @@ class Study:
             cell = of, labels, bits, "steps"
             found = [row.seconds for row in self.rows if (row.training, row.labels, row.bits, row.equal) == cell]
             if not found:
-                msg = f"--equal time: needs the times of {of}; run the same study with --equal steps before"
+                msg = f"--equal time: needs the times of {of}; run the same study with --equal steps first"
                 raise UsageError(msg)
             return sum(found) / len(found)
 
@@ -156,15 +157,15 @@ class Study:
         return share * seconds("qat") / own
 
     def done(self, job: Job) -> bool:
-        """Whether there are rows of a training, and its float network if another one is to start from it."""
+        """Return whether the results have rows of a training."""
         return any(row.key == job.key for row in self.rows)
 
     def weights(self, name: str) -> Path:
-        """The float network of a run."""
+        """Return the path of a run's float network."""
         return self.runs / name / "train" / "float.safetensors"
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
-        """Keep what a training has found, in place of rows of earlier settings."""
+        """Store the results of a training, replacing rows of earlier settings."""
         training, networks = TRAININGS[job.training], result["networks"]
         for method, network in training.methods.items():
             if network == BEST:
@@ -189,7 +190,7 @@ class Study:
 
 
 def hashed(section: str, values: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Of a section of a recipe what a row's key is made of; see `_FIRST`."""
+    """Return the part of a recipe's section that forms a row's key; see `_FIRST`."""
     if values is None:
         return None
     first, usual = _FIRST.get(section, "").split(), recipe.completed(section, {})
@@ -200,11 +201,11 @@ def hashed(section: str, values: dict[str, Any] | None) -> dict[str, Any] | None
 
 
 def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study:
-    """A study with the rows that `out` has already.
+    """Return a study with the rows that `out` already has.
 
     Raises:
-        UsageError: The JSON beside `out` is not of a study.
-        ToolError: It cannot be read.
+        UsageError: The JSON next to `out` is not a study's.
+        ToolError: The JSON cannot be read.
     """
     study, file = Study(path, overrides, out, runs), out.with_suffix(".json")
     if file.is_file():
@@ -213,20 +214,20 @@ def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study
 
 
 def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
-    """Run what has no rows yet, and write after each training.
+    """Run the training runs that have no rows, and write the results after each training.
 
     Args:
-        study: Gets the rows.
-        jobs: In this order, as far as those that they start from have ended.
-        processes: How many at once.
+        study: Study that gets the rows.
+        jobs: Trainings in order; each waits until the one that it starts from has ended.
+        processes: Number of trainings that run in parallel.
 
     Returns:
-        What went wrong, a line for each training that did.
+        One line for each training that failed.
     """
     pending = [job for job in jobs if not study.done(job)]
     wanted = {job.start for job in pending}
     pending = [job for job in jobs if job in pending or (job.name in wanted and not study.weights(job.name).is_file())]
-    console.say(f"study: {len(jobs) - len(pending)} of {len(jobs)} trainings are there already")
+    console.say(f"study: {len(jobs) - len(pending)} of {len(jobs)} training runs are already finished")
     failed: dict[str, str] = {}
     with _processes() as running:
         while pending or running:
@@ -250,7 +251,7 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
 
 @contextmanager
 def _processes() -> Iterator[dict[Job, subprocess.Popen[bytes]]]:
-    """The trainings that run; those that still do are ended, saved, when something else ends the study."""
+    """Context manager for the active training runs; if the study ends early, they are ended and save their state."""
     running: dict[Job, subprocess.Popen[bytes]] = {}
     try:
         yield running
@@ -272,13 +273,13 @@ def _start(study: Study, job: Job) -> subprocess.Popen[bytes]:
     given = [*job.overrides, f"name={job.name}"]
     given += [] if job.start is None else [f"model.weights={study.weights(job.start)}"]
     file.write_text(json.dumps({"recipe": str(study.path), "settings": given, "runs": str(study.runs)}))
-    console.say(f"{job.training}, seed {job.seed}{_cell(job)}: begins; {log}")
-    # One core each: two trainings on two cores are faster than one after the other on both.
+    console.say(f"{job.training}, seed {job.seed}{_cell(job)}: starts; {log}")
+    # One core each: two training runs in parallel on two cores are faster than one after the other on both.
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with log.open("ab") as lines:
         command = [sys.executable, "-m", "crqat.pipeline.study.worker", str(file)]
-        # A session of its own: Ctrl-C reaches the study alone, which then ends its trainings in order. The pipe ends
-        # with the study, however that ends, and the training with the pipe.
+        # A session of its own: Ctrl-C reaches only the study, which then ends its trainings in order. The pipe closes
+        # when the study ends, however it ends, and the training ends with the pipe.
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=lines, stderr=lines, env=environment, start_new_session=True
         )

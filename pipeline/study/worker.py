@@ -1,4 +1,4 @@
-"""One training of a study in a process of its own, and its networks on the test images."""
+"""Runs one training of a study in its own process, and evaluates its networks on the test images."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ from crqat.train.training.evaluate import answers
 
 
 def run(path: Path, overrides: tuple[str, ...], runs: Path, progress: Progress) -> dict[str, Any]:
-    """Train, or go on, and measure each network of the training on all test images.
+    """Train, or resume, and measure each network of the training on all test images.
 
     Args:
-        path: The recipe.
-        overrides: As `crqat.pipeline.recipe.recipe.load` takes them.
-        runs: The directory of the study's runs.
-        progress: Told of the training.
+        path: Path of the recipe.
+        overrides: Changes to the recipe, as `crqat.pipeline.recipe.recipe.load` takes them.
+        runs: Directory of the study's runs.
+        progress: Callback for the progress of the training.
 
     Returns:
-        "seconds" of the training, "n" test images and "networks": of each its validation accuracy and `packed` answers.
+        A dictionary with "seconds" of the training, "n" test images and "networks": validation accuracy and `packed`
+        correct images of each network.
     """
     config = recipe.load(path, overrides)
     with lock.hold(runs / config.name):
@@ -70,18 +71,18 @@ def run(path: Path, overrides: tuple[str, ...], runs: Path, progress: Progress) 
 
 
 def packed(correct: Tensor) -> str:
-    """Bool of shape [N] as a text: base64 of eight images a byte."""
+    """Pack bools of shape [N] into a text: base64 of one bit per image, the first in each byte's highest bit."""
     return base64.b64encode(np.packbits(correct.numpy()).tobytes()).decode()
 
 
 def _end_with_the_study() -> None:
-    """Wait for the end of the pipe that the study holds, and save and end then."""
-    os.read(0, 1)  # not sys.stdin's, whose lock the interpreter would wait for at its end
+    """Wait until the pipe that the study holds is closed, then save and exit."""
+    os.read(0, 1)  # not sys.stdin's, whose lock the interpreter would wait for at exit
     os.kill(os.getpid(), signal.SIGTERM)
 
 
 def main() -> None:
-    """Read what to do from the file that the only argument names, and write "result" beside it."""
+    """Read the task from the file that the only argument names, and write "result" next to it."""
     job = Path(sys.argv[1])
     given = json.loads(job.read_text())
     threading.Thread(target=_end_with_the_study, daemon=True).start()

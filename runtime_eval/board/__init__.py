@@ -1,1 +1,1 @@
-"""Measuring on another machine."""
+"""Benchmarks on another machine (board)."""

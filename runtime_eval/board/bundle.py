@@ -1,8 +1,8 @@
-"""A bundle: one archive with everything that a board needs to measure an export, each file's SHA-256 in its manifest.
+"""Bundles: one archive with everything a board needs to measure an export, and a SHA-256 for each file.
 
 Standard library only. The archive is a .tar.gz of one folder: `bundle.json` first, then `export/` (a stage that
 `run_directory.verify_stage` accepts) and the sources of `crqat.core` and `crqat.runtime_eval`. The same export, sources
-and configuration give the same bytes. An archive from elsewhere is unpacked only as far as its manifest describes it.
+and configuration give the same bytes. An untrusted archive is unpacked only as far as its manifest describes it.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from crqat.core import run_directory, strict_json
 from crqat.core.errors import CrqatError, ToolError, UsageError
 
 SCHEMA_VERSION = 1
-# The archive's folder, the manifest in it, the export in it.
+# The archive's folder, the manifest in it, and the export in it.
 FOLDER, MANIFEST, EXPORT = "crqat-bundle", "bundle.json", "export"
-# What a board needs of crqat, which lies here or, in part, is linked from here.
+# Parts of crqat that a board needs; they lie here or are linked from here.
 PACKAGES = ("core", "runtime_eval")
 _CRQAT = Path(__file__).parents[2]
 _MAX_MANIFEST_BYTES = 16 * 2**20
@@ -32,14 +32,14 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle's manifest says.
+    """Manifest of a bundle.
 
     Attributes:
-        run: The run's name.
-        crqat_version: Of the crqat that made it.
-        benchmark: How to measure: the keys of `crqat.runtime_eval.config.BenchmarkConfig`.
+        run: Name of the run.
+        crqat_version: Version of crqat that made the bundle.
+        benchmark: Settings of the measurement: keys of `crqat.runtime_eval.config.BenchmarkConfig`.
         members: File name, relative to the bundle's folder, to SHA-256.
-        schema_version: Of this file's layout.
+        schema_version: Version of this file's layout.
     """
 
     run: str
@@ -49,25 +49,25 @@ class Bundle:
     schema_version: int = SCHEMA_VERSION
 
     def content(self) -> bytes:
-        """The manifest file."""
+        """Return the content of the manifest file."""
         return json.dumps(vars(self), indent=1, sort_keys=True).encode()
 
     @property
     def sha256(self) -> str:
-        """Hash of the manifest, and by it of every member: the bundle's identity, however it was compressed."""
+        """Hash of the manifest, and through it of every member: the bundle's identity, independent of compression."""
         return hashlib.sha256(self.content()).hexdigest()
 
 
 def describe(export_dir: Path, benchmark: Mapping[str, Any], crqat_version: str) -> tuple[Bundle, dict[str, Path]]:
-    """The bundle of an export, and where each of its members lies.
+    """Return the bundle of an export, and the path of each of its members.
 
     Args:
-        export_dir: A directory written by the `export` stage; its hashes are checked.
-        benchmark: How to measure it.
-        crqat_version: Of this crqat.
+        export_dir: Directory written by the `export` stage; its hashes are checked.
+        benchmark: Settings of the measurement.
+        crqat_version: Version of this crqat.
 
     Raises:
-        UsageError: The directory is no export, or a file in it is missing or damaged.
+        UsageError: The directory is not an export, or a file in it is missing or damaged.
     """
     export_dir = export_dir.resolve()
     manifest = run_directory.verify_stage(export_dir)
@@ -79,7 +79,7 @@ def describe(export_dir: Path, benchmark: Mapping[str, Any], crqat_version: str)
         for path in (_CRQAT / package).rglob("*.py"):
             paths[f"crqat/{path.relative_to(_CRQAT).as_posix()}"] = path
     paths["crqat/__init__.py"] = _CRQAT / "__init__.py"
-    # `python3 -m runtime_eval .` is the command on a board: the one name beside crqat.
+    # A board runs `python3 -m runtime_eval .`, which is the only name besides crqat.
     paths["runtime_eval/__init__.py"] = _CRQAT / "runtime_eval" / "__init__.py"
     paths["runtime_eval/__main__.py"] = _CRQAT / "runtime_eval" / "board" / "bundle_main.py"
     known = {f"{EXPORT}/{name}": digest for name, digest in manifest.files.items()}
@@ -92,12 +92,12 @@ def write(bundle: Bundle, paths: Mapping[str, Path], out: Path) -> None:
     """Write the archive.
 
     Args:
-        bundle: What `describe` gave.
-        paths: Member to the file it is made from.
-        out: The archive; what is there is replaced once the new one is complete.
+        bundle: Bundle from `describe`.
+        paths: Member name to the file that it is made from.
+        out: Path of the archive; an existing one is replaced once the new one is complete.
 
     Raises:
-        ToolError: It cannot be written.
+        ToolError: The archive cannot be written.
     """
     temporary = out.with_name(f"{out.name}.part")
     try:
@@ -119,31 +119,32 @@ def write(bundle: Bundle, paths: Mapping[str, Path], out: Path) -> None:
 
 
 def _add(archive: tarfile.TarFile, name: str, size: int, file: IO[bytes]) -> None:
-    """A member of which nothing but name and content is of this machine or this day."""
+    """Add a member whose only properties are its name and content, nothing of this machine or day."""
     info = tarfile.TarInfo(f"{FOLDER}/{name}")
     info.size, info.mode, info.mtime = size, 0o644, 0
     archive.addfile(info, file)
 
 
 def unpack(archive: Path, out: Path) -> Bundle:
-    """Unpack an archive into a directory; nothing is written that its manifest does not name.
+    """Unpack an archive into a directory; only files that its manifest names are written.
 
     Args:
-        archive: From anywhere.
-        out: An empty directory, which becomes what `verify` accepts. After an error it holds only a part.
+        archive: Archive from any source, possibly untrusted.
+        out: An empty directory; on success `verify` accepts it, after an error it holds only a part.
 
     Raises:
-        UsageError: It is no bundle, damaged, or holds a link, a device, or a file that its manifest does not describe.
-        ToolError: It cannot be read, or `out` cannot be written.
+        UsageError: The archive is not a bundle, is damaged, or holds a link, a device or a file that its manifest does
+            not describe.
+        ToolError: The archive cannot be read, or `out` cannot be written.
     """
     try:
         with tarfile.open(archive, "r|gz") as members:
             first = members.next()
             if first is None or first.name != f"{FOLDER}/{MANIFEST}" or not first.isreg():
-                msg = f"{archive}: no bundle: does not begin with {FOLDER}/{MANIFEST}; make it by crqat bundle"
+                msg = f"{archive}: not a bundle: does not begin with {FOLDER}/{MANIFEST}; make it with crqat bundle"
                 raise UsageError(msg)
             if first.size > _MAX_MANIFEST_BYTES:
-                msg = f"{archive}: no bundle: its manifest has {first.size} bytes"
+                msg = f"{archive}: not a bundle: its manifest has {first.size} bytes"
                 raise UsageError(msg)
             content = _opened(members, first).read()
             bundle = _parse(content, archive)
@@ -163,29 +164,29 @@ def unpack(archive: Path, out: Path) -> Bundle:
             raise _no_bundle(archive, error) from error
         msg = f"{archive}: cannot be unpacked into {out}: {error.strerror or error}"
         raise ToolError(msg) from error
-    except Exception as error:  # a damaged archive fails in whatever way its bytes lead tarfile to
+    except Exception as error:  # what tarfile raises depends on the damaged bytes
         raise _no_bundle(archive, error) from error
     if missing:
-        msg = f"{archive}: {next(iter(missing))} is missing, which its manifest names"
+        msg = f"{archive}: {next(iter(missing))} is missing, though its manifest names it"
         raise UsageError(msg)
     return bundle
 
 
 def _no_bundle(archive: Path, error: Exception) -> UsageError:
-    return UsageError(f"{archive}: no bundle, or a truncated one ({error})")
+    return UsageError(f"{archive}: not a bundle, or truncated ({error})")
 
 
 def verify(folder: Path) -> Bundle:
-    """Check an unpacked bundle: every file that the manifest names is there, is no link and has its hash.
+    """Check an unpacked bundle: every file of the manifest exists, is no link and has its hash.
 
     Raises:
-        UsageError: It is no bundle, or a file is missing, altered or a link.
+        UsageError: The folder is not a bundle, or a file is missing, altered or a link.
     """
     path = folder / MANIFEST
     try:
         content = path.read_bytes()
     except OSError as error:
-        msg = f"{path}: cannot be read ({error.strerror}); no bundle"
+        msg = f"{path}: cannot be read ({error.strerror}); not a bundle"
         raise UsageError(msg) from error
     bundle, root = _parse(content, path), folder.resolve()
     for name, digest in bundle.members.items():
@@ -194,7 +195,7 @@ def verify(folder: Path) -> Bundle:
             msg = f"{folder / name}: missing"
             raise UsageError(msg)
         if member.resolve() != member:
-            msg = f"{folder / name}: a link; a bundle has none"
+            msg = f"{folder / name}: is a link, which a bundle must not contain"
             raise UsageError(msg)
         if run_directory.sha256_file(member) != digest:
             msg = f"{folder / name}: damaged or altered (its SHA-256 is not the bundle's)"
@@ -203,20 +204,20 @@ def verify(folder: Path) -> Bundle:
 
 
 def _parse(content: bytes, path: Path) -> Bundle:
-    """The manifest, checked: what it names lies in its folder."""
+    """Return the checked manifest: the files that it names lie in its folder."""
     try:
         data = strict_json.parse(content)
         if data["schema_version"] != SCHEMA_VERSION:
-            msg = f"{path}: a bundle of schema version {data['schema_version']}, not {SCHEMA_VERSION}; make it anew"
+            msg = f"{path}: a bundle of schema version {data['schema_version']}, not {SCHEMA_VERSION}; make it again"
             raise UsageError(msg)
         bundle = Bundle(**data)
         texts = (bundle.run, bundle.crqat_version, *bundle.members, *bundle.members.values())
         sound = all(isinstance(text, str) for text in texts) and isinstance(bundle.benchmark, dict)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        msg = f"{path}: no bundle's manifest ({type(error).__name__}: {error})"
+        msg = f"{path}: not a bundle's manifest ({type(error).__name__}: {error})"
         raise UsageError(msg) from error
     if not sound or bundle.content() != content:
-        msg = f"{path}: no bundle's manifest as crqat writes it"
+        msg = f"{path}: not a bundle's manifest as crqat writes it"
         raise UsageError(msg)
     for name in bundle.members:
         parts = name.split("/")
@@ -227,13 +228,13 @@ def _parse(content: bytes, path: Path) -> Bundle:
 
 
 def _known(member: tarfile.TarInfo, missing: Mapping[str, str], archive: Path) -> str:
-    """The name of a member that the manifest names and that was not there yet."""
+    """Return the name of a member, which the manifest must name and which must appear only once."""
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         msg = f"{archive}: {member.name!r} is a link, a directory or a device; a bundle has plain files only"
         raise UsageError(msg)
     folder, _, name = member.name.partition("/")
     if folder != FOLDER or name not in missing:
-        msg = f"{archive}: {member.name!r} is not a file that its manifest names, or comes twice"
+        msg = f"{archive}: {member.name!r} is not a file that its manifest names, or appears twice"
         raise UsageError(msg)
     return name
 
@@ -247,7 +248,7 @@ def _opened(members: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _copy(file: IO[bytes], path: Path) -> str:
-    """Write a new file and give its SHA-256."""
+    """Write a new file and return its SHA-256."""
     digest = hashlib.sha256()
     with path.open("xb") as out:
         while chunk := file.read(_CHUNK):

@@ -1,8 +1,8 @@
 """The board's side of `crqat.runtime_eval.board.ssh`: a job directory and the process that works in it.
 
-One file of standard library, because it is sent over ssh and run before anything else is on the board. Each call is one
-command. It prints JSON lines: ``{}`` every few seconds for as long as it works, so that silence means a lost
-connection; what it has to tell on the way; and ``{"result": ...}`` or ``{"error": "text"}`` at the end.
+This single file uses only the standard library, because it is sent over ssh and run before anything else is on the
+board. Each call is one command. It prints JSON lines: ``{}`` every few seconds while it works, so that silence means a
+lost connection; progress reports; and ``{"result": ...}`` or ``{"error": "text"}`` at the end.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ RUNTIMES = ("onnxruntime", "tensorrt")
 _HEARTBEAT_SECONDS = 5.0
 _POLL_SECONDS = 1.0  # seldom, because a latency is being measured
 _CHUNK = 1 << 20
-# The exit code appears in one step and after everything else: whoever sees it sees a finished job.
+# The exit code appears atomically and after everything else, so a reader that sees it sees a finished job.
 _SCRIPT = 'code=$1; shift; "$@"; echo $? >"$code.part" && mv "$code.part" "$code"'
-# As `crqat.core.errors.ToolError`'s, which is not on the board yet. 1 is what Python ends with by itself.
+# The exit code of `crqat.core.errors.ToolError`, which is not on the board yet. 1 is Python's own after an exception.
 _FAILED = 3
 _speaking = threading.Lock()
 
 
 @dataclass(frozen=True)
 class State:
-    """What became of a job.
+    """State of a job.
 
     Attributes:
         state: "absent", "running", "finished" or "dead".
-        code: The exit code, if it is finished.
+        code: Exit code of a finished job.
         reason: Why it is dead.
-        unpacked: Whether its bundle is there.
+        unpacked: Whether the bundle is unpacked.
         missing: Packages that this Python lacks.
     """
 
@@ -59,12 +59,12 @@ class State:
 
 @dataclass(frozen=True)
 class Process:
-    """A job's process.
+    """Process of a job.
 
     Attributes:
-        pid: Its id.
-        started: When, in the kernel's ticks; None if it was gone before that could be asked.
-        boot: The id of the board's start.
+        pid: Process id.
+        started: Start time in the kernel's ticks; None if the process ended before it could be read.
+        boot: Id of the board's boot.
     """
 
     pid: int
@@ -73,7 +73,7 @@ class Process:
 
 
 def say(message: Mapping[str, object]) -> None:
-    """One line to the other side; without one there is nothing left to do."""
+    """Print one line for the other side; exit if it is gone."""
     with _speaking:
         try:
             sys.stdout.write(json.dumps(message) + "\n")
@@ -90,7 +90,7 @@ def _heartbeat() -> None:
 
 @contextmanager
 def _locked(job: Path) -> Iterator[None]:
-    """Two callers must not start the same job."""
+    """Hold the job's lock, so that two callers do not start the same job."""
     job.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(job / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
@@ -105,7 +105,7 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """When a process that lives was started, in the kernel's ticks: together with its id no other process has it."""
+    """Return the start time of a living process in the kernel's ticks; with the id it is unique."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -114,7 +114,7 @@ def _started(pid: int) -> str | None:
 
 
 def state(job: Path) -> State:
-    """What became of a job, and what it has."""
+    """Return the state of a job, and what it has."""
     return replace(_progress(job), unpacked=(job / FOLDER).is_dir(), missing=_missing())
 
 
@@ -124,7 +124,7 @@ def _missing() -> list[str]:
 
 
 def _progress(job: Path) -> State:
-    # Asked twice whether it is finished: it may have ended between the first two questions.
+    # Ask twice whether it is finished: it may have ended between the first two questions.
     return _finished(job) or _running(job) or _finished(job) or _dead(job) or State("absent")
 
 
@@ -157,15 +157,15 @@ def _process(job: Path) -> Process | None:
 
 
 def received(job: Path, sha256: str) -> int:
-    """Bytes of an archive that are here already."""
+    """Return the number of bytes of an archive that have arrived."""
     path = job / f"{sha256}.tar.gz"
     return path.stat().st_size if path.is_file() else 0
 
 
 def receive(job: Path, sha256: str, offset: str) -> int:
-    """Write standard input into the archive from a position on, and give its size.
+    """Write standard input into the archive from a position on, and return its size.
 
-    By position, so that bytes which arrive twice, over the old connection and the new, do no harm.
+    Writing by position makes it harmless if bytes arrive twice, over the old and the new connection.
     """
     job.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(job / f"{sha256}.tar.gz", os.O_WRONLY | os.O_CREAT, 0o600)
@@ -179,7 +179,7 @@ def receive(job: Path, sha256: str, offset: str) -> int:
 
 
 def start(job: Path, sha256: str) -> State:
-    """Unpack the archive, if that was not done, and start the work, if it neither runs nor is done.
+    """Unpack the archive if necessary, and start the work unless it runs or is finished.
 
     Raises:
         ValueError: The archive is not the one that was sent.
@@ -203,11 +203,11 @@ def _unpack(job: Path, sha256: str) -> None:
             digest.update(chunk)
     if digest.hexdigest() != sha256:
         archive.unlink()
-        msg = "the bundle was damaged on its way; run the same command again"
+        msg = "the bundle was damaged in transfer; run the same command again"
         raise ValueError(msg)
     shutil.rmtree(part, ignore_errors=True)
-    with tarfile.open(archive) as members:  # made by the sender's crqat, as its hash says
-        if hasattr(tarfile, "data_filter"):  # not in the first releases of 3.10
+    with tarfile.open(archive) as members:  # made by the sender's crqat, as its hash shows
+        if hasattr(tarfile, "data_filter"):  # missing in the first releases of 3.10
             members.extraction_filter = tarfile.data_filter
         members.extractall(part)  # noqa: S202
     (part / FOLDER).rename(job / FOLDER)
@@ -224,7 +224,7 @@ def _launch(job: Path) -> None:
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # as setsid does: the end of the connection is not its end
+            start_new_session=True,  # as setsid does: the job survives the end of the connection
         )
     part = job / "process.json.part"
     part.write_text(json.dumps(asdict(Process(process.pid, _started(process.pid), _boot()))))
@@ -232,7 +232,7 @@ def _launch(job: Path) -> None:
 
 
 def follow(job: Path, offset: str) -> State:
-    """Tell of the log from a byte offset on until the job is over, and give its state without what it has."""
+    """Report the log from a byte offset on until the job ends, then return its state without its contents."""
     position = int(offset)
     while True:
         found = _progress(job)
@@ -252,12 +252,12 @@ def follow(job: Path, offset: str) -> State:
 
 
 def fetch(job: Path) -> str:
-    """The results file."""
+    """Return the results file."""
     return (job / "results.json").read_text()
 
 
 def clean(job: Path) -> None:
-    """End the job, if it runs, and remove everything of it."""
+    """Stop the job if it runs, and remove all its files."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         end = time.monotonic() + 5
         process = _process(job)
@@ -282,15 +282,15 @@ _COMMANDS = {function.__name__: function for function in (state, received, recei
 
 
 def main() -> int:
-    """Run the command that the arguments name: COMMAND JOB ARGUMENTS."""
+    """Run the command in the arguments: COMMAND JOB ARGUMENTS."""
     threading.Thread(target=_heartbeat, daemon=True).start()
     try:
         command, name, *arguments = sys.argv[1:]
         if len(name) != 64 or set(name) - set("0123456789abcdef"):
-            msg = f"{name!r} is no job"
+            msg = f"{name!r} is not a job"
             raise ValueError(msg)
         result = _COMMANDS[command](Path.home() / JOBS / name, *arguments)
-    except Exception as error:  # the other side tells the user, in one line
+    except Exception as error:  # the other side reports it in one line
         say({"error": _reason(error)})
         return _FAILED
     say({"result": asdict(result) if isinstance(result, State) else result})

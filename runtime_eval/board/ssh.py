@@ -1,8 +1,8 @@
-"""A benchmark on a board, over the user's own OpenSSH client: its configuration, keys, jump hosts and known host keys.
+"""Runs a benchmark on a board over the user's OpenSSH client, with its configuration, keys and known hosts.
 
-The work is a process of the board's own, in a job directory that is named after the bundle. The connection only starts
-it and looks at it (`board.job`, which is sent along with each call), so a connection that is lost costs nothing:
-the next one, of this call or of a later one, finds the job where it is.
+The work is a separate process on the board, in a job directory named after the bundle. The connection only starts and
+watches it (`board.job`, which is sent with each call), so a lost connection costs nothing: the next connection, of this
+call or a later one, finds the job where it is.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from crqat.runtime_eval.board.bundle import Bundle
 _ADDRESS = re.compile(r"ssh://(?:(\w[\w.-]*)@)?(\w[\w.-]*|\[[0-9A-Fa-f:.]+\])(?::(\d{1,5}))?/?", re.ASCII)
 _PROGRESS = re.compile(r"(.+): (\d+)/(\d+)(?:  (.*))?")
 _SOURCE = Path(__file__).with_name("job.py")
-# A board's Python reads job.py from standard input, as many bytes as the first line says; what follows is data.
+# The board's Python reads job.py from standard input, as many bytes as the first line says; data follows.
 _BOOT = (
     'import sys; v = sys.version_info; v >= (3, 10) or sys.exit("the Python there is %d.%d; 3.10 or newer is needed, '
     'name one with --python (JetPack 5 has none: docs/jetpack5.md)" % v[:2]); '
     'b = sys.stdin.buffer; exec(compile(b.read(int(b.readline())), "job.py", "exec"))'
 )
-# Never a question, no waiting for a dead link. Host keys are checked as the user's configuration says.
+# Never ask questions or wait for a dead link. Host keys are checked as the user's configuration says.
 _OPTIONS = {
     "BatchMode": "yes",
     "ConnectTimeout": "15",
@@ -49,33 +49,33 @@ _OPTIONS = {
     "RemoteCommand": "none",
 }
 SILENCE_SECONDS = 60.0
-# What is said of a job that was found.
+# Descriptions of the state in which a job was found.
 _BEFORE = {
     "absent": "new",
     "running": "runs already and is picked up",
     "finished": "was finished before",
-    "dead": "anew, because the one before was lost: {reason}",
+    "dead": "again, because the previous job was lost: {reason}",
 }
-# Seconds before each further attempt after a connection was lost.
+# Seconds before each further attempt after a lost connection.
 RETRIES = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0)
 
 _Answer = TypeVar("_Answer")
 
 
 class Disconnected(ToolError):
-    """There is no connection, or there is none any more."""
+    """No connection could be made, or the connection was lost."""
 
 
 @dataclass(frozen=True)
 class Board:
-    """Where a benchmark runs.
+    """A board that runs a benchmark.
 
     Attributes:
-        host: Name, address or the user's own alias for it.
-        user: None leaves it to the user's ssh configuration.
-        port: As above.
-        python: The Python there: a path or a name on its PATH.
-        ssh_config: Instead of the user's ~/.ssh/config.
+        host: Host name, address or alias of the user's ssh configuration.
+        user: User name; None leaves it to the ssh configuration.
+        port: Port; None leaves it to the ssh configuration.
+        python: Python on the board: a path or a name on its PATH.
+        ssh_config: Configuration file to use instead of ~/.ssh/config.
     """
 
     host: str
@@ -86,10 +86,10 @@ class Board:
 
     @classmethod
     def parse(cls, address: str, python: str = "python3", ssh_config: Path | None = None) -> Board:
-        """The board of an address ssh://[USER@]HOST[:PORT].
+        """Return the board of an address ssh://[USER@]HOST[:PORT].
 
         Raises:
-            UsageError: It is something else.
+            UsageError: The address or an option is not valid.
         """
         match = _ADDRESS.fullmatch(address)
         port = match and match[3] and int(match[3])
@@ -108,42 +108,42 @@ class Board:
 
     @property
     def address(self) -> str:
-        """As `parse` reads it."""
+        """Address in the form that `parse` reads."""
         user, port = f"{self.user}@" if self.user else "", f":{self.port}" if self.port else ""
         return f"ssh://{user}{self.host}{port}"
 
     @property
     def name(self) -> str:
-        """What tells it from other boards in the name of a directory."""
+        """Name that distinguishes the board from others in the name of a directory."""
         port = f"_{self.port}" if self.port else ""
         return re.sub(r"[^\w.-]", "_", self.host.strip("[]"), flags=re.ASCII) + port
 
     def command(self, *remote: str) -> list[str]:
-        """The ssh command that runs the words of `remote` there."""
+        """Return the ssh command that runs the words of `remote` on the board."""
         config = ["-F", str(self.ssh_config)] if self.ssh_config else []
         options = [word for name, value in _OPTIONS.items() for word in ("-o", f"{name}={value}")]
         port = ["-p", str(self.port)] if self.port else []
         user = ["-l", self.user] if self.user else []
-        # ssh joins words by blanks and the shell there takes them apart again.
+        # ssh joins the words by blanks, and the shell on the board splits them again.
         return ["ssh", *config, "-T", *options, *port, *user, "--", self.host.strip("[]"), shlex.join(remote)]
 
 
 def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool, progress: Progress) -> Results:
-    """Measure a bundle on a board, or pick up the measurement that runs or ran there.
+    """Measure a bundle on a board, or resume a measurement that runs or ran there.
 
     Args:
-        board: Where.
-        bundle: What `crqat.runtime_eval.board.bundle.describe` gave.
-        paths: Likewise.
-        anew: End and forget what ran there of this bundle before.
-        progress: Told of the upload and of what the board tells.
+        board: The board.
+        bundle: Bundle from `crqat.runtime_eval.board.bundle.describe`.
+        paths: Paths of its members, from the same function.
+        anew: Stop and remove any earlier job of this bundle first.
+        progress: Callback for the progress of the upload and of the job.
 
     Returns:
-        The board's results, of this bundle.
+        The board's results for this bundle.
 
     Raises:
-        ToolError: There is no connection and several attempts made none, the board's Python lacks something, or the
-            work failed there. While the work runs, calling this again picks it up.
+        ToolError: No connection after several attempts, the board's Python lacks a package, or the work failed. While
+            the work still runs, calling this function again resumes watching it.
     """
     link = _Link(board, bundle, progress)
     if anew:
@@ -160,13 +160,13 @@ def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool,
     if found.state != "finished" or found.code != 0:
         reason = found.reason or f"exit code {found.code}"
         link.persist(lambda: link.ask("clean"))
-        msg = f"{board.address}: the work there failed ({reason}); last words: {link.last_words or 'none'}"
+        msg = f"{board.address}: the work there failed ({reason}); last output: {link.last_words or 'none'}"
         raise ToolError(msg)
     return _checked(link.persist(lambda: link.ask("fetch")), board, bundle)
 
 
 def clean(board: Board, bundle: Bundle, progress: Progress) -> None:
-    """Remove everything of a bundle from a board, and end its work if it runs.
+    """Remove everything of a bundle from a board, and stop its work if it runs.
 
     Raises:
         ToolError: There is no connection.
@@ -188,7 +188,7 @@ def _checked(text: str, board: Board, bundle: Bundle) -> Results:
 
 @dataclass(frozen=True)
 class _Told:
-    """What a job tells on the way: how many bytes it received, or a piece of its log and where that ends."""
+    """A job's progress report: the number of bytes received, or a piece of its log and the offset of its end."""
 
     received: int | None = None
     log: str | None = None
@@ -196,18 +196,18 @@ class _Told:
 
 
 class _Link:
-    """One job on one board, and what was heard of it."""
+    """Connection to one job on one board, with the last lines that were received."""
 
     def __init__(self, board: Board, bundle: Bundle, progress: Progress) -> None:
         self._board, self._progress = board, progress
-        # Another Python there is another measurement.
+        # Another Python on the board is another measurement.
         self._job = run_directory.hash_json({"bundle": bundle.sha256, "python": board.python})
         self._offset = 0
-        self._advanced = False  # since the connection was last lost
+        self._advanced = False  # whether there was progress since the connection was last lost
         self.last_words = ""
 
     def persist(self, step: Callable[[], _Answer]) -> _Answer:
-        """Do something that may be done twice, and again if the connection is lost, a limited number of times."""
+        """Run a repeatable action, and repeat it a limited number of times if the connection is lost."""
         failures = 0
         while True:
             try:
@@ -216,14 +216,14 @@ class _Link:
                 failures = 0 if self._advanced else failures
                 self._advanced = False
                 if failures == len(RETRIES):
-                    msg = f"{error}; what was started there goes on: run the same command again to pick it up"
+                    msg = f"{error}; work that was started there continues: run the same command again to resume"
                     raise ToolError(msg) from error
                 self._progress("reconnect", failures, len(RETRIES), str(error))
                 time.sleep(RETRIES[failures])
                 failures += 1
 
     def upload(self, bundle: Bundle, paths: Mapping[str, Path]) -> str:
-        """Copy the archive, from where an interrupted copy stopped, and give its SHA-256."""
+        """Copy the archive, resuming an interrupted copy, and return its SHA-256."""
         with tempfile.TemporaryDirectory() as scratch:
             archive = Path(scratch) / "bundle.tar.gz"
             bundles.write(bundle, paths, archive)
@@ -242,7 +242,7 @@ class _Link:
         return sha256
 
     def follow(self, benchmark: Mapping[str, Any]) -> job.State:
-        """Tell of the job's progress until it is over."""
+        """Report the job's progress until it ends."""
         limit = SILENCE_SECONDS + sum(
             benchmark.get(key, 0.0) for key in ("time_limit_seconds", "warm_up_seconds", "latency_seconds")
         )
@@ -255,7 +255,7 @@ class _Link:
                 for line in filter(str.strip, told.log.splitlines()):
                     self._tell(line)
             elif time.monotonic() - spoke > limit:
-                msg = f"{self._board.address}: the work there has been silent for {limit:.0f} s; --force starts it anew"
+                msg = f"{self._board.address}: the work there has been silent for {limit:.0f} s; --force restarts it"
                 raise ToolError(msg)
 
         found = self.persist(lambda: self.ask("follow", str(self._offset), heard=heard))
@@ -279,16 +279,16 @@ class _Link:
         """Run one command of `crqat.runtime_eval.board.job` on the board.
 
         Args:
-            command: Its name.
-            arguments: Its arguments behind the job.
-            data: A file, from a position on, for its standard input.
-            heard: Gets everything that it tells before its result.
+            command: Name of the command.
+            arguments: Arguments after the job's name.
+            data: File, from a position on, for standard input.
+            heard: Callback for everything that the command reports before its result.
 
         Raises:
             Disconnected: There is no connection, or it was lost.
-            ToolError: The command failed there.
+            ToolError: The command failed on the board.
         """
-        # A path below the home directory is where a login begins; quoted, the shell there would take ~ for a name.
+        # Relative paths start in the home directory after a login; the shell on the board would not expand a quoted ~.
         python = re.sub(r"^~/", "./", self._board.python)
         words = self._board.command(python, "-c", _BOOT, command, self._job, *arguments)
         with tempfile.TemporaryFile() as errors:
@@ -308,7 +308,7 @@ class _Link:
                     heard(typed_json.from_json(_Told, message))
                 code = process.wait(SILENCE_SECONDS)
             except (TimeoutError, subprocess.TimeoutExpired):
-                msg = f"{self._board.address}: no sign of life for {SILENCE_SECONDS:.0f} s"
+                msg = f"{self._board.address}: no response for {SILENCE_SECONDS:.0f} s"
                 raise Disconnected(msg) from None
             finally:
                 process.kill()
@@ -317,9 +317,9 @@ class _Link:
             raise self._failure(code, errors.read().decode(errors="replace"))
 
     def _failure(self, code: int, text: str) -> ToolError:
-        """Why there was no result, from ssh's exit code and what stands on standard error."""
+        """Return why there was no result, from ssh's exit code and the text on standard error."""
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        last = lines[-1] if lines else f"ssh ended with {code} and no word"
+        last = lines[-1] if lines else f"ssh ended with code {code} and no message"
         if code not in (255, 0) and code > 0:
             hint = "; name the Python there with --python" if code in (126, 127) else ""
             return ToolError(f"{self._board.address}: {last}{hint}")
@@ -329,7 +329,7 @@ class _Link:
 
 
 def _messages(process: subprocess.Popen[bytes], data: tuple[Path, int] | None) -> Iterator[Mapping[str, object]]:
-    """Feed the program there and yield what it says, JSON objects; TimeoutError if it says nothing for too long."""
+    """Feed the program on the board and yield its JSON objects; TimeoutError if it is silent for too long."""
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_feed, args=(process, data), daemon=True).start()
     threading.Thread(target=_listen, args=(process, lines), daemon=True).start()
@@ -340,7 +340,7 @@ def _messages(process: subprocess.Popen[bytes], data: tuple[Path, int] | None) -
             raise TimeoutError from None
         if line is None:
             return
-        # Before it, a login shell may have said something of its own.
+        # A login shell may have printed text of its own first.
         with contextlib.suppress(ValueError):
             message = json.loads(line)
             if isinstance(message, dict):

@@ -1,1 +1,1 @@
-"""The machine that measures."""
+"""Describes the machine that measures."""

@@ -1,4 +1,4 @@
-"""What this machine is: everything that a reader of a latency must know, nothing that names it."""
+"""Describes this machine: what a reader of a latency needs, and nothing that identifies it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import numpy as np
 
 from crqat.core.results.device import Device
 
-# What INT8 kernels are written for. Without VNNI or asimddp an INT8 product takes several instructions.
+# Instruction sets for INT8 kernels. Without VNNI or asimddp an INT8 product takes several instructions.
 FLAGS = ("avx2", "avx512_vnni", "avx_vnni", "asimddp")
-# Made by NVIDIA's drivers, on discrete cards and on Tegra.
+# Device files of NVIDIA's drivers, on discrete cards and on Tegra.
 CUDA_DEVICES = ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu/igpu0")
 
 
@@ -25,18 +25,18 @@ def _read(root: Path, path: str) -> str | None:
 
 
 def _cpuinfo(root: Path) -> dict[str, str]:
-    """The first processor's entries of /proc/cpuinfo."""
+    """Return the entries of the first processor in /proc/cpuinfo."""
     lines = (_read(root, "proc/cpuinfo") or "").split("\n\n")[0].splitlines()
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
 
 
 def cuda_device() -> bool:
-    """Whether a CUDA device is visible here."""
+    """Return whether a CUDA device is visible on this machine."""
     return any(Path(path).exists() for path in CUDA_DEVICES)
 
 
 def onnxruntime_version() -> str | None:
-    """The version of ONNX Runtime; None if it cannot be imported: a board may have TensorRT alone."""
+    """Return the version of ONNX Runtime; None if it cannot be imported, as on a board with TensorRT alone."""
     try:
         import onnxruntime
     except ImportError:
@@ -45,7 +45,7 @@ def onnxruntime_version() -> str | None:
 
 
 def load_average() -> float | None:
-    """Processes that wanted to run over the last minute; None where the system does not tell."""
+    """Return the load average over one minute; None if the system does not report it."""
     try:
         return os.getloadavg()[0]
     except (AttributeError, OSError):
@@ -53,10 +53,10 @@ def load_average() -> float | None:
 
 
 def describe(root: Path = Path("/")) -> Device:
-    """This machine, without what a measurement adds.
+    """Return the description of this machine, without values that a measurement adds.
 
     Args:
-        root: Folder that has the system's `proc` and `sys`.
+        root: Folder with the system's `proc` and `sys`.
     """
     cpu = _cpuinfo(root)
     flags = (cpu.get("flags") or cpu.get("Features") or "").split()  # x86 and ARM
@@ -65,7 +65,7 @@ def describe(root: Path = Path("/")) -> Device:
     memory = _read(root, "proc/meminfo")
     board = _read(root, "proc/device-tree/model")
     return Device(
-        # ARM's cpuinfo has no model name; there the board's is what tells machines apart.
+        # ARM's cpuinfo has no model name; there, the board's name identifies the kind of machine.
         cpu=cpu.get("model name") or board or platform.processor() or platform.machine(),
         architecture=platform.machine(),
         cores=os.cpu_count(),
@@ -83,7 +83,7 @@ def describe(root: Path = Path("/")) -> Device:
 
 
 def die_first() -> None:
-    """Ask the system to end this process, not another, if a model takes all memory there is."""
-    # Only Linux has it, and a container may forbid it.
+    """Ask the system to kill this process first if a model uses up all memory."""
+    # Only Linux supports this, and a container may forbid it.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -1,6 +1,6 @@
-"""What a Jetson says of itself. It only reads: files, `nvpmodel -q`, a line of tegrastats; none of it needs root.
+"""Reads the state of a Jetson from files, `nvpmodel -q` and tegrastats. It changes nothing and needs no root.
 
-Every path is looked up below `root`, which is another directory in tests only.
+Every path is looked up below `root`, which only tests set to another directory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _Number = TypeVar("_Number", int, float)
 ROOT = Path("/")
 TOOL_SECONDS = 10.0
 TEGRASTATS_SECONDS = 1.5
-# JetPack by L4T release, the longest prefix first. The rest of a release is named by its L4T alone.
+# JetPack by L4T release, the longest prefix first. Other releases are named by their L4T alone.
 JETPACK = {
     "32.7": "4.6",
     "35.1": "5.0.2",
@@ -47,43 +47,43 @@ JETPACK = {
 }
 # A sensor whose block is powered off reads -256 degrees.
 _POWERED_OFF = -200.0
-# Module input; where a board has none (AGX Orin), the sum of the three rails that do not feed each other.
+# Power of the module input; on boards without it (AGX Orin), the sum of three rails that do not feed each other.
 _INPUT_RAILS = ("VDD_IN", "POM_5V_IN", "VIN")
 _SUMMED_RAILS = ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0")
-# Trips at which the kernel slows the machine or stops it; "active" ones switch a fan.
+# Thermal trips at which the kernel slows or stops the machine; "active" trips only switch a fan.
 _THROTTLING_TRIPS = ("passive", "hot", "critical")
 _GPU_CLOCKS = ("*.gpu", "*.gv11b", "*.ga10b", "gpu-gpc-0")
 
 
 def parse_release(text: str) -> str | None:
-    """The L4T release in /etc/nv_tegra_release, such as "36.4.4"."""
+    """Return the L4T release in /etc/nv_tegra_release, such as "36.4.4"."""
     match = re.search(r"R(\d+).*REVISION:\s*(\d+(?:\.\d+)*)", text)
     return f"{match[1]}.{match[2]}" if match else None
 
 
 def jetpack(release: str) -> str | None:
-    """The JetPack that an L4T release belongs to; None if it is not in the table."""
+    """Return the JetPack version of an L4T release; None if it is not in the table."""
     parts = release.split(".")
     prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((JETPACK[prefix] for prefix in prefixes if prefix in JETPACK), None)
 
 
 def parse_power_mode(text: str) -> str | None:
-    """The power mode's name in the output of `nvpmodel -q`. Its number means something else on each board."""
+    """Return the power mode's name from the output of `nvpmodel -q`; its number differs between boards."""
     match = re.search(r"^NV Power Mode:\s*(\S+)", text, re.MULTILINE)
     return match[1] if match else None
 
 
 @dataclass(frozen=True)
 class Tegrastats:
-    """What a line of tegrastats tells; empty or 0 is what it does not.
+    """Values in a line of tegrastats; a value that it does not report is empty or 0.
 
     Attributes:
-        temperatures_c: Degrees Celsius by sensor.
-        power_mw: Present milliwatts by rail.
-        cpu_mhz: Of the cores that are on.
-        cpus_off: How many are off.
-        gpu_mhz: Of each GPC.
+        temperatures_c: Temperature in degrees Celsius by sensor.
+        power_mw: Present power in milliwatts by rail.
+        cpu_mhz: Clock frequency of each core that is on, in MHz.
+        cpus_off: Number of cores that are off.
+        gpu_mhz: Clock frequency of each GPC, in MHz.
     """
 
     temperatures_c: dict[str, float]
@@ -98,14 +98,14 @@ class State:
     """Clocks, temperatures, throttling and power at one moment.
 
     Attributes:
-        clocks_locked: None if no clock can be read.
-        free_clocks: Those that may move, with their range.
-        temperatures_c: Degrees Celsius by zone.
-        over_trip: Each zone at or over a trip that slows the machine.
-        throttle_events: Since boot, a counter by name.
-        cooling: The state of each cooling device but fans.
-        power_mw: By rail.
-        total_power_mw: Of the module's input; None if its rails are not known.
+        clocks_locked: Whether the clocks are locked; None if no clock can be read.
+        free_clocks: Clocks that may change, with their range.
+        temperatures_c: Temperature in degrees Celsius by zone.
+        over_trip: Zones at or over a trip that slows the machine.
+        throttle_events: Throttling events since boot, by counter.
+        cooling: State of each cooling device except fans.
+        power_mw: Power in milliwatts by rail.
+        total_power_mw: Power of the module's input in milliwatts; None if its rails are not known.
     """
 
     clocks_locked: bool | None
@@ -119,9 +119,9 @@ class State:
 
 
 def parse_tegrastats(line: str) -> Tegrastats:
-    """Temperatures, power and clocks in a line of tegrastats, of any JetPack from 4 on."""
+    """Parse temperatures, power and clocks in a line of tegrastats, of any JetPack from 4 on."""
     temperatures = {name: float(value) for name, value in re.findall(r"(\w+)@(-?\d+(?:\.\d+)?)C\b", line)}
-    # Present/average, on JetPack 7 /maximum too; JetPack 4 has no unit, which tells power from "RAM 2850/7486MB".
+    # Present/average, on JetPack 7 also /maximum; JetPack 4 has no unit, which separates power from "RAM 2850/7486MB".
     power = re.findall(r"\b([A-Z]\w*) (\d+)(?:mW)?/\d+(?:mW)?(?:/\d+(?:mW)?)?(?=\s|$)", line)
     cores = re.search(r"\bCPU \[([^\]]*)\]", line)
     gpu = re.search(r"\bGR3D_FREQ (?:\d+%)?@?\[?(\d+(?:,\d+)*)?\]?(?=\s|$)", line)
@@ -135,7 +135,7 @@ def parse_tegrastats(line: str) -> Tegrastats:
 
 
 def total_power(power_mw: dict[str, float]) -> float | None:
-    """The module's input power in mW (not the wall's); None if its rails are not known."""
+    """Return the module's input power in mW (not the wall's); None if its rails are not known."""
     for rail in _INPUT_RAILS:
         if rail in power_mw:
             return power_mw[rail]
@@ -145,7 +145,7 @@ def total_power(power_mw: dict[str, float]) -> float | None:
 
 
 def describe(root: Path = ROOT) -> Jetson | None:
-    """Board, release and power mode; None if it is no Jetson."""
+    """Return board, release and power mode; None if the machine is not a Jetson."""
     text = _read(root / "etc/nv_tegra_release")
     compatible = (_read(root / "proc/device-tree/compatible") or "").split("\0")
     soc = next((name.removeprefix("nvidia,") for name in compatible if name.startswith("nvidia,tegra")), None)
@@ -162,11 +162,11 @@ def describe(root: Path = ROOT) -> Jetson | None:
 
 
 def state(root: Path = ROOT) -> State:
-    """Clocks, temperatures, throttling and power at this moment."""
+    """Read clocks, temperatures, throttling and power now."""
     free, locked = _free_clocks(root)
     temperatures, over = _temperatures(root)
     power = _power(root)
-    if not power or not temperatures:  # other places on some boards: the tool knows them
+    if not power or not temperatures:  # some boards have them in other places, which tegrastats knows
         line = parse_tegrastats(_output(root, "tegrastats", ["--interval", "100"], TEGRASTATS_SECONDS))
         power, temperatures = power or line.power_mw, temperatures or line.temperatures_c
     return State(
@@ -182,10 +182,10 @@ def state(root: Path = ROOT) -> State:
 
 
 class Watch:
-    """Follows a Jetson through a measurement; on any other machine it sees nothing and has no objection.
+    """Watches a Jetson during a measurement; on other machines it does nothing and finds no problem.
 
     Args:
-        root: Where the board's files are.
+        root: Root of the board's files.
     """
 
     def __init__(self, root: Path = ROOT) -> None:
@@ -195,14 +195,14 @@ class Watch:
         self.look()
 
     def look(self) -> None:
-        """Read the state; called before, between and after what is timed."""
+        """Read the state; call it before, between and after the timed work."""
         if self.board is not None:
             self._states.append(state(self._root))
 
     def result(self) -> Jetson | None:
-        """The board and its `run`; None if it is no Jetson.
+        """Return the board and its `run`; None if the machine is not a Jetson.
 
-        `throttle_events` are those of the run, temperatures and power the largest seen.
+        `throttle_events` count the increase during the run; temperatures and power are the largest seen.
         """
         if self.board is None:
             return None
@@ -218,7 +218,7 @@ class Watch:
         return replace(self.board, run=run)
 
     def unstable(self) -> str | None:
-        """Why a latency measured meanwhile is not to be trusted, in one line; None if nothing speaks against it."""
+        """Return why a latency measured at the same time is not reliable, in one line; None if it is reliable."""
         if self.board is None:
             return None
         reasons = []
@@ -234,7 +234,7 @@ class Watch:
         return "; ".join(dict.fromkeys(reasons)) or None
 
     def _rises(self) -> dict[str, int]:
-        """How far each counter rose. They count since boot; one that was not there before has nothing to say."""
+        """Return the increase of each counter since the first reading; a counter that was missing then is left out."""
         first, last = self._states[0].throttle_events, self._states[-1].throttle_events
         return {name: last[name] - first[name] for name in first if name in last}
 
@@ -248,7 +248,7 @@ def _largest(several: Sequence[Mapping[str, _Number]]) -> dict[str, _Number]:
 
 
 def _read(path: Path) -> str | None:
-    """A file's text without the NUL and the newline at its end. A sensor that is switched off refuses to be read."""
+    """Return a file's text without the NUL and newline at its end; empty if a switched-off sensor refuses reading."""
     try:
         return path.read_text(errors="replace").strip("\0\n ")
     except OSError:
@@ -264,9 +264,9 @@ def _number(path: Path) -> int | None:
 
 
 def _output(root: Path, tool: str, arguments: list[str], seconds: float) -> str:
-    """What a tool of the board prints until it ends or its time is over; empty if it is not there or does not start.
+    """Return the output of one of the board's tools until it ends or times out; empty if it cannot start.
 
-    Standard input is closed: nvpmodel asks questions if it can.
+    Standard input is closed, because nvpmodel asks questions if it can.
     """
     found = shutil.which(tool, path=os.pathsep.join(str(root / place) for place in ("usr/sbin", "usr/bin")))
     if found is None:
@@ -288,12 +288,12 @@ def _output(root: Path, tool: str, arguments: list[str], seconds: float) -> str:
 
 
 def _free_clocks(root: Path) -> tuple[list[str], bool | None]:
-    """The clocks that may move, with their range in MHz, and whether there is any clock to read (None: no)."""
+    """Return the clocks that may change, with their range in MHz, and None in their place if no clock is readable."""
     pairs: list[tuple[str, Path, str]] = []
     for pattern in _GPU_CLOCKS:
         pairs += [("GPU", path, "") for path in sorted((root / "sys/class/devfreq").glob(pattern))]
     for cpu in sorted((root / "sys/devices/system/cpu").glob("cpu[0-9]*")):
-        if _read(cpu / "online") != "0":  # the first one has no such file, since it cannot be switched off
+        if _read(cpu / "online") != "0":  # the first core has no such file, since it cannot be switched off
             pairs.append((cpu.name, cpu / "cpufreq", "scaling_"))
     free, readable = [], None
     for name, path, prefix in pairs:
@@ -308,7 +308,7 @@ def _free_clocks(root: Path) -> tuple[list[str], bool | None]:
 
 
 def _temperatures(root: Path) -> tuple[dict[str, float], list[str]]:
-    """Degrees Celsius by zone, and the zones at or over a trip that slows the machine."""
+    """Return degrees Celsius by zone, and the zones at or over a trip that slows the machine."""
     temperatures, over = {}, []
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
         name, value = _read(zone / "type"), _number(zone / "temp")
@@ -323,14 +323,14 @@ def _temperatures(root: Path) -> tuple[dict[str, float], list[str]]:
 
 
 def _counters(root: Path) -> dict[str, int]:
-    """Over-current and under-voltage events since boot."""
+    """Return the number of over-current and under-voltage events since boot, by counter."""
     base = root / "sys/devices/platform/soctherm-oc-event/hwmon"
     counts = ((path.name.removesuffix("_event_cnt"), _number(path)) for path in base.glob("hwmon*/oc*_event_cnt"))
     return {name: count for name, count in sorted(counts) if count is not None}
 
 
 def _cooling(root: Path) -> dict[str, int]:
-    """The state of each cooling device that slows something down, 0 for at rest."""
+    """Return the state of each cooling device that slows something down; 0 means at rest."""
     states: dict[str, int] = {}
     for device in sorted((root / "sys/class/thermal").glob("cooling_device*")):
         name, value = _read(device / "type"), _number(device / "cur_state")
@@ -340,13 +340,13 @@ def _cooling(root: Path) -> dict[str, int]:
 
 
 def _power(root: Path) -> dict[str, float]:
-    """Power in mW by rail, from the INA3221 monitors' voltage and current."""
+    """Return the power in mW by rail, from the voltage and current of the INA3221 monitors."""
     rails = {}
     for label in sorted((root / "sys/bus/i2c/drivers/ina3221").glob("*/hwmon/hwmon*/in*_label")):
         number = label.name.removeprefix("in").removesuffix("_label")
         name = _read(label)
         volts, amperes = _number(label.with_name(f"in{number}_input")), _number(label.with_name(f"curr{number}_input"))
-        # NC is not connected; the seventh input is the sum of the shunts' voltages and has no current.
+        # NC is not connected; the seventh input is the sum of the shunt voltages and has no current.
         if name and name != "NC" and volts is not None and amperes is not None:
             rails[name] = volts * amperes / 1000
     return rails

@@ -1,1 +1,1 @@
-"""Accuracy, latency and codes of one model, in a process of its own."""
+"""Measures accuracy, latency and codes of one model in its own process."""

@@ -1,4 +1,4 @@
-"""Accuracy of a model and, image by image, against its float original. Every bound holds one-sided at 95 %."""
+"""Accuracy of a model, and its comparison with the float model image by image. Bounds are one-sided 95 %."""
 
 from __future__ import annotations
 
@@ -10,58 +10,58 @@ import numpy.typing as npt
 
 from crqat.core.results.benchmark import Accuracy, LatencyRatio, VersusFloat
 
-# The normal distribution's 95 % point. Both bounds together are a two-sided 90 % interval.
+# The 95 % point of the normal distribution. Both bounds together form a two-sided 90 % interval.
 Z = 1.6448536269514722
 
 
 def top_classes(logits: npt.NDArray[np.float32], count: int = 5) -> npt.NDArray[np.int64]:
-    """The `count` largest classes of each row (all, if there are fewer), best first: [N, classes] to int64 [N, count].
+    """Return the `count` largest classes of each row (or all), best first: [N, classes] to int64 [N, count].
 
-    Equal logits, which INT8 models do have, are ordered by class number, as argmax orders them.
+    Equal logits, which INT8 models can have, are ordered by class number, as argmax orders them.
     """
     return np.argsort(-logits, axis=1, kind="stable")[:, :count].astype(np.int64)
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """Wilson's score bounds of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22, 209), each one-sided 95 %."""
+    """Return Wilson's score bounds of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22, 209), each one-sided 95 %."""
     center = (successes + Z**2 / 2) / (n + Z**2)
     half = Z / (n + Z**2) * math.sqrt(successes * (n - successes) / n + Z**2 / 4)
-    # With none or all of n the bound is 0 or 1, which rounding must not spoil.
+    # For 0 or n successes a bound is exactly 0 or 1; rounding must not change it.
     return 0.0 if successes == 0 else center - half, 1.0 if successes == n else center + half
 
 
 def _tango_score(b: int, c: int, n: int, difference: float) -> float:
-    """Tango's statistic for the hypothesis that the difference is `difference`; it falls as `difference` grows."""
+    """Return Tango's statistic for the hypothesis `difference`; it falls as `difference` grows."""
     numerator = b - c - n * difference
     # q is P(only the second) at the likelihood's maximum under the hypothesis: 2n q^2 + linear q + constant = 0.
     linear = (2 * n - b + c) * difference - b - c
     constant = -c * difference * (1 - difference)
     root = math.sqrt(max(linear * linear - 8 * n * constant, 0.0))
-    # Of the two ways to write the larger root, the one that does not subtract nearly equal numbers.
+    # The form of the larger root that does not subtract nearly equal numbers.
     q = -2 * constant / (root + linear) if linear > 0 else (root - linear) / (4 * n)
     variance = n * (2 * q + difference * (1 - difference))
-    if variance <= 0:  # at the ends of the range, where the hypothesis leaves nothing to chance
+    if variance <= 0:  # at the ends of the range, where the hypothesis allows no variation
         return math.copysign(math.inf, numerator) if numerator else 0.0
     return numerator / math.sqrt(variance)
 
 
 def _crossing(score: Callable[[float], float], low: float, high: float, level: float) -> float:
-    """Where a falling function passes `level`, to the last bit."""
+    """Return where a falling function passes `level`, to the last bit."""
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if score(middle) > level else (low, middle)
     return middle
 
 
 def tango(b: int, c: int, n: int) -> tuple[float, float]:
-    """Score bounds of the difference of two paired proportions, (b - c) / n, each one-sided 95 %.
+    """Return score bounds of the difference of two paired proportions, (b - c) / n, each one-sided 95 %.
 
-    T. Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample
-    design", Statistics in Medicine 17 (1998) 891, equations 24 to 26. Unlike Wald's it holds for b = c = 0.
+    T. Tango, "Equivalence test and confidence interval for the difference in proportions for the paired-sample design",
+    Statistics in Medicine 17 (1998) 891, equations 24 to 26. Unlike Wald's bounds, they are valid for b = c = 0.
 
     Args:
-        b: Pairs in which only the first succeeds.
-        c: Pairs in which only the second succeeds.
-        n: All pairs, at least one.
+        b: Number of pairs in which only the first succeeds.
+        c: Number of pairs in which only the second succeeds.
+        n: Number of all pairs, at least one.
     """
     observed = (b - c) / n
 
@@ -72,7 +72,7 @@ def tango(b: int, c: int, n: int) -> tuple[float, float]:
 
 
 def _ratio_score(both: int, first: int, second: int, n: int, ratio: float) -> float:
-    """The statistic for the hypothesis that the second succeeds `ratio` times as often; it falls as `ratio` grows."""
+    """Return the statistic for the hypothesis that the second succeeds `ratio` times as often; falls with `ratio`."""
     # At the likelihood's maximum under the hypothesis the pairs in which both fail keep their share; v is P(only the
     # first), the larger root of a v^2 + linear v + constant = 0, and u is P(both).
     share = (both + first + second) / n
@@ -89,16 +89,16 @@ def _ratio_score(both: int, first: int, second: int, n: int, ratio: float) -> fl
 
 
 def ratio_bounds(both: int, first: int, second: int, n: int) -> tuple[float, float]:
-    """Score bounds of the ratio of two paired proportions, (both + second) / (both + first), each one-sided 95 %.
+    """Return score bounds of the ratio of two paired proportions, (both + second) / (both + first), one-sided 95 %.
 
     J. Nam and W. Blackwelder, "Analysis of the ratio of marginal probabilities in a matched-pair setting", Statistics
     in Medicine 21 (2002) 689.
 
     Args:
-        both: Pairs in which both succeed.
-        first: Pairs in which only the first succeeds.
-        second: Pairs in which only the second succeeds.
-        n: All pairs; the first succeeds in one at least.
+        both: Number of pairs in which both succeed.
+        first: Number of pairs in which only the first succeeds.
+        second: Number of pairs in which only the second succeeds.
+        n: Number of all pairs; the first succeeds in at least one.
     """
     observed = (both + second) / (both + first)
 
@@ -112,29 +112,29 @@ def ratio_bounds(both: int, first: int, second: int, n: int) -> tuple[float, flo
 
 
 def images_for_ratio(both: int, first: int, second: int, n: int, limit: float) -> int | None:
-    """From how many pairs on `ratio_bounds` exclude a limit, if all rates stay; None: from no number."""
+    """Return how many pairs make `ratio_bounds` exclude a limit if all rates stay; None if no number does."""
     if math.isclose((both + second) / (both + first), limit, abs_tol=1e-12):
         return None
     return max(1, math.ceil(n * (Z / _ratio_score(both, first, second, n, limit)) ** 2))
 
 
 def images_for_share(share: float, limit: float) -> int | None:
-    """From how many images on Wilson's bounds of a share exclude a limit, if the share stays; None: from no number."""
+    """Return how many images make Wilson's bounds of a share exclude a limit if it stays; None if no number does."""
     if math.isclose(share, limit, abs_tol=1e-12):
         return None
     return max(1, math.ceil(Z**2 * limit * (1 - limit) / (share - limit) ** 2))
 
 
 def images_for_difference(b: int, c: int, n: int, limit: float) -> int | None:
-    """From how many pairs on Tango's bounds exclude a limit, if both rates stay; None: from no number.
+    """Return how many pairs make Tango's bounds exclude a limit if both rates stay; None if no number does.
 
-    The statistic grows with the root of the number of pairs, and the bounds are where it reaches the 95 % point.
+    The statistic grows with the square root of the number of pairs, and the bounds are where it reaches the 95 % point.
 
     Args:
-        b: Pairs in which only the first succeeds.
-        c: Pairs in which only the second succeeds.
-        n: All pairs, at least one.
-        limit: Of the difference (b - c) / n.
+        b: Number of pairs in which only the first succeeds.
+        c: Number of pairs in which only the second succeeds.
+        n: Number of all pairs, at least one.
+        limit: Limit of the difference (b - c) / n.
     """
     if math.isclose((b - c) / n, limit, abs_tol=1e-12):
         return None
@@ -143,14 +143,15 @@ def images_for_difference(b: int, c: int, n: int, limit: float) -> int | None:
 
 
 def summarize(top: npt.NDArray[np.int64], labels: npt.NDArray[np.int64]) -> Accuracy:
-    """A model's accuracy on all images.
+    """Return a model's accuracy on all images.
 
-    `chance` is the accuracy of the same answers, each as often as the model gives it, dealt out to the images at random
-    (Cohen 1960, Educ. Psychol. Meas. 20, 37): of a model that knows one answer alone it is that class's share.
+    `chance` is the expected accuracy of the same predictions, each as often as the model makes it, assigned to the
+    images at random (Cohen 1960, Educ. Psychol. Meas. 20, 37). For a model that always predicts one class it is that
+    class's share.
 
     Args:
         top: Best classes of each image from `top_classes`, int64 [N, at most 5].
-        labels: int64 [N].
+        labels: Class of each image, int64 [N].
     """
     hits = top == labels[:, None]
     right = int(hits[:, 0].sum())
@@ -172,14 +173,14 @@ def compare(
     size_ratio: float,
     ratio: LatencyRatio | None = None,
 ) -> VersusFloat:
-    """A model against its float original on the same images.
+    """Compare a model with its float model on the same images.
 
     Args:
         float_top: Best classes of each image by the float model, as in `summarize`.
-        top: The same by this model.
-        labels: int64 [N].
-        size_ratio: This file's bytes divided by the float file's.
-        ratio: Of their latencies; None if they were not timed in one runtime.
+        top: Best classes of each image by this model.
+        labels: Class of each image, int64 [N].
+        size_ratio: Size of this file divided by that of the float file.
+        ratio: Ratio of their latencies; None if they were not timed in one runtime.
     """
     float_right, right = float_top[:, 0] == labels, top[:, 0] == labels
     n, same = len(labels), int((float_top[:, 0] == top[:, 0]).sum())

@@ -1,14 +1,14 @@
-"""Whether this CPU computes the integer codes that the export's simulator expects, counted on the file that ships.
+"""Checks that this CPU computes the integer codes that the export's simulator expects, on the shipped file.
 
-The expectation is an .npz file without pickled objects: `images`, float32 [N, C, H, W], normalized; `names` of the
-tensors of codes, and `codes`, uint8, their bytes one after the other; `left_out`, how many tensors hold codes that
-another correct float computation may round otherwise; `outputs`, uint8, an ONNX model of these tensors as outputs and
-nothing else. Protobuf merges messages that follow each other, so the model's own bytes and `outputs` behind them are
-the same model with its codes shown, and a board needs no onnx to see them.
+The expectation is an .npz file without pickled objects: `images`, float32 [N, C, H, W], normalized; `names`, the
+tensors of codes; `codes`, uint8, their bytes in sequence; `left_out`, the number of tensors whose codes another correct
+float computation may round differently; `outputs`, uint8, an ONNX model that only has these tensors as outputs.
+Protobuf merges messages that follow each other, so the model's own bytes followed by `outputs` are the same model with
+exposed codes, and a board needs no onnx for it.
 
-CPUs of another family round some codes otherwise: `families` names those whose codes are known, the first of them that
-of `codes`, and `changes`, uint8 [other families, codes], has the exclusive or of each other's codes with these. An
-expectation of an earlier version has neither key: its codes are those of the Target's first family.
+CPUs of another family round some codes differently: `families` names the families whose codes are known, first that of
+`codes`, and `changes`, uint8 [other families, codes], holds the exclusive or of each other family's codes with these.
+An expectation from an earlier version has neither key: its codes are those of the Target's first family.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MAX_BYTES = 2**30  # of all arrays, unpacked
 
 
 def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
-    """Run a model on the CPU with its codes shown and count those that are not the expected ones.
+    """Run a model on the CPU with exposed codes and count those that differ from the expected ones.
 
     Args:
         model: The ONNX file, with "input" and "logits".
-        expected: What `crqat.export.verification.expected_codes.expected_codes` wrote for it.
-        threads: Threads within one operator.
+        expected: File that `crqat.export.verification.expected_codes.expected_codes` wrote for the model.
+        threads: Number of threads within one operator.
 
     Raises:
         ToolError: The expectation does not fit the model, or ONNX Runtime refuses it.
@@ -56,7 +56,7 @@ def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
     (shipped,) = _run(content, ["logits"], images, threads)
     raw = [np.ascontiguousarray(tensor).reshape(-1).view(np.uint8) for tensor in theirs]
     if sum(tensor.size for tensor in raw) != codes.size:
-        msg = f"{expected.name} holds {codes.size} codes, {model.name} computes another number; export again"
+        msg = f"{expected.name} holds {codes.size} codes, but {model.name} computes another number; export again"
         raise ToolError(msg)
     parts = np.split(codes, np.cumsum([tensor.size for tensor in raw])[:-1])
     counted = compare_codes(dict(zip(names, zip(parts, raw, strict=True), strict=True)))
@@ -64,8 +64,8 @@ def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
     if counted.differing:
         status = f"failed: {counted.differing} of {counted.codes} codes differ, first in {counted.first_wrong}"
     elif not np.array_equal(logits, shipped):
-        # Then it is another computation that was looked at.
-        status = "failed: with its codes shown the file computes other logits than as it ships"
+        # Otherwise the check has run another computation than the shipped file.
+        status = "failed: with its codes exposed, the file computes other logits than as shipped"
     return CountedCodes(
         status=status,
         images=len(images),
@@ -78,23 +78,23 @@ def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
 
 
 def read(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """The arrays of an expectation by their keys.
+    """Return the arrays of an expectation by key.
 
     Raises:
-        ToolError: It holds something else, or more than `MAX_BYTES`.
+        ToolError: The file holds other data, or more than `MAX_BYTES`.
     """
     try:
         with np.load(path, allow_pickle=False) as stored:
-            # A few compressed bytes may be more than the memory holds; no more is read than the archive says.
+            # A few compressed bytes may unpack to more than the memory; only as much is read as the archive declares.
             if sum(entry.file_size for entry in stored.zip.infolist()) > MAX_BYTES:
                 msg = f"unpacked it is larger than {MAX_BYTES // 2**20} MiB"
                 raise ValueError(msg)
             arrays = {key: stored[key] for key in (*_KEYS, *(key for key in _FAMILIES if key in stored))}
-            if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # bytes of another kind of file
-                msg = "a member is no array"
+            if not all(isinstance(array, np.ndarray) for array in arrays.values()):  # members of other files are bytes
+                msg = "a member is not an array"
                 raise ValueError(msg)
-    except Exception as error:  # a zip file that is none fails in many ways
-        msg = f"{path.name}: no expected codes ({type(error).__name__}: {error}); export again"
+    except Exception as error:  # a file that is no zip archive fails in many ways
+        msg = f"{path.name}: not a file of expected codes ({type(error).__name__}: {error}); export again"
         raise ToolError(msg) from error
     codes = arrays["codes"]
     earlier = {"families": np.array([ONNXRUNTIME.cpus[0].name]), "changes": np.zeros((0, codes.size), np.uint8)}
@@ -102,7 +102,7 @@ def read(path: Path) -> dict[str, npt.NDArray[Any]]:
     kinds = [arrays[key].dtype for key in ("images", "codes", "outputs", "changes")]
     whole = codes.ndim == 1 and arrays["changes"].shape == (arrays["families"].size - 1, codes.size)
     if kinds != [np.float32, *[np.uint8] * 3] or not codes.size or not arrays["names"].size or not whole:
-        msg = f"{path.name}: no expected codes; export again"
+        msg = f"{path.name}: not a file of expected codes; export again"
         raise ToolError(msg)
     return arrays
 
@@ -117,6 +117,6 @@ def _run(model: bytes, outputs: list[str], images: npt.NDArray[np.float32], thre
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         results: list[npt.NDArray[Any]] = session.run(outputs, {"input": images})
     except Exception as error:  # ONNX Runtime's own exception classes share no public base
-        msg = f"ONNX Runtime does not show the file's codes: {error}"
+        msg = f"ONNX Runtime does not run the file with exposed codes: {error}"
         raise ToolError(msg) from error
     return results

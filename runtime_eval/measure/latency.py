@@ -1,8 +1,8 @@
-"""Latency: models take turns in rounds, so that a machine that speeds up or slows down does so for all of them.
+"""Latency statistics. Models take turns in rounds, so that changes of the machine's speed affect all of them alike.
 
-Each round measures in a new process. Where a process happens to put its code and its buffers moves a short latency by
-percents for as long as it lives (Mytkowicz et al., "Producing wrong data without doing anything obviously wrong!",
-ASPLOS 2009), which no number of samples from one process can show.
+Each round measures in a new process. The addresses at which a process places its code and buffers change a short
+latency by percents for the life of the process (Mytkowicz et al., "Producing wrong data without doing anything
+obviously wrong!", ASPLOS 2009), which no number of samples from one process can show.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import numpy as np
 
 from crqat.core.results.benchmark import MEASURED, Latency, LatencyRatio
 
-# Fewest samples behind a percentile: below these MLPerf's early stopping rule (99 % confidence) gives no estimate.
+# Fewest samples for a percentile: below these, MLPerf's early stopping rule (99 % confidence) gives no estimate.
 P90_SAMPLES = 64
 P99_SAMPLES = 662
-# The middle half of the rounds' medians lies within 1 to 3 % on an undisturbed machine, new processes included. Where
-# it is wider than this, the clock or other work moved them. One disturbed round in ten does not count: the ratio, a
+# The middle half of the rounds' medians lies within 1 to 3 % on an undisturbed machine, even with new processes. A
+# wider spread means that the clock or other work changed them. One disturbed round in ten does not count: the ratio, a
 # median, does not follow it either.
 UNSTABLE_SPREAD = 0.05
 
@@ -34,21 +34,21 @@ def summarize(
     disturbance: str | None = None,
     builds: int = 1,
 ) -> Latency:
-    """Statistics of one model's inferences at batch 1.
+    """Return the statistics of one model's inferences at batch 1.
 
     Args:
         rounds: Seconds of each inference, by round; no round is empty.
-        threads: What one inference may use; recorded.
-        computed: Seconds of the device's computation in each inference, if the runtime tells.
-        disturbance: What the machine itself says against the measurement.
-        builds: Engines that took turns in the rounds. They differ, and that is no instability: the spread is that of
-            each round around the median of its own engine's.
+        threads: Number of threads that one inference may use, for the record.
+        computed: Seconds of the device's computation in each inference, if the runtime reports them.
+        disturbance: Reason from the machine itself why the measurement is not reliable, if any.
+        builds: Number of engines that took turns in the rounds. Engines differ, which is not instability: the spread is
+            that of each round around the median of its own engine's rounds.
 
     Returns:
-        Milliseconds; a percentile is None if there are too few samples for it. `cv` is the coefficient of variation
-        of all samples, `cv_rounds` that of the rounds' medians, `round_spread` the interquartile range of the rounds'
-        medians divided by their median; it and a disturbance decide whether the model is `unstable`, which is False or
-        the reason. `compute_p50_ms` is of the device's computation alone.
+        The statistics in milliseconds; a percentile is None if it has too few samples. `cv` is the coefficient of
+        variation of all samples, `cv_rounds` that of the rounds' medians, `round_spread` the interquartile range of the
+        rounds' medians divided by their median. The spread and a disturbance decide whether the model is `unstable`,
+        which is False or the reason. `compute_p50_ms` is the median of the device's computation alone.
     """
     samples = np.concatenate([np.asarray(samples) for samples in rounds]) * 1e3
     medians = [float(np.median(samples)) * 1e3 for samples in rounds]
@@ -79,10 +79,10 @@ def summarize(
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Distribution-free interval of the median: lower bound, upper bound, and its actual two-sided coverage.
+    """Return a distribution-free interval of the median: lower bound, upper bound, actual two-sided coverage.
 
-    The j-th smallest and the j-th largest of n values miss the median with probability 2 P(Binomial(n, 1/2) < j); the
-    largest j is taken that keeps 95 %, or the whole range where even that has less (n < 6).
+    The j-th smallest and the j-th largest of n values miss the median with probability 2 P(Binomial(n, 1/2) < j). The
+    largest j with 95 % coverage is used, or the whole range if even that has less (n < 6).
     """
     ordered, n = sorted(values), len(values)
 
@@ -96,11 +96,11 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def compare(float_rounds: Sequence[Sequence[float]], rounds: Sequence[Sequence[float]]) -> LatencyRatio:
-    """A model's latency relative to its float original's, from the ratios of the medians of each round.
+    """Compare a model's latency with the float model's, from the ratios of the medians of each round.
 
     Args:
         float_rounds: Seconds of each inference of the float model, by round.
-        rounds: The same rounds of the other model.
+        rounds: Seconds of each inference of the other model, for the same rounds.
     """
     ratios = [float(np.median(b) / np.median(a)) for a, b in zip(float_rounds, rounds, strict=True)]
     low, high, coverage = median_interval(ratios)

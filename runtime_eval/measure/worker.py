@@ -1,12 +1,12 @@
-"""The process that holds one model; its arguments are MODEL IMAGES RUNTIME PROVIDER THREADS GRAPH.
+"""The process that runs one model; its arguments are MODEL IMAGES RUNTIME PROVIDER THREADS GRAPH.
 
-MODEL is a TensorRT plan (.plan), to which GRAPH (0 or 1, a CUDA graph) applies, or an ONNX file for RUNTIME
-"onnxruntime" (on its execution PROVIDER) or "openvino", to which THREADS applies.
+MODEL is a TensorRT plan (.plan), for which GRAPH (0 or 1) selects a CUDA graph, or an ONNX file for RUNTIME
+"onnxruntime" (on its execution PROVIDER) or "openvino", for which THREADS applies.
 
-A model runs in a process of its own, so that a runtime that aborts takes nothing else along, peak memory is the model's
-and each round of latency starts anew. One JSON command per line comes in on standard input; each is answered on
+A model runs in its own process so that a crash of the runtime affects nothing else, the peak memory is the model's, and
+each round of latency starts in a new process. One JSON command per line comes in on standard input. Each is answered on
 standard output by any number of ``{"progress": [done, total]}`` and one ``{"result": ...}`` or ``{"error": "text"}``.
-The first answer, to no command, says that the model is loaded. The process ends with its input.
+The first answer, before any command, reports that the model is loaded. The process ends with its input.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Answer = Callable[[Mapping[str, object]], None]
 
 
 def preprocessing(metadata: dict[str, str]) -> Preprocessing:
-    """The normalization that a model file asks for.
+    """Return the normalization stored in a model file.
 
     Raises:
-        ToolError: The file does not say.
+        ToolError: The file does not store it.
     """
     try:
         return Preprocessing.from_json(json.loads(metadata["crqat.preprocessing"]))
@@ -52,10 +52,10 @@ def preprocessing(metadata: dict[str, str]) -> Preprocessing:
 def latency(
     runner: Runner, image: npt.NDArray[np.float32], warm_up_seconds: float, seconds: float
 ) -> tuple[list[float], list[float]]:
-    """Seconds of each inference of `image`, float32 [1, C, H, W], for about `seconds` and at least once.
+    """Measure the seconds of each inference of `image`, float32 [1, C, H, W], for about `seconds` and at least once.
 
     Returns:
-        From end to end, and of the device's computation alone, which is empty where the runtime does not tell.
+        The end-to-end times, and the device's compute times (empty if the runtime does not report them).
     """
     end = time.perf_counter() + warm_up_seconds
     while time.perf_counter() < end:
@@ -75,7 +75,7 @@ def latency(
 def predictions(
     runner: Runner, prepare: Preprocessing, images: Images, batch: int, progress: Callable[[int], None]
 ) -> npt.NDArray[np.int64]:
-    """Each image's most probable classes, int64 [N, min(5, classes)], best first.
+    """Return each image's most probable classes, int64 [N, min(5, classes)], best first.
 
     Raises:
         ToolError: A logit is not finite; the message names the image.
@@ -93,9 +93,9 @@ def predictions(
 
 
 def peak_memory() -> int | None:
-    """Largest resident size of this process in bytes: interpreter, runtime and model; None where there is no /proc.
+    """Return the largest resident size of this process (interpreter, runtime and model) in bytes; None without /proc.
 
-    getrusage's ru_maxrss will not do: it survives exec, so that a small process shows the size of its parent.
+    getrusage's ru_maxrss is not usable: it survives exec, so a small process shows the size of its parent.
     """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
@@ -105,10 +105,10 @@ def peak_memory() -> int | None:
 
 
 def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: int) -> None:
-    """Answer the commands on standard input until it ends; `model` is the file that `runner` holds.
+    """Execute the commands on standard input until it ends; `runner` holds the file `model`.
 
     Raises:
-        ToolError: The model is of no use; see `preprocessing` and `predictions`.
+        ToolError: The model cannot be used; see `preprocessing` and `predictions`.
     """
     description = runner.describe()
     prepare = preprocessing(description.metadata)
@@ -136,7 +136,7 @@ def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: 
 
 
 def _open(model: Path, runtime: str, provider: str, threads: int, graph: bool) -> Runner:
-    """The runner of a model file. No runtime is imported before: the pipe must be safe from its prints."""
+    """Return the runner of a model file. Runtimes are imported only here, after the pipe is protected from prints."""
     if model.suffix == PLAN:
         from crqat.runtime_eval.runners.tensorrt import TensorRTRunner
 
@@ -151,8 +151,9 @@ def _open(model: Path, runtime: str, provider: str, threads: int, graph: bool) -
 
 
 def main() -> int:
-    """Load the model that the arguments name and serve it; 0, or 3 if the model failed."""
-    # Libraries print to descriptor 1 when they like. What they print goes to standard error; answers keep the pipe.
+    """Load the model of the arguments and serve commands; return 0, or 3 if the model failed."""
+    # Libraries may print to descriptor 1 at any time. Their output goes to standard error; the pipe is for answers
+    # only.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
 
@@ -164,7 +165,7 @@ def main() -> int:
         model, images, runtime, provider, threads, graph = sys.argv[1:]
         with _open(Path(model), runtime, provider, int(threads), graph == "1") as runner:
             serve(runner, np.load(images, mmap_mode="r", allow_pickle=False), answer, Path(model), int(threads))
-    except Exception as error:  # the parent tells the user; a runtime may raise anything
+    except Exception as error:  # the parent reports it; a runtime may raise anything
         text = str(error) if isinstance(error, CrqatError) else f"{type(error).__name__}: {error}"
         answer({"error": text})
         return ToolError.exit_code

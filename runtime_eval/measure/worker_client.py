@@ -1,4 +1,4 @@
-"""The parent's side of a `crqat.runtime_eval.measure.worker`: whatever happens to that process becomes one line."""
+"""The parent's side of a `crqat.runtime_eval.measure.worker`; any failure of the process becomes a one-line error."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from crqat.core.results.benchmark import CountedCodes, Int8Layers, NodeTime
 from crqat.runtime_eval.config import BenchmarkConfig
 
 RUNTIME, OPENVINO = "onnxruntime", "openvino"
-# The suffix of a TensorRT engine's file.
+# File extension of a TensorRT engine.
 PLAN = ".plan"
-# The worker's working directory: `python -m` searches it first, so it finds these packages and nothing of the user's.
+# Working directory of the worker: `python -m` searches it first and finds these packages, not the user's files.
 PACKAGES = Path(__file__).parents[3]
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The first answer of a worker: its model is loaded.
+    """First answer of a worker, sent when its model is loaded.
 
     Attributes:
-        version: Of the runtime.
-        provider: The execution provider or device.
-        classes: How many the model tells apart.
-        int8_layers: What OpenVINO made of the layers that multiply; None in another runtime.
+        version: Version of the runtime.
+        provider: Execution provider or device.
+        classes: Number of classes that the model distinguishes.
+        int8_layers: Counts of the layers that OpenVINO computes in INT8; None for other runtimes.
     """
 
     version: str
@@ -45,23 +45,23 @@ class Loaded:
 
 
 class Worker:
-    """One model in its own process: a context manager, in whose body the model is loaded.
+    """One model in its own process: a context manager; the model is loaded in its body.
 
-    Entering it and every method raise `ToolError`, which names the model, the runtime and the cause, if the process
-    dies, is silent for longer than the time limit or says that the model failed; the process is gone then.
+    Entering it and every method raise `ToolError`, with the model, the runtime and the cause, if the process dies, is
+    silent for longer than the time limit, or reports that the model failed. The process is then gone.
 
     Args:
-        model: The ONNX file, or a TensorRT plan.
-        images: The test images' .npy file, uint8 [N, C, H, W].
+        model: The ONNX file or the TensorRT plan.
+        images: The .npy file of the test images, uint8 [N, C, H, W].
         config: Provider, threads and time limit.
-        runtime: What runs an ONNX file: "onnxruntime" or "openvino".
+        runtime: Runtime for an ONNX file: "onnxruntime" or "openvino".
 
     Attributes:
         runtime: "onnxruntime", "openvino" or "tensorrt".
-        version: Of the runtime.
-        provider: The execution provider or device that runs the model.
-        classes: How many the model tells apart.
-        int8_layers: See `crqat.runtime_eval.runners.openvino.OpenVINORunner.describe`; None in another runtime.
+        version: Version of the runtime.
+        provider: Execution provider or device that runs the model.
+        classes: Number of classes that the model distinguishes.
+        int8_layers: See `crqat.runtime_eval.runners.openvino.OpenVINORunner.describe`; None for other runtimes.
     """
 
     runtime: str
@@ -85,7 +85,7 @@ class Worker:
             text=True,
             cwd=PACKAGES,
         )
-        # None ends it. A thread, because a pipe cannot be read with a time limit on every system.
+        # None marks the end. A thread reads, because not every system can read a pipe with a time limit.
         self._lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -99,7 +99,7 @@ class Worker:
     def __enter__(self) -> Worker:
         try:
             opened = self._wait(self._limit)
-        except BaseException:  # an interrupt too must not leave the process behind
+        except BaseException:  # also after an interrupt, the process must not be left behind
             self._close()
             raise
         loaded = typed_json.from_json(Loaded, opened)
@@ -113,10 +113,10 @@ class Worker:
         self._close()
 
     def latency(self, warm_up_seconds: float, seconds: float) -> tuple[list[float], list[float]]:
-        """Seconds of each inference at batch 1, measured for `seconds` after `warm_up_seconds`.
+        """Measure the seconds of each inference at batch 1 for `seconds`, after `warm_up_seconds`.
 
         Returns:
-            From end to end, and of the device's computation alone, which is empty where the runtime does not tell.
+            The end-to-end times, and the device's compute times (empty if the runtime does not report them).
         """
         limit = self._limit + warm_up_seconds + seconds
         command = {"command": "latency", "warm_up_seconds": warm_up_seconds, "seconds": seconds}
@@ -124,12 +124,12 @@ class Worker:
         return samples, computed
 
     def node_times(self) -> list[NodeTime] | None:
-        """What each node takes at batch 1; None where the runtime does not tell."""
+        """Return the time of each node at batch 1; None if the runtime does not report it."""
         found = self._ask({"command": "node_times"}, self._limit)
         return None if found is None else [typed_json.from_json(NodeTime, row) for row in found]
 
     def memory(self) -> int | None:
-        """Peak resident bytes of the process so far; None where the system does not tell."""
+        """Return the peak resident bytes of the process so far; None if the system does not report them."""
         peak: int | None = self._ask({"command": "memory"}, self._limit)
         return peak
 
@@ -138,17 +138,17 @@ class Worker:
         self._ask({"command": "accuracy", "batch": batch, "out": str(out.resolve())}, self._limit, progress)
 
     def codes(self, expected: Path) -> CountedCodes:
-        """What `crqat.runtime_eval.measure.codes.check_codes` counts on this CPU."""
+        """Return the counts of `crqat.runtime_eval.measure.codes.check_codes` on this CPU."""
         counted = self._ask({"command": "codes", "expected": str(expected.resolve())}, self._limit)
         return typed_json.from_json(CountedCodes, counted)
 
     def _close(self) -> None:
-        """End the process, whatever state it is in, and reap it."""
+        """End the process in whatever state it is, and reap it."""
         self._process.kill()
         self._process.wait()
         self._reader.join()
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(BrokenPipeError):  # an unsent command of a process that is gone
+            with contextlib.suppress(BrokenPipeError):  # the process is gone before a command was sent
                 if pipe is not None:
                     pipe.close()
         self._errors.close()
@@ -157,7 +157,7 @@ class Worker:
         self, command: Mapping[str, object], limit: float, progress: Callable[[int, int], None] | None = None
     ) -> Any:
         assert self._process.stdin is not None  # noqa: S101 (as above)
-        with contextlib.suppress(BrokenPipeError):  # it died; `_wait` finds out of what
+        with contextlib.suppress(BrokenPipeError):  # the process died; `_wait` finds the cause
             self._process.stdin.write(json.dumps(command) + "\n")
             self._process.stdin.flush()
         return self._wait(limit, progress)
@@ -167,9 +167,9 @@ class Worker:
             try:
                 line = self._lines.get(timeout=limit)
             except queue.Empty:
-                cause = f"no answer for {limit:g} s, taken for hung and killed"
+                cause = f"no answer for {limit:g} s, considered hung and killed"
                 raise self._failure(cause) from None
-            if line is None or not line.endswith("\n"):  # half a line: it died in the middle of an answer
+            if line is None or not line.endswith("\n"):  # half a line: the process died in the middle of an answer
                 raise self._failure(self._death())
             answer = json.loads(line)
             if "error" in answer:
@@ -180,7 +180,7 @@ class Worker:
                 progress(*answer["progress"])
 
     def _death(self) -> str:
-        """Why a process that ended by itself did."""
+        """Return why the process ended by itself."""
         code = self._process.wait()
         cause = (
             f"its process was ended by {failures.signal_name(-code)}" if code < 0 else f"its process exited with {code}"
@@ -188,7 +188,7 @@ class Worker:
         self._errors.seek(0)
         words = self._errors.read().decode(errors="replace").split("\n")
         last = next((line.strip() for line in reversed(words) if line.strip()), None)
-        return f"{cause}, last words: {last}" if last else cause
+        return f"{cause}, last output: {last}" if last else cause
 
     def _failure(self, cause: str) -> ToolError:
         self._close()

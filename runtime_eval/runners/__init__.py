@@ -1,4 +1,4 @@
-"""The runtimes, one file each, and what they have in common."""
+"""The runtimes, one file each, and their common interface."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from crqat.core.results.benchmark import Int8Layers, NodeTime
 
 @dataclass(frozen=True)
 class Description:
-    """What a runner says of itself and of its file.
+    """Description of a runner and its file.
 
     Attributes:
         runtime: "onnxruntime", "openvino" or "tensorrt".
-        version: Of the runtime.
-        provider: The execution provider or device.
-        metadata: The file's own.
-        int8_layers: What OpenVINO made of the layers that multiply; None in another runtime.
+        version: Version of the runtime.
+        provider: Execution provider or device.
+        metadata: Metadata of the file.
+        int8_layers: Counts of the layers that OpenVINO computes in INT8; None for other runtimes.
     """
 
     runtime: str
@@ -32,7 +32,7 @@ class Description:
 
 
 class Runner(Protocol):
-    """A model that is loaded and ready; a context manager that gives back what it holds."""
+    """A loaded model, ready to run; a context manager that releases its resources."""
 
     def __enter__(self) -> Runner: ...
 
@@ -41,17 +41,17 @@ class Runner(Protocol):
     ) -> None: ...
 
     def infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Logits [N, classes] of normalized images [N, C, H, W]."""
+        """Return logits [N, classes] of normalized images [N, C, H, W]."""
         ...
 
     def compute_seconds(self) -> float | None:
-        """Seconds that the device computed in the last inference, without the copies; None if it does not tell."""
+        """Return the device's compute seconds of the last inference, without copies; None if not reported."""
         ...
 
     def node_times(self, image: npt.NDArray[np.float32]) -> list[NodeTime] | None:
-        """What each node of the runtime's graph takes for a normalized image [1, C, H, W]; None if it does not tell."""
+        """Return the time of each node for a normalized image [1, C, H, W]; None if the runtime does not report it."""
         ...
 
     def describe(self) -> Description:
-        """What it is, and the file's own metadata."""
+        """Return the runner's description and the file's metadata."""
         ...

@@ -1,6 +1,6 @@
-"""What must be known of an ONNX file before a runtime gets it, read without onnx: a board may have TensorRT alone.
+"""Reads what is needed of an ONNX file before a runtime loads it, without onnx, which boards may not have.
 
-An ONNX file is one protobuf message, and what is not asked for is skipped by its length.
+An ONNX file is one protobuf message; fields that are not needed are skipped by their length.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from pathlib import Path
 
 from crqat.core.errors import UsageError
 
-# Numbers of onnx.proto: ModelProto.metadata_props, StringStringEntryProto.key and .value.
+# Field numbers of onnx.proto: ModelProto.metadata_props, StringStringEntryProto.key and .value.
 _METADATA, _KEY, _VALUE = 14, 1, 2
-# Likewise: where tensors can be, by kind of message: number of the field, and what kind it holds.
+# Where tensors can be, by kind of message: the field's number, and the kind of message that it holds.
 _PATHS = {
     "model": {7: "graph", 20: "training", 25: "function"},
     "training": {1: "graph", 2: "graph"},
@@ -23,15 +23,15 @@ _PATHS = {
     "sparse": {1: "tensor", 2: "tensor"},
 }
 _TENSOR_NAME, _EXTERNAL_DATA = 8, 13
-# Protobuf's wire types. ONNX files have no groups, but a reader passes over them: what is in one counts as outside it.
+# Protobuf's wire types. ONNX files have no groups, but a reader skips them; their content counts as outside of them.
 _VARINT, _FIXED64, _BYTES, _START_GROUP, _END_GROUP, _FIXED32 = range(6)
 
 
 def read(path: Path) -> dict[str, str]:
-    """The metadata, strings by name.
+    """Return a file's metadata, strings by name.
 
     Raises:
-        UsageError: The file cannot be read or is no protobuf message.
+        UsageError: The file cannot be read or is not a protobuf message.
     """
     try:
         content = memoryview(path.read_bytes())
@@ -46,12 +46,12 @@ def read(path: Path) -> dict[str, str]:
 
 
 def external_tensor(path: Path) -> str | None:
-    """The name of a tensor that lies in another file, None if there is none.
+    """Return the name of a tensor that is stored in another file; None if there is none.
 
-    ONNX Runtime and TensorRT would open that file, wherever its path leads; no manifest has its hash.
+    ONNX Runtime and TensorRT would open that file, wherever its path leads, and no manifest has its hash.
 
     Raises:
-        UsageError: The file cannot be read or is no protobuf message.
+        UsageError: The file cannot be read or is not a protobuf message.
     """
     try:
         return _external(memoryview(path.read_bytes()), "model")
@@ -73,11 +73,11 @@ def _external(message: memoryview, kind: str) -> str | None:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Number and content of each field that holds bytes; the others are passed over."""
+    """Yield number and content of each field that holds bytes; other fields are skipped."""
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
-        kind, number = tag & 7, (tag & 0xFFFFFFFF) >> 3  # as protobuf cuts it
+        kind, number = tag & 7, (tag & 0xFFFFFFFF) >> 3  # truncated as protobuf does
         if kind == _VARINT:
             _, position = _varint(message, position)
             continue
@@ -99,7 +99,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A number of variable length, and where it ends: seven bits in each byte, the lowest first."""
+    """Return a variable-length number and the position after it: seven bits in each byte, the lowest first."""
     value = shift = 0
     while True:
         byte = message[position]

@@ -1,4 +1,4 @@
-"""ONNX Runtime: a model file with every optimization, on the execution provider that was asked for."""
+"""Runs a model file in ONNX Runtime with all optimizations, on the requested execution provider."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from crqat.core.errors import ToolError
 from crqat.core.results.benchmark import NodeTime
 from crqat.runtime_eval.runners import Description
 
-# Rounds a Conv's float bias to int32 in units of s_x s_w. In a float16 file, such as TensorRT gets, that product
-# underflows and the bias is lost: a CIFAR-10 ResNet-20 fell from 91.6 % to 89.3 % (ONNX Runtime 1.32, 1,000 images).
+# An optimization rounds a Conv's float bias to int32 in units of s_x s_w. In a float16 file, such as TensorRT's, that
+# product underflows and the bias is lost: a CIFAR-10 ResNet-20 fell from 91.6 % to 89.3 % (ONNX Runtime 1.32, 1,000
+# images).
 _FLOAT16_BIAS = "WeightBiasQuantization"
 
-# One QuantizeLinear from a float16 "x" to an int8 "y", scale 1, as an ONNX file.
+# An ONNX file with one QuantizeLinear from a float16 "x" to an int8 "y", scale 1.
 _FLOAT16_QUANTIZER = base64.b64decode(
     "CAk6WAocCgF4CgFzCgF6EgF5Ig5RdWFudGl6ZUxpbmVhchIBZyoJEApCAXNKAgA8KggQA0IBekoBAFoPCgF4EgoKCAgKEgQKAggBYg8KAXkSCgoI"
     "CAMSBAoCCAFCBAoAEBM="
@@ -30,10 +31,10 @@ _FLOAT16_QUANTIZER = base64.b64decode(
 
 
 def float16_is_rounded() -> bool:
-    """Whether this ONNX Runtime rounds where it quantizes float16; 1.23.2, the last for Python 3.10, truncates.
+    """Return whether this ONNX Runtime rounds when it quantizes float16; 1.23.2, the last for Python 3.10, truncates.
 
-    A file with float16 quantizers, as TensorRT gets, has an accuracy of its own there: 90.8 % instead of 92.5 % for a
-    ResNet-20 on the digits (797 images).
+    With truncation, a file with float16 quantizers, such as TensorRT's, has another accuracy: 90.8 % instead of 92.5 %
+    for a ResNet-20 on the digits (797 images).
     """
     session = ort.InferenceSession(_FLOAT16_QUANTIZER, providers=["CPUExecutionProvider"])
     (codes,) = session.run(["y"], {"x": np.array([0.75], np.float16)})
@@ -41,20 +42,20 @@ def float16_is_rounded() -> bool:
 
 
 _WARM_UP, _PROFILED_LEAST, _PROFILED_SECONDS = 3, 10, 0.3
-# The profiler's name of a node's computation, and what the optimizer adds to a node's own name.
+# The suffix of a node's computation in the profile, and the suffix that the optimizer adds to a node's own name.
 _KERNEL = "_kernel_time"
 _ADDED = re.compile(r"(_nchwc|_token_\d+)+$")
 
 
 class OnnxRuntimeRunner:
-    """A `Runner`; the file takes "input" and gives "logits", both float32 with the batch first.
+    """`Runner` for a file that takes "input" and returns "logits", both float32 with the batch first.
 
-    A file for another runtime, by its own metadata, runs without the one optimization that breaks it here.
+    A file for another runtime, according to its metadata, runs without the one optimization that breaks it here.
 
     Args:
         path: The ONNX file.
-        provider: Execution provider by its ONNX Runtime name.
-        threads: Threads within one operator; operators run one after the other.
+        provider: ONNX Runtime's name of the execution provider.
+        threads: Number of threads within one operator; operators run one after another.
 
     Raises:
         ToolError: ONNX Runtime refuses the file, or would run it on another provider.
@@ -65,7 +66,7 @@ class OnnxRuntimeRunner:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors only: a warning would pass for the last words of a process that died
+        options.log_severity_level = 3  # errors only: a warning could pass for a crashed process's last message
         if provider not in ort.get_available_providers():
             msg = (
                 f"this onnxruntime has no {provider}, only {', '.join(ort.get_available_providers())}; "
@@ -79,10 +80,10 @@ class OnnxRuntimeRunner:
                 self._session = ort.InferenceSession(
                     str(path), options, providers=[provider], disabled_optimizers=[_FLOAT16_BIAS]
                 )
-        except Exception as error:  # ONNX Runtime's own exception classes share no public base
+        except Exception as error:  # ONNX Runtime's exception classes share no public base
             msg = f"ONNX Runtime does not load {path.name}: {error}"
             raise ToolError(msg) from error
-        # A provider that is installed can still fail to start (a driver is missing); ONNX Runtime then takes the CPU.
+        # An installed provider can still fail to start, for example without its driver; ONNX Runtime then uses the CPU.
         self._provider = self._session.get_providers()[0]
         if self._provider != provider:
             msg = f"ONNX Runtime runs {path.name} on {self._provider}, not on {provider}; check the device's driver"
@@ -97,19 +98,19 @@ class OnnxRuntimeRunner:
         del self._session
 
     def infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Logits float32 [N, classes] of normalized float32 images [N, C, H, W]."""
+        """Return float32 logits [N, classes] of normalized float32 images [N, C, H, W]."""
         logits: npt.NDArray[np.float32] = self._session.run(["logits"], {"input": images})[0]
         return logits
 
     def compute_seconds(self) -> None:
-        """See `Runner.compute_seconds`: one time is all there is."""
+        """See `Runner.compute_seconds`: always None, because ONNX Runtime reports no device time."""
         return
 
     def node_times(self, image: npt.NDArray[np.float32]) -> list[NodeTime]:
-        """What each node of the optimized graph takes, in a session of its own with ONNX Runtime's profiler.
+        """Return the time of each node of the optimized graph, from a separate session with ONNX Runtime's profiler.
 
         Args:
-            image: Normalized float32 [1, C, H, W].
+            image: Normalized image, float32 [1, C, H, W].
         """
         with tempfile.TemporaryDirectory() as folder:
             options = self._session.get_session_options()

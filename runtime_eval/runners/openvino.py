@@ -1,4 +1,4 @@
-"""OpenVINO: a model file on the CPU plugin as a user gets it, its low-precision passes included."""
+"""Runs a model file on OpenVINO's CPU plugin with its default settings, including its low-precision passes."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from crqat.core.results.benchmark import Int8Layers
 from crqat.runtime_eval.runners import Description, onnx_header
 
 DEVICE = "CPU"
-# What the plugin calls the layers that multiply, and the precisions that count as INT8.
+# The plugin's names of the layers that multiply, and the precisions that count as INT8.
 _MATMULS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
 _INT8 = ("i8", "u8")
 _INFO = ("layerType", "runtimePrecision", "originalLayersNames")
 
 
 class OpenVINORunner:
-    """A `Runner`; the file takes "input" and gives "logits", both float32 with the batch first.
+    """`Runner` for a file that takes "input" and returns "logits", both float32 with the batch first.
 
-    What is not INT8 is computed in float32, as in ONNX Runtime: on a CPU with AMX the plugin would take bfloat16.
+    Operations that are not INT8 run in float32, as in ONNX Runtime; on a CPU with AMX the plugin's default is bfloat16.
 
     Args:
         path: The ONNX file.
-        threads: Threads of one inference.
+        threads: Number of threads that one inference may use.
 
     Raises:
         ToolError: OpenVINO refuses the file.
@@ -57,20 +57,20 @@ class OpenVINORunner:
         del self._request, self._model
 
     def infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Logits float32 [N, classes] of normalized float32 images [N, C, H, W]."""
+        """Return float32 logits [N, classes] of normalized float32 images [N, C, H, W]."""
         logits: npt.NDArray[np.float32] = self._request.infer({"input": images})["logits"].copy()
         return logits
 
     def compute_seconds(self) -> None:
-        """See `Runner.compute_seconds`: one time is all there is."""
+        """See `Runner.compute_seconds`: always None, because OpenVINO reports no device time."""
         return
 
     def node_times(self, _image: npt.NDArray[np.float32]) -> None:
-        """See `Runner.node_times`: not asked of this runtime."""
+        """See `Runner.node_times`: always None for this runtime."""
         return
 
     def describe(self) -> Description:
-        """See `Runner.describe`; with what the plugin made of the layers that multiply."""
+        """See `Runner.describe`; includes the counts of the layers that the plugin computes in INT8."""
         layers, rest = 0, []
         for node in self._model.get_runtime_model().get_ordered_ops():
             info = {key: value.astype(str) for key, value in node.get_rt_info().items() if key in _INFO}

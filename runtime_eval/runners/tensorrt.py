@@ -1,6 +1,6 @@
-"""TensorRT: a plan on a CUDA device, through pycuda. By tensor names, which every TensorRT from 8.5 on has.
+"""Runs a TensorRT plan on a CUDA device through pycuda, by tensor names, which TensorRT has from 8.5 on.
 
-Everything that needs a device is behind `Cuda` and TensorRT's own objects.
+Everything that needs a device is in `Cuda` and TensorRT's own objects.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ INPUT, OUTPUT = "input", "logits"
 
 
 class TensorRTRunner:
-    """A `Runner`; the plan takes "input" and gives "logits", the batch first.
+    """`Runner` for a plan that takes "input" and returns "logits", with the batch as first dimension.
 
-    One inference copies the images into page-locked memory, then, in one stream, to the device, computes and copies
-    back. More images than the plan's largest batch are taken in turns; fewer than its smallest are filled up by zeros.
+    One inference copies the images into page-locked memory and then, in one stream, to the device, computes, and copies
+    back. More images than the plan's largest batch are run in parts; fewer than its smallest batch are padded with
+    zeros.
 
     Args:
-        path: The plan's file; its sidecar stands beside it.
+        path: File of the plan; its sidecar lies next to it.
         graph: Replay the computation as a CUDA graph, captured once for each batch size; needs cuda-python.
 
     Raises:
-        ToolError: There is no CUDA device, no TensorRT or no pycuda; the plan is for another TensorRT or another
-            device, or TensorRT refuses it.
+        ToolError: CUDA device, TensorRT or pycuda is missing; the plan is for another TensorRT or device; or TensorRT
+            refuses the plan.
         UsageError: The plan or its sidecar is missing or damaged.
     """
 
@@ -69,7 +70,7 @@ class TensorRTRunner:
         self._check(context is not None, "makes no execution context")
         self._context = context
         shape = _shape(engine.get_tensor_shape(INPUT))
-        self._check(min(shape[1:]) > 0, f"takes images of any size {list(shape)}, which no model of ours does")
+        self._check(min(shape[1:]) > 0, f"takes images of any size {list(shape)}, which no model of crqat does")
         self._dynamic = shape[0] < 0
         self._smallest = self._largest = shape[0]
         if self._dynamic:
@@ -82,14 +83,14 @@ class TensorRTRunner:
         self._launch: Callable[[], None] = self._enqueue
 
     def _tensors(self) -> dict[str, bool]:
-        """Whether each tensor that the plan shows is an input."""
+        """Return for each tensor of the plan whether it is an input."""
         import tensorrt as trt
 
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         return {name: self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT for name in names}
 
     def _buffer(self, name: str, shape: tuple[int, ...]) -> tuple[Array, int]:
-        """Page-locked memory and device memory for a tensor; TensorRT gets the device's address."""
+        """Allocate page-locked memory and device memory for a tensor, and give TensorRT the device address."""
         import tensorrt as trt
 
         dtype = self._engine.get_tensor_dtype(name)
@@ -109,13 +110,13 @@ class TensorRTRunner:
         self._close()
 
     def _close(self) -> None:
-        """Give back what is held: TensorRT's objects first, whose memory is the CUDA context's."""
+        """Release all resources: TensorRT's objects first, because their memory belongs to the CUDA context."""
         for name in ("_launch", "_images", "_logits", "_marks", "_context", "_engine", "_runtime"):
             self.__dict__.pop(name, None)
         self._cuda.close()
 
     def infer(self, images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Logits float32 [N, classes] of normalized float32 images [N, C, H, W]."""
+        """Return float32 logits [N, classes] of normalized float32 images [N, C, H, W]."""
         parts, compute = [], 0.0
         for start in range(0, len(images), self._largest):
             logits, seconds = self._infer(images[start : start + self._largest])
@@ -125,7 +126,7 @@ class TensorRTRunner:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def compute_seconds(self) -> float | None:
-        """Seconds that the device computed in the last inference, without the copies to and fro."""
+        """Return the device's compute seconds of the last inference, without the copies."""
         return self._compute
 
     def _infer(self, images: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], float]:
@@ -142,11 +143,11 @@ class TensorRTRunner:
         self._cuda.record(end)
         self._cuda.to_host(host_logits[:batch], device_logits)
         self._cuda.synchronize()
-        # A copy: the next inference writes there again.
+        # A copy: the next inference overwrites the memory.
         return np.array(host_logits[:count], dtype=np.float32), self._cuda.milliseconds(start, end) / 1e3
 
     def _prepare(self, shape: tuple[int, ...]) -> None:
-        """Make the context ready for inputs of a shape; nothing to do if the last ones had it."""
+        """Prepare the context for inputs of a shape; does nothing if the last inputs had this shape."""
         if shape == self._shape:
             return
         if self._dynamic:
@@ -155,7 +156,7 @@ class TensorRTRunner:
             self._check(not missing, f"does not know the shape of {', '.join(missing)}")
         self._launch = self._enqueue
         if self._graph:
-            self._enqueue()  # what is allocated lazily must not be while it is captured
+            self._enqueue()  # lazy allocations must not happen during the capture
             self._cuda.synchronize()
             self._launch = self._cuda.capture(self._enqueue)
         self._shape = shape
@@ -164,14 +165,14 @@ class TensorRTRunner:
         self._check(self._context.execute_async_v3(self._cuda.stream), "does not start the inference")
 
     def _check(self, good: bool, what: str) -> None:
-        """Raise if a call of TensorRT's failed: they return False or None, and the cause goes to the log."""
+        """Raise if a TensorRT call failed: such calls return False or None and log the cause."""
         if not good:
             cause = f": {self._log.last}" if self._log.last else ""
             msg = f"TensorRT {what} ({self._path.name}){cause}"
             raise ToolError(msg)
 
     def node_times(self, _image: npt.NDArray[np.float32]) -> None:
-        """See `Runner.node_times`: not asked of this runtime."""
+        """See `Runner.node_times`: always None for this runtime."""
         return
 
     def describe(self) -> Description:
@@ -181,16 +182,16 @@ class TensorRTRunner:
 
 
 def tensorrt_version() -> str:
-    """The version of TensorRT that is installed.
+    """Return the version of the installed TensorRT.
 
     Raises:
-        ToolError: None is. Stubs for a type checker can make an empty `tensorrt` importable; that is none either.
+        ToolError: TensorRT is not installed. A stub-only `tensorrt` package counts as not installed.
     """
     try:
         import tensorrt as trt
 
         return str(trt.__version__)
-    except (ImportError, AttributeError, OSError) as error:  # OSError: its shared libraries are not there
+    except (ImportError, AttributeError, OSError) as error:  # OSError: its shared libraries are missing
         msg = (
             "no TensorRT in this Python; JetPack's is in the system's interpreter "
             "(python3 -m venv --system-site-packages), elsewhere pip install tensorrt"
@@ -199,7 +200,7 @@ def tensorrt_version() -> str:
 
 
 def device_capability() -> tuple[int, int]:
-    """Compute capability, major and minor, of the device that a plan built here is for.
+    """Return the compute capability, major and minor, of the device for which plans are built here.
 
     Raises:
         ToolError: There is no CUDA device, or CUDA does not start.
@@ -219,9 +220,9 @@ def _shape(dims: trt.Dims) -> tuple[int, ...]:
 
 
 def _log() -> Any:
-    """A logger of TensorRT's that keeps the last error, the cause that a failed call does not tell.
+    """Return a TensorRT logger that keeps the last error, the cause of a failed call.
 
-    Its class can exist only once TensorRT is imported.
+    The class is defined here because it needs TensorRT to be imported.
     """
     import tensorrt as trt
 
@@ -238,24 +239,24 @@ def _log() -> Any:
 
 
 class Cuda:
-    """All that touches CUDA: the first device's primary context, one stream, memory, events and graphs.
+    """Access to CUDA: the first device's primary context, one stream, memory, events and graphs.
 
-    The context is the primary one, so that other libraries of the process share it, and belongs to this thread from
-    here to `close`.
+    The context is the primary one, so that other libraries of the process share it. It belongs to this thread until
+    `close`.
 
     Attributes:
-        capability: The device's compute capability, major and minor.
-        stream: The stream's handle.
+        capability: Compute capability of the device, major and minor.
+        stream: Handle of the stream.
 
     Raises:
-        ToolError: No pycuda, or CUDA does not start.
+        ToolError: pycuda is not installed, or CUDA does not start.
     """
 
     def __init__(self) -> None:
         try:
             import pycuda.driver as driver
         except (ImportError, OSError) as error:
-            msg = f"no pycuda ({error}); with CUDA's nvcc on PATH: pip install pycuda"
+            msg = f"pycuda is not installed ({error}); with CUDA's nvcc on PATH: pip install pycuda"
             raise ToolError(msg) from error
         self._driver = driver
         try:
@@ -274,12 +275,12 @@ class Cuda:
         self._graphs: list[Callable[[], None]] = []
 
     def pinned(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
-        """Page-locked memory of the host: copies to and from it need no further copy and can be asynchronous."""
+        """Return page-locked host memory, which can be copied to and from the device asynchronously."""
         memory: Array = self._driver.pagelocked_empty(shape, dtype)
         return memory
 
     def device_memory(self, size: int) -> int:
-        """The address of `size` bytes of the device, kept until `close`."""
+        """Return the address of `size` bytes on the device, kept until `close`."""
         self._memory.append(self._driver.mem_alloc(size))
         return int(self._memory[-1])
 
@@ -292,26 +293,26 @@ class Cuda:
         self._driver.memcpy_dtoh_async(array, address, self._stream)
 
     def event(self) -> Any:
-        """A mark in the stream that takes the time."""
+        """Return a CUDA event that records the time."""
         return self._driver.Event()
 
     def record(self, event: Any) -> None:
-        """Set a mark behind what is enqueued."""
+        """Record an event after the work enqueued so far."""
         event.record(self._stream)
 
     def milliseconds(self, start: Any, end: Any) -> float:
-        """The device's time between two marks that it has passed."""
+        """Return the device time between two completed events, in milliseconds."""
         return float(start.time_till(end))
 
     def synchronize(self) -> None:
-        """Wait for all that is enqueued."""
+        """Wait for all enqueued work."""
         self._stream.synchronize()
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
-        """What replays as a CUDA graph the work that `enqueue` puts into the stream. The one before is given back.
+        """Return a function that replays, as a CUDA graph, the work that `enqueue` enqueues. Frees the previous graph.
 
         Raises:
-            ToolError: No cuda-python, or the work cannot be captured.
+            ToolError: cuda-python is not installed, or the work cannot be captured.
         """
         try:
             from cuda.bindings import runtime
@@ -322,10 +323,10 @@ class Cuda:
                 msg = "CUDA graphs need cuda-python; pip install cuda-python or set benchmark.cuda_graph to false"
                 raise ToolError(msg) from error
         self._free_graphs()
-        _cuda_call("cudaStreamBeginCapture", runtime, self.stream, runtime.cudaStreamCaptureMode(1))  # of this thread
+        _cuda_call("cudaStreamBeginCapture", runtime, self.stream, runtime.cudaStreamCaptureMode(1))  # this thread
         try:
             enqueue()
-        finally:  # a stream that is left capturing is of no use to anybody
+        finally:  # a stream left in capture mode would be unusable
             results = runtime.cudaStreamEndCapture(self.stream)
         graph = _checked("cudaStreamEndCapture", results)
         executable = _cuda_call("cudaGraphInstantiate", runtime, graph, 0)
@@ -341,7 +342,7 @@ class Cuda:
         self._graphs = []
 
     def close(self) -> None:
-        """Give everything back and leave the context."""
+        """Release everything and leave the context."""
         self._free_graphs()
         for memory in self._memory:
             memory.free()
@@ -357,10 +358,10 @@ def _cuda_call(name: str, runtime: Any, *arguments: Any) -> Any:
 
 
 def _checked(name: str, results: tuple[Any, ...]) -> Any:
-    """The value behind the error code, if the function has one.
+    """Return the value after the error code, if the function has one.
 
     Raises:
-        ToolError: The code is not 0.
+        ToolError: The error code is not 0.
     """
     if int(results[0]) != 0:
         msg = f"{name} failed: {getattr(results[0], 'name', results[0])}; set benchmark.cuda_graph to false"

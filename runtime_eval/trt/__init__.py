@@ -1,1 +1,1 @@
-"""TensorRT engines: building, reading, keeping."""
+"""Builds, reads and stores TensorRT engines."""

@@ -1,6 +1,6 @@
-"""The inside of an engine build: from an ONNX file to a serialized engine, by whatever version of TensorRT is here.
+"""Builds a serialized engine from an ONNX file, with any supported version of TensorRT.
 
-TensorRT reports most failures by returning None or False; its words go to a logger. Every return value is looked at.
+TensorRT reports most failures by returning None or False and logs the cause, so every return value is checked.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ if TYPE_CHECKING:
     import tensorrt
 
 Batch = tuple[int, int, int]
-# How builders name the operation that they cannot compile: tensorrt_rtx, and tensorrt.
+# How builders name the operation that they cannot compile: first tensorrt_rtx, then tensorrt.
 _BLAMED = (re.compile(r"Cannot compile operation '(.+?)'"), re.compile(r"implementation for node (.+?)\.?(?: due|$)"))
 
 
 class BuildFailure(Exception):
-    """The file cannot become an engine.
+    """No engine can be built from the file.
 
     Attributes:
-        reason: Where and why.
+        reason: Where and why the build failed.
     """
 
     def __init__(self, rule: str, node: str | None = None, operator: str | None = None, stage: str = "build") -> None:
@@ -41,16 +41,16 @@ class BuildFailure(Exception):
 
 @dataclass
 class Build:
-    """One build while it goes on; what is found on the way stays if it fails in the end.
+    """State of one build; findings remain available if the build fails.
 
     Attributes:
-        trt: The builder's module.
-        row: What its version has.
-        hear: Called with each of the builder's words.
-        messages: All of them so far.
-        flags: Names of the network's and the builder's flags.
+        trt: Module of the builder.
+        row: Features of its version.
+        hear: Callback for each of the builder's messages.
+        messages: All messages so far.
+        flags: Names of the network flags and builder flags.
         precisions: Types of all tensors that the network's layers write, sorted.
-        timing_cache_sha256: Of the timing cache after the build, None if none was used.
+        timing_cache_sha256: SHA-256 of the timing cache after the build; None if none was used.
     """
 
     trt: Any
@@ -67,26 +67,26 @@ class Build:
     def run(
         self, model: Path, batch: Batch, targets: Sequence[str], timing_cache: Path | None, parsed: Callable[[], None]
     ) -> bytes:
-        """Build.
+        """Build the engine.
 
         Args:
             model: The ONNX file.
-            batch: Smallest, usual, largest; all the same makes the engine static.
-            targets: Compute capabilities, empty for the builder's default.
-            timing_cache: See `crqat.runtime_eval.trt.engine.EngineOptions`.
-            parsed: Called when the file has been parsed.
+            batch: Minimum, optimum and maximum batch size; equal values make the engine static.
+            targets: Compute capabilities; empty for the builder's default.
+            timing_cache: Timing cache; see `crqat.runtime_eval.trt.engine.EngineOptions`.
+            parsed: Callback that is called when the file has been parsed.
 
         Returns:
             The serialized engine.
 
         Raises:
-            BuildFailure: The file cannot become an engine.
-            ToolError: The builder does not start, or takes no timing cache.
+            BuildFailure: No engine can be built from the file.
+            ToolError: The builder does not start, or rejects any timing cache.
         """
         trt = self.trt
         try:
             builder = trt.Builder(self._logger)
-        except TypeError as error:  # what its binding makes of a null pointer
+        except TypeError as error:  # raised by its binding for a null pointer
             msg = f"{trt.__name__} {trt.__version__} does not start: {self._last_error() or error}"
             raise ToolError(msg) from error
         flags, self.flags = network_flags(trt, self.row)
@@ -105,7 +105,7 @@ class Build:
         cache = None if cached is None else timings.attach(config, cached)
         serialized = builder.build_serialized_network(network, config)
         if serialized is None:
-            rule = self._last_error() or "the builder returned nothing and said nothing"
+            rule = self._last_error() or "the builder returned nothing and reported no error"
             raise BuildFailure(rule, next((m[1] for m in (p.search(rule) for p in _BLAMED) if m), None))
         if cached is not None and cache is not None:
             self.timing_cache_sha256 = timings.merge(config, cache, cached)
@@ -119,15 +119,15 @@ class Build:
         if parser.num_errors:
             error = parser.get_error(0)
             raise BuildFailure(error.desc(), error.node_name(), error.node_operator(), "parse")
-        rule = None if done else self._last_error() or "the parser refused the file and said nothing"
+        rule = None if done else self._last_error() or "the parser refused the file and reported no error"
         if rule is None and (network.num_outputs == 0 or network.num_layers == 0):
-            # Bytes that are no ONNX file pass for an empty one.
+            # The parser takes bytes that are not an ONNX file for an empty one.
             rule = "the file holds no network with an output; is it an ONNX file?"
         if rule is not None:
             raise BuildFailure(rule, stage="parse")
 
     def _allow_precisions(self, config: tensorrt.IBuilderConfig) -> None:
-        """A weakly typed network runs in float32 unless flags allow what the file itself is written in."""
+        """Set the flags that let a weakly typed network run in the file's own types instead of float32."""
         if self.row.typing != "weak":
             return
         for flag, precision in (("FP16", "HALF"), ("INT8", "INT8")):
@@ -141,11 +141,11 @@ class Build:
         config.num_compute_capabilities = len(names)
         for index, name in enumerate(names):
             if not config.set_compute_capability(getattr(self.trt.ComputeCapability, name), index):
-                msg = f"the builder does not take the compute capability {name}"
+                msg = f"the builder does not support the compute capability {name}"
                 raise BuildFailure(msg)
 
     def inspect(self, serialized: bytes) -> list[plan_layers.Layer]:
-        """The layers of an engine by its inspector; none where this machine cannot load it."""
+        """Return the layers of an engine from its inspector; none if this machine cannot load the engine."""
         engine = self.trt.Runtime(self._logger).deserialize_cuda_engine(serialized)
         if engine is None:
             return []
@@ -154,7 +154,7 @@ class Build:
 
 
 def _logger(build: Build) -> Any:
-    """A logger that passes every word on. TensorRT swallows what is raised in it, so nothing may be."""
+    """Return a logger that passes on every message. It must not raise: TensorRT would swallow the exception."""
 
     class Logger(build.trt.ILogger):  # type: ignore[name-defined]
         def __init__(self) -> None:
@@ -181,7 +181,7 @@ def set_batch(
     config: tensorrt.IBuilderConfig,
     batch: Batch,
 ) -> None:
-    """Fix the inputs' first dimension if all three batches are the same, else bound it by a profile.
+    """Fix the inputs' first dimension if all three batch sizes are equal, else bound it with a profile.
 
     Raises:
         BuildFailure: The file's inputs do not allow it.
@@ -191,10 +191,10 @@ def set_batch(
     bounded = False
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        shape: Any = tensor.shape  # a tuple to Python, which the stubs do not say
+        shape: Any = tensor.shape  # a tuple at run time; the stubs have another type
         first, *rest = tuple(shape)
         if min(rest, default=1) < 0:
-            msg = f"its input {tensor.name} has a dynamic dimension beside the batch"
+            msg = f"its input {tensor.name} has another dynamic dimension than the batch"
             raise BuildFailure(msg)
         if first >= 0:
             if not smallest <= first <= largest:
@@ -207,5 +207,5 @@ def set_batch(
             profile.set_shape(tensor.name, *bounds)
             bounded = True
     if bounded and config.add_optimization_profile(profile) < 0:
-        msg = f"the builder does not take the batches {smallest}, {usual}, {largest}"
+        msg = f"the builder does not support the batch sizes {smallest}, {usual}, {largest}"
         raise BuildFailure(msg)

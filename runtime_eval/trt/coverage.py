@@ -1,6 +1,6 @@
-"""What an engine's layers and its builder's words amount to: INT8 coverage, layers that only move data, warnings.
+"""Summarizes an engine's layers and its builder's messages: INT8 coverage, reformat layers, warnings.
 
-Coverage is the share of Conv and Gemm whose operands are INT8 in the plan. It is no measure of speed.
+Coverage is the share of Conv and Gemm whose operands are INT8 in the plan. It does not measure speed.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from crqat.runtime_eval.trt.plan_layers import Layer
 # (severity of the builder's message, its text)
 Message = tuple[str, str]
 
-# What a warning means, by the builder's words: kind, whether the engine is wrong with it, and what it says to a user.
+# Known warnings, by the builder's text: kind, whether the engine is then wrong, and the message for the user.
 _KNOWN: tuple[tuple[str, Severity, re.Pattern[str], str], ...] = (
     (
         "uint8_read_as_int8",
         "error",
-        # The second is said where several quantizers share a zero point, as in files of torch.onnx.export.
+        # The second text appears if several quantizers share a zero point, as in files of torch.onnx.export.
         re.compile(r"UINT8 (zero_point|data .* is being converted to INT32)"),
         "UINT8 codes are read as INT8 with the same scale: all above 127 are clipped, half of the range",
     ),
@@ -52,10 +52,10 @@ _SHOWN_NODES = 5
 
 
 def described(layers: Sequence[Layer], macs: Mapping[str, int] | None) -> list[EngineLayer]:
-    """The layers as an engine report has them.
+    """Return the layers in the layout of an engine report.
 
     Args:
-        layers: Of `crqat.runtime_eval.trt.plan_layers`.
+        layers: Layers from `crqat.runtime_eval.trt.plan_layers`.
         macs: Multiply-accumulates of each Conv and Gemm of the ONNX file by node name; None if they are not known.
     """
     return [_described(layer, macs or {}) for layer in layers]
@@ -77,19 +77,19 @@ def _described(layer: Layer, macs: Mapping[str, int]) -> EngineLayer:
 
 
 def counts(layers: Sequence[Layer]) -> LayerCounts:
-    """How many layers there are of each kind."""
+    """Return the number of layers of each kind."""
     return LayerCounts(**{"layers": len(layers), "reformat": 0, **Counter[str](layer.kind for layer in layers)})
 
 
 def coverage(layers: Sequence[Layer], macs: Mapping[str, int] | None) -> Coverage:
-    """How much of Conv and Gemm multiplies INT8 by INT8.
+    """Return how much of Conv and Gemm multiplies INT8 by INT8.
 
-    A node is covered if every matmul layer that came from it is INT8 and there is one. A node that no such layer
-    mentions may have been fused into something that does not tell, and counts as uncovered.
+    A node is covered if at least one matmul layer came from it and all such layers are INT8. A node that no such layer
+    mentions may be fused into a layer that does not report it, and counts as uncovered.
 
     Args:
-        layers: Of `crqat.runtime_eval.trt.plan_layers`.
-        macs: As in `described`. Without them the plan's own layers are counted, and there is no share by MACs.
+        layers: Layers from `crqat.runtime_eval.trt.plan_layers`.
+        macs: As in `described`. Without them, the plan's own layers are counted, and the share by MACs is None.
     """
     matmuls = [layer for layer in layers if layer.kind == "matmul"]
     if macs is None:
@@ -122,12 +122,12 @@ def _operands(layers: Sequence[Layer]) -> str:
 
 
 def warnings(messages: Sequence[Message]) -> list[BuilderMessage]:
-    """The builder's warnings and errors, each kind once, with the first few nodes.
+    """Return the builder's warnings and errors, each kind once, with the first few nodes.
 
-    The severity is ours: a warning without which the engine computes something else is an error.
+    The severity is crqat's own: a warning that means a wrong result counts as an error.
 
     Args:
-        messages: All of the log in order; the verbose ones say which node was being parsed.
+        messages: All messages of the log in order; the verbose ones say which node was being parsed.
     """
     result: dict[str, BuilderMessage] = {}
     node = None
@@ -150,12 +150,12 @@ def _classify(severity: str, text: str) -> tuple[str, Severity, str]:
         if pattern.search(text):
             return kind, grade, meaning
     one_line = " ".join(text.split())
-    # A builder also logs errors of attempts that it then does without; whether it failed shows in the build's result.
+    # A builder also logs errors of attempts that it does not need; whether the build failed shows in its result.
     return "other", "warning", one_line if severity == "WARNING" else f"logged as an error: {one_line}"
 
 
 def headline(report: EngineReport) -> EngineSummary:
-    """What a benchmark's results keep of an engine report; the layers stay in the report's own file."""
+    """Return the summary of an engine report for results.json; the layers stay in the report's own file."""
     covered = report.coverage
     return EngineSummary(
         status=report.status,

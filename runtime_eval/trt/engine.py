@@ -1,8 +1,8 @@
-"""A TensorRT engine from an ONNX file, and its report: `python -m crqat.runtime_eval.trt.engine FILE --report JSON`.
+"""Builds a TensorRT engine and its report: `python -m crqat.runtime_eval.trt.engine FILE --report JSON`.
 
-Each build has a process of its own: a failed build can spoil the next one in the same process, silently, and a builder
-that dies or hangs takes nothing else along. Without a GPU, tensorrt_rtx builds and its verbose log tells the plan;
-tensorrt needs the GPU that it builds for, and there the engine inspector tells.
+Each build runs in its own process: a failed build can silently spoil the next one in the same process, and a builder
+that crashes or hangs affects nothing else. Without a GPU, tensorrt_rtx builds and its verbose log gives the plan;
+tensorrt needs the GPU that it builds for, where the engine inspector gives the plan.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from crqat.runtime_eval.trt import coverage, plan_file, plan_layers
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from crqat.runtime_eval.trt.builder import Batch, Build, BuildFailure
 
-# The working directory of the process that builds: `python -m` searches it first.
+# Working directory of the building process: `python -m` searches it first.
 PACKAGES = Path(__file__).parents[3]
 _PROGRAM = "crqat.runtime_eval.trt.engine"
-# What an export's files compute in, by the target that their metadata names.
+# Type of an export file's float operations, by the target in its metadata.
 _PRECISIONS = {"float": "float32", "float16": "float16"}
 _PARSING = re.compile(r"Parsing node: (?P<node>.*) \[(?P<operator>\w+)\]")
 _PARSED = "crqat: the file has been parsed"
@@ -48,15 +48,15 @@ _PARSED = "crqat: the file has been parsed"
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """How an engine is built.
+    """Options of an engine build.
 
     Attributes:
-        builder: "tensorrt" or "tensorrt_rtx"; None takes what this machine can build with.
-        batch: Smallest, usual and largest batch; three times the same makes the engine static.
-        compute_capabilities: GPUs to build for, such as SM89, where the builder lets choose; empty is its default.
-        time_limit_seconds: A build that takes longer is stopped.
-        timing_cache: File with measured kernel times, read if it is there and written anew; not used by tensorrt_rtx,
-            which measures nothing.
+        builder: "tensorrt" or "tensorrt_rtx"; None selects one that works on this machine.
+        batch: Minimum, optimum and maximum batch size; three equal values make the engine static.
+        compute_capabilities: GPUs to build for, such as SM89, if the builder offers a choice; empty for its default.
+        time_limit_seconds: Seconds after which a build is stopped.
+        timing_cache: File with measured kernel times, which is read if it exists and then replaced; not used by
+            tensorrt_rtx, which measures nothing.
     """
 
     builder: str | None = None
@@ -69,20 +69,20 @@ class EngineOptions:
 def build(
     model: Path, options: EngineOptions, macs: Mapping[str, int] | None = None, engine: Path | None = None
 ) -> EngineReport:
-    """Build an engine in a process of its own.
+    """Build an engine in a separate process.
 
     Args:
         model: The ONNX file.
-        options: How.
+        options: Options of the build.
         macs: Multiply-accumulates of each Conv and Gemm by node name, from the export's manifest; None if not known.
-        engine: Where to write the engine; None keeps only the report.
+        engine: File for the engine; None keeps only the report.
 
     Returns:
-        The engine report, also of a file of which no engine can be made.
+        The engine report, even if no engine can be built from the file.
 
     Raises:
         ToolError: No builder is installed, or it does not start.
-        UsageError: There is no such file, or the builder does not build for a compute capability.
+        UsageError: The file does not exist, or the builder does not support a compute capability.
     """
     if not model.is_file():
         msg = f"{model}: no such file"
@@ -90,7 +90,7 @@ def build(
     builder = options.builder or tensorrt_api.choose()
     if builder is None or tensorrt_api.installed(builder) is None:
         builder = builder or tensorrt_api.RTX
-        msg = f"{builder} is not installed, which builds the engine; {tensorrt_api.INSTALL_HINTS[builder]}"
+        msg = f"{builder}, which builds the engine, is not installed; {tensorrt_api.INSTALL_HINTS[builder]}"
         raise ToolError(msg)
     tensorrt_api.check_targets(builder, options.compute_capabilities)
     with tempfile.TemporaryDirectory() as scratch:
@@ -116,7 +116,7 @@ def build(
 
 
 def _run(command: list[str], limit: float) -> str | None:
-    """Run the process; None if it wrote its report, else what it died of."""
+    """Run the process; return None if it wrote its report, else the cause of its death."""
     try:
         result = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit, cwd=PACKAGES, check=False
@@ -131,11 +131,11 @@ def _run(command: list[str], limit: float) -> str | None:
     if code == ToolError.exit_code and last.startswith(f"{_PROGRAM}: "):
         raise ToolError(last.removeprefix(f"{_PROGRAM}: "))
     cause = f"its process was ended by {failures.signal_name(-code)}" if code < 0 else f"its process exited with {code}"
-    return f"{cause}, last words: {last}" if last else cause
+    return f"{cause}, last output: {last}" if last else cause
 
 
 def _last_parsed(log: Path) -> tuple[str | None, str | None]:
-    """Node and operator at which the parser was when the process ended; None and None if it was not parsing."""
+    """Return node and operator that the parser was at when the process ended; None and None if it was not parsing."""
     text = log.read_text(errors="replace") if log.is_file() else ""
     found = [match for match in map(_PARSING.search, text.splitlines()) if match]
     if not found or _PARSED in text:
@@ -145,7 +145,7 @@ def _last_parsed(log: Path) -> tuple[str | None, str | None]:
 
 @dataclass
 class Found:
-    """What is known of a build so far; attributes as in `EngineReport`."""
+    """Findings of a build so far; attributes as in `EngineReport`."""
 
     failure: BuildError | None = None
     flags: list[str] = field(default_factory=list)
@@ -162,13 +162,13 @@ class Found:
 
 
 def report_of(model: Path, options: EngineOptions, builder: str, found: Found) -> EngineReport:
-    """The report of a build.
+    """Return the report of a build.
 
     Args:
         model: The ONNX file.
-        options: How it was built.
-        builder: Who built it.
-        found: What came of it.
+        options: Options of the build.
+        builder: Builder that was used.
+        found: Findings of the build.
     """
     failure, status, notices = found.failure, BUILT, []
     if failure is not None:
@@ -176,7 +176,7 @@ def report_of(model: Path, options: EngineOptions, builder: str, found: Found) -
         operator = f" [{failure.operator}]" if failure.operator else ""
         status = f"failed: {failure.stage}{at}{operator}: {failure.rule}"
     if builder == tensorrt_api.RTX:
-        notices.append("tensorrt_rtx does not build for Jetson (SM87, SM110) or SM90: this plan says nothing of them")
+        notices.append("tensorrt_rtx does not build for Jetson (SM87, SM110) or SM90: this plan is not for them")
     return EngineReport(
         model=model.name,
         model_sha256=run_directory.sha256_file(model),
@@ -192,21 +192,21 @@ def report_of(model: Path, options: EngineOptions, builder: str, found: Found) -
 def build_here(
     model: Path, options: EngineOptions, macs: Mapping[str, int] | None, engine: Path | None, log: Path
 ) -> EngineReport:
-    """Build in this process, as the program does; for everyone else there is `build`.
+    """Build in this process, as the program does; other callers use `build`.
 
     Args:
         model: The ONNX file.
-        options: How; the time limit is not this process's to keep.
+        options: Options of the build; the parent process enforces the time limit.
         macs: As in `build`.
         engine: As in `build`.
-        log: File to which the builder's words go as they come.
+        log: File for the builder's messages, written as they arrive.
 
     Returns:
-        As `build`.
+        The engine report, as in `build`.
 
     Raises:
-        ToolError: The builder cannot be imported, does not start, or does not tell what it built.
-        UsageError: As `build`.
+        ToolError: The builder cannot be imported, does not start, or does not report what it built.
+        UsageError: As in `build`.
     """
     name = options.builder or tensorrt_api.choose() or tensorrt_api.RTX
     trt = tensorrt_api.load(name)
@@ -240,14 +240,14 @@ def build_here(
             if inspected:
                 layers, unread, found.source = inspected, [], "engine inspector"
     if not layers:
-        msg = f"{name} {trt.__version__}: neither its log nor its engine inspector tells the engine's layers"
+        msg = f"{name} {trt.__version__}: neither its log nor its engine inspector reports the engine's layers"
         raise ToolError(msg)
     if unread:
         text = f"plan lines that could not be read, such as {unread[0][:200]}"
         found.messages.append(BuilderMessage("warning", text, len(unread), [], "unread_plan"))
     if engine is not None and name == tensorrt_api.TENSORRT:
         _save_plan(model, engine, serialized, trt.__version__)
-    elif engine is not None:  # no runner loads it
+    elif engine is not None:  # no runner loads the engine
         run_directory.replace_file(engine, serialized)
     found.timing_cache_sha256 = going.timing_cache_sha256
     found.size_bytes, found.engine_sha256 = len(serialized), hashlib.sha256(serialized).hexdigest()
@@ -256,13 +256,13 @@ def build_here(
 
 
 def describe_plan(found: Found, layers: Sequence[plan_layers.Layer], macs: Mapping[str, int] | None) -> None:
-    """Fill in what an engine's layers amount to; arguments as in `crqat.runtime_eval.trt.coverage.coverage`."""
+    """Fill in counts and coverage of an engine's layers; arguments as in `crqat.runtime_eval.trt.coverage.coverage`."""
     found.layers, found.counts = coverage.described(layers, macs), coverage.counts(layers)
     found.coverage = coverage.coverage(layers, macs)
 
 
 def _save_plan(model: Path, engine: Path, serialized: bytes, version: str) -> None:
-    """Write an engine with the sidecar by which `crqat.runtime_eval.runners.tensorrt` knows that it fits."""
+    """Write an engine with the sidecar by which `crqat.runtime_eval.runners.tensorrt` checks that it fits."""
     from crqat.runtime_eval.runners.tensorrt import device_capability
 
     metadata = onnx_header.read(model)
@@ -278,10 +278,10 @@ def _save_plan(model: Path, engine: Path, serialized: bytes, version: str) -> No
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build one engine in this process and write its report; 0 also if the file cannot become an engine.
+    """Build one engine in this process and write its report; return 0 even if no engine can be built from the file.
 
     Args:
-        arguments: Without the program's name; None takes the process's own.
+        arguments: Arguments without the program's name; None uses those of the process.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {_PROGRAM}", description="Build a TensorRT engine.")
     parser.add_argument("model", type=Path)
@@ -292,7 +292,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--compute-capability", action="append", default=[], metavar="SM89")
     parser.add_argument("--macs", type=Path, help="JSON object: multiply-accumulates by node name")
     parser.add_argument("--timing-cache", type=Path)
-    parser.add_argument("--log", type=Path, help="write the builder's words here; default: beside the report")
+    parser.add_argument("--log", type=Path, help="write the builder's messages here; default: next to the report")
     given = parser.parse_args(arguments)
     targets = tuple(given.compute_capability)
     options = EngineOptions(given.builder, tuple(given.batch), targets, timing_cache=given.timing_cache)

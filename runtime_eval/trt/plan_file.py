@@ -1,7 +1,8 @@
-"""What stands beside a TensorRT plan: for which TensorRT and which device it was built, and the hash of its bytes.
+"""Metadata stored next to a TensorRT plan: TensorRT version, device and SHA-256.
 
-A plan is bound to the version that built it and to the kind of device it was built for, and TensorRT's own refusal of a
-foreign one is a line in a log. Loading a plan runs what is in it: one whose hash is not the recorded one is not loaded.
+A plan only works with the version that built it and the kind of device that it was built for; TensorRT reports a
+mismatch only as a line in a log. Loading a plan runs code in it, so a plan whose hash differs from the recorded one is
+not loaded.
 """
 
 from __future__ import annotations
@@ -18,22 +19,22 @@ from crqat.core.run_directory import replace_file
 
 SCHEMA_VERSION = 1
 PRECISIONS = ("int8", "float16", "float32")
-# The first device whose INT8 tensor cores TensorRT's support matrix lists (Xavier).
+# First device in TensorRT's support matrix with INT8 tensor cores (Xavier).
 INT8_CAPABILITY = (7, 2)
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """What is known of a plan.
+    """Metadata of a plan.
 
     Attributes:
-        plan_sha256: Of the plan's bytes.
-        builder: The module that built it: "tensorrt" or "tensorrt_rtx".
+        plan_sha256: SHA-256 of the plan.
+        builder: Module that built the plan: "tensorrt" or "tensorrt_rtx".
         version: That module's `__version__`.
-        compute_capability: Of the device it was built for, such as "8.7".
-        precision: "int8", "float16" or "float32": what the ONNX file asks for.
-        metadata: The ONNX file's own, which a plan does not carry: strings by name.
-        schema_version: Of this file's layout.
+        compute_capability: Compute capability of the device that the plan was built for, such as "8.7".
+        precision: Precision that the ONNX file asks for: "int8", "float16" or "float32".
+        metadata: Metadata of the ONNX file, strings by name; the plan itself does not store them.
+        schema_version: Version of this file's layout.
     """
 
     plan_sha256: str
@@ -46,7 +47,7 @@ class Sidecar:
 
 
 def sidecar_path(plan: Path) -> Path:
-    """Where the sidecar of a plan file stands."""
+    """Return the path of a plan file's sidecar."""
     return plan.with_name(f"{plan.name}.json")
 
 
@@ -60,16 +61,16 @@ def save(
     precision: str,
     metadata: dict[str, str],
 ) -> Sidecar:
-    """Write a plan and its sidecar, each in one step; between the two steps a reader sees a hash that does not fit.
+    """Write a plan and its sidecar, each atomically; between the two writes a reader sees a hash that does not match.
 
     Args:
-        path: The plan's file.
-        plan: Its bytes.
-        builder: See `Sidecar`, as the other arguments.
-        version: Of the builder.
-        compute_capability: Of the device, not of this machine where it has none.
+        path: File of the plan.
+        plan: Bytes of the plan.
+        builder: Module that built the plan, as in `Sidecar`.
+        version: Version of the builder.
+        compute_capability: Compute capability of the device that the plan is for.
         precision: One of `PRECISIONS`.
-        metadata: Of the ONNX file.
+        metadata: Metadata of the ONNX file.
 
     Raises:
         ToolError: The files cannot be written.
@@ -88,10 +89,10 @@ def save(
 
 
 def read(plan: Path) -> Sidecar:
-    """The sidecar of a plan file.
+    """Return the sidecar of a plan file.
 
     Raises:
-        UsageError: There is none, or it is damaged.
+        UsageError: The sidecar is missing or damaged.
     """
     path = sidecar_path(plan)
     try:
@@ -109,7 +110,7 @@ def read(plan: Path) -> Sidecar:
         msg = f"{path}: damaged (a value is not text); build the engine again"
         raise UsageError(msg)
     if sidecar.schema_version != SCHEMA_VERSION or sidecar.precision not in PRECISIONS:
-        msg = f"{path}: of another crqat (schema version {sidecar.schema_version}); build the engine again"
+        msg = f"{path}: from another crqat (schema version {sidecar.schema_version}); build the engine again"
         raise UsageError(msg)
     return sidecar
 
@@ -118,25 +119,25 @@ def require_int8(capability: tuple[int, int]) -> None:
     """Check that a device computes INT8.
 
     Raises:
-        ToolError: Its compute capability is below 7.2.
+        ToolError: The device's compute capability is below 7.2.
     """
     if capability < INT8_CAPABILITY:
-        msg = f"INT8 needs compute capability 7.2, this device has {_text(capability)}; use the float16 file here"
+        msg = f"INT8 needs compute capability 7.2, but this device has {_text(capability)}; use the float16 file here"
         raise ToolError(msg)
 
 
 def load(plan: Path, builder: str, version: str, capability: tuple[int, int]) -> tuple[bytes, Sidecar]:
-    """The bytes of a plan that fits this machine, and its sidecar. What was hashed is what is returned.
+    """Return the hashed bytes of a plan that fits this machine, and its sidecar.
 
     Args:
-        plan: The plan's file.
-        builder: The module that would run it.
+        plan: File of the plan.
+        builder: Module that would run the plan.
         version: That module's `__version__`.
         capability: Compute capability of the device, major and minor.
 
     Raises:
         UsageError: The plan or its sidecar is missing or damaged.
-        ToolError: It was built for another TensorRT or another device, or this device has no INT8.
+        ToolError: The plan is for another TensorRT or device, or this device has no INT8.
     """
     sidecar = read(plan)
     if sidecar.precision == "int8":
@@ -147,7 +148,7 @@ def load(plan: Path, builder: str, version: str, capability: tuple[int, int]) ->
         ("compute capability", sidecar.compute_capability, _text(capability)),
     ):
         if built != here:
-            msg = f"{plan}: a foreign engine, built for {what} {built}, not {here}; build it on this machine"
+            msg = f"{plan}: the engine was built for {what} {built}, not {here}; build it on this machine"
             raise ToolError(msg)
     try:
         content = plan.read_bytes()

@@ -1,9 +1,9 @@
-"""The layers of a TensorRT engine, from the builder's verbose log or from the engine inspector's JSON.
+"""Parses the layers of a TensorRT engine from the builder's verbose log or the engine inspector's JSON.
 
-The log's plan lines are the only source on a machine without a GPU: there an engine is built but cannot be loaded. The
+The log's plan lines are the only source on a machine without a GPU, where an engine is built but cannot be loaded. The
 inspector's JSON has had three layouts: one key "Format/Datatype" (8.x, 10.x), separate keys (late 10.x), and "I/O
-Tensors" in place of "Bindings" (11.x). The first was tested on engines that NVIDIA published, the others were written
-from their description and have met no engine yet.
+Tensors" instead of "Bindings" (11.x). The first was tested on engines that NVIDIA published. The others follow their
+description and have not been tested on an engine.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("runtime_fusion", "myelin", "foreignnode"), "opaque"),
     "reformat": "reformat",
 }
-# A generated kernel is named by what it does. One that does nothing else than this computes nothing.
+# A generated kernel is named by its operations. A kernel with only these operations computes nothing.
 _LAYOUT = {"Tran", "Cast"}
 _MOVEMENT = _LAYOUT | {"Slic", "Conc", "Repl", "Resh", "Copy", "Move"}
-# In the names of the kernels that multiply INT8 by INT8.
+# Parts of the names of kernels that multiply INT8 by INT8.
 _INT8_TACTIC = re.compile(r"i8i8|int8|imma", re.IGNORECASE)
 _FORMATS = (("Int8", INT8), ("INT8", INT8), ("FP16", "Half"), ("FP32", "Float"), ("BF16", "BFloat16"), ("FP8", "FP8"),
             ("Int32", "Int32"), ("INT32", "Int32"), ("Bool", "Bool"))  # fmt: skip
@@ -48,14 +48,14 @@ class Layer:
     """One layer of an engine.
 
     Attributes:
-        name: The engine's own.
-        kind: "matmul" for Conv and Gemm, which coverage is about; "opaque" for what fuses operations and does not say
-            how it computes them.
-        type: The engine's own word for what it is.
-        inputs: Precision of each input, as the engine spells it: Int8, Half, Float.
-        outputs: The same of each output.
-        weights: Of a matmul: the precision of its second operand; None if there is none or it is not told.
-        nodes: Names of the ONNX nodes that it came from, as far as the engine says.
+        name: Name of the layer in the engine.
+        kind: "matmul" for Conv and Gemm, which coverage counts; "opaque" for a layer that fuses operations and does not
+            report how it computes them.
+        type: Layer type in the engine's own words.
+        inputs: Precision of each input in the engine's spelling: Int8, Half, Float.
+        outputs: Precision of each output, spelled likewise.
+        weights: Precision of a matmul's second operand; None if there is none or it is not reported.
+        nodes: Names of the ONNX nodes that the layer came from, if the engine reports them.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Layer:
 
     @property
     def int8(self) -> bool:
-        """Whether it multiplies INT8 by INT8. The output may well be of another type."""
+        """Whether the layer multiplies INT8 by INT8; its output may be of another type."""
         return self.kind == "matmul" and self.weights == INT8 and self.inputs[:1] == (INT8,)
 
 
@@ -79,7 +79,7 @@ class _Tensor:
 
     @property
     def wide(self) -> bool:
-        """Whether it can be an operand: a scale or a bias for each channel has a single dimension other than 1."""
+        """Whether the tensor can be an operand: a scale or a bias per channel has only one dimension other than 1."""
         return sum(abs(size) != 1 for size in self.dimensions) >= 2
 
     @property
@@ -91,7 +91,7 @@ class _Tensor:
 
 
 def from_log(messages: Sequence[str]) -> tuple[list[Layer], list[str]]:
-    """The plan in a verbose log: its layers, and the plan lines that could not be read, which is to be nothing."""
+    """Parse the plan in a verbose log; return the layers and any unparsed plan lines (expected: none)."""
     layers, unread = [], []
     for message in messages:
         for line in message.splitlines():
@@ -140,23 +140,23 @@ def _kind_of_generated(name: str) -> Kind:
 
 
 def _weights(inputs: Sequence[_Tensor], constants: Sequence[_Tensor]) -> str | None:
-    """The second operand's type: among constants if one of them can be it, else (weights at run time) among inputs."""
+    """Return the second operand's type, from the constants if one can be it, else (weights at run time) the inputs."""
     for candidates in (constants, inputs[1:]):
         wide = [tensor for tensor in candidates if tensor.wide]
         if wide:
             return max(wide, key=lambda tensor: tensor.elements).type
-    # A single output channel leaves one dimension; it still has more elements than the scalars beside it.
+    # With a single output channel one dimension is left, which still has more elements than the scalars next to it.
     rest = [tensor for tensor in (*constants, *inputs[1:]) if tensor.elements > 1]
     return max(rest, key=lambda tensor: tensor.elements).type if rest else None
 
 
 def from_inspector(information: Mapping[str, Any]) -> list[Layer]:
-    """The layers of the engine inspector's JSON, in any of its layouts.
+    """Return the layers of the engine inspector's JSON, in any of its layouts.
 
-    An engine built without detailed profiling verbosity names its layers and says nothing else of them.
+    An engine built without detailed profiling verbosity reports only the names of its layers.
 
     Raises:
-        ValueError: There is no list of layers.
+        ValueError: The JSON has no list of layers.
     """
     layers = information.get("Layers")
     if not isinstance(layers, list):
@@ -173,7 +173,7 @@ def _from_entry(entry: Mapping[str, Any]) -> Layer:
     name, layer_type = str(entry.get("Name", "")), str(entry.get("LayerType", "unknown"))
     kind = _kind(layer_type)
     if kind == "other":
-        # A kernel library's name (CaskConvolution); the parameters' type says what it computes.
+        # The name is a kernel library's (CaskConvolution); the parameters' type gives the operation.
         kind = _kind(str(entry.get("ParameterType", "")))
     if kind == "other" and "ForeignNode" in name:
         kind = "opaque"
@@ -194,7 +194,7 @@ def _from_entry(entry: Mapping[str, Any]) -> Layer:
 
 
 def _nodes_of_name(name: str) -> tuple[str, ...]:
-    """The names that a fused layer's own name is made of; several profiles add "[profile 1]" to it."""
+    """Split a fused layer's name into its parts; engines with several profiles append "[profile 1]"."""
     return tuple(part.strip() for part in re.sub(r" ?\[profile \d+\]$", "", name).split(" + ") if part.strip())
 
 

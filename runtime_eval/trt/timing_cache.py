@@ -1,8 +1,8 @@
-"""A TensorRT timing cache that several builds share: locked, merged, hashed, replaced in one step.
+"""A TensorRT timing cache that several builds share: locked, merged, hashed and replaced atomically.
 
-With the measured times of the builds before, a build is faster and chooses the same kernels again. The file is one line
-with the SHA-256 of the rest, then TensorRT's own bytes. A cache can always be measured anew: a file that is damaged or
-belongs to another TensorRT or device is not used, and the next build replaces it.
+With the measured times of earlier builds, a build is faster and chooses the same kernels again. The file is one line
+with the SHA-256 of the rest, followed by TensorRT's own bytes. A cache can always be measured again: a file that is
+damaged or belongs to another TensorRT or device is not used, and the next build replaces it.
 """
 
 from __future__ import annotations
@@ -25,29 +25,29 @@ def attach(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
     """Give a builder's configuration the cache in a file, or an empty one if the file does not fit.
 
     Returns:
-        The cache, which must live for as long as the build.
+        The cache, which must stay alive as long as the build.
 
     Raises:
-        ToolError: TensorRT takes not even an empty cache, or the file cannot be locked.
+        ToolError: TensorRT rejects even an empty cache, or the file cannot be locked.
     """
     with _locked(path):
         content = _read(path)
     for blob in (content, b""):
         cache = config.create_timing_cache(blob) if blob is not None else None
-        # The mismatch is not ignored: times of another device would choose the wrong kernels.
+        # A mismatch is not ignored: times of another device would select the wrong kernels.
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
             return cache
-    msg = f"{path}: TensorRT takes no timing cache"
+    msg = f"{path}: TensorRT rejects an empty timing cache"
     raise ToolError(msg)
 
 
 def merge(config: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> str:
-    """Add what a build has measured to the file; of two builds at the same time neither loses its part.
+    """Add the times that a build measured to the file; parallel builds do not lose each other's times.
 
     Args:
-        config: The configuration of the build that has ended.
-        cache: What `attach` returned for it.
-        path: The file.
+        config: Configuration of the build that has ended.
+        cache: Cache that `attach` returned for the build.
+        path: File of the cache.
 
     Returns:
         SHA-256 of TensorRT's bytes in the file, for the record of the build.
@@ -59,7 +59,7 @@ def merge(config: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> st
         content = _read(path)
         other = config.create_timing_cache(content) if content is not None else None
         if other is not None:
-            # False for a cache of another TensorRT or device, which is replaced then.
+            # False for a cache of another TensorRT or device, which is then replaced.
             cache.combine(other, ignore_mismatch=False)
         serialized = cache.serialize()
         if serialized is None:
@@ -77,7 +77,7 @@ def merge(config: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> st
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Hold the lock of a cache. It is a file beside it, since the cache itself is replaced."""
+    """Hold the lock of a cache. The lock is a separate file, because the cache itself is replaced."""
     try:
         file = path.with_name(f"{path.name}.lock").open("a")
     except OSError as error:
@@ -89,7 +89,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> bytes | None:
-    """TensorRT's bytes in a cache file; None if there is none or its hash does not fit."""
+    """Return TensorRT's bytes in a cache file; None if the file is missing or its hash does not match."""
     try:
         digest, _, blob = path.read_bytes().partition(b"\n")
     except OSError:

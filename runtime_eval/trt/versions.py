@@ -1,4 +1,4 @@
-"""What the versions of TensorRT have in common and what they have not, in one table; and which of them is installed."""
+"""Table of the features of TensorRT versions, and detection of the installed version."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from crqat.runtime_eval.machine import host
 TENSORRT, RTX = "tensorrt", "tensorrt_rtx"
 INSTALL_HINTS = {
     RTX: "pip install crqat-edge[tensorrt-cpu]",
-    TENSORRT: "pip install tensorrt; on a Jetson it is JetPack's",
+    TENSORRT: "pip install tensorrt; a Jetson uses JetPack's",
 }
-# Its module comes in packages of several names, one for each major version of CUDA.
+# TensorRT's module comes in packages of several names, one for each major version of CUDA.
 _RTX_DISTRIBUTIONS = ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
 
 
 @dataclass(frozen=True)
 class Capability:
-    """What one range of versions has.
+    """Features of one range of versions.
 
     Attributes:
-        module: Its Python module.
-        since: First version of the range; it ends where the next one of the same module begins.
-        typing: "weak": layers run in a type that builder flags allow. "flag": that too, but a network can be created
-            strongly typed, and then runs in the file's own types. "strong": always strongly typed.
-        explicit_batch: The ONNX parser only takes a network that was created with EXPLICIT_BATCH.
+        module: Name of the Python module.
+        since: First version of the range, which ends where the module's next range begins.
+        typing: "weak": layers run in types that builder flags allow. "flag": the same, but a network can also be
+            created strongly typed and then runs in the file's own types. "strong": always strongly typed.
+        explicit_batch: Whether the ONNX parser only accepts a network that was created with EXPLICIT_BATCH.
         precision_flags: Builder flags that a weakly typed network needs; strong typing forbids them.
-        profiles: A dynamic batch is bounded by optimization profiles.
-        timing_cache: Measured kernel times can be kept from one build to the next.
-        compute_capabilities: GPUs that an engine can be built for from another machine; empty where it is always for
-            the GPU in this one.
+        profiles: Whether optimization profiles bound a dynamic batch.
+        timing_cache: Whether measured kernel times can be kept between builds.
+        compute_capabilities: GPUs that an engine can be built for on another machine; empty if it is always built for
+            this machine's GPU.
     """
 
     module: str
@@ -63,29 +63,29 @@ TABLE = (
         compute_capabilities=("SM75", "SM80", "SM86", "SM89", "SM120", "SM121"),
     ),
 )
-# Of Jetsons and data centres, which the builder for machines without a GPU does not have.
+# GPUs of Jetsons and data centres, which the builder for machines without a GPU does not support.
 _MISSING_TARGETS = {"SM72": "Jetson Xavier", "SM87": "Jetson Orin", "SM90": "Hopper", "SM110": "Jetson Thor"}
 
 
 def capability(module: str, version: str) -> Capability:
-    """The row of the table that a version falls under.
+    """Return the row of the table for a version.
 
     Raises:
-        ToolError: It is older than all of them.
+        ToolError: The version is older than every row.
     """
     numbers = tuple(int(part) if part.isdigit() else 0 for part in version.split(".")[:2])
     rows = [row for row in TABLE if row.module == module and row.since <= numbers]
     if not rows:
-        msg = f"{module} {version} is older than what crqat can drive; install {module} 8.5 or newer"
+        msg = f"{module} {version} is older than crqat supports; install {module} 8.5 or newer"
         raise ToolError(msg)
     return max(rows, key=lambda row: row.since)
 
 
 def check_targets(module: str, wanted: tuple[str, ...]) -> None:
-    """Check that a builder has the GPUs that an engine is to be for; none are always right.
+    """Check that a builder supports the GPUs that an engine should be built for; an empty list is always valid.
 
     Raises:
-        UsageError: It has not; the message says which it has and what to do.
+        UsageError: A GPU is not supported; the message lists the supported ones and the fix.
     """
     row = max((row for row in TABLE if row.module == module), key=lambda row: row.since)
     for name in wanted:
@@ -95,18 +95,18 @@ def check_targets(module: str, wanted: tuple[str, ...]) -> None:
             msg = f"compute capability {name}: {module} builds for the GPU of this machine alone; leave it out"
         elif name in _MISSING_TARGETS:
             msg = (
-                f"compute capability {name} ({_MISSING_TARGETS[name]}): {module} does not build for it, and what it "
-                f"builds for others says nothing of it; build with tensorrt on the device itself"
+                f"compute capability {name} ({_MISSING_TARGETS[name]}): {module} does not build for it; its engines "
+                f"for other devices say nothing about it; build with tensorrt on the device itself"
             )
         else:
-            msg = f"compute capability {name}: {module} has {', '.join(row.compute_capabilities)}"
+            msg = f"compute capability {name}: {module} supports only {', '.join(row.compute_capabilities)}"
         raise UsageError(msg)
 
 
 def installed(module: str) -> str | None:
-    """The version of a builder that is installed, without importing it; None if it is not."""
+    """Return the version of an installed builder without importing it; None if it is not installed."""
     spec = importlib.util.find_spec(module)
-    # Type stubs make a package without a file of its own.
+    # A package of type stubs has no file of its own.
     if spec is None or spec.origin is None:
         return None
     for name in _RTX_DISTRIBUTIONS if module == RTX else (module,):
@@ -116,7 +116,7 @@ def installed(module: str) -> str | None:
 
 
 def choose() -> str | None:
-    """The builder to take here: tensorrt where there is a GPU, which it needs; else tensorrt_rtx; None without both."""
+    """Return the builder for this machine: tensorrt if there is a GPU, else tensorrt_rtx; None without either."""
     if host.cuda_device() and installed(TENSORRT):
         return TENSORRT
     return RTX if installed(RTX) else None
@@ -126,7 +126,7 @@ def load(module: str) -> Any:
     """Import a builder's module.
 
     Raises:
-        ToolError: It is not installed, or its libraries cannot be loaded.
+        ToolError: The module is not installed, or its libraries cannot be loaded.
     """
     try:
         loaded = importlib.import_module(module)
@@ -140,17 +140,17 @@ def load(module: str) -> Any:
 
 
 def network_flags(trt: Any, row: Capability) -> tuple[int, list[str]]:
-    """The flags of `create_network` and their names. Their numbers differ: bit 0 means another flag in 11 than in 10.
+    """Return the flags of `create_network` and their names; the same bit means other flags in 10 and 11.
 
     Raises:
-        ToolError: The module lacks a flag that its version is known to have.
+        ToolError: The module lacks a flag that its version should have.
     """
     wanted = ["EXPLICIT_BATCH"] if row.explicit_batch else []
     wanted += [] if row.typing == "weak" else ["STRONGLY_TYPED"]
-    # 10 still has EXPLICIT_BATCH and ignores it.
+    # Version 10 still has EXPLICIT_BATCH and ignores it.
     members = trt.NetworkDefinitionCreationFlag.__members__
     missing = [name for name in wanted if name not in members]
     if missing:
-        msg = f"{row.module} {trt.__version__} has no network flag {missing[0]}, which its version is known to have"
+        msg = f"{row.module} {trt.__version__} has no network flag {missing[0]}, which its version should have"
         raise ToolError(msg)
     return sum(1 << int(members[name]) for name in wanted), wanted

@@ -1,7 +1,7 @@
-"""A float vision network goes in, an INT8 model that is verified on its edge runtime comes out.
+"""Quantize a float vision network to INT8 and verify it on its edge runtime.
 
-docs/python_api.md shows how the names belong together. Each is imported when it is first asked for: `import crqat` and
-the command line's help load no torch and no onnx.
+docs/python_api.md shows how the names belong together. Each name is imported on first use, so that `import crqat` and
+the command line's help load neither torch nor onnx.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
     "gate", "load", "parameter_groups", "quantize", "save", "targets", "verify",
 ]  # fmt: skip
 
-# Name to the module that defines it; the imports above are the same for type checkers, as a test asserts.
+# Maps each name to the module that defines it; a test asserts that it matches the imports for type checkers above.
 _MODULES = {
     "Benchmark": "crqat.pipeline.measure",
     "Dataset": "crqat.train.data.dataset",
@@ -44,7 +44,7 @@ _MODULES = {
     "VerificationError": "crqat.core.errors",
     "benchmark": "crqat.pipeline.measure",
     "consistency_loss": "crqat.train.training.consistency",
-    "export": "crqat.export",  # the package, which can be called: see its __init__
+    "export": "crqat.export",  # the package, which is callable: see its __init__
     "gate": "crqat.pipeline.measure",
     "load": "crqat.train.quantized_model",
     "parameter_groups": "crqat.train.training.optimizer",
@@ -56,7 +56,7 @@ _MODULES = {
 _DEFINED_AS = {"targets": "names"}
 
 
-if not TYPE_CHECKING:  # with it any name would pass for a type checker
+if not TYPE_CHECKING:  # a type checker would otherwise accept any name
 
     def __getattr__(name: str) -> Any:
         if name == "__version__":

@@ -50,5 +50,5 @@ def test_unsigned_codes_do_not_wrap_around() -> None:
 
 
 def test_tensors_of_other_sizes_are_an_error() -> None:
-    with pytest.raises(ValueError, match="t: 3 codes are expected, there are 2"):
+    with pytest.raises(ValueError, match="t: expected 3 codes, got 2"):
         compare_codes({"t": (np.zeros(3, int), np.zeros(2, int))})

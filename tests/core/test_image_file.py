@@ -93,7 +93,7 @@ def test_images_become_grey_with_leave(tmp_path: Path, mode: str) -> None:
     with Image.open(path) as again:
         expected = np.asarray(again.convert("L"))[None]
     np.testing.assert_array_equal(load_image(path, 16, 16, convert=True, channels=1), expected)
-    with pytest.raises(UsageError, match=r"1 channel .* or 3 .*, and 4 are asked for"):
+    with pytest.raises(UsageError, match=r"1 channel .* or 3 .*, not 4; set data.channels"):
         load_image(path, 16, 16, channels=4)
 
 
@@ -158,5 +158,5 @@ def test_the_filter_of_the_weights_is_used_wherever_the_model_runs(tmp_path: Pat
     made = Preprocessing((0.5,), (0.25,), 256, 224, "bicubic")
     assert Preprocessing.from_json(asdict(made)) == made
     assert Preprocessing.from_json({"mean": [0.5], "std": [0.25], "size": 4, "crop": 4}).interpolation == "bilinear"
-    with pytest.raises(ValueError, match="interpolation 'cubic' is none of bilinear"):
+    with pytest.raises(ValueError, match="interpolation 'cubic' is not one of bilinear"):
         Preprocessing.from_json({**asdict(made), "interpolation": "cubic"})

@@ -41,8 +41,8 @@ def test_anything_is_a_value_that_can_be_written_or_a_value_error(content: bytes
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("NaN", "NaN is no number in JSON"),
-        ("[-Infinity]", "-Infinity is no number"),
+        ("NaN", "NaN is not a number in JSON"),
+        ("[-Infinity]", "-Infinity is not a number"),
         ("1e999", "the number 1e999 is too large"),
         ("-1e999", "too large"),
         (str(2**63), "beyond 64 bits"),

@@ -219,7 +219,7 @@ def test_gate_with_a_baseline(
     assert "latency_regression: 2.000 [2.000, 2.000] of the baseline over 10 rounds" in capsys.readouterr().out
     assert '<failure type="fail" message="2.000' in junit.read_text()
     assert crqat(monkeypatch, "gate", *arguments, "--baseline", "elsewhere.json") == 0
-    assert "not run: baseline is of another device (Another CPU, here A [fast] CPU)" in capsys.readouterr().out
+    assert "not run: the baseline has another device (Another CPU, here A [fast] CPU)" in capsys.readouterr().out
     assert crqat(monkeypatch, "gate", *arguments, "--baseline", "none.json") == 2
     capsys.readouterr()
     assert crqat(monkeypatch, "benchmark", "recipe.yaml") == 0
@@ -324,9 +324,7 @@ def test_bundle_and_a_board_that_cannot_be_reached(
     capsys.readouterr()
     assert crqat(monkeypatch, "bundle", "runs/run1", "--out", "b.tar.gz") == 0
     printed = capsys.readouterr().out
-    assert re.match(
-        r"wrote b\.tar\.gz, bundle [0-9a-f]{64}\nmeasures as the export's recipe says: .*threads=1", printed
-    )
+    assert re.match(r"wrote b\.tar\.gz, bundle [0-9a-f]{64}\nsettings, from the export's recipe: .*threads=1", printed)
     assert "on the board:\n  tar xzf b" in printed
     assert crqat(monkeypatch, "bundle", "runs/none") == 2
     capsys.readouterr()
@@ -341,8 +339,8 @@ def test_bundle_and_a_board_that_cannot_be_reached(
     ("arguments", "message"),
     [
         (["benchmark", "recipe.yaml", "--on", "orin"], "--on orin: write it as ssh://"),
-        (["benchmark", "recipe.yaml", "--clean"], "are of a board; name it with --on"),
-        (["benchmark", "recipe.yaml", "--python", "python3.12"], "are of a board; name it with --on"),
+        (["benchmark", "recipe.yaml", "--clean"], "apply only to a board; name it with --on"),
+        (["benchmark", "recipe.yaml", "--python", "python3.12"], "apply only to a board; name it with --on"),
         (["gate", "recipe.yaml", "--on", "ssh://orin"], "benchmark@orin: no such stage yet"),
     ],
 )

@@ -207,7 +207,7 @@ def test_between_two_phases_a_signal_ends_with_how_to_go_on_and_nothing_is_lost(
             cli.main()
     assert ended.value.code == code
     last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith("crqat: error: ") and last.endswith("still is: the same command goes on from there")
+    assert last.startswith("crqat: error: ") and last.endswith("work is kept; run the same command again to resume")
     assert len(states(folder)) == 2
     with pytest.raises(SystemExit) as ended:
         cli.main()

@@ -1,1 +1,1 @@
-"""The contract between the stages: errors, integer Grids, run directories. Standard library and numpy only."""
+"""What the stages share: errors, integer Grids, run directories. Needs only the standard library and numpy."""

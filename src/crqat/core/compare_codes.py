@@ -1,8 +1,8 @@
-"""Do these integer codes agree? One comparison for the export, for boards, for benchmarks and for tests.
+"""Compares integer codes: one comparison for the export, for boards, for benchmarks and for tests.
 
-Two codes of the same value may differ where floating point leaves the value on either side of a rounding tie. A
-comparison therefore counts the codes that differ, and of those the wrong ones: those that no correct computation gives.
-Without a `Tie` of its tensor every differing code is wrong.
+Two codes of the same value may differ if its floating-point result lies near a rounding tie. A comparison therefore
+counts the codes that differ, and among these the wrong codes, which no correct computation gives. If a tensor has no
+`Tie`, every differing code is wrong.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tie:
-    """How near a rounding tie the values of a tensor lie.
+    """Distance of a tensor's values from a rounding tie.
 
     Attributes:
-        before: Values / scale before rounding, float64, of as many elements as the tensor.
-        bound: How far apart, in codes, two correct computations of `before` can lie: one number, or one for each code.
+        before: Values divided by the scale, before rounding: float64, as many elements as the tensor.
+        bound: Largest difference in codes between two correct computations of `before`: one number, or one per code.
     """
 
     before: npt.NDArray[np.float64]
@@ -31,16 +31,16 @@ class Tie:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was counted.
+    """Counts of a comparison of codes.
 
     Attributes:
-        codes: How many codes were compared.
-        differing: How many of them differ.
-        wrong: How many of these no correct computation gives.
-        largest: The largest difference among the wrong ones, in codes.
+        codes: Number of codes compared.
+        differing: Number of codes that differ.
+        wrong: Number of differing codes that no correct computation gives.
+        largest: Largest difference among the wrong codes, in codes.
         first_wrong: Name of the first tensor with a wrong code, empty if there is none.
-        farthest_from_tie: How far beyond the tie the differing codes lie at most, in codes; 0 where no `Tie` is given.
-        farthest_in: Name of the tensor where that is, empty if there is none.
+        farthest_from_tie: Largest distance of a differing code's value from the tie, in codes; 0 without a `Tie`.
+        farthest_in: Name of the tensor with that distance, empty if there is none.
     """
 
     codes: int
@@ -58,11 +58,11 @@ def compare_codes(
     """Compare tensors of integer codes.
 
     Args:
-        pairs: Name of a tensor to (expected codes, codes to judge), integers of the same number of elements.
-        ties: Of the tensors whose codes may differ near a tie: by one code, or by as many as the bound spans.
+        pairs: Tensor name to (expected codes, codes to check), integer arrays with the same number of elements.
+        ties: Ties of the tensors whose codes may differ near a tie, by one code or by as many as the bound spans.
 
     Raises:
-        ValueError: A pair differs in the number of its elements.
+        ValueError: The arrays of a pair differ in their number of elements.
     """
     import numpy as np
 
@@ -71,7 +71,7 @@ def compare_codes(
     farthest = 0.0
     for name, (expected, judged) in pairs.items():
         if expected.size != judged.size:
-            msg = f"{name}: {expected.size} codes are expected, there are {judged.size}"
+            msg = f"{name}: expected {expected.size} codes, got {judged.size}"
             raise ValueError(msg)
         codes += expected.size
         expected, judged = expected.reshape(-1), judged.reshape(-1)
@@ -84,7 +84,7 @@ def compare_codes(
         tie = (ties or {}).get(name)
         if tie is not None:
             allowed = tie.bound.reshape(-1)[different] if tie.bound.size > 1 else tie.bound.reshape(-1)
-            # A code that differs by one lies half a code and the distance of the tie away.
+            # A code that differs by one lies half a code plus the distance from the tie away.
             distance = np.abs(other - tie.before.reshape(-1)[different]) - 0.5
             bad = ~((distance <= allowed) & (steps <= np.maximum(1, np.ceil(allowed))))
             if float(distance.max()) > farthest:

@@ -1,4 +1,4 @@
-"""Exceptions that nobody expected, as one line: whose fault it is, where it was raised, where the traceback lies."""
+"""Reports unexpected exceptions in one line: the cause, where it was raised and where the traceback was written."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from pathlib import Path
 from crqat.core.errors import CrqatError, InternalError, Told, ToolError, UsageError
 
 TRACEBACK = "traceback.txt"
-# What the operating system says of a place, of rights or of a limit: nothing that another recipe or other code mends.
+# Operating system errors about a place, permissions or a limit; no change of recipe or code fixes them.
 _PLACE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM),
     *(errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.ENXIO),
 )
-# Libraries wrap these words into exceptions of their own.
+# Libraries wrap these words in exceptions of their own.
 _FULL = tuple(os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EROFS))
 _NO_MEMORY = ("can't allocate memory", "out of memory", "Cannot allocate memory")
-# In a checkout most of crqat's parts are links, so that a traceback may name a file in two ways.
+# In a checkout, most of crqat's parts are links, so a traceback may name a file by either of two paths.
 _PARTS = {part.name: part.resolve() for part in Path(__file__).parents[1].iterdir() if part.is_dir()}
 _LIBRARIES = tuple(
     {os.path.realpath(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib", "purelib", "platlib")}
@@ -47,16 +47,16 @@ _DISTRIBUTIONS = (
 
 @contextmanager
 def explained(what: str, run: Path | None = None) -> Iterator[None]:
-    """Let errors of crqat's own pass, and make one of each other exception.
+    """Context manager that passes crqat's own errors through and converts every other exception to one.
 
-    A broken pipe passes, too: whether it is that of the output is known to whoever prints.
+    A broken pipe passes through as well: only the code that prints knows whether it is the pipe of the output.
 
     Args:
-        what: The stage or command, for the message.
-        run: The run's directory, which gets the traceback; None is a temporary one.
+        what: Name of the stage or command, for the message.
+        run: Directory of the run, where the traceback is written; None for a temporary directory.
 
     Raises:
-        CrqatError: As `explain` says.
+        CrqatError: The converted exception; see `explain`.
     """
     try:
         yield
@@ -67,18 +67,19 @@ def explained(what: str, run: Path | None = None) -> Iterator[None]:
 
 
 def explain(error: BaseException, what: str, run: Path | None = None) -> CrqatError:
-    """The one line for an exception that nobody expected.
+    """Convert an unexpected exception to an error of one line.
 
     Args:
-        error: A full disk, no memory and the like are the environment's, whoever was hit by them. Of the rest, the
-            innermost line that is in no library tells whether it is crqat's error or that of the user's own code.
-        what: The stage or command.
-        run: The run's directory, None if there is none yet.
+        error: The exception. A full disk, lack of memory and the like are errors of the environment, wherever they were
+            raised. For all others, the innermost line outside libraries decides whether crqat or the user's code is at
+            fault.
+        what: Name of the stage or command.
+        run: Directory of the run; None if there is none yet.
 
     Returns:
-        ToolError: The environment's; there is no traceback.
-        UsageError: The user's code raised it, or ended the process; the message names file and line.
-        InternalError: The message says where the traceback was written and how to report it.
+        ToolError: The environment is at fault; no traceback is written.
+        UsageError: The user's code raised the exception or ended the process; the message names file and line.
+        InternalError: crqat is at fault; the message names the traceback's file and how to report it.
     """
     environment = _of_environment(error)
     if environment is not None:
@@ -101,7 +102,7 @@ def explain(error: BaseException, what: str, run: Path | None = None) -> CrqatEr
 
 
 def tell(error: Exception, program: str) -> int:
-    """Say in one line on standard error what ends a program, a broken pipe but for its own; give the exit code."""
+    """Print the error that ends a program as one line on standard error and return its exit code."""
     told = error if isinstance(error, CrqatError) else explain(error, program)
     with suppress(OSError):
         print(f"{program}: {told}" if isinstance(error, CrqatError) else told, file=sys.stderr, flush=True)
@@ -109,7 +110,7 @@ def tell(error: Exception, program: str) -> int:
 
 
 def signal_name(number: int) -> str:
-    """A signal's name; of one that Python has no name for, such as a real-time signal, its number."""
+    """Return the name of a signal, or its number if Python has no name for it, as for a real-time signal."""
     try:
         return signal.Signals(number).name
     except ValueError:
@@ -126,7 +127,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def own_file(path: str | Path) -> str | None:
-    """A file of crqat itself by its place in the package, such as "crqat/train/config.py"; None if it is none."""
+    """Return the path of a crqat file in the package, such as "crqat/train/config.py"; None for other files."""
     real = Path(path).resolve()
     for name, folder in _PARTS.items():
         if real.is_relative_to(folder):
@@ -135,7 +136,7 @@ def own_file(path: str | Path) -> str | None:
 
 
 def _of_environment(error: BaseException) -> str | None:
-    """What of the machine is wrong, and what to do; None if it is something else."""
+    """Return what is wrong with the machine and how to fix it; None if the machine is not at fault."""
     for found in _chain(error):
         text = _short(str(found))
         if isinstance(found, MemoryError) or any(words in text for words in _NO_MEMORY):
@@ -155,7 +156,7 @@ def _of_compiler(error: BaseException) -> bool:
 
 
 def _place(error: BaseException) -> tuple[str, bool]:
-    """FILE:LINE of the innermost line that is in no library, empty if there is none; whether that is the user's."""
+    """Return FILE:LINE of the innermost line outside libraries ("" if none), and whether it is the user's code."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = os.path.realpath(frame.filename)
         own = own_file(path)
@@ -173,24 +174,24 @@ def _of_library(path: str) -> bool:
 
 
 def _short(text: str) -> str:
-    """The first 300 characters in one line."""
+    """Return the first 300 characters as one line."""
     words = " ".join(text.split())
     return words if len(words) <= 300 else f"{words[:297]}..."
 
 
 def _write(error: BaseException, run: Path | None) -> str:
-    """Write the traceback where there is room, and say where."""
+    """Write the traceback to the first place that has room; return a phrase that says where."""
     content = _account(error)
-    reason = "no place can take it"
+    reason = "no place can hold it"
     for write in (_into_run, _into_temporary, _into_cache):
         try:
             path = write(content, run)
-        except (OSError, RuntimeError) as problem:  # the latter of a user without a home
+        except (OSError, RuntimeError) as problem:  # RuntimeError: the user has no home directory
             reason = getattr(problem, "strerror", None) or str(problem)
             continue
         if path is not None:
             return f"traceback in {path}"
-    return f"the traceback could not be written ({reason}); with a TMPDIR that has room it can"
+    return f"the traceback could not be written ({reason}); set TMPDIR to a directory with room"
 
 
 def _into_run(content: bytes, run: Path | None) -> Path | None:
@@ -213,19 +214,19 @@ def _into_cache(content: bytes, _: Path | None) -> Path:
 
 
 def _created(content: bytes, folder: str) -> Path:
-    """A new file, by a name that nobody else can have put there."""
+    """Create a new file with an unpredictable name, so that nobody else can have placed a file there."""
     descriptor, name = tempfile.mkstemp(prefix="crqat-traceback-", suffix=".txt", dir=folder)
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
     except OSError:
-        Path(name).unlink(missing_ok=True)  # half a file would keep a full disk full
+        Path(name).unlink(missing_ok=True)  # a partial file would keep a full disk full
         raise
     return Path(name)
 
 
 def _account(error: BaseException) -> bytes:
-    """The traceback below what a reader of it has to know."""
+    """Return the traceback, preceded by the versions and the command."""
     versions = []
     for name in _DISTRIBUTIONS:
         with suppress(metadata.PackageNotFoundError):

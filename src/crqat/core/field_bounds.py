@@ -1,4 +1,4 @@
-"""What the stages' configuration classes share: strictness, bounds, paths. A board, which has no pydantic, reads it."""
+"""Validation helpers of the configuration classes: strict keys, bounds, paths. Boards, without pydantic, use it too."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from crqat.core.errors import UsageError
 
-# Where a recipe is validated, unknown keys are errors.
+# Unknown keys are errors when a recipe is validated.
 STRICT = {"extra": "forbid"}
 
 
@@ -23,7 +23,7 @@ class Range:
     lt: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Whether a number is within the bounds."""
+        """Return whether a number is within the bounds."""
         return (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
@@ -32,23 +32,23 @@ class Range:
         )
 
     def __str__(self) -> str:
-        """The bounds in words."""
+        """Return the bounds in words."""
         words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
         return " and ".join(f"{words[name]} {bound:g}" for name, bound in asdict(self).items() if bound is not None)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Add the bounds to the number's own schema; pydantic calls this."""
+        """Add the bounds to the number's own schema. Called by pydantic."""
         return {**handler(source), **{name: bound for name, bound in asdict(self).items() if bound is not None}}
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of some names, or the user's own as "package.module:name", for use in an ``Annotated`` str."""
+    """One of several names, or the user's own "package.module:name", for use in an ``Annotated`` str."""
 
     names: tuple[str, ...]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Replace the text's own schema; pydantic calls this."""
+        """Replace the string's own schema. Called by pydantic."""
 
         def own(value: Any, check: Callable[[Any], Any]) -> Any:
             return value if isinstance(value, str) and ":" in value else check(value)
@@ -58,14 +58,14 @@ class OneOf:
 
 
 def user_path(text: str, key: str) -> Path:
-    """A path that a recipe names, with "~" and "~name" as a shell takes them.
+    """Return a path from a recipe, with "~" and "~name" expanded as in a shell.
 
     Args:
-        text: As in the recipe.
-        key: Under which it stands there, for the message.
+        text: Path as written in the recipe.
+        key: Key of the path in the recipe, for the message.
 
     Raises:
-        UsageError: There is no such home directory.
+        UsageError: The home directory does not exist.
     """
     try:
         return Path(text).expanduser()

@@ -1,4 +1,4 @@
-"""Folders that are read whole, with links in them followed and each real folder read once."""
+"""Walks folders recursively, following links and visiting each real folder once."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from pathlib import Path
 def walk(
     root: Path, hidden: bool = True, refuse: Callable[[OSError], None] | None = None
 ) -> Iterator[tuple[Path, list[str], list[str], list[str]]]:
-    """A folder and all below it, in sorted order.
+    """Walk a folder and everything below it, in sorted order.
 
     Args:
-        root: Where to start; may be a link.
-        hidden: Whether folders whose name begins with a dot are walked, too.
-        refuse: Told of a folder that cannot be read; None passes over it.
+        root: Folder to start in; may be a link.
+        hidden: Whether to enter folders whose name begins with a dot.
+        refuse: Called with the error of a folder that cannot be read; None skips such folders.
 
     Yields:
-        The folder, and the sorted names of its files, of its folders that are not walked because they are hidden, and
-        of those that are not walked because they are links to a folder that is walked anyway.
+        The folder, and the sorted names of its files, of its hidden folders that are not entered, and of its links to a
+        folder that is visited anyway.
     """
     seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(root, onerror=refuse, followlinks=True):
@@ -33,5 +33,5 @@ def walk(
             place = (status.st_dev, status.st_ino)
             (again if place in seen else walked).append(name)
             seen.add(place)
-        folders[:] = walked  # os.walk goes on with these
+        folders[:] = walked  # os.walk continues with these
         yield Path(parent), sorted(files), left_out, again

@@ -1,7 +1,7 @@
-"""The Grid: what every quantizer ends as, and what every stage after training agrees on.
+"""The Grid: quantization parameters (scale, zero point, code range) of one edge, used by every stage after training.
 
-A real value v stands for the integer code ``q = clip(rint(v / scale) + zero_point, qmin, qmax)`` and a code for the
-value ``(q - zero_point) * scale``; rint rounds half to even, as ONNX QuantizeLinear does.
+A real value v has the integer code ``q = clip(rint(v / scale) + zero_point, qmin, qmax)``, and a code has the value
+``(q - zero_point) * scale``; rint rounds half to even, as ONNX QuantizeLinear does.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from crqat.core.errors import ToolError, UsageError
 
 @dataclass(frozen=True)
 class Grid:
-    """The representable values of one edge of the network.
+    """Quantization parameters of one edge of the network.
 
     Attributes:
         scale: float32 array of shape [1] (per tensor) or [C] (per channel); every entry is finite and positive.
-        zero_point: The code that stands for 0.0, the same for all channels.
+        zero_point: Code of the value 0.0, the same for all channels.
         qmin: Smallest code.
         qmax: Largest code.
-        axis: The channel axis of a per-channel Grid, None for a per-tensor one.
+        axis: Channel axis of a per-channel Grid; None for a per-tensor Grid.
     """
 
     scale: npt.NDArray[np.float32]
@@ -62,17 +62,17 @@ class Grid:
         return self.scale.reshape(shape)
 
     def quantize(self, values: npt.NDArray[np.float32]) -> npt.NDArray[np.int32]:
-        """Codes of float32 values, of the same shape. NaN has no code and is an error of the caller."""
+        """Return the integer codes of float32 values, in the same shape; the values must not contain NaN."""
         codes = np.rint(values.astype(np.float32) / self._scale_for(values.ndim)) + np.float32(self.zero_point)
         clipped: npt.NDArray[np.int32] = np.clip(codes, self.qmin, self.qmax).astype(np.int32)
         return clipped
 
     def dequantize(self, codes: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-        """Float32 values of integer codes, of the same shape."""
+        """Return the float32 values of integer codes, in the same shape."""
         return (codes.astype(np.int32) - self.zero_point).astype(np.float32) * self._scale_for(codes.ndim)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads back bit for bit (a float32 survives the way through a double)."""
+        """Return a JSON object that `from_json` restores bit for bit (a double holds every float32 exactly)."""
         return {
             "scale": [float(s) for s in self.scale],
             "zero_point": self.zero_point,
@@ -83,7 +83,7 @@ class Grid:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Grid:
-        """The Grid of a JSON object made by `to_json`.
+        """Return the Grid of a JSON object that `to_json` made.
 
         Raises:
             ValueError: The object is not a Grid.
@@ -101,16 +101,16 @@ class Grid:
 
 
 def save_grids(path: Path, grids: Mapping[str, Grid]) -> None:
-    """Write the Grids of a network, edge name to Grid, as JSON."""
+    """Write the Grids of a network (edge name to Grid) as JSON."""
     path.write_text(json.dumps({edge: grid.to_json() for edge, grid in grids.items()}, indent=1, sort_keys=True))
 
 
 def load_grids(path: Path) -> dict[str, Grid]:
-    """Read what `save_grids` wrote.
+    """Read Grids that `save_grids` wrote.
 
     Raises:
         UsageError: The file is not a JSON object of Grids.
-        ToolError: It cannot be read.
+        ToolError: The file cannot be read.
     """
     try:
         return {str(edge): Grid.from_json(data) for edge, data in strict_json.read(path).items()}
@@ -123,6 +123,6 @@ def load_grids(path: Path) -> dict[str, Grid]:
 
 
 def grids_hash(grids: Mapping[str, Grid]) -> str:
-    """SHA-256 over all Grids of a network; it ties an exported file to the training it came from."""
+    """Return the SHA-256 of all Grids of a network; it ties an exported file to the training run it came from."""
     text = json.dumps({edge: grid.to_json() for edge, grid in grids.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Image files: what is decoded, what is refused, and the crop that comes out."""
+"""Decodes image files: accepted formats, size limits, resizing and cropping."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ import numpy.typing as npt
 
 from crqat.core.errors import ToolError, UsageError
 
-# More than any camera's picture that a classifier is shown; what is larger is a mistake or a bomb, and not decoded.
+# Larger than any camera image for classification; anything above is a mistake or a decompression bomb.
 MAX_FILE_BYTES = 64 * 2**20
 MAX_PIXELS = 64 * 10**6
 FILTERS = ("bilinear", "bicubic", "lanczos", "nearest")
-# Formats of Pillow's that are not decoded: EPS calls another program, the others are headers without a decoder.
+# Pillow formats that are not decoded: EPS calls another program, the others are headers without a decoder.
 REFUSED_FORMATS = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Pillow's names of what is decoded: all that it reads by itself; needs Pillow."""
+    """Return Pillow's names of the accepted formats: all that it decodes by itself. Needs Pillow."""
     from PIL import Image
 
     Image.init()
@@ -32,7 +32,7 @@ def formats() -> tuple[str, ...]:
 
 @cache
 def endings() -> frozenset[str]:
-    """Endings of the files that are taken for images, such as ".jpg"; needs Pillow."""
+    """Return the file extensions of accepted images, such as ".jpg". Needs Pillow."""
     from PIL import Image
 
     known = set(formats())
@@ -45,8 +45,8 @@ def load_image(
     """Decode an image file; see `decode_image`.
 
     Raises:
-        UsageError: It is no image, is damaged, too large or not of so many channels.
-        ToolError: It cannot be read.
+        UsageError: The file is not an image, is damaged, is too large or has another number of channels.
+        ToolError: The file cannot be read.
     """
     try:
         with path.open("rb") as file:
@@ -65,31 +65,31 @@ def decode_image(
     channels: int = 3,
     interpolation: str = "bilinear",
 ) -> npt.NDArray[np.uint8]:
-    """Decode an image, turn it upright by its EXIF tag, resize its shorter side, cut out the centre.
+    """Decode an image, rotate it by its EXIF tag, resize its shorter side and crop the centre.
 
-    With antialiasing, as Pillow does it on uint8; needs Pillow.
+    Resizing uses Pillow's antialiasing on uint8. Needs Pillow.
 
     Args:
-        file: JPEG, PNG, WebP, BMP or whatever else Pillow reads by itself; see `formats`.
-        name: What to call it in a message.
-        size: Pixels of the shorter side, at least `crop`.
-        crop: Pixels of the square.
-        convert: Turn images of another mode (grey, palette, CMYK) into RGB, or into grey, instead of refusing them.
-            Transparency and more than 8 bits have no agreed meaning there and are refused all the same.
-        channels: 3 is RGB, 1 is grey (of colours, ITU-R 601-2 luma).
+        file: JPEG, PNG, WebP, BMP or another format that Pillow decodes by itself; see `formats`.
+        name: Name of the file for messages.
+        size: Length of the shorter side after resizing, in pixels; at least `crop`.
+        crop: Side length of the square crop, in pixels.
+        convert: Convert images of another mode (grey, palette, CMYK) to RGB or grey instead of rejecting them. Images
+            with transparency or more than 8 bits have no standard conversion and are rejected anyway.
+        channels: 3 for RGB, 1 for grey (colours are converted to ITU-R 601-2 luma).
         interpolation: One of FILTERS.
 
     Returns:
         uint8 of shape [channels, crop, crop].
 
     Raises:
-        UsageError: It is no image, is damaged, too large or not of so many channels.
-        OSError: It cannot be read.
+        UsageError: The file is not an image, is damaged, is too large or has another number of channels.
+        OSError: The file cannot be read.
     """
     from PIL import Image, ImageOps
 
     if channels not in (1, 3):
-        msg = f"{name}: an image file has 1 channel (grey) or 3 (RGB), and {channels} are asked for"
+        msg = f"{name}: image files have 1 channel (grey) or 3 (RGB), not {channels}; set data.channels to 1 or 3"
         raise UsageError(msg)
     _silence_pillow()
     try:
@@ -111,7 +111,7 @@ def decode_image(
         raise _undecodable(name, error) from error
     except UsageError:
         raise
-    except Exception as error:  # a damaged file fails in whatever way its bytes lead the decoder to
+    except Exception as error:  # what a decoder raises on a damaged file depends on the file's bytes
         raise _undecodable(name, error) from error
     short = min(image.size)
     if short != size:
@@ -124,7 +124,7 @@ def decode_image(
 
 @cache
 def _silence_pillow() -> None:
-    """The limit here is the smaller one; Pillow's own warning would only be more lines on the same file."""
+    """Suppress Pillow's size warning; the limit in this module is lower."""
     from PIL import Image
 
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -136,7 +136,7 @@ def _undecodable(name: str, error: Exception) -> UsageError:
 
 
 def _in_mode(image: Any, mode: str, name: str, convert: bool) -> Any:
-    """An image as Pillow's mode "RGB" or "L"."""
+    """Return an image converted to Pillow's mode "RGB" or "L"."""
     if image.mode == mode and "transparency" not in image.info:
         return image
     wanted = "RGB" if mode == "RGB" else "grey"

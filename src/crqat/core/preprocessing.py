@@ -1,4 +1,4 @@
-"""How an image becomes the network's input. This is the one place that normalizes, in training and on the board."""
+"""Converts images to the network's input; the only code that normalizes, in training and on the board."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Float32 = TypeVar("Float32")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What turns a uint8 image into the network's float input.
+    """Preprocessing that converts a uint8 image to the network's float input.
 
     Attributes:
-        mean: One number per channel, in units of 0..1.
-        std: One number per channel, in units of 0..1.
-        size: Pixels of an image file's shorter side after resizing; None where images do not come from files.
-        crop: Pixels of the square cut out of its centre.
-        interpolation: How the file is resized: "bilinear", "bicubic", "lanczos" or "nearest", as Pillow does it.
+        mean: Mean of each channel, in units of 0..1.
+        std: Standard deviation of each channel, in units of 0..1.
+        size: Length of an image file's shorter side after resizing, in pixels; None if images do not come from files.
+        crop: Side length of the square cropped from the image's centre, in pixels.
+        interpolation: Pillow's filter for resizing: "bilinear", "bicubic", "lanczos" or "nearest".
     """
 
     mean: tuple[float, ...]
@@ -34,17 +34,17 @@ class Preprocessing:
     interpolation: str = "bilinear"
 
     def __post_init__(self) -> None:
-        """Refuse a filter that Pillow does not have."""
+        """Reject a filter that Pillow does not have."""
         if self.interpolation not in FILTERS:
-            msg = f"interpolation {self.interpolation!r} is none of {', '.join(FILTERS)}"
+            msg = f"interpolation {self.interpolation!r} is not one of {', '.join(FILTERS)}"
             raise ValueError(msg)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preprocessing:
-        """What `dataclasses.asdict` made, as manifests and the metadata `crqat.preprocessing` of a model hold it.
+        """Return the Preprocessing of a JSON object, from a manifest or a model's metadata `crqat.preprocessing`.
 
         Raises:
-            KeyError, TypeError, ValueError: It is something else.
+            KeyError, TypeError, ValueError: The object is not a Preprocessing.
         """
         if not isinstance(data, Mapping):
             msg = f"a {type(data).__name__}, not an object"
@@ -55,34 +55,34 @@ class Preprocessing:
 
     @property
     def channels(self) -> int:
-        """Of the images: 1 is grey, 3 is RGB where they come from files."""
+        """Number of channels of the images: 1 for grey, 3 for RGB if the images come from files."""
         return len(self.mean)
 
     def constants(self) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Maximum (255), mean and std as float32 arrays of shape [C, 1, 1].
+        """Return the maximum (255), mean and std as float32 arrays of shape [C, 1, 1].
 
-        The maximum is an array, because a GPU turns a division by a Python number into a multiplication.
+        The maximum is an array because a GPU turns a division by a Python number into a multiplication.
         """
         mean = np.array(self.mean, dtype=np.float32).reshape(-1, 1, 1)
         return np.full_like(mean, 255), mean, np.array(self.std, dtype=np.float32).reshape(-1, 1, 1)
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Normalized float32 images of uint8 images, both of shape [N, C, H, W]."""
+        """Return float32 normalized images from uint8 images, both of shape [N, C, H, W]."""
         return normalize(images.astype(np.float32), self.constants())
 
 
 def checked_bytes(images: Any, preprocessing: Preprocessing | None = None) -> npt.NDArray[np.uint8]:
-    """Images that a user's own code hands over, as the runtimes take them.
+    """Check images passed by the user's code and return them as a numpy array for the runtimes.
 
     Args:
         images: uint8 of shape [N, C, H, W], N >= 1, a numpy array or a torch tensor on any device.
-        preprocessing: What they will be normalized with; its channels must be theirs.
+        preprocessing: Preprocessing that will normalize the images; it must have their number of channels.
 
     Returns:
-        The same as a numpy array.
+        The images as a numpy array.
 
     Raises:
-        UsageError: They are something else, or the preprocessing does not fit them.
+        UsageError: The images have another type or shape, or the preprocessing does not fit them.
     """
     array = np.asarray(images.detach().cpu() if hasattr(images, "detach") else images)
     if array.dtype != np.uint8 or array.ndim != 4 or not len(array):
@@ -108,13 +108,13 @@ def checked_bytes(images: Any, preprocessing: Preprocessing | None = None) -> np
 
 
 def normalize(images: Float32, constants: Sequence[Any]) -> Float32:
-    """``(images / maximum - mean) / std`` for float32 images in 0..255, as numpy arrays or as torch tensors.
+    """Compute ``(images / maximum - mean) / std`` for float32 images in 0..255, as numpy arrays or torch tensors.
 
     Each step is one correctly rounded float32 operation, so both libraries give the same bits.
 
     Args:
         images: float32 of shape [N, C, H, W].
-        constants: What `Preprocessing.constants` gives, on the images' device.
+        constants: Result of `Preprocessing.constants`, on the images' device.
     """
     maximum, mean, std = constants
     return (images / maximum - mean) / std  # type: ignore[no-any-return]

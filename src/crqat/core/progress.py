@@ -1,4 +1,4 @@
-"""How long work says where it is. The stages call it; the command line draws it."""
+"""Progress reports of long work: the stages call them, the command line draws them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Protocol
 
 
 class Progress(Protocol):
-    """Called by a stage as it goes."""
+    """Callback that a stage calls to report its progress."""
 
     def __call__(self, task: str, done: int, total: int, note: str = "") -> None:
-        """Say that `done` of `total` steps of `task` are behind us; `note` is a short text, a loss for instance."""
+        """Report that `done` of `total` steps of `task` are complete; `note` is a short text, such as a loss."""
 
 
 def quiet(task: str, done: int, total: int, note: str = "") -> None:
-    """A `Progress` that says nothing."""
+    """A `Progress` that does nothing."""

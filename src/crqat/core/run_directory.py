@@ -1,7 +1,8 @@
-"""Run directories: a stage's files are written completely, described by a manifest, and made current in one step.
+"""Run directories: each stage's files are complete, described by a manifest, and replaced atomically.
 
-``runs/NAME/STAGE`` is a symbolic link to a hidden directory beside it. Replacing a link is atomic, so whoever reads, at
-any instant and after any kill, finds the old version or the new one. A reader verifies hashes before it uses a file.
+``runs/NAME/STAGE`` is a symbolic link to a hidden directory next to it. Replacing a link is atomic, so a reader finds
+either the old version or the new one, at any time and after any kill. A reader verifies the hashes before it uses a
+file.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from crqat.core.errors import ToolError, UsageError
 _Payload = TypeVar("_Payload")
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
-# What the operating system says when a place cannot take the files; any other OSError of a stage's body is its own.
+# Operating system errors that mean a place cannot hold the files; any other OSError comes from the stage itself.
 _PLACE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
 _LEFTOVER_SECONDS = 60
 
 
 @dataclass
 class Manifest:
-    """What a stage says of its own files.
+    """Description of a stage's files and of what they were made from.
 
     Attributes:
-        stage: "train", "export", "benchmark", or "benchmark@DEVICE" of another machine.
-        key: Hash of everything the stage's result depends on; the same key means that it need not run again.
-        parent: SHA-256 of the manifest of the stage before, None for the first.
+        stage: "train", "export", "benchmark", or "benchmark@DEVICE" for another machine.
+        key: Hash of everything the stage's result depends on; a stage with an unchanged key is not run again.
+        parent: SHA-256 of the previous stage's manifest; None for the first stage.
         config: The resolved recipe.
         environment: Versions, git revision, seed, device.
-        payload: What the stage tells the next one.
-        files: Relative file name to SHA-256, filled in when the stage is complete.
-        schema_version: Of this file's layout.
-        inputs: What the result depends on beside recipe and parent, by name: versions, files, data; None of a stage
-            that was made before this was noted.
+        payload: Data for the next stage.
+        files: Relative file name to SHA-256; filled in when the stage is complete.
+        schema_version: Version of this file's layout.
+        inputs: What the result depends on besides the recipe and the parent, by name: versions, files, data; None for a
+            stage made before inputs were recorded.
     """
 
     stage: str
@@ -62,7 +63,7 @@ class Manifest:
 
 
 def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's bytes, as hexadecimal digits."""
+    """Return the SHA-256 of a file as hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -71,12 +72,12 @@ def sha256_file(path: Path) -> str:
 
 
 def hash_json(value: Any) -> str:
-    """SHA-256 of a JSON value, independent of the order of its keys."""
+    """Return the SHA-256 of a JSON value, independent of the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def git_revision(directory: Path) -> str:
-    """The git revision that a directory is at, "-dirty" behind it if files are changed, "unknown" outside git."""
+    """Return the git revision of a directory, with the suffix "-dirty" if files changed; "unknown" outside git."""
     command = ["git", "-C", str(directory), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
@@ -87,13 +88,14 @@ def git_revision(directory: Path) -> str:
 
 @contextmanager
 def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
-    """Give an empty directory to fill; on a clean exit hash it, describe it and make it current.
+    """Context manager that yields an empty directory and makes it the stage's current version on a clean exit.
 
-    If the body raises, the directory is removed and the version before stays current.
+    The exit hashes the files and writes the manifest. If the body raises, the directory is removed and the previous
+    version stays current.
 
     Args:
-        run: The run's directory, made if need be.
-        manifest: Its `files` are filled in at the end; the body may still change `payload`.
+        run: Directory of the run; created if necessary.
+        manifest: Manifest of the stage. Its `files` are filled in at the end; the body may still change its `payload`.
 
     Raises:
         ToolError: The directory cannot be written.
@@ -101,7 +103,7 @@ def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
     try:
         run.mkdir(parents=True, exist_ok=True)
         version = Path(tempfile.mkdtemp(prefix=f".{manifest.stage}-", dir=run))
-        # Held until the version is current, so that nobody takes it for the left-over of a killed process.
+        # The lock is held until the version is current, so that nobody takes it for the leftover of a killed process.
         lock = os.open(version, os.O_RDONLY)
     except OSError as error:
         msg = f"cannot write to {run}: {error.strerror}; choose another place with --runs"
@@ -116,19 +118,19 @@ def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
 
 @contextmanager
 def write_directory(out: Path, manifest: Manifest) -> Iterator[Path]:
-    """As `write_stage`, for one directory of the user's own: on a clean exit it is there as a whole, without links.
+    """Like `write_stage`, for a directory chosen by the user: it appears complete on a clean exit, without links.
 
     Args:
-        out: The directory to make. One that is there must be empty or made by this function, which replaces it.
+        out: Directory to create. An existing one must be empty or made by this function, which replaces it.
         manifest: See `write_stage`.
 
     Raises:
-        UsageError: `out` is a file, or holds something else.
+        UsageError: `out` is a file or holds other files.
         ToolError: The directory cannot be written.
     """
     out = out.absolute()
     if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
-        msg = f"{out}: there are other files at this place; choose an empty directory"
+        msg = f"{out}: holds other files; choose an empty directory"
         raise UsageError(msg)
     if (out / MANIFEST).is_file():
         read_manifest(out)
@@ -160,7 +162,7 @@ def _fill(run: Path, manifest: Manifest, version: Path) -> Iterator[Path]:
         sync(version)
     except BaseException as error:
         shutil.rmtree(version, ignore_errors=True)
-        # One that names a file elsewhere, such as a temporary one, is reported as that.
+        # An error that names a file elsewhere, such as a temporary one, is reported for that file.
         if isinstance(error, OSError) and error.errno in _PLACE_ERRORS and _concerns(error, version):
             what = f"cannot write the stage {manifest.stage} to {run}: {error.strerror}"
             msg = f"{what}; make room there, or for temporary files (TMPDIR)"
@@ -176,7 +178,7 @@ def _make_current(run: Path, stage: str, version: Path) -> None:
     link, temporary = run / stage, run / f"{version.name}.link"
     previous = link.resolve()
     if link.is_dir() and not link.is_symlink():
-        # A run that was copied without its links; a directory cannot be replaced in one step, so it steps aside.
+        # The run was copied without its links. A directory cannot be replaced in one step, so it is moved aside first.
         previous = link.rename(run / f"{version.name}.copied").resolve()
     temporary.symlink_to(version.name)
     temporary.replace(link)
@@ -185,13 +187,13 @@ def _make_current(run: Path, stage: str, version: Path) -> None:
 
 
 def _sweep(run: Path, stage: str, version: Path, previous: Path) -> None:
-    """Remove the version before and what killed processes left; a live writer holds the lock of its directory."""
-    # What mkdtemp and `_make_current` add has no hyphen; the name of another device's stage may begin with this one's.
+    """Remove the previous version and leftovers of killed processes; a live writer holds its directory's lock."""
+    # mkdtemp and `_make_current` append no hyphen, but another device's stage name may begin with this stage's name.
     own = re.compile(rf"\.{re.escape(stage)}-[a-z0-9_]+(\.link|\.copied)?")
     for path in run.iterdir():
         if not own.fullmatch(path.name):
             continue
-        # Whoever else sweeps here may be faster.
+        # Another process may sweep at the same time and be faster.
         with suppress(FileNotFoundError):
             old = time.time() - path.lstat().st_mtime > _LEFTOVER_SECONDS
             if path.is_symlink():
@@ -205,7 +207,7 @@ def _sweep(run: Path, stage: str, version: Path, previous: Path) -> None:
 
 
 def _try_lock(descriptor: int) -> bool:
-    """Lock a directory for as long as its descriptor is open, if nobody else holds it."""
+    """Lock a directory until its descriptor is closed, unless another process holds the lock."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -214,7 +216,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file, or the names in a directory."""
+    """Flush a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -223,7 +225,7 @@ def sync(path: Path) -> None:
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader finds the old content or the new one, never a part of it."""
+    """Write a file so that a reader finds either the old content or the new, never a part of it."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     temporary = Path(name)
     try:
@@ -234,12 +236,12 @@ def replace_file(path: Path, content: bytes) -> None:
         temporary.chmod(0o644)
         temporary.replace(path)
     except BaseException:
-        temporary.unlink(missing_ok=True)  # half a file would keep a full disk full
+        temporary.unlink(missing_ok=True)  # a partial file would keep a full disk full
         raise
 
 
 def command(stage: str) -> str:
-    """The command line, without its name, that runs a stage."""
+    """Return the crqat command that runs a stage, without the program's name."""
     kind, at, _ = stage.partition("@")
     if kind == "perturbation":
         return "sensitivity RECIPE --perturbation"
@@ -247,11 +249,11 @@ def command(stage: str) -> str:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a stage's directory, its layout checked, its files not yet.
+    """Read a stage's manifest and check its layout, but not the stage's files.
 
     Raises:
-        UsageError: There is none, or it is not one of this version's.
-        ToolError: It cannot be read.
+        UsageError: The manifest is missing or was not written by this version.
+        ToolError: The manifest cannot be read.
     """
     path = directory / MANIFEST
     if not directory.exists():
@@ -280,10 +282,10 @@ def read_manifest(directory: Path) -> Manifest:
     if manifest.inputs is not None:
         texts = isinstance(manifest.inputs, dict) and all(isinstance(value, str) for value in manifest.inputs.values())
         if not texts:
-            msg = f"{path}: damaged (inputs are no texts by name); run the stage again with --force"
+            msg = f"{path}: damaged (inputs are not texts by name); run the stage again with --force"
             raise UsageError(msg)
     if not all(isinstance(text, str) for text in (manifest.stage, manifest.key, manifest.parent or "")):
-        msg = f"{path}: damaged (stage, key or parent is no text); run the stage again with --force"
+        msg = f"{path}: damaged (stage, key or parent is not a text); run the stage again with --force"
         raise UsageError(msg)
     for name in manifest.files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -296,7 +298,7 @@ def verify_stage(directory: Path) -> Manifest:
     """Read a stage's manifest and compare the hash of each of its files.
 
     Raises:
-        UsageError: A file is missing or is not the one that was written; the message names it.
+        UsageError: A file is missing or altered; the message names it.
     """
     manifest = read_manifest(directory)
     for name, expected in manifest.files.items():
@@ -311,15 +313,15 @@ def verify_stage(directory: Path) -> Manifest:
 
 
 def payload_of(cls: type[_Payload], directory: Path, manifest: Manifest) -> _Payload:
-    """What a stage left to the next one.
+    """Return a manifest's payload as the dataclass of its stage.
 
     Args:
-        cls: The dataclass of that stage's payload.
-        directory: The stage's, for the message.
-        manifest: Read there.
+        cls: Dataclass of the stage's payload.
+        directory: Directory of the stage, for the message.
+        manifest: Manifest of the stage.
 
     Raises:
-        UsageError: It holds something else, or was written by a crqat with another layout; the message names the key.
+        UsageError: The payload has another layout or was written by another version; the message names the key.
     """
     versions = manifest.environment.get("versions")
     writer = versions.get("crqat-edge") if isinstance(versions, dict) else None
@@ -328,5 +330,5 @@ def payload_of(cls: type[_Payload], directory: Path, manifest: Manifest) -> _Pay
 
 
 def manifest_hash(directory: Path) -> str:
-    """SHA-256 of a stage's manifest file, which the next stage records as its parent."""
+    """Return the SHA-256 of a stage's manifest file, which the next stage records as its parent."""
     return sha256_file(directory / MANIFEST)

@@ -1,7 +1,7 @@
-"""JSON that came from elsewhere, read more strictly than Python's own reader does.
+"""Reads JSON from untrusted files, more strictly than Python's own reader.
 
-RFC 8259 knows no NaN and no infinity, and nothing here is written with integers beyond 64 bits. Refusing them where a
-file is read keeps them from turning up in a comparison, a format string or a table much later.
+RFC 8259 has no NaN and no infinity, and crqat writes no integers beyond 64 bits. Rejecting them on reading keeps them
+out of later comparisons, format strings and tables.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import math
 from pathlib import Path
 from typing import Any
 
-# The largest that crqat writes, a manifest or an engine report of a large network, has a few MB.
+# The largest file that crqat writes, a manifest or an engine report of a large network, has a few MB.
 MAX_BYTES = 64 * 2**20
 
 
 def read(path: Path) -> Any:
-    """The value in a file.
+    """Return the JSON value in a file.
 
     Raises:
-        ValueError: It is larger than `MAX_BYTES`, which is found before it is parsed, or is refused by `parse`.
-        OSError: It cannot be read.
+        ValueError: The file is larger than `MAX_BYTES`, which is checked before parsing, or `parse` rejects it.
+        OSError: The file cannot be read.
     """
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
@@ -31,11 +31,11 @@ def read(path: Path) -> Any:
 
 
 def parse(content: str | bytes) -> Any:
-    """The value of a JSON text, UTF-8.
+    """Return the value of a JSON text in UTF-8.
 
     Raises:
-        ValueError: It is not JSON, is nested too deeply, has a number that is not finite, an integer beyond 64 bits, or
-            half of a surrogate pair, which no file could be written with.
+        ValueError: The text is not JSON, is nested too deeply, or has a number that is not finite, an integer beyond 64
+            bits, or half of a surrogate pair, which cannot be written to a file.
     """
     text = content if isinstance(content, str) else content.decode()
     try:
@@ -49,7 +49,7 @@ def parse(content: str | bytes) -> Any:
 
 
 def _constant(text: str) -> Any:
-    msg = f"{text} is no number in JSON"
+    msg = f"{text} is not a number in JSON"
     raise ValueError(msg)
 
 

@@ -1,10 +1,10 @@
-"""Dataclasses from JSON and to JSON: the one strict reader and the one writer of what a stage leaves behind.
+"""Converts dataclasses from and to JSON: the only reader and writer of the files that stages leave.
 
-A dataclass is the layout. Its fields' types are what a reader accepts: dataclasses, unions, `Literal`, lists, tuples,
-dictionaries by text, numbers with bounds (`Annotated[float, Range(ge=0)]`), texts, booleans and None. A field with a
-default may be missing; keys that no field knows are passed over, since a later version may write more. Metadata of a
-field: `key`, its name in JSON where Python or the code has another; `OMIT` and `OMIT_EMPTY`, not written
-while there is nothing to write.
+A dataclass is the layout. The types of its fields are what the reader accepts: dataclasses, unions, `Literal`, lists,
+tuples, dictionaries by text, numbers with bounds (`Annotated[float, Range(ge=0)]`), texts, booleans and None. A field
+with a default may be missing; unknown keys are ignored, because a later version may write more. Metadata of a field:
+`key` is its name in JSON if Python or the code uses another; `OMIT` and `OMIT_EMPTY` mark fields that are not written
+while they have no value.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.core.field_bounds import Range
 
 _T = TypeVar("_T")
-# Metadata of a field that is not written while it is None, or an empty list or dictionary, too.
+# Metadata of a field that is not written while it is None or, with OMIT_EMPTY, an empty list or dictionary.
 OMIT: Mapping[str, object] = {"omit": (None,)}
 OMIT_EMPTY: Mapping[str, object] = {"omit": (None, [], {})}
 _WORDS = {bool: "true or false", int: "an integer", float: "a finite number", str: "a text", type(None): "null"}
 
 
 class Mismatch(ValueError):
-    """A JSON value is not what a dataclass says."""
+    """A JSON value does not match its dataclass."""
 
     def __init__(self, key: str, expected: str) -> None:
         super().__init__(f"{key or 'the file'} {expected}")
@@ -40,29 +40,29 @@ class Mismatch(ValueError):
 
 @dataclass(frozen=True)
 class Ordered:
-    """For use in an `Annotated` pair of numbers: the first is not above the second."""
+    """Marks an `Annotated` pair of numbers whose first must not be above the second."""
 
 
 Interval = Annotated[tuple[float, float], Ordered()]
 
 
 def from_json(cls: type[_T], value: object, key: str = "") -> _T:
-    """A dataclass from a JSON value.
+    """Convert a JSON value to a dataclass.
 
     Args:
         cls: The dataclass.
-        value: As `crqat.core.strict_json` reads it.
-        key: Where it stands, for the message.
+        value: JSON value as `crqat.core.strict_json` reads it.
+        key: Key of the value, for the message.
 
     Raises:
-        ValueError: It is something else; the message names the key and what was expected.
+        ValueError: The value does not match; the message names the key and what was expected.
     """
     result: _T = _read(cls, value, key)
     return result
 
 
 def to_json(value: Any) -> Any:
-    """The JSON value of dataclasses, lists, tuples and dictionaries of them; numbers and texts are kept as they are."""
+    """Return the JSON value of dataclasses and of lists, tuples and dictionaries of them; keep other values."""
     if is_dataclass(value) and not isinstance(value, type):
         return {
             _key(item): to_json(own)
@@ -75,16 +75,17 @@ def to_json(value: Any) -> Any:
 
 
 def read(cls: type[_T], path: Path, again: str) -> _T:
-    """What a file holds. A dataclass with a field `schema_version` reads that version alone.
+    """Read a dataclass from a JSON file. If it has a field `schema_version`, only the current version is read.
 
     Args:
         cls: The dataclass.
-        path: A JSON file.
-        again: What to do about a damaged file, or one of another version, such as "run the benchmark again".
+        path: Path of the JSON file.
+        again: Remedy for a damaged file or one of another version, such as "run the benchmark again".
 
     Raises:
-        UsageError: It is damaged or of another version; the message names the file, the key and what was expected.
-        ToolError: It cannot be read.
+        UsageError: The file is damaged or of another version; the message names the file, the key and what was
+            expected.
+        ToolError: The file cannot be read.
     """
     try:
         data = strict_json.read(path)
@@ -104,17 +105,17 @@ def read(cls: type[_T], path: Path, again: str) -> _T:
 
 
 def checked(cls: type[_T], data: object, source: str, again: str, writer: str | None = None) -> _T:
-    """As `read`, of a value that was read already.
+    """Like `read`, for a JSON value that was already read.
 
     Args:
         cls: The dataclass.
         data: The JSON value.
-        source: The file, or what else holds it, for the message.
-        again: As in `read`.
-        writer: The version of crqat that wrote it, if that is known.
+        source: File or other source of the value, for the message.
+        again: Remedy, as in `read`.
+        writer: Version of crqat that wrote the value, if known.
 
     Raises:
-        UsageError: As `read`.
+        UsageError: The value is damaged or of another version, as in `read`.
     """
     current = next((item.default for item in fields(cls) if item.name == "schema_version"), None)  # type: ignore[arg-type]
     found = data.get("schema_version", current) if isinstance(data, dict) else current
@@ -131,7 +132,7 @@ def checked(cls: type[_T], data: object, source: str, again: str, writer: str | 
 
 
 def text(value: Any) -> str:
-    """The JSON text of a dataclass, with its keys in order."""
+    """Return the JSON text of a dataclass, with sorted keys."""
     return json.dumps(to_json(value), indent=1, sort_keys=True, allow_nan=False)
 
 
@@ -149,7 +150,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _read(kind: Any, value: Any, key: str) -> Any:
-    """The value as `kind` has it, or `Mismatch`."""
+    """Return the value converted to `kind`, or raise `Mismatch`."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or kind is object:
         return value
@@ -169,7 +170,7 @@ def _read(kind: Any, value: Any, key: str) -> Any:
         return {name: _read(arguments[1], entry, _below(key, name)) for name, entry in value.items()}
     if is_dataclass(kind):
         return _object(kind, value, key)
-    if kind is float and type(value) is int:  # as JSON may write it
+    if kind is float and type(value) is int:  # JSON may write a float without a decimal point
         return value
     if type(value) is not kind or (kind is float and not math.isfinite(value)):
         raise Mismatch(key, f"is not {_WORDS[kind]}")
@@ -200,7 +201,7 @@ def _bounded(value: Any, bounds: tuple[Any, ...], key: str) -> Any:
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
-    """Of several dataclasses the first whose `Literal` fields are the value's own; of the rest the first that fits."""
+    """Return the first dataclass whose `Literal` fields match the value, else the first that fits."""
     if value is None and type(None) in kinds:
         return None
     others = [kind for kind in kinds if kind is not type(None)]
@@ -237,5 +238,5 @@ def _object(kind: Any, value: Any, key: str) -> Any:
         return kind(**given)
     except Mismatch:
         raise
-    except ValueError as error:  # of a `__post_init__`, which compares fields
+    except ValueError as error:  # raised by a `__post_init__`, which compares fields
         raise Mismatch(key, str(error)) from error

@@ -20,11 +20,11 @@ def test_the_same_classes_come_back() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("not base64!", "damaged answers"),
-        (base64.b64encode(b"not zlib").decode(), "damaged answers"),
+        ("not base64!", "damaged `answers`"),
+        (base64.b64encode(b"not zlib").decode(), "damaged `answers`"),
         (pack(np.arange(4)), "another number of images than 3"),
         (pack(np.arange(2)), "another number of images than 3"),
-        (pack(np.array([1, -1, 2])), "no classes"),
+        (pack(np.array([1, -1, 2])), "not class indices"),
         (base64.b64encode(zlib.compress(bytes(10**7))).decode(), "another number of images than 3"),
     ],
 )

@@ -196,7 +196,7 @@ def test_a_float_bias_of_the_last_layer(files: dict[str, onnx.ModelProto]) -> No
     (gemm,) = nodes(broken, "Gemm")
     gemm.input[2] = "bias"
     broken.graph.initializer.append(numpy_helper.from_array(np.zeros(10, np.float32), "bias"))
-    check_only(lint(broken, "onnxruntime"), gemm.name, "int32 bias behind a DequantizeLinear", "export again")
+    check_only(lint(broken, "onnxruntime"), gemm.name, "int32 bias after a DequantizeLinear", "export again")
 
 
 def test_a_float_clip_before_a_quantizer(files: dict[str, onnx.ModelProto]) -> None:

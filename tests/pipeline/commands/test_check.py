@@ -55,7 +55,7 @@ def test_boards_are_part_of_a_run(fakes: Fakes) -> None:
     ):
         pass
     assert check(RUN)[-2].startswith(f"{RUN / 'benchmark@orin'}: stage benchmark@orin, ")
-    assert check(RUN)[-1].startswith(f"{RUN / 'benchmark@orin'}: made by an older crqat that did not note")
+    assert check(RUN)[-1].startswith(f"{RUN / 'benchmark@orin'}: made by an older crqat that did not record")
 
 
 def test_altered_run_directory(fakes: Fakes) -> None:
@@ -100,7 +100,7 @@ def test_files_that_are_fine(tmp_path: Path, fakes: Fakes) -> None:
 def test_file_of_a_stage_is_compared_with_its_manifest(fakes: Fakes) -> None:
     make_run(fakes)
     path = RUN / "benchmark" / "results.json"
-    assert check(path)[-1] == f"{path}: as the manifest beside it says"
+    assert check(path)[-1] == f"{path}: matches the manifest next to it"
     path.write_text(json.dumps(fakes.results))
     with pytest.raises(UsageError, match=r"results\.json: altered"):
         check(path)
@@ -120,7 +120,7 @@ def test_external_data_is_refused(tmp_path: Path, place: str) -> None:
     tensor.external_data.add(key="location", value="../secret")
     path = tmp_path / "m.onnx"
     path.write_bytes(made.SerializeToString())
-    with pytest.raises(UsageError, match="the tensor w lies in another file; external data is refused"):
+    with pytest.raises(UsageError, match="the tensor w is stored in another file; external data is refused"):
         check(path)
 
 

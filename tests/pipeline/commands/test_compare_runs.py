@@ -85,7 +85,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     first = run(tmp_path / "first", 10)
     results = first / "benchmark" / "results.json"
     for arguments, message in (
-        ([str(first), str(results)], "not a run directory, and"),
+        ([str(first), str(results)], "not a run directory, but"),
         ([str(results), "--picture", "x.png"], "--picture: draws runs"),
         ([str(first), "--picture", str(tmp_path / "x.txt")], "name it .png, .svg or .pdf"),
     ):

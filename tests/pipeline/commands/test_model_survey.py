@@ -156,7 +156,7 @@ def test_models_overwrites_nothing_that_it_has_not_written(
     assert page.read_text() == "mine" and [path.name for path in page.parent.iterdir()] == ["models.md"]
     del measured[:]
     refused = models("--out", "docs/models.md").exception
-    assert isinstance(refused, UsageError) and "or replace it by --force" in str(refused)
+    assert isinstance(refused, UsageError) and "or replace it with --force" in str(refused)
     assert measured == [] and page.read_text() == "mine"
     assert models("--out", "docs/models.md", "--force").return_value == 0
     assert page.read_text().startswith("# Networks")

@@ -124,7 +124,7 @@ def test_the_recipe_has_the_needed_keys_and_runs_as_it_is(place: Path) -> None:
     assert run("init", "onnx.yaml", *POINTED[:3], file, "--mean", "0", "--std", "1").exception is None
     assert recipe.load(Path("onnx.yaml")).model.name == file
     assert data_of("onnx.yaml") == data_of("own.yaml")
-    assert "has the weights already" in str(run("init", "new.yaml", *POINTED[:3], file, *POINTED[4:]).exception)
+    assert "already has its weights" in str(run("init", "new.yaml", *POINTED[:3], file, *POINTED[4:]).exception)
 
 
 def test_shards_and_saved_tables_are_told_by_what_lies_in_the_folder(place: Path) -> None:
@@ -172,12 +172,12 @@ def test_with_all_every_key_is_there_and_says_the_same(place: Path) -> None:
 def test_normalization_that_was_not_given_is_said_and_a_better_one_named(place: Path) -> None:
     result = run("init", "own.yaml", *POINTED[:3], "small:wave", *POINTED[4:])
     assert result.exception is None, result.output
-    assert "  # mean and std: normalization was not given, so that of ImageNet is used: mean [0.449], std [0.226]." in (
+    assert "  # mean and std: normalization was not given, so ImageNet's is used: mean [0.449], std [0.226]." in (
         Path("own.yaml").read_text().splitlines()
     )
     warning = next(line for line in result.stderr.splitlines() if line.startswith("warning: "))
     assert re.search(
-        r"not given, and the float network answers \d+% of 100 test images rightly; with --mean 0 --std 1 it would",
+        r"not given, and the float network classifies \d+% of 100 test images correctly; with --mean 0 --std 1 it",
         warning,
     )
 
@@ -251,21 +251,21 @@ def test_grey_images_of_a_network_for_colours_are_converted(place: Path) -> None
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--images", "none", *POINTED[2:]], r"--images: none is no folder"),
+        (["--images", "none", *POINTED[2:]], r"--images: none is not a folder"),
         (
             ["--images", "digits/train", *POINTED[2:]],
-            r"--images: digits/train is one part of \S+, which has the others",
+            r"--images: digits/train is one part of \S+, next to the other",
         ),
         ([*POINTED[:3], "smal:network"], r"--model: cannot import 'smal'"),
         ([*POINTED[:3], "small:netwok"], r"--model: module 'small' .* has no function or class 'netwok'"),
         ([*POINTED[:3], "small:twelve"], r"--model: the network gives 12 logits, the data has 10 classes"),
         ([*POINTED[:5], "none.pt"], r"--weights: no file none\.pt"),
         ([*POINTED[:5], "small.py"], r"--weights: small\.py is none of "),
-        ([*POINTED, "--mean", "0.1,0.2,0.3"], r"--mean: has 3 numbers, and the images have 1 channels"),
+        ([*POINTED, "--mean", "0.1,0.2,0.3"], r"--mean: has 3 numbers, but the images have 1 channels"),
         ([*POINTED, "--mean", "bright"], r"--mean: bright is no list of numbers"),
         ([*POINTED, "--size", "8", "--crop", "9"], r"--crop: 9 is larger than --size 8"),
         (["--images", "digits"], r"--images: needs --model beside it"),
-        (["--std", "0.1"], r"--std: needs --images beside it"),
+        (["--std", "0.1"], r"--std: also needs --images"),
     ],
 )
 def test_a_mistake_is_one_line_and_nothing_is_written(place: Path, arguments: list[str], message: str) -> None:

@@ -117,7 +117,7 @@ def test_a_run_of_other_images_is_named(measured: tuple[Path, Result]) -> None:
     )
     beside = ("--run", runs / "trained", "--draws", "3", "--images", "100")
     said = call("sensitivity", folder / "recipe.yaml", "--runs", folder / "runs", "--perturbation", *beside)
-    assert f"warning: {runs / 'trained'}: of another data.source, data.validation or seed" in said.stdout
+    assert f"warning: {runs / 'trained'}: has another data.source, data.validation or seed" in said.stdout
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_advice_needs_no_labels_and_no_recipe(digits: Path, tmp_path: Path) -> N
     """Half of the images choose, the others judge what was chosen; nothing trains on the hundred that calibrate."""
     arguments = ("--images", str(digits / "images"), "--bits", "3,8", "--advise")
     missing = quantize(digits, tmp_path, *arguments)
-    assert str(missing.exception).startswith("--advise: looks for the cheapest way that passes; say what passes by")
+    assert str(missing.exception).startswith("--advise: searches for the cheapest step that passes; set the")
     result = quantize(digits, tmp_path, *arguments, "--max-drop", "12")
     assert result.exception is None, result.output
     listed = json.loads((tmp_path / "runs" / "digits" / "images.json").read_text())
@@ -134,7 +134,7 @@ def test_advice_needs_no_labels_and_no_recipe(digits: Path, tmp_path: Path) -> N
 
 def test_without_labels_the_float_networks_answers_judge(digits: Path, tmp_path: Path) -> None:
     missing = quantize(digits, tmp_path, "--images", str(digits / "flat"))
-    assert str(missing.exception).startswith("--classes: how many classes has known_network:network?")
+    assert str(missing.exception).startswith("--classes: give the number of classes of known_network:network")
     arguments = ("--images", str(digits / "flat"), "--test", str(digits / "images"), "--no-labels")
     result = quantize(digits, tmp_path, *arguments, "--classes", "10", "--max-drop", "50")
     assert result.exception is None, result.output
@@ -156,8 +156,8 @@ def test_without_labels_the_float_networks_answers_judge(digits: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "how", "message"),
     [
-        (["--images", "nowhere"], HOW, "--images: nowhere is no folder"),
-        (["--images", "{digits}/images/digit3"], HOW, "--classes: how many classes"),
+        (["--images", "nowhere"], HOW, "--images: nowhere is not a folder"),
+        (["--images", "{digits}/images/digit3"], HOW, "--classes: give the number of classes"),
         (["--images", "{digits}/images", "--classes", "7"], HOW, "--classes: 7, and "),
         (["--images", "{digits}/images", "--test", "{digits}/flat"], HOW, "--test: "),
         (["--images", "{digits}/images", "--bits", "8"], HOW, "--bits: 8 is no pair"),
@@ -187,7 +187,7 @@ def test_published_weights_need_no_word_of_preprocessing_and_names_are_found(tmp
     assert 'did you mean "timm/resnet18"?' in str(result.exception)
     arguments[1] = "known_network:network"
     result = CliRunner().invoke(crqat, arguments, standalone_mode=False)
-    assert str(result.exception).startswith("--weights: known_network:network needs a checkpoint")
+    assert str(result.exception).startswith("--weights: known_network:network has no published weights")
 
 
 def of_file(folder: Path, tmp_path: Path, *arguments: str, model: str = "known.onnx") -> Result:
@@ -224,7 +224,7 @@ def test_a_float_onnx_file_becomes_verified_files(digits: Path, tmp_path: Path) 
     ("model", "arguments", "message"),
     [
         ("known.onnx", ["--images", "{digits}/images", "--size", "8"], "--mean: how does "),
-        ("known.onnx", ["--images", "{digits}/images", *HOW[4:]], "--size: to how many pixels"),
+        ("known.onnx", ["--images", "{digits}/images", *HOW[4:]], "--size: give the shorter side"),
         ("known.onnx", ["--images", "{digits}/images", "--size", "8", "--crop", "6", *HOW[4:]], "--crop: 6, and "),
         ("known.onnx", ["--images", "{digits}/flat", "--size", "8", *HOW[4:], "--classes", "7"], "--classes: 7, and "),
         ("known.onnx", ["--images", "{digits}/two", "--size", "8", *HOW[4:]], "--images: "),

@@ -108,7 +108,7 @@ def test_a_row_without_its_constant_shows_no_number(
     output = capsys.readouterr().out
     assert "not predicted" in output
     assert "the link between machines was not given" in output
-    assert "measured beside predicted: not run: this machine holds 1 process" in output
+    assert "measured and predicted: not run: this machine holds 1 process" in output
 
 
 @pytest.mark.parametrize(
@@ -116,8 +116,8 @@ def test_a_row_without_its_constant_shows_no_number(
     [
         (["--bandwidth", "1e9"], "give both"),
         (["--latency", "1e-3"], "give both"),
-        (["--bandwidth", "nan", "--latency", "0"], "bytes a second above 0"),
-        (["--bandwidth", "0", "--latency", "0"], "bytes a second above 0"),
+        (["--bandwidth", "nan", "--latency", "0"], "bytes per second above 0"),
+        (["--bandwidth", "0", "--latency", "0"], "bytes per second above 0"),
         (["--bandwidth", "1e9", "--latency", "-1"], "seconds from 0"),
         (["--set", "qat.epochs=0"], "qat.epochs: 0 trains nothing"),
     ],

@@ -110,7 +110,7 @@ def test_a_foreign_key_is_never_compared(change: Callable[[dict[str, Any]], None
     change(base)
     verdict = only(judge(results(), base, 1.1))
     assert (verdict.status, verdict.measured) == ("not run", None)
-    assert verdict.message == f"not run: baseline is of {words}"
+    assert verdict.message == f"not run: the baseline has {words}"
 
 
 def test_on_a_jetson_the_power_mode_is_nvpmodels() -> None:
@@ -119,7 +119,7 @@ def test_on_a_jetson_the_power_mode_is_nvpmodels() -> None:
     base["device"]["jetson"] = ORIN
     base["device"]["cpu"] = "whatever the kernel calls it"
     verdict = only(judge(here, base, 1.1))
-    assert verdict.message == "not run: baseline is of another power mode (25W, here MAXN_SUPER)"
+    assert verdict.message == "not run: the baseline has another power mode (25W, here MAXN_SUPER)"
     base["device"]["jetson"] = here["device"]["jetson"]
     assert only(judge(here, base, 1.1)).status == "pass"
 

@@ -303,7 +303,7 @@ def test_what_float_layers_cost_is_said_beside_the_coverage_of_all_others() -> N
     kept = {"macs": {"fc": 5}, "share": 0.0291}
     verdict = on_engine(engine(), float_layers=kept)["int8_coverage"]
     assert verdict.status == "pass"
-    assert "required 100 %; besides, float_layers keeps 2.91 % of the network's in float" in verdict.message
+    assert "required 100 %; in addition, float_layers keeps 2.91 % of the network's in float" in verdict.message
     assert "float_layers" not in on_engine(engine())["int8_coverage"].message
 
 
@@ -312,7 +312,7 @@ def test_a_good_engine_passes() -> None:
     assert {rule: v.status for rule, v in verdicts.items()} == dict.fromkeys(
         ("engine", "int8_coverage", "reformat_layers"), "pass"
     )
-    assert verdicts["engine"].message == "built by tensorrt_rtx 1.7, which has nothing against it"
+    assert verdicts["engine"].message == "built by tensorrt_rtx 1.7 without errors"
     coverage, reformat = verdicts["int8_coverage"], verdicts["reformat_layers"]
     assert (coverage.measured, coverage.allowed, coverage.n) == (1.0, 1.0, 20)
     assert coverage.message == "100.00 % of the MACs, 20 of 20 Conv and Gemm, required 100 %"
@@ -486,7 +486,7 @@ def at(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (at("models", FILE, value=3), f"models.{FILE} is not"),
         (at("models", FILE, "target", value=...), f"models.{FILE}.target is missing"),
         (at("models", FILE, "status", value=None), f"models.{FILE}.status is not a text"),
-        (at("models", FILE, "accuracy", value=None), f"models.{FILE} is measured, and its accuracy is missing"),
+        (at("models", FILE, "accuracy", value=None), f"models.{FILE} has status measured but no accuracy"),
         (at("models", FILE, "accuracy", "n", value=1.5), f"models.{FILE}.accuracy.n is not an integer"),
         (at("models", FILE, "latency", "rounds", value=...), f"models.{FILE}.latency.rounds is missing"),
         (
@@ -495,7 +495,7 @@ def at(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (at("models", FILE, "versus_float", "drop_points", value="0"), "versus_float.drop_points is not a finite"),
         (at("models", FILE, "versus_float", "drop_points", value=True), "versus_float.drop_points is not a finite"),
-        (at("models", FILE, "versus_float", "agreement", value=float("nan")), "NaN is no number in JSON"),
+        (at("models", FILE, "versus_float", "agreement", value=float("nan")), "NaN is not a number in JSON"),
         (at("models", FILE, "versus_float", "size_ratio", value=...), "size_ratio is missing"),
         (
             at("models", FILE, "versus_float", "drop_interval_points", value=[1]),
@@ -508,7 +508,7 @@ def at(*keys: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ),
         (
             at("models", FILE, "versus_float", "latency_ratio_interval", value=None),
-            "has a latency_ratio without its",
+            "has latency_ratio without latency_ratio_interval",
         ),
         (at("models", FILE, "verification", "codes", value=...), "verification.codes is missing"),
         (
@@ -534,7 +534,7 @@ def test_damaged_results_are_refused_by_file_and_key(
     [
         (at("engine", value=[]), "engine is not an object"),
         (at("engine", "status", value=...), "engine.status is missing"),
-        (at("engine", "coverage", value=...), "engine is built, and its coverage is missing"),
+        (at("engine", "coverage", value=...), "engine has status built but no coverage"),
         (at("engine", "coverage", "by_macs", value="1"), "engine.coverage.by_macs is not a finite"),
         (at("engine", "coverage", "nodes", value=1.5), "engine.coverage.nodes is not an integer"),
         (at("engine", "counts", "reformat", value=...), "engine.counts.reformat is missing"),
@@ -685,7 +685,7 @@ def test_a_least_accuracy_is_judged_by_its_interval(allowed: float, status: Stat
     assert verdict.message.startswith("0.9500 [0.93")
     if allowed == 0.95:
         assert verdict.images_needed is None
-        assert verdict.message.endswith("no number of test images would decide: what was measured is the limit itself")
+        assert verdict.message.endswith("no number of test images would decide: the measured value equals the limit")
 
 
 def test_an_inconclusive_drop_says_how_many_images_would_decide() -> None:

@@ -42,5 +42,5 @@ def test_type_bounds_and_values_are_those_that_a_recipe_is_checked_by() -> None:
     [("qat.lrr", "`qat.lr`"), ("max_accuracy_drop", "`gate.max_accuracy_drop`"), ("QAT.EPOCHS", "`qat.epochs`")],
 )
 def test_an_unknown_key_is_one_line_with_the_closest(name: str, near: str) -> None:
-    with pytest.raises(UsageError, match=f"^{name}: no key of a recipe; did you mean {near}"):
+    with pytest.raises(UsageError, match=f"^{name}: not a key of a recipe; did you mean {near}"):
         keys.explain(name)

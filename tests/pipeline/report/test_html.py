@@ -305,7 +305,7 @@ def test_the_training_starts_at_the_calibrated_network_and_has_floats_level(
 
 def test_noise_has_a_chart_of_each_kind_where_it_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     results = finished_run(tmp_path / "run", "digits")
-    assert "Noise on input and weights" not in render(tmp_path / "run", results, [])
+    assert "Noise on inputs and weights" not in render(tmp_path / "run", results, [])
     on_input = [NoiseLevel(0, [0.9], [0.3]), NoiseLevel(0.4, [0.5, 0.7], [1.0, 1.2])]
     on_weights = [NoiseLevel(0, [0.9], [0.3]), NoiseLevel(0.1, [0.8, 0.8], [0.4, 0.4])]
     names = {"float": "float", "calibrated": "calibration alone", "student": "trained", "teacher": "EMA teacher"}

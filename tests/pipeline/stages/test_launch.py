@@ -124,8 +124,8 @@ def test_a_process_that_dies_each_time_is_tried_so_often_and_no_more(command: li
     assert code == 3
     assert (tmp_path / "deaths").read_text() == "xx"
     told = [line for line in lines if "by signal 9" in line]
-    assert "all start again from the last state (1 of 1 left)" in told[0]
-    assert told[1].startswith("crqat: error: a process of the training ended by signal 9; the same command goes on")
+    assert "all restart from the last state (1 of 1 left)" in told[0]
+    assert told[1].startswith("crqat: error: a process of the training ended by signal 9; the same command resumes")
     assert len(told) == 2, lines
     assert not any("Traceback" in line for line in without_finalizers(lines)), lines
 
@@ -175,7 +175,7 @@ def test_a_process_that_torch_killed_because_it_did_not_answer_did_not_die() -> 
 def test_run_is_not_started_in_several_processes(command: list[str], tmp_path: Path) -> None:
     code, lines = run([*command[:3], "run", "recipe.yaml"], tmp_path, RANK="1", WORLD_SIZE="2")
     assert (code, len(lines)) == (2, 1)
-    assert "start `train` by torchrun" in lines[0]
+    assert "start `train` with torchrun" in lines[0]
 
 
 def test_what_cannot_be_shared_is_refused_before_anything_starts(command: list[str], tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_more_processes_than_cuda_devices_are_refused(command: list[str], monkey
     monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
     check(config, 4)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
-    with pytest.raises(UsageError, match=r"^--nproc 4: one process a CUDA device, and torch sees 3 here$"):
+    with pytest.raises(UsageError, match=r"^--nproc 4: needs one CUDA device per process; torch sees 3 here$"):
         check(config, 4)
 
 
@@ -216,7 +216,7 @@ def test_who_does_not_answer_in_time_is_ended_with_a_line(command: list[str], tm
     assert process.returncode == 143
     lines = [line for line in told.splitlines() if line.startswith("crqat")]
     assert len(lines) == 1, told
-    assert lines[0].startswith("crqat: error: ended before a process of the training could save; the same command")
+    assert lines[0].startswith("crqat: error: stopped before a training process could save; the same command")
 
 
 @pytest.mark.slow

@@ -420,7 +420,7 @@ def test_another_version_makes_the_stages_that_use_it_again(
             gate(fakes)
         capsys.readouterr()
         assert go(fakes) == list(staleness.STAGES[staleness.STAGES.index(first) :])
-        assert f"{first}: again, since {change}\n" in capsys.readouterr().err
+        assert f"{first}: runs again, since {change}\n" in capsys.readouterr().err
     assert "fail" not in gate(fakes)
 
 
@@ -433,8 +433,8 @@ def test_another_runtime_makes_a_benchmark_again(
     go(fakes)
     assert capsys.readouterr().err.splitlines() == [
         "train is up to date",
-        f"export: again, since {change}",
-        f"benchmark: again, since export was made anew, {change}",
+        f"export: runs again, since {change}",
+        f"benchmark: runs again, since export was made again, {change}",
     ]
 
 
@@ -470,10 +470,11 @@ def test_a_run_that_does_not_say_what_it_depends_on_is_made_again(
     manifest.write_text(json.dumps({**values, "key": "of the older version"}))
     capsys.readouterr()
     go(fakes, only=["export", "benchmark"])
-    assert f"{RUN / 'train'}: made by an older crqat that did not note the versions" in capsys.readouterr().err
-    assert check(RUN)[1].startswith(f"{RUN / 'train'}: made by an older crqat that did not note the versions")
+    assert f"{RUN / 'train'}: made by an older crqat that did not record the versions" in capsys.readouterr().err
+    assert check(RUN)[1].startswith(f"{RUN / 'train'}: made by an older crqat that did not record the versions")
     assert go(fakes, only=["train"]) == ["train"]
-    assert capsys.readouterr().err.startswith("train: again, since it was made by an older crqat that did not note")
+    said = capsys.readouterr().err
+    assert said.startswith("train: runs again, since it was made by an older crqat that did not record")
 
 
 def test_what_changed_is_said_before_anything_begins(
@@ -484,9 +485,9 @@ def test_what_changed_is_said_before_anything_begins(
     said: list[str] = []
     config = recipe.load(fakes.recipe, ["qat.epochs=3", "model.accuracy=0.9"])
     stages.train(config, RUNS, False, quiet, begin=lambda: said.append(capsys.readouterr().err))
-    assert said == ["train: again, since qat.epochs 10 -> 3\n"]
+    assert said == ["train: runs again, since qat.epochs 10 -> 3\n"]
     go(fakes, "qat.epochs=3", only=["train"], force=True)
-    assert capsys.readouterr().err == "train: again, since --force was given\n"
+    assert capsys.readouterr().err == "train: runs again, since --force was given\n"
 
 
 def images(root: Path) -> None:
@@ -521,9 +522,9 @@ def test_data_counts_by_its_content_and_never_by_its_times(
     image.write_bytes(b"first")
     assert go(fakes, *overrides, only=["train"]) == ["train"]
     assert capsys.readouterr().err.splitlines() == [
-        "train: again, since pictures changed",
-        "train: again, since pictures changed",
-        "train: again, since pictures changed (2 -> 3 files)",
+        "train: runs again, since pictures changed",
+        "train: runs again, since pictures changed",
+        "train: runs again, since pictures changed (2 -> 3 files)",
     ]
     go(fakes, *overrides)
     shutil.rmtree("pictures")
@@ -562,7 +563,7 @@ def test_modules_that_a_function_imports_count_and_are_not_run(
         gate(fakes, "model.name=own.net:build")
     capsys.readouterr()
     assert go(fakes, "model.name=own.net:build", only=["train"]) == ["train"]
-    assert capsys.readouterr().err == "train: again, since norms changed\n"
+    assert capsys.readouterr().err == "train: runs again, since norms changed\n"
 
 
 def brought(fakes: Fakes, name: str = "orin.json", **changes: Any) -> Path:
@@ -598,15 +599,15 @@ def test_results_that_were_carried_from_a_board_are_judged_as_a_stage(fakes: Fak
     [
         (
             {"parent": "0" * 64},
-            r"orin\.json: parent: measured on another export than runs/run1/export; bundle and measure",
+            r"orin\.json: parent: measured on another export than runs/run1/export; make the bundle again and measure",
         ),
         (
             {"config": {"threads": 4}},
-            r"config\.threads: measured with 4, and the recipe says 1; set benchmark\.threads",
+            r"config\.threads: measured with 4, but the recipe says 1; set benchmark\.threads",
         ),
         (
             {"config": {"require": ["openvino"]}},
-            r"config\.require: measured with \['openvino'\], and the recipe says \[\]",
+            r"config\.require: measured with \['openvino'\], but the recipe says \[\]",
         ),
         ({"models": []}, r"orin\.json: damaged: models is not an object; bring it from the board again"),
     ],

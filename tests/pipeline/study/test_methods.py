@@ -21,7 +21,7 @@ def test_a_method_brings_the_trainings_that_it_starts_from_before_it() -> None:
     assert needed(("cr-unlabeled",)) == ["float", "cr-unlabeled"]
     assert needed(("float-cr+qat", "qat-ema")) == ["float", "qat", "float-cr", "float-cr+qat"]
     assert needed(()) == list(TRAININGS)
-    with pytest.raises(UsageError, match=r"^--methods: kd is none of float, ptq, qat, "):
+    with pytest.raises(UsageError, match=r"^--methods: kd is not one of float, ptq, qat, "):
         needed(("kd",))
 
 

@@ -150,7 +150,7 @@ def test_a_killed_study_goes_on_and_what_it_has_is_not_trained_again(path: Path)
     assert kept.keys() == {"float", "ptq", "qat-strong"}
     result = CliRunner().invoke(crqat, arguments, standalone_mode=False)
     assert result.exception is None, result.output
-    assert "study: 2 of 3 trainings are there already" in result.output
+    assert "study: 2 of 3 training runs are already finished" in result.output
     rows = found(out)
     assert rows.keys() == kept.keys() | {"cr-unlabeled"}
     assert {method: rows[method].key for method in kept} == kept

@@ -119,7 +119,7 @@ def test_an_archive_is_measured_as_it_is(
     assert (of_export.config, of_export.bundle) == (Settings(3, latency_rounds=BenchmarkConfig.latency_rounds), None)
     unknown, paths = describe(export, {"nonsense": 1}, "1.2.3")
     write(unknown, paths, archive)
-    with pytest.raises(UsageError, match=r"nonsense.*make the bundle anew"):
+    with pytest.raises(UsageError, match=r"nonsense.*make the bundle again"):
         measure(archive, None)
 
 
@@ -156,14 +156,14 @@ HOSTILE: dict[str, tuple[list[tuple[tarfile.TarInfo, bytes]], str]] = {
     "pipe": ([manifest("a"), (info("a", type=tarfile.FIFOTYPE), b"")], "is a link"),
     "folder": ([manifest("a"), (info("a", type=tarfile.DIRTYPE), b"")], "is a link"),
     "unknown": ([manifest("a"), (info("b"), b"x")], "'crqat-bundle/b' is not a file that its manifest names"),
-    "twice": ([manifest("a"), (info("a"), b"x"), (info("a"), b"x")], "or comes twice"),
+    "twice": ([manifest("a"), (info("a"), b"x"), (info("a"), b"x")], "or appears twice"),
     "other content": ([manifest("a"), (info("a"), b"y")], "a is damaged or altered"),
     "incomplete": ([manifest("a", "b"), (info("a"), b"x")], "b is missing"),
     "no manifest": ([(info("a"), b"x")], "does not begin with crqat-bundle/bundle.json"),
-    "no JSON": ([(info(MANIFEST), b"{")], "no bundle's manifest"),
-    "a list": ([(info(MANIFEST), b"[]")], "no bundle's manifest"),
+    "no JSON": ([(info(MANIFEST), b"{")], "not a bundle's manifest"),
+    "a list": ([(info(MANIFEST), b"[]")], "not a bundle's manifest"),
     "another schema": ([(info(MANIFEST), b'{"schema_version": 9}')], "schema version 9"),
-    "numbers": ([(info(MANIFEST), Bundle("r", "1", {}, {"a": 1}).content())], "no bundle's manifest"),  # type: ignore[dict-item]
+    "numbers": ([(info(MANIFEST), Bundle("r", "1", {}, {"a": 1}).content())], "not a bundle's manifest"),  # type: ignore[dict-item]
 }
 
 

@@ -235,7 +235,7 @@ def test_work_goes_on_through_cut_connections_and_gives_the_local_accuracy(
     # Cut for good: the call gives up, the work does not.
     server.stop()
     first.wait()
-    assert re.fullmatch(r"ssh://orin: .*(Connection refused|closed).*; what was started there goes on: .*", first.error)
+    assert re.fullmatch(r"ssh://orin: .*(Connection refused|closed).*; work that was started there .*: .*", first.error)
     assert "\n" not in first.error
     assert job.state(folder).state == "running"
     server.start()
@@ -273,7 +273,7 @@ def test_a_job_that_dies_is_told_and_the_next_call_starts_anew(server: Server, o
     recorded = json.loads((folder / "process.json").read_text())
     os.killpg(recorded["pid"], signal.SIGKILL)
     call.wait()
-    assert call.error.startswith("ssh://orin: the work there failed (its process is gone); last words: ")
+    assert call.error.startswith("ssh://orin: the work there failed (its process is gone); last output: ")
     assert server.jobs() == []
 
     # One that died while nobody looked.
@@ -282,7 +282,7 @@ def test_a_job_that_dies_is_told_and_the_next_call_starts_anew(server: Server, o
     assert job.state(folder).reason == "the board was restarted"
     call = Call(orin, contents)
     call.heard.wait_for("orin: accuracy of float.onnx")
-    assert ("orin: job", 1, 1, "anew, because the one before was lost: the board was restarted") in call.heard.told
+    assert ("orin: job", 1, 1, "again, because the previous job was lost: the board was restarted") in call.heard.told
 
     # Cleaning ends what runs.
     recorded = json.loads((folder / "process.json").read_text())
@@ -299,7 +299,7 @@ def test_work_that_fails_there_says_why(server: Server, orin: Board, contents: C
     call = Call(orin, (broken, paths))
     call.wait()
     assert re.fullmatch(
-        r"ssh://orin: the work there failed \(exit code 2\); last words: runtime_eval: .*nonsense.*", call.error
+        r"ssh://orin: the work there failed \(exit code 2\); last output: runtime_eval: .*nonsense.*", call.error
     )
     assert server.jobs() == []
 
@@ -328,7 +328,7 @@ def test_an_interrupted_copy_goes_on_and_a_damaged_one_is_noticed(
     link.upload(bundle, paths)
     assert asked[2:] == [("received", sha256)]
     archive.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
-    with pytest.raises(ToolError, match="ssh://orin: the bundle was damaged on its way"):
+    with pytest.raises(ToolError, match="ssh://orin: the bundle was damaged in transfer"):
         link.ask("start", sha256)
     assert not archive.exists()
     clean(orin, bundle, quiet)
@@ -397,7 +397,7 @@ def test_silence_is_a_lost_connection(
     (tmp_path / "ssh").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     start = time.monotonic()
-    with pytest.raises(Disconnected, match="no sign of life"):
+    with pytest.raises(Disconnected, match="no response"):
         measure(Board.parse("ssh://orin"), *contents, False, quiet)
     assert time.monotonic() - start < 10
 

@@ -84,8 +84,8 @@ def test_an_expectation_of_an_earlier_version_holds_for_x86_alone(
 @pytest.mark.parametrize(
     ("model", "codes", "message"),
     [
-        (None, b"PK no zip file", "codes.npz: no expected codes"),
-        (b"no model", None, "ONNX Runtime does not show the file's codes"),
+        (None, b"PK no zip file", "codes.npz: not a file of expected codes"),
+        (b"no model", None, "ONNX Runtime does not run the file with exposed codes"),
     ],
 )
 def test_what_is_no_model_or_no_expectation_is_one_error(
@@ -105,7 +105,7 @@ def test_a_member_that_is_no_array_is_refused(key: str, digits: Digits, tmp_path
         for name in source.namelist():
             target.writestr(name, b"no array" if name == f"{key}.npy" else source.read(name))
     assert f"{key}.npy" in zipfile.ZipFile(whole).namelist()
-    with pytest.raises(ToolError, match=r"codes\.npz: no expected codes \(ValueError: a member is no array\)"):
+    with pytest.raises(ToolError, match=r"codes\.npz: not a file .* \(ValueError: a member is not an array\)"):
         read(damaged)
 
 
@@ -115,13 +115,13 @@ def test_an_expectation_of_another_size_or_type_is_refused(digits: Digits, tmp_p
     codes.write_bytes(expected_codes(digits.images[:2]))
     arrays = dict(np.load(codes))
     np.savez(codes, **{**arrays, "codes": arrays["codes"][:-1]})
-    with pytest.raises(ToolError, match="no expected codes"):
+    with pytest.raises(ToolError, match="not a file of expected codes"):
         check_codes(model, codes, threads=1)
     np.savez(codes, **{**arrays, "codes": arrays["codes"][:-1], "changes": arrays["changes"][:, :-1]})
     with pytest.raises(ToolError, match=r"holds 127 codes, model\.onnx computes another number"):
         check_codes(model, codes, threads=1)
     np.savez(codes, **{**arrays, "images": arrays["images"].astype(np.float64)})
-    with pytest.raises(ToolError, match="no expected codes"):
+    with pytest.raises(ToolError, match="not a file of expected codes"):
         check_codes(model, codes, threads=1)
 
 

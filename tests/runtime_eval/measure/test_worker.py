@@ -95,7 +95,7 @@ def test_an_unexpected_exit_is_told_with_its_code_and_last_words(
     export = write_export()
     # The interpreter refuses to start: nothing of the worker's own code gets to run.
     monkeypatch.setenv("PYTHONHASHSEED", "nonsense")
-    words = r"float.onnx in onnxruntime: its process exited with 1, last words: \S"
+    words = r"float.onnx in onnxruntime: its process exited with 1, last output: \S"
     with pytest.raises(ToolError, match=words), Worker(export / "float.onnx", export / "images.npy", QUICK):
         pass
 
@@ -107,7 +107,7 @@ def test_half_an_answer_is_a_death(write_export: WriteExport, tmp_path: Path, mo
     (package / "worker.py").write_text("import sys\nprint('{\"resu', end='')\nsys.exit('out of luck')\n")
     monkeypatch.setattr("crqat.runtime_eval.measure.worker_client.PACKAGES", tmp_path / "fake")
     export = write_export()
-    words = r"float.onnx in onnxruntime: its process exited with 1, last words: out of luck"
+    words = r"float.onnx in onnxruntime: its process exited with 1, last output: out of luck"
     with pytest.raises(ToolError, match=words), Worker(export / "float.onnx", export / "images.npy", QUICK):
         pass
 

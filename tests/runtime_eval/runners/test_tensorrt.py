@@ -133,7 +133,7 @@ def test_the_devices_capability_is_asked_and_the_device_given_back() -> None:
 @pytest.mark.parametrize(
     ("capability", "changes", "kind", "words"),
     [
-        ((6, 2), {"compute_capability": "6.2"}, ToolError, "INT8 needs compute capability 7.2, this device has 6.2"),
+        ((6, 2), {"compute_capability": "6.2"}, ToolError, "needs compute capability 7.2, but this device has 6.2"),
         ((8, 7), {"version": "8.6.2"}, ToolError, "built for tensorrt version 8.6.2, not 10.3.0"),
         ((8, 7), {"compute_capability": "8.6"}, ToolError, "built for compute capability 8.6, not 8.7"),
         ((8, 7), {"builder": "tensorrt_rtx"}, ToolError, "built for builder tensorrt_rtx, not tensorrt"),

@@ -130,5 +130,5 @@ def test_headline_is_small_and_has_what_the_gate_reads() -> None:
     assert "layers" not in short
     failed = headline(replace(report, status="failed: x", coverage=None, counts=None))
     assert (failed.coverage, failed.uncovered, failed.counts) == (None, [], None)
-    with pytest.raises(ValueError, match="is built, and its coverage is missing"):
+    with pytest.raises(ValueError, match="has status built but no coverage"):
         replace(report, coverage=None)

@@ -356,7 +356,7 @@ def test_batches_that_a_file_does_not_allow(files: Callable[[str], Files]) -> No
     assert build(fixed, EngineOptions(batch=STATIC)).failure.rule == "its input input has the fixed batch 2, not 4"
     height.dim_param = "height"
     failure = build(made.write("height.onnx", model), EngineOptions(batch=(2, 2, 2))).failure
-    assert failure.rule == "its input input has a dynamic dimension beside the batch"
+    assert failure.rule == "its input input has another dynamic dimension than the batch"
 
 
 @rtx
@@ -378,7 +378,7 @@ def test_the_engine_inspector_is_asked_where_the_log_tells_nothing(
     arguments = (made.qdq("float32"), EngineOptions("tensorrt_rtx"), {"conv1": 5}, None, tmp_path / "log")
     monkeypatch.setattr(plan_layers, "from_log", lambda messages: ([], []))
     if not host.cuda_device():  # nothing can load the engine
-        with pytest.raises(ToolError, match="neither its log nor its engine inspector tells the engine's layers"):
+        with pytest.raises(ToolError, match="neither its log nor its engine inspector reports the engine's layers"):
             engine.build_here(*arguments)
     layer = plan_layers.Layer("conv1", "matmul", "CaskConvolution", ("Int8",), ("Int8",), "Int8", ("conv1",))
     monkeypatch.setattr(engine_build.Build, "inspect", lambda build, serialized: [layer])
@@ -404,7 +404,7 @@ def stand_in(directory: Path, body: str) -> None:
             "sys.exit('no memory left')",
             60.0,
             "layer1/conv [7]",
-            "its process exited with 1, last words: no memory left",
+            "its process exited with 1, last output: no memory left",
         ),
         ("time.sleep(60)", 0.5, "layer1/conv [7]", "not finished after 0.5 s, stopped"),
         ("print('crqat: the file has been parsed', file=log, flush=True); os.abort()", 60.0, None, "ended by SIGABRT"),

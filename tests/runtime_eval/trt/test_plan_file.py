@@ -45,7 +45,7 @@ def test_a_foreign_engine_is_refused(
     tmp_path: Path, builder: str, version: str, capability: tuple[int, int], words: str
 ) -> None:
     save(tmp_path / "a.plan")
-    with pytest.raises(ToolError, match="a foreign engine") as caught:
+    with pytest.raises(ToolError, match="the engine was built for") as caught:
         plan_file.load(tmp_path / "a.plan", builder, version, capability)
     assert words in str(caught.value)
 
@@ -67,7 +67,7 @@ def test_int8_needs_compute_capability_7_2(tmp_path: Path, capability: tuple[int
     save(tmp_path / "int8.plan", compute_capability=text)
     save(tmp_path / "half.plan", compute_capability=text, precision="float16")
     if refused:
-        with pytest.raises(ToolError, match=f"INT8 needs compute capability 7.2, this device has {text}"):
+        with pytest.raises(ToolError, match=f"INT8 needs compute capability 7.2, but this device has {text}"):
             plan_file.load(tmp_path / "int8.plan", "tensorrt", "10.3.0", capability)
     else:
         assert plan_file.load(tmp_path / "int8.plan", "tensorrt", "10.3.0", capability)[0] == PLAN
@@ -83,7 +83,7 @@ def test_int8_needs_compute_capability_7_2(tmp_path: Path, capability: tuple[int
         ({"version": None}, "a value is not text"),
         ({"metadata": []}, "a value is not text"),
         ({"metadata": {"a": 1}}, "a value is not text"),
-        ({"schema_version": 2}, "of another crqat"),
+        ({"schema_version": 2}, "from another crqat"),
         ({"precision": "int4"}, "of another crqat"),
         ({"unknown": 1}, "cannot be used"),
     ],

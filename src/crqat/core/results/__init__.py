@@ -1,5 +1,5 @@
-"""What a stage leaves behind, as dataclasses; `crqat.core.typed_json` reads and writes them.
+"""Dataclasses of the JSON files that stages write; `crqat.core.typed_json` reads and writes them.
 
-What a reader relies on must be there. What is evidence alone has a default, so that files of earlier versions, which
-did not record it, still read.
+Fields that later stages rely on are required. Fields that are recorded only as evidence have a default, so that files
+of earlier versions, which lack them, can still be read.
 """

@@ -1,4 +1,4 @@
-"""`advice.json`: what each step of `crqat advise` cost and brought."""
+"""Layout of `advice.json`: cost and result of each step of `crqat advise`."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from crqat.core.results.verdict import Verdict
 
 @dataclass(frozen=True)
 class Step:
-    """One step of the ladder, as it was judged.
+    """Result of one step of `crqat advise`.
 
     Attributes:
-        name: Of the step.
-        run: The directory of its run, below that of all runs.
-        minutes: What it took: of the train stage, calibration and training.
-        top1: Share of the judging images that its network answers rightly.
-        drop_points: The float network's accuracy less this one's, percentage points.
-        drop_interval_points: Tango's bounds of it, each one-sided 95 %.
-        verdicts: The gate's rules on the judging images.
+        name: Name of the step.
+        run: Directory of the step's run, relative to the directory of all runs.
+        minutes: Duration of the train stage (calibration and training), in minutes.
+        top1: Top-1 accuracy of the step's network on the judging images, as a share.
+        drop_points: Accuracy of the float network minus that of this step, in percentage points.
+        drop_interval_points: Tango's bounds of `drop_points`, each one-sided 95 %.
+        verdicts: Verdicts of the gate's rules on the judging images.
         status: "pass" if every rule passes; "fail" if one fails, else "inconclusive".
         float_layers: Layers that this step keeps in float.
         mean_bits: Mean bit width over the quantized weights.
-        size_bytes: Of the ONNX file that the step would ship, for the recipe's first target.
-        int8_share: Share of its multiply-accumulates whose inputs are quantized; None where it is not known.
+        size_bytes: Size in bytes of the step's ONNX file for the recipe's first target.
+        int8_share: Share of the multiply-accumulates whose inputs are quantized; None if it is not known.
     """
 
     name: str
@@ -42,16 +42,16 @@ class Step:
 
 @dataclass(frozen=True)
 class Advice:
-    """The file's layout.
+    """Layout of `advice.json`.
 
     Attributes:
-        images: How many judged.
-        source: What they are.
-        understated: Why the drop may be larger on images that nobody has seen; "" if nothing speaks for it.
-        float_top1: Share of them that the float network answers rightly.
-        steps: In the order in which they were tried.
-        chosen: Name of the first step that passes, or of the best one if none does.
-        passed: Whether it passes.
+        images: Number of judging images, which are held out to judge the steps.
+        source: Where the judging images come from.
+        understated: Why the drop may be larger on unseen images; "" if there is no such reason.
+        float_top1: Top-1 accuracy of the float network on the judging images, as a share.
+        steps: The steps in the order in which they were tried.
+        chosen: Name of the first step that passes, or of the best step if none passes.
+        passed: Whether the chosen step passes.
     """
 
     images: int

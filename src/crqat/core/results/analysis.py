@@ -1,4 +1,4 @@
-"""What the analyses of a trained run measured."""
+"""Results of the analyses of a trained run: layer accuracy, sensitivity and perturbation."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from crqat.core.field_bounds import Range
 
 @dataclass(frozen=True)
 class LayerAccuracy:
-    """The accuracy with one layer quantized and the rest in float.
+    """Accuracy of the network with one layer quantized and all others in float.
 
     Attributes:
-        layer: Its name; "none" and "all" are what they say.
-        accuracy: Top-1, share of the validation images.
-        bits: Of its weights and its input, such as "4/8".
+        layer: Name of the layer; "none" if no layer is quantized, "all" if every layer is.
+        accuracy: Top-1 accuracy, as a share of the validation images.
+        bits: Bit widths of the layer's weights and input, such as "4/8".
     """
 
     layer: str
@@ -26,7 +26,7 @@ class LayerAccuracy:
 
 @dataclass(frozen=True)
 class AverageBits:
-    """Mean bit width over all weights: what was allowed, and what the proposal has."""
+    """Mean bit width over all weights: the requested limit and the proposal's value."""
 
     asked: float
     proposed: float
@@ -34,7 +34,7 @@ class AverageBits:
 
 @dataclass(frozen=True)
 class Uniform:
-    """The same bit width in all layers, and its divergence."""
+    """Divergence of the network with the same bit width in all layers, for comparison."""
 
     bits: int
     together: float
@@ -42,12 +42,12 @@ class Uniform:
 
 @dataclass(frozen=True)
 class Divergence:
-    """KL divergence from the float network.
+    """KL divergence of quantized networks from the float network.
 
     Attributes:
-        sum: Of the single layers at the proposed bit widths.
-        together: With all layers quantized at these.
-        uniform: For comparison.
+        sum: Sum over the layers of the divergence with that layer alone quantized at its proposed bit width.
+        together: Divergence with all layers quantized at the proposed bit widths.
+        uniform: Divergence with the same bit width in all layers, for comparison.
     """
 
     sum: float
@@ -57,13 +57,13 @@ class Divergence:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What fewer bits cost one layer.
+    """Divergence of the network with one layer quantized, by bit width.
 
     Attributes:
-        layer: Its name, as `quantization.overrides` takes it.
-        weights: How many it has.
-        divergence: By bit width.
-        bits: The proposed bit width.
+        layer: Name of the layer, as `quantization.overrides` takes it.
+        weights: Number of weights in the layer.
+        divergence: KL divergence from the float network, by bit width.
+        bits: Proposed bit width.
     """
 
     layer: str
@@ -74,14 +74,14 @@ class LayerSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """sensitivity.json.
+    """Layout of `sensitivity.json`.
 
     Attributes:
-        run: The run's name.
-        images: Calibration images.
-        average_bits: Of the weights.
-        divergence: Of the proposal.
-        layers: In the network's order.
+        run: Name of the run.
+        images: Number of calibration images.
+        average_bits: Mean bit width of the weights.
+        divergence: Divergence of the proposed network.
+        layers: The layers in the order of the network.
     """
 
     run: str
@@ -94,7 +94,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class SensitivityPayload:
-    """The payload of the stage's manifest; attributes as in `Sensitivity`."""
+    """Payload of the stage's manifest; its attributes are described in `Sensitivity`."""
 
     average_bits: AverageBits
     divergence: Divergence
@@ -104,13 +104,13 @@ class SensitivityPayload:
 
 @dataclass(frozen=True)
 class NoiseLevel:
-    """A network under one strength of noise.
+    """Accuracy and loss of a network at one noise level.
 
     Attributes:
-        level: Of input noise the standard deviation, in units of the normalized input; of weight noise the norm, as a
+        level: Standard deviation of input noise, in units of the normalized input; for weight noise, its norm as a
             share of the norm of each layer's weights.
-        accuracy: Top-1, share of the validation images, one value a draw; a single one without noise.
-        loss: Cross-entropy in nats, mean over the images, likewise.
+        accuracy: Top-1 accuracy as a share of the validation images, one value per draw; a single value without noise.
+        loss: Mean cross-entropy over the images in nats, one value per draw; a single value without noise.
     """
 
     level: Annotated[float, Range(ge=0)]
@@ -120,12 +120,12 @@ class NoiseLevel:
 
 @dataclass(frozen=True)
 class NoisyNetwork:
-    """One network of a run under noise.
+    """Results of one network of a run at every noise level.
 
     Attributes:
         network: "float", or the name of a candidate: "calibrated", "student" or "teacher".
-        input_noise: From weak to strong.
-        weight_noise: Likewise.
+        input_noise: Results with input noise, from weak to strong.
+        weight_noise: Results with weight noise, from weak to strong.
     """
 
     network: Literal["float", "calibrated", "student", "teacher"]
@@ -135,13 +135,13 @@ class NoisyNetwork:
 
 @dataclass(frozen=True)
 class Perturbation:
-    """perturbation.json.
+    """Layout of `perturbation.json`.
 
     Attributes:
-        run: The run's name.
-        images: Validation images.
-        draws: Of noise at each level above 0.
-        networks: The float network first.
+        run: Name of the run.
+        images: Number of validation images.
+        draws: Number of noise draws at each level above 0.
+        networks: The networks, the float network first.
     """
 
     run: str
@@ -153,7 +153,7 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class PerturbationPayload:
-    """The payload of the stage's manifest; attributes as in `Perturbation`."""
+    """Payload of the stage's manifest; its attributes are described in `Perturbation`."""
 
     images: int
     draws: int
@@ -162,5 +162,5 @@ class PerturbationPayload:
 
 
 def mean_and_deviation(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation over draws; of one draw the latter is 0."""
+    """Return the mean and the sample standard deviation over draws; the latter is 0 for a single draw."""
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0

@@ -1,4 +1,4 @@
-"""A model's answer to each test image, as a short text in results.json."""
+"""Packs a model's predicted class of each test image into a short text for results.json."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ _TYPE = np.dtype("<i4")
 
 
 def pack(classes: npt.NDArray[np.int64]) -> str:
-    """Base64 of zlib of the classes as little-endian int32.
+    """Encode classes as Base64 of zlib-compressed little-endian int32.
 
     Args:
-        classes: The most probable class of each image, int64 [N].
+        classes: Predicted class of each image, int64 [N].
     """
     return base64.b64encode(zlib.compress(classes.astype(_TYPE).tobytes(), 9)).decode("ascii")
 
 
 def unpack(text: str, n: int) -> npt.NDArray[np.int64]:
-    """The classes, int64 [N].
+    """Decode the text that `pack` returned into classes, int64 [N].
 
     Args:
-        text: From `pack`.
-        n: How many there should be.
+        text: Text returned by `pack`.
+        n: Expected number of images.
 
     Raises:
-        ValueError: The text holds something else.
+        ValueError: The text is damaged or holds another number of classes.
     """
     size = n * _TYPE.itemsize
     try:
         # The limit keeps a short text that unpacks to gigabytes from filling the memory.
         raw = zlib.decompressobj().decompress(base64.b64decode(text, validate=True), size + 1)
     except (binascii.Error, zlib.error) as error:
-        msg = f"has damaged answers: {error}"
+        msg = f"has damaged `answers`: {error}"
         raise ValueError(msg) from error
     if len(raw) != size:
-        msg = f"has answers to another number of images than {n}"
+        msg = f"has `answers` for another number of images than {n}"
         raise ValueError(msg)
     classes = np.frombuffer(raw, _TYPE).astype(np.int64)
     if n and classes.min() < 0:
-        msg = "has answers that are no classes"
+        msg = "has `answers` that are not class indices"
         raise ValueError(msg)
     return classes

@@ -1,4 +1,4 @@
-"""What a benchmark measured: results.json."""
+"""Layout of results.json: what a benchmark measured."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Positive = Annotated[float, Range(gt=0)]
 
 @dataclass(frozen=True)
 class Settings:
-    """How it was measured; attributes as in `crqat.runtime_eval.config.BenchmarkConfig`."""
+    """Settings of the measurement; attributes as in `crqat.runtime_eval.config.BenchmarkConfig`."""
 
     threads: int
     provider: str | None = None
@@ -41,11 +41,11 @@ class Settings:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The test images.
+    """The test images of a benchmark.
 
     Attributes:
-        n: How many.
-        classes: That the models tell apart; None if none was run.
+        n: Number of test images.
+        classes: Number of classes that the models distinguish; None if no model ran.
     """
 
     n: int
@@ -54,14 +54,14 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A model's accuracy on all test images; shares of 1.
+    """Accuracy of one model on all test images, as shares between 0 and 1.
 
     Attributes:
-        n: Images.
-        top1: Share of the images answered rightly.
-        top1_interval: Wilson's bounds of it, each one-sided 95 %.
-        top5: Share of the images whose class is among the five best.
-        chance: The accuracy of the same answers dealt out at random.
+        n: Number of test images.
+        top1: Share of the images that the model classifies correctly.
+        top1_interval: Wilson's bounds of `top1`, each one-sided 95 %.
+        top5: Share of the images whose class is among the five highest logits.
+        chance: Expected accuracy of the same predictions, assigned to the images at random.
     """
 
     n: Annotated[int, Range(ge=1)]
@@ -73,24 +73,24 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one inference at batch 1, milliseconds; a percentile is None if there are too few samples for it.
+    """Latency of one inference at batch 1 in milliseconds; a percentile is None if it has too few samples.
 
     Attributes:
-        status: "measured".
-        p50_ms: The median of all samples.
-        rounds: In how many processes it was measured.
-        round_p50_ms: The median of each.
-        unstable: Why it is not to be trusted, or False.
-        batch: 1.
-        threads: What one inference may use.
-        n: Samples.
+        status: Always "measured".
+        p50_ms: Median of all samples.
+        rounds: Number of rounds; each ran in its own process.
+        round_p50_ms: Median of each round.
+        unstable: Why the latency is not reliable, or False.
+        batch: Batch size, always 1.
+        threads: Number of threads that one inference may use.
+        n: Number of samples.
         p90_ms: The 90th percentile.
         p99_ms: The 99th percentile.
-        compute_p50_ms: The median of the device's computation alone, if the runtime tells.
-        min_ms: The shortest.
+        compute_p50_ms: Median time of the device's computation alone, if the runtime reports it.
+        min_ms: Shortest sample.
         cv: Coefficient of variation of all samples.
-        cv_rounds: Of the rounds' medians.
-        round_spread: The rounds' interquartile range divided by their median.
+        cv_rounds: Coefficient of variation of the rounds' medians.
+        round_spread: Interquartile range of the rounds' medians divided by their median.
     """
 
     status: Literal["measured"]
@@ -112,19 +112,19 @@ class Latency:
 
 @dataclass(frozen=True)
 class NoLatency:
-    """Why a latency was not measured: "not run: ..."."""
+    """Latency that was not measured; `status` gives the reason as "not run: ..."."""
 
     status: str
 
 
 @dataclass(frozen=True)
 class LatencyRatio:
-    """A model's latency divided by another's, from the ratios of the medians of each round.
+    """Latency of one model divided by that of another, from the ratios of their medians in each round.
 
     Attributes:
-        latency_ratio: The median ratio.
-        latency_ratio_interval: Distribution-free bounds of it.
-        latency_ratio_coverage: Their two-sided coverage.
+        latency_ratio: Median of the rounds' ratios.
+        latency_ratio_interval: Distribution-free bounds of the ratio.
+        latency_ratio_coverage: Two-sided coverage of these bounds.
     """
 
     latency_ratio: float
@@ -134,21 +134,21 @@ class LatencyRatio:
 
 @dataclass(frozen=True)
 class VersusFloat:
-    """A model against its float original, image by image. Each bound of an interval of images is one-sided 95 %.
+    """Comparison of a model with its float model, image by image; each bound over images is one-sided 95 %.
 
     Attributes:
-        drop_points: The float model's top-1 accuracy less this model's, percentage points.
-        drop_interval_points: Tango's bounds of it.
-        agreement: Share of the images with the same answer.
-        agreement_interval: Wilson's bounds of it.
-        size_ratio: This file's bytes divided by the float file's.
-        latency_ratio: As in `LatencyRatio`; None if the two were not timed in one runtime.
-        latency_ratio_interval: Likewise.
-        latency_ratio_coverage: Likewise.
-        both_right: Images that both models answer rightly.
-        only_float_right: Images that the float model alone answers rightly; None if that was not counted.
-        only_this_right: Images that this model alone answers rightly; None if that was not counted.
-        both_wrong: Images that no model answers rightly.
+        drop_points: Top-1 accuracy of the float model minus that of this model, in percentage points.
+        drop_interval_points: Tango's bounds of `drop_points`.
+        agreement: Share of the images for which both models predict the same class.
+        agreement_interval: Wilson's bounds of `agreement`.
+        size_ratio: Size of this file divided by that of the float file.
+        latency_ratio: As in `LatencyRatio`; None if the two files were not timed in the same runtime.
+        latency_ratio_interval: As in `LatencyRatio`; None without a `latency_ratio`.
+        latency_ratio_coverage: As in `LatencyRatio`; None without a `latency_ratio`.
+        both_right: Number of images that both models classify correctly.
+        only_float_right: Number of images that only the float model classifies correctly; None if not counted.
+        only_this_right: Number of images that only this model classifies correctly; None if not counted.
+        both_wrong: Number of images that both models classify wrongly.
     """
 
     drop_points: float
@@ -165,22 +165,22 @@ class VersusFloat:
     both_wrong: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse half of a count of images, and half of a ratio."""
+        """Reject incomplete image counts and a latency ratio without its interval."""
         if (self.only_float_right is None) != (self.only_this_right is None):
-            msg = "counts the images that one model alone answers rightly for one of the two"
+            msg = "has only_float_right without only_this_right, or the reverse"
             raise ValueError(msg)
         if (self.latency_ratio is None) != (self.latency_ratio_interval is None):
-            msg = "has a latency_ratio without its interval, or the interval alone"
+            msg = "has latency_ratio without latency_ratio_interval, or the reverse"
             raise ValueError(msg)
 
 
 @dataclass(frozen=True)
 class Build:
-    """One of several engines of the same file.
+    """One of several engines that were built from the same file.
 
     Attributes:
-        plan_sha256: Of the engine.
-        round_p50_ms: The median of each of its rounds, milliseconds.
+        plan_sha256: SHA-256 of the engine.
+        round_p50_ms: Median of each of the engine's rounds, in milliseconds.
     """
 
     plan_sha256: str
@@ -189,16 +189,17 @@ class Build:
 
 @dataclass(frozen=True)
 class CountedCodes:
-    """The integer codes that this CPU computes against those of the export's simulator.
+    """Comparison of the integer codes that this CPU computes with those of the export's simulator.
 
     Attributes:
-        status: "passed", "failed: ...", or "not run: ..." on a CPU for which the export knows no codes.
-        images: How many were computed.
-        codes: Compared.
-        differing: Of them.
-        tensors: That hold them.
-        left_out: Tensors whose codes another correct float computation may round otherwise.
-        family: Of the CPU, as `crqat.core.targets.CpuFamily` names it; None if it is not known.
+        status: "passed", "failed: ...", or "not run: ..." on a CPU for which the export holds no codes.
+        images: Number of images that were computed.
+        codes: Number of codes compared.
+        differing: Number of codes that differ.
+        tensors: Number of tensors that hold the codes.
+        left_out: Number of tensors left out because another correct float computation may round their codes
+            differently.
+        family: Family of the CPU, as `crqat.core.targets.CpuFamily` names it; None if it is not known.
     """
 
     status: str
@@ -212,11 +213,11 @@ class CountedCodes:
 
 @dataclass(frozen=True)
 class FloatLayers:
-    """What `quantization.float_layers` costs.
+    """Cost of the layers that `quantization.float_layers` keeps in float.
 
     Attributes:
-        macs: Multiply-accumulates of each layer that it keeps in float.
-        share: Of the network's.
+        macs: Multiply-accumulates of each layer kept in float.
+        share: Their share of the network's multiply-accumulates.
     """
 
     macs: dict[str, int]
@@ -225,12 +226,12 @@ class FloatLayers:
 
 @dataclass(frozen=True)
 class Int8Layers:
-    """What OpenVINO computes in INT8 of the layers that multiply.
+    """Counts of the multiplying layers that OpenVINO computes in INT8.
 
     Attributes:
-        int8: How many.
-        layers: Of how many.
-        in_float: Names of the others.
+        int8: Number of layers computed in INT8.
+        layers: Number of layers that multiply.
+        in_float: Names of the layers not computed in INT8.
     """
 
     int8: int
@@ -240,11 +241,11 @@ class Int8Layers:
 
 @dataclass(frozen=True)
 class NodeTime:
-    """One node of the graph that ONNX Runtime made of a file.
+    """Time of one node of the graph that ONNX Runtime optimized.
 
     Attributes:
-        node: Its name; one that the optimizer put in has the name that it gave.
-        operation: What it computes, as ONNX Runtime calls it.
+        node: Name of the node; a node that the optimizer inserted has the name that the optimizer gave it.
+        operation: Operation, as ONNX Runtime calls it.
         microseconds: Median over the profiled inferences at batch 1.
     """
 
@@ -255,32 +256,32 @@ class NodeTime:
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One file.
+    """Benchmark result of one file.
 
     Attributes:
-        target: The runtime that it was written for, "float" or "float16"; "openvino" and "float_openvino" in that.
+        target: Target that the file was written for, or "float", "float16", "openvino" or "float_openvino".
         status: "measured", "failed: ..." or "not run: ...".
-        accuracy: None unless it was measured.
-        latency: Likewise.
-        versus_float: Against the float file; None of that file, or where that was not measured.
-        verification: The export's; None of a float file.
-        runtime: What ran it.
-        runtime_version: Of that.
-        provider: The execution provider or device.
-        size_bytes: Of the file.
-        peak_memory_bytes: Of its process.
-        accuracy_batch_1: Of an engine at batch 1.
-        builds: The engines that took turns.
-        versus_float16: Against the float16 file on a GPU.
-        fusion: The export's.
-        codes_on_this_cpu: Counted where it was measured.
-        findings: Rules of its runtime that the file breaks.
-        float_layers: What was kept in float by name.
-        engine: What TensorRT's builder made of it; None of what is not for TensorRT.
-        int8_layers: What OpenVINO computes in INT8.
-        answers: The class that it names for each test image, as `crqat.core.results.answers` packs them.
-        node_times: Of a file whose latency is ONNX Runtime's: where the time goes, in the order of computation.
-            Measured with a profiler that slows each node down, so that they add up to more than the latency.
+        accuracy: Accuracy; None unless it was measured.
+        latency: Latency; None unless it was measured.
+        versus_float: Comparison with the float file; None for the float file itself, or if not measured.
+        verification: Verification by the export; None for a float file.
+        runtime: Runtime that ran the file.
+        runtime_version: Version of that runtime.
+        provider: Execution provider or device.
+        size_bytes: File size in bytes.
+        peak_memory_bytes: Peak memory of the measuring process, in bytes.
+        accuracy_batch_1: Accuracy of a TensorRT engine at batch 1.
+        builds: The engines that were built from this file and measured in turns.
+        versus_float16: Latency against the float16 file on a GPU.
+        fusion: Fusion found by the export.
+        codes_on_this_cpu: Comparison of the codes on the machine that measured.
+        findings: Violations of the runtime's rules.
+        float_layers: Layers that the recipe keeps in float.
+        engine: Summary of the TensorRT engine; None if the file is not for TensorRT.
+        int8_layers: Counts of the layers that OpenVINO computes in INT8.
+        answers: Predicted class of each test image, packed by `crqat.core.results.answers`.
+        node_times: Time of each node in the order of computation, for files timed in ONNX Runtime. The profiler slows
+            each node down, so the times add up to more than the latency.
     """
 
     target: str
@@ -307,9 +308,9 @@ class ModelResult:
     node_times: list[NodeTime] | None = field(default=None, metadata=OMIT)
 
     def __post_init__(self) -> None:
-        """Refuse a measurement without numbers, and counts of more images than there are."""
+        """Reject a measured result without numbers, and counts that exceed the number of images."""
         if self.status == MEASURED and (self.accuracy is None or self.latency is None):
-            msg = f"is measured, and its {'accuracy' if self.accuracy is None else 'latency'} is missing"
+            msg = f"has status measured but no {'accuracy' if self.accuracy is None else 'latency'}"
             raise ValueError(msg)
         versus = self.versus_float
         if versus is not None and self.accuracy is not None:
@@ -320,31 +321,31 @@ class ModelResult:
         self.classes()
 
     def classes(self) -> npt.NDArray[np.int64] | None:
-        """The class that it names for each test image, int64 [N]; None if that was not kept."""
+        """Return the predicted class of each test image, int64 [N]; None if the predictions were not stored."""
         if self.answers is None or self.accuracy is None:
             return None
         return unpack(self.answers, self.accuracy.n)
 
     @property
     def timed(self) -> Latency | None:
-        """The latency, if it was measured."""
+        """Return the latency, or None if it was not measured."""
         return self.latency if isinstance(self.latency, Latency) else None
 
 
 @dataclass(frozen=True)
 class Results:
-    """All files of one export on one machine.
+    """Benchmark results of all files of one export on one machine.
 
     Attributes:
-        run: Its name.
-        models: By file; "FILE@openvino" where OpenVINO runs a file, too.
-        config: How it was measured.
-        device: Where.
-        dataset: On what.
+        run: Name of the run.
+        models: Results by file name; "FILE@openvino" for a file measured in OpenVINO as well.
+        config: Settings of the measurement.
+        device: Machine that measured.
+        dataset: Test images.
         parent: SHA-256 of the export's manifest.
-        bundle: SHA-256 of the bundle that was measured, None of an export.
-        engines: The engine reports, which lie in engine.json beside results.json once these are written.
-        crqat_version: Of the crqat that measured, None if it is not installed but came with a bundle.
+        bundle: SHA-256 of the measured bundle; None if an export was measured.
+        engines: Engine reports by file; on disk they lie in engine.json next to results.json.
+        crqat_version: Version of crqat that measured; None if crqat ran from a bundle instead of being installed.
     """
 
     run: str
@@ -360,24 +361,24 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """What results.json holds.
+    """Read and check results.json.
 
     Raises:
-        UsageError: The file is not there, is damaged, or is of another version; the message names the file and the key.
-        ToolError: It cannot be read.
+        UsageError: The file is missing, damaged or of another version; the message names the file and the key.
+        ToolError: The file cannot be read.
     """
     return typed_json.read(Results, path, "run the benchmark again with --force (crqat benchmark RECIPE)")
 
 
 @dataclass(frozen=True)
 class BenchmarkPayload:
-    """The payload of a benchmark's manifest.
+    """Payload of a benchmark's manifest.
 
     Attributes:
-        device: That measured.
-        files: Names of what was measured.
-        on: The board's address, None of this machine.
-        bundle: SHA-256 of the bundle that was sent there.
+        device: Machine that measured.
+        files: Names of the measured files.
+        on: Address of the board; None for this machine.
+        bundle: SHA-256 of the bundle that was sent to the board.
     """
 
     device: Device

@@ -1,4 +1,4 @@
-"""What `crqat compare` says of several runs, each file against the same target's file of the first run."""
+"""Layout of what `crqat compare` reports: each file against the file for the same target of the first run."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from crqat.core.typed_json import Interval
 
 @dataclass(frozen=True)
 class Compared:
-    """One file of one run.
+    """Results of one file of one run.
 
     Attributes:
-        run: The run's name, or its path where two have one name.
-        file: Of the run.
-        target: That it was written for, or "float".
-        status: "measured", or why there are no numbers.
-        n: Test images.
-        top1: Share of them that it answers rightly.
-        top1_interval: Wilson's bounds, each one-sided 95 %.
-        difference_points: Its accuracy less that of the first run's file, percentage points, on the same images.
-        difference_interval_points: Tango's bounds of it, each one-sided 95 %.
-        unpaired: Why there is no difference; "" if there is one, and of the first run.
-        p50_ms: Median latency at batch 1.
-        device: Where it was measured.
-        size_bytes: Of the file.
-        int8_share: Share of the multiply-accumulates in INT8: of TensorRT's engine, or of the layers that ONNX Runtime
-            computes in integers; None of a float file, and where it is not known.
-        verification: Status of the export's.
+        run: Name of the run, or its path if two runs share a name.
+        file: Name of the file in the run.
+        target: Target that the file was written for, or "float".
+        status: "measured", or why there are no figures.
+        n: Number of test images.
+        top1: Share of the test images that the file classifies correctly.
+        top1_interval: Wilson's bounds of `top1`, each one-sided 95 %.
+        difference_points: Accuracy minus that of the first run's file, in percentage points, on the same images.
+        difference_interval_points: Tango's bounds of `difference_points`, each one-sided 95 %.
+        unpaired: Why there is no difference; "" if there is one, and for the first run.
+        p50_ms: Median latency at batch 1, in milliseconds.
+        device: Machine that measured the file.
+        size_bytes: File size in bytes.
+        int8_share: Share of the multiply-accumulates in INT8, of TensorRT's engine or of the layers that ONNX Runtime
+            computes in integers; None for a float file and where it is not known.
+        verification: Status of the export's verification.
     """
 
     run: str
@@ -49,10 +49,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All files of all runs.
+    """Rows of all files of all runs.
 
     Attributes:
-        rows: A target's files stand together, in the order of the runs.
+        rows: Rows grouped by target, within a target in the order of the runs.
     """
 
     rows: list[Compared]

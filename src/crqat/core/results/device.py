@@ -1,4 +1,4 @@
-"""The machine that measured, as results name it."""
+"""Description of the machine that measured, as results.json holds it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from crqat.core.typed_json import OMIT
 
 @dataclass(frozen=True)
 class JetsonRun:
-    """What a Jetson said of itself while it was measured.
+    """Readings of a Jetson during a measurement.
 
     Attributes:
-        clocks_locked: At the end; None if no clock can be read.
-        throttle_events: By how much each counter rose.
-        max_temperatures_c: The highest of each zone, degrees Celsius.
-        max_power_mw: The highest of each rail, milliwatts.
-        max_total_power_mw: The highest of the module's input; None if its rails are not known.
-        looks: How often it was asked.
-        unstable: Why a latency measured meanwhile is not to be trusted, or False.
+        clocks_locked: Whether the clocks were locked at the end; None if no clock can be read.
+        throttle_events: Increase of each throttling counter.
+        max_temperatures_c: Highest temperature of each thermal zone, in degrees Celsius.
+        max_power_mw: Highest power of each rail, in milliwatts.
+        max_total_power_mw: Highest power of the module's input, in milliwatts; None if its rails are not known.
+        looks: Number of readings.
+        unstable: Why a latency measured at the same time is not reliable, or False.
     """
 
     clocks_locked: bool | None
@@ -33,15 +33,15 @@ class JetsonRun:
 
 @dataclass(frozen=True)
 class Jetson:
-    """A Jetson board; None is what it does not tell.
+    """Description of a Jetson board; a field is None if the board does not report it.
 
     Attributes:
-        model: The board's name.
-        soc: Its chip.
-        l4t: The L4T release.
-        jetpack: The JetPack that the release belongs to.
-        power_mode: As nvpmodel names it.
-        run: What was seen during the measurement.
+        model: Name of the board.
+        soc: Name of the chip.
+        l4t: Release of L4T (NVIDIA's Linux for Tegra).
+        jetpack: JetPack version that the L4T release belongs to.
+        power_mode: Power mode, as nvpmodel names it.
+        run: Readings during the measurement.
     """
 
     model: str | None
@@ -54,7 +54,7 @@ class Jetson:
 
 @dataclass(frozen=True)
 class LoadAverage:
-    """Processes that wanted to run over the last minute, before and after the measurement."""
+    """Load averages over one minute, before and after the measurement."""
 
     start: float | None
     end: float | None
@@ -62,24 +62,24 @@ class LoadAverage:
 
 @dataclass(frozen=True)
 class Device:
-    """The machine that measured; None is what the system does not tell.
+    """Description of the machine that measured; a field is None if the system does not report it.
 
     Attributes:
-        cpu: Its model name; on ARM the board's.
-        onnxruntime: The version; None if it is not installed.
-        architecture: Of the CPU.
-        cores: Of the machine.
-        usable_cores: By this process.
+        cpu: Model name of the CPU; on ARM, of the board.
+        onnxruntime: Version of ONNX Runtime; None if it is not installed.
+        architecture: Architecture of the CPU.
+        cores: Number of cores of the machine.
+        usable_cores: Number of cores that this process may use.
         flags: Whether the CPU has each instruction set that INT8 kernels are written for.
-        governor: Of the first core's clock.
-        frequency_mhz: Of the first core.
-        memory_bytes: Of the machine.
-        cuda_device: Whether there is one.
-        os: Name and version.
-        python: Version.
-        numpy: Version.
-        jetson: Of a Jetson alone.
-        load_average: Before and after.
+        governor: Frequency governor of the first core.
+        frequency_mhz: Clock frequency of the first core, in MHz.
+        memory_bytes: Memory of the machine, in bytes.
+        cuda_device: Whether the machine has a CUDA device.
+        os: Name and version of the operating system.
+        python: Version of Python.
+        numpy: Version of NumPy.
+        jetson: Description of the Jetson board; None on other machines.
+        load_average: Load averages before and after the measurement.
     """
 
     cpu: str

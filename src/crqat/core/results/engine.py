@@ -1,4 +1,4 @@
-"""What a TensorRT builder made of an ONNX file: the whole report (engine.json), and what results.json keeps of it."""
+"""Layout of engine.json, the full report of a TensorRT build, and of its summary in results.json."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ BUILT = "built"
 
 @dataclass(frozen=True)
 class Builder:
-    """Which builder.
+    """The builder that made an engine.
 
     Attributes:
-        name: "tensorrt" or "tensorrt_rtx"; "unknown" if only the engine's inspector tells of it.
-        version: Its version.
+        name: "tensorrt" or "tensorrt_rtx"; "unknown" if the engine is known from its inspector only.
+        version: Version of the builder.
     """
 
     name: str
@@ -26,13 +26,13 @@ class Builder:
 
 @dataclass(frozen=True)
 class BuildError:
-    """Why no engine can be made of a file.
+    """Why the engine build failed.
 
     Attributes:
-        stage: "parse", "build", or "process": the builder's process died or was stopped.
-        node: The ONNX node, as far as the builder names it.
-        operator: Its type.
-        rule: What was broken, in the builder's words.
+        stage: "parse", "build", or "process" if the builder's process died or was stopped.
+        node: Name of the ONNX node, if the builder names it.
+        operator: Operator type of that node.
+        rule: The builder's own error text.
     """
 
     stage: str
@@ -43,18 +43,18 @@ class BuildError:
 
 @dataclass(frozen=True)
 class EngineLayer:
-    """One layer of an engine.
+    """One layer of a TensorRT engine.
 
     Attributes:
-        name: The engine's own.
-        kind: "matmul" for Conv and Gemm, or what else it does.
-        type: The engine's own word for what it is.
+        name: Name of the layer in the engine.
+        kind: "matmul" for Conv and Gemm, otherwise another kind of work.
+        type: Layer type in the engine's own words.
         inputs: Precision of each input.
         outputs: Precision of each output.
-        weights: Of a matmul: the precision of its second operand, if that is reported.
-        int8: Of a matmul: whether it multiplies INT8 by INT8.
-        macs: Multiply-accumulates, if they are known.
-        nodes: Names of the ONNX nodes that it came from.
+        weights: Precision of a matmul's second operand, if it is reported.
+        int8: Whether a matmul multiplies INT8 by INT8.
+        macs: Number of multiply-accumulates, if known.
+        nodes: Names of the ONNX nodes that the layer was made from.
     """
 
     name: str
@@ -70,12 +70,12 @@ class EngineLayer:
 
 @dataclass(frozen=True)
 class Uncovered:
-    """A Conv or Gemm that is not computed in INT8.
+    """A Conv or Gemm node that is not computed in INT8.
 
     Attributes:
-        node: Its name.
-        reason: What it multiplies instead.
-        macs: Its multiply-accumulates, if they are known.
+        node: Name of the node.
+        reason: Types that it multiplies instead.
+        macs: Number of its multiply-accumulates, if known.
     """
 
     node: str
@@ -85,16 +85,16 @@ class Uncovered:
 
 @dataclass(frozen=True)
 class Coverage:
-    """How much of Conv and Gemm multiplies INT8 by INT8.
+    """Share of the Conv and Gemm nodes that multiply INT8 by INT8.
 
     Attributes:
-        by_macs: Share of the multiply-accumulates; None if they are not known.
-        nodes: Conv and Gemm nodes, or layers if the MACs are not known.
-        int8_nodes: Those of them in INT8.
-        by_count: Share of the nodes; None if there are none.
-        macs: All multiply-accumulates.
-        int8_macs: Those in INT8.
-        uncovered: The nodes that are not in INT8, the largest first; left to the report's own file in results.json.
+        by_macs: Share of the multiply-accumulates; None if these are not known.
+        nodes: Number of Conv and Gemm nodes, or of layers if the multiply-accumulates are not known.
+        int8_nodes: Number of these that are in INT8.
+        by_count: Share of the nodes; None if there are no such nodes.
+        macs: Number of all multiply-accumulates.
+        int8_macs: Number of multiply-accumulates in INT8.
+        uncovered: Nodes that are not in INT8, the largest first; results.json leaves them to engine.json.
     """
 
     by_macs: float | None
@@ -108,7 +108,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """How many layers there are of each kind; a kind without a 0 here is not written while it is None."""
+    """Number of layers of each kind; a kind that is None is not written, a 0 is."""
 
     layers: int
     reformat: int
@@ -127,10 +127,10 @@ class BuilderMessage:
     """The builder's warnings of one kind.
 
     Attributes:
-        severity: "error" if the engine computes something else than the file says.
-        message: What it means, one line.
-        count: How often it was said.
-        nodes: The first ONNX nodes of which it was said.
+        severity: "error" if the engine computes something other than the ONNX file specifies.
+        message: Meaning of the warning, in one line.
+        count: How often the builder gave it.
+        nodes: The first ONNX nodes that it concerns.
         kind: "uint8_read_as_int8", "float16_scales", "subnormal_weights", "unread_plan" or "other".
     """
 
@@ -143,23 +143,23 @@ class BuilderMessage:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSummary:
-    """What results.json keeps of an engine. Where none was built because there is no builder, there is a status alone.
+    """Summary of an engine for results.json; without a builder, only the status is set.
 
     Attributes:
         status: "built", "failed: ..." or "not run: ...".
         failure: Why the build failed.
-        builder: Who built it.
-        compute_capabilities: For which GPUs.
-        flags: Names of the network's and the builder's flags.
-        batch: Smallest, usual and largest batch.
-        seconds: That the build took.
-        size_bytes: Of the engine.
-        source: Where its layers are known from.
-        coverage: How much of it is INT8.
-        uncovered: The largest nodes that are not.
-        counts: Layers by kind.
+        builder: Builder of the engine.
+        compute_capabilities: Compute capabilities of the GPUs that the engine is for.
+        flags: Names of the network flags and builder flags.
+        batch: Minimum, optimum and maximum batch size.
+        seconds: Duration of the build, in seconds.
+        size_bytes: Size of the engine, in bytes.
+        source: Where the engine's layers are known from.
+        coverage: INT8 coverage of the engine.
+        uncovered: The largest nodes that are not in INT8.
+        counts: Number of layers of each kind.
         messages: The builder's warnings.
-        notices: What the report does not tell.
+        notices: What the report could not determine.
     """
 
     status: str
@@ -178,21 +178,21 @@ class EngineSummary:
     notices: list[str] = field(default_factory=list, metadata=OMIT_EMPTY)
 
     def __post_init__(self) -> None:
-        """Refuse an engine that is said to be built and is not described."""
+        """Reject an engine with status "built" that lacks its description."""
         _refuse_half(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EngineReport:
-    """All of one build; attributes as in `EngineSummary`, and those below.
+    """Full report of one build; further attributes as in `EngineSummary`.
 
     Attributes:
-        model: The ONNX file's name.
-        model_sha256: Of that file.
-        precisions: Types of all tensors that the network's layers write.
-        engine_sha256: Of the engine.
-        timing_cache_sha256: Of the timing cache after the build, None if none was used.
-        layers: The plan.
+        model: Name of the ONNX file.
+        model_sha256: SHA-256 of the ONNX file.
+        precisions: Types of all tensors that the engine's layers write.
+        engine_sha256: SHA-256 of the engine.
+        timing_cache_sha256: SHA-256 of the timing cache after the build; None if none was used.
+        layers: Layers of the engine.
     """
 
     schema_version: int = 1
@@ -217,20 +217,20 @@ class EngineReport:
     notices: list[str]
 
     def __post_init__(self) -> None:
-        """Refuse an engine that is said to be built and is not described."""
+        """Reject an engine with status "built" that lacks its description."""
         _refuse_half(self)
 
 
 def _refuse_half(engine: EngineSummary | EngineReport) -> None:
     for name in ("builder", "coverage", "counts"):
         if engine.status == BUILT and getattr(engine, name) is None:
-            msg = f"is built, and its {name} is missing"
+            msg = f"has status built but no {name}"
             raise ValueError(msg)
 
 
 @dataclass(frozen=True)
 class Engines:
-    """engine.json: the reports of a benchmark by the file that each engine was built from."""
+    """Layout of engine.json: engine reports by the file that each engine was built from."""
 
     engines: dict[str, EngineReport]
     schema_version: int = 1

@@ -1,4 +1,4 @@
-"""What an export leaves to the next stage: the payload of its manifest."""
+"""Payload of an export's manifest, which the next stage reads."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from crqat.core.typed_json import OMIT, OMIT_EMPTY
 
 @dataclass(frozen=True)
 class Claim:
-    """How a file holds the trained Grid of one edge.
+    """How a file holds the trained Grid (scale, zero point and range) of one edge.
 
     Attributes:
         claim: "exact" or "lossy".
-        note: What is lost or was changed.
-        bias_error: Of a weight: the largest error of its layer's bias, as a real number.
+        note: What was lost or changed.
+        bias_error: For a weight: largest error of its layer's bias, in real units.
     """
 
     claim: Literal["exact", "lossy"]
@@ -29,19 +29,19 @@ class Claim:
 
 @dataclass(frozen=True)
 class ExportedModel:
-    """One file; a float file has a name and a target alone.
+    """One exported file; a float file has only a name and a target.
 
     Attributes:
-        file: Its name in the export's directory.
-        target: The runtime that it was written for, "float" or "float16".
-        precision: Of what is not INT8, "float32" or "float16".
-        claims: By edge.
-        macs: Multiply-accumulates of each Conv and Gemm that INT8 is asked of, by node.
-        float_layers: What was kept in float by name.
-        verification: The checks of its integer codes.
-        fusion: What ONNX Runtime fused; None of a file for another runtime.
-        findings: Rules of its runtime that it breaks; None of a float file.
-        expected_codes: The file with the codes that a CPU is to compute.
+        file: Name of the file in the export's directory.
+        target: Target that the file was written for, "float" or "float16".
+        precision: Type of the operations that are not INT8, "float32" or "float16".
+        claims: Claims by edge.
+        macs: Multiply-accumulates of each Conv and Gemm node that should run in INT8, by node name.
+        float_layers: Layers that the recipe keeps in float.
+        verification: Comparison of the file's integer codes.
+        fusion: Operations that ONNX Runtime fused; None for a file for another runtime.
+        findings: Violations of the runtime's rules; None for a float file.
+        expected_codes: Name of the file with the codes that a CPU should compute.
     """
 
     file: str
@@ -58,18 +58,18 @@ class ExportedModel:
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """One Conv, ConvTranspose, Gemm or MatMul of the network, as it was trained.
+    """Summary of one Conv, ConvTranspose, Gemm or MatMul of the trained network.
 
     Attributes:
-        layer: Its name.
-        operation: Of ONNX.
-        macs: Multiply-accumulates for one image.
-        products: How many each output sums, as a mean.
-        weight_bits: Of the weight or second operand; None if it is float.
-        input_bits: Of the input or first operand; None if it is float.
-        weight_snr: Signal-to-noise of the weight's quantizer, dB; None where it changes nothing.
-        input_snr: Likewise.
-        reason: Why the layer is float, if the recipe says so.
+        layer: Name of the layer.
+        operation: ONNX operator type.
+        macs: Number of multiply-accumulates for one image.
+        products: Mean number of products that each output sums.
+        weight_bits: Bit width of the weight or second operand; None if it is float.
+        input_bits: Bit width of the input or first operand; None if it is float.
+        weight_snr: Signal-to-noise ratio of the weight's quantizer, dB; None if it changes nothing.
+        input_snr: Signal-to-noise ratio of the input's quantizer, dB; None if it changes nothing.
+        reason: Why the layer is float, if the recipe gives a reason.
     """
 
     layer: str
@@ -85,20 +85,20 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class ExportPayload:
-    """An export.
+    """Payload of the manifest of an export.
 
     Attributes:
-        run: Its name.
-        models: The float file or files, then one for each target.
-        images: File of the test images, uint8 [N, C, H, W]; empty where they are not exported.
-        labels: File of their classes, int64 [N].
-        class_names: In the order of the logits.
-        grids_sha256: Of the Grids that were exported.
-        candidate: Which of the training's was.
-        training: That it was made of.
-        preprocessing: Of an export without a training, which says it otherwise.
-        noise: Signal-to-noise of each quantizer, dB; None where it changes nothing.
-        layers: What became of each layer, in the order of computation.
+        run: Name of the run.
+        models: The float file or files, then one file for each target.
+        images: Name of the file with the test images, uint8 [N, C, H, W]; empty if they are not exported.
+        labels: Name of the file with the class of each test image, int64 [N].
+        class_names: Class names in the order of the logits.
+        grids_sha256: SHA-256 of the exported Grids.
+        candidate: Name of the exported candidate.
+        training: Payload of the training run that the export was made from.
+        preprocessing: Preprocessing of an export without a training payload.
+        noise: Signal-to-noise ratio of each quantizer, dB; None for one that changes nothing.
+        layers: Summary of each layer, in the order of computation.
     """
 
     run: str

@@ -1,4 +1,4 @@
-"""What `crqat study` leaves behind."""
+"""Layout of the results of `crqat study`."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from typing import Any
 
 @dataclass(frozen=True)
 class StudyRow:
-    """A method with one seed, number of labels and bit width.
+    """Result of one method with one seed, number of labels and bit width.
 
     Attributes:
-        labels: Labeled images, validation images among them; None: all.
-        bits: Of weights and activations; None: those of the recipe.
-        seed: The recipe's.
-        equal: What the trainings of a comparison share: "steps" or, about, "time".
-        method: Its name.
-        training: The training that it comes from.
-        network: Which network of the training: "float", "student" or "teacher".
-        start: The training whose float network that one starts from, None for the first.
-        views: Of labeled images and, behind a slash, of unlabeled ones.
-        unlabeled: What unlabeled images are used for.
-        seconds: Of the training, on one core.
-        validation: Top-1, share of the validation images.
-        n: Test images.
-        correct: Which of them were answered rightly: base64 of eight images a byte, the first in the highest bit.
-        key: Of all that the training depends on.
+        labels: Number of labeled images, including validation images; None for all.
+        bits: Bit width of weights and activations; None for those of the recipe.
+        seed: Seed of the recipe.
+        equal: What the compared training runs have in common: "steps", or (approximately) "time".
+        method: Name of the method.
+        training: Name of the training run that the network comes from.
+        network: Which network of the training run: "float", "student" or "teacher".
+        start: Name of the training run whose float network this one starts from; None for the first.
+        views: Number of labeled views and, after a slash, of unlabeled views.
+        unlabeled: What the unlabeled images are used for.
+        seconds: Duration of the training on one core, in seconds.
+        validation: Top-1 accuracy, as a share of the validation images.
+        n: Number of test images.
+        correct: Test images classified correctly: base64 of one bit per image, the first in each byte's highest bit.
+        key: Hash of everything that the training depends on.
     """
 
     labels: int | None
@@ -46,7 +46,7 @@ class StudyRow:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """What there is one row of."""
+        """Return the fields that identify a row."""
         return self.labels, self.bits, self.seed, self.equal, self.method
 
 
@@ -55,10 +55,10 @@ class StudyResults:
     """All rows of a study.
 
     Attributes:
-        recipe: As it was resolved when the last row was written.
-        machine: That the last training ran on.
-        versions: Of the libraries that train.
-        rows: In the order in which they were found.
+        recipe: The resolved recipe at the time the last row was written.
+        machine: Machine of the last training run.
+        versions: Versions of the libraries that train.
+        rows: Rows in the order in which they were computed.
     """
 
     recipe: dict[str, Any]

@@ -1,4 +1,4 @@
-"""What a training leaves to the next stage: the payload of its manifest."""
+"""Payload of a training run's manifest, which the next stage reads."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class FloatNetwork:
     """The float network before quantization.
 
     Attributes:
-        validation_accuracy: Top-1, share of the validation images.
-        published_accuracy: By whoever published its weights; None if nobody did, or the classes are others.
+        validation_accuracy: Top-1 accuracy, as a share of the validation images.
+        published_accuracy: Accuracy that the publisher of the weights reports; None if unknown or for other classes.
     """
 
     validation_accuracy: float
@@ -24,10 +24,10 @@ class FloatNetwork:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A quantized network that may be delivered.
+    """A quantized network that may be exported.
 
     Attributes:
-        validation_accuracy: Top-1, share of the validation images.
+        validation_accuracy: Top-1 accuracy, as a share of the validation images.
     """
 
     validation_accuracy: float
@@ -35,24 +35,24 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TrainingPayload:
-    """A training.
+    """Payload of the manifest of a training run.
 
     Attributes:
         best: Name of the candidate with the highest accuracy.
-        candidates: "student", "teacher", "calibrated".
-        class_names: In the order of the logits.
-        float_network: Before quantization.
-        input_shape: [C, H, W] of one image.
-        preprocessing: From bytes to the network's input.
-        validation_images: How many the accuracies are of.
+        candidates: Candidates by name: "student", "teacher", "calibrated".
+        class_names: Class names in the order of the logits.
+        float_network: The float network before quantization.
+        input_shape: Shape [C, H, W] of one image.
+        preprocessing: Conversion from bytes to the network's input.
+        validation_images: Number of validation images.
         compiled: Whether torch.compile fused the quantizers, and if not, why.
-        device: That it ran on.
-        seconds: That it took, over all its parts if it was interrupted.
-        quantizers: How many the network has.
-        notes: What a reader of the accuracies has to know.
-        preparation: How the images were prepared where published weights say how.
-        warnings: What is wrong with the outcome.
-        processes: That trained together.
+        device: Device of the training.
+        seconds: Duration of the training in seconds, summed over all parts if it was interrupted.
+        quantizers: Number of quantizers in the network.
+        notes: Notes on how to read the accuracies.
+        preparation: How the images were prepared, if published weights specify it.
+        warnings: Problems of the result.
+        processes: Number of processes that trained together.
     """
 
     best: str
@@ -73,9 +73,9 @@ class TrainingPayload:
     schema_version: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse a best candidate that is none, and an input that is no image."""
+        """Reject a best candidate that is not in `candidates`, and an input shape that is not [C, H, W]."""
         if self.best not in self.candidates:
-            msg = f"delivers {self.best}, which is none of its candidates"
+            msg = f"has best {self.best}, which is not one of its candidates"
             raise ValueError(msg)
         if len(self.input_shape) != 3:
             msg = f"has an input_shape of {len(self.input_shape)} dimensions, not [C, H, W]"
@@ -84,14 +84,14 @@ class TrainingPayload:
 
 @dataclass(frozen=True)
 class Epoch:
-    """A line of history.jsonl.
+    """One line of history.jsonl.
 
     Attributes:
         phase: "float" or "qat".
-        epoch: From 1; 0 is the calibrated network.
+        epoch: Number of the epoch, from 1; 0 is the calibrated network.
         validation: Top-1 accuracy, share of the validation images.
-        validation_teacher: The same of the teacher.
-        weight: lambda, of the consistency loss.
+        validation_teacher: Top-1 accuracy of the teacher, as a share of the validation images.
+        weight: Weight lambda of the consistency loss.
     """
 
     phase: str

@@ -1,4 +1,4 @@
-"""What the gate says: verdict.json."""
+"""Layout of verdict.json, which the gate writes."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ Status = Literal["pass", "fail", "inconclusive", "not run", "error"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One rule on one file.
+    """Verdict of one rule on one file.
 
     Attributes:
         rule: "measurement", "required", "findings", "verification", "codes_on_this_cpu", "engine", "int8_coverage",
             "reformat_layers", "accuracy_drop", "agreement", "accuracy", "latency_ratio", "latency_regression" or
-            "size_ratio"; of the float model "float_accuracy" or "known_accuracy".
-        file: The model's file.
-        status: "error" means that the environment kept the rule from being judged.
-        measured: In the rule's own unit; None if there is no number.
-        interval: What the rule was judged by; None for what is exact.
-        allowed: The limit.
-        n: Images, inference rounds or codes behind `measured`.
-        message: One line.
-        images_needed: Of an inconclusive rule on test images: about how many would decide it if the measured rates
-            stay; None if no number would, or where n counts something else.
+            "size_ratio"; for the float model "float_accuracy" or "known_accuracy".
+        file: Name of the model file.
+        status: Result of the rule; "error" means that the environment prevented the check.
+        measured: Measured value in the rule's unit; None if there is no number.
+        interval: Interval that the rule was judged by; None for an exact value.
+        allowed: Limit of the rule.
+        n: Number of images, inference rounds or codes that `measured` is based on.
+        message: Explanation in one line.
+        images_needed: For an inconclusive rule on test images: approximate number of images that would decide it at the
+            measured rates; None if no number would, or if `n` does not count images.
     """
 
     rule: str
@@ -40,10 +40,10 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Judgement:
-    """All rules on all files.
+    """Verdicts of all rules on all files.
 
     Attributes:
-        exit_code: Of the gate.
+        exit_code: Exit code of the gate.
         rules: The verdicts.
     """
 

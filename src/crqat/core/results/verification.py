@@ -1,4 +1,4 @@
-"""What the export found out about one of its files: the comparisons in integer codes, and what the runtime fused."""
+"""Results of the export's verification of one file: integer code comparisons, and fusion by the runtime."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from crqat.core.typed_json import OMIT
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison of the integer simulator with something else.
+    """One comparison of the integer simulator with another computation.
 
     Attributes:
-        codes: How many were compared.
-        differing: How many of them differ.
-        violations: How many codes and logits differ by more than the bound allows; 0 is equality.
-        at: The tensor with the largest difference, empty if there is none.
-        differing_logits: How many logits differ by more than their bound.
-        farthest_from_tie: The largest distance of a differing code's value from a rounding tie, in codes.
-        largest_bound: Of that distance, in codes.
-        observed_graph_is_shipped_graph: Whether ONNX Runtime computes the same with its codes shown.
-        inexact: Codes that stand behind float operations.
-        inexact_differing: How many of them lie on the other side of a tie.
-        inexact_farthest_from_tie: As `farthest_from_tie`, of these.
-        inexact_largest_bound: As `largest_bound`, of these.
+        codes: Number of codes compared.
+        differing: Number of codes that differ.
+        violations: Number of codes and logits that differ by more than the bound allows; 0 means equality.
+        at: Tensor with the largest difference; empty if nothing differs.
+        differing_logits: Number of logits that differ by more than their bound.
+        farthest_from_tie: Largest distance of a differing code's value from a rounding tie, in codes.
+        largest_bound: Largest bound of that distance, in codes.
+        observed_graph_is_shipped_graph: Whether the graph with exposed codes computes the same as the shipped file.
+        inexact: Number of codes that are computed from float operations.
+        inexact_differing: Number of inexact codes that fell on the other side of a rounding tie.
+        inexact_farthest_from_tie: As `farthest_from_tie`, for the inexact codes.
+        inexact_largest_bound: As `largest_bound`, for the inexact codes.
     """
 
     codes: int
@@ -42,14 +42,15 @@ class Check:
 
 @dataclass(frozen=True)
 class Verification:
-    """All checks of one file.
+    """Result of all checks of one file.
 
     Attributes:
         status: "passed", "failed: ..." or "not run: ...".
-        images: How many were computed.
-        codes: How many the check against the runtime compared; against torch, where the runtime did not run.
-        differing_codes: How many of them differ.
-        checks: By what the simulator was compared with: "torch", "runtime" or another target; a text says why not.
+        images: Number of images that were computed.
+        codes: Number of codes compared with the runtime, or with torch if the runtime did not run.
+        differing_codes: Number of these codes that differ.
+        checks: Checks by what the simulator was compared with: "torch", "runtime" or another target; a text gives the
+            reason why a check was not run.
     """
 
     status: str
@@ -60,18 +61,18 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether it was compared and nothing differs that should not."""
+        """Return whether the checks ran and found no difference beyond their bounds."""
         return self.status == "passed"
 
 
 @dataclass(frozen=True)
 class FloatNode:
-    """A node that ONNX Runtime computes in float.
+    """A node that ONNX Runtime computes in float instead of integers.
 
     Attributes:
-        node: Its name.
-        operation: Its type.
-        reason: Why.
+        node: Name of the node.
+        operation: Operator type.
+        reason: Why the node stayed in float.
     """
 
     node: str
@@ -81,11 +82,11 @@ class FloatNode:
 
 @dataclass(frozen=True)
 class Fusion:
-    """What ONNX Runtime's optimizer made of a file.
+    """Result of ONNX Runtime's graph optimizer on one file.
 
     Attributes:
-        expected: Integer operations that the file's layers should become, by type.
-        operations: All operations of the optimized graph, by type.
+        expected: Expected number of integer operations, by type.
+        operations: Number of operations in the optimized graph, by type.
         in_float: Layers that stayed float.
         complete: Whether every layer became an integer operation.
     """

@@ -1,4 +1,4 @@
-"""The runtimes that a network is quantized for: one Target in one file each, and what several of them ask together."""
+"""The runtimes that a network can be quantized for: one Target in one file each, and queries over several of them."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ __all__ = ["ALL", "INT16_MAX", "ONNXRUNTIME", "TARGETS", "TENSORRT", "AddKernel"
            "Target", "TargetName", "activation_codes", "builds_engine", "executed", "find", "get", "is_depthwise",
            "names", "union", "weight_codes"]  # fmt: skip
 
-# Every runtime by its name; another one is added here.
+# Every runtime by name; a new runtime is added here.
 TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, TENSORRT)}
 
 
 def get(name: str) -> Target:
-    """The runtime of a name.
+    """Return the Target of a name.
 
     Raises:
-        UsageError: There is none.
+        UsageError: No runtime has this name.
     """
     if name not in TARGETS:
         near = difflib.get_close_matches(name, TARGETS, n=1)
@@ -52,30 +52,30 @@ def get(name: str) -> Target:
 
 
 def names() -> tuple[str, ...]:
-    """The names of all runtimes."""
+    """Return the names of all runtimes."""
     return tuple(TARGETS)
 
 
 def executed() -> str:
-    """The name of the runtime that an export runs, to compare codes with its own."""
+    """Return the name of the runtime that an export runs to compare integer codes."""
     return next(name for name, target in TARGETS.items() if target.not_run is None)
 
 
 def builds_engine(name: str) -> bool:
-    """Whether a benchmark builds an engine from the file of this target; not from the float files, which have none."""
+    """Return whether a benchmark builds an engine from the file of this target; False for float files."""
     return name in TARGETS and TARGETS[name].builds_engine
 
 
 def find(name: str) -> Target | None:
-    """The runtime for which a file is written, by the file's target; None for the float files, which have none."""
+    """Return the runtime that a file was written for, by the file's target; None for float files."""
     return TARGETS.get(name)
 
 
 def union(names: Iterable[str]) -> Constraints:
-    """What one network must keep to for all of these runtimes.
+    """Return the constraints that one network must meet for all of these runtimes.
 
     Raises:
-        UsageError: One of them is unknown.
+        UsageError: A runtime is unknown.
     """
     return Constraints(tuple(get(name) for name in names))
 
@@ -84,7 +84,7 @@ ALL = "all"
 
 
 def _for_all(value: Any) -> Any:
-    """A recipe's list as a mapping, and lists in a mapping as tuples; what is neither is refused after this."""
+    """Turn a recipe's list into a mapping, and lists in a mapping into tuples; other values are rejected later."""
     if type(value) is list:
         value = {ALL: value} if value else {}
     if type(value) is dict:
@@ -93,13 +93,13 @@ def _for_all(value: Any) -> Any:
 
 
 class ByTarget:
-    """For use in an ``Annotated`` type of a mapping from a runtime's name, or `ALL`, to names of layers.
+    """Mapping from a runtime's name, or `ALL`, to layer names, for use in an ``Annotated`` type.
 
-    A list in a recipe is what is asked for all runtimes.
+    A list in a recipe applies to all runtimes.
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Allow a list and the names that are registered by now; pydantic calls this."""
+        """Allow a list, and the runtimes registered so far. Called by pydantic."""
         del source, handler
         patterns = {"type": "tuple", "items_schema": [{"type": "str"}], "variadic_item_index": 0}
         keys = {"type": "literal", "expected": [*TARGETS, ALL]}
@@ -111,9 +111,9 @@ class ByTarget:
 
 
 class TargetName:
-    """For use in an ``Annotated`` type: one of the names of `TARGETS`, when a recipe is validated."""
+    """One of the names in `TARGETS`, for use in an ``Annotated`` type; checked when a recipe is validated."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Allow the names that are registered by now; pydantic calls this."""
+        """Allow the names of the runtimes registered so far. Called by pydantic."""
         del source, handler
         return {"type": "literal", "expected": list(TARGETS)}

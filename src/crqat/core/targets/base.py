@@ -1,8 +1,7 @@
-"""What the product asks of a runtime: its rules as data, and as functions of numbers.
+"""What a runtime requires of a file: its rules as data, and as functions of numbers.
 
-A Target knows no graph. Placement (torch), lowering and lint (onnx) and the runners read it and apply it to graphs of
-their own; lint hands it plain descriptions of nodes. numpy is imported where it computes, so that checking a recipe
-takes no time.
+A Target knows no graph. Placement (torch), lowering and lint (onnx) and the runners apply it to their own graphs; lint
+passes it plain descriptions of nodes. numpy is imported only where it computes, so that checking a recipe is fast.
 """
 
 from __future__ import annotations
@@ -17,24 +16,24 @@ if TYPE_CHECKING:
 CodeType = Literal["int8", "uint8"]
 FloatType = Literal["float32", "float16"]
 BiasType = Literal["int32", "float"]
-# Which inputs of a residual Add carry quantizers: both, the skip connection alone, or none.
+# Which inputs of a residual Add carry quantizers: both, only the skip connection, or none.
 Residual = Literal["none", "skip", "both"]
 
-# How a kernel adds two tensors of codes: in float32 by fused multiply-adds, or in integers by multipliers of 22 bits.
+# How a kernel adds two tensors of codes: in float32 with fused multiply-adds, or in integers with 22-bit multipliers.
 AddKernel = Literal["float32", "fixed_point"]
 
-# Kernels with 16-bit sums add two products: max(code) * (|w1| + |w2|) has to stay within this.
+# Kernels with 16-bit sums add two products: max(code) * (|w1| + |w2|) must not exceed this.
 INT16_MAX = 32767
 _CODE_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A rule that a node breaks.
+    """A rule that a node violates.
 
     Attributes:
-        rule: What must hold, and what happens if it does not.
-        fix: What to do.
+        rule: What must hold, and what happens otherwise.
+        fix: What the user should do.
     """
 
     rule: str
@@ -43,13 +42,13 @@ class Broken:
 
 @dataclass(frozen=True)
 class QuantizeNode:
-    """A QuantizeLinear or DequantizeLinear, as lint describes it.
+    """Description of a QuantizeLinear or DequantizeLinear node for lint.
 
     Attributes:
-        of_constant: Whether it reads a constant: a weight or a bias, not an activation.
-        zero_point_type: ONNX's name of the type, "INT8" or "UINT8"; None without a zero point.
+        of_constant: Whether the node reads a constant (a weight or a bias), not an activation.
+        zero_point_type: ONNX type name of the zero point, "INT8" or "UINT8"; None without a zero point.
         zero_point_is_zero: Whether every zero point is 0.
-        scalar_scale: Whether the scale has no dimension; None if it is no constant.
+        scalar_scale: Whether the scale has no dimension; None if the scale is not a constant.
     """
 
     of_constant: bool
@@ -60,18 +59,18 @@ class QuantizeNode:
 
 @dataclass(frozen=True)
 class LayerNode:
-    """A Conv, ConvTranspose or Gemm, as lint describes it.
+    """Description of a Conv, ConvTranspose or Gemm node for lint.
 
     Attributes:
         operation: "Conv", "ConvTranspose" or "Gemm".
-        input_quantized: Whether its input comes out of a DequantizeLinear, with nothing but data movement between.
-        weight_quantized: Likewise of its weight.
-        stored_as_codes: Whether the weight's DequantizeLinear reads integers of the file; None unless input and weight
-            both come straight out of one.
-        largest_input: Upper bound of its input's stored codes, None where `stored_as_codes` is not True.
-        largest_weight: Largest magnitude of its weight's codes, likewise.
-        depthwise: See `is_depthwise`.
-        constant_bias: Whether its bias is a constant of the file, without a DequantizeLinear.
+        input_quantized: Whether the input comes from a DequantizeLinear with only data movement in between.
+        weight_quantized: Whether the weight comes from a DequantizeLinear with only data movement in between.
+        stored_as_codes: Whether the weight's DequantizeLinear reads integers stored in the file; None unless both input
+            and weight come directly from a DequantizeLinear.
+        largest_input: Upper bound of the input's stored codes; None unless `stored_as_codes` is True.
+        largest_weight: Largest magnitude of the weight's codes; None unless `stored_as_codes` is True.
+        depthwise: Whether the convolution is depthwise; see `is_depthwise`.
+        constant_bias: Whether the bias is a constant of the file without a DequantizeLinear.
     """
 
     operation: str
@@ -86,10 +85,10 @@ class LayerNode:
 
 @dataclass(frozen=True)
 class ClipNode:
-    """A Clip, as lint describes it.
+    """Description of a Clip node for lint.
 
     Attributes:
-        float_before_quantizer: Whether it has constant float bounds and a QuantizeLinear reads it.
+        float_before_quantizer: Whether the Clip has constant float bounds and is read by a QuantizeLinear.
     """
 
     float_before_quantizer: bool
@@ -99,7 +98,7 @@ Node = QuantizeNode | LayerNode | ClipNode
 
 
 def no_rules(node: Node) -> Iterator[Broken]:
-    """The rules of a runtime that asks for nothing."""
+    """Rules of a runtime that has none."""
     del node
     yield from ()
 
@@ -109,10 +108,10 @@ class CpuFamily:
     """CPUs on which a runtime computes the same codes.
 
     Attributes:
-        name: As results spell it.
-        machines: What Python's `platform.machine()` says on them.
-        add_kernel: How it adds two tensors of codes there: the one operation, of those whose codes are exact, that it
-            does not round alike on all CPUs.
+        name: Name of the family in results.
+        machines: Values of Python's `platform.machine()` on these CPUs.
+        add_kernel: Kernel that adds two tensors of codes on these CPUs. Of the operations with exact codes, this is the
+            only one that the runtime does not round alike on all CPUs.
     """
 
     name: str
@@ -125,34 +124,34 @@ class Target:
     """One runtime on one kind of hardware.
 
     Attributes:
-        name: As recipes, files and results spell it.
-        title: As messages spell it.
-        activation_type: Type in which its files store activations' codes.
-        zero_points: Whether an activation's zero point may be other than 0. Codes are then shifted so that the smallest
-            one is the type's.
-        sum_limit: Largest magnitude that a sum of two products of codes may have without saturating; None where sums
-            have 32 bits.
-        float_types: Types that the operations beside INT8 may have, the usual one first.
-        scale_type: The narrowest type in which a file stores scales; trained scales are moved onto its values.
+        name: Name in recipes, files and results.
+        title: Name in messages.
+        activation_type: Type in which files store the codes of activations.
+        zero_points: Whether an activation's zero point may be nonzero. Codes are then shifted so that the smallest code
+            is the smallest value of the type.
+        sum_limit: Largest magnitude of a sum of two products of codes that does not saturate; None if sums have 32
+            bits.
+        float_types: Allowed types of the operations that are not INT8, the default first.
+        scale_type: Narrowest type in which a file stores scales; trained scales are moved to its values.
         bias_type: "int32" in units of s_x s_w, or "float". With int32, codes of few bits are multiplied by a power of
             two, which makes the unit smaller.
-        float_weights: Whether weights may also be stored as float values with a pair of Q and DQ.
-        residual: Which inputs of a residual Add are to carry quantizers.
+        float_weights: Whether weights may also be stored as float values with a Q/DQ pair.
+        residual: Which inputs of a residual Add carry quantizers.
         quantize_before_activation: Whether a convolution needs a quantizer before an activation other than ReLU and
-            ReLU6, because it is fused with nothing else.
-        moves_codes: Whether Reshape, MaxPool, Concat and their like are written on codes, with one DequantizeLinear
-            after them, so that it stands right before the operation that is to be fused.
-        integer_clip: Whether the float Clip of a ReLU6 is written as an integer Clip behind its quantizer, because a
-            float one is fused into a float convolution.
-        fusions: ONNX operation between Q and DQ to the integer operation that the runtime makes of it.
-        float_results: Likewise where the result stays float.
+            ReLU6, because the runtime fuses no other activation.
+        moves_codes: Whether Reshape, MaxPool, Concat and similar operations are written on codes with one
+            DequantizeLinear after them, directly before the operation that should be fused.
+        integer_clip: Whether the float Clip of a ReLU6 is written as an integer Clip after its quantizer, because a
+            float Clip would be fused into a float convolution.
+        fusions: ONNX operation between Q and DQ to the integer operation that the runtime fuses it into.
+        float_results: Like `fusions`, for operations whose result stays float.
         always_float: ONNX operations without an integer kernel.
-        cpus: The families of CPUs whose codes are known, first the one that targets are compared on; none where it
-            runs on no CPU.
-        not_run: Why an export cannot run its runtime and compare codes; None where it can.
+        cpus: CPU families whose codes are known, first the one that targets are compared on; empty if the runtime does
+            not run on CPUs.
+        not_run: Why an export cannot run the runtime and compare codes; None if it can.
         builds_engine: Whether a benchmark builds an engine from the file and reads its plan.
-        runs_also: Other runtimes that measure its file, as results name them.
-        rules: Says of a node which rules it breaks.
+        runs_also: Other runtimes that measure the file, by their names in results.
+        rules: Function that returns the rules that a node violates.
     """
 
     name: str
@@ -179,54 +178,54 @@ class Target:
 
     @property
     def code_range(self) -> tuple[int, int]:
-        """Smallest and largest code of `activation_type`."""
+        """Return the smallest and the largest code of `activation_type`."""
         return _CODE_RANGES[self.activation_type]
 
     @property
     def largest_nonnegative(self) -> int:
-        """Largest code of an activation without negative values, in training: its zero point is 0 there."""
+        """Return the largest code in training of an activation without negative values; its zero point is 0."""
         low, high = self.code_range
         return high - low if self.zero_points else high
 
     def largest_weight(self, input_codes: int, depthwise: bool) -> int | None:
-        """Largest magnitude of a weight's codes whose sums do not saturate; None where any fits.
+        """Return the largest magnitude of a weight's codes whose sums do not saturate; None if there is no limit.
 
         Args:
-            input_codes: Largest stored code of what the weight meets, its smallest being 0.
-            depthwise: See `is_depthwise`: with one product at a time there is no sum of two.
+            input_codes: Largest stored code of the activation that the weight multiplies; the smallest is 0.
+            depthwise: Whether the layer is depthwise (see `is_depthwise`); it adds no two products.
         """
         if self.sum_limit is None or depthwise or input_codes <= 0:
             return None
         return self.sum_limit // (2 * input_codes)
 
     def cpu(self, machine: str) -> CpuFamily | None:
-        """The family of CPUs to which a machine belongs, None if its codes are not known.
+        """Return the family of CPUs that a machine belongs to; None if its codes are not known.
 
         Args:
-            machine: As `platform.machine()` has it.
+            machine: Value of `platform.machine()`.
         """
         return next((family for family in self.cpus if machine in family.machines), None)
 
     def float_type(self, asked: FloatType) -> FloatType:
-        """The type beside INT8: what is asked for where the runtime offers it, else its usual one."""
+        """Return the type of the operations that are not INT8: the requested one if offered, else the default."""
         return asked if asked in self.float_types else self.float_types[0]
 
 
 def is_depthwise(weight_shape: Sequence[int], groups: int) -> bool:
-    """Whether a convolution of two dimensions has one filter of one channel per channel.
+    """Return whether a 2-D convolution is depthwise: one filter with one input channel per channel.
 
     Args:
         weight_shape: [out channels, in channels / groups, height, width].
-        groups: Of the convolution; 1 for a linear layer.
+        groups: Groups of the convolution; 1 for a linear layer.
     """
     return len(weight_shape) == 4 and weight_shape[1] == 1 and weight_shape[0] == groups
 
 
 def weight_codes(bits: int) -> tuple[int, int]:
-    """Smallest and largest code of a weight: symmetric with 8 bits, all of two's complement with fewer."""
+    """Return the smallest and the largest code of a weight: symmetric at 8 bits, full two's complement below."""
     return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def activation_codes(bits: int, nonnegative: bool) -> tuple[int, int]:
-    """Smallest and largest code of an activation of so many bits, before a target's limits."""
+    """Return the smallest and the largest code of an activation at a bit width, before a target's limits."""
     return (0, 2**bits - 1) if nonnegative else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

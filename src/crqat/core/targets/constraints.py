@@ -1,4 +1,4 @@
-"""What one network must keep to when a recipe names several targets: the union of their constraints."""
+"""The constraints on one network for several targets: the union of the constraints of each target."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ class Constraints:
     """The constraints of several targets at once.
 
     Attributes:
-        targets: At least one.
+        targets: The targets, at least one.
     """
 
     targets: tuple[Target, ...]
 
     @property
     def residual(self) -> Residual:
-        """Which inputs of a residual Add carry quantizers: as many as the most demanding target wants."""
+        """Return which inputs of a residual Add carry quantizers: as many as the most demanding target needs."""
         return max((target.residual for target in self.targets), key=_RESIDUALS.index)
 
     @property
     def quantize_before_activation(self) -> bool:
-        """Whether any target needs a quantizer between a convolution and an activation that it does not fuse."""
+        """Return whether any target needs a quantizer between a convolution and an activation that it does not fuse."""
         return any(target.quantize_before_activation for target in self.targets)
 
     @property
     def without_zero_points(self) -> Target | None:
-        """A target that takes no zero point other than 0, None if all take any."""
+        """Return a target that allows only the zero point 0; None if all targets allow any."""
         return next((target for target in self.targets if not target.zero_points), None)
 
     def activation_codes(self, bits: int, nonnegative: bool) -> tuple[int, int]:
-        """Smallest and largest code of an activation.
+        """Return the smallest and the largest code of an activation.
 
-        Without unsigned INT8, 8 bits of a tensor without negative values are the upper half of the signed range. A
-        runtime with unsigned codes alone takes all of them: then its file needs no Clip behind a ReLU.
+        Without unsigned INT8, a tensor without negative values at 8 bits uses the upper half of the signed range. If
+        all targets use unsigned codes, it uses the full range; the file then needs no Clip after a ReLU.
         """
         qmin, qmax = activation_codes(bits, nonnegative)
         if nonnegative:
@@ -46,20 +46,20 @@ class Constraints:
         return qmin, qmax
 
     def weight_bits(self, bits: int, input_codes: int | None, depthwise: bool) -> tuple[int, str]:
-        """The bit width of a weight whose sums do not saturate, and why it is not what is asked for.
+        """Return the bit width at which a weight's sums do not saturate, and why it differs from the requested one.
 
         Args:
-            bits: Asked for.
-            input_codes: Largest stored code of the activation that it meets, None if that is not quantized.
-            depthwise: See `is_depthwise`.
+            bits: Requested bit width.
+            input_codes: Largest stored code of the activation that the weight multiplies; None if it is not quantized.
+            depthwise: Whether the layer is depthwise; see `is_depthwise`.
 
         Returns:
-            Bits and a reason, empty where nothing changes.
+            The bit width and a reason, empty if nothing changes.
         """
         asked, reason = bits, ""
         for target in self.targets if input_codes is not None else ():
             fitting = target.largest_weight(input_codes or 0, depthwise)
             while fitting is not None and weight_codes(bits)[1] > fitting:
                 bits -= 1
-                reason = f"{asked} bits could saturate {target.title}'s 16-bit sums behind its input"
+                reason = f"{asked} bits could saturate {target.title}'s 16-bit sums of products with its input"
         return bits, reason

@@ -36,7 +36,7 @@ def _layer(node: LayerNode) -> Iterator[Broken]:
                 "train with `targets: [onnxruntime]`, which limits this weight to 7 bits",
             )
     if node.operation == "Gemm" and node.constant_bias and node.input_quantized and node.weight_quantized:
-        yield Broken("QGemm needs an int32 bias behind a DequantizeLinear", "export again")
+        yield Broken("QGemm needs an int32 bias after a DequantizeLinear", "export again")
 
 
 ONNXRUNTIME = Target(
@@ -47,7 +47,7 @@ ONNXRUNTIME = Target(
     zero_points=True,
     # The u8*s8 kernels of x86 without VNNI add two products in 16 bits, and saturate silently.
     sum_limit=INT16_MAX,
-    # QGemm needs its bias as int32 in units of s_x s_w; QLinearConv would make the same of a float one.
+    # QGemm needs its bias as int32 in units of s_x s_w; QLinearConv would convert a float bias to the same.
     bias_type="int32",
     # An Add is fused only with both inputs quantized.
     residual="both",
@@ -65,7 +65,7 @@ ONNXRUNTIME = Target(
         "GlobalAveragePool": "QLinearGlobalAveragePool",
         "MatMul": "QLinearMatMul",
     },
-    # A product of codes whose result stays float, and is no input of a quantizer, as in attention.
+    # A product of codes with a float result that no quantizer reads, as in attention.
     float_results={"MatMul": "MatMulIntegerToFloat"},
     always_float=(
         "ConvTranspose", "HardSwish", "HardSigmoid", "Elu", "Tanh", "Erf", "PRelu", "Div", "BatchNormalization",
@@ -74,14 +74,15 @@ ONNXRUNTIME = Target(
         "Softplus", "Softsign", "Selu", "Celu", "ThresholdedRelu", "Exp", "Log", "Sqrt", "Reciprocal", "Abs", "Neg",
         "ReduceSum", "ReduceL1", "ReduceL2", "ReduceSumSquare", "Einsum",
     ),
-    # Convolutions, products and global means round alike on both. QLinearMul does not, but behind it no code is exact.
+    # Convolutions, products and global means round alike on both. QLinearMul does not, but codes after it are not
+    # exact.
     cpus=(
         CpuFamily("x86", ("x86_64", "AMD64"), "float32"),
         CpuFamily("arm", ("aarch64", "arm64", "ARM64"), "fixed_point"),
     ),
     not_run=None,
-    # OpenVINO takes the codes of this file as they are, with an integer Clip fused behind the convolution: measured,
-    # all of a ResNet-20's layers were INT8.
+    # OpenVINO reads the codes of this file unchanged, with an integer Clip fused after the convolution: measured, all
+    # of a ResNet-20's layers were INT8.
     runs_also=("openvino",),
     rules=_rules,
 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Scales that files can hold: rounded up to float16 where a target stores that, and large enough for int32 biases."""
+"""Rounds scales to values that files can store: up to float16 for some targets, and large enough for int32 biases."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-# |bias| / (s_x s_w) stays below this where a bias is int32: half of the type's range.
+# |bias| / (s_x s_w) stays below this limit if a bias is int32: half of the type's range.
 BIAS_LIMIT = 2.0**30
-# The smallest positive number and the largest. float16's are 2^-24 apart below 2^-14, where scales get coarse; float32
-# holds whatever was trained in it.
+# The smallest positive number and the largest. float16 numbers are 2^-24 apart below 2^-14, where scales get coarse;
+# float32 holds any trained scale.
 _RANGES = {"float16": (2.0**-24, 65504.0), "float32": (0.0, 3.4028234663852886e38)}
 
 
 def round_up(scale: npt.NDArray[np.float32], targets: Sequence[Target]) -> npt.NDArray[np.float32]:
-    """The smallest values that every target stores and that are not below scales, float32 of the same shape.
+    """Return the smallest values not below the scales that every target stores, float32 of the same shape.
 
-    None is above float16's largest number where a target stores float16; see `too_large`.
+    No value exceeds float16's largest number if a target stores float16; see `too_large`.
     """
     import numpy as np
 
@@ -33,7 +33,7 @@ def round_up(scale: npt.NDArray[np.float32], targets: Sequence[Target]) -> npt.N
 
 
 def too_large(scale: npt.NDArray[np.float32], targets: Sequence[Target]) -> Target | None:
-    """A target that does not hold the largest of the scales (or a NaN) as a finite number, None if all do."""
+    """Return a target that cannot hold the largest scale (or a NaN) as a finite number; None if all can."""
     largest = scale.max()
     return next((target for target in _narrow(targets) if not largest <= _RANGES[target.scale_type][1]), None)
 
@@ -49,18 +49,18 @@ def folded_scale(
     input_scale: np.float32 | None,
     targets: Sequence[Target],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """A weight's folded scales, raised so that every target holds them and the bias in their units.
+    """Fold BN into a weight's scales, and raise those that a target cannot hold or that overflow the bias.
 
     Args:
-        scale: Trained, of the unfolded weight, float32 of shape [C].
-        multiplier: What BN multiplies each channel by, float32 of shape [C]; ones without BN.
-        bias: Folded, float32 of shape [C].
-        input_scale: Scale of the activation that the weight meets, None if that is not quantized.
-        targets: Whose files are to hold it.
+        scale: Trained scale of the unfolded weight, float32 of shape [C].
+        multiplier: Factor of BN for each channel, float32 of shape [C]; ones without BN.
+        bias: Folded bias, float32 of shape [C].
+        input_scale: Scale of the activation that the weight multiplies; None if it is not quantized.
+        targets: Targets whose files must hold the scales.
 
     Returns:
-        The folded scales before they are rounded to stored values, and which channels had to be raised. A channel
-        that BN multiplies by 0 has codes 0 whatever its scale; it keeps the one it has.
+        The folded scales before they are rounded to stored values, and which channels were raised. A channel that BN
+        multiplies by 0 has codes 0 at any scale and keeps its scale.
     """
     import numpy as np
 
@@ -79,11 +79,11 @@ def unfolded(
     raised: npt.NDArray[np.bool_],
     targets: Sequence[Target],
 ) -> npt.NDArray[np.float32]:
-    """The trained scales that fold to stored ones, float32 of shape [C]; see `folded_scale` for the arguments."""
+    """Return the trained scales that fold to the stored ones, float32 of shape [C]; arguments as in `folded_scale`."""
     import numpy as np
 
     changed = (multiplier != 0) if _narrow(targets) else raised
-    # The division's rounding alone must not make a scale smaller.
+    # The rounding of the division must not make a scale smaller.
     with np.errstate(divide="ignore", invalid="ignore"):
         final = np.maximum(folded / np.abs(multiplier), scale)
     result: npt.NDArray[np.float32] = np.where(changed, final, scale)

@@ -17,8 +17,8 @@ def _rules(node: Node) -> Iterator[Broken]:
             )
         elif not node.zero_point_is_zero:
             yield Broken("TensorRT refuses a zero point other than 0", "export with `targets: [tensorrt]`")
-    # It multiplies in INT8 where both operands come out of a DequantizeLinear. Where neither does, the layout wants the
-    # layer in float, as NNCF does in squeeze-and-excitation; the gate's `min_int8_coverage` weighs that.
+    # TensorRT multiplies in INT8 if both operands come from a DequantizeLinear. If neither does, the layout wants the
+    # layer in float, as NNCF does in squeeze-and-excitation; the gate's `min_int8_coverage` counts that.
     elif isinstance(node, LayerNode) and node.input_quantized != node.weight_quantized:
         missing, there = ("weight", "input") if node.input_quantized else ("input", "weight")
         yield Broken(
@@ -30,15 +30,15 @@ def _rules(node: Node) -> Iterator[Broken]:
 TENSORRT = Target(
     name="tensorrt",
     title="TensorRT",
-    # It has no unsigned INT8: it reads UINT8 as INT8 with the same scale and silently clips half of the range.
+    # TensorRT has no unsigned INT8: it reads UINT8 as INT8 with the same scale and silently clips half of the range.
     activation_type="int8",
     zero_points=False,
-    # Strongly typed, it runs the float parts in the file's own type; float16 is what a board wants.
+    # A strongly typed network runs the float parts in the file's own type; boards need float16.
     float_types=("float16", "float32"),
     scale_type="float16",
     bias_type="float",
     float_weights=True,
-    # It fuses an Add with the convolution before it, where a quantizer only adds work.
+    # TensorRT fuses an Add with the convolution before it; a quantizer there would only add work.
     residual="skip",
     not_run="no CUDA device",
     builds_engine=True,
