@@ -109,8 +109,13 @@ def quantize_model(
         The network with uncalibrated quantizers, in eval mode.
 
     Raises:
-        UsageError: See `crqat.train.placement.insert.insert_quantizers`.
+        UsageError: A parameter is not float32; or see `crqat.train.placement.insert.insert_quantizers`.
     """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            msg = f"model.name: {name} is {kind}, and quantization needs float32; call .float() on the network"
+            raise UsageError(msg)
     make = make_quantizer or quantizer_maker(config)
     inserted, specs = insert_quantizers(model, example, config, targets, make, residual)
     quantized = QuantizedModel(inserted, inserted.graph)

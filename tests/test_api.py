@@ -391,3 +391,10 @@ def test_the_example_of_a_data_set_is_one(tmp_path: Path) -> None:
     dataset = scope["my_images"](str(tmp_path))
     validate(dataset, "the example")
     assert dataset.train_images.shape == (48, 3, 12, 12) and dataset.class_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_network_of_another_type_is_refused_by_its_parameter(kind: torch.dtype) -> None:
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4 * 36, 3)).to(kind)
+    with pytest.raises(crqat.UsageError, match=r"^net: 0\.weight is \w+, and quantization needs float32; call \.float"):
+        crqat.quantize(net, torch.zeros(2, 1, 8, 8))
