@@ -152,7 +152,7 @@ class _Check:
                 raise
             msg = (
                 f"model.name: {type(network).__name__} cannot be copied{one_line_of(error)}; the teacher and the "
-                "export need copies: do not store computed tensors as attributes (torch.nn.utils.prune.remove ends pruning)"
+                "export need copies: keep computed tensors out of attributes (torch.nn.utils.prune.remove ends pruning)"
             )
             raise UsageError(msg) from error
 
