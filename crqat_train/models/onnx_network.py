@@ -46,12 +46,12 @@ class _Stored:
 class _Step:
     """One operation: a function, or a module of the network by its path, applied to values, tensors and constants.
 
-        Attributes:
-            function: The function, or the path of the module.
-    arguments: Arguments of the function, with `_Named` and `_Stored` in them, also inside lists.
-            result: Name of the value that it computes.
-            node: The file's node that it was converted from; used in messages.
-            released: Names of the values that no later step needs.
+    Attributes:
+        function: The function, or the path of the module.
+        arguments: Arguments of the function, with `_Named` and `_Stored` in them, also inside lists.
+        result: Name of the value that it computes.
+        node: The file's node that it was converted from; used in messages.
+        released: Names of the values that no later step needs.
     """
 
     function: Callable[..., Any] | str
@@ -206,9 +206,9 @@ class Builder:
     def emit(self, function: Callable[..., Any] | str, *arguments: Any) -> Value:
         """Add an operation and trace it; an operation on constants is computed once, now.
 
-                Args:
-                    function: A function, or the path of a module.
-        arguments: Arguments of the function, with `Value`s in them, also inside lists.
+        Args:
+            function: A function, or the path of a module.
+            arguments: Arguments of the function, with `Value`s in them, also inside lists.
         """
         called = self.network.get_submodule(function).eval() if isinstance(function, str) else function
         with torch.no_grad():
