@@ -44,7 +44,7 @@ def test_a_list_is_a_source(folder: Path) -> None:
         3: 1,
         4: 0,
     }
-    assert "the labels are predictions of a network: accuracy is the agreement with it" in dataset.notes
+    assert "the labels are the answers of a network: accuracy is the agreement with it" in dataset.notes
     assert imagelist.outside(path) == [folder / "other"]
     assert imagelist.outside(write(folder)) == []
 
