@@ -157,7 +157,7 @@ def measure(
     """Measure all rows of one network.
 
     Args:
-        model: As in a recipe's `model.name`.
+        model: Name of the network, as in a recipe's `model.name`.
         rounds: Number of runs of each exporter; the order rotates.
         images: Number of calibration images.
         size: Side of the images in pixels.

@@ -76,7 +76,7 @@ def python(cpu: str, onnxruntime: str = ONNXRUNTIME) -> Path:
     """
     for program, package in (("qemu-aarch64", "qemu-user"), ("apt-get", "apt"), ("dpkg", "dpkg")):
         if shutil.which(program) is None:
-            msg = f"not run: no {program}, of Debian's {package}"
+            msg = f"not run: no {program}; install Debian's {package}"
             raise NotRun(msg)
     root, site = _root(), _site(onnxruntime)
     board = cache() / f"{cpu}-{onnxruntime}"
@@ -167,7 +167,7 @@ def run_program(command: list[str], folder: Path, name: str, limit: float = TIME
         limit: Seconds after which it is stopped.
 
     Raises:
-        NotRun: It fails or exceeds the time limit; the message has its last line.
+        NotRun: The program fails or exceeds the time limit; the message has its last line.
     """
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=limit)

@@ -21,7 +21,7 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
         key: The recipe's key, for messages.
 
     Raises:
-        UsageError: It cannot be imported or is not a function.
+        UsageError: The function cannot be imported or is not a function.
     """
     module_name, _, function_name = name.partition(":")
     # A console script does not search the current folder as `python -m` does. The folder comes last, so that no file in
@@ -45,7 +45,7 @@ def call_function(function: Callable[..., Any], name: str, key: str, arguments: 
     """Call a function that a recipe names, and report its errors.
 
     Raises:
-        UsageError: Its parameters do not fit, or it raises; the message has the file and line of the error.
+        UsageError: The parameters do not fit, or the function raises; the message has the file and line of the error.
     """
     try:
         inspect.signature(function).bind(**arguments)

@@ -37,7 +37,7 @@ class QuantizedModel(fx.GraphModule):
     Attributes:
         targets: Names of the runtimes whose limits it respects.
         specs: Edge, bit width and integer range of each quantizer, in the order of NNCF's layout.
-        notes: Differences between its training and that of the float network, one line each.
+        notes: Differences between the training of this network and of the float network, one line each.
     """
 
     @property
@@ -52,7 +52,7 @@ class QuantizedModel(fx.GraphModule):
 
     @property
     def notes(self) -> list[str]:
-        """Differences between its training and that of the float network, one line each."""
+        """Differences between the training of this network and of the float network, one line each."""
         return list(self.meta.get(NOTES, ()))
 
     def quantizer(self, spec: QuantizerSpec) -> Quantizer:

@@ -55,7 +55,7 @@ def validate(dataset: Dataset, source: str) -> None:
         source: Name of the source in messages.
 
     Raises:
-        UsageError: It breaks the contract; the message names the source and the field.
+        UsageError: The data set breaks the contract; the message names the source and the field.
     """
 
     def require(condition: bool, problem: str) -> None:

@@ -105,7 +105,8 @@ def open_saved(root: Path, image_column: str | None, label_column: str | None) -
         label_column: Name of the label column; None takes the only one, or "label".
 
     Raises:
-        UsageError: It is no such folder or damaged, has no suitable splits or columns, or a row has no label.
+        UsageError: The folder was not written by `save_to_disk`, is damaged, has no suitable splits or columns, or a
+            row has no label.
         ToolError: `datasets` is missing, or a file cannot be read.
     """
     datasets = _datasets()

@@ -35,7 +35,7 @@ def read(path: Path) -> ImageList:
     """Read an image list.
 
     Raises:
-        UsageError: It is not an image list, a part is empty, or a class is not a valid index.
+        UsageError: The file is not an image list, a part is empty, or a class is not a valid index.
         ToolError: The file cannot be read.
     """
     found = typed_json.read(ImageList, path, "write it again by `crqat quantize`")

@@ -196,7 +196,7 @@ def _imagelist(root: str | None, config: DataConfig, progress: Progress) -> Data
     labels = [torch.tensor([file.label for file in own], dtype=torch.int64) for own in files]
     notes: tuple[str, ...] = ()
     if found.labels_of:
-        notes = (f"the labels are predictions of {found.labels_of}: accuracy is the agreement with it",)
+        notes = (f"the labels are the answers of {found.labels_of}: accuracy is the agreement with it",)
     return _stored(tuple(found.classes), parts, labels, config, progress, notes)
 
 

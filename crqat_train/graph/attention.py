@@ -72,7 +72,7 @@ def attend(
         placeholder that refuses any use.
 
     Raises:
-        UsageError: It is called with a mask, or the module has unsupported options.
+        UsageError: The attention is called with a mask, or the module has unsupported options.
     """
     if key_padding_mask is not None or attn_mask is not None or further.get("is_causal"):
         msg = "attention with a mask is not quantized: call nn.MultiheadAttention without a mask"

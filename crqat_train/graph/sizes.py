@@ -47,14 +47,14 @@ class SizedProxy(fx.Proxy):
     """A proxy with known shape, length and results of size comparisons.
 
     Attributes:
-        known: Its value for each of two batch sizes; None where it is unknown.
+        known: The proxy's value for each of two batch sizes; None where it is unknown.
     """
 
     known: tuple[Any, Any] = _UNKNOWN
 
     @property
     def shape(self) -> Any:
-        """Return its sizes: numbers, and a proxy for the batch size."""
+        """Return the sizes: numbers, and a proxy for the batch size."""
         if not isinstance(self.known[0], Tensor):
             return fx.proxy.Attribute(self, "shape")
         return self._sizes()

@@ -232,7 +232,7 @@ def fill(model: nn.Module, values: Mapping[str, Tensor], source: str) -> None:
     """Load a state dict into a network, as `load_weights` does; `source` names where it comes from, for messages.
 
     Raises:
-        UsageError: It does not fit the network.
+        UsageError: The state dict does not fit the network.
     """
     match = weight_files.match(values, model.state_dict())
     if match.count:

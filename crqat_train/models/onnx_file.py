@@ -46,7 +46,7 @@ def read(path: Path) -> OnnxFile:
         path: An ONNX file; its tensors may lie in external data files.
 
     Raises:
-        UsageError: It is not an ONNX file, is damaged, is not a float network with one input of images and one output,
+        UsageError: The file is not ONNX, is damaged, is not a float network with one input of images and one output,
             or has an unsupported operator; the message names the file and the node.
         ToolError: The file cannot be read.
     """

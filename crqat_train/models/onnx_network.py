@@ -48,7 +48,7 @@ class _Step:
 
     Attributes:
         function: The function, or the path of the module.
-        arguments: Its arguments, with `_Named` and `_Stored` in them, also inside lists.
+        arguments: Arguments of the function, with `_Named` and `_Stored` in them, also inside lists.
         result: Name of the value that it computes.
         node: The file's node that it was converted from; used in messages.
         released: Names of the values that no later step needs.
@@ -208,7 +208,7 @@ class Builder:
 
         Args:
             function: A function, or the path of a module.
-            arguments: Its arguments, with `Value`s in them, also inside lists.
+            arguments: Arguments of the function, with `Value`s in them, also inside lists.
         """
         called = self.network.get_submodule(function).eval() if isinstance(function, str) else function
         with torch.no_grad():

@@ -20,7 +20,7 @@ def check_callable(name: str) -> None:
     """Check that `build` can call the function or class in `model.name`, without calling it; other names pass.
 
     Raises:
-        UsageError: It cannot be imported, or has a required parameter that is neither classes nor channels.
+        UsageError: The function cannot be imported, or has a required parameter that is neither classes nor channels.
     """
     if ":" in name:
         network_arguments(import_function(name, "model.name"), name, 1, 1)

@@ -126,7 +126,7 @@ def data_section(config: TrainConfig) -> DataConfig:
 
 
 def notes(config: TrainConfig) -> tuple[str, ...]:
-    """Describe what `data_section` took, and what it could not take, one line each; empty if the recipe sets all."""
+    """Describe the published preprocessing that `data_section` uses or cannot use, one line each."""
     data = data_section(config)
     found = published(config.model.name) if data != config.data else None
     if found is None:

@@ -32,7 +32,7 @@ def read(path: Path, beside: bool = False) -> onnx.ModelProto:
             refused, because the model's hash does not cover them.
 
     Raises:
-        UsageError: It is not an ONNX file, or one of its tensors is refused; the message names both.
+        UsageError: The file is not an ONNX file, or one of its tensors is refused; the message names both.
         ToolError: The file cannot be read.
     """
     model = _parsed(path)
@@ -83,7 +83,7 @@ def check(path: Path, model: onnx.ModelProto) -> None:
     Shapes that depend on the input's values are known only when the model runs, which it does in a separate process.
 
     Raises:
-        UsageError: It breaks a rule, or has a tensor that is too large.
+        UsageError: The model breaks a rule, or has a tensor that is too large.
     """
     import onnx
 

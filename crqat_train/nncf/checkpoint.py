@@ -95,7 +95,7 @@ class NNCFQuantizer:
         """Return the equivalent Grid.
 
         Raises:
-            UsageError: Its channels have different zero points, which a Grid cannot represent.
+            UsageError: The channels have different zero points, which a Grid cannot represent.
         """
         low, high = self.levels
         scale, zero_point = self._step()
@@ -255,7 +255,7 @@ def read(path: Path) -> Checkpoint:
             and the configuration of `nncf.torch.get_config` under any names.
 
     Raises:
-        UsageError: It is missing, damaged, needs code to load, or holds anything but NNCF quantizers.
+        UsageError: The checkpoint is missing, damaged, needs code to load, or holds anything but NNCF quantizers.
     """
     state, config = _read_folder(path) if path.is_dir() else _read_file(path)
     quantizers = []

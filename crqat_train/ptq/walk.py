@@ -21,10 +21,10 @@ class Layer:
     """A convolution or linear layer with a quantized weight, just before it runs.
 
     Attributes:
-        node: Its operation in the quantized network's graph.
+        node: The layer's operation in the quantized network's graph.
         spec: Spec of its weight's quantizer.
         weight: The latent weight; corrections change it in place.
-        inputs: Its inputs of shape [N, ...]: in the float network and in the quantized one.
+        inputs: The layer's inputs of shape [N, ...]: in the float network and in the quantized one.
     """
 
     node: fx.Node

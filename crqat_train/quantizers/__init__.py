@@ -60,7 +60,7 @@ def method_named(name: str, key: str) -> type[Quantizer]:
         key: The recipe's key, "quantization.weight_method" or "quantization.activation_method".
 
     Raises:
-        UsageError: It cannot be imported, or is not a `Quantizer` that fits the key.
+        UsageError: The class cannot be imported, or is not a `Quantizer` that fits the key.
     """
     kind = "weights" if key.endswith("weight_method") else "activations"
     if ":" in name:

@@ -146,7 +146,7 @@ def set_width(quantizer: Quantizer, bits: int, keep_range: bool = True) -> None:
     """Change the bit width of a quantizer.
 
     Args:
-        quantizer: Its `spec`, which states its final bit width, is not changed.
+        quantizer: The quantizer. Its `spec`, which states its final bit width, is not changed.
         bits: The new bit width.
         keep_range: Change the scale so that the largest code stands for the same value as before.
     """

@@ -33,7 +33,7 @@ def check_forward(network: nn.Module, images: Tensor, classes: int) -> None:
         classes: Number of classes of the data.
 
     Raises:
-        UsageError: It raises, or does not return one float number for each image and class.
+        UsageError: The network raises, or does not return one float number for each image and class.
     """
     check_module(network)
     network.eval()

@@ -54,7 +54,7 @@ class Weight:
         scale: float32 of shape [C], positive.
         bias: float32 of shape [C]: the folded bias rounded to a multiple of the unit s_x s_w, the same for all targets.
         bias_codes: The bias in units of s_x s_w, int32 of shape [C].
-        bias_error: Largest change of the bias by that rounding, as a real number.
+        bias_error: Largest rounding error of the bias, as a real number.
         claim: "exact" or "lossy"; see the module.
         note: Message for the user; empty if there is none.
     """

@@ -31,7 +31,7 @@ def test_an_emulated_cpu_runs_onnxruntime_and_its_own_processes(cpu: str, dot_pr
 
 def test_without_an_emulator_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(NotRun, match="not run: no qemu-aarch64, of Debian's qemu-user"):
+    with pytest.raises(NotRun, match="not run: no qemu-aarch64; install Debian's qemu-user"):
         emulated_arm.python("cortex-a57")
 
 

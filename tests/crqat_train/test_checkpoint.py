@@ -100,7 +100,7 @@ def test_a_save_that_ends_anywhere_leaves_the_state_before(
         patch.setattr(Path, "replace", breaks("replace", Path.replace))
         if cut < 5:
             with pytest.raises(
-                ToolError, match=r"^cannot save .*: No space left on device; .* the same command goes on"
+                ToolError, match=r"^cannot save .*: No space left on device; .* run the same command to resume"
             ):
                 kept.save(state(2))
         else:

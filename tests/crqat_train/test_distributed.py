@@ -278,7 +278,7 @@ def test_fewer_training_images_than_processes_are_refused(tmp_path: Path, monkey
     monkeypatch.setattr(distributed, "first_rank_first", nullcontext)
     data, model = DataConfig("digits", validation=0.999), ModelConfig("cifar/resnet20")
     config = replace(recipe(tmp_path), data=data, model=model)
-    with pytest.raises(UsageError, match=r"^data\.validation: training images: each of 2 .* and they are 1$"):
+    with pytest.raises(UsageError, match=r"^data\.validation: training images: each of 2 .* but there are 1$"):
         train(config, tmp_path, quiet)
 
 

@@ -210,9 +210,7 @@ def test_verify_a_network_on_normalized_images_or_on_bytes(model: crqat.Quantize
             "onnxruntime",
         }
     for wrong in (BYTES, IMAGES.double(), IMAGES[0], IMAGES[:0]):
-        with pytest.raises(
-            crqat.UsageError, match=r"^images: \w+ of shape \[.*\]; expected what the network takes, float"
-        ):
+        with pytest.raises(crqat.UsageError, match=r"^images: \w+ of shape \[.*\]; expected normalized images, float"):
             crqat.verify(model, wrong)
 
 

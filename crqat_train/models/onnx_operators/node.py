@@ -31,8 +31,8 @@ class Value:
     """A value between the file's nodes.
 
     Attributes:
-        sample: Its value for meta images (shapes without data): a tensor, a number or a list of numbers.
-        other: Its value for one image more, and for larger images if the file leaves their size open; None if constant.
+        sample: The value for meta images (shapes without data): a tensor, a number or a list of numbers.
+        other: The value for one image more, and for larger images if the file leaves their size open; None if constant.
         name: Name under which the network holds it during the forward pass; None if it does not depend on the images.
         origin: Name of a constant in the file.
         stored: Path of the network's tensor that holds a constant, once there is one.
@@ -59,7 +59,7 @@ class Value:
 
     @property
     def is_tensor(self) -> bool:
-        """Whether it is a tensor; otherwise it is a number or a list of numbers."""
+        """Whether the value is a tensor; otherwise it is a number or a list of numbers."""
         return isinstance(self.sample, Tensor)
 
     @property
@@ -72,7 +72,7 @@ class Node:
     """A node of the file during conversion.
 
     Attributes:
-        inputs: Its inputs; None for an omitted one.
+        inputs: Inputs of the node; None for an omitted one.
         builder: Receives the operations that it is converted to.
     """
 

@@ -153,7 +153,7 @@ def test_a_table_that_changes_while_it_is_read_is_noticed(tmp_path: Path, change
 def test_where_there_is_no_data_set_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UsageError, match=rf"no saved data set in {tmp_path}/none; write one by .*download: true"):
         sources.load("huggingface:a/b", str(tmp_path / "none"), False)
-    with pytest.raises(UsageError, match=r"^data\.root: huggingface needs it: a folder that save_to_disk"):
+    with pytest.raises(UsageError, match=r"^data\.root: missing; huggingface needs a folder written by"):
         sources.load("huggingface", None, False)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ToolError, match=r"needs the package datasets; pip install crqat-edge\[huggingface\]$"):

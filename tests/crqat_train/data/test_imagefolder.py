@@ -205,7 +205,7 @@ def test_what_is_wrong_with_a_folder_is_said(root: Path, tmp_path: Path) -> None
         loaded(root / "train")
     with pytest.raises(UsageError, match=r"there is no such folder$"):
         loaded(root / "none")
-    with pytest.raises(UsageError, match=r"^data\.root: imagefolder needs it"):
+    with pytest.raises(UsageError, match=r"^data\.root: missing; imagefolder needs the folder"):
         sources.load("imagefolder", None, False)
 
 

@@ -44,7 +44,7 @@ def test_a_list_is_a_source(folder: Path) -> None:
         3: 1,
         4: 0,
     }
-    assert "the labels are predictions of a network: accuracy is the agreement with it" in dataset.notes
+    assert "the labels are the answers of a network: accuracy is the agreement with it" in dataset.notes
     assert imagelist.outside(path) == [folder / "other"]
     assert imagelist.outside(write(folder)) == []
 
@@ -67,5 +67,5 @@ def test_a_listed_image_that_is_gone_is_named(folder: Path) -> None:
     config = DataConfig("imagelist", root=str(folder), image_list=str(write(folder)), size=8, crop=8)
     with pytest.raises(ToolError, match=r"a/1\.png: cannot be read any more"):
         sources.of_recipe(config)
-    with pytest.raises(UsageError, match=r"^data\.image_list: imagelist needs it and data\.root"):
+    with pytest.raises(UsageError, match=r"^data\.image_list: missing, or data\.root; imagelist needs"):
         sources.of_recipe(DataConfig("imagelist", root=str(folder)))

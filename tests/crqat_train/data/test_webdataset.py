@@ -103,7 +103,7 @@ def test_what_is_wrong_with_a_sample_is_said(root: Path) -> None:
     )
     assert replaced(root, ("a\n\x1b[1m.png", b""), ("b.cls", b"1")).startswith(f"{path}: a\\n\\x1b[1m: a sample")
     (root / "classes.txt").write_text("cat\ncat\n")
-    assert refusal(root).startswith(f"{root}/classes.txt: one class name a line")
+    assert refusal(root).startswith(f"{root}/classes.txt: write one class name a line")
 
 
 def test_what_is_no_image_names_shard_and_member(root: Path) -> None:
@@ -209,7 +209,7 @@ def test_a_shard_that_changes_while_it_is_read_is_noticed(root: Path, change: st
 
 
 def test_a_folder_without_shards_is_said(root: Path) -> None:
-    with pytest.raises(UsageError, match=r"^data\.root: webdataset needs it: the folder with train-\*\.tar"):
+    with pytest.raises(UsageError, match=r"^data\.root: missing; webdataset needs the folder with train-\*\.tar"):
         sources.load("webdataset", None, False)
     (root / "test-0.tar").rename(root / "test-0.tar.gz")
     assert refusal(root) == (

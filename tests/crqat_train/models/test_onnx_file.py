@@ -319,7 +319,7 @@ def test_a_network_that_computes_something_else_is_an_error_that_names_the_file(
         from_onnx.compare(str(path), network, images[:, :, :8, :8])
     with torch.no_grad():
         next(network.parameters()).mul_(1.001)
-    with pytest.raises(UsageError, match=r"made of .*net\.onnx computes logits that differ by"):
+    with pytest.raises(UsageError, match=r"made from .*net\.onnx returns logits that differ by"):
         from_onnx.compare(str(path), network, images)
 
 
@@ -355,5 +355,5 @@ def test_repeated_blocks_and_words_of_python_can_be_quantized(tmp_path: Path) ->
     assert quantize(network, torch.randn(4, 3, SIDE, SIDE)).specs
     named = nn.Sequential()
     named.add_module("in", nn.Conv2d(3, 4, SIDE))
-    with pytest.raises(UsageError, match=r"^net: in: in is a word of Python's grammar"):
+    with pytest.raises(UsageError, match=r"^net: in: in is a Python keyword"):
         quantize(named.append(nn.Flatten()).eval(), torch.randn(4, 3, SIDE, SIDE))

@@ -319,7 +319,7 @@ def test_damaged_checkpoints_are_named_and_no_code_runs(tmp_path: Path, capsys: 
         folder("kind", lambda c: c["compression_state"][0].update(module_cls_name="AsymmetricLoraQuantizer")): "Lora",
         folder("hook", lambda c: c["compression_state"][0].update(hook_names_in_model=["post_hooks.y__0.0"])): "fit",
         folder("nobody", lambda c: c["compression_state"][0].update(hook_names_in_model=[])): "fit",
-        folder("none", lambda c: c.pop("compression_state")): "no configuration of nncf.torch.get_config",
+        folder("none", lambda c: c.pop("compression_state")): "not a configuration of nncf.torch.get_config",
         folder("odd", lambda c: c["compression_state"].append(3)): "fit",
         folder(
             "nan", lambda c: c["compression_state"][0]["module_config"].update(num_bits=math.nan)

@@ -92,7 +92,7 @@ def test_a_users_own_method_is_saved_and_loaded(tmp_path: Path) -> None:
         ("own_methods:Nothing", "has no forward"),
         ("own_methods:NoScale", "needs a Parameter or buffer `scale`"),
         ("own_methods:Raises", "raised KeyError: 'missing'.*own_methods.py:"),
-        ("own_methods:NotOne", "is no class that derives from"),
+        ("own_methods:NotOne", "does not derive from"),
         ("own_methods:Absent", "has no function or class 'Absent'"),
         ("no_such_module:X", "cannot import 'no_such_module'"),
     ],

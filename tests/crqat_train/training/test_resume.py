@@ -225,7 +225,7 @@ def test_a_signal_saves_and_ends_with_a_line_that_says_how_to_go_on(
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
         cut_after(patch, steps, lambda: os.kill(os.getpid(), number))
-        with pytest.raises(Interrupted, match=r"saved at \w+ epoch 1 of 2.*: the same command goes on") as caught:
+        with pytest.raises(Interrupted, match=r"saved at \w+ epoch 1 of 2.*: run the same command to resume") as caught:
             train(recipe(), tmp_path / "first", quiet, tmp_path / "states")
     assert caught.value.exit_code == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
     assert signal.getsignal(number) == before

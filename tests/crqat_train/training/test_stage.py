@@ -905,7 +905,7 @@ def test_a_quantizer_method_that_cannot_be_had_is_told_before_anything_is_read_o
     monkeypatch.setattr(sources, "of_recipe", lambda *arguments: reads.append(arguments))
     for key in ("weight_method", "activation_method"):
         config = recipe(quantization=QuantizationConfig(**{key: f"{__name__}:Net"}))  # type: ignore[arg-type]
-        with pytest.raises(UsageError, match=rf"^quantization\.{key}: .*:Net is no class that derives from"):
+        with pytest.raises(UsageError, match=rf"^quantization\.{key}: .*:Net does not derive from"):
             train(config, tmp_path, quiet)
     assert not reads and not list(tmp_path.iterdir())
 

@@ -159,7 +159,7 @@ def test_names_that_are_no_text_are_refused(tmp_path: Path, place: str) -> None:
         (made.graph.node[0] if place == "node" else made.graph).name = name
     path = tmp_path / "m.onnx"
     path.write_bytes(made.SerializeToString().replace(name.encode(), b"a name \xff\xff change"))
-    with pytest.raises(UsageError, match=r"m\.onnx: a name in it is no UTF-8 text"):
+    with pytest.raises(UsageError, match=r"m\.onnx: a name in it is not UTF-8"):
         check(path)
 
 

@@ -208,7 +208,7 @@ def test_a_float_onnx_file_becomes_verified_files(digits: Path, tmp_path: Path) 
     assert written["model"] == {"name": str(digits / "known.onnx")} and written["data"]["crop"] == 8
     manifest = json.loads((run / "train" / "manifest.json").read_text())
     assert f"file {digits / 'known.onnx'}" in manifest["inputs"]
-    assert "known.onnx: on 8 images the logits of the network" in "".join(manifest["payload"]["preparation"])
+    assert "known.onnx: on 8 images the converted network" in "".join(manifest["payload"]["preparation"])
     # A file that has changed is another network, and the run says so.
     config = recipes.load(run / "recipe.yaml")
     content = (digits / "known.onnx").read_bytes()
