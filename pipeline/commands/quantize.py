@@ -230,9 +230,7 @@ def _listed(folder: Path, option: str, labels: bool) -> tuple[tuple[str, ...] | 
     if not labels or not names:
         return None, {str(path): 0 for path in paths}
     if loose:
-        msg = (
-            f"{option}: {folder} has images outside its class folders, like {loose[0]}; move them, or use --no-labels"
-        )
+        msg = f"{option}: {folder} has images outside its class folders, like {loose[0]}; move them, or use --no-labels"
         raise UsageError(msg)
     if len(names) == 1:
         msg = f"{option}: {folder} has one class folder, {names[0]}; add folders of other classes, or use --no-labels"

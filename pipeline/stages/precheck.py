@@ -151,7 +151,7 @@ class _Check:
             if passes_through(error):
                 raise
             msg = (
-                f"model.name: {type(network).__name__} cannot be copied{one_line_of(error)}; the teacher and the export "
+                f"model.name: {type(network).__name__} cannot be copied{one_line_of(error)}; teacher and export "
                 "need copies: keep computed tensors out of attributes (torch.nn.utils.prune.remove ends a pruning)"
             )
             raise UsageError(msg) from error
