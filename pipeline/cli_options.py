@@ -18,7 +18,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def recipe_arguments(command: _Command) -> _Command:
     """Add RECIPE, --set and --runs."""
-    command = click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Default: runs.")(
+    command = click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Directory of all runs. Default: runs.")(
         command
     )
     command = click.option(
