@@ -85,7 +85,12 @@ def check(path: Path, overrides: tuple[str, ...], syntax: bool) -> None:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), help="HTML file to write. Default: report.html.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    help="HTML file to write. Default: report.html.",
+)
 @click.option("--layers", is_flag=True, help="Measure the accuracy with one layer at a time quantized.")
 @json_option
 def report(run: Path, out: Path, layers: bool) -> None:
@@ -197,7 +202,12 @@ def models(
 )
 @click.option("--bandwidth", type=float, metavar="B/S", help="Bandwidth between machines, in bytes per second.")
 @click.option("--latency", type=float, metavar="S", help="Latency between machines, in seconds per message.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("scale.json"), help="JSON file to write. Default: scale.json.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("scale.json"),
+    help="JSON file to write. Default: scale.json.",
+)
 @json_option
 def scale(
     recipe: Path,
@@ -322,10 +332,19 @@ def init(
 @click.option("--seeds", default="0", help="Seeds, separated by commas. Default: 0.")
 @click.option("--labels", default="", help="Numbers of labeled images, `all` for all. Default: the recipe's.")
 @click.option("--bits", default="", help="Bit widths of weights and activations. Default: the recipe's.")
-@click.option("--equal", type=click.Choice(["steps", "time"]), default="steps", help="What the methods have in common. Default: steps.")
+@click.option(
+    "--equal",
+    type=click.Choice(["steps", "time"]),
+    default="steps",
+    help="What the methods have in common. Default: steps.",
+)
 @click.option("--jobs", type=click.IntRange(1), default=None, help="Parallel training runs. Default: one per core.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Markdown file to write. Default: studies/NAME.md.")
-@click.option("--runs", type=click.Path(path_type=Path), default=None, help="Directory of the runs. Default: runs/study-NAME.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Markdown file to write. Default: studies/NAME.md."
+)
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=None, help="Directory of the runs. Default: runs/study-NAME."
+)
 @json_option
 def study(
     recipe: Path,
