@@ -141,7 +141,7 @@ def test_broken_onnx_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.onnx", "no such file"), ("", "it has none of train"), ("a.txt", "not a run directory"), ("grids.json", "Grids")],
+    [("none.onnx", "no such file"), ("", "none of train"), ("a.txt", "not a run directory"), ("grids.json", "Grids")],
 )
 def test_what_it_does_not_know_is_refused(tmp_path: Path, name: str, message: str) -> None:
     for file in ("a.txt", "grids.json"):

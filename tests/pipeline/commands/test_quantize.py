@@ -223,7 +223,7 @@ def test_a_float_onnx_file_becomes_verified_files(digits: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("known.onnx", ["--images", "{digits}/images", "--size", "8"], "--mean: "),
+        ("known.onnx", ["--images", "{digits}/images", "--size", "8"], "--mean: {digits}/known.onnx needs the norm"),
         ("known.onnx", ["--images", "{digits}/images", *HOW[4:]], "--size: give the shorter side"),
         ("known.onnx", ["--images", "{digits}/images", "--size", "8", "--crop", "6", *HOW[4:]], "--crop: 6, but "),
         ("known.onnx", ["--images", "{digits}/flat", "--size", "8", *HOW[4:], "--classes", "7"], "--classes: 7, but "),
@@ -241,5 +241,5 @@ def test_what_is_wrong_with_a_file_is_one_line(
             (digits / "two" / name / file.name).write_bytes(file.read_bytes())
     result = of_file(digits, tmp_path, *(part.format(digits=digits) for part in arguments), model=model)
     assert getattr(result.exception, "exit_code", None) == 2, result.output
-    assert str(result.exception).startswith(message) and "\n" not in str(result.exception)
+    assert str(result.exception).startswith(message.format(digits=digits)) and "\n" not in str(result.exception)
     assert not (tmp_path / "runs" / "file" / "train").exists()
