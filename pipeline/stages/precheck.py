@@ -48,7 +48,7 @@ _STAGES = ("forward", "training step", "layout", "calibration", "export", "lint"
 
 
 def before_training(config: Recipe, progress: Progress, start: trainer.Start) -> None:
-    """Check whatever a training calls before its first step; without training, run only the forward pass.
+    """Check the network before the first step of a training; if nothing is trained, check only the forward pass.
 
     Raises:
         UsageError: A problem that would stop the training.
