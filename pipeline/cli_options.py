@@ -18,9 +18,9 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 def recipe_arguments(command: _Command) -> _Command:
     """Add RECIPE, --set and --runs."""
-    command = click.option("--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Default: runs.")(
-        command
-    )
+    command = click.option(
+        "--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Directory of all runs. Default: runs."
+    )(command)
     command = click.option(
         "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value: --set qat.epochs=3"
     )(command)

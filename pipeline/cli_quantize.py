@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--crop", type=click.IntRange(min=1), help="Side of the square center crop, in pixels.")
 @click.option("--interpolation", type=click.Choice(["bilinear", "bicubic", "lanczos", "nearest"]))
 @click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the split. Default: 0.")
-@click.option("--out", type=click.Path(path_type=Path), help="Default: runs/MODEL-wWaA.")
+@click.option("--out", type=click.Path(path_type=Path), help="Directory to write. Default: runs/MODEL-wWaA.")
 @force_option
 @json_option
 def quantize(
@@ -109,7 +109,7 @@ def quantize(
 
 @click.command()
 @recipe_arguments
-@click.option("--judge", type=click.Path(path_type=Path), help="Class folders to judge the steps. Default: held out.")
+@click.option("--judge", type=click.Path(path_type=Path), help="Class folders to judge on. Default: held-out images.")
 @click.option("--all", "every", is_flag=True, help="Run all steps, even after one has passed.")
 @json_option
 def advise(recipe: Path, overrides: tuple[str, ...], runs: Path, judge: Path | None, every: bool) -> int:

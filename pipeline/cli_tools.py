@@ -50,7 +50,7 @@ def compare(files: tuple[Path, ...], picture: Path | None) -> None:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-bundle.tar.gz.")
+@click.option("--out", type=click.Path(path_type=Path), help="Archive to write. Default: NAME-bundle.tar.gz.")
 @json_option
 def bundle(run: Path, out: Path | None) -> None:
     """Write an export as one archive for a board, to be measured there without crqat."""
@@ -85,7 +85,12 @@ def check(path: Path, overrides: tuple[str, ...], syntax: bool) -> None:
 
 @click.command()
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--out", type=click.Path(path_type=Path), default=Path("report.html"), help="Default: report.html.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("report.html"),
+    help="HTML file to write. Default: report.html.",
+)
 @click.option("--layers", is_flag=True, help="Measure the accuracy with one layer at a time quantized.")
 @json_option
 def report(run: Path, out: Path, layers: bool) -> None:
@@ -125,9 +130,9 @@ def nncf() -> None:
     "--candidate",
     type=click.Choice(["best", "student", "teacher", "calibrated"]),
     default="best",
-    help="Default: best.",
+    help="Network to export. Default: best.",
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-nncf.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write. Default: NAME-nncf.")
 @json_option
 def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
     """Write a finished training run as a state dict and a configuration that stock NNCF loads."""
@@ -142,7 +147,7 @@ def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
 @click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value: --set qat.epochs=3"
 )
-@click.option("--out", type=click.Path(path_type=Path), help="Default: NAME-start.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder to write. Default: NAME-start.")
 @json_option
 def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
     """Start a training from a network that nncf.quantize has quantized."""
@@ -169,7 +174,7 @@ def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out:
     "--limit",
     type=click.FloatRange(min=0, min_open=True),
     default=1800.0,
-    help="Seconds for each network. Default: 1800.",
+    help="Time limit for each network, in seconds. Default: 1800.",
 )
 @json_option
 def models(
@@ -197,7 +202,12 @@ def models(
 )
 @click.option("--bandwidth", type=float, metavar="B/S", help="Bandwidth between machines, in bytes per second.")
 @click.option("--latency", type=float, metavar="S", help="Latency between machines, in seconds per message.")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("scale.json"), help="Default: scale.json.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("scale.json"),
+    help="JSON file to write. Default: scale.json.",
+)
 @json_option
 def scale(
     recipe: Path,
@@ -245,7 +255,7 @@ def doctor() -> int:
 @click.option(
     "--images", type=click.Path(path_type=Path), help="Folder with train/CLASS and test/CLASS, or with CLASS folders."
 )
-@click.option("--model", help="Name of torchvision or timm, module:function, or a float ONNX file.")
+@click.option("--model", help="Torchvision or timm name, module:function, or a float ONNX file.")
 @click.option("--weights", help="Checkpoint. Default: what torchvision or timm publish; else the network is trained.")
 @click.option("--weights-key", help="Key of the state dict in that file. Default: the only one that fits.")
 @click.option("--mean", help="Mean of each channel in units of 0..1, such as 0.485,0.456,0.406.")
@@ -322,10 +332,19 @@ def init(
 @click.option("--seeds", default="0", help="Seeds, separated by commas. Default: 0.")
 @click.option("--labels", default="", help="Numbers of labeled images, `all` for all. Default: the recipe's.")
 @click.option("--bits", default="", help="Bit widths of weights and activations. Default: the recipe's.")
-@click.option("--equal", type=click.Choice(["steps", "time"]), default="steps", help="Default: steps.")
+@click.option(
+    "--equal",
+    type=click.Choice(["steps", "time"]),
+    default="steps",
+    help="What the methods have in common. Default: steps.",
+)
 @click.option("--jobs", type=click.IntRange(1), default=None, help="Parallel training runs. Default: one per core.")
-@click.option("--out", type=click.Path(path_type=Path), default=None, help="Default: studies/NAME.md.")
-@click.option("--runs", type=click.Path(path_type=Path), default=None, help="Default: runs/study-NAME.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=None, help="Markdown file to write. Default: studies/NAME.md."
+)
+@click.option(
+    "--runs", type=click.Path(path_type=Path), default=None, help="Directory of the runs. Default: runs/study-NAME."
+)
 @json_option
 def study(
     recipe: Path,

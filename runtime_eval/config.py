@@ -66,6 +66,6 @@ def of_json(values: Mapping[str, Any]) -> BenchmarkConfig:
             msg = f"{item.name} has the wrong type: {value!r}"
             raise TypeError(msg)
         if not isinstance(value, bool | str | list | tuple) and not 0 <= value < 2**31:
-            msg = f"{item.name} is {value}"
+            msg = f"{item.name} is {value}, not a number from 0 to 2**31 - 1"
             raise ValueError(msg)
     return replace(config, require=tuple(config.require))

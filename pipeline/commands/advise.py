@@ -71,7 +71,7 @@ class Ladder:
         data = self.config.data
         if self.judge is None and data.judging is None and data.image_list is None:
             data = replace(data, judging=HELD_BACK)
-        # Only the last step may train, and each step is exactly what its name says.
+        # Only the last steps may train, and each step does exactly what its name says.
         self._base = replace(
             self.config,
             data=data,

@@ -268,7 +268,7 @@ def _channels(recipe: Recipe, kinds: set[str | None]) -> str | None:
     """Return a problem of `data.channels`, `data.mean` and `data.std`; None if there is none."""
     data = recipe.data
     if data.channels is not None and not kinds & set(COLOUR_SOURCES):
-        return f"data.channels: applies only to {', '.join(COLOUR_SOURCES)}; other sources fix it; remove it"
+        return f"data.channels: applies only to {', '.join(COLOUR_SOURCES)}; other sources determine it; remove it"
     if source_kind(data.source) not in COLOUR_SOURCES:
         return None
     channels = data.channels or 3

@@ -48,7 +48,7 @@ _STAGES = ("forward", "training step", "layout", "calibration", "export", "lint"
 
 
 def before_training(config: Recipe, progress: Progress, start: trainer.Start) -> None:
-    """Check whatever a training calls before its first step; without training, run only the forward pass.
+    """Check the network before the first step of a training; if nothing is trained, check only the forward pass.
 
     Raises:
         UsageError: A problem that would stop the training.
@@ -151,8 +151,8 @@ class _Check:
             if passes_through(error):
                 raise
             msg = (
-                f"model.name: {type(network).__name__} cannot be copied{one_line_of(error)}; the teacher and the "
-                "export need copies: keep computed tensors out of attributes (torch.nn.utils.prune.remove ends pruning)"
+                f"model.name: {type(network).__name__} cannot be copied{one_line_of(error)}; teacher and export "
+                "need copies: keep computed tensors out of attributes (torch.nn.utils.prune.remove ends a pruning)"
             )
             raise UsageError(msg) from error
 

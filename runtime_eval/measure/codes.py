@@ -64,7 +64,7 @@ def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
     if counted.differing:
         status = f"failed: {counted.differing} of {counted.codes} codes differ, first in {counted.first_wrong}"
     elif not np.array_equal(logits, shipped):
-        # Otherwise the check has run another computation than the shipped file.
+        # The check then ran another computation than the shipped file.
         status = "failed: with its codes exposed, the file computes other logits than as shipped"
     return CountedCodes(
         status=status,

@@ -90,7 +90,7 @@ def build(
     builder = options.builder or tensorrt_api.choose()
     if builder is None or tensorrt_api.installed(builder) is None:
         builder = builder or tensorrt_api.RTX
-        msg = f"{builder}, which builds the engine, is not installed; {tensorrt_api.INSTALL_HINTS[builder]}"
+        msg = f"{builder} is not installed, but the engine build needs it; {tensorrt_api.INSTALL_HINTS[builder]}"
         raise ToolError(msg)
     tensorrt_api.check_targets(builder, options.compute_capabilities)
     with tempfile.TemporaryDirectory() as scratch:

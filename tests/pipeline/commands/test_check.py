@@ -120,7 +120,7 @@ def test_external_data_is_refused(tmp_path: Path, place: str) -> None:
     tensor.external_data.add(key="location", value="../secret")
     path = tmp_path / "m.onnx"
     path.write_bytes(made.SerializeToString())
-    with pytest.raises(UsageError, match="the tensor w is stored in another file; external data is refused"):
+    with pytest.raises(UsageError, match="the tensor w lies in another file; external data is refused"):
         check(path)
 
 
@@ -141,7 +141,7 @@ def test_broken_onnx_files_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("none.onnx", "no such file"), ("", "no run here"), ("a.txt", "not a run directory"), ("grids.json", "Grids")],
+    [("none.onnx", "no such file"), ("", "none of train"), ("a.txt", "not a run directory"), ("grids.json", "Grids")],
 )
 def test_what_it_does_not_know_is_refused(tmp_path: Path, name: str, message: str) -> None:
     for file in ("a.txt", "grids.json"):

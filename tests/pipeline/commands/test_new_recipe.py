@@ -234,7 +234,7 @@ def test_channels_and_sizes_are_those_of_the_images(
     found = data_of("mixed.yaml")
     assert {key: found[key] for key in found if key not in ("source", "root", "image_list")} == expected
     text = Path("mixed.yaml").read_text()
-    assert ("cut out of the middle" in text) == (len(sides) > 1)
+    assert ("cropped from the center" in text) == (len(sides) > 1)
 
 
 def test_grey_images_of_a_network_for_colours_are_converted(place: Path) -> None:
@@ -262,9 +262,9 @@ def test_grey_images_of_a_network_for_colours_are_converted(place: Path) -> None
         ([*POINTED[:5], "none.pt"], r"--weights: no file none\.pt"),
         ([*POINTED[:5], "small.py"], r"--weights: small\.py is none of "),
         ([*POINTED, "--mean", "0.1,0.2,0.3"], r"--mean: has 3 numbers, but the images have 1 channels"),
-        ([*POINTED, "--mean", "bright"], r"--mean: bright is no list of numbers"),
+        ([*POINTED, "--mean", "bright"], r"--mean: bright is not a list of numbers"),
         ([*POINTED, "--size", "8", "--crop", "9"], r"--crop: 9 is larger than --size 8"),
-        (["--images", "digits"], r"--images: needs --model beside it"),
+        (["--images", "digits"], r"--images: also needs --model"),
         (["--std", "0.1"], r"--std: also needs --images"),
     ],
 )

@@ -156,13 +156,13 @@ def test_without_labels_the_float_networks_answers_judge(digits: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "how", "message"),
     [
-        (["--images", "nowhere"], HOW, "--images: nowhere is not a folder"),
+        (["--images", "nowhere"], HOW, "--images: nowhere is no folder"),
         (["--images", "{digits}/images/digit3"], HOW, "--classes: give the number of classes"),
-        (["--images", "{digits}/images", "--classes", "7"], HOW, "--classes: 7, and "),
+        (["--images", "{digits}/images", "--classes", "7"], HOW, "--classes: 7, but "),
         (["--images", "{digits}/images", "--test", "{digits}/flat"], HOW, "--test: "),
-        (["--images", "{digits}/images", "--bits", "8"], HOW, "--bits: 8 is no pair"),
-        (["--images", "{digits}/images"], (*HOW[:4], "--mean", "0.3"), "--std: how does known_network:network want"),
-        (["--images", "{digits}/images"], (*HOW[:4], "--mean", "x", "--std", "1"), "--mean: x is no list of numbers"),
+        (["--images", "{digits}/images", "--bits", "8"], HOW, "--bits: 8 is not a pair"),
+        (["--images", "{digits}/images"], (*HOW[:4], "--mean", "0.3"), "--std: known_network:network needs"),
+        (["--images", "{digits}/images"], (*HOW[:4], "--mean", "x", "--std", "1"), "--mean: x is not a list"),
         (["--images", "{digits}/few"], HOW, "--images: "),
         (["--images", "{digits}/one"], HOW, "--images: "),
     ],
@@ -223,10 +223,10 @@ def test_a_float_onnx_file_becomes_verified_files(digits: Path, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("model", "arguments", "message"),
     [
-        ("known.onnx", ["--images", "{digits}/images", "--size", "8"], "--mean: how does "),
+        ("known.onnx", ["--images", "{digits}/images", "--size", "8"], "--mean: {digits}/known.onnx needs the norm"),
         ("known.onnx", ["--images", "{digits}/images", *HOW[4:]], "--size: give the shorter side"),
-        ("known.onnx", ["--images", "{digits}/images", "--size", "8", "--crop", "6", *HOW[4:]], "--crop: 6, and "),
-        ("known.onnx", ["--images", "{digits}/flat", "--size", "8", *HOW[4:], "--classes", "7"], "--classes: 7, and "),
+        ("known.onnx", ["--images", "{digits}/images", "--size", "8", "--crop", "6", *HOW[4:]], "--crop: 6, but "),
+        ("known.onnx", ["--images", "{digits}/flat", "--size", "8", *HOW[4:], "--classes", "7"], "--classes: 7, but "),
         ("known.onnx", ["--images", "{digits}/two", "--size", "8", *HOW[4:]], "--images: "),
         ("four.onnx", ["--images", "{digits}/images", "--size", "8", *HOW[4:]], "MODEL: "),
         ("gone.onnx", ["--images", "{digits}/images", "--size", "8", *HOW[4:]], "model.name: no file "),
@@ -241,5 +241,5 @@ def test_what_is_wrong_with_a_file_is_one_line(
             (digits / "two" / name / file.name).write_bytes(file.read_bytes())
     result = of_file(digits, tmp_path, *(part.format(digits=digits) for part in arguments), model=model)
     assert getattr(result.exception, "exit_code", None) == 2, result.output
-    assert str(result.exception).startswith(message) and "\n" not in str(result.exception)
+    assert str(result.exception).startswith(message.format(digits=digits)) and "\n" not in str(result.exception)
     assert not (tmp_path / "runs" / "file" / "train").exists()

@@ -141,7 +141,7 @@ def test_a_killed_study_goes_on_and_what_it_has_is_not_trained_again(path: Path)
     until = time.monotonic() + 120
     while not out.with_suffix(".json").is_file() and process.poll() is None and time.monotonic() < until:
         time.sleep(0.05)
-    while b"cr-unlabeled, seed 0, 200 labels: begins" not in (path.parent / "log").read_bytes():
+    while b"cr-unlabeled, seed 0, 200 labels: starts" not in (path.parent / "log").read_bytes():
         time.sleep(0.05)  # one more has begun
         assert process.poll() is None and time.monotonic() < until
     process.send_signal(signal.SIGKILL)

@@ -118,7 +118,7 @@ def test_an_expectation_of_another_size_or_type_is_refused(digits: Digits, tmp_p
     with pytest.raises(ToolError, match="not a file of expected codes"):
         check_codes(model, codes, threads=1)
     np.savez(codes, **{**arrays, "codes": arrays["codes"][:-1], "changes": arrays["changes"][:, :-1]})
-    with pytest.raises(ToolError, match=r"holds 127 codes, model\.onnx computes another number"):
+    with pytest.raises(ToolError, match=r"holds 127 codes, but model\.onnx computes another number"):
         check_codes(model, codes, threads=1)
     np.savez(codes, **{**arrays, "images": arrays["images"].astype(np.float64)})
     with pytest.raises(ToolError, match="not a file of expected codes"):

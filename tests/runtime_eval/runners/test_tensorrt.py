@@ -222,7 +222,7 @@ def test_an_empty_package_that_stubs_leave_is_no_tensorrt(monkeypatch: pytest.Mo
 
 def test_without_pycuda_or_with_a_driver_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
-    with pytest.raises(ToolError, match="no pycuda"):
+    with pytest.raises(ToolError, match="pycuda is not installed"):
         Cuda()
 
     class Error(Exception):

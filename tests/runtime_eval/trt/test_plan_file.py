@@ -84,7 +84,7 @@ def test_int8_needs_compute_capability_7_2(tmp_path: Path, capability: tuple[int
         ({"metadata": []}, "a value is not text"),
         ({"metadata": {"a": 1}}, "a value is not text"),
         ({"schema_version": 2}, "from another crqat"),
-        ({"precision": "int4"}, "of another crqat"),
+        ({"precision": "int4"}, "from another crqat"),
         ({"unknown": 1}, "cannot be used"),
     ],
 )
