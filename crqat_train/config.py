@@ -92,7 +92,7 @@ class DataConfig:
     image_column: str | None = None
     label_column: str | None = None
     mean: tuple[float, ...] | None = None
-    std: tuple[float, ...] | None = None
+    std: tuple[Annotated[float, Range(gt=0)], ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import click
 from crqat.core import failures
 from crqat.core.errors import UsageError
 from crqat.pipeline.cli_options import force_option, json_option, load, recipe_arguments
-from crqat.pipeline.cli_stages import judge_run, run_stage, show_results, show_warnings, train_stage
+from crqat.pipeline.cli_stages import judge_run, run_stage, show_results, show_warnings, train_stage, warn_of_failures
 
 if TYPE_CHECKING:
     from crqat.pipeline.recipe.recipe import Recipe
@@ -104,7 +104,10 @@ def quantize(
         show_warnings(trained)
         click.echo(f"recipe: {recipe}")
         console.give(recipe=str(recipe))
-        return 0 if max_drop is None else judge_run(config, runs)
+        if max_drop is not None:
+            return judge_run(config, runs)
+        warn_of_failures(config, runs)
+        return 0
 
 
 @click.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,23 @@ def show_warnings(trained: TrainingPayload) -> None:
     """Print the warnings of a training run on stdout."""
     for warning in trained.warnings:
         click.echo(f"warning: {warning}")
+    answers = [note for note in trained.notes if note.startswith("the labels are the answers")]
+    for note in answers + _fewer_bits(trained.notes):
+        click.echo(f"note: {note}")
+
+
+def _fewer_bits(notes: Sequence[str]) -> list[str]:
+    """Return one line for all layers whose bit width differs from the recipe's for the same reason."""
+    layers: dict[str, list[str]] = {}
+    for note in notes:
+        layer, _, reason = note.partition(": ")
+        if reason.partition(" ")[2].startswith("bits: "):
+            layers.setdefault(reason, []).append(layer)
+    lines = []
+    for reason, names in layers.items():
+        others = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
+        lines.append(f"{names[0]}{others}: {reason}")
+    return lines
 
 
 def show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
@@ -61,6 +79,16 @@ def show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
     names = (stages.RESULTS, stages.VERDICT, stages.JUNIT, stages.REPORT)
     files = {name.partition(".")[0]: str(path.parent / name) for name in names}
     console.give(run=str(runs / config.name), results=found, files=files)
+
+
+def warn_of_failures(config: Recipe, runs: Path) -> None:
+    """Print failed rules as warnings, for results that no limit of the user judges."""
+    from crqat.pipeline import console
+    from crqat.pipeline.stages import run as stages
+
+    for verdict in stages.gate(config, runs):
+        if verdict.status == "fail":
+            click.echo(console.printable(f"warning: {verdict.file}: {verdict.rule}: {verdict.message}"))
 
 
 def judge_run(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:

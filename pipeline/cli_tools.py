@@ -8,9 +8,26 @@ from pathlib import Path
 
 import click
 
+from crqat.core import run_directory
 from crqat.core.errors import ToolError, UsageError
 from crqat.pipeline import console
 from crqat.pipeline.cli_options import json_option, load
+
+
+def _run_directory(path: Path) -> Path:
+    """Return the path of a run's directory.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    if not path.is_dir():
+        found = "a file, not a run directory" if path.exists() else "no such directory"
+        msg = f"{path}: {found}; give the directory of a run, such as runs/NAME"
+        raise UsageError(msg)
+    if (path / run_directory.MANIFEST).is_file() and not (path / "train").exists():
+        msg = f"{path}: the directory of one stage; give that of the run, {path.parent}"
+        raise UsageError(msg)
+    return path
 
 
 @click.command()
@@ -25,6 +42,10 @@ def compare(files: tuple[Path, ...], picture: Path | None) -> None:
     from crqat.core.results.benchmark import read_results
     from crqat.pipeline.report import tables as results
 
+    missing = next((path for path in files if not path.exists()), None)
+    if missing is not None:
+        msg = f"{missing}: no such file or directory; give run directories, such as runs/NAME, or results.json files"
+        raise UsageError(msg)
     folders = [path for path in files if path.is_dir()]
     if folders and len(folders) < len(files):
         other = next(path for path in files if path not in folders)
@@ -33,7 +54,9 @@ def compare(files: tuple[Path, ...], picture: Path | None) -> None:
     if folders:
         from crqat.pipeline.commands import compare_runs
 
-        comparison = compare_runs.compare(folders)
+        if picture is not None:
+            compare_runs.check_picture(picture)
+        comparison = compare_runs.compare([_run_directory(path) for path in folders])
         compare_runs.show(comparison)
         if picture is not None:
             compare_runs.draw(comparison, picture)
@@ -56,7 +79,7 @@ def bundle(run: Path, out: Path | None) -> None:
     """Write an export as one archive for a board, to be measured there without crqat."""
     from crqat.pipeline.stages import boards
 
-    archive, digest, how = boards.bundle(run, out)
+    archive, digest, how = boards.bundle(_run_directory(run), out)
     click.echo(f"wrote {archive}, bundle {digest}")
     click.echo(f"settings, from the export's recipe: {', '.join(f'{key}={value}' for key, value in how.items())}")
     click.echo("on the board:")
@@ -97,8 +120,11 @@ def report(run: Path, out: Path, layers: bool) -> None:
     """Write the HTML report of a run directory again."""
     from crqat.pipeline.stages import run as stages
 
+    if not out.parent.is_dir():
+        msg = f"--out {out}: there is no folder {out.parent}; make it first"
+        raise UsageError(msg)
     with console.show_progress() as progress:
-        stages.report(run, out, layers, progress)
+        stages.report(_run_directory(run), out, layers, progress)
     click.echo(f"wrote {out}")
     console.give(report=str(out))
 

@@ -159,6 +159,20 @@ def _cells(row: Compared, several: bool) -> list[str]:
     return [*cells, row.device] if several else cells
 
 
+def check_picture(path: Path) -> None:
+    """Check the name of a picture before anything is read.
+
+    Raises:
+        UsageError: It has another suffix, or its folder does not exist.
+    """
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        msg = f"--picture {path}: not a picture; name it .png, .svg or .pdf"
+        raise UsageError(msg)
+    if not path.parent.is_dir():
+        msg = f"--picture {path}: there is no folder {path.parent}; make it first"
+        raise UsageError(msg)
+
+
 def draw(comparison: Comparison, path: Path) -> None:
     """Draw accuracy with its interval and latency, one line for each file of each run.
 
@@ -172,12 +186,12 @@ def draw(comparison: Comparison, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    if path.suffix not in (".png", ".svg", ".pdf"):
-        msg = f"--picture {path}: not a picture; name it .png, .svg or .pdf"
-        raise UsageError(msg)
+    check_picture(path)
     rows = [row for row in comparison.rows if row.top1 is not None and row.top1_interval is not None]
-    figure = Figure(figsize=(8.4, 1.2 + 0.34 * len(rows)), layout="constrained")
+    layout = ConstrainedLayoutEngine(wspace=0.06)
+    figure = Figure(figsize=(8.4, 1.2 + 0.34 * len(rows)), layout=layout)
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     colors = dict(zip(dict.fromkeys(row.run for row in rows), _cycle(), strict=False))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from crqat.core.errors import UsageError
 from crqat.core.field_bounds import user_path
 from crqat.core.progress import Progress
+from crqat.train.config import FOLDER_SIZE
 
 if TYPE_CHECKING:
     from crqat.train.data.imagefolder import ImageFile
@@ -140,6 +141,17 @@ def _of_files(
         return made[0], made[1]
 
     return Folder(data, names, sides, modes, parts, [file.label for file in test], listed)
+
+
+def sides_of(files: Sequence[ImageFile]) -> Counter[tuple[int, int]]:
+    """Return the number of images by width and height, of some of the files."""
+    return Counter(size for size, _ in map(_header, spread(files, _HEADERS)))
+
+
+def common_side(sides: Iterable[tuple[int, int]]) -> int | None:
+    """Return the shorter side in pixels if all images share one that needs no reduction; None otherwise."""
+    shorter = {min(size) for size in sides}
+    return max(shorter) if len(shorter) == 1 and max(shorter) <= FOLDER_SIZE else None
 
 
 def _header(file: ImageFile) -> tuple[tuple[int, int], str]:

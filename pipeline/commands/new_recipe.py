@@ -239,9 +239,9 @@ class _Fit:
             return (side if side != FOLDER_CROP or shorter == {side} else FOLDER_SIZE), side, ""
         if self._weights == "pretrained":
             return None, None, ""
-        if len(shorter) == 1 and max(shorter) <= FOLDER_SIZE:
+        only = folder_of_images.common_side(self._folder.sides)
+        if only is not None:
             same = len(self._folder.sides) == 1 and all(width == height for width, height in self._folder.sides)
-            (only,) = shorter
             return only, only, "" if same else "images are not square: the center is cropped"
         said = (
             f"not given: the shorter side is resized to {FOLDER_SIZE}, and {FOLDER_CROP} x {FOLDER_CROP} pixels are "

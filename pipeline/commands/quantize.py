@@ -80,6 +80,8 @@ def write_recipe(request: Request, progress: Progress) -> Path:
     if imported is not None:
         data = _of_file(name, imported, data)
     found = _listed(request.images, "--images", request.labels)
+    if weights != "pretrained" and imported is None:
+        data = _sized(request, data, progress)
     judging = None if request.test is None else _listed(request.test, "--test", request.labels)
     if judging is not None and judging[0] != found[0]:
         msg = (
@@ -216,7 +218,22 @@ def _preprocessing(name: str, weights: str | None, request: Request) -> dict[str
         raise UsageError(msg)
     if is_onnx_file(name):  # the file determines it
         return {"size": None, "crop": None, **given}
-    return {"size": FOLDER_SIZE, "crop": FOLDER_CROP, **given}
+    return given
+
+
+def _sized(request: Request, data: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """Add size and crop: of the images themselves where all share a small side, else what ImageNet's networks take."""
+    from crqat.pipeline.commands import folder_of_images
+    from crqat.train.data.imagefolder import list_images
+
+    if "size" not in data and "crop" not in data:
+        sides = folder_of_images.sides_of(list_images(user_path(str(request.images), "--images"), "--images"))
+        only = folder_of_images.common_side(sides)
+        if only is not None:
+            return data | {"size": only, "crop": only}
+        note = f"resized to {FOLDER_SIZE} and cropped to {FOLDER_CROP} pixels; set --size and --crop for another input"
+        progress("images", 1, 1, note)
+    return {"size": FOLDER_SIZE, "crop": FOLDER_CROP, **data}
 
 
 def _listed(folder: Path, option: str, labels: bool) -> tuple[tuple[str, ...] | None, dict[str, int]]:

@@ -164,7 +164,12 @@ def _codes(file: str, counted: CountedCodes) -> Verdict:
     """Judge the codes on the measuring CPU: an export is verified on one machine and runs on another."""
     if counted.status.startswith("not run"):
         return _plain("codes_on_this_cpu", file, "inconclusive", counted.status)
-    return _equal("codes_on_this_cpu", file, counted.status, counted.codes, counted.differing, counted.images)
+    found = _equal("codes_on_this_cpu", file, counted.status, counted.codes, counted.differing, counted.images)
+    if not counted.left_out:
+        return found
+    every = counted.tensors + counted.left_out
+    rest = f"{found.message}, in {counted.tensors} of {every} tensors; the others depend on float operations"
+    return replace(found, message=rest)
 
 
 def _equal(rule: str, file: str, found: str, codes: int, differing: int, images: int) -> Verdict:

@@ -72,7 +72,8 @@ def read_yaml(path: Path) -> Any:
         with path.open("rb") as file:
             content = file.read(_MAX_BYTES + 1)
     except OSError as error:
-        msg = f"{path}: {error.strerror}; `crqat init` writes a recipe"
+        fix = "give the recipe, a .yaml file" if path.is_dir() else "`crqat init` writes a recipe"
+        msg = f"{path}: {error.strerror}; {fix}"
         raise UsageError(msg) from error
     if len(content) > _MAX_BYTES:
         msg = f"{path}: larger than 64 KiB, too large for a recipe"

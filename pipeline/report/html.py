@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ _COLORS = dict(zip(("float", "openvino", *runtimes.names()), _PALETTE, strict=Fa
 PERTURBATION = "perturbation.json"
 NETWORKS = {"float": "float", "calibrated": "calibration alone", "student": "trained", "teacher": "EMA teacher"}
 _NETWORK_COLORS = dict(zip(NETWORKS, ("#8a8f98", "#8957c9", "#2f81d6", "#d9822b"), strict=True))
+_LONGEST_NAME = 24
 _LINES = {"validation": "#2f81d6", "validation_teacher": "#d9822b", "lambda": "#4f9d3a"}
 
 
@@ -162,7 +164,7 @@ def _class_chart(difference: Difference) -> str:
         axes.plot([before, after], [place, place], color="#8a8f98", linewidth=1)
         axes.plot([before], [place], "o", color=_COLORS["float"], label="float" if place == 0 else None)
         axes.plot([after], [place], "o", color="#2f81d6", label=_label(difference.file) if place == 0 else None)
-    axes.set_yticks(range(len(rows)), [f"{_label(row.name)} (n {row.n})" for row in rows])
+    axes.set_yticks(range(len(rows)), [f"{_label(_shortened(row.name))} (n {row.n})" for row in rows])
     axes.invert_yaxis()
     axes.set_xlabel("top-1 accuracy, %")
     axes.margins(y=0.5 / len(rows))
@@ -202,6 +204,11 @@ def _tradeoff(results: Results) -> str:
     axes.set_xlim(0, 1.1 * max(latency.p50_ms for _, _, _, latency in points))
     axes.legend(frameon=False, fontsize=9)
     return _svg(figure)
+
+
+def _shortened(name: str) -> str:
+    """Return a name that leaves room for the chart."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 def _label(file: str) -> str:
@@ -285,7 +292,10 @@ def _svg(figure: Any) -> str:
     import matplotlib.pyplot as plt
 
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    with warnings.catch_warnings():
+        # The reader's browser has the glyphs that this machine's font lacks.
+        warnings.filterwarnings("ignore", "Glyph|constrained_layout")
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     plt.close(figure)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]

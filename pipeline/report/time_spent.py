@@ -8,13 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
-from crqat.core.errors import CrqatError
 from crqat.core.results.benchmark import NodeTime, Results
 from crqat.core.results.export import ExportedModel, ExportPayload, LayerSummary
 
 _LAYERS = re.compile(r"(Conv|Gemm|MatMul)")
 _CONVERSIONS = re.compile(r"^(Dynamic)?(Quantize|Dequantize)Linear|^Cast|^Reorder|^Transpose")
+# What ONNX Runtime fuses into the layer in front of it.
+_FUSED_BEHIND = (
+    "BatchNormalization",
+    "Clip",
+    "HardSigmoid",
+    "HardSwish",
+    "Identity",
+    "LeakyRelu",
+    "Relu",
+    "Sigmoid",
+    "Tanh",
+)
 KINDS = ("layers that multiply", "conversion and layout", "clipping codes to the bit width", "all other operations")
 # Three limits: a layer counts as hardly faster from this share of its float time on; a node with at most so many times
 # the cheapest node's time is mostly call overhead; with so few products per output there is little arithmetic to save.
@@ -39,6 +51,21 @@ class LayerTime:
 
 
 @dataclass(frozen=True)
+class OperationTime:
+    """All nodes of one operation.
+
+    Attributes:
+        operation: ONNX Runtime's name of it.
+        nodes: Number of nodes.
+        microseconds: Their time.
+    """
+
+    operation: str
+    nodes: int
+    microseconds: float
+
+
+@dataclass(frozen=True)
 class TimeSpent:
     """Comparison of a file's node times with the float file's.
 
@@ -46,13 +73,23 @@ class TimeSpent:
         file: Name of the file.
         latency_ratio: Latency divided by the float file's; None if it was not measured.
         kinds: For each kind of operation, microseconds and number of nodes in the float file and in this file.
+        others: Operations of this file other than layers, those with the longest time first.
         layers: Layers that both files have, those with the longest time first.
+        unmatched: Number of layers that are not in both files under one name.
     """
 
     file: str
     latency_ratio: float | None
     kinds: dict[str, tuple[float, int, float, int]]
+    others: list[OperationTime]
     layers: list[LayerTime]
+    unmatched: int
+
+    @property
+    def costly(self) -> list[OperationTime]:
+        """The operations other than layers that take at least a twentieth of the INT8 file's time."""
+        total = sum(own for _, _, own, _ in self.kinds.values())
+        return [row for row in self.others if row.microseconds >= total / 20]
 
     @property
     def limited(self) -> list[LayerTime]:
@@ -71,18 +108,19 @@ def time_spent(export_dir: Path, export: ExportPayload, results: Results) -> lis
     name, reference = next(((file, m) for file, m in results.models.items() if m.target == "float"), ("", None))
     if reference is None or reference.node_times is None:
         return []
-    try:
-        layers_of_float = _layers_behind(onnx.load(export_dir / name, load_external_data=False))
-    except (OSError, CrqatError, ValueError):  # the rest of the report does not need the files
-        return []
     found = []
     for entry in export.models:
         model = results.models.get(entry.file)
         if entry.file == name or model is None or model.node_times is None:
             continue
+        try:
+            behind, own = (_layers_behind(onnx.load(export_dir / file)) for file in (name, entry.file))
+        except (OSError, ValueError, DecodeError):  # the report of measurements does not need them
+            continue
         ratio = None if model.versus_float is None else model.versus_float.latency_ratio
-        rows = _layers(reference.node_times, layers_of_float, model.node_times, entry, export.layers)
-        found.append(TimeSpent(entry.file, ratio, _kinds(reference.node_times, model.node_times), rows))
+        rows = _layers(reference.node_times, behind, model.node_times, own, entry, export.layers)
+        kinds, others = _kinds(reference.node_times, model.node_times), _others(model.node_times)
+        found.append(TimeSpent(entry.file, ratio, kinds, others, rows, len(export.layers) - len(rows)))
     return found
 
 
@@ -92,7 +130,7 @@ def _layers_behind(model: onnx.ModelProto) -> dict[str, str]:
     found = {}
     for node in model.graph.node:
         source: onnx.NodeProto | None = node
-        while source is not None and source.op_type in ("BatchNormalization", "Relu", "Clip", "Identity"):
+        while source is not None and source.op_type in _FUSED_BEHIND:
             source = producers.get(source.input[0])
         if source is not None and _LAYERS.search(source.op_type):
             found.update(dict.fromkeys((node.name, *node.output), source.name))
@@ -116,15 +154,25 @@ def _kinds(reference: Sequence[NodeTime], times: Sequence[NodeTime]) -> dict[str
     return found
 
 
+def _others(times: Sequence[NodeTime]) -> list[OperationTime]:
+    found: dict[str, list[float]] = {}
+    for row in times:
+        if _kind(row) != KINDS[0]:
+            found.setdefault(row.operation, []).append(row.microseconds)
+    rows = [OperationTime(operation, len(own), sum(own)) for operation, own in found.items()]
+    return sorted(rows, key=lambda row: -row.microseconds)
+
+
 def _layers(
     reference: Sequence[NodeTime],
     behind: Mapping[str, str],
     times: Sequence[NodeTime],
+    own_behind: Mapping[str, str],
     entry: ExportedModel,
     layers: Sequence[LayerSummary],
 ) -> list[LayerTime]:
     of_float = {behind[row.node]: row.microseconds for row in reference if row.node in behind}
-    own = {row.node: row.microseconds for row in times if _LAYERS.search(row.operation)}
+    own = {own_behind.get(row.node, row.node): row.microseconds for row in times if _LAYERS.search(row.operation)}
     cheapest = min(row.microseconds for row in (*reference, *times)) if reference and times else 0.0
     stays = {} if entry.fusion is None else {node.node: node.reason for node in entry.fusion.in_float}
     rows = []

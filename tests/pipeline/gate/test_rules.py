@@ -96,6 +96,8 @@ def test_codes_of_the_cpu_that_was_measured_are_judged() -> None:
     counted |= {"status": "failed: 3 of 100 codes differ, first in x", "differing": 3}
     verdicts = judge(results({**model(), "codes_on_this_cpu": counted}), ALL_RULES)
     assert [v.rule for v in verdicts if v.status == "fail"] == ["codes_on_this_cpu"]
+    part = verdict_on("codes_on_this_cpu", {**model(), "codes_on_this_cpu": {**counted, "left_out": 9}})
+    assert part.message.endswith(" images, in 3 of 12 tensors; the others depend on float operations")
     assert exit_code(verdicts) == 1
 
 

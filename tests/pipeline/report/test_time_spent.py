@@ -40,6 +40,7 @@ def case(folder: Path) -> tuple[ExportPayload, Results]:
     nodes += [helper.make_node("Gemm", ["/depthwise/out", "w"], ["logits"], name="fc")]
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in ("input", "w", "logits")]
     onnx.save(helper.make_model(helper.make_graph(nodes, "g", value[:2], value[2:])), folder / "float.onnx")
+    onnx.save(helper.make_model(helper.make_graph([], "g", [], [])), folder / "onnxruntime.onnx")
     fusion = Fusion({}, {}, [FloatNode("wide", "Conv", "Swish stands between it and a quantizer")], False)
     models = [ExportedModel("float.onnx", "float"), ExportedModel("onnxruntime.onnx", "onnxruntime", fusion=fusion)]
     layers = [
@@ -64,12 +65,30 @@ def test_kinds_add_up_and_slow_layers_have_a_reason(tmp_path: Path) -> None:
     assert [(row.layer, row.float_microseconds, row.microseconds) for row in found.layers] == [
         ("wide", 50.0, 50.0), ("depthwise", 40.0, 39.0), ("stem", 100.0, 30.0), ("fc", 3.0, 3.0),
     ]  # fmt: skip
+    assert [(row.operation, row.nodes, row.microseconds) for row in found.others] == [
+        ("QLinearAdd", 1, 6.0), ("QuantizeLinear", 1, 4.0), ("Clip", 1, 2.0),
+    ]  # fmt: skip
+    assert found.costly == []  # all below a twentieth of 134 µs
+    assert found.unmatched == 0
     limits = {row.layer: row.limit for row in found.limited}
     assert limits == {
         "wide": "float: Swish stands between it and a quantizer",
         "depthwise": "9 products for each output: little arithmetic to save",
         "fc": "small: a call alone takes about 2 µs, as the cheapest node shows",
     }
+
+
+def test_an_activation_that_was_fused_and_an_operation_that_costs(tmp_path: Path) -> None:
+    export, results = case(tmp_path)
+    model = onnx.load(tmp_path / "float.onnx")
+    model.graph.node[1].op_type = "Sigmoid"
+    onnx.save(model, tmp_path / "float.onnx")
+    slow = [*AFTER[:-1], NodeTime("Mul_1", "Mul", 30.0), NodeTime("Mul_2", "Mul", 25.0)]
+    results.models["onnxruntime.onnx"] = replace(results.models["onnxruntime.onnx"], node_times=slow)
+    (found,) = time_spent(tmp_path, export, results)
+    assert [(row.operation, row.nodes, row.microseconds) for row in found.costly] == [("Mul", 2, 55.0)]
+    assert {row.layer for row in found.layers} == {"stem", "wide", "depthwise"}
+    assert found.unmatched == 1  # fc has no node of its own
 
 
 @pytest.mark.parametrize("file", ["float.onnx", "onnxruntime.onnx"])
