@@ -272,7 +272,7 @@ def read(path: Path) -> Checkpoint:
             narrow = bool(entry["module_config"]["narrow_range"]) and name == _SYMMETRIC
             if not 2 <= bits <= 8 or not all(bool(torch.isfinite(value).all()) for value in values.values()):
                 msg = (
-                    f"{path}: {hooks[0]}: {bits} bits, or an infinite range; only finite ranges of 2 to 8 bits can be "
+                    f"{path}: {hooks[0]}: {bits} bits, or a non-finite range; only finite ranges of 2 to 8 bits can be "
                     "imported"
                 )
                 raise UsageError(msg)

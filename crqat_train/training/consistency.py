@@ -49,7 +49,7 @@ def ema_alpha(step: int, decay: float) -> float:
 
 
 class WeightAverage:
-    """theta' <- alpha theta' + (1 - alpha) theta, matched by name.
+    """Averages the student's tensors into the teacher, by name: theta' <- alpha theta' + (1 - alpha) theta.
 
     Weights, BN affine parameters, quantizer scales and floating-point buffers are averaged. BN running statistics are
     among them, because averaged weights do not fit the statistics of the student's last steps. Integer buffers are

@@ -77,7 +77,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert last.startswith("crqat: error: interrupted; saved at float epoch ")
     assert last.endswith(": run the same command to resume")
     assert train(folder).wait(kill_and_resume.SECONDS) == 0
-    place = last.split("saved at ")[1].split(": the same")[0]
+    place = last.split("saved at ")[1].split(": run the same")[0]
     assert any(line.startswith(f"continued: 1/1  from {place}") for line in log(folder))
     assert hashes(folder) == whole
     assert states(folder) == []
