@@ -106,7 +106,8 @@ def test_class_folders_become_verified_files_a_report_and_the_recipe(digits: Pat
 
 
 def test_one_number_of_mean_and_std_is_that_of_grey_images(digits: Path, tmp_path: Path) -> None:
-    grey = ("--size", "8", "--crop", "8", "--mean", "0.3", "--std", "0.35")
+    """Size and crop are those of the images, which are all alike."""
+    grey = ("--mean", "0.3", "--std", "0.35")
     result = quantize(digits, tmp_path, "--images", str(digits / "images"), how=grey)
     assert isinstance(result.exception, UsageError)
     assert "RGB, not grey" in str(result.exception)
@@ -156,7 +157,7 @@ def test_without_labels_the_float_networks_answers_judge(digits: Path, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "how", "message"),
     [
-        (["--images", "nowhere"], HOW, "--images: nowhere is no folder"),
+        (["--images", "nowhere"], HOW, "--images: nowhere is not a folder"),
         (["--images", "{digits}/images/digit3"], HOW, "--classes: give the number of classes"),
         (["--images", "{digits}/images", "--classes", "7"], HOW, "--classes: 7, but "),
         (["--images", "{digits}/images", "--test", "{digits}/flat"], HOW, "--test: "),
