@@ -24,14 +24,16 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class State:
-    """One training state: tensors on the CPU, and JSON values."""
+    """What a training run needs to resume: `tensors` on the CPU by name, and `values` that JSON can hold."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]
 
 
 class Checkpoints:
-    """States of one training run: `NUMBER.safetensors`, and `NUMBER.json` with the SHA-256 of both.
+    """Saved states of one training run, two files each: `NUMBER.safetensors` and `NUMBER.json`.
+
+    The JSON file holds the state's values, and the SHA-256 of tensors and values.
 
     Args:
         directory: Created when the first state is saved.
@@ -52,7 +54,7 @@ class Checkpoints:
         return None
 
     def save(self, state: State) -> None:
-        """Write a state and remove all except the last two.
+        """Write a state, and remove all saved states except the last two.
 
         Raises:
             ToolError: The directory cannot be written; earlier states are unchanged.
@@ -76,7 +78,7 @@ class Checkpoints:
             raise ToolError(msg) from error
 
     def _numbers(self) -> list[int]:
-        """Return the state numbers sorted by value: as names, 10 would come before 9."""
+        """Return the numbers of the saved states, sorted as numbers: sorted as text, 10 would come before 9."""
         try:
             names = [path.name for path in self.directory.iterdir()]
         except FileNotFoundError:
@@ -99,7 +101,7 @@ class Checkpoints:
         return State(safetensors.torch.load(tensors), described["values"])
 
     def _prune(self) -> None:
-        """Remove older states, and files that a killed process left half written."""
+        """Remove all states except the last two, and files that a killed process left half written."""
         kept = {f"{number}.{kind}" for number in self._numbers()[-KEPT:] for kind in ("safetensors", "json")}
         for path in self.directory.iterdir():
             if path.name not in kept:

@@ -22,14 +22,14 @@ REMEDY, REMEDY_C = (
 
 
 def cpp() -> str | None:
-    """Return the C++ compiler of torch.compile on CPUs, $CXX or the system's usual one; None if it cannot build."""
+    """Return the C++ compiler that torch.compile uses on CPUs ($CXX, or the usual one); None if it cannot build."""
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     return name if _builds(name, "probe.cpp", _CPP, "-std=c++20", *openmp) else None
 
 
 def triton() -> str | None:
-    """Return the C compiler that Triton takes, $CC, clang or gcc; None if it cannot build."""
+    """Return the C compiler that Triton uses ($CC, clang or gcc); None if it cannot build."""
     named = os.environ.get("CC")
     names = [named] if named else [name for name in ("clang", "gcc") if shutil.which(name)]
     return next((name for name in names if _builds(name, "probe.c", _C)), None)

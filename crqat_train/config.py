@@ -19,7 +19,7 @@ COLOUR_SOURCES = (*FILE_SOURCES, "cifar10", "cifar100")
 
 
 def source_kind(source: str | None) -> str | None:
-    """Return the kind of a data source: "huggingface" for "huggingface:NAME", any other source as it is."""
+    """Return the kind of a data source: "huggingface" for "huggingface:NAME", any other source unchanged."""
     return "huggingface" if source is not None and source.startswith("huggingface:") else source
 
 

@@ -61,7 +61,7 @@ def started(device: str) -> Iterator[None]:
 
     Raises:
         ToolError: The other ranks cannot be reached, or one of them has ended.
-        Told: Another rank has already reported why all ranks end.
+        Told: Another rank ended with an error that it has printed; this rank exits without printing it again.
     """
     store = _meet()
     try:
@@ -142,7 +142,7 @@ def _is_first_to_tell(store: Any) -> bool:
 
 
 def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Wrap a network so that gradients are averaged over ranks; one without trained weights is returned unchanged.
+    """Wrap a network so that gradients are averaged over ranks; return it unchanged if it has none to train.
 
     All ranks start from rank 0's weights.
     """
@@ -181,7 +181,7 @@ def mean(value: Tensor) -> Tensor:
 
 
 def total(value: Tensor) -> Tensor:
-    """Return the sum over ranks of a tensor on the CPU."""
+    """Return the sum of a tensor over all ranks; the tensor is on the CPU."""
     if world() == 1:
         return value
     value = value.clone()

@@ -20,9 +20,9 @@ def rebuild(train_dir: Path, config: TrainConfig, payload: TrainingPayload, cand
 
     Args:
         train_dir: A verified train directory.
-        config: The training part of its recipe.
+        config: The training configuration in the recipe of that stage.
         payload: Payload of the stage's manifest.
-        candidate: Which network: "student", "teacher" or "calibrated".
+        candidate: The network to return: "student", "teacher" or "calibrated".
 
     Raises:
         UsageError: The checkpoint does not fit the recipe's network.

@@ -243,7 +243,7 @@ def _by_target(layers: Sequence[str] | Mapping[str, Sequence[str]]) -> dict[str,
 
 
 def _images(batches: Iterable[Any], limit: int) -> Iterator[Tensor]:
-    """Yield the images of each batch, at most `limit` in all."""
+    """Yield the images of each batch until there are `limit` images."""
     left = limit
     for batch in batches:
         images = batch[0] if isinstance(batch, (tuple, list)) else batch

@@ -18,7 +18,7 @@ Images = Tensor | StoredImages[Any]
 
 
 def subset(images: Images, chosen: Tensor) -> Images:
-    """Return some of the images by int64 indices of shape [M]; files are not decoded yet."""
+    """Return the images at `chosen`, int64 indices of shape [M]; images in files are not decoded yet."""
     return images.subset(chosen) if isinstance(images, StoredImages) else images[chosen]
 
 
@@ -63,7 +63,7 @@ class Batches:
         return len(self.images) // self.batch_size
 
     def order(self, generator: torch.Generator) -> Tensor:
-        """Return the images of an epoch in random order, int64 of shape [steps * batch size]."""
+        """Return the indices of an epoch's images in random order, int64 of shape [steps * batch size]."""
         order = torch.randperm(len(self.images), generator=generator, device=self.images.device)
         return order[: len(self) * self.batch_size]
 
@@ -116,7 +116,7 @@ class Generators:
 
     @classmethod
     def of(cls, seed: int, device: torch.device) -> Generators:
-        """Return the generators of this rank."""
+        """Return this rank's generators for a training run with a given seed."""
         own = seed + 1_000_003 * (1 + distributed.rank())  # far from other recipes' small seeds
         return cls(torch.Generator(device).manual_seed(seed), torch.Generator(device).manual_seed(own))
 
@@ -140,7 +140,7 @@ class Feed:
         self.done = 0
 
     def epoch(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the rest of the current epoch, or a new epoch; see `Batches.epoch`."""
+        """Yield the remaining batches of the current epoch, or of a new one if none has begun; see `Batches.epoch`."""
         if self.order is None:
             self.order = self._batches.order(self._generators.order)
         for batch in self._batches.epoch(self._generators.augmentation, self._views, self.order, self.done):
@@ -149,7 +149,7 @@ class Feed:
         self.order, self.done = None, 0
 
     def stream(self) -> Iterator[tuple[Tensor, ...]]:
-        """Yield epochs without end."""
+        """Yield batches without end: when an epoch is over, the next one begins."""
         while True:
             yield from self.epoch()
 

@@ -21,7 +21,7 @@ USUAL_ENDINGS = ".jpg, .png, .webp, .bmp and what else Pillow reads"
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image file's state when its folder was listed."""
+    """An image file with its label, and its size and modification time when the folder was listed."""
 
     path: Path
     label: int
@@ -30,7 +30,7 @@ class ImageFile:
 
 
 class FolderImages(StoredImages[tuple[ImageFile, ...]]):
-    """Images in ordinary files."""
+    """Images in ordinary files, decoded when they are needed."""
 
     def _items_of(self, chosen: Tensor) -> tuple[ImageFile, ...]:
         return tuple(self.items[index] for index in chosen.tolist())
@@ -61,7 +61,7 @@ def file_state(path: Path) -> tuple[int, int]:
     try:
         status = path.stat()
     except OSError as error:
-        msg = f"{path}: cannot be read any more: {error.strerror}; did the folder change meanwhile?"
+        msg = f"{path}: cannot be read any more: {error.strerror}; leave its folder unchanged during the run"
         raise ToolError(msg) from error
     return status.st_size, status.st_mtime_ns
 
@@ -129,7 +129,7 @@ def _refuse(error: OSError) -> None:
 
 
 def _layout_hint(root: Path) -> str:
-    """Describe for a message what a folder without training and test part seems to be."""
+    """Return, for a message, what the folder seems to hold instead of a training and a test part."""
     if not root.is_dir():
         return "; there is no such folder"
     if root.name in ("train", "test", "val") and (root.parent / "train").is_dir():
@@ -268,5 +268,5 @@ def _digest(path: Path, length: int = -1) -> bytes:
         with path.open("rb") as file:
             return hashlib.sha256(file.read(length)).digest()
     except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}; did the folder change meanwhile?"
+        msg = f"{path}: cannot be read: {error.strerror}; leave its folder unchanged during the run"
         raise ToolError(msg) from error

@@ -51,7 +51,7 @@ def read(path: Path) -> ImageList:
 
 
 def files_of(root: Path, listed: dict[str, int]) -> tuple[ImageFile, ...]:
-    """Return the image files of one part in their current state.
+    """Return the images of one part of a list, with the present size and modification time of each file.
 
     Raises:
         ToolError: An image file cannot be read.
@@ -61,7 +61,7 @@ def files_of(root: Path, listed: dict[str, int]) -> tuple[ImageFile, ...]:
 
 
 def outside(path: Path) -> list[Path]:
-    """Return the folder that contains all absolute paths of a list; an empty list if it has none.
+    """Return one folder that contains all images listed by an absolute path; [] if all paths are relative.
 
     Raises:
         UsageError: See `read`.

@@ -103,7 +103,7 @@ def load(
 
 
 def normalization_note(config: DataConfig, preprocessing: Preprocessing) -> str | None:
-    """Describe the default normalization if neither the recipe nor its function sets one; otherwise None."""
+    """Describe the default normalization if neither the recipe nor its data function sets one; otherwise None."""
     missing = [key for key in ("mean", "std") if getattr(config, key) is None]
     if not missing or (":" in config.source and not config.source.startswith("huggingface:")):
         return None
@@ -203,7 +203,7 @@ def _imagelist(root: str | None, config: DataConfig, progress: Progress) -> Data
 def labeled_folder(
     folder: Path, key: str, dataset: Dataset, config: DataConfig, progress: Progress
 ) -> tuple[Images, Tensor]:
-    """Load class folders as images and labels, with the classes and preparation of a given data set.
+    """Load class folders as images and labels, decoded and numbered like those of a given data set.
 
     Args:
         folder: Contains a folder for each class, or for some of them.
@@ -248,7 +248,7 @@ def listed_for_judging(dataset: Dataset, config: DataConfig, progress: Progress)
 
 
 def _like(dataset: Dataset, files: Sequence[ImageFile], config: DataConfig, progress: Progress) -> Images:
-    """Return images in files, prepared as those of a data set."""
+    """Return images in files, decoded and resized like the images of a given data set."""
     own, (channels, height, _) = dataset.preprocessing, dataset.train_images.shape[1:]
     images = FolderImages(tuple(files), own.size or height, own.crop or height, config.convert, channels=channels)
     return decode(replace(images, interpolation=own.interpolation), "judging images", progress)

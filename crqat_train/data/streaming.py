@@ -69,7 +69,7 @@ class StoredImages(ABC, Generic[Items]):
 
     @abstractmethod
     def _items_of(self, chosen: Tensor) -> Items:
-        """Return some of the items."""
+        """Return the items at `chosen`, int64 indices of shape [M]."""
 
     @abstractmethod
     def _decode(self, index: int) -> Any:
@@ -92,7 +92,7 @@ Images = TypeVar("Images", bound=StoredImages[Any])
 
 
 def decode(images: StoredImages[Any], task: str, progress: Progress) -> Tensor | StoredImages[Any]:
-    """Return the decoded images, uint8 of shape [N, C, crop, crop], if they fit into memory; otherwise as they are."""
+    """Return the decoded images, uint8 of shape [N, C, crop, crop], if they fit into memory; otherwise `images`."""
     if math.prod(images.shape) > IN_MEMORY_BYTES:
         return images
     decoded = torch.empty(images.shape, dtype=torch.uint8)

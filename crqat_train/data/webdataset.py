@@ -42,7 +42,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Members:
-    """Locations of a part's images; arrays, because workers would get copies of millions of objects.
+    """Location and label of each training or each test image.
+
+    They are arrays, because every worker process would get a copy of millions of objects.
 
     Attributes:
         shards: All archives.
@@ -63,7 +65,7 @@ class Members:
 
 
 class ShardImages(StoredImages[Members]):
-    """Images in tar archives."""
+    """Images in tar archives, decoded when they are needed."""
 
     def _items_of(self, chosen: Tensor) -> Members:
         rows, members = chosen.numpy(), self.items
@@ -84,7 +86,7 @@ class ShardImages(StoredImages[Members]):
                 file.seek(int(members.offset[index]) - _BLOCK)
                 header, content = file.read(_BLOCK), file.read(int(members.length[index]))
         except OSError as error:
-            msg = f"{shard.path}: cannot be read any more: {error.strerror}; did the folder change meanwhile?"
+            msg = f"{shard.path}: cannot be read any more: {error.strerror}; leave its folder unchanged during the run"
             raise ToolError(msg) from error
         name = f"{shard.path}: {_shown(header[:100].split(bytes(1))[0].decode(errors='backslashreplace'))}"
         return decode_image(
@@ -164,7 +166,7 @@ def _index(paths: list[Path], task: str, names: tuple[str, ...] | None, progress
         progress(task, number + 1, len(paths))
     offset, length, labels = np.concatenate(columns).T.copy()
     if not len(labels):
-        msg = f"{paths[0]}: no images ({USUAL_ENDINGS}) in it, nor in other {task}"
+        msg = f"{paths[0]}: no images ({USUAL_ENDINGS}) in it or in any of the other {task}; add some"
         raise UsageError(msg)
     return Members(tuple(shards), np.concatenate(numbers), offset, length.astype(np.int32), labels)
 

@@ -1,6 +1,6 @@
-"""nn.MultiheadAttention written out as operations that torch.fx and NNCF see: those of torch's forward, in its order.
+"""Computes nn.MultiheadAttention by single operations, those of torch's own forward in the same order.
 
-Both trace the same operations, so that NNCF's layout maps to the graph one to one.
+torch.fx and NNCF can then trace these operations, and NNCF's layout maps to the graph one to one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from crqat.core.errors import UsageError
 
 
 class _Weights:
-    """Placeholder for attention weights; any use of it is refused."""
+    """Placeholder for attention weights, which are not computed; any use of it raises an error."""
 
     def __getattr__(self, name: str) -> Any:
         del name
@@ -31,7 +31,7 @@ class _Weights:
 
 
 class WrittenOut(nn.MultiheadAttention):
-    """Attention whose forward is `attend`."""
+    """nn.MultiheadAttention that computes its result by `attend`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute attention; see `attend`."""

@@ -27,7 +27,7 @@ _RANDOM = {"dropout", "bernoulli", "normal", "multinomial"}
 
 
 def copied(model: nn.Module) -> dict[int, Any]:
-    """Return copies, for `copy.deepcopy`, of tensors computed by hooks, which it cannot copy itself."""
+    """Return a memo for `copy.deepcopy`: copies, by id, of the tensors computed by hooks, which it cannot copy."""
     values = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return {id(value): value.detach().clone() for value in values if not value.is_leaf}
 
@@ -84,7 +84,8 @@ def fold_graph(
         values: Value of each node for an example.
 
     Returns:
-        The new weight's node of each layer, and one line for each layer whose training differs.
+        A mapping of each changed layer's node to the node of its new weight; and one line for each layer that trains
+        differently because of it.
     """
     graph = graph_module.graph
     constant: set[fx.Node] = set()

@@ -98,7 +98,7 @@ class SizedProxy(fx.Proxy):
 
 
 class SizedTracer(fx.Tracer):
-    """A tracer that also runs each operation on an example.
+    """A torch.fx tracer that also runs each operation on an example, so that the forward may use tensor sizes.
 
     Args:
         example: Input of shape [N, C, H, W], float32; without one, no sizes are known.
@@ -116,7 +116,7 @@ class SizedTracer(fx.Tracer):
             self._inputs = one, other
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return a proxy whose values are not yet known."""
+        """Return a proxy for a node; its values are not known yet."""
         return SizedProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *further: Any, **named: Any) -> Any:

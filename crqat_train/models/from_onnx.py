@@ -67,7 +67,7 @@ def compare(name: str, network: nn.Module, images: Tensor) -> str:
         images: Preprocessed images, float32 [N, C, H, W], on the CPU; only the first few are used.
 
     Returns:
-        The difference as a message of one line.
+        One line for the user that states the largest difference of the logits.
 
     Raises:
         UsageError: The file does not accept images of this size, or the results differ by more than rounding.
@@ -78,7 +78,7 @@ def compare(name: str, network: nn.Module, images: Tensor) -> str:
     if any(side not in (None, own) for side, own in zip(file.shape[2:], images.shape[2:], strict=True)):
         sides = " x ".join(str(side or "?") for side in file.shape[2:])
         given = " x ".join(map(str, images.shape[2:]))
-        msg = f"data.crop: images are {given}, and {file.path} takes {sides}; set data.crop to what the file takes"
+        msg = f"data.crop: images are {given}, and {file.path} takes {sides}; set data.crop to the file's size"
         raise UsageError(msg)
     reference = _by_runtime(file, images)
     with torch.no_grad():
@@ -89,8 +89,9 @@ def compare(name: str, network: nn.Module, images: Tensor) -> str:
         found = "another shape" if difference is None else f"logits that differ by {difference:.1e} of their range"
         free = "" if file.shape[0] is None else "; export it with a dynamic batch size"
         msg = (
-            f"model.name: the network made from {file.path} returns {found}, compared with ONNX Runtime's for the file "
-            f"(up to {TOLERANCE:g} is rounding){free or '; give the network as module:function instead'}"
+            f"model.name: the network converted from {file.path} does not match the file: compared with ONNX "
+            f"Runtime, it returns {found} (up to {TOLERANCE:g} is rounding)"
+            f"{free or '; give the network as module:function instead'}"
         )
         raise UsageError(msg)
     return (
@@ -100,7 +101,7 @@ def compare(name: str, network: nn.Module, images: Tensor) -> str:
 
 
 def _by_runtime(file: OnnxFile, images: Tensor) -> Tensor:
-    """Return ONNX Runtime's logits for the file, in portions of the batch size that the file is fixed to."""
+    """Return ONNX Runtime's logits for the file, computed in batches of the size that the file requires."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

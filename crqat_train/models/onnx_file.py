@@ -65,14 +65,14 @@ def read(path: Path) -> OnnxFile:
         )
         raise UsageError(msg)
     if model.functions:
-        msg = f"{path}: defines functions, such as {model.functions[0].name}; export it without them"
+        msg = f"{path}: defines functions, such as {model.functions[0].name}; export it without ONNX functions"
         raise UsageError(msg)
     stored = {tensor.name for tensor in model.graph.initializer}
     inputs = [value for value in model.graph.input if value.name not in stored]
     for kind, values in (("inputs", inputs), ("outputs", list(model.graph.output))):
         if len(values) != 1:
             names = ", ".join(value.name for value in values[:4])
-            msg = f"{path}: has {len(values)} {kind} ({names}); a classifier has one, images in and logits out"
+            msg = f"{path}: has {len(values)} {kind} ({names}); a classifier has one: images in, logits out"
             raise UsageError(msg)
     untrusted_onnx.check(path, model)
     return OnnxFile(path, model, inputs[0].name, model.graph.output[0].name, _shape(path, inputs[0]))
@@ -111,8 +111,8 @@ def _shape(path: Path, value: onnx.ValueInfoProto) -> tuple[int | None, int, int
     if len(sizes) != 4 or sizes[1] is None or sizes[1] not in _CHANNELS:
         shape = " x ".join(str(size or "?") for size in sizes) or "no known shape"
         msg = (
-            f"{path}: the input {value.name} has the shape {shape}; it must be N x C x H x W with a fixed C of 1 to 4 "
-            "(channels in front)"
+            f"{path}: the input {value.name} has the shape {shape}; it must be N x C x H x W with a fixed C of 1 to 4: "
+            "channels come before height and width"
         )
         raise UsageError(msg)
     return sizes[0], sizes[1], sizes[2], sizes[3]

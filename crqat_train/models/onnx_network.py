@@ -65,7 +65,7 @@ class _Scope(nn.Module):
     """A container of modules. It is called on the way to a submodule, so that tracers record the whole path."""
 
     def forward(self, path: list[str], *arguments: Any) -> Any:
-        """Call the module at a path."""
+        """Call the module at `path`, relative to this container, with the arguments."""
         return _called(self, path, *arguments)
 
 
@@ -249,7 +249,7 @@ class Builder:
             return argument.sample
         if argument.stored is None:
             if argument.sample.numel() > _MOST_NUMBERS:
-                msg = f"computes a constant of {argument.sample.numel()} numbers; that is refused"
+                msg = f"computes a constant of {argument.sample.numel()} numbers; so large a constant is refused"
                 raise Refused(msg)
             tensor = argument.sample.detach().clone()
             if tensor.is_floating_point():

@@ -71,7 +71,7 @@ class Match:
 
     @property
     def count(self) -> int:
-        """Return how many names do not fit."""
+        """Return the number of names that do not fit."""
         return sum(map(len, self.problems.values()))
 
     def __str__(self) -> str:
@@ -130,11 +130,14 @@ def choose(path: Path, key: str | None, expected: Mapping[str, Tensor]) -> tuple
 
 
 def match(values: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Match:
-    """Compare a state dict with a network's, both unchanged and without a prefix that all of its names share.
+    """Match the names of a state dict with a network's, with or without the prefix that they share.
 
     Args:
         values: The state dict. Names added by torch.compile and AveragedModel are left out.
         expected: The network's own state dict.
+
+    Returns:
+        The match with the fewest problems.
     """
     made = [Match(state, dropped, _problems(state, expected)) for dropped, state in _renamings(values, expected)]
     return min(made, key=lambda one: one.count)  # of equally good matches the first, without a change
@@ -207,7 +210,7 @@ def _read(path: Path) -> Any:
         problem = f"needs code to load ({wanted[1]})" if wanted else "is not a file of tensors, or needs code to load"
         msg = (
             f"model.weights: {path} {problem} and is refused; save model.state_dict() alone, best as .safetensors, "
-            "where the training ran (torch.save(torch.load(FILE, weights_only=False)[KEY], NEW) trusts the file)"
+            "where the training ran (torch.save(torch.load(FILE, weights_only=False)[KEY], NEW) runs the code in FILE)"
         )
         raise UsageError(msg) from error
     except Exception as error:  # torch raises many kinds of errors for damaged files
@@ -217,7 +220,7 @@ def _read(path: Path) -> Any:
 
 
 def _state_dicts(content: Any, place: str = "", depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """Each state dict in a file with the keys that lead to it, "" where the file is one."""
+    """Yield each state dict in a file with the path of keys that leads to it, "" if the file itself is one."""
     if not isinstance(content, Mapping):
         return
     tensors = {name: value for name, value in content.items() if isinstance(value, Tensor)}
@@ -236,7 +239,7 @@ def _last(name: str) -> str:
 
 
 def _listed(content: Any) -> str:
-    """What a file holds at its top level, for a message."""
+    """Describe, for a message, what a file holds at its top level."""
     if not isinstance(content, Mapping):
         return f"a {type(content).__name__}"
     named = [

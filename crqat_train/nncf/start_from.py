@@ -29,12 +29,12 @@ Outcome = Literal["kept", "rescaled", "calibrated", "dropped"]
 
 @dataclass(frozen=True)
 class Edge:
-    """Outcome for one edge of the layout or of the checkpoint.
+    """Where one quantized edge gets its range from: an NNCF checkpoint or calibration.
 
     Attributes:
         name: Name of the edge.
-        outcome: Value of `Outcome`, defined above.
-        note: Why its range is not kept; empty if it is.
+        outcome: "kept", "rescaled", "calibrated" or "dropped"; `Outcome` explains them.
+        note: Why the checkpoint's range is not used unchanged; empty if it is.
     """
 
     name: str

@@ -160,7 +160,7 @@ def _check_weights(graph_module: fx.GraphModule, model: nn.Module) -> None:
 def _left_out(
     graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups, in_float: Sequence[str]
 ) -> Groups:
-    """Return weights that NNCF leaves in float but the recipe quantizes: the layers of squeeze-and-excitation.
+    """Return the weights in squeeze-and-excitation, which the recipe quantizes although NNCF leaves them in float.
 
     They are up to a tenth of a small network's multiply-accumulates. In float they would keep everything between the
     global pool and the sigmoid in float.

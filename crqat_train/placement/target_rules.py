@@ -44,7 +44,7 @@ class Place:
 
 
 def first_reader(place: Place) -> fx.Node:
-    """Return the first consumer of a place."""
+    """Return the first node that uses the value at a place."""
     return place.consumer or next(iter(place.source.users))
 
 
@@ -178,7 +178,7 @@ def constrain(
     config: QuantizationConfig,
     constraints: runtimes.Constraints,
 ) -> list[QuantizerSpec]:
-    """Return the specs: signedness from the graph, bit widths from the recipe, within the targets' limits."""
+    """Return the spec of each quantizer: signed or not from the graph, bit width from recipe and targets."""
     activation_at = {place: names[0] for names, _, weight, places in groups if not weight for place in places}
     matmuls = [node for node in graph_module.graph.nodes if is_matmul(node)]
 

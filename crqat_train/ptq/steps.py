@@ -75,7 +75,7 @@ def apply(
 
 
 def _first(batches: Sequence[Tensor]) -> Tensor:
-    """Return the images for the steps; all have the size of the first ones."""
+    """Return the images for the steps, joined from the batches whose image size is the first's, up to PIXELS pixels."""
     height, width = batches[0].shape[2:]
     alike = [batch for batch in batches if batch.shape[1:] == batches[0].shape[1:]]
     return torch.cat(alike)[: max(2, PIXELS // (height * width))]

@@ -35,7 +35,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Output:
-    """The same layer after it has run with all changes so far: its outputs in both networks."""
+    """A layer after it has run, with its outputs in the float network and in the quantized one."""
 
     layer: Layer
     outputs: tuple[Tensor, Tensor]

@@ -61,7 +61,11 @@ class Quantizer(nn.Module):
         return x.float()
 
     def set_grad_scale(self, elements: int) -> None:
-        """Receive from calibration how many values share a scale: weights of a scale, or features of a sample."""
+        """Set the factor of the scale's gradient; `elements` is the number of values that share the scale.
+
+        Calibration calls this, with the weights of one scale or with the features of one image. Methods that do not
+        scale the gradient ignore it.
+        """
 
     def start_weight(self, weight: Tensor) -> Tensor | None:
         """Return the method's own initial scales of a weight, float32 [scales]; None leaves them to calibration."""
@@ -76,7 +80,7 @@ class Quantizer(nn.Module):
         return 0
 
     def grid(self) -> Grid:
-        """Return the Grid that training arrived at."""
+        """Return the present scale, zero point and integer range as a Grid."""
         scale = self.scale.detach().clamp_min(MIN_SCALE).cpu().numpy().astype(np.float32).reshape(-1)
         axis = None if self.spec.channels is None else self.spec.axis
         return Grid(scale, self.zero_point(), self.spec.qmin, self.spec.qmax, axis)
@@ -91,11 +95,11 @@ def quantizer_of(model: nn.Module, spec: QuantizerSpec) -> Quantizer:
     """Return the quantizer of an edge of a quantized network."""
     quantizer = model.get_submodule(f"quantizers.{spec.module_name}")
     if not isinstance(quantizer, Quantizer):
-        msg = f"{spec.edge}: not a quantizer"
+        msg = f"{spec.edge}: the module there is not a quantizer"
         raise TypeError(msg)
     return quantizer
 
 
 def is_step(name: str) -> bool:
-    """Whether a parameter's name is that of a quantizer's; a network may have a `scale` of its own."""
+    """Whether a parameter of this name belongs to a quantizer; the network itself may have a `scale`, too."""
     return name.startswith("quantizers.")

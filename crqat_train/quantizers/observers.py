@@ -118,7 +118,7 @@ class ActivationObserver:
         self._count(values.float().cpu())
 
     def _count(self, values: Tensor) -> None:
-        """Add a flat tensor of values up to the limit; torch.histc takes several times as long."""
+        """Count the values of a flat tensor, none above `self.limit` in magnitude; torch.histc takes much longer."""
         bins, counts = _HISTOGRAM_BINS, torch.zeros(2 * _HISTOGRAM_BINS + 1, dtype=torch.int64)
         size = min(len(values), _BLOCK)
         floats, integers = torch.empty(size), torch.empty(size, dtype=torch.int16)
@@ -182,13 +182,13 @@ class ActivationObserver:
         return float(scales[_best(values, counts, scales, quantizer.qmin, quantizer.qmax)])
 
     def _seen(self) -> tuple[Tensor, Tensor]:
-        """Return the middles of the nonempty bins and their counts; float64."""
+        """Return the middle of each nonempty bin of the histogram, and its count; both float64."""
         middles = (torch.arange(_HISTOGRAM_BINS, dtype=torch.float64) + 0.5) * (self.limit / _HISTOGRAM_BINS)
         used = self.counts > 0
         return torch.stack([middles, -middles])[used], self.counts[used]
 
     def _range(self, quantizer: Quantizer, calibration: str) -> tuple[float, float]:
-        """Return both ends of an asymmetric range, which contains 0."""
+        """Return the smallest and the largest value of an asymmetric range, which contains 0."""
         if calibration == "percentile":
             magnitude = self._magnitude()
             return max(self.lowest, -magnitude), min(self.highest, magnitude)

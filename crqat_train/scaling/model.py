@@ -144,7 +144,7 @@ def quartiles(values: Sequence[float]) -> dict[str, Any]:
 
 
 def fit_rounds(terms: Sequence[Sequence[float]], rounds: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """Fit each constant to the medians over the rounds, with the quartiles of fits to single rounds.
+    """Fit the constants to the medians over the rounds; their quartiles come from fits to single rounds.
 
     Args:
         terms: See `fit`.
@@ -159,7 +159,7 @@ def fit_rounds(terms: Sequence[Sequence[float]], rounds: Sequence[Sequence[float
 
 
 def default_processes(holds: int, batch: int, between: bool) -> list[int]:
-    """Return powers of two up to the processes of this machine; with a link between machines, of up to eight."""
+    """Return default numbers of processes: powers of two on one machine and, with a link, 2, 4 and 8 full machines."""
     numbers = [2**power for power in range(holds.bit_length()) if 2**power <= holds]
     if between:
         machines = [2**power for power in range(1, _MOST_MACHINES.bit_length())]
@@ -170,7 +170,7 @@ def default_processes(holds: int, batch: int, between: bool) -> list[int]:
 
 
 def local_batches(batch: int, processes: Sequence[int]) -> list[int]:
-    """Return the batch sizes for measuring compute: that of one process, that of the most, and one between."""
+    """Return the local batch sizes to time: with one process, with the most processes, and one between the two."""
     smallest = math.ceil(batch / max(processes)) if max(processes) > 1 else math.ceil(batch / 2)
     if batch == 1:
         return [1, 2]
@@ -234,7 +234,7 @@ def assemble(
         between: The link between machines, if it was given.
 
     Raises:
-        ToolError: An all-reduce of more bytes took no longer.
+        ToolError: An all-reduce of more bytes took no longer than one of fewer, so no bandwidth follows.
     """
     points = alone["compute"]
     step, image = fit_rounds([(1.0, point["local_batch"]) for point in points], [p["seconds"] for p in points])
@@ -258,7 +258,7 @@ def assemble(
         terms = [all_reduce_terms(world, point["bytes"]) for point in group["all_reduce"]]
         latency, per_byte = fit_rounds(terms, [point["seconds"] for point in group["all_reduce"]])
         if per_byte["value"] == 0:
-            msg = "an all-reduce took no longer for more bytes: something else keeps this machine busy; try again"
+            msg = "an all-reduce of more bytes took no longer, so this machine is busy with other work; try again"
             raise ToolError(msg)
         local = Link(latency["value"], 1 / per_byte["value"])
         constants["local"] = {"latency": latency, "bandwidth": _inverse(per_byte), "processes": world}
@@ -303,7 +303,7 @@ def assemble(
 
 
 def _inverse(constant: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a constant's inverse; rounds in which it is 0 are left out."""
+    """Return 1 / a fitted constant, with its quartiles; rounds in which the constant is 0 are left out."""
     low, high = constant["quartiles"]
     ends = [1 / high if high else None, 1 / low if low else None]
     return {"value": 1 / constant["value"], "quartiles": ends, "n": constant["n"]}

@@ -31,14 +31,14 @@ class Callback:
         """Called before the first step, and after a saved state was loaded."""
 
     def before_step(self, fit: Fit) -> None:
-        """Called before the forward pass."""
+        """Called before the forward pass of each step."""
 
     def add_to_loss(self, loss: Tensor, fit: Fit) -> Tensor:
         """Return the scalar loss plus the callback's own term."""
         return loss
 
     def after_step(self, fit: Fit) -> None:
-        """Called after the updates of network and teacher."""
+        """Called after each step, when network and teacher are updated."""
 
     def on_epoch_end(self, fit: Fit) -> None:
         """Called after an epoch's last step, before the network is evaluated."""

@@ -55,7 +55,7 @@ def check_forward(network: nn.Module, images: Tensor, classes: int) -> None:
 def check_step(
     network: nn.Module, images: Tensor, labels: Tensor, section: OptimizerConfig, key: str, processes: int = 1
 ) -> None:
-    """Train a network for one step, eagerly.
+    """Check that a network can be trained, by one training step without torch.compile.
 
     Args:
         network: Float or quantized network; it is changed.
@@ -93,12 +93,12 @@ def check_step(
 
 
 def check_statistics(network: nn.Module, images: Tensor, key: str) -> None:
-    """Run a network as when BatchNorm's statistics are re-estimated.
+    """Check that BatchNorm's statistics can be re-estimated from a batch, by one forward pass in training mode.
 
     Args:
         network: Network to run; it is changed.
         images: Normalized, float32 of shape [N, C, H, W]: one batch of the estimation.
-        key: The recipe's key for their number.
+        key: The recipe's key for the number of images; used in the message.
 
     Raises:
         UsageError: There are too few images.
@@ -164,7 +164,7 @@ def _check_logits(network: nn.Module, logits: object, images: int, classes: int 
 
 
 def _what_it_takes(network: nn.Module, images: Tensor) -> str:
-    """Finds by trying which channels or size the network takes instead of those of the images, and advises."""
+    """Return advice for a message: the channels or the image size that the network takes, found by trying."""
     _, channels, height, width = images.shape
     end = time.monotonic() + _SECONDS
     try:

@@ -23,8 +23,8 @@ class TrainingImages:
 
     Attributes:
         config: The recipe's `data` section.
-        dataset: The images.
-        split: Which of the images are used for training.
+        dataset: The data set of the recipe.
+        split: Indices of its training images by use: training, validation, unlabeled, reserved.
         device: Device of the training.
     """
 
@@ -70,7 +70,7 @@ class TrainingImages:
 
     @functools.cached_property
     def without_labels(self) -> Images:
-        """Return all images that are used without their labels."""
+        """Return the images that the consistency term uses without labels; see `data.labeled` and `data.unlabeled`."""
         config, images = self.config, self.dataset.train_images
         if config.unlabeled is None:
             return subset(images, self.split.unlabeled)

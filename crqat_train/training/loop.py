@@ -97,9 +97,9 @@ def epochs(
         training: State that is saved and resumed. Its feed "images" gives the batches; a feed "unlabeled" gives further
             images for the consistency term, with pseudo-labels if `networks.pseudo_labels`, otherwise without labels.
         networks: The network that is trained, and its teacher.
-        callbacks: Features of low-bit training.
+        callbacks: Features of low-bit training, called in this order.
         keeper: Saves and resumes the training run.
-        measure: Returns the values of an epoch's row other than the loss.
+        measure: Returns what the history records for an epoch in addition to the loss.
         track: Called with the history once the state that it describes is saved.
     """
     fit, unlabeled = training.fit, training.feeds.get("unlabeled")

@@ -91,7 +91,7 @@ class Keeper:
 
     @property
     def found(self) -> bool:
-        """Whether there is a state to resume from; the same on all ranks."""
+        """Whether there is a saved state to resume from; the same on all ranks."""
         return self._found is not None
 
     @property
@@ -207,7 +207,7 @@ class Keeper:
 
     @torch.no_grad()
     def _load(self, models: dict[str, nn.Module], state: State) -> None:
-        """Copy into the existing tensors, to which compiled networks and averages refer."""
+        """Copy a state into the networks' existing tensors, to which compiled networks and averages refer."""
         for name, model in models.items():
             own, saved = _tensors(model), _below(f"model.{name}.", state.tensors)
             if {k: t.shape for k, t in own.items()} != {k: t.shape for k, t in saved.items()}:

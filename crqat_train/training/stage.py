@@ -52,8 +52,8 @@ class Start:
     Attributes:
         network: Float network on the device, with the recipe's weights. It must not be changed.
         trained: Whether its weights come from a file and are not trained further.
-        dataset: The images.
-        split: Which of the images are used for training.
+        dataset: The data set of the recipe.
+        split: Indices of its training images by use: training, validation, unlabeled, reserved.
         device: Device of the training.
         processes: Number of processes that train together.
     """
@@ -263,7 +263,7 @@ class _Run:
         return model, bool(source) and not config.float_training.fine_tune
 
     def _compared(self, model: nn.Module) -> str:
-        """Compare a network from an ONNX file with that file on calibration images; return the key and the file."""
+        """Compare an ONNX file's network with ONNX Runtime, and return "model.name: FILE"; "" for any other network."""
         name = self.config.model.name
         if not is_onnx_file(name):
             return ""
@@ -312,7 +312,7 @@ class _Run:
         return student
 
     def begin_history(self, calibrated: float) -> None:
-        """Record the first row of the history: the accuracy of calibration alone."""
+        """Record the first row of the history: the accuracy of the calibrated network before training."""
         row = {"phase": "qat", "epoch": 0, "validation": calibrated}
         if self.config.consistency.teacher == "ema":
             row["validation_teacher"] = calibrated
@@ -337,7 +337,7 @@ class _Run:
         return networks.teacher
 
     def _measure(self, fit: Fit, networks: ConsistencyTraining, student: nn.Module) -> dict[str, float]:
-        """Return the values of an epoch's history row other than the loss."""
+        """Return what the history records for an epoch in addition to the loss."""
         row = {"validation": self.validate(student)}
         if fit.name == "qat" or networks.config.teacher != "none":
             row = {"lambda": networks.weight(fit.steps_done, fit.steps), **row}

@@ -38,7 +38,7 @@ def _two(
 
 
 def _same_rank(node: Node, value: Value) -> Value:
-    """Return a list of integers that meets a tensor as a tensor, other values unchanged."""
+    """Return the value; in an operation with a tensor, a list of integers is converted to a tensor."""
     if isinstance(value.sample, list):
         if value.name is not None:
             msg = "computes with a shape and a tensor; that is not supported"

@@ -237,7 +237,7 @@ def _resize(node: Node) -> Value:
             raise Refused(msg)
         return node.emit(functional.interpolate, value, None, tuple(factors[2:]), mode, corners)
     if sizes is None:
-        msg = "has neither sizes nor scales"
+        msg = "has neither the input `sizes` nor `scales`; one of them is needed"
         raise Refused(msg)
     return node.emit(_resized, value, sizes, mode, corners)
 
@@ -256,7 +256,7 @@ def _constant(node: Node) -> Value:
             return Value.of(torch.tensor(found) if isinstance(found, list) else found, name)
     tensor = node.attribute("value")
     if tensor is None:
-        msg = "has no tensor of numbers"
+        msg = "has no tensor of numbers as its value; only such constants are supported"
         raise Refused(msg)
     return Value.of(torch.from_numpy(onnx.numpy_helper.to_array(tensor).copy()), name)
 
@@ -268,7 +268,7 @@ def _filled(node: Node) -> Value:
     number = 0.0 if tensor is None else onnx.numpy_helper.to_array(tensor).flatten()[0].item()
     shape = node.constant(0)
     if math.prod(shape) > 2**24:
-        msg = f"makes a tensor of {math.prod(shape)} numbers; that is refused"
+        msg = f"makes a tensor of {math.prod(shape)} numbers; so large a constant is refused"
         raise Refused(msg)
     return Value.of(torch.full(shape, number), node.proto.output[0])
 

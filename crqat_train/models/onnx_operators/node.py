@@ -28,11 +28,12 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Value:
-    """A value between the file's nodes.
+    """A value that a node of the file computes or uses.
 
     Attributes:
         sample: The value for meta images (shapes without data): a tensor, a number or a list of numbers.
-        other: The value for one image more, and for larger images if the file leaves their size open; None if constant.
+        other: The same value for a batch of one more image, and for larger images if the file leaves their size open;
+            None if it is constant.
         name: Name under which the network holds it during the forward pass; None if it does not depend on the images.
         origin: Name of a constant in the file.
         stored: Path of the network's tensor that holds a constant, once there is one.
@@ -126,7 +127,7 @@ class Node:
         return [found] if isinstance(found, int) else found
 
     def emit(self, function: Callable[..., Any] | str, *arguments: Any) -> Value:
-        """Add an operation; see `crqat.train.models.onnx_file.Builder.emit`."""
+        """Add an operation; see `crqat.train.models.onnx_network.Builder.emit`."""
         return self.builder.emit(function, *arguments)
 
     def layer(self, made: nn.Module, *arguments: Any, weight: Value | None = None) -> Value:
@@ -134,7 +135,7 @@ class Node:
         return self.builder.emit(self.builder.module(made, weight), *arguments)
 
     def sole_reader_of(self, index: int) -> bool:
-        """Whether no other node uses an input."""
+        """Whether this node is the only one that uses its input `index`."""
         return self.builder.used_once(self.proto.input[index])
 
 
