@@ -61,7 +61,7 @@ def crqat(*arguments: str) -> int:
 
 
 def settings(network: str, bits: str, given: argparse.Namespace) -> list[str]:
-    """Return the recipe and its --set options."""
+    """Return the arguments of `crqat advise` for a network and its bit widths: the recipe and --set options."""
     weights, activations = bits.split("/")
     common = {
         "name": f"{network}_w{weights}a{activations}",
@@ -109,7 +109,7 @@ def main() -> None:
 
 
 def add(row: dict[str, Any]) -> None:
-    """Add a row to the results, replacing an older one."""
+    """Add a row to the results; it replaces an older row of the same network and bit widths."""
     path = OUT.with_suffix(".json")
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = [old for old in rows if (old["network"], old["bits"]) != (row["network"], row["bits"])]

@@ -224,7 +224,7 @@ class Judge:
         )
 
     def shown(self, name: str) -> dict[str, npt.NDArray[np.int64]]:
-        """Return the codes that a process saved, minus their zero points."""
+        """Return the codes in the file `name` of the case's folder, by tensor name, minus their zero points."""
         zeros = self._written.zero_points
         names = [output.name for output in onnx.load(self._written.folder / "shown.onnx").graph.output]
         with np.load(self._written.folder / name) as arrays:
@@ -232,7 +232,7 @@ class Judge:
         return {key: found[key].astype(np.int64) - zeros[key] for key in zeros}
 
     def cell(self, name: str) -> Cell:
-        """Count the codes that a process saved."""
+        """Compare the codes in the file `name` of the case's folder with the simulator's."""
         theirs = self.shown(name)
         key = b"".join(codes.tobytes() for codes in theirs.values())
         if key not in self._known:

@@ -125,7 +125,7 @@ def run(model: str, way: str, folder: Path) -> Steps:
 
 
 def _ours(network: nn.Module, images: torch.Tensor, folder: Path, watch: Stopwatch) -> None:
-    """Time the steps of `quantize_network`, and both files."""
+    """Time the steps of `quantize_network`, and the writing of both targets' files."""
     with watch.step("layout"):
         from crqat.train.config import QuantizationConfig
         from crqat.train.quantized_model import quantize_model

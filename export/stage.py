@@ -41,11 +41,11 @@ def export(
     git_revision: str,
     unsafe: bool = False,
 ) -> ExportPayload:
-    """Run the stage and fill `out`.
+    """Run the `export` stage: write, verify and describe the ONNX files of a finished training in `out`.
 
     Args:
         train_dir: A finished train stage; its hashes are verified first.
-        train: The training part of the run's recipe.
+        train: The training configuration in the run's recipe.
         config: Which files to write.
         out: Empty directory.
         progress: Reports files and checks.

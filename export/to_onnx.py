@@ -40,7 +40,7 @@ class Quantized:
 
     @classmethod
     def of(cls, model: QuantizedModel, images: Tensor) -> Quantized:
-        """Create it with the Grids of the model's quantizers."""
+        """Return the model with these images and with the Grids of its quantizers."""
         return cls(model, model.grids(), images.numpy())
 
     @property
@@ -67,12 +67,12 @@ class Quantized:
         metadata: Mapping[str, str] | None = None,
         weights: str = "int8",
     ) -> QDQModel:
-        """Return a target's file; see `crqat.export.qdq.write.qdq_model`."""
+        """Return a target's ONNX model with its claims; see `crqat.export.qdq.write.qdq_model`."""
         described = {**(metadata or {}), "crqat.target": target}
         return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, described, weights)
 
     def files(self) -> dict[str, QDQModel]:
-        """Return the file of every target as it is delivered."""
+        """Return the ONNX model of each target by name, in the float type that `crqat export` uses for the target."""
         return {name: self.file(name, target.float_types[0]) for name, target in runtimes.TARGETS.items()}
 
 
@@ -90,10 +90,10 @@ def quantize_network(
         batches: Normalized images for calibration, float32 of shape [N, C, H, W] each.
         targets: Names of the target runtimes; see `crqat.core.targets`.
         config: Bit widths and methods; None for the defaults.
-        residual: Which inputs of a residual Add are quantized; see `crqat.train.placement.insert.quantize_model`.
+        residual: Which inputs of a residual Add are quantized; see `crqat.train.quantized_model.quantize_model`.
 
     Raises:
-        UsageError: See `crqat.train.placement.insert.quantize_model`.
+        UsageError: See `crqat.train.quantized_model.quantize_model`.
     """
     config = config or QuantizationConfig()
     model = quantize_model(network.eval(), batches[0][:2], config, targets, residual=residual)

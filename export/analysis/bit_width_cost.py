@@ -48,7 +48,7 @@ class Divergences:
 
     Args:
         train_dir: A finished train stage, whose float network is used; its hashes are verified first.
-        config: The training part of its recipe.
+        config: The training configuration in the recipe of that stage.
         images: Largest number of calibration images to compare on.
 
     Attributes:

@@ -26,7 +26,7 @@ def accuracy_of_each_layer(
 
     Args:
         train_dir: A finished train stage; its hashes are verified first.
-        config: The training part of its recipe.
+        config: The training configuration in the recipe of that stage.
         candidate: "student", "teacher" or "calibrated".
         progress: Reports layers.
 

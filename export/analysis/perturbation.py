@@ -41,7 +41,7 @@ def under_noise(
 
     Args:
         train_dir: A finished train stage; its hashes are verified first.
-        config: The training part of the run's recipe.
+        config: The training configuration in the recipe of that stage.
         run: Name of the run.
         progress: Reports noise levels.
         draws: Number of draws of each kind of noise.
@@ -119,7 +119,7 @@ def noisy_batches(batches: Iterator[Tensor], level: float, draw: int) -> Iterato
 
 @torch.no_grad()
 def _quality(model: nn.Module, batches: Iterator[Tensor], labels: Tensor) -> tuple[float, float]:
-    """Return accuracy and mean cross-entropy."""
+    """Return the top-1 accuracy in 0..1 and the mean cross-entropy of a network on the batches."""
     logits = torch.cat([model(batch) for batch in batches]).double()
     correct = int((logits.argmax(dim=1) == labels).sum())
     return correct / len(labels), float(functional.cross_entropy(logits, labels))

@@ -54,7 +54,7 @@ def _smallest(highest: int, holds: Callable[[int], bool]) -> int:
 
 
 class _Parts:
-    """Cuts subgraphs out of a model."""
+    """Builds models of some nodes of a given model."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model

@@ -87,7 +87,7 @@ def build_model(
 
 
 def without_markers(graph: Graph) -> list[onnx.NodeProto]:
-    """Return the nodes with an Identity for each `crqat.Edge`, which other tools do not know."""
+    """Return the nodes with an Identity in place of each marker (`crqat.Edge`), which other tools do not know."""
     return [
         helper.make_node("Identity", node.input, node.output) if node.op_type == "Edge" else node
         for node in graph.nodes

@@ -41,11 +41,11 @@ class Marker(nn.Module):
 
 
 class Program:
-    """The recorded operators of a network.
+    """Operators of a network that is recorded twice, with the two batch sizes in `BATCHES`.
 
     Attributes:
-        nodes: Operators in execution order, with the sizes for the first of `BATCHES` in `meta["val"]`.
-        twins: The operator of the other batch size's run, for each operator.
+        nodes: Operators in execution order, recorded with the first batch size; `meta["val"]` holds their sizes.
+        twins: Maps each of these operators to the same operator in the recording with the other batch size.
     """
 
     def __init__(self, model: fx.GraphModule, input_shape: list[int]) -> None:

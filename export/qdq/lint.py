@@ -66,7 +66,7 @@ def lint(model: onnx.ModelProto, target: str) -> list[Finding]:
 
 
 class _View:
-    """Look-ups in a model."""
+    """Finds the tensors of a model, and the nodes that compute or read them, by tensor name."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.model = model
@@ -173,7 +173,7 @@ def int8_share(model: onnx.ModelProto) -> float | None:
     """Return the share of multiply-accumulates with two quantized operands, which a runtime can compute in INT8.
 
     Returns:
-        None if `file_macs` does not know all sizes.
+        The share in 0..1; None if a size that the count needs is unknown, as with dynamic image sizes.
     """
     amounts = file_macs(model)
     if not amounts:
@@ -182,7 +182,7 @@ def int8_share(model: onnx.ModelProto) -> float | None:
 
 
 def _largest_code(view: _View, name: str) -> int:
-    """Return an upper bound of a tensor of codes: that of an integer Clip, or that of the type."""
+    """Return the largest code that a tensor can hold: the bound of its integer Clip, otherwise that of its type."""
     node = view.producer.get(name)
     while node is not None and node.op_type not in {"Clip", "QuantizeLinear"}:
         node = view.producer.get(node.input[0])

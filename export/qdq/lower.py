@@ -161,7 +161,7 @@ def lower_weight(
 
 
 def _spread(grid: Grid) -> int:
-    """Return the largest power of two that keeps low-bit codes within SPREAD_LIMIT; 1 for 7 and 8 bits."""
+    """Return the largest power of two by which codes can be multiplied within SPREAD_LIMIT; 1 for 7 and 8 bits."""
     largest = max(abs(grid.qmin), grid.qmax)
     return 1 if largest >= SPREAD_LIMIT else 1 << int(np.log2(SPREAD_LIMIT / largest))
 

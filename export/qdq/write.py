@@ -207,7 +207,7 @@ class _Writer:
         tensors.append(codes)
 
     def _stored(self, lowered: _Lowered, scale: npt.NDArray[np.float32]) -> _Lowered:
-        """Return the claim after rounding the scale to the file's type; training for TensorRT makes scales fit."""
+        """Return the converted Grid, with the claim "lossy" if the file's float type cannot hold its scale."""
         if (scale.astype(self.float_type).astype(np.float32) == scale).all():
             return lowered
         return replace(lowered, claim="lossy", note="float16 does not hold its scale")

@@ -43,7 +43,7 @@ class Known:
     bound: Function
 
     def __call__(self, attributes: Attributes, *inputs: Float) -> Float:
-        """Return the result for inputs that have errors."""
+        """Return the result with a bound on its error, for inputs that have errors of their own."""
         with np.errstate(all="ignore"):
             result = np.asarray(self.function(attributes, *(x.values for x in inputs)))
             error = np.asarray(self.bound(attributes, result, *inputs), np.float64)
@@ -52,7 +52,7 @@ class Known:
 
 
 def of_errors(function: Function, attributes: Attributes, inputs: Sequence[Float]) -> Array:
-    """Return the effect of the inputs' errors, from the ends of their intervals."""
+    """Return how far the inputs' errors can move the result: the largest change at the ends of their intervals."""
     result = np.asarray(function(attributes, *(x.values for x in inputs)))
     carried = np.zeros(result.shape)
     moving = [x.error.any() for x in inputs]
@@ -69,7 +69,7 @@ def around_zero(x: Float) -> Array:
 
 
 def elementwise(function: Function, roundings: Roundings, pole: Callable[..., Array] | None = None) -> Known:
-    """Return a row of the table; it has no bound where `pole`, a function of the inputs as Float, is true."""
+    """Return an elementwise operation with its error bound, which is infinite where `pole` of the inputs is true."""
 
     def bound(attributes: Attributes, result: Array, *inputs: Float) -> Array:
         carried = of_errors(function, attributes, inputs)
@@ -82,12 +82,12 @@ def elementwise(function: Function, roundings: Roundings, pole: Callable[..., Ar
 
 
 def times(count: float) -> Roundings:
-    """Return the magnitudes for `count` roundings of the result."""
+    """Return a function for an operation that rounds its result `count` times: it gives `count` * |result|."""
     return lambda _, y, *__: count * np.abs(y)
 
 
 def exact(*_: Any) -> float:
-    """Return zero magnitudes: values are selected and not rounded."""
+    """Return 0, the rounded magnitude of an operation that only selects values."""
     return 0.0
 
 

@@ -98,7 +98,10 @@ def _where(_: Attributes, condition: Array, x: Array, y: Array) -> Array:
 
 
 def compared(function: Callable[[Array, Array], Array]) -> Known:
-    """Return 0 or 1 for a comparison, with the error 1 where the inputs' errors leave the result open."""
+    """Return a comparison as an operation with the results 0 and 1.
+
+    The error bound is 1 where the inputs' errors could change the result, otherwise 0.
+    """
     return elementwise(lambda _, x, y: function(x, y).astype(np.float64), exact)
 
 

@@ -41,7 +41,7 @@ def quantized_constant(node: onnx.NodeProto, constants: dict[str, Array]) -> Arr
 def quantize(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Codes:
-    """Quantize any value, with the rounding of ONNX Runtime's kernel for it."""
+    """Compute a QuantizeLinear of any kind of value, with the rounding of ONNX Runtime's kernel for that kind."""
     info = np.iinfo(constants[node.input[2]].dtype)
     stored = (constants[node.input[1]], int(constants[node.input[2]]))
     step, zero_point = out.grids.get(node.output[0], stored)
@@ -92,7 +92,7 @@ def _demand_bound(node: onnx.NodeProto, value: Float, bound: Array) -> None:
         msg = f"{node.name}: the operation before it returns NaN"
         raise NotSimulated(msg)
     if bound.size and (bound >= 0.5).all():
-        msg = f"{node.name}: float32 errors are above half a code for all its values, so nothing is verified"
+        msg = f"{node.name}: float32 errors may exceed half a code for all its values, so it cannot be verified"
         raise NotSimulated(msg)
 
 

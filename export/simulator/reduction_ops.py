@@ -22,7 +22,7 @@ def reduced_count(attributes: Attributes, x: Array) -> int:
 
 
 def reduced(function: Callable[..., Any], attributes: Attributes, x: Array) -> Array:
-    """Reduce along the node's axes."""
+    """Apply a numpy reduction along the node's axes."""
     return np.asarray(function(x, axis=_axes(attributes, x), keepdims=bool(attributes.get("keepdims", 1))))
 
 

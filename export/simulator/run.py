@@ -86,7 +86,7 @@ def simulate(
     if not isinstance(logits, np.ndarray):
         approximate = as_float(logits)
         if approximate.error.size and not np.isfinite(approximate.error).any():
-            msg = "logits: float32 errors are larger than the values, so nothing is verified"
+            msg = "logits: the possible float32 error has no bound for any value, so they cannot be verified"
             raise NotSimulated(msg)
         result.logits_bound = approximate.error + UNIT_ROUNDOFF * np.abs(approximate.values)
         logits = approximate.values

@@ -1,4 +1,4 @@
-"""Verification in integer codes: torch = integer simulator = runtime, and one target = the other.
+"""Verifies a file by its integer codes: torch, the simulator, the runtime and the other target compute equal ones.
 
 1. torch's fake quantization on the trained Grids (BN unfolded, each quantizer receives the simulator's codes) =
    simulator of the file: codes differ only where the simulator's value lies within a derived bound of a rounding tie,
@@ -47,7 +47,7 @@ def verify(
     exported: Mapping[str, QDQModel],
     images: npt.NDArray[np.float32],
 ) -> dict[str, Verification]:
-    """Run all checks for all targets.
+    """Run the three checks that the module describes for each target's file.
 
     Args:
         model: The exported quantized network, on the CPU, in eval mode.

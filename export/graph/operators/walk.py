@@ -26,7 +26,7 @@ TYPES = {
 
 
 class Walk:
-    """Writes a program as ONNX nodes.
+    """Writes a recorded `Program` as ONNX nodes, one operator after another.
 
     Attributes:
         nodes: In topological order; the last one's output is "logits".
