@@ -1,6 +1,7 @@
 """Runs an ONNX file with ONNX Runtime in a separate process, on this CPU or on an emulated one.
 
-U8S8 kernels are exact on CPUs with VNNI and saturate without: qemu's user mode emulates a CPU without it anywhere.
+U8S8 kernels are exact on CPUs with VNNI and saturate on others. On any machine, qemu's user mode emulates a CPU without
+VNNI.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Measures the time of a training step: float, QAT and CR-QAT on CIFAR ResNet-20, and plain QAT of other libraries.
 
 Rounds are interleaved in one process, and augmentation is counted for all modes. Writes bench-out/train.json with the
-rows: name, mode, median_seconds, ratio_to_float (of the faster float), n, interval (of the ratio).
+rows: name, mode, median_seconds, ratio_to_float (of the faster float step), n, interval (of the ratio).
 
     python -m bench.step_time [--rounds 7] [--cifar10 data/cifar10]
 """
@@ -129,7 +129,7 @@ class Bench:
         return self.plain(model, model)
 
     def modelopt_step(self) -> Step:
-        """Return a step of NVIDIA Model-Optimizer's INT8 default."""
+        """Return a step of NVIDIA Model-Optimizer in its default INT8 configuration."""
         import modelopt.torch.quantization as mtq
 
         model = mtq.quantize(
@@ -138,7 +138,7 @@ class Bench:
         return self.plain(model, model)
 
     def brevitas_step(self) -> Step:
-        """Return a step of Brevitas' API: INT8 layers replace float ones; its tensors cannot be sliced here."""
+        """Return a step of Brevitas' layer-wise API; its quantized tensors do not support the slicing in shortcuts."""
         from brevitas.graph.calibrate import calibration_mode
         from brevitas.graph.quantize import layerwise_quantize
 
@@ -150,7 +150,7 @@ class Bench:
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:
-    """Return the trainer's optimizer."""
+    """Return an SGD optimizer with the momentum and weight decay of crqat's training."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4)
 

@@ -189,7 +189,7 @@ def status(recipes: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def environment(row: Row, folder: Path) -> Path:
-    """Return the Python of a row's environment, created if missing; those of other PyTorch versions are removed."""
+    """Return the Python of a row's environment, created if missing; environments with another PyTorch are removed."""
     place = folder / f"torch-{row.pins.get('torch', 'newest')}"
     for other in folder.glob("torch-*/pyvenv.cfg"):
         if other.parent != place:

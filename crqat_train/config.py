@@ -308,7 +308,7 @@ class TrainConfig:
         float_training: How the float network is trained if no file brings its weights; the recipe's `float` section.
         quantization: Bit widths and quantization methods.
         qat: How the quantized network is trained.
-        consistency: The consistency term.
+        consistency: Teacher, weight and schedule of the loss term that draws predictions towards a teacher's.
         ptq: Post-training steps between calibration and training.
         device: Device of the training; "auto" takes CUDA if it is available.
         compile: "auto" compiles the training step by torch.compile if a C++ compiler is available.

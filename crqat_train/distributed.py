@@ -34,7 +34,10 @@ _PATIENCE = timedelta(days=7)
 
 
 class _Group:
-    """State of `started`; None outside of it. Decisions travel on the CPU, so that no rank waits for its device."""
+    """Process groups inside `started`, None outside of it: of the device, and of the CPU.
+
+    Ranks exchange decisions by the group of the CPU, so that none of them waits for its device.
+    """
 
     accelerator: Accelerator | None = None
     cpu: Any = None
@@ -142,7 +145,7 @@ def _is_first_to_tell(store: Any) -> bool:
 
 
 def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Wrap a network so that gradients are averaged over ranks; return it unchanged if it has none to train.
+    """Wrap a network so that gradients are averaged over ranks; return it unchanged if none of its weights is trained.
 
     All ranks start from rank 0's weights.
     """

@@ -50,7 +50,7 @@ class Quantized:
 
     @cached_property
     def latent(self) -> dict[str, npt.NDArray[np.float32]]:
-        """Return the unfolded weights by edge name."""
+        """Return the latent float32 weights before BN folding, by edge name."""
         return rounded_weights(self.model)
 
     @cached_property
@@ -72,7 +72,7 @@ class Quantized:
         return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, described, weights)
 
     def files(self) -> dict[str, QDQModel]:
-        """Return the ONNX model of each target by name, in the float type that `crqat export` uses for the target."""
+        """Return the ONNX model of each target by name, with float operations in the target's default type."""
         return {name: self.file(name, target.float_types[0]) for name, target in runtimes.TARGETS.items()}
 
 

@@ -37,8 +37,8 @@ def write_models(
     """Write all files of a network; each is verified before it is written.
 
     Args:
-        quantized: The finalized network, its Grids, and the normalized images for the verification. Its
-            `meta["float_weights"]` are the weights of the float baseline.
+        quantized: The finalized network, its Grids, and the normalized images for the verification. The
+            `meta["float_weights"]` of its model are the weights of the float baseline.
         out: Empty directory.
         config: Which files to write; targets None takes those of the network.
         metadata: Metadata of all files; each file adds its target.

@@ -172,7 +172,7 @@ def check_pools(graph_module: fx.GraphModule, values: Mapping[fx.Node, Any]) -> 
             place = f"{node.target if module is not None else node.name}{source_line(node.stack_trace)}"
             msg = (
                 f"model.name: {place} pools {before} pixels to {after}, which ONNX cannot express: take images whose "
-                "size makes the first a multiple of the second, or pool to 1"
+                "size makes the pool's input a multiple of its output, or pool to 1"
             )
             raise UsageError(msg)
 

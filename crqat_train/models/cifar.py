@@ -1,4 +1,4 @@
-"""Networks of CIFAR size: the ResNets of the original paper and MLPerf Tiny, and ImageNet's with another stem."""
+"""Networks for CIFAR: the ResNets of the original paper and MLPerf Tiny, and ImageNet networks with a smaller stem."""
 
 from __future__ import annotations
 

@@ -101,7 +101,10 @@ class NNCFQuantizer:
         scale, zero_point = self._step()
         points = set(zero_point.reshape(-1).tolist())
         if len(points) != 1:
-            msg = f"{self.hooks[0]}: asymmetric per channel; quantize it per tensor, or with nncf's preset PERFORMANCE"
+            msg = (
+                f"{self.hooks[0]}: asymmetric per channel, which is not supported; quantize it per tensor, or with "
+                "nncf's preset PERFORMANCE"
+            )
             raise UsageError(msg)
         axis = None
         if len(self.shape) > 1:

@@ -131,7 +131,7 @@ def insert_quantizers(
 
 @contextmanager
 def _written_out() -> Iterator[None]:
-    """Run transformer layers and views by their single operations, not by torch's fused one or as attributes."""
+    """Within the context, transformer layers avoid torch's fused kernel, and `VIEWS` are recorded as operations."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for name, view in VIEWS.items():

@@ -117,7 +117,7 @@ def _folded(
         return np.ones_like(bias), bias
     bn = model.get_submodule(spec.bn)
     if not isinstance(bn, torch.nn.modules.batchnorm._BatchNorm):
-        msg = f"{spec.bn}: {type(bn).__name__} cannot be folded"
+        msg = f"{spec.bn}: {type(bn).__name__} cannot be folded into a convolution"
         raise TypeError(msg)
     return fold_batchnorm.of_module(bn, bias)
 
@@ -125,7 +125,7 @@ def _folded(
 def check_values(model: torch.nn.Module, source: str, why: str = "the file is damaged") -> None:
     """Check that a network's weights and statistics are finite, and that no BatchNorm has a negative variance.
 
-    Quantizers' scales and buffers of other kinds, such as a mask of infinities, are not checked.
+    Not checked are the quantizers' scales, and buffers other than statistics, such as a mask that holds infinity.
 
     Args:
         model: Network in any state.

@@ -149,6 +149,9 @@ def fit_rounds(terms: Sequence[Sequence[float]], rounds: Sequence[Sequence[float
     Args:
         terms: See `fit`.
         rounds: Seconds by round, for each row of `terms`.
+
+    Returns:
+        "value", "quartiles" and the number of rounds "n" of each constant.
     """
     values = fit(terms, [float(np.median(seconds)) for seconds in rounds])
     single = [fit(terms, seconds) for seconds in zip(*rounds, strict=True)]

@@ -1,4 +1,4 @@
-"""Measures the cost of each layer's bit width: the float network with and without one quantized layer, untrained."""
+"""Measures, without training, how much the float network's outputs change if one layer is quantized to few bits."""
 
 from __future__ import annotations
 

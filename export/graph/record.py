@@ -54,7 +54,7 @@ class Program:
         if [str(node.target) for node in lists[0]] != [str(node.target) for node in lists[1]]:
             msg = (
                 f"model.name: {type(model).__name__} computes differently for {BATCHES[0]} images than for "
-                f"{BATCHES[1]}; let no `if` or loop depend on their number"
+                f"{BATCHES[1]}; let no `if` or loop depend on the number of images"
             )
             raise UsageError(msg)
         self.nodes: list[fx.Node] = lists[0]

@@ -178,7 +178,10 @@ class _Writer:
         readers = [reader for reader in self.graph.nodes if node.output[0] in reader.input]
         if any(reader.op_type not in LAYERS for reader in readers):
             kinds = ", ".join(sorted({reader.op_type for reader in readers}))
-            msg = f"model.name: {self.specs[edge].operation}: its weight feeds {kinds}; give the linear layer a bias"
+            msg = (
+                f"model.name: {self.specs[edge].operation}: its weight is used by {kinds}, not by a layer; give the "
+                "linear layer a bias"
+            )
             raise UsageError(msg)
 
     def _activation(self, edge: str, node: onnx.NodeProto) -> None:

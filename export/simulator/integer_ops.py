@@ -89,7 +89,7 @@ def quantize(
 def _demand_bound(node: onnx.NodeProto, value: Float, bound: Array) -> None:
     """Refuse a bound that no code can exceed, because it would verify nothing."""
     if np.isnan(value.values).any():
-        msg = f"{node.name}: the operation before it returns NaN"
+        msg = f"{node.name}: the operation before it returns NaN, so its codes cannot be verified"
         raise NotSimulated(msg)
     if bound.size and (bound >= 0.5).all():
         msg = f"{node.name}: float32 errors may exceed half a code for all its values, so it cannot be verified"

@@ -29,10 +29,10 @@ from crqat.export.simulator.values import (
 def conv_or_gemm(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
 ) -> Value:
-    """Compute a Conv or Gemm; sums of codes are exact. ONNX Runtime has no integer kernel for ConvTranspose."""
+    """Compute a Conv, ConvTranspose or Gemm; sums of codes are exact, except for ConvTranspose, which runs in float."""
     x, attributes = values[node.input[0]], attributes_of(node)
     if node.op_type == "Gemm" and not attributes.get("transB"):
-        msg = f"{node.name}: the simulator needs a Gemm with transB"
+        msg = f"{node.name}: the simulator supports a Gemm only with transB=1"
         raise NotSimulated(msg)
     in_float = node.op_type == "ConvTranspose" or node.name in out.in_float
     if not isinstance(x, Codes) or x.selected or node.input[1] in constants or in_float:
@@ -138,7 +138,7 @@ def _transposed(x: Array, weight: Array, strides: Any, dilations: Any, attribute
     """Return the sums of a ConvTranspose, cropped by `pads` from all pixels that the input reaches."""
     rank, group = x.ndim - 2, attributes.get("group", 1)
     if "output_shape" in attributes or attributes.get("auto_pad", b"NOTSET") != b"NOTSET":
-        msg = "the simulator needs a ConvTranspose with pads"
+        msg = "the simulator supports a ConvTranspose only with pads, not with auto_pad or output_shape"
         raise NotSimulated(msg)
     function: Any = {1: functional.conv_transpose1d, 2: functional.conv_transpose2d, 3: functional.conv_transpose3d}[
         rank

@@ -119,7 +119,7 @@ def resize(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, 
         _positions(own, size, scale, where) for own, size, scale in zip(shape[2:], sizes[2:], scales[2:], strict=True)
     ]
     if sizes[:2] != list(shape[:2]):
-        msg = f"{node.name}: the simulator does not support a Resize of images or channels"
+        msg = f"{node.name}: the simulator does not support a Resize that changes the number of images or channels"
         raise NotSimulated(msg)
     if mode == "nearest":
         roundings: dict[str, Callable[[Array], Array]] = {

@@ -27,7 +27,7 @@ def reduced(function: Callable[..., Any], attributes: Attributes, x: Array) -> A
 
 
 def reduction(function: Callable[..., Any]) -> Known:
-    """Return a sum or mean; its error is that of its inputs, summed or averaged, plus that of the additions."""
+    """Return a sum or mean as an operation; its error is that of the inputs, reduced alike, plus that of additions."""
 
     def bound(attributes: Attributes, _: Array, x: Float) -> Array:
         rounding = sum_of(reduced_count(attributes, x.values)) * UNIT_ROUNDOFF
@@ -37,7 +37,7 @@ def reduction(function: Callable[..., Any]) -> Known:
 
 
 def extreme(function: Callable[..., Any]) -> Known:
-    """Return a maximum or minimum; its error is at most the largest error of its inputs."""
+    """Return a maximum or minimum as an operation; its error is at most the largest error of its inputs."""
     return Known(lambda a, x: reduced(function, a, x), lambda a, _, x: reduced(np.max, a, x.error))
 
 
@@ -111,7 +111,7 @@ def _exp_sum_error(attributes: Attributes, x: Float) -> Array:
 
 
 def softmax_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound the error of softmax: an error of x multiplies a term and the sum by a factor each."""
+    """Bound the error of softmax: an error of x multiplies its exponential and the sum of all, each by a factor."""
     axis = attributes.get("axis", -1)
     below = x.values.max(axis=axis, keepdims=True) - x.values
     carried = np.expm1(x.error + x.error.max(axis=axis, keepdims=True))
@@ -211,7 +211,7 @@ def batch_norm_bound(attributes: Attributes, _: Array, x: Float, *stored: Float)
 
 
 def pixels(x: Array) -> Attributes:
-    """Return the attributes of a reduction over the pixels, which keeps them as axes of size 1."""
+    """Return the attributes of a reduction over height and width, which keeps these axes with size 1."""
     return {"axes": list(range(2, x.ndim))}
 
 

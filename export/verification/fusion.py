@@ -46,7 +46,7 @@ ALWAYS_FLOAT = runtimes.ONNXRUNTIME.always_float
 
 
 def fusion(model: onnx.ModelProto) -> Fusion:
-    """Count the operations that ONNX Runtime fuses, and give a reason for each that stays in float."""
+    """Return the number of operations that ONNX Runtime fuses, and the reason for each node that stays in float."""
     operations = optimized_operations(model)
     counts = Counter(node.op_type for node in model.graph.node)
     dequantized = {node.output[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}

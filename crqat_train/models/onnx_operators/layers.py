@@ -129,7 +129,7 @@ def _gemm(node: Node) -> Value:
     bias = None if node.optional(2) is None else node.weight(2) * node.attribute("beta", 1.0)
     if bias is not None and bias.numel() != len(weight):
         if bias.numel() != 1:
-            msg = f"its bias has {bias.numel()} numbers for {len(weight)} outputs"
+            msg = f"its bias has {bias.numel()} numbers for {len(weight)} outputs; each output needs one"
             raise Refused(msg)
         bias = bias.expand(len(weight))
     return _linear(node, weight, bias)

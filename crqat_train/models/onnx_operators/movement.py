@@ -129,7 +129,7 @@ def _for_each(value: Tensor, images: Tensor) -> Tensor:
 def _expand(node: Node) -> Value:
     value, shape = node.input(0), node.input(1)
     if not value.is_tensor:
-        msg = "expands a number; that is not supported"
+        msg = "expands a single number to a tensor; that is not supported"
         raise Refused(msg)
     return node.emit(_expanded, value, shape)
 
@@ -224,16 +224,16 @@ def _resize(node: Node) -> Value:
         msg = "is supported over images only, without axes and without antialias"
         raise Refused(msg)
     if mode == "nearest" and (place != "asymmetric" or node.attribute("nearest_mode") != "floor"):
-        msg = "the nearest neighbour is supported only as PyTorch computes it: asymmetric and floor"
+        msg = "the mode nearest is supported only as in PyTorch: asymmetric coordinates, rounded down (floor)"
         raise Refused(msg)
     if mode != "nearest" and place not in ("half_pixel", "pytorch_half_pixel", "align_corners"):
-        msg = f"the coordinates {place} are not supported"
+        msg = f"coordinate_transformation_mode {place} is not supported; export it with half_pixel or align_corners"
         raise Refused(msg)
     corners = None if mode == "nearest" else aligned
     if scales is not None and (not isinstance(scales.sample, list) or scales.sample):
         factors = node.weight(2).tolist()
         if factors[:2] != [1.0, 1.0]:
-            msg = "changes the number of images or channels"
+            msg = "changes the number of images or channels; only height and width can be resized"
             raise Refused(msg)
         return node.emit(functional.interpolate, value, None, tuple(factors[2:]), mode, corners)
     if sizes is None:

@@ -23,7 +23,7 @@ IMAGE_RANK = 4
 
 
 class Refused(Exception):
-    """An operator is used in a way that is not supported; the text says which, and how to fix it."""
+    """An operator is used in a way that is not supported; the message says what is wrong, and how to fix it."""
 
 
 @dataclass(eq=False)

@@ -175,7 +175,7 @@ class Walk:
         return names[0] if outputs == 1 else names
 
     def float_name(self, value: Any) -> str:
-        """Return the name of a float32 operand."""
+        """Return the tensor name of a node or a number, converted to float32; see `name`."""
         return self.name(value, torch.float32)
 
     def reshaped(self, name: str, source: Sequence[int | None], shape: Sequence[int]) -> str:
@@ -226,12 +226,12 @@ def as_list(value: Any, count: int) -> list[int]:
 
 
 def axis_of(node: fx.Node, axis: int) -> int:
-    """Return an axis as a non-negative index."""
+    """Return an axis of a node's result as a non-negative index."""
     return axis % int(node.meta["val"].ndim)
 
 
 def axes_of(node: fx.Node, axes: Any) -> list[int]:
-    """Return axes as non-negative indices, in order; all axes if none is given."""
+    """Return axes of a node's result as sorted non-negative indices; all axes if none is given."""
     ndim = node.meta["val"].ndim
     if axes is None or axes == []:
         return list(range(ndim))
