@@ -198,7 +198,7 @@ def _seconds(steps: Steps, kind: str) -> float:
 
 
 def summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a network's rows with medians over rounds, and ratios to the fastest other exporter in both times.
+    """Return a network's rows with medians over rounds, and ratios to the fastest other exporter in wall and CPU time.
 
     Seconds and peak memory exclude verification.
     """

@@ -90,7 +90,7 @@ def nncf_way(source: Source, out: Path, preset: str, extension: bool = False) ->
 
 
 def modelopt_way(source: Source, out: Path, precision: str) -> None:
-    """Export by modelopt.onnx.quantization.quantize on the ONNX file; it defaults to entropy and float16."""
+    """Export by modelopt.onnx.quantization.quantize on the ONNX file; its defaults: entropy calibration, float16."""
     # TensorRT's type stubs import as an empty package, which Model-Optimizer takes for TensorRT itself.
     if _has("tensorrt") and not hasattr(importlib.import_module("tensorrt"), "__version__"):
         sys.modules["tensorrt"] = None  # type: ignore[assignment]

@@ -109,7 +109,7 @@ class Checkpoints:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. A full disk raises OSError here, which safetensors' own function does not."""
+    """Write a safetensors file. A full disk raises OSError, as it does not in safetensors' own function."""
     path.write_bytes(safetensors.torch.save(tensors, header))
 
 

@@ -28,8 +28,8 @@ class Quantized:
     """A quantized network with the data needed to write its files.
 
     Attributes:
-        model: The network, on the CPU, in eval mode. Its graph is exported only once: after changing it, make a new
-            object by `dataclasses.replace`.
+        model: The network, on the CPU, in eval mode. `graph` is computed only once: after changing the network, make a
+            new object by `dataclasses.replace`.
         grids: Grids by edge name.
         images: Normalized float32 images of shape [N, C, H, W]; they determine the input size of the graph.
     """

@@ -228,7 +228,7 @@ def labeled_folder(
     decoded = _like(dataset, files, config, progress)
     if decoded.shape[1:] != dataset.train_images.shape[1:]:
         shapes = f"{list(decoded.shape[1:])}, and the recipe's images {list(dataset.train_images.shape[1:])}"
-        msg = f"{key}: the images of {folder} are {shapes} each; set data.size and data.crop"
+        msg = f"{key}: the images of {folder} are {shapes} each; make them equal by data.size and data.crop"
         raise UsageError(msg)
     return decoded, torch.tensor([known[name] for name in names], dtype=torch.int64)
 

@@ -147,7 +147,7 @@ def _numbers(train: Members, root: Path) -> tuple[str, ...]:
     if present[-1] != len(present) - 1:
         gap = int(np.flatnonzero(present != np.arange(len(present)))[0])
         msg = (
-            f"{root}: labels go up to {present[-1]}, but no training image has {gap}; number the classes from 0 "
+            f"{root}: labels go up to {present[-1]}, but no training image has label {gap}; number the classes from 0 "
             f"without gaps, or name them in {CLASSES}"
         )
         raise UsageError(msg)

@@ -22,7 +22,7 @@ class _Weights:
 
     def _refuse(self, *_: Any) -> NoReturn:
         msg = (
-            "attention weights are used there, which are not quantized: use the first output of "
+            "the attention weights are used, which are not quantized: use the first output of "
             "nn.MultiheadAttention alone"
         )
         raise UsageError(msg)

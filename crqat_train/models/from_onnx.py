@@ -45,9 +45,7 @@ def build(name: str, classes: int, channels: int) -> OnnxNetwork:
     path = user_path(name, "model.name")
     made = network(read(path))
     if made.shape[1] != channels:
-        msg = (
-            f"data.channels: the images have {channels} channels, and {path} takes {made.shape[1]}; give it such images"
-        )
+        msg = f"data.channels: the images have {channels} channels, and {path} takes {made.shape[1]}; make them equal"
         raise UsageError(msg)
     if made.classes != classes:
         msg = (

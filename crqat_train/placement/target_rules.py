@@ -139,7 +139,7 @@ def in_front_of_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Nod
 
 
 def conv_branches(graph_module: fx.GraphModule, groups: Groups) -> set[str]:
-    """Return the quantized edge between each residual Add and its convolution; of two convolutions, the deeper one."""
+    """Return, for each residual Add, the quantized edge from the convolution before it; of two, from the deeper one."""
     # A quantizer that several edges share stays, because the others need it.
     quantized = {places[0].source: names[0] for names, _, weight, places in groups if not weight and len(places) == 1}
     depth: dict[fx.Node, int] = {}

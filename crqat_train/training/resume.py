@@ -133,7 +133,7 @@ class Keeper:
         self._signal = number
 
     def after_step(self) -> None:
-        """Save a state if it is due, without waiting for the device otherwise. Several ranks save one step later."""
+        """Save a state if it is due, otherwise do not wait for the device. With several ranks, save one step later."""
         if self._checkpoints is None:
             return
         due = distributed.rank() == 0 and time.monotonic() - self._saved >= self._seconds

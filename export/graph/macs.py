@@ -41,7 +41,7 @@ def split_macs(graph: Graph) -> tuple[dict[str, int], FloatLayers]:
 
 
 def file_macs(model: onnx.ModelProto) -> dict[str, int] | None:
-    """Return the multiply-accumulates for one image by TensorRT's name of the node, for any ONNX file.
+    """Return the multiply-accumulates for one image by the name that TensorRT gives the node, for any ONNX file.
 
     Returns:
         None if a size is unknown, e.g. because the file has dynamic dimensions other than the batch.

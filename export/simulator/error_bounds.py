@@ -92,5 +92,5 @@ def exact(*_: Any) -> float:
 
 
 def sum_of(count: int) -> float:
-    """Return the error of a sum of `count` terms, in roundings of the sum of magnitudes."""
+    """Return the factor by which the rounded magnitudes of `count` terms bound the error of their sum."""
     return float(8 * np.sqrt(count) + 8)

@@ -30,7 +30,7 @@ def session(model: bytes, optimized: Path | None = None) -> Any:
 
 
 def optimized_operations(model: onnx.ModelProto) -> dict[str, list[str]]:
-    """Return ONNX Runtime's optimized operations on this machine: names of nodes by operation."""
+    """Return the nodes of ONNX Runtime's optimized graph on this machine: their names by operation."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "optimized.onnx"
         session(model.SerializeToString(), path)

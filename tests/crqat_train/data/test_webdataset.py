@@ -94,7 +94,7 @@ def test_what_is_wrong_with_a_sample_is_said(root: Path) -> None:
     assert replaced(root, good[0], ("0005.cls", b"-1")).endswith("holds '-1', not a class number")
     assert replaced(root, good[0], ("0005.cls", b"1" * 10**6)).endswith(f"holds '{'1' * 32}', not a class number")
     assert replaced(root, good[0], ("0005.cls", b"9")).startswith(
-        f"{root}: labels go up to 9, but no training image has 3; number the classes from 0 without gaps"
+        f"{root}: labels go up to 9, but no training image has label 3; number the classes from 0 without gaps"
     )
     (root / "classes.txt").write_text("cat\ndog\neel\n")
     assert replaced(root, good[0], ("0005.cls", b"3")) == (
