@@ -60,7 +60,7 @@ class StoredImages(ABC, Generic[Items]):
         return len(self), self.channels, self.crop, self.crop
 
     def to(self: Images, device: torch.device) -> Images:
-        """Return the same images, to be decoded to another device."""
+        """Return the same images; they will be decoded onto another device."""
         return replace(self, device=device)
 
     def subset(self: Images, chosen: Tensor) -> Images:

@@ -75,7 +75,7 @@ class Match:
         return sum(map(len, self.problems.values()))
 
     def __str__(self) -> str:
-        """Return the problems on one line."""
+        """Describe the names that do not fit, on one line."""
         return "; ".join(f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in self.problems.items() if keys)
 
 

@@ -96,7 +96,7 @@ class ActivationObserver:
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
-        """Count the values of a batch of shape [N, ...]."""
+        """Add an activation's values for one batch, float of shape [N, ...], to the histogram."""
         self.features = x[0].numel()
         # In the order in which they lie in memory: nothing is copied.
         values = x.permute(sorted(range(x.ndim), key=x.stride, reverse=True)).reshape(-1)

@@ -138,7 +138,7 @@ def fit(terms: Sequence[Sequence[float]], seconds: Sequence[float]) -> tuple[flo
 
 
 def quartiles(values: Sequence[float]) -> dict[str, Any]:
-    """Return median, quartiles and number of the values."""
+    """Return the "median", both "quartiles" and the number "n" of some values."""
     low, middle, high = (float(value) for value in np.percentile(values, [25, 50, 75]))
     return {"median": middle, "quartiles": [low, high], "n": len(values)}
 

@@ -73,7 +73,7 @@ class FreezeBatchNorm(Callback):
         self._at = at
 
     def before_step(self, fit: Fit) -> None:
-        """Switch BatchNorm to its running statistics."""
+        """Switch BatchNorm to its running statistics once the given share of the steps is done."""
         if fit.steps_done >= self._at * fit.steps:
             for norm in self._norms:
                 norm.training = False  # again after each `student.train()`
@@ -86,7 +86,7 @@ class ScaleLearningRate(Callback):
         self._factor, self._freeze_at = factor, freeze_at
 
     def before_step(self, fit: Fit) -> None:
-        """Set the factor of the next step."""
+        """Set the factor of the quantizers' learning rate for the next step."""
         fit.scale_lr(0.0 if fit.steps_done >= self._freeze_at * fit.steps else self._factor)
 
 
@@ -104,7 +104,7 @@ class ProgressiveBits(Callback):
             self._set(width_of_step(fit.steps_done - 1, fit.steps, self._widths), fit, keep_range=False)
 
     def before_step(self, fit: Fit) -> None:
-        """Set the bit width of the next step."""
+        """Set the lower bound on all bit widths for the next step."""
         self._set(width_of_step(fit.steps_done, fit.steps, self._widths), fit, keep_range=True)
 
     def _set(self, width: int | None, fit: Fit, keep_range: bool) -> None:
@@ -126,7 +126,7 @@ class DampenOscillations(Callback):
         self._damping, self._largest = damping, largest
 
     def add_to_loss(self, loss: Tensor, fit: Fit) -> Tensor:
-        """Return the scalar loss plus the damping of oscillations."""
+        """Return the scalar loss plus the weighted `OscillationDamping`."""
         return loss + damping_weight(fit.steps_done, fit.steps, self._largest) * self._damping()
 
 
@@ -177,7 +177,7 @@ class OscillationDamping(nn.Module):
         self._pairs = [(parameter(student, weight_node(student, q.spec)), q) for q in weights]
 
     def forward(self) -> Tensor:
-        """Return the sum over all quantized weights, a scalar."""
+        """Return the dampening loss, summed over all quantized weights: a scalar."""
         terms = []
         for weight, quantizer in self._pairs:
             scale = quantizer.scale.detach().clamp_min(MIN_SCALE)

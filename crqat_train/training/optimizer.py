@@ -96,7 +96,7 @@ class Fit:
             group["lr"] = self.learning_rate(self.steps_done) * group["factor"]
 
     def count(self, loss: Tensor) -> None:
-        """Record a finished step without waiting for the device."""
+        """Count a finished step and add its loss to the epoch's sum, without waiting for the device."""
         self.loss_sum += loss.detach()
         self.steps_done += 1
         self.steps_in_epoch += 1

@@ -44,7 +44,7 @@ class QDQModel:
     float_constants: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def claims(self) -> dict[str, Claim]:
-        """Return the claim of each edge by edge name, for the manifest."""
+        """Return by edge name, for the manifest, how exactly the file stores each trained Grid."""
         result = {edge: Claim(own.claim, own.note or None) for edge, own in self.activations.items()}
         for edge, weight in self.weights.items():
             result[edge] = Claim(weight.claim, weight.note or None, weight.bias_error)

@@ -115,7 +115,7 @@ def dequantize(
 def clip(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], model: Any, out: Simulation
 ) -> Value:
-    """Clip codes in their own type, or float values."""
+    """Compute a Clip: of codes as integers, otherwise of float values."""
     value = values[node.input[0]]
     low, high = (constants.get(name) for name in [*node.input, "", ""][1:3])
     if isinstance(value, Codes) and low is not None and high is not None and low.dtype in (np.uint8, np.int8):

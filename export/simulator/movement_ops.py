@@ -32,7 +32,7 @@ _BEHIND_REAL = {*ON_REAL_VALUES, *PARTIAL_MOVEMENT, *SELECTING}
 
 
 def move(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation) -> Value:
-    """Move elements; codes stay codes of the same Grid."""
+    """Compute an operation that moves elements, such as a Transpose; codes stay codes of the same Grid."""
     value = values[node.input[0]]
     if node.op_type == "Pad" and len(node.input) > 2 and node.input[2]:
         padding = constants[node.input[2]]

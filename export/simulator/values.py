@@ -149,7 +149,7 @@ class Simulation:
 
     @property
     def tie_bound(self) -> dict[str, float]:
-        """Return the largest of the `bounds` of each tensor."""
+        """Return the largest of each tensor's `bounds`, by name of the tensor."""
         return {name: float(np.max(bound, initial=0.0)) for name, bound in self.bounds.items()}
 
     def record(self, name: str, codes: Codes, before: Array, bound: Array, kernel_bound: float) -> Codes:
@@ -186,7 +186,7 @@ def real_values(value: Value) -> Array:
 
 
 def as_float(value: Value) -> Float:
-    """Return any value as float values with the bound of a float32 computation."""
+    """Return any value as float values, with the error bound of a float32 computation."""
     if isinstance(value, Float):
         return value
     if isinstance(value, Codes):

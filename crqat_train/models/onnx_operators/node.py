@@ -89,7 +89,7 @@ class Node:
         return found.decode() if isinstance(found, bytes) else found
 
     def input(self, index: int) -> Value:
-        """Return a required input."""
+        """Return the value of a required input, by its index."""
         found = self.optional(index)
         if found is None:
             msg = f"its input {index} is missing"
@@ -97,11 +97,11 @@ class Node:
         return found
 
     def optional(self, index: int) -> Value | None:
-        """Return an optional input; None if it is omitted."""
+        """Return the value of an optional input, by its index; None if it is omitted."""
         return self.inputs[index] if index < len(self.inputs) else None
 
     def constant(self, index: int, default: Any = None) -> Any:
-        """Return the value of an input that must be constant."""
+        """Return the number, list or array of an input that must be constant, by its index."""
         found = self.optional(index)
         if found is None:
             return default
@@ -111,7 +111,7 @@ class Node:
         return found.sample
 
     def weight(self, index: int) -> Tensor:
-        """Return a constant float32 tensor."""
+        """Return the float32 tensor of an input that must be constant, by its index."""
         found = self.constant(index)
         if isinstance(found, float):
             found = torch.tensor([found])
@@ -127,11 +127,11 @@ class Node:
         return [found] if isinstance(found, int) else found
 
     def emit(self, function: Callable[..., Any] | str, *arguments: Any) -> Value:
-        """Add an operation; see `crqat.train.models.onnx_network.Builder.emit`."""
+        """Add an operation to the network and return its result; see `crqat.train.models.onnx_network.Builder.emit`."""
         return self.builder.emit(function, *arguments)
 
     def layer(self, made: nn.Module, *arguments: Any, weight: Value | None = None) -> Value:
-        """Add a module to the network and call it."""
+        """Add a module to the network, call it, and return its result."""
         return self.builder.emit(self.builder.module(made, weight), *arguments)
 
     def sole_reader_of(self, index: int) -> bool:

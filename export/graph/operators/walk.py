@@ -108,7 +108,7 @@ class Walk:
         return [-1 if size is None else size for size in sizes]
 
     def known(self, node: fx.Node, axis: int) -> int:
-        """Return a size that must not depend on the batch."""
+        """Return the size of a node's result along an axis; refuse one that depends on the batch size."""
         size = self.sizes(node)[axis]
         if size is None:
             self.refuse("images of a batch are mixed with one another")
@@ -195,7 +195,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def numpy_type(dtype: torch.dtype) -> Any:
-    """Return the numpy type of the same name."""
+    """Return the numpy type with the name of a torch type."""
     return torch.empty((), dtype=dtype).numpy().dtype
 
 
