@@ -20,6 +20,9 @@ def checked(config: _Config, arguments: Mapping[str, str] | None = None) -> _Con
         config: A dataclass instance.
         arguments: Maps a field to the name of the user's argument where the two differ.
 
+    Returns:
+        The validated configuration, with values converted to the types of its fields.
+
     Raises:
         UsageError: A value has another type or is out of bounds; the message names the argument.
     """

@@ -36,7 +36,7 @@ class Batches:
         crop_padding: Padding of `random_crop` in pixels; 0 switches it off.
         flip: Apply `random_flip`.
         device: Device where images and labels are kept and batches are made.
-        strong: Whether the first view, the student's, gets `strong_view` on top.
+        strong: Whether the first view, the student's, gets `strong_view` in addition to crop and flip.
     """
 
     def __init__(

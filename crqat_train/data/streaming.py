@@ -64,7 +64,7 @@ class StoredImages(ABC, Generic[Items]):
         return replace(self, device=device)
 
     def subset(self: Images, chosen: Tensor) -> Images:
-        """Return some of the images without decoding them; `chosen` is int64 of shape [M]."""
+        """Return the images at `chosen`, int64 indices of shape [M], without decoding them."""
         return replace(self, items=self._items_of(chosen))
 
     @abstractmethod

@@ -40,7 +40,7 @@ class OnnxFile:
 
 
 def read(path: Path) -> OnnxFile:
-    """Read a file and check everything that does not need the conversion.
+    """Read an ONNX file, and check all that can be checked before its conversion.
 
     Args:
         path: An ONNX file; its tensors may lie in external data files.

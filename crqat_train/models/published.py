@@ -26,7 +26,7 @@ class Published:
         std: Standard deviation of each channel, in units of 0..1.
         size: Pixels of the shorter side after resizing.
         crop: Side of the centre square, in pixels.
-        interpolation: A value of `data.interpolation`.
+        interpolation: Interpolation of the resizing; a value of `data.interpolation`.
         accuracy: Published top-1 accuracy on ImageNet's validation images, in 0..1; None if none is published.
         note: Published preprocessing that crqat cannot reproduce; empty if there is none.
     """

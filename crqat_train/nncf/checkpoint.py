@@ -92,7 +92,7 @@ class NNCFQuantizer:
         return 0, 2**self.bits - 1 - self.narrow
 
     def grid(self) -> Grid:
-        """Return the equivalent Grid.
+        """Return the Grid with the same scale, zero point and codes as the quantizer.
 
         Raises:
             UsageError: The channels have different zero points, which a Grid cannot represent.

@@ -114,6 +114,9 @@ def check(path: Path, config: TrainConfig, progress: Progress) -> tuple[Checkpoi
         config: The recipe's training configuration.
         progress: Reports loading the data set, which determines the number of classes and the input's shape.
 
+    Returns:
+        The checkpoint, and an entry for each edge; see `take_ranges`.
+
     Raises:
         UsageError: The checkpoint is of another network than the recipe's; or see `take_ranges`.
     """

@@ -22,7 +22,7 @@ class Layer:
 
     Attributes:
         edge: Edge of its weight.
-        name: Name for people, which patterns are matched with: "layer1.0.conv1".
+        name: The name that patterns are matched with, such as "layer1.0.conv1".
         input_edge: Edge of its input activation; None if that is not quantized, or has more than one quantizer.
     """
 

@@ -95,7 +95,7 @@ def without_markers(graph: Graph) -> list[onnx.NodeProto]:
 
 
 def shapes(graph: Graph, batch: int = 1) -> dict[str, list[int]]:
-    """Return the shape of each tensor by name for a batch of that size, from ONNX shape inference."""
+    """Return the shape of each tensor by name for `batch` images, from ONNX shape inference."""
     model = build_model(without_markers(graph), graph.constants, graph, {}, OPSET, batch)
     inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     values = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]

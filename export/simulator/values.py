@@ -30,7 +30,7 @@ class Codes:
         integers: Codes minus the zero point, int32.
         scale: One scale for all values.
         zero_point: Zero point as stored in the file.
-        real: Whether a DequantizeLinear came before.
+        real: Whether a DequantizeLinear has made float values of them.
         selected: Whether a runtime selected these values as float values, so that consumers compute in float.
     """
 

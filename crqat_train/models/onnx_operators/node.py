@@ -74,7 +74,7 @@ class Node:
 
     Attributes:
         inputs: Inputs of the node; None for an omitted one.
-        builder: Receives the operations that it is converted to.
+        builder: Builder of the network, to which the converted operations are added.
     """
 
     def __init__(self, proto: onnx.NodeProto, inputs: list[Value | None], builder: Builder) -> None:
