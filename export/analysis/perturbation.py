@@ -36,8 +36,8 @@ def under_noise(
 
     A draw of input noise depends only on its number and the images' shape; a draw of weight noise depends only on its
     number and on the layer's name and shape. All networks therefore get the same noise, and each level scales the same
-    draws. Weight noise is added to the latent weights, and the quantizers are not changed. The float network gets weight
-    noise on the same layers.
+    draws. Weight noise is added to the latent weights, and the quantizers are not changed. The float network gets
+    weight noise on the same layers.
 
     Args:
         train_dir: A finished train stage; its hashes are verified first.
