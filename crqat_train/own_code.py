@@ -42,7 +42,7 @@ def import_function(name: str, key: str) -> Callable[..., Any]:
 
 
 def call_function(function: Callable[..., Any], name: str, key: str, arguments: dict[str, Any]) -> Any:
-    """Call a function that a recipe names, and report its errors.
+    """Call a function that a recipe names and return its result; its errors become a UsageError.
 
     Raises:
         UsageError: The parameters do not fit, or the function raises; the message has the file and line of the error.

@@ -64,7 +64,7 @@ class TableImages(StoredImages[Rows]):
         name = f"{items.name}: row {row}"
         content = (items.table[row][items.column] or {}).get("bytes")
         if content is None:  # a stored path is not followed: the data set could then open any file
-            msg = f"{name}: no image in column {items.column}; fill it in (save_to_disk stores images, not paths)"
+            msg = f"{name}: no image in column {items.column}; store the image itself there, not its path"
             raise UsageError(msg)
         return decode_image(
             io.BytesIO(content), name, self.size, self.crop, self.convert, self.channels, self.interpolation

@@ -178,5 +178,5 @@ class SizedTracer(fx.Tracer):
                 part.training = mode
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Return a parameter as a proxy, unless a module is running to compute values."""
+        """Return a parameter as a proxy, or as its own tensor while a module runs to compute example values."""
         return attr_val if self.computes else super().getattr(attr, attr_val, parameter_proxy_cache)

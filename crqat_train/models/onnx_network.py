@@ -204,11 +204,14 @@ class Builder:
         return self._uses[name] == 1
 
     def emit(self, function: Callable[..., Any] | str, *arguments: Any) -> Value:
-        """Add an operation and trace it; an operation on constants is computed once, now.
+        """Add an operation to the network; an operation on constants is not added but computed at once.
 
         Args:
             function: A function, or the path of a module.
             arguments: Arguments of the function, with `Value`s in them, also inside lists.
+
+        Returns:
+            The result of the operation.
         """
         called = self.network.get_submodule(function).eval() if isinstance(function, str) else function
         with torch.no_grad():

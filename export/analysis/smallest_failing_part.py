@@ -19,7 +19,8 @@ def smallest_cut(model: onnx.ModelProto, refused: Refusal) -> onnx.ModelProto:
 
     Args:
         model: A file that the builder refuses.
-        refused: Tries to build a part; it is called about 2 log2(nodes) times.
+        refused: Tries to build a part, and returns the builder's error message or None; it is called about
+            2 log2(nodes) times.
     """
     parts = _Parts(model)
     rule = refused(model)
