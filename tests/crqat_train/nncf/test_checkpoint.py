@@ -323,7 +323,7 @@ def test_damaged_checkpoints_are_named_and_no_code_runs(tmp_path: Path, capsys: 
         folder("odd", lambda c: c["compression_state"].append(3)): "fit",
         folder(
             "nan", lambda c: c["compression_state"][0]["module_config"].update(num_bits=math.nan)
-        ): "NaN is no number",
+        ): "NaN is not a number in JSON",
         folder("deep", lambda c: None): "nested too deeply",
     }
     (tmp_path / "deep" / nncf_checkpoint.CONFIG).write_bytes(b"[" * 100_000)
