@@ -383,7 +383,7 @@ def test_the_example_of_a_data_set_is_one(tmp_path: Path) -> None:
     """The function in the docstring of `crqat.Dataset`, as a recipe's `data.source` calls it."""
     from crqat.train.data.dataset import validate
 
-    lines = str(crqat.Dataset.__doc__).partition("my_images`:\n\n")[2].partition("    What it returns")[0]
+    lines = str(crqat.Dataset.__doc__).partition("my_images`:\n\n")[2].partition("    Before training")[0]
     scope: dict[str, Any] = {"crqat": crqat, "numpy": np, "torch": torch}
     exec(textwrap.dedent(lines), scope)  # noqa: S102
     x, y = BYTES.numpy(), LABELS.numpy() % 2

@@ -257,7 +257,7 @@ def together(step: Step, times: int, device: torch.device) -> float:
 
 
 def main() -> int:
-    """Run the job; return 0, or 2 or 3 with the reason in FOLDER/RANK.error.json."""
+    """Measure as FOLDER/job.json states; return 0, or 2 or 3 with the reason in FOLDER/RANK.error.json."""
     if len(sys.argv) != 3:
         print("scaling_rank: started by `crqat scale`, with FOLDER and RANK", file=sys.stderr)
         return UsageError.exit_code

@@ -110,7 +110,7 @@ def _weight(name: str, constants: dict[str, Array], model: onnx.ModelProto, out:
         if name in node.output and node.op_type == "DequantizeLinear" and node.input[0] in constants:
             scale, _ = out.grids.get(node.input[0], (constants[node.input[1]], 0))
             return constants[node.input[0]].astype(np.float64), scale.astype(np.float32)
-    msg = f"{name}: the simulator needs weights as integers with a DequantizeLinear"
+    msg = f"{name}: the simulator supports only weights that are stored as integers with a DequantizeLinear"
     raise NotSimulated(msg)
 
 

@@ -319,7 +319,7 @@ def test_a_network_that_computes_something_else_is_an_error_that_names_the_file(
         from_onnx.compare(str(path), network, images[:, :, :8, :8])
     with torch.no_grad():
         next(network.parameters()).mul_(1.001)
-    with pytest.raises(UsageError, match=r"converted from .*net\.onnx does not match the file: .* returns logits that differ by"):
+    with pytest.raises(UsageError, match=r"from .*net\.onnx does not match the file: .* returns logits that differ by"):
         from_onnx.compare(str(path), network, images)
 
 

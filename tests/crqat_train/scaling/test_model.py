@@ -200,7 +200,7 @@ def test_an_all_reduce_that_costs_nothing_a_byte_is_no_measurement() -> None:
     group = _group()
     for point in group["all_reduce"]:
         point["seconds"] = [1e-3] * 7
-    with pytest.raises(ToolError, match="no longer for more bytes"):
+    with pytest.raises(ToolError, match="of more bytes took no longer"):
         scaling.assemble(_alone(), group, 4, 4, 1, None)
 
 
