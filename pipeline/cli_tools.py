@@ -1,4 +1,4 @@
-"""The commands besides the four stages; each inspects or converts something. See `crqat.pipeline.cli`."""
+"""Commands that inspect or convert something, beside those of `crqat.pipeline.cli` that run stages."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from crqat.pipeline.cli_options import json_option, load
 
 
 def _run_directory(path: Path) -> Path:
-    """Return the path of a run's directory.
+    """Return `path` after a check that it is the directory of a run.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: It does not exist, is a file, or is the directory of a single stage.
     """
     if not path.is_dir():
         found = "a file, not a run directory" if path.exists() else "no such directory"

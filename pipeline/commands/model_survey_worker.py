@@ -55,12 +55,12 @@ _NO_ENGINE: dict[str, Any] = {"status": "not run: not asked for", "coverage": No
 
 
 def measure(name: str, images: Images, engines: bool = False) -> dict[str, Any]:
-    """Run a network through all stages.
+    """Quantize a network, train it for one step, export and verify it, and return what was measured.
 
     Args:
         name: Name as in `model.name` of a recipe.
         images: Images that the network runs on.
-        engines: Build the engine too.
+        engines: Whether to build the TensorRT engine too.
 
     Returns:
         The network's row, a JSON object that `crqat.pipeline.commands.model_survey` shows.
@@ -107,7 +107,7 @@ def measure(name: str, images: Images, engines: bool = False) -> dict[str, Any]:
 
 
 class _Clock:
-    """Measures the seconds of each part."""
+    """Stopwatch: each call with a name stores the seconds since the previous call under that name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

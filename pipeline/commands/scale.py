@@ -25,7 +25,7 @@ _BUSY = 0.5
 def scale(
     config: recipe.Recipe, processes: Sequence[int], bandwidth: float | None, latency: float | None, out: Path
 ) -> None:
-    """Measure, write the JSON and show the table.
+    """Measure a recipe's training step, predict it for more processes, write the result as JSON, and print it.
 
     Args:
         config: The recipe.
@@ -67,7 +67,7 @@ def _link(bandwidth: float | None, latency: float | None) -> Link | None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the table, the formula with its constants, and the check on stdout."""
+    """Print the predictions, the formula with its constants, and a measured step beside its prediction on stdout."""
     constants, check = result["constants"], result["check"]
     title = (
         f"{result['run']}: predicted from constants measured on this machine; {constants['batch']} images a step "
@@ -107,7 +107,7 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 def formula(constants: dict[str, Any]) -> list[str]:
-    """Return the formula of `train.scaling.model` with its constants, each with its quartiles over the rounds."""
+    """Return lines that show the formula of a step's time, with each constant and its quartiles over the rounds."""
     local = f"ceil({constants['batch']} / P)"
     step, image, rate = (_number(constants[name]) for name in ("step_seconds", "image_seconds", "data_rate"))
     lines = [

@@ -31,9 +31,9 @@ def benchmark_on(
         board: Board to measure on.
         config: The recipe.
         runs: The directory of all runs.
-        force: Measure again, whatever exists on this machine or on the board.
+        force: Whether to measure again even if this machine or the board has valid results.
         progress: Callback for the progress that the board reports.
-        clean: Remove the board's job directory after the results arrived.
+        clean: Whether to remove the copied files from the board after the results arrived.
     """
     from crqat.runtime_eval.board import bundle as bundles
     from crqat.runtime_eval.board import ssh

@@ -26,19 +26,19 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class DiskState:
-    """Relative path, size in bytes and SHA-256 of every file of a folder, or of one file."""
+    """Contents of a folder, or of one file: maps each relative path to size in bytes and SHA-256."""
 
     files: dict[str, tuple[int, str]]
 
     def __str__(self) -> str:
-        """Return number of files, bytes and a hash over names, sizes and contents, but not times."""
+        """Return the number of files, their size, and one hash over all names, sizes and contents, as text."""
         if not self.files:
             return ABSENT
         size = sum(length for length, _ in self.files.values())
         return f"{len(self.files)} files, {size} bytes, {run_directory.hash_json(self.files)}"
 
     def holds(self, other: DiskState) -> bool:
-        """Return whether all files of another state are in this one, unchanged."""
+        """Return whether this state has all files of `other`, unchanged."""
         return other.files.items() <= self.files.items()
 
 

@@ -38,8 +38,8 @@ class Bundle:
         run: Name of the run.
         crqat_version: Version of crqat that made the bundle.
         benchmark: Settings of the measurement: keys of `crqat.runtime_eval.config.BenchmarkConfig`.
-        members: File name, relative to the bundle's folder, to SHA-256.
-        schema_version: Version of this file's layout.
+        members: Maps the name of each file, relative to the bundle's folder, to its SHA-256.
+        schema_version: Version of the manifest's layout.
     """
 
     run: str
@@ -89,11 +89,11 @@ def describe(export_dir: Path, benchmark: Mapping[str, Any], crqat_version: str)
 
 
 def write(bundle: Bundle, paths: Mapping[str, Path], out: Path) -> None:
-    """Write the archive.
+    """Write a bundle as a .tar.gz archive.
 
     Args:
         bundle: Bundle from `describe`.
-        paths: Member name to the file that it is made from.
+        paths: Maps the name of each member to the file whose content it gets.
         out: Path of the archive; an existing one is replaced once the new one is complete.
 
     Raises:
@@ -119,7 +119,7 @@ def write(bundle: Bundle, paths: Mapping[str, Path], out: Path) -> None:
 
 
 def _add(archive: tarfile.TarFile, name: str, size: int, file: IO[bytes]) -> None:
-    """Add a member whose only properties are its name and content, nothing of this machine or day."""
+    """Add a file to the archive with its name and content alone: no owner, time or permissions of this machine."""
     info = tarfile.TarInfo(f"{FOLDER}/{name}")
     info.size, info.mode, info.mtime = size, 0o644, 0
     archive.addfile(info, file)
@@ -177,7 +177,7 @@ def _no_bundle(archive: Path, error: Exception) -> UsageError:
 
 
 def verify(folder: Path) -> Bundle:
-    """Check an unpacked bundle: every file of the manifest exists, is no link and has its hash.
+    """Check that every file in the manifest of an unpacked bundle exists, is no link and has its hash.
 
     Raises:
         UsageError: The folder is not a bundle, or a file is missing, altered or a link.
@@ -204,7 +204,7 @@ def verify(folder: Path) -> Bundle:
 
 
 def _parse(content: bytes, path: Path) -> Bundle:
-    """Return the checked manifest: the files that it names lie in its folder."""
+    """Return a bundle's manifest after checking its layout, and that all files it names lie in its folder."""
     try:
         data = strict_json.parse(content)
         if data["schema_version"] != SCHEMA_VERSION:
@@ -228,7 +228,7 @@ def _parse(content: bytes, path: Path) -> Bundle:
 
 
 def _known(member: tarfile.TarInfo, missing: Mapping[str, str], archive: Path) -> str:
-    """Return the name of a member, which the manifest must name and which must appear only once."""
+    """Return a member's name after checking that it is a file, and that `missing` still names it."""
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         msg = f"{archive}: {member.name!r} is a link, a directory or a device; a bundle has plain files only"
         raise UsageError(msg)

@@ -34,7 +34,7 @@ class TensorRTRunner:
 
     Args:
         path: File of the plan; its sidecar lies next to it.
-        graph: Replay the computation as a CUDA graph, captured once for each batch size; needs cuda-python.
+        graph: Whether to replay the computation as a CUDA graph, captured once for each batch size; needs cuda-python.
 
     Raises:
         ToolError: CUDA device, TensorRT or pycuda is missing; the plan is for another TensorRT or device; or TensorRT
@@ -83,7 +83,7 @@ class TensorRTRunner:
         self._launch: Callable[[], None] = self._enqueue
 
     def _tensors(self) -> dict[str, bool]:
-        """Return for each tensor of the plan whether it is an input."""
+        """Return the names of the plan's input and output tensors, each with whether it is an input."""
         import tensorrt as trt
 
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -342,7 +342,7 @@ class Cuda:
         self._graphs = []
 
     def close(self) -> None:
-        """Release everything and leave the context."""
+        """Free graphs, device memory and stream, and release the CUDA context."""
         self._free_graphs()
         for memory in self._memory:
             memory.free()
@@ -358,7 +358,7 @@ def _cuda_call(name: str, runtime: Any, *arguments: Any) -> Any:
 
 
 def _checked(name: str, results: tuple[Any, ...]) -> Any:
-    """Return the value after the error code, if the function has one.
+    """Return the result of a CUDA call, which follows the error code in `results`; None if it has no result.
 
     Raises:
         ToolError: The error code is not 0.
