@@ -23,7 +23,7 @@ _RTX_DISTRIBUTIONS = ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
 
 @dataclass(frozen=True)
 class Capability:
-    """Features of one range of versions.
+    """Features of one range of TensorRT versions.
 
     Attributes:
         module: Name of the Python module.
@@ -68,7 +68,7 @@ _MISSING_TARGETS = {"SM72": "Jetson Xavier", "SM87": "Jetson Orin", "SM90": "Hop
 
 
 def capability(module: str, version: str) -> Capability:
-    """Return the row of the table for a version.
+    """Return the features of a version of a builder from `TABLE`.
 
     Raises:
         ToolError: The version is older than every row.
@@ -140,7 +140,7 @@ def load(module: str) -> Any:
 
 
 def network_flags(trt: Any, row: Capability) -> tuple[int, list[str]]:
-    """Return the flags of `create_network` and their names; the same bit means other flags in 10 and 11.
+    """Return the bit mask for `create_network` and the names of its flags; TensorRT 10 and 11 number flags differently.
 
     Raises:
         ToolError: The module lacks a flag that its version should have.

@@ -44,9 +44,9 @@ class Manifest:
         parent: SHA-256 of the previous stage's manifest; None for the first stage.
         config: The resolved recipe.
         environment: Versions, git revision, seed, device.
-        payload: Data for the next stage.
-        files: Relative file name to SHA-256; filled in when the stage is complete.
-        schema_version: Version of this file's layout.
+        payload: Results of the stage for later stages, in the layout of a dataclass of `crqat.core.results`.
+        files: Maps relative file names to SHA-256; filled in when the stage is complete.
+        schema_version: Version of the manifest's layout.
         inputs: What the result depends on besides the recipe and the parent, by name: versions, files, data; None for a
             stage made before inputs were recorded.
     """
@@ -118,7 +118,7 @@ def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
 
 @contextmanager
 def write_directory(out: Path, manifest: Manifest) -> Iterator[Path]:
-    """Like `write_stage`, for a directory chosen by the user: it appears complete on a clean exit, without links.
+    """Context manager like `write_stage` for a directory that the user chose; on a clean exit it appears complete.
 
     Args:
         out: Directory to create. An existing one must be empty or made by this function, which replaces it.
@@ -216,7 +216,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a directory, to disk."""
+    """Make the operating system write a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -31,7 +31,7 @@ _WORDS = {bool: "true or false", int: "an integer", float: "a finite number", st
 
 
 class Mismatch(ValueError):
-    """A JSON value does not match its dataclass."""
+    """Raised if a JSON value does not match the dataclass that describes its layout."""
 
     def __init__(self, key: str, expected: str) -> None:
         super().__init__(f"{key or 'the file'} {expected}")
@@ -105,7 +105,7 @@ def read(cls: type[_T], path: Path, again: str) -> _T:
 
 
 def checked(cls: type[_T], data: object, source: str, again: str, writer: str | None = None) -> _T:
-    """Like `read`, for a JSON value that was already read.
+    """Convert a JSON value that was already read to a dataclass; its version is checked as in `read`.
 
     Args:
         cls: The dataclass.
@@ -150,7 +150,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _read(kind: Any, value: Any, key: str) -> Any:
-    """Return the value converted to `kind`, or raise `Mismatch`."""
+    """Return a JSON value converted to the type `kind`; raise `Mismatch` if it does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or kind is object:
         return value
@@ -201,7 +201,7 @@ def _bounded(value: Any, bounds: tuple[Any, ...], key: str) -> Any:
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
-    """Return the first dataclass whose `Literal` fields match the value, else the first that fits."""
+    """Convert a value to the dataclass whose `Literal` fields match it, or else to the first type that fits."""
     if value is None and type(None) in kinds:
         return None
     others = [kind for kind in kinds if kind is not type(None)]
