@@ -116,7 +116,7 @@ def run(
     from crqat.pipeline.stages import launch, lock
 
     if launch.several():
-        msg = "run: uses one process; start `train` with torchrun, then run `crqat run` once when it has ended"
+        msg = "run: cannot be started with torchrun; start `crqat train` with torchrun, and then `crqat run` without it"
         raise UsageError(msg)
     config = load(recipe, overrides)
     with lock.hold(runs / config.name):
@@ -154,7 +154,7 @@ def train(
 
     config = load(recipe, overrides)
     if max_restarts and nproc is None:
-        msg = "--max-restarts: needs several processes; add --nproc N, or start with torchrun and pass it to torchrun"
+        msg = "--max-restarts: needs several processes; add --nproc N, or give the option to torchrun instead"
         raise UsageError(msg)
     if nproc is not None and nproc > 1:
         arguments = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
@@ -332,7 +332,7 @@ def sensitivity(
         _perturb(config, runs, force, others, draws=draws or 5, images=images)
         return
     if others or draws is not None:
-        msg = "--run and --draws apply only to noise; add --perturbation"
+        msg = "--run and --draws apply only with --perturbation; add it, or leave them out"
         raise UsageError(msg)
     from crqat.pipeline.commands import mixed_precision as proposal
 

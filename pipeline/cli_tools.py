@@ -25,7 +25,7 @@ def _run_directory(path: Path) -> Path:
         msg = f"{path}: {found}; give the directory of a run, such as runs/NAME"
         raise UsageError(msg)
     if (path / run_directory.MANIFEST).is_file() and not (path / "train").exists():
-        msg = f"{path}: the directory of one stage; give that of the run, {path.parent}"
+        msg = f"{path}: the directory of a single stage; give the directory of the run, {path.parent}"
         raise UsageError(msg)
     return path
 

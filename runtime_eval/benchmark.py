@@ -171,7 +171,7 @@ def _read_payload(
     targets = [entry.target for entry in entries]
     for name in names:
         if name not in manifest.files:  # its hash was not checked
-            msg = f"{export_dir}: the manifest names {name} as a model or data but not as a file; export again"
+            msg = f"{export_dir}: the manifest names {name} as a model or data, but has no SHA-256 of it; export again"
             raise UsageError(msg)
     if targets.count(FLOAT) != 1:
         msg = f"{export_dir}: has {targets.count(FLOAT)} float models, not exactly one to compare with; export again"

@@ -90,7 +90,7 @@ def _check_hash(path: Path) -> list[str]:
     if path.name not in manifest.files:
         return []
     if run_directory.sha256_file(path) != manifest.files[path.name]:
-        msg = f"{path}: altered or damaged (its SHA-256 is not the manifest's); run the stage again with --force"
+        msg = f"{path}: altered or damaged: its SHA-256 is not that in the manifest; run the stage again with --force"
         raise UsageError(msg)
     return [f"{path}: matches the manifest next to it"]
 

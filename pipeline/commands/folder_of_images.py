@@ -72,7 +72,7 @@ def read(images: Path, image_list: Path, progress: Progress) -> Folder:
     if any(root.glob("train-*.tar")):
         return _shards(images, root, progress)
     if root.name in ("train", "test", "val") and (root.resolve().parent / "train").is_dir():
-        msg = f"--images: {root} is one part of {root.resolve().parent}, next to the other parts; name that folder"
+        msg = f"--images: {root} is only one part of a data set; give the folder of all parts, {root.resolve().parent}"
         raise UsageError(msg)
     return _class_folders(images, root, image_list)
 

@@ -88,7 +88,7 @@ def run(
         ToolError: A file cannot be written.
     """
     if cifar10 is not None and not (cifar10 / "cifar-10-batches-py").is_dir():
-        msg = f"--cifar10: {cifar10} holds no cifar-10-batches-py; name the folder that does, or leave it out for noise"
+        msg = f"--cifar10: {cifar10} holds no cifar-10-batches-py; name the folder that does, or leave --cifar10 out"
         raise UsageError(msg)
     rows = {} if out is None else _read(out, force)
     chosen = list(names or NETWORKS)
@@ -368,7 +368,7 @@ def _read(out: Path, force: bool) -> dict[str, Any]:
     """
     path = out.with_suffix(".json")
     if path == out:
-        msg = f"--out {out}: must name the Markdown file; the JSON is written next to it; use another extension"
+        msg = f"--out {out}: is the name of the JSON file; name the Markdown file next to it, such as FILE.md"
         raise UsageError(msg)
     if not path.exists() and (force or not out.exists()):
         return {}

@@ -228,7 +228,7 @@ class _Fit:
             return self._published() if self._weights == "pretrained" else (FOLDER_SIZE, FOLDER_CROP)
         data["size"], data["crop"] = size, crop
         if crop > size:
-            msg = f"--crop: {crop} is larger than --size {size}, the shorter side it is cut from"
+            msg = f"--crop: {crop} is larger than --size {size}, the shorter side before cropping; make --size larger"
             raise UsageError(msg)
         return size, crop
 
@@ -257,7 +257,10 @@ class _Fit:
 
         _, _, height, width = from_onnx.network(onnx_file.read(user_path(self._name, "--model"))).shape
         if None not in (height, width) and height != width:
-            msg = f"--model: {self._name} takes images of {height} x {width}, but image files are cropped to squares"
+            msg = (
+                f"--model: {self._name} takes images of {height} x {width}, but image files are cropped to squares; "
+                "write the recipe by hand, with your own function as data.source"
+            )
             raise UsageError(msg)
         return height or width
 
@@ -309,9 +312,7 @@ class _Fit:
         data, folder = self._data, self._folder
         for key in ("mean", "std"):
             if key in data and len(data[key]) != channels:
-                msg = (
-                    f"--{key}: has {len(data[key])} numbers, but the images have {channels} channels; give one for each"
-                )
+                msg = f"--{key}: has {len(data[key])} numbers for {channels} channels; give one number for each channel"
                 raise UsageError(msg)
         usual = imagenet(channels)
         preprocessing = Preprocessing(tuple(data.get("mean", usual[0])), tuple(data.get("std", usual[1])))

@@ -72,7 +72,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
         ToolError: A file cannot be read or written, or published weights cannot be fetched.
     """
     if request.advise and request.max_drop is None:
-        msg = "--advise: searches for the cheapest step that passes; set the allowed drop with --max-drop POINTS"
+        msg = "--advise: needs --max-drop POINTS, the accuracy drop that a step may have to pass, in percentage points"
         raise UsageError(msg)
     name = _full_name(request.model)
     imported = _imported(name)
@@ -92,9 +92,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
     calibrating, test = _split(request, found[1], None if judging is None else judging[1])
     names = found[0]
     if names is not None and request.classes not in (None, len(names)):
-        msg = (
-            f"--classes: {request.classes}, but {request.images} has {len(names)} class folders; leave one of them out"
-        )
+        msg = f"--classes: {request.classes}, but {request.images} has {len(names)} class folders; leave --classes out"
         raise UsageError(msg)
     if imported is not None:
         _check_classes(request, name, imported.classes, names)
@@ -168,16 +166,24 @@ def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str,
     """
     _, channels, height, width = network.shape
     if channels not in (1, 3):
-        msg = f"MODEL: {name} takes images of {channels} channels, but image files have 1 or 3; write a recipe"
+        msg = (
+            f"MODEL: {name} takes images of {channels} channels, but image files have 1 or 3; write a recipe with your "
+        )
+        msg += "own function as data.source"
         raise UsageError(msg)
     if None not in (height, width) and height != width:
-        msg = f"MODEL: {name} takes images of {height} x {width}, but images are cropped to squares; write a recipe"
+        msg = (
+            f"MODEL: {name} takes images of {height} x {width}, but images are cropped to squares; use another network"
+        )
         raise UsageError(msg)
     data = data | ({"channels": 1} if channels == 1 else {})
     side = height or width
     if side is None:
         if data["size"] is None:
-            msg = f"--size: {name} takes images of any size; give --size, pixels of the shorter side, and --crop"
+            msg = (
+                f"--size: missing, and {name} takes images of any size; give --size (the shorter side after resizing) "
+                "and --crop, in pixels"
+            )
             raise UsageError(msg)
         return data | {"crop": data["crop"] or data["size"]}
     if data["crop"] not in (None, side):

@@ -115,5 +115,5 @@ def _digest(path: Path) -> str:
     try:
         return run_directory.sha256_file(path)
     except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}; a stage depends on all files of its data"
+        msg = f"{path}: cannot be read: {error.strerror}; make it readable, or remove it from the data folder"
         raise ToolError(msg) from error

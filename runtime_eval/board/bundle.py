@@ -144,7 +144,7 @@ def unpack(archive: Path, out: Path) -> Bundle:
                 msg = f"{archive}: not a bundle: does not begin with {FOLDER}/{MANIFEST}; make it with crqat bundle"
                 raise UsageError(msg)
             if first.size > _MAX_MANIFEST_BYTES:
-                msg = f"{archive}: not a bundle: its manifest has {first.size} bytes"
+                msg = f"{archive}: not a bundle: its manifest has {first.size} bytes, more than crqat writes"
                 raise UsageError(msg)
             content = _opened(members, first).read()
             bundle = _parse(content, archive)
@@ -155,7 +155,7 @@ def unpack(archive: Path, out: Path) -> Bundle:
                 path = out / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if _copy(_opened(members, member), path) != missing.pop(name):
-                    msg = f"{archive}: {name} is damaged or altered (its SHA-256 is not the manifest's)"
+                    msg = f"{archive}: {name} is damaged or altered: its SHA-256 is not that in the manifest"
                     raise UsageError(msg)
     except CrqatError:
         raise
@@ -167,7 +167,7 @@ def unpack(archive: Path, out: Path) -> Bundle:
     except Exception as error:  # what tarfile raises depends on the damaged bytes
         raise _no_bundle(archive, error) from error
     if missing:
-        msg = f"{archive}: {next(iter(missing))} is missing, though its manifest names it"
+        msg = f"{archive}: {next(iter(missing))} is missing, although its manifest names it; make the bundle again"
         raise UsageError(msg)
     return bundle
 
@@ -192,13 +192,13 @@ def verify(folder: Path) -> Bundle:
     for name, digest in bundle.members.items():
         member = root / name
         if not member.is_file():
-            msg = f"{folder / name}: missing"
+            msg = f"{folder / name}: missing, although {MANIFEST} lists it; unpack the bundle again"
             raise UsageError(msg)
         if member.resolve() != member:
             msg = f"{folder / name}: is a link, which a bundle must not contain"
             raise UsageError(msg)
         if run_directory.sha256_file(member) != digest:
-            msg = f"{folder / name}: damaged or altered (its SHA-256 is not the bundle's)"
+            msg = f"{folder / name}: damaged or altered: its SHA-256 is not that in {MANIFEST}; unpack the bundle again"
             raise UsageError(msg)
     return bundle
 
@@ -217,7 +217,7 @@ def _parse(content: bytes, path: Path) -> Bundle:
         msg = f"{path}: not a bundle's manifest ({type(error).__name__}: {error})"
         raise UsageError(msg) from error
     if not sound or bundle.content() != content:
-        msg = f"{path}: not a bundle's manifest as crqat writes it"
+        msg = f"{path}: not a bundle's manifest: it differs from what crqat writes; make the bundle again"
         raise UsageError(msg)
     for name in bundle.members:
         parts = name.split("/")

@@ -287,7 +287,7 @@ def main() -> int:
     try:
         command, name, *arguments = sys.argv[1:]
         if len(name) != 64 or set(name) - set("0123456789abcdef"):
-            msg = f"{name!r} is not a job"
+            msg = f"{name!r} is not the name of a job, a SHA-256"
             raise ValueError(msg)
         result = _COMMANDS[command](Path.home() / JOBS / name, *arguments)
     except Exception as error:  # the other side reports it in one line

@@ -99,7 +99,7 @@ class Board:
             )
             raise UsageError(msg)
         if not python or python.startswith("-"):
-            msg = f"--python {python}: not the path of a Python"
+            msg = f"--python {python}: not the path or name of a Python interpreter on the board"
             raise UsageError(msg)
         if ssh_config is not None and not ssh_config.is_file():
             msg = f"--ssh-config {ssh_config}: no such file"

@@ -88,7 +88,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
         elif kind in (_FIXED64, _FIXED32):
             length = 8 if kind == _FIXED64 else 4
         else:
-            msg = f"wire type {kind}"
+            msg = f"a field has the unknown wire type {kind}"
             raise ValueError(msg)
         if position + length > len(message):
             msg = "a field is longer than the file"
@@ -109,5 +109,5 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         if not byte & 0x80:
             return value, position
         if shift == 70:
-            msg = "a number of more than ten bytes"
+            msg = "a variable-length number has more than ten bytes"
             raise ValueError(msg)

@@ -194,11 +194,11 @@ def set_batch(
         shape: Any = tensor.shape  # a tuple at run time; the stubs have another type
         first, *rest = tuple(shape)
         if min(rest, default=1) < 0:
-            msg = f"its input {tensor.name} has another dynamic dimension than the batch"
+            msg = f"the network's input {tensor.name} has a dynamic dimension that is not the batch"
             raise BuildFailure(msg)
         if first >= 0:
             if not smallest <= first <= largest:
-                msg = f"its input {tensor.name} has the fixed batch {first}, not {usual}"
+                msg = f"the network's input {tensor.name} has the fixed batch {first}, not {usual}"
                 raise BuildFailure(msg)
         elif smallest == largest:
             tensor.shape = (usual, *rest)  # type: ignore[assignment]

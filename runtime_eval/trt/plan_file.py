@@ -156,7 +156,7 @@ def load(plan: Path, builder: str, version: str, capability: tuple[int, int]) ->
         msg = f"{plan}: cannot be read: {error.strerror}; build the engine again"
         raise UsageError(msg) from error
     if hashlib.sha256(content).hexdigest() != sidecar.plan_sha256:
-        msg = f"{plan}: altered or damaged (its SHA-256 is not the sidecar's); build the engine again"
+        msg = f"{plan}: altered or damaged: its SHA-256 is not that in its sidecar; build the engine again"
         raise UsageError(msg)
     return content, sidecar
 

@@ -37,7 +37,7 @@ def attach(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
         # A mismatch is not ignored: times of another device would select the wrong kernels.
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
             return cache
-    msg = f"{path}: TensorRT rejects an empty timing cache"
+    msg = f"{path}: TensorRT rejects an empty timing cache; build without a timing cache"
     raise ToolError(msg)
 
 
@@ -63,7 +63,7 @@ def merge(config: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> st
             cache.combine(other, ignore_mismatch=False)
         serialized = cache.serialize()
         if serialized is None:
-            msg = f"{path}: TensorRT does not serialize its timing cache"
+            msg = f"{path}: TensorRT does not serialize its timing cache; build without a timing cache"
             raise ToolError(msg)
         blob = bytes(serialized)
         digest = hashlib.sha256(blob).hexdigest()

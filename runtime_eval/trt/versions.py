@@ -92,11 +92,11 @@ def check_targets(module: str, wanted: tuple[str, ...]) -> None:
         if name in row.compute_capabilities:
             continue
         if not row.compute_capabilities:
-            msg = f"compute capability {name}: {module} builds for the GPU of this machine alone; leave it out"
+            msg = f"compute capability {name}: {module} builds for the GPU of this machine alone; leave the option out"
         elif name in _MISSING_TARGETS:
             msg = (
-                f"compute capability {name} ({_MISSING_TARGETS[name]}): {module} does not build for it; its engines "
-                f"for other devices say nothing about it; build with tensorrt on the device itself"
+                f"compute capability {name} ({_MISSING_TARGETS[name]}): {module} cannot build for this device, and its "
+                f"engines for other devices say nothing about it; build with tensorrt on the device itself"
             )
         else:
             msg = f"compute capability {name}: {module} supports only {', '.join(row.compute_capabilities)}"

@@ -52,7 +52,7 @@ def load_image(
         with path.open("rb") as file:
             return decode_image(file, str(path), size, crop, convert, channels, interpolation)
     except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}; did the folder change meanwhile?"
+        msg = f"{path}: cannot be read: {error.strerror}; check that the file still exists and may be read"
         raise ToolError(msg) from error
 
 
@@ -142,7 +142,7 @@ def _in_mode(image: Any, mode: str, name: str, convert: bool) -> Any:
     wanted = "RGB" if mode == "RGB" else "grey"
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         if image.convert("RGBA").getextrema()[3][0] < 255:
-            msg = f"{name}: has transparent pixels; put it on a background and save it as {wanted}"
+            msg = f"{name}: has transparent pixels; put the image on a background and save it as {wanted}"
             raise UsageError(msg)
     elif image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"):
         msg = f"{name}: {image.mode} pixels of more than 8 bits; save it as 8-bit {wanted}"
@@ -151,6 +151,6 @@ def _in_mode(image: Any, mode: str, name: str, convert: bool) -> Any:
         other = "; where all are grey, set data.channels: 1" if image.mode == "L" else ""
         other = "; where all are RGB, leave data.channels out" if image.mode == "RGB" else other
         remedy = f"save it as {wanted}, or set data.convert: true to convert such images{other}"
-        msg = f"{name}: {image.mode}, not {wanted}; {remedy}"
+        msg = f"{name}: has the color mode {image.mode}, not {wanted}; {remedy}"
         raise UsageError(msg)
     return image.convert(mode)

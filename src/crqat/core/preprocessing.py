@@ -96,7 +96,7 @@ def checked_bytes(images: Any, preprocessing: Preprocessing | None = None) -> np
         if not mean.shape == std.shape == (array.shape[1],):
             msg = (
                 f"preprocessing: {mean.size} means and {std.size} stds; the images of shape {list(array.shape[1:])} "
-                "have one of each per channel, and channels come first"
+                "need one of each per channel, and their shape must be [C, H, W]"
             )
             raise UsageError(msg)
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):

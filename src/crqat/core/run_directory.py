@@ -307,7 +307,9 @@ def verify_stage(directory: Path) -> Manifest:
             msg = f"{path}: missing; run the stage again with --force"
             raise UsageError(msg)
         if sha256_file(path) != expected:
-            msg = f"{path}: altered or damaged (its SHA-256 is not the manifest's); run the stage again with --force"
+            msg = (
+                f"{path}: altered or damaged: its SHA-256 is not that in the manifest; run the stage again with --force"
+            )
             raise UsageError(msg)
     return manifest
 
