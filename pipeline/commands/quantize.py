@@ -167,13 +167,14 @@ def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str,
     _, channels, height, width = network.shape
     if channels not in (1, 3):
         msg = (
-            f"MODEL: {name} takes images of {channels} channels, but image files have 1 or 3; write a recipe with your "
+            f"MODEL: {name} takes images of {channels} channels, but image files have 1 or 3; write a recipe with your own "
+            "function as data.source"
         )
-        msg += "own function as data.source"
         raise UsageError(msg)
     if None not in (height, width) and height != width:
         msg = (
-            f"MODEL: {name} takes images of {height} x {width}, but images are cropped to squares; use another network"
+            f"MODEL: {name} takes images of {height} x {width}, but images are cropped to squares; write a recipe with "
+            "your own function as data.source"
         )
         raise UsageError(msg)
     data = data | ({"channels": 1} if channels == 1 else {})

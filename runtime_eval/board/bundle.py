@@ -192,13 +192,15 @@ def verify(folder: Path) -> Bundle:
     for name, digest in bundle.members.items():
         member = root / name
         if not member.is_file():
-            msg = f"{folder / name}: missing, although {MANIFEST} lists it; unpack the bundle again"
+            msg = f"{folder / name}: missing, although bundle.json lists it; unpack the bundle again"
             raise UsageError(msg)
         if member.resolve() != member:
             msg = f"{folder / name}: is a link, which a bundle must not contain"
             raise UsageError(msg)
         if run_directory.sha256_file(member) != digest:
-            msg = f"{folder / name}: damaged or altered: its SHA-256 is not that in {MANIFEST}; unpack the bundle again"
+            msg = (
+                f"{folder / name}: damaged or altered: its SHA-256 is not that in bundle.json; unpack the bundle again"
+            )
             raise UsageError(msg)
     return bundle
 
