@@ -99,7 +99,9 @@ def measure(path: Path, threads: int | None) -> Results:
         try:
             config = of_json(bundle.benchmark if threads is None else {**bundle.benchmark, "threads": threads})
         except (TypeError, ValueError) as error:
-            msg = f"{path}: the benchmark configuration is from another crqat ({error}); make the bundle again"
+            msg = (
+                f"{path}: the benchmark configuration is from another version of crqat ({error}); make the bundle again"
+            )
             raise UsageError(msg) from error
         results = benchmark(folder / bundles.EXPORT, config, say_progress())
         return replace(results, bundle=bundle.sha256, crqat_version=bundle.crqat_version)

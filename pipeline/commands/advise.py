@@ -246,7 +246,7 @@ class Ladder:
         n, limit = len(labels), self.config.gate.max_accuracy_drop
         key = "data.judging" if self.judge is None else "--judge"
         if len(set(labels.tolist())) < 2:
-            msg = f"{key}: all {n} judging images have one class; add images of other classes"
+            msg = f"{key}: all {n} judging images are of the same class; add images of other classes"
             raise UsageError(msg)
         from crqat.runtime_eval.measure.accuracy import tango
 

@@ -135,7 +135,7 @@ def read(path: Path) -> list[tuple[str, EngineReport]]:
     if isinstance(data, dict) and "engines" in data:
         engines = typed_json.checked(Engines, data, str(path), _AGAIN).engines
         if not engines:
-            msg = f"{path}: holds no engine report; none was built in that benchmark"
+            msg = f"{path}: holds no engine report: the benchmark that wrote it built no engine"
             raise UsageError(msg)
         return list(engines.items())
     report = typed_json.checked(EngineReport, data, str(path), _AGAIN)

@@ -167,8 +167,8 @@ def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str,
     _, channels, height, width = network.shape
     if channels not in (1, 3):
         msg = (
-            f"MODEL: {name} takes images of {channels} channels, but image files have 1 or 3; write a recipe with your own "
-            "function as data.source"
+            f"MODEL: {name} takes images of {channels} channels, but image files have 1 or 3; write a recipe with your "
+            "own function as data.source"
         )
         raise UsageError(msg)
     if None not in (height, width) and height != width:
@@ -188,7 +188,7 @@ def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str,
             raise UsageError(msg)
         return data | {"crop": data["crop"] or data["size"]}
     if data["crop"] not in (None, side):
-        msg = f"--crop: {data['crop']}, but {name} takes images of {side} x {side}; leave it out"
+        msg = f"--crop: {data['crop']}, but {name} takes images of {side} x {side}; leave --crop out"
         raise UsageError(msg)
     if data["size"] is None and side != FOLDER_CROP:
         msg = (
@@ -201,7 +201,7 @@ def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str,
 
 def _check_classes(request: Request, name: str, classes: int, names: Sequence[str] | None) -> None:
     if request.classes not in (None, classes):
-        msg = f"--classes: {request.classes}, but {name} has {classes} outputs; leave it out"
+        msg = f"--classes: {request.classes}, but {name} has {classes} outputs; leave --classes out"
         raise UsageError(msg)
     if names is not None and len(names) != classes:
         msg = (

@@ -58,7 +58,7 @@ def _link(bandwidth: float | None, latency: float | None) -> Link | None:
     if bandwidth is None and latency is None:
         return None
     if bandwidth is None or latency is None:
-        msg = "--bandwidth and --latency describe one link between machines; give both"
+        msg = "--bandwidth and --latency: only one is given; give both, or neither for a single machine"
         raise UsageError(msg)
     if not (math.isfinite(bandwidth) and math.isfinite(latency) and bandwidth > 0 and latency >= 0):
         msg = f"--bandwidth {bandwidth:g} --latency {latency:g}: needs bytes per second above 0, and seconds from 0"

@@ -70,7 +70,7 @@ def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
     stage = f"benchmark@{re.sub(r'[^A-Za-z0-9_.-]', '_', file.stem)}"
     if results.parent != staleness.parent_hash(stage, config, runs):
         export = runs / config.name / "export"
-        msg = f"{file}: parent: measured on another export than {export}; make the bundle again and measure it"
+        msg = f"{file}: parent: the results are of another export than {export}; make the bundle again and measure it"
         raise UsageError(msg)
     asked, measured = json.loads(json.dumps(asdict(config.benchmark))), asdict(results.config)
     different = [key for key in asked if measured[key] != asked[key]]

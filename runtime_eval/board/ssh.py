@@ -160,7 +160,7 @@ def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool,
     if found.state != "finished" or found.code != 0:
         reason = found.reason or f"exit code {found.code}"
         link.persist(lambda: link.ask("clean"))
-        msg = f"{board.address}: the work there failed ({reason}); last output: {link.last_words or 'none'}"
+        msg = f"{board.address}: the benchmark there failed ({reason}); last output: {link.last_words or 'none'}"
         raise ToolError(msg)
     return _checked(link.persist(lambda: link.ask("fetch")), board, bundle)
 
@@ -255,7 +255,7 @@ class _Link:
                 for line in filter(str.strip, told.log.splitlines()):
                     self._tell(line)
             elif time.monotonic() - spoke > limit:
-                msg = f"{self._board.address}: the work there has been silent for {limit:.0f} s; --force restarts it"
+                msg = f"{self._board.address}: the benchmark there was silent for {limit:.0f} s; --force restarts it"
                 raise ToolError(msg)
 
         found = self.persist(lambda: self.ask("follow", str(self._offset), heard=heard))

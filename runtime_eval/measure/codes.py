@@ -117,6 +117,6 @@ def _run(model: bytes, outputs: list[str], images: npt.NDArray[np.float32], thre
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         results: list[npt.NDArray[Any]] = session.run(outputs, {"input": images})
     except Exception as error:  # ONNX Runtime's own exception classes share no public base
-        msg = f"ONNX Runtime does not run the file with exposed codes: {error}"
+        msg = f"ONNX Runtime does not run the file with its codes as outputs: {error}"
         raise ToolError(msg) from error
     return results

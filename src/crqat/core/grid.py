@@ -92,7 +92,7 @@ class Grid:
             scale, axis = np.array(data["scale"], dtype=np.float32), data["axis"]
             integers = (data["zero_point"], data["qmin"], data["qmax"])
             if not all(type(value) is int for value in (*integers, 0 if axis is None else axis)):
-                msg = "zero_point, qmin, qmax and axis are integers"
+                msg = "zero_point, qmin, qmax and axis must be integers"
                 raise ValueError(msg)
             return cls(scale, *integers, axis)
         except (KeyError, TypeError, OverflowError) as error:

@@ -47,7 +47,7 @@ class Preprocessing:
             KeyError, TypeError, ValueError: The object is not a Preprocessing.
         """
         if not isinstance(data, Mapping):
-            msg = f"a {type(data).__name__}, not an object"
+            msg = f"the value is a {type(data).__name__}, not a JSON object"
             raise TypeError(msg)
         size, crop = (None if data.get(key) is None else int(data[key]) for key in ("size", "crop"))
         interpolation = str(data.get("interpolation", "bilinear"))
@@ -100,9 +100,7 @@ def checked_bytes(images: Any, preprocessing: Preprocessing | None = None) -> np
             )
             raise UsageError(msg)
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-            msg = (
-                f"preprocessing: mean {mean.tolist()}, std {std.tolist()}; numbers in units of 0..1, each std positive"
-            )
+            msg = f"preprocessing: mean {mean.tolist()}, std {std.tolist()}; give finite numbers in units of 0..1, each std positive"
             raise UsageError(msg)
     return array
 

@@ -277,12 +277,12 @@ def read_manifest(directory: Path) -> Manifest:
         raise ToolError(msg) from error
     objects = (manifest.config, manifest.environment, manifest.payload, manifest.files)
     if not all(isinstance(value, dict) for value in objects):
-        msg = f"{path}: damaged (an object is missing); run the stage again with --force"
+        msg = f"{path}: damaged (config, environment, payload or files is not an object); run the stage again with --force"
         raise UsageError(msg)
     if manifest.inputs is not None:
         texts = isinstance(manifest.inputs, dict) and all(isinstance(value, str) for value in manifest.inputs.values())
         if not texts:
-            msg = f"{path}: damaged (inputs are not texts by name); run the stage again with --force"
+            msg = f"{path}: damaged (inputs does not map names to texts); run the stage again with --force"
             raise UsageError(msg)
     if not all(isinstance(text, str) for text in (manifest.stage, manifest.key, manifest.parent or "")):
         msg = f"{path}: damaged (stage, key or parent is not a text); run the stage again with --force"

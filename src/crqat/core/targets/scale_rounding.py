@@ -1,4 +1,4 @@
-"""Rounds scales to values that files can store: up to float16 for some targets, and large enough for int32 biases."""
+"""Rounds scales up to values that files can store, such as float16, and raises those too small for int32 biases."""
 
 from __future__ import annotations
 
