@@ -341,7 +341,7 @@ def sensitivity(
 
 
 def _perturb(config: Recipe, runs: Path, force: bool, others: tuple[Path, ...], **further: Any) -> None:
-    """Measure accuracy and loss under noise, for this run and for `others`, and show all results in one table."""
+    """Measure accuracy and loss under noise, for this run and for `others`, and show the results together."""
     from crqat.core.run_directory import verify_stage
     from crqat.pipeline.commands import perturbation
     from crqat.pipeline.recipe.recipe import from_resolved

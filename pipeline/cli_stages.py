@@ -31,7 +31,7 @@ def run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: An
 
 
 def train_stage(config: Recipe, runs: Path, force: bool, **further: Any) -> TrainingPayload:
-    """Run the `train` stage unless it is up to date, and return its results as its manifest holds them."""
+    """Run the `train` stage unless it is up to date, and return its results from its manifest."""
     from crqat.core.results.training import TrainingPayload
     from crqat.core.run_directory import payload_of, read_manifest
     from crqat.pipeline import console

@@ -321,7 +321,7 @@ def _is_timed(model: _Model, config: BenchmarkConfig) -> bool:
 def _result(
     model: _Model, models: list[_Model], labels: npt.NDArray[np.int64], config: BenchmarkConfig, watch: Watch
 ) -> ModelResult:
-    """Return one model's entry in the results."""
+    """Return the benchmark result of one file from its measurements."""
     timed: Latency | NoLatency | None = None
     top = None if model.failure is not None else model.top
     single = None if model.failure is not None else model.top_single

@@ -217,7 +217,7 @@ class _Fit:
         self._pixels: Tensor | None = None
 
     def _sides(self) -> tuple[int, int]:
-        """Return size and crop, and add them to the section unless they are its defaults."""
+        """Return the `data` keys size and crop, in pixels, and add them to the recipe unless they are the defaults."""
         data, shorter = self._data, {min(sides) for sides in self._folder.sides}
         size, crop = data.get("size"), data.get("crop")
         if size is None and crop is None:
@@ -250,7 +250,7 @@ class _Fit:
         return None, None, said
 
     def _side_of_file(self) -> int | None:
-        """Return the side of the square that an ONNX file takes; None if it takes any, or for other networks."""
+        """Return the side in pixels of the square images that an ONNX file takes; None if any, or without an ONNX file."""
         if not is_onnx_file(self._name):
             return None
         from crqat.train.models import from_onnx, onnx_file

@@ -149,7 +149,7 @@ def _weights(name: str, request: Request) -> str:
 
 
 def _imported(name: str) -> OnnxNetwork | None:
-    """Return the network of an ONNX file; None for other names."""
+    """Return the network in the ONNX file `name`; None if `name` is not an ONNX file."""
     if not is_onnx_file(name):
         return None
     from crqat.train.models import from_onnx, onnx_file
@@ -361,7 +361,7 @@ def _write(
 
 
 def numbers(given: str, option: str, kind: Callable[[str], _Number]) -> list[_Number]:
-    """Parse numbers separated by commas.
+    """Return the numbers in a text that separates them by commas, converted by `kind`.
 
     Raises:
         UsageError: The text is not a list of numbers; the message names the option.

@@ -105,7 +105,7 @@ def top_level_keys() -> list[str]:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
+    """Return the recipe in a YAML file, after checking it.
 
     Args:
         path: The YAML file.

@@ -1,4 +1,4 @@
-"""Finds test images that only the float or only the INT8 file classifies correctly, and changes of each class."""
+"""Finds test images that only the float or only the INT8 file classifies correctly, and counts them by class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Int = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Picture:
-    """A test image that one of the two files classifies wrongly.
+    """A test image that either only the float file or only the INT8 file classifies correctly.
 
     Attributes:
         number: Index of the image in the test images.

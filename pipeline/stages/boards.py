@@ -91,7 +91,7 @@ def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
 
 
 def stage_of(board: Board | None) -> str:
-    """Return the name of the benchmark stage for a board, or for this machine."""
+    """Return the name of the benchmark stage: "benchmark@NAME" for a board, "benchmark" for this machine (None)."""
     return "benchmark" if board is None else f"benchmark@{board.name}"
 
 

@@ -43,7 +43,7 @@ class DiskState:
 
 
 def disk_state(root: Path, runs: Path, progress: Progress = quiet) -> DiskState:
-    """Return the state of a folder or file; empty if it does not exist.
+    """Return size and hash of every file in a folder, or of one file; empty if it does not exist.
 
     Hidden files, `__pycache__` and the runs themselves are left out; linked folders are followed. File hashes are
     stored in the runs' directory by path, size and times, so that an unchanged folder is not read twice.

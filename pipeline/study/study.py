@@ -139,7 +139,7 @@ class Study:
         return Job(name, seed, labels, bits, equal, tuple(given), key, run, None if behind is None else behind.name)
 
     def _factor(self, name: str, labels: int | None, bits: int | None) -> float:
-        """Return the factor on a training's steps with which it takes as long as plain QAT."""
+        """Return the factor on the number of steps with which a training run takes as long as plain QAT."""
         training = TRAININGS[name]
         if training.start is None:
             return 1.0
@@ -165,7 +165,7 @@ class Study:
         return self.runs / name / "train" / "float.safetensors"
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
-        """Add the results of a training run to `rows`; they replace results of the same place with other settings."""
+        """Add the results of a training run to `rows`; they replace earlier ones of the same method, seed, labels and bits."""
         training, networks = TRAININGS[job.training], result["networks"]
         for method, network in training.methods.items():
             if network == BEST:
@@ -255,7 +255,7 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
 
 @contextmanager
 def _processes() -> Iterator[dict[Job, subprocess.Popen[bytes]]]:
-    """Context manager that yields a dictionary for the active processes; on exit, it ends them, and they save."""
+    """Context manager that yields a dictionary for the active processes; on exit, these save and end."""
     running: dict[Job, subprocess.Popen[bytes]] = {}
     try:
         yield running

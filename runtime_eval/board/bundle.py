@@ -49,7 +49,7 @@ class Bundle:
     schema_version: int = SCHEMA_VERSION
 
     def content(self) -> bytes:
-        """Return the content of the manifest file."""
+        """Return the bytes of the manifest file, bundle.json."""
         return json.dumps(vars(self), indent=1, sort_keys=True).encode()
 
     @property

@@ -40,7 +40,7 @@ _speaking = threading.Lock()
 
 @dataclass(frozen=True)
 class State:
-    """State of a job.
+    """State of a benchmark job on a board.
 
     Attributes:
         state: "absent", "running", "finished" or "dead".
@@ -59,7 +59,7 @@ class State:
 
 @dataclass(frozen=True)
 class Process:
-    """Process of a job.
+    """The process that works on a job, so that a later process with the same id is not mistaken for it.
 
     Attributes:
         pid: Process id.
@@ -179,7 +179,7 @@ def receive(job: Path, sha256: str, offset: str) -> int:
 
 
 def start(job: Path, sha256: str) -> State:
-    """Unpack the archive if necessary, and start the work unless it runs or is finished.
+    """Unpack the archive if necessary, and start the benchmark unless it runs or is finished.
 
     Raises:
         ValueError: The archive is not the one that was sent.

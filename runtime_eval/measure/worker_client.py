@@ -180,7 +180,7 @@ class Worker:
                 progress(*answer["progress"])
 
     def _death(self) -> str:
-        """Return why the process ended by itself."""
+        """Return why the process ended by itself, with its last line of output."""
         code = self._process.wait()
         cause = (
             f"its process was ended by {failures.signal_name(-code)}" if code < 0 else f"its process exited with {code}"

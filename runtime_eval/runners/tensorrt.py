@@ -172,11 +172,11 @@ class TensorRTRunner:
             raise ToolError(msg)
 
     def node_times(self, _image: npt.NDArray[np.float32]) -> None:
-        """See `Runner.node_times`: always None for this runtime."""
+        """Return None: the time of each layer is not measured in TensorRT."""
         return
 
     def describe(self) -> Description:
-        """See `Runner.describe`."""
+        """Return TensorRT's version, the device's compute capability and the file's metadata, from the sidecar."""
         provider = f"compute capability {self._sidecar.compute_capability}"
         return Description("tensorrt", self._sidecar.version, provider, self._sidecar.metadata)
 
@@ -285,11 +285,11 @@ class Cuda:
         return int(self._memory[-1])
 
     def to_device(self, address: int, array: Array) -> None:
-        """Enqueue a copy to the device."""
+        """Enqueue a copy of a host array to an address on the device."""
         self._driver.memcpy_htod_async(address, array, self._stream)
 
     def to_host(self, array: Array, address: int) -> None:
-        """Enqueue a copy from the device."""
+        """Enqueue a copy from an address on the device to a host array."""
         self._driver.memcpy_dtoh_async(array, address, self._stream)
 
     def event(self) -> Any:
@@ -305,7 +305,7 @@ class Cuda:
         return float(start.time_till(end))
 
     def synchronize(self) -> None:
-        """Wait for all enqueued work."""
+        """Wait until all enqueued work is done."""
         self._stream.synchronize()
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:

@@ -77,7 +77,7 @@ def _described(layer: Layer, macs: Mapping[str, int]) -> EngineLayer:
 
 
 def counts(layers: Sequence[Layer]) -> LayerCounts:
-    """Return the number of layers of each kind."""
+    """Return the number of an engine's layers of each kind."""
     return LayerCounts(**{"layers": len(layers), "reformat": 0, **Counter[str](layer.kind for layer in layers)})
 
 

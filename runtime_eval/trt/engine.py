@@ -116,7 +116,7 @@ def build(
 
 
 def _run(command: list[str], limit: float) -> str | None:
-    """Run the process; return None if it wrote its report, else the cause of its death."""
+    """Run the command in a process; return None if it wrote its report, else why the process failed."""
     try:
         result = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit, cwd=PACKAGES, check=False
@@ -162,7 +162,7 @@ class Found:
 
 
 def report_of(model: Path, options: EngineOptions, builder: str, found: Found) -> EngineReport:
-    """Return the report of a build.
+    """Return the engine report of a build from what the build found.
 
     Args:
         model: The ONNX file.

@@ -110,7 +110,10 @@ def read(plan: Path) -> Sidecar:
         msg = f"{path}: damaged (a value is not text); build the engine again"
         raise UsageError(msg)
     if sidecar.schema_version != SCHEMA_VERSION or sidecar.precision not in PRECISIONS:
-        msg = f"{path}: written by another version of crqat (schema version {sidecar.schema_version}); build the engine again"
+        msg = (
+            f"{path}: written by another version of crqat (schema version {sidecar.schema_version}); build the engine "
+            "again"
+        )
         raise UsageError(msg)
     return sidecar
 

@@ -123,7 +123,7 @@ def choose() -> str | None:
 
 
 def load(module: str) -> Any:
-    """Import a builder's module.
+    """Import the Python module of a builder and return it.
 
     Raises:
         ToolError: The module is not installed, or its libraries cannot be loaded.
@@ -151,6 +151,6 @@ def network_flags(trt: Any, row: Capability) -> tuple[int, list[str]]:
     members = trt.NetworkDefinitionCreationFlag.__members__
     missing = [name for name in wanted if name not in members]
     if missing:
-        msg = f"{row.module} {trt.__version__} has no network flag {missing[0]}, which its version should have; install it again"
+        msg = f"{row.module} {trt.__version__} lacks the network flag {missing[0]} of its version; install it again"
         raise ToolError(msg)
     return sum(1 << int(members[name]) for name in wanted), wanted

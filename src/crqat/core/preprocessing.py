@@ -67,7 +67,7 @@ class Preprocessing:
         return np.full_like(mean, 255), mean, np.array(self.std, dtype=np.float32).reshape(-1, 1, 1)
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Return float32 normalized images from uint8 images, both of shape [N, C, H, W]."""
+        """Return uint8 images [N, C, H, W] as normalized float32 images of the same shape."""
         return normalize(images.astype(np.float32), self.constants())
 
 
@@ -100,7 +100,10 @@ def checked_bytes(images: Any, preprocessing: Preprocessing | None = None) -> np
             )
             raise UsageError(msg)
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
-            msg = f"preprocessing: mean {mean.tolist()}, std {std.tolist()}; give finite numbers in units of 0..1, each std positive"
+            msg = (
+                f"preprocessing: mean {mean.tolist()}, std {std.tolist()}; give finite numbers in units of 0..1, each std "
+                "positive"
+            )
             raise UsageError(msg)
     return array
 

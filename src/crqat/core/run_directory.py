@@ -249,7 +249,7 @@ def command(stage: str) -> str:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read a stage's manifest and check its layout, but not the stage's files.
+    """Return a stage's manifest after checking its layout, but not the stage's files.
 
     Raises:
         UsageError: The manifest is missing or was not written by this version.
@@ -277,7 +277,10 @@ def read_manifest(directory: Path) -> Manifest:
         raise ToolError(msg) from error
     objects = (manifest.config, manifest.environment, manifest.payload, manifest.files)
     if not all(isinstance(value, dict) for value in objects):
-        msg = f"{path}: damaged (config, environment, payload or files is not an object); run the stage again with --force"
+        msg = (
+            f"{path}: damaged (config, environment, payload or files is not an object); run the stage again with "
+            "--force"
+        )
         raise UsageError(msg)
     if manifest.inputs is not None:
         texts = isinstance(manifest.inputs, dict) and all(isinstance(value, str) for value in manifest.inputs.values())
@@ -295,7 +298,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify_stage(directory: Path) -> Manifest:
-    """Read a stage's manifest and compare the hash of each of its files.
+    """Return a stage's manifest after checking that every file in it has the recorded SHA-256.
 
     Raises:
         UsageError: A file is missing or altered; the message names it.

@@ -47,7 +47,7 @@ Interval = Annotated[tuple[float, float], Ordered()]
 
 
 def from_json(cls: type[_T], value: object, key: str = "") -> _T:
-    """Convert a JSON value to a dataclass.
+    """Return a JSON value converted to a dataclass.
 
     Args:
         cls: The dataclass.
@@ -75,7 +75,7 @@ def to_json(value: Any) -> Any:
 
 
 def read(cls: type[_T], path: Path, again: str) -> _T:
-    """Read a dataclass from a JSON file. If it has a field `schema_version`, only the current version is read.
+    """Return a JSON file's content as a dataclass; a `schema_version` field must have the current value.
 
     Args:
         cls: The dataclass.

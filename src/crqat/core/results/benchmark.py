@@ -328,7 +328,7 @@ class ModelResult:
 
     @property
     def timed(self) -> Latency | None:
-        """Return the latency, or None if it was not measured."""
+        """The latency; None if it was not measured."""
         return self.latency if isinstance(self.latency, Latency) else None
 
 
@@ -361,7 +361,7 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Read and check results.json.
+    """Return the results in a results.json, after checking them.
 
     Raises:
         UsageError: The file is missing, damaged or of another version; the message names the file and the key.

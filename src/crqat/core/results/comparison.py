@@ -9,7 +9,7 @@ from crqat.core.typed_json import Interval
 
 @dataclass(frozen=True)
 class Compared:
-    """Results of one file of one run.
+    """Results of one file of one run, compared with the first run's file for the same target.
 
     Attributes:
         run: Name of the run, or its path if two runs share a name.

@@ -26,7 +26,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class BuildError:
-    """Why the engine build failed.
+    """Where and why the build of an engine failed.
 
     Attributes:
         stage: "parse", "build", or "process" if the builder's process died or was stopped.

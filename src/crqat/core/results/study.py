@@ -1,4 +1,4 @@
-"""Layout of the results of `crqat study`."""
+"""Layout of the JSON file with the results of `crqat study`."""
 
 from __future__ import annotations
 

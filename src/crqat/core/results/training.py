@@ -84,7 +84,7 @@ class TrainingPayload:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of history.jsonl.
+    """Accuracies after one epoch, as one line of history.jsonl holds them.
 
     Attributes:
         phase: "float" or "qat".

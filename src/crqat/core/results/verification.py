@@ -61,7 +61,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Return whether the checks ran and found no difference beyond their bounds."""
+        """Whether all checks ran and found no difference that rounding cannot explain."""
         return self.status == "passed"
 
 

@@ -29,7 +29,7 @@ _CODE_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 
 @dataclass(frozen=True)
 class Broken:
-    """A rule that a node violates.
+    """A rule of a runtime that a node of a file violates.
 
     Attributes:
         rule: What must hold, and what happens otherwise.
@@ -121,7 +121,7 @@ class CpuFamily:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One runtime on one kind of hardware.
+    """One runtime on one kind of hardware, and what it requires of a quantized file.
 
     Attributes:
         name: Name in recipes, files and results.
