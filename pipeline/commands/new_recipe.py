@@ -250,7 +250,7 @@ class _Fit:
         return None, None, said
 
     def _side_of_file(self) -> int | None:
-        """Return the side in pixels of the square images that an ONNX file takes; None if any, or without an ONNX file."""
+        """Return the side of the square images that an ONNX file takes; None if it takes any size, or for no file."""
         if not is_onnx_file(self._name):
             return None
         from crqat.train.models import from_onnx, onnx_file

@@ -245,7 +245,7 @@ def own_modules(config: recipe.Recipe) -> imports.Imports:
 
 
 def data_root(config: recipe.Recipe) -> Path | None:
-    """Return `data.root` if a training depends on the files in it: on image files, or on those of a user's data function.
+    """Return `data.root` if a training depends on the files in it: image files, or those of a user's data function.
 
     None otherwise; CIFAR's files are compared with published hashes when they are read.
     """

@@ -101,8 +101,8 @@ def checked_bytes(images: Any, preprocessing: Preprocessing | None = None) -> np
             raise UsageError(msg)
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
             msg = (
-                f"preprocessing: mean {mean.tolist()}, std {std.tolist()}; give finite numbers in units of 0..1, each std "
-                "positive"
+                f"preprocessing: mean {mean.tolist()}, std {std.tolist()}; give finite numbers in units of 0..1, and "
+                "positive stds"
             )
             raise UsageError(msg)
     return array
