@@ -43,7 +43,7 @@ class Images:
         size: Height and width, in pixels.
         verified: Number of images whose codes are compared.
         cifar10: Folder of CIFAR-10, whose training images are enlarged; None for normal noise.
-        channels: 3, or 1 for grey images.
+        channels: Number of channels: 3, or 1 for grey images.
     """
 
     size: int
@@ -74,9 +74,9 @@ def run(
         cifar10: Folder with cifar-10-batches-py; None for noise.
         size: Height and width, except for networks that take only one size.
         out: The Markdown file; None writes nothing. Rows of other networks in the JSON next to it are kept.
-        force: Replace files that this command did not write.
-        channels: 3, or 1 for grey images.
-        engines: Build TensorRT engines too.
+        force: Whether to replace files that this command did not write.
+        channels: Number of channels of the images: 3, or 1 for grey.
+        engines: Whether to build TensorRT engines too.
         again: Whether to measure networks again whose rows the JSON already has, for the same images.
         limit: Time limit for each network, in seconds.
 
@@ -169,7 +169,7 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engine
         name: Name as in `model.name` of a recipe.
         images: Images that the network runs on.
         limit: Time limit in seconds, after which the network is stopped.
-        engines: Build the TensorRT engine too.
+        engines: Whether to build the TensorRT engine too.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ def judge(results: Results, baseline: Results | None, allowed: float) -> list[Ve
     Args:
         results: Results to judge.
         baseline: Earlier results; None if the gate was given none.
-        allowed: Limit `max_latency_regression`.
+        allowed: Largest allowed latency divided by the baseline's (the limit `max_latency_regression`).
     """
     return [
         _judge(file, results, model, baseline, allowed)

@@ -63,8 +63,8 @@ class Recipe:
 
     Attributes:
         name: Name of the run's directory: letters, digits, "_", "-" and "."; not starting with a dot.
-        data: The images.
-        model: The float network.
+        data: Source and augmentation of the images.
+        model: Architecture and weights of the float network.
         seed: Seed of all random numbers.
         targets: The runtimes that the network must run on.
         device: Device of the training; "auto" uses CUDA if available.
@@ -72,11 +72,11 @@ class Recipe:
         tracker: "tensorboard" writes epochs and final results into runs/NAME/tensorboard; null writes none.
         float_training: The `float` section: how the float network is trained if `model.weights` names no weights.
         quantization: Bit widths and quantization methods.
-        qat: Quantization-aware training.
+        qat: How the quantized network is trained (quantization-aware training).
         consistency: Loss that keeps the predictions of the trained network close to those of a teacher.
         ptq: Post-training methods that run after calibration, before any training.
-        export: Files to write.
-        benchmark: How the files are measured.
+        export: Which network is exported, and into which files.
+        benchmark: How the exported files are measured.
         gate: Limits that the results must meet.
     """
 

@@ -99,7 +99,7 @@ def differences(export_dir: Path, export: ExportPayload, results: Results) -> li
 
     Args:
         export_dir: Directory of the export, with the test images and their labels.
-        export: Payload of the export.
+        export: Summary of the export, from its manifest.
         results: Results of the benchmark on this export.
     """
     reference = next((m.classes() for m in results.models.values() if m.target == "float"), None)

@@ -102,7 +102,7 @@ def time_spent(export_dir: Path, export: ExportPayload, results: Results) -> lis
 
     Args:
         export_dir: Directory of the export, with the files.
-        export: Payload of the export.
+        export: Summary of the export, from its manifest.
         results: Results of the benchmark on this export.
     """
     name, reference = next(((file, m) for file, m in results.models.items() if m.target == "float"), ("", None))

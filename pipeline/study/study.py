@@ -165,7 +165,7 @@ class Study:
         return self.runs / name / "train" / "float.safetensors"
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
-        """Add the results of a training run to `rows`; they replace those of the same methods, seed, labels and bits."""
+        """Add the results of a training run to `rows`; they replace those of the same method, seed, labels, bits."""
         training, networks = TRAININGS[job.training], result["networks"]
         for method, network in training.methods.items():
             if network == BEST:

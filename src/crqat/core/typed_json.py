@@ -50,7 +50,7 @@ def from_json(cls: type[_T], value: object, key: str = "") -> _T:
     """Return a JSON value converted to a dataclass.
 
     Args:
-        cls: The dataclass.
+        cls: Dataclass that describes the layout.
         value: JSON value as `crqat.core.strict_json` reads it.
         key: Key of the value, for the message.
 
@@ -78,7 +78,7 @@ def read(cls: type[_T], path: Path, again: str) -> _T:
     """Return a JSON file's content as a dataclass; a `schema_version` field must have the current value.
 
     Args:
-        cls: The dataclass.
+        cls: Dataclass that describes the layout.
         path: Path of the JSON file.
         again: Remedy for a damaged file or one of another version, such as "run the benchmark again".
 
@@ -108,7 +108,7 @@ def checked(cls: type[_T], data: object, source: str, again: str, writer: str | 
     """Convert a JSON value that was already read to a dataclass; its version is checked as in `read`.
 
     Args:
-        cls: The dataclass.
+        cls: Dataclass that describes the layout.
         data: The JSON value.
         source: File or other source of the value, for the message.
         again: Remedy, as in `read`.
