@@ -163,7 +163,7 @@ def int8_share(row: Mapping[str, Any]) -> float:
 
 
 def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engines: bool = False) -> dict[str, Any]:
-    """Return one network's row from `model_survey_worker.measure`, or a row whose status gives the reason for failure.
+    """Measure one network in its own process; return the results, or a status with the reason if that failed.
 
     Args:
         name: Name as in `model.name` of a recipe.
@@ -195,7 +195,7 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engine
 
 
 def _death(ended: subprocess.CompletedProcess[bytes]) -> str:
-    """Return the status of a network whose process wrote no row: it died, or it did not start."""
+    """Return the status of a network whose process wrote no results: it died, or it did not start."""
     if ended.returncode < 0:
         return f"failed: its process was ended by {failures.signal_name(-ended.returncode)}"
     words = [line.strip() for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
@@ -296,7 +296,7 @@ def stays_float(row: Mapping[str, Any]) -> list[str]:
 
 
 def unexplained(row: Mapping[str, Any]) -> list[str]:
-    """Return what failed or stays float in a network without a reason; published rows must have no such gap."""
+    """Return what failed or stays float in a network without a reason; nothing for a network to be published."""
     if row["status"] != "measured":
         return [] if re.match(r"refused: .{20}", row["status"]) else [row["status"]]
     gaps = [f"{target}: {entry['status']}" for target, entry in row["verification"].items()
@@ -361,7 +361,7 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _read(out: Path, force: bool) -> dict[str, Any]:
-    """Return the rows of an earlier call from the JSON next to `out`; empty if there are none, or for --force.
+    """Return the results of earlier calls by network, from the JSON next to `out`; empty if there are none.
 
     Raises:
         UsageError: A file exists that this version of the command did not write.

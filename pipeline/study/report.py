@@ -32,7 +32,7 @@ on a machine that may have run other work.
 
 @dataclass(frozen=True)
 class Line:
-    """Summary of one method in one cell of a study, that is, at one number of labels and one bit width.
+    """Summary of one method of a study at one number of labels and one bit width.
 
     Attributes:
         method: Name of the method.
@@ -73,7 +73,7 @@ def half_interval(values: Sequence[float]) -> float | None:
 
 
 def lines(rows: Sequence[StudyRow]) -> list[Line]:
-    """Return the summary of each method from the results of one cell, in the order of `METHODS`."""
+    """Return the summary of each method, in the order of `METHODS`, from results with the same labels and bits."""
     reference = {row.seed: row for row in rows if row.method == REFERENCE}
     found = []
     for method in METHODS:
@@ -93,7 +93,7 @@ def lines(rows: Sequence[StudyRow]) -> list[Line]:
 
 
 def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]]:
-    """Group results into cells by number of labels, bit width and what all methods share ("steps" or "time")."""
+    """Group results by number of labels, bit width, and what the methods have in common ("steps" or "time")."""
     found: dict[tuple[Any, Any, str], list[StudyRow]] = {}
     for row in rows:
         found.setdefault((row.labels, row.bits, row.equal), []).append(row)
@@ -101,14 +101,14 @@ def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]
 
 
 def title(cell: tuple[Any, Any, str]) -> str:
-    """Return a heading for a cell from its number of labels, bit width, and "steps" or "time"."""
+    """Return a heading for results with the same number of labels, bit width, and "steps" or "time"."""
     labels, bits, equal = cell
     named = "all labels" if labels is None else f"{labels:,} labels"
     return f"{named}, {'bits of the recipe' if bits is None else f'W{bits}A{bits}'}, equal {equal}"
 
 
 def table(rows: Sequence[StudyRow]) -> list[list[str]]:
-    """Return the table of one cell as text, with one row for each method and the columns `COLUMNS`."""
+    """Return one table row for each method, with the columns `COLUMNS`, from results with the same labels and bits."""
     return [
         [
             line.method, line.rows[0].views, line.rows[0].unlabeled, str(len(line.rows)), f"{line.mean:.2f}",
@@ -134,7 +134,7 @@ def headline(rows: Sequence[StudyRow]) -> str:
 
 
 def markdown(rows: Sequence[StudyRow], name: str) -> str:
-    """Return a Markdown page with a table for each cell of the results; `name` is the study's."""
+    """Return a Markdown page with one table for each number of labels and bit width; `name` is the study's."""
     parts = [_HEAD.format(name=name), f"![accuracy of each method]({name}.png)\n"]
     for cell, own in cells(rows).items():
         head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
@@ -144,7 +144,7 @@ def markdown(rows: Sequence[StudyRow], name: str) -> str:
 
 
 def picture(rows: Sequence[StudyRow], path: Path) -> None:
-    """Draw the accuracy of each method in each cell, for each seed and as a mean with its interval, into a file."""
+    """Draw each method's accuracy for each seed, and the mean with its interval, into a file; one plot per table."""
     from matplotlib.figure import Figure
 
     found = cells(rows)

@@ -45,7 +45,10 @@ class InternalError(ToolError):
 
 
 class Told(SystemExit):
-    """Exception that ends the process silently, because what to say was printed; a plain SystemExit is not crqat's."""
+    """Ends the process without a message, because the error was already printed.
+
+    It is a class of its own, so that a SystemExit which other code raises is recognized and reported.
+    """
 
 
 class Interrupted(CrqatError):
