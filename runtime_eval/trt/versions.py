@@ -95,7 +95,7 @@ def check_targets(module: str, wanted: tuple[str, ...]) -> None:
             msg = f"compute capability {name}: {module} builds for the GPU of this machine alone; leave the option out"
         elif name in _MISSING_TARGETS:
             msg = (
-                f"compute capability {name} ({_MISSING_TARGETS[name]}): {module} cannot build for this device, and its "
+                f"compute capability {name} ({_MISSING_TARGETS[name]}): {module} does not build for it, and its "
                 f"engines for other devices say nothing about it; build with tensorrt on the device itself"
             )
         else:
@@ -151,6 +151,6 @@ def network_flags(trt: Any, row: Capability) -> tuple[int, list[str]]:
     members = trt.NetworkDefinitionCreationFlag.__members__
     missing = [name for name in wanted if name not in members]
     if missing:
-        msg = f"{row.module} {trt.__version__} lacks the network flag {missing[0]} of its version; install it again"
+        msg = f"{row.module} {trt.__version__} has no network flag {missing[0]}, though its version should; install it again"
         raise ToolError(msg)
     return sum(1 << int(members[name]) for name in wanted), wanted

@@ -142,7 +142,7 @@ def _in_mode(image: Any, mode: str, name: str, convert: bool) -> Any:
     wanted = "RGB" if mode == "RGB" else "grey"
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         if image.convert("RGBA").getextrema()[3][0] < 255:
-            msg = f"{name}: has transparent pixels; put the image on a background and save it as {wanted}"
+            msg = f"{name}: has transparent pixels; put it on a background and save it as {wanted}"
             raise UsageError(msg)
     elif image.mode not in ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV"):
         msg = f"{name}: {image.mode} pixels of more than 8 bits; save it as 8-bit {wanted}"
