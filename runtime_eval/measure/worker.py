@@ -45,7 +45,7 @@ def preprocessing(metadata: dict[str, str]) -> Preprocessing:
     try:
         return Preprocessing.from_json(json.loads(metadata["crqat.preprocessing"]))
     except (KeyError, TypeError, ValueError) as error:
-        msg = f"the file's metadata has no usable crqat.preprocessing ({error!r}); export the file again"
+        msg = f"the file's metadata has no usable crqat.preprocessing ({error!r}); export it again"
         raise ToolError(msg) from error
 
 

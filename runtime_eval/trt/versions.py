@@ -151,6 +151,6 @@ def network_flags(trt: Any, row: Capability) -> tuple[int, list[str]]:
     members = trt.NetworkDefinitionCreationFlag.__members__
     missing = [name for name in wanted if name not in members]
     if missing:
-        msg = f"{row.module} {trt.__version__} has no network flag {missing[0]}, as its version should; install it again"
+        msg = f"{row.module} {trt.__version__} has no network flag {missing[0]}; install it again"
         raise ToolError(msg)
     return sum(1 << int(members[name]) for name in wanted), wanted
