@@ -43,24 +43,24 @@ _KEPT = "completed and saved work is kept; run the same command again to resume"
 
 
 class _Commands(click.Group):
-    """The commands in two groups, each with the option --quiet.
+    """Group of all commands: lists them for --help in two sections, and gives each the option --quiet.
 
-    An unexpected exception of a command becomes an error of one line before click handles it.
+    An unexpected exception of a command is turned into an error of one line before click handles it.
     """
 
     def add_command(self, cmd: click.Command, name: str | None = None) -> None:
-        """Register a command, with the option --quiet."""
+        """Register a command and give it the option --quiet."""
         for command in cmd.commands.values() if isinstance(cmd, click.Group) else (cmd,):
             command.params.append(_quiet_option())
         super().add_command(cmd, name)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Return all names, those that most users need first."""
+        """Return the names of all commands; those that most users need (`FIRST`) come first."""
         others = [name for name in super().list_commands(ctx) if name not in FIRST]
         return [name for name in FIRST if name in self.commands] + others
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write both groups for --help."""
+        """Write the list of commands for --help: the usual commands, then the expert tools."""
         names = self.list_commands(ctx)
         limit = formatter.width - 6 - max(map(len, names))
         for title, first in (("Commands", True), ("Expert tools", False)):
@@ -116,7 +116,7 @@ def run(
     from crqat.pipeline.stages import launch, lock
 
     if launch.several():
-        msg = "run: uses one process; start `train` with torchrun, then run `crqat run` once when it has ended"
+        msg = "run: cannot be started with torchrun; start `crqat train` with torchrun, and then `crqat run` without it"
         raise UsageError(msg)
     config = load(recipe, overrides)
     with lock.hold(runs / config.name):
@@ -154,7 +154,7 @@ def train(
 
     config = load(recipe, overrides)
     if max_restarts and nproc is None:
-        msg = "--max-restarts: needs several processes; add --nproc N, or start with torchrun and pass it to torchrun"
+        msg = "--max-restarts: needs several processes; add --nproc N, or give the option to torchrun instead"
         raise UsageError(msg)
     if nproc is not None and nproc > 1:
         arguments = [str(recipe), "--runs", str(runs), "--save-every", str(save_every)]
@@ -332,7 +332,7 @@ def sensitivity(
         _perturb(config, runs, force, others, draws=draws or 5, images=images)
         return
     if others or draws is not None:
-        msg = "--run and --draws apply only to noise; add --perturbation"
+        msg = "--run and --draws apply only with --perturbation; add it, or leave them out"
         raise UsageError(msg)
     from crqat.pipeline.commands import mixed_precision as proposal
 
@@ -341,7 +341,7 @@ def sensitivity(
 
 
 def _perturb(config: Recipe, runs: Path, force: bool, others: tuple[Path, ...], **further: Any) -> None:
-    """Measure this run and the others under noise, and show the results together."""
+    """Measure accuracy and loss under noise, for this run and for `others`, and show the results together."""
     from crqat.core.run_directory import verify_stage
     from crqat.pipeline.commands import perturbation
     from crqat.pipeline.recipe.recipe import from_resolved
@@ -383,7 +383,7 @@ def main() -> None:
 
 
 def _run_command() -> int:
-    """Run the command of the arguments, print an error as one line, and return the exit code."""
+    """Run the command that the process's arguments name; print an error as one line; return the exit code."""
     try:
         code = crqat.main(prog_name="crqat", standalone_mode=False)
         return code if isinstance(code, int) else 0
@@ -415,11 +415,11 @@ def _run_command() -> int:
 
 
 class _Terminated(Told):
-    """Ends the process after SIGTERM. Partial files are removed on the way out, as after Ctrl-C."""
+    """Exception that ends the process after SIGTERM; like Ctrl-C, it lets the code remove partial files first."""
 
 
 def _terminate(number: int, _: Any) -> None:
-    """Handle SIGTERM; a training handles the signal itself and saves its state."""
+    """Raise `_Terminated` on SIGTERM. A training run replaces this handler by its own, which saves its state."""
     raise _Terminated(128 + number)
 
 

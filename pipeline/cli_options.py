@@ -17,7 +17,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 
 def recipe_arguments(command: _Command) -> _Command:
-    """Add RECIPE, --set and --runs."""
+    """Add the argument RECIPE and the options --set and --runs to a command."""
     command = click.option(
         "--runs", type=click.Path(path_type=Path), default=Path("runs"), help="Directory of all runs. Default: runs."
     )(command)
@@ -28,12 +28,12 @@ def recipe_arguments(command: _Command) -> _Command:
 
 
 def force_option(command: _Command) -> _Command:
-    """Add --force."""
+    """Add the option --force to a command."""
     return click.option("--force", is_flag=True, help="Run the stage even if it is up to date or damaged.")(command)
 
 
 def training_options(command: _Command) -> _Command:
-    """Add --save-every, --restart and --unchecked."""
+    """Add the options --save-every, --restart and --unchecked to a command that trains."""
     command = click.option(
         "--save-every", type=click.FloatRange(min=0), default=300.0, metavar="SECONDS",
         help="Interval between saved training states; each epoch's end is saved too. Default: 300.",
@@ -45,13 +45,13 @@ def training_options(command: _Command) -> _Command:
 
 
 def on_option(command: _Command) -> _Command:
-    """Add --on."""
+    """Add the option --on, the address of a board, to a command."""
     help_text = "A board, ssh://[USER@]HOST[:PORT]; your ssh configuration applies."
     return click.option("--on", "address", metavar="ADDRESS", help=help_text)(command)
 
 
 def json_option(command: _Command) -> _Command:
-    """Add --json; the command adds to the JSON document with `crqat.pipeline.console.give`."""
+    """Add the option --json to a command: it prints what the command gives to `console.give` as one JSON document."""
 
     @functools.wraps(command)
     def run(*arguments: Any, as_json: bool, **options: Any) -> Any:
@@ -67,14 +67,20 @@ def json_option(command: _Command) -> _Command:
 
 
 def board(address: str, python: str = "python3", ssh_config: Path | None = None) -> Board:
-    """Return the board at an address."""
+    """Return the board at an address.
+
+    Args:
+        address: ssh://[USER@]HOST[:PORT].
+        python: Python interpreter on the board.
+        ssh_config: File to use instead of ~/.ssh/config.
+    """
     from crqat.runtime_eval.board.ssh import Board
 
     return Board.parse(address, python, ssh_config)
 
 
 def load(path: Path, overrides: tuple[str, ...]) -> Recipe:
-    """Read a recipe; its errors name the key, the file and the fix."""
+    """Read a recipe with the values of --set; error messages name the key, the file and the fix."""
     from crqat.pipeline.recipe import recipe
 
     return recipe.load(path, overrides)

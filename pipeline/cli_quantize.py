@@ -67,7 +67,7 @@ def quantize(
 
     widths = command.numbers(bits, "--bits", int)
     if len(widths) != 2:
-        msg = f"--bits: {bits} is not a pair; write weights and activations, such as 8,8"
+        msg = f"--bits: {bits} is not a pair of bit widths; give those of weights and activations, such as 8,8"
         raise UsageError(msg)
     preprocessing = {
         "mean": None if mean is None else command.numbers(mean, "--mean", float),

@@ -31,7 +31,7 @@ def run_stage(stage: str, config: Recipe, runs: Path, force: bool, **further: An
 
 
 def train_stage(config: Recipe, runs: Path, force: bool, **further: Any) -> TrainingPayload:
-    """Run the `train` stage and return the payload of its manifest."""
+    """Run the `train` stage unless it is up to date, and return its results from its manifest."""
     from crqat.core.results.training import TrainingPayload
     from crqat.core.run_directory import payload_of, read_manifest
     from crqat.pipeline import console
@@ -43,7 +43,7 @@ def train_stage(config: Recipe, runs: Path, force: bool, **further: Any) -> Trai
 
 
 def show_warnings(trained: TrainingPayload) -> None:
-    """Print the warnings of a training run on stdout."""
+    """Print the warnings of a training run on stdout, and the notes that explain its accuracy or bit widths."""
     for warning in trained.warnings:
         click.echo(f"warning: {warning}")
     answers = [note for note in trained.notes if note.startswith("the labels are the answers")]
@@ -52,7 +52,7 @@ def show_warnings(trained: TrainingPayload) -> None:
 
 
 def _fewer_bits(notes: Sequence[str]) -> list[str]:
-    """Return one line for all layers whose bit width differs from the recipe's for the same reason."""
+    """Return one line for each reason why bit widths differ from the recipe's: a layer and the number of others."""
     layers: dict[str, list[str]] = {}
     for note in notes:
         layer, _, reason = note.partition(": ")
@@ -66,7 +66,7 @@ def _fewer_bits(notes: Sequence[str]) -> list[str]:
 
 
 def show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
-    """Print the table of a benchmark on stdout."""
+    """Print the benchmark results of a run on stdout; `stage` names the stage directory that holds them."""
     from crqat.core.results.benchmark import read_results
     from crqat.pipeline import console
     from crqat.pipeline.report import tables as results
@@ -82,7 +82,7 @@ def show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
 
 
 def warn_of_failures(config: Recipe, runs: Path) -> None:
-    """Print failed rules as warnings, for results that no limit of the user judges."""
+    """Apply the gate to a run and print the failed rules as warnings, without an effect on the exit code."""
     from crqat.pipeline import console
     from crqat.pipeline.stages import run as stages
 
@@ -92,7 +92,7 @@ def warn_of_failures(config: Recipe, runs: Path) -> None:
 
 
 def judge_run(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:
-    """Judge benchmark results, show each rule's verdict, and return the exit code."""
+    """Apply the gate to the benchmark results of a run, print each rule's verdict, and return the exit code."""
     from crqat.pipeline import console
     from crqat.pipeline.gate import rules
     from crqat.pipeline.report import tables as results

@@ -1,4 +1,4 @@
-"""The commands besides the four stages; each inspects or converts something. See `crqat.pipeline.cli`."""
+"""Commands that inspect or convert something, beside those of `crqat.pipeline.cli` that run stages."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from crqat.pipeline.cli_options import json_option, load
 
 
 def _run_directory(path: Path) -> Path:
-    """Return the path of a run's directory.
+    """Return `path` after a check that it is the directory of a run.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: It does not exist, is a file, or is the directory of a single stage.
     """
     if not path.is_dir():
         found = "a file, not a run directory" if path.exists() else "no such directory"
         msg = f"{path}: {found}; give the directory of a run, such as runs/NAME"
         raise UsageError(msg)
     if (path / run_directory.MANIFEST).is_file() and not (path / "train").exists():
-        msg = f"{path}: the directory of one stage; give that of the run, {path.parent}"
+        msg = f"{path}: the directory of a single stage; give the directory of the run, {path.parent}"
         raise UsageError(msg)
     return path
 

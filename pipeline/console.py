@@ -35,7 +35,7 @@ def drawn(stream: TextIO) -> bool:
 
 
 def be_quiet(context: click.Context, _: click.Parameter, wanted: bool) -> None:
-    """Callback of --quiet, which may be given before or after the command's name."""
+    """Click callback that stores whether --quiet was given, before or after the command's name."""
     if wanted:
         context.meta[_QUIET] = True
 
@@ -67,14 +67,14 @@ def json_document() -> Iterator[None]:
 
 
 def give(**data: Any) -> None:
-    """Add JSON values, dataclasses, or lists and dictionaries of these to the document of --json."""
+    """Add values to the JSON document that --json prints, by name; do nothing without --json."""
     document = _of_command(_DOCUMENT)
     if document is not None:
         document.update(to_json(data))
 
 
 def say(text: str) -> None:
-    """Print one line on stderr, next to the progress."""
+    """Print one line on stderr, unless --quiet was given."""
     if not quiet():
         click.echo(text, err=True)
 
@@ -105,7 +105,7 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextmanager
 def show_progress() -> Iterator[Progress]:
-    """Context manager that yields the progress callback for the stages."""
+    """Context manager that yields a callback which shows the progress of a stage on stderr."""
     if quiet():
         yield _warnings_alone
         return

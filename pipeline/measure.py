@@ -45,7 +45,7 @@ class Benchmark:
         return self.results.models
 
     def __str__(self) -> str:
-        """Return the table, and one line for every file without numbers."""
+        """Return the results as a text table, and one line for every file that could not be measured."""
         return tables.as_text(self.results)
 
 

@@ -32,7 +32,7 @@ def nobody_reads() -> bool:
 
 
 def flush() -> OSError | None:
-    """Flush all output; return the last error, after which Python finds nothing left to print."""
+    """Flush stdout and stderr and return the last error, if any; a failing stream is replaced by /dev/null."""
     found: OSError | None = None
     for stream in (sys.stdout, sys.stderr):
         try:

@@ -1,1 +1,1 @@
-"""Measures accuracy and latency of a file on its runtime. Runs on boards; needs only numpy and a runtime."""
+"""Measures accuracy and latency of ONNX files on their runtime. Runs on boards; needs only numpy and a runtime."""

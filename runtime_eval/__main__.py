@@ -23,7 +23,7 @@ from crqat.runtime_eval.config import BenchmarkConfig, of_json
 
 
 def table(results: Results) -> str:
-    """Return the results as lines of at most about 100 characters, one or more for each model."""
+    """Return benchmark results as a text table about 100 characters wide, with one or more lines for each file."""
     device, config = results.device, results.config
     lines = [
         f"{results.run}: {results.dataset.n if results.dataset else 0} test images, {device.cpu}, "
@@ -77,14 +77,14 @@ def say_progress() -> Progress:
 
 
 def measure(path: Path, threads: int | None) -> Results:
-    """Measure an export directory, or a bundle with its own configuration; a bundle's results name the bundle.
+    """Measure the files of an export directory or of a bundle, which brings its own benchmark settings.
 
     Args:
         path: An export directory, a bundle's archive, or an unpacked bundle.
         threads: Number of threads that one inference may use; None uses the bundle's value, or the default.
 
     Raises:
-        CrqatError: The path is none of these, or is damaged.
+        CrqatError: The path is of another kind or does not exist, or its contents are damaged.
     """
     if not path.exists():
         msg = f"{path}: no such file or directory; give a run's `export` directory, or a bundle"
@@ -99,14 +99,16 @@ def measure(path: Path, threads: int | None) -> Results:
         try:
             config = of_json(bundle.benchmark if threads is None else {**bundle.benchmark, "threads": threads})
         except (TypeError, ValueError) as error:
-            msg = f"{path}: the benchmark configuration is from another crqat ({error}); make the bundle again"
+            msg = (
+                f"{path}: the benchmark configuration is from another version of crqat ({error}); make the bundle again"
+            )
             raise UsageError(msg) from error
         results = benchmark(folder / bundles.EXPORT, config, say_progress())
         return replace(results, bundle=bundle.sha256, crqat_version=bundle.crqat_version)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code 0, or as crqat 2, 3, 130 or 141.
+    """Run the command line; return the exit code: 0, or 2, 3, 130 or 141 with the meanings of crqat's.
 
     Args:
         arguments: Arguments without the program's name; None uses those of the process.

@@ -57,7 +57,7 @@ BUILDS = 3
 
 @dataclass
 class _Model:
-    """A file during its measurement."""
+    """One file of an export during its measurement, with the results so far."""
 
     entry: ExportedModel
     path: Path
@@ -81,7 +81,7 @@ class _Model:
 
     @property
     def runtime(self) -> str:
-        """Runtime that runs the file."""
+        """Name of the runtime that runs the file: "onnxruntime", "openvino" or "tensorrt"."""
         if self.entry.target in FOR_OPENVINO.values():
             return OPENVINO
         return TENSORRT.name if self.plans else RUNTIME
@@ -171,7 +171,7 @@ def _read_payload(
     targets = [entry.target for entry in entries]
     for name in names:
         if name not in manifest.files:  # its hash was not checked
-            msg = f"{export_dir}: the manifest names {name} as a model or data but not as a file; export again"
+            msg = f"{export_dir}: the manifest names {name} as a model or data, but has no SHA-256 of it; export again"
             raise UsageError(msg)
     if targets.count(FLOAT) != 1:
         msg = f"{export_dir}: has {targets.count(FLOAT)} float models, not exactly one to compare with; export again"
@@ -209,7 +209,7 @@ def _read_array(path: Path) -> npt.NDArray[Any]:
 
 
 def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Progress, folder: Path) -> None:
-    """Build the engines of the TensorRT files if a builder is installed; a failure is a result too.
+    """Build the engines of the TensorRT files if a builder is installed; a failed build becomes the file's result.
 
     Without a GPU, the engine of the quantized file is built only for its report. With a GPU, several engines of each
     file, including the float files, are built and measured.
@@ -311,7 +311,7 @@ def _measure(
 
 
 def _is_timed(model: _Model, config: BenchmarkConfig) -> bool:
-    """Return whether the model's latency is measured here; other models run only for their accuracy."""
+    """Return whether the latency of the file is measured; other files run only for their accuracy."""
     if model.runtime == OPENVINO:
         return True
     by_tensorrt = bool(model.plans) or config.provider in TENSORRT_PROVIDERS
@@ -321,7 +321,7 @@ def _is_timed(model: _Model, config: BenchmarkConfig) -> bool:
 def _result(
     model: _Model, models: list[_Model], labels: npt.NDArray[np.int64], config: BenchmarkConfig, watch: Watch
 ) -> ModelResult:
-    """Return one model's entry in the results."""
+    """Return the benchmark result of one file from its measurements."""
     timed: Latency | NoLatency | None = None
     top = None if model.failure is not None else model.top
     single = None if model.failure is not None else model.top_single
@@ -359,7 +359,7 @@ def _result(
 def _versus_float(
     model: _Model, top: npt.NDArray[np.int64], models: list[_Model], labels: npt.NDArray[np.int64]
 ) -> VersusFloat | None:
-    """Compare with the float network in the same runtime, if that runtime ran a float file."""
+    """Compare a file with the float file in the same runtime; None if that runtime did not run the float file."""
     of_openvino = model.runtime == OPENVINO
     baseline = next(other for other in models if other.entry.target == (FLOAT_OPENVINO if of_openvino else FLOAT))
     if baseline.failure is not None or baseline.top is None or model is baseline:
@@ -378,7 +378,7 @@ def _versus_float16(model: _Model, models: list[_Model]) -> LatencyRatio | None:
 
 
 def _build(model: _Model, index: int) -> Build:
-    """Return one engine of a model; builds differ, because their kernels are chosen by times measured once."""
+    """Return hash and latency of one of a file's engines; they differ, since each build times its kernels anew."""
     rounds = model.rounds[index :: len(model.plans)]
     return Build(sha256_file(model.plans[index]), [1e3 * float(np.median(samples)) for samples in rounds])
 
@@ -398,7 +398,7 @@ def _obstacle(model: _Model) -> str | None:
 
 
 def _not_run(model: _Model) -> str:
-    """Return why the latency of a file for another execution provider is not measured."""
+    """Return the status that says why the latency of a file was not measured."""
     if model.entry.target != FLOAT16 and not builds_engine(model.entry.target):
         return "not run: the file is for another execution provider"
     if not host.cuda_device():

@@ -53,7 +53,7 @@ class BenchmarkConfig:
 
 
 def of_json(values: Mapping[str, Any]) -> BenchmarkConfig:
-    """Return the configuration from a bundle. Pydantic checks a recipe's; a board has no pydantic.
+    """Return the checked benchmark settings of a bundle; a board has no pydantic, which checks those of a recipe.
 
     Raises:
         TypeError, ValueError: A key is unknown, or a value has another type or is not positive.

@@ -1,1 +1,1 @@
-"""The commands besides the four stages."""
+"""Implementations of the commands that do more than run one stage, such as `advise`, `init` and `compare`."""

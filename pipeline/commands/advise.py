@@ -48,16 +48,18 @@ class _Judges:
 
 @dataclass
 class Ladder:
-    """Steps of `crqat advise` for one recipe, from the cheapest on.
+    """Search of `crqat advise` for one recipe: tries steps, from calibration to QAT, the cheapest first.
+
+    Each step's network is judged on the judging images, which neither the step nor the float training has seen.
 
     Attributes:
         config: Recipe to advise on.
-        runs: Directory of all runs; each step's run lies there under the recipe's name and the step's name.
-        judge: Folder of class folders with the judging images; None takes those that the recipe's image list marks, or
-            holds out a part of the training images.
+        runs: Directory of all runs. Each step writes a run there, named after the recipe and the step.
+        judge: Folder of class folders with the judging images. None uses the images that the recipe's image list marks
+            for judging, or holds out a part of the training images.
         progress: Callback for the progress of the steps.
         every: Whether to run all steps even after one has passed.
-        trains: Whether steps may train.
+        trains: Whether to include the steps that train the network.
     """
 
     config: recipe.Recipe
@@ -84,10 +86,10 @@ class Ladder:
         self.configs: dict[str, recipe.Recipe] = {}
 
     def climb(self) -> Advice:
-        """Try one step after another until one passes.
+        """Run one step after another until one passes the gate, and return the results of all steps.
 
         Raises:
-            UsageError: As in the train stage, or the judging images do not fit the recipe.
+            UsageError: The recipe cannot be trained, or the judging images do not fit it.
         """
         self._read()
         for name, config in self._steps():
@@ -144,7 +146,7 @@ class Ladder:
         return self.configs[min(self.found, key=_rank).name]
 
     def _wider(self, best: recipe.Recipe) -> QuantizationConfig:
-        """Return the layers that lose most, with more bits, or in float if they have eight bits."""
+        """Return settings with more weight bits where layers need them; at eight bits, the worst layers stay float."""
         from crqat.export.analysis.bit_allocation import allocate
         from crqat.export.analysis.bit_width_cost import Divergences
 
@@ -211,7 +213,7 @@ class Ladder:
         )
 
     def _judging(self) -> _Judges:
-        """Return the judging images and the first step's float network on them; they are read only once."""
+        """Return labels and float predictions of the judging images; the predictions are computed only once."""
         if self._judges is None:
             from crqat.train.checkpoint import read_tensors
             from crqat.train.models import build as models
@@ -244,7 +246,7 @@ class Ladder:
         n, limit = len(labels), self.config.gate.max_accuracy_drop
         key = "data.judging" if self.judge is None else "--judge"
         if len(set(labels.tolist())) < 2:
-            msg = f"{key}: all {n} judging images have one class; add images of other classes"
+            msg = f"{key}: all {n} judging images are of the same class; add images of other classes"
             raise UsageError(msg)
         from crqat.runtime_eval.measure.accuracy import tango
 
@@ -283,13 +285,13 @@ def _rank(step: Step) -> tuple[int, float]:
 
 
 def _gate(step: Step) -> str:
-    """Return the verdict and the rules that did not pass."""
+    """Return a step's verdict and the names of the rules that caused it, as text for the table."""
     rules_ = [verdict.rule.replace("_", " ") for verdict in step.verdicts if verdict.status == step.status != "pass"]
     return ": ".join([step.status, ", ".join(rules_)]) if rules_ else step.status
 
 
 def write(ladder: Ladder, advice: Advice, out: Path) -> None:
-    """Write the table's figures, the picture and the chosen recipe."""
+    """Write the figures of all steps as JSON, a picture of them, and the recipe of the chosen step into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / JSON).write_text(text(advice))
     _draw(out / PICTURE, advice, ladder.config.gate.max_accuracy_drop)
@@ -301,7 +303,7 @@ def write(ladder: Ladder, advice: Advice, out: Path) -> None:
 
 
 def show(advice: Advice, out: Path) -> None:
-    """Print the table, the chosen step and the files on stdout."""
+    """Print the table of the steps, the chosen step, and the names of the written files in `out` on stdout."""
     rows = []
     for step in advice.steps:
         low, high = step.drop_interval_points
@@ -333,7 +335,7 @@ def show(advice: Advice, out: Path) -> None:
 
 
 def _draw(path: Path, advice: Advice, limit: float | None) -> None:
-    """Draw each step's drop with its interval, and the limit."""
+    """Draw each step's accuracy drop with its interval, and the largest drop that the gate allows."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

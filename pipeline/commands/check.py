@@ -12,16 +12,16 @@ from crqat.pipeline.console import printable
 
 
 def check(path: Path, overrides: tuple[str, ...] = (), syntax: bool = False, progress: Progress = quiet) -> list[str]:
-    """Verify a run directory or a file and describe it in lines.
+    """Verify a run directory or a file, and return lines of text that describe it.
 
     Args:
         path: Run directory or file.
         overrides: Values that replace a recipe's, as in --set.
-        syntax: Only read a recipe, without trying it.
+        syntax: Whether to check only the keys and values of a recipe, not its data and network.
         progress: Callback for the progress of the checks.
 
     Raises:
-        UsageError: The path is damaged or of a kind that crqat does not know.
+        UsageError: The directory or file is damaged, or of a kind that crqat does not know.
     """
     if path.is_dir():
         lines = _check_directory(path)
@@ -83,14 +83,14 @@ def _describe(directory: Path, manifest: run_directory.Manifest) -> str:
 
 
 def _check_hash(path: Path) -> list[str]:
-    """Compare a file with the manifest next to it, if there is one that names it."""
+    """Compare a file's SHA-256 with the manifest next to it; return no line if no manifest lists the file."""
     if not (path.parent / run_directory.MANIFEST).is_file():
         return []
     manifest = run_directory.read_manifest(path.parent)
     if path.name not in manifest.files:
         return []
     if run_directory.sha256_file(path) != manifest.files[path.name]:
-        msg = f"{path}: altered or damaged (its SHA-256 is not the manifest's); run the stage again with --force"
+        msg = f"{path}: altered or damaged: its SHA-256 is not that in the manifest; run the stage again with --force"
         raise UsageError(msg)
     return [f"{path}: matches the manifest next to it"]
 

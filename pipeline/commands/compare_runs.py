@@ -33,7 +33,7 @@ _FLOAT16 = "float16"
 
 @dataclass(frozen=True)
 class _Run:
-    """A finished run: its name, its export and results, and the hashes of the test images."""
+    """A finished run: name, export, benchmark results, labels of the test images, hashes of images and labels."""
 
     name: str
     export: ExportPayload
@@ -43,7 +43,7 @@ class _Run:
 
 
 def compare(directories: Sequence[Path]) -> Comparison:
-    """Compare each file of each run with the first run's file for the same target.
+    """Compare the results of each exported file with those of the first run's file for the same target.
 
     Args:
         directories: Run directories of finished runs, at least two.
@@ -132,7 +132,7 @@ def _int8_share(export: ExportPayload, entry: ExportedModel | None, model: Model
 
 
 def show(comparison: Comparison) -> None:
-    """Print the table on stdout."""
+    """Print the compared runs as a table on stdout."""
     devices = {row.device for row in comparison.rows}
     several = len(devices) > 1
     rows = [[console.printable(cell) for cell in _cells(row, several)] for row in comparison.rows]
@@ -160,10 +160,10 @@ def _cells(row: Compared, several: bool) -> list[str]:
 
 
 def check_picture(path: Path) -> None:
-    """Check the name of a picture before anything is read.
+    """Check the file name of a picture, before the runs are read.
 
     Raises:
-        UsageError: It has another suffix, or its folder does not exist.
+        UsageError: The suffix is not .png, .svg or .pdf, or the folder does not exist.
     """
     if path.suffix not in (".png", ".svg", ".pdf"):
         msg = f"--picture {path}: not a picture; name it .png, .svg or .pdf"
@@ -181,7 +181,7 @@ def draw(comparison: Comparison, path: Path) -> None:
         path: A .png, .svg or .pdf file.
 
     Raises:
-        UsageError: The file name has another extension.
+        UsageError: The suffix is not .png, .svg or .pdf, or the folder does not exist.
         ToolError: The file cannot be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg

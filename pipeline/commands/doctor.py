@@ -28,10 +28,10 @@ VERSIONS = Path(__file__).with_name("versions.json")
 
 @dataclass(frozen=True)
 class Finding:
-    """One row of the table.
+    """One row of the table of `crqat doctor`: a library, tool or device that crqat uses.
 
     Attributes:
-        what: Name of the part.
+        what: Name of the library, tool or device, here called the part.
         found: What was found; None if the part is missing.
         purpose: What the part is for.
         remedy: What to do if the part is missing.
@@ -46,7 +46,7 @@ class Finding:
 
 
 def show() -> int:
-    """Print the table and the conclusion, and return the exit code."""
+    """Print what was found and whether `crqat run` works; return the exit code: 0, or 3 if it does not work."""
     findings = examine()
     columns = ("what", "found", "what it is for", "what to do")
     rows = [(item.what, item.found or "MISSING", item.purpose, "" if item.found else item.remedy) for item in findings]
@@ -61,7 +61,7 @@ def show() -> int:
 
 
 def examine() -> list[Finding]:
-    """Examine every part. Heavy libraries are really imported, because an installed one may be broken."""
+    """Look for each library, tool and device; import the libraries, because an installed one may be broken."""
     reinstall = "pip install crqat-edge in this environment again"
     torch, nncf, onnx, runtime, sklearn = (
         _import(name) for name in ("torch", "nncf", "onnx", "onnxruntime", "sklearn.datasets")
@@ -113,9 +113,9 @@ def examine() -> list[Finding]:
 
 
 def tested(package: str) -> list[str]:
-    """Return the versions of a package with which two networks ran to a gate without failures, oldest first.
+    """Return the versions of a package, oldest first, with which two test networks ran up to the gate without failures.
 
-    A version is followed by "(inconclusive)" if a rule could not be measured with it; docs/versions.md says which.
+    "(inconclusive)" follows a version with which a rule of the gate could not be measured; docs/versions.md says which.
     """
     rows = [row for row in json.loads(VERSIONS.read_text())["rows"] if package in row["versions"]]
     passed = {row["versions"][package] for row in rows if row["status"] == "passed"}
@@ -149,7 +149,7 @@ def _version(module: ModuleType | None) -> str | None:
 
 
 def _released(name: str) -> str | None:
-    """Return a package's version. A package without one is an empty directory that type stubs have left."""
+    """Return a package's version, or None. A package without one is an empty directory left by type stubs."""
     version = getattr(_import(name), "__version__", None)
     return None if version is None else str(version)
 
@@ -168,7 +168,7 @@ def _dot_product() -> str | None:
 
 
 def _cuda(torch: ModuleType | None) -> str | None:
-    """Return the device's name, or a note that PyTorch does not use it; TensorRT may use it anyway."""
+    """Return the CUDA device's name, a note that PyTorch cannot use it (TensorRT may), or None without a device."""
     if torch is not None and torch.cuda.is_available():
         return str(torch.cuda.get_device_name())
     return "a device file, but PyTorch does not use it" if host.cuda_device() else None

@@ -1,4 +1,4 @@
-"""Detects what a folder of images holds for `crqat init`, and how a recipe names it."""
+"""Detects how a folder stores its images, and the `data` section of a recipe that reads it; for `crqat init`."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ class Folder:
     Attributes:
         data: Entries of the recipe's `data` section for this folder.
         classes: Class names.
-        sides: Number of images by width and height, for some images; empty if sizes were not read.
-        modes: Number of images by Pillow mode, for the same images.
-        parts: Function that returns the training and test images for a size, crop, convert flag and channels.
+        sides: Number of images of each (width, height), counted on a sample of the images; empty if no sizes were
+            read.
+        modes: Number of images of each Pillow mode, counted on the same sample.
+        parts: Function of `size`, `crop`, `convert` and `channels`, as in a recipe's `data` section; returns the
+            training images and the test images.
         labels: Labels of the test images.
-        listed: Text to write next to the recipe for `data.image_list`.
+        listed: Image list to write for `data.image_list`; None if the recipe needs none.
     """
 
     data: dict[str, Any]
@@ -52,11 +54,11 @@ def read(images: Path, image_list: Path, progress: Progress) -> Folder:
 
     Args:
         images: Folder as given with `--images`.
-        image_list: Path where a list of the images would be written.
-        progress: Callback that reports what is left out.
+        image_list: Path for `data.image_list`, in case that the recipe needs one; the file is not written here.
+        progress: Callback that reports which files of the folder are ignored.
 
     Raises:
-        UsageError: A recipe cannot name this folder.
+        UsageError: `images` is not a folder, or stores its images in a way that no `data.source` reads.
     """
     root = user_path(str(images), "--images")
     if not root.is_dir():
@@ -70,7 +72,7 @@ def read(images: Path, image_list: Path, progress: Progress) -> Folder:
     if any(root.glob("train-*.tar")):
         return _shards(images, root, progress)
     if root.name in ("train", "test", "val") and (root.resolve().parent / "train").is_dir():
-        msg = f"--images: {root} is one part of {root.resolve().parent}, next to the other parts; name that folder"
+        msg = f"--images: {root} is only one part of a data set; give the folder of all parts, {root.resolve().parent}"
         raise UsageError(msg)
     return _class_folders(images, root, image_list)
 
@@ -85,7 +87,7 @@ def _split_folders(images: Path, root: Path, progress: Progress) -> Folder:
 
 
 def _class_folders(images: Path, root: Path, image_list: Path) -> Folder:
-    """Return a folder of class folders: half of each class for training, half for testing, drawn at random."""
+    """Return the contents of a folder of class folders; a random half of each class trains, the other half tests."""
     import torch
 
     from crqat.train.data.imagefolder import list_images
@@ -144,18 +146,18 @@ def _of_files(
 
 
 def sides_of(files: Sequence[ImageFile]) -> Counter[tuple[int, int]]:
-    """Return the number of images by width and height, of some of the files."""
+    """Return the number of images of each (width, height), read from at most 1000 files spread over `files`."""
     return Counter(size for size, _ in map(_header, spread(files, _HEADERS)))
 
 
 def common_side(sides: Iterable[tuple[int, int]]) -> int | None:
-    """Return the shorter side in pixels if all images share one that needs no reduction; None otherwise."""
+    """Return the shorter side in pixels if all images share it and it is at most `FOLDER_SIZE`; None otherwise."""
     shorter = {min(size) for size in sides}
     return max(shorter) if len(shorter) == 1 and max(shorter) <= FOLDER_SIZE else None
 
 
 def _header(file: ImageFile) -> tuple[tuple[int, int], str]:
-    """Return the upright width and height of an image, and its mode, without decoding it."""
+    """Return ((width, height), Pillow mode) of an image file without decoding it; EXIF rotation is applied."""
     from PIL import Image
 
     from crqat.core.image_file import formats

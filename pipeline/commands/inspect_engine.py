@@ -36,13 +36,13 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
 
     Args:
         path: An .onnx file, an engine report (engine.json) or the JSON of TensorRT's engine inspector.
-        options: Build options.
+        options: Options of the engine build.
         bisect: If the build fails, write the smallest part of the file that fails too to the current directory.
-        out: File for the report of a built engine; None writes none.
+        out: File for the engine report of an .onnx file; None writes none.
 
     Raises:
-        UsageError: The file is none of these, or no engine can be built from it.
-        ToolError: No builder is installed, or a file cannot be written.
+        UsageError: The file is of another kind, or no engine can be built from it.
+        ToolError: TensorRT's builder is not installed or crashed, or a file cannot be written.
     """
     if not path.is_file():
         msg = f"{path}: {'a directory; name an .onnx file in it' if path.is_dir() else 'no such file'}"
@@ -82,7 +82,7 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
 
 
 def _macs(path: Path, model: onnx.ModelProto) -> dict[str, int] | None:
-    """Return the MACs from the export's manifest next to the file, or else from the file itself."""
+    """Return the MACs of each layer, from the manifest next to the file or else from the file; None if unknown."""
     from crqat.export.graph.macs import file_macs
 
     if (path.parent / run_directory.MANIFEST).is_file():
@@ -114,10 +114,12 @@ def _cut(model: onnx.ModelProto, options: engine.EngineOptions) -> onnx.ModelPro
 
 
 def read(path: Path) -> list[tuple[str, EngineReport]]:
-    """Read the engine reports in a file by name: from an engine.json, one report, or an inspector's JSON.
+    """Return (name, engine report) of each engine that a JSON file describes.
+
+    The file is an engine.json, a single engine report, or the JSON of TensorRT's engine inspector.
 
     Raises:
-        UsageError: The file is none of these, or its contents cannot be shown.
+        UsageError: The file is of another kind, damaged, or describes no engine.
         ToolError: The file cannot be read.
     """
     try:
@@ -133,7 +135,7 @@ def read(path: Path) -> list[tuple[str, EngineReport]]:
     if isinstance(data, dict) and "engines" in data:
         engines = typed_json.checked(Engines, data, str(path), _AGAIN).engines
         if not engines:
-            msg = f"{path}: holds no engine report; none was built in that benchmark"
+            msg = f"{path}: holds no engine report: the benchmark that wrote it built no engine"
             raise UsageError(msg)
         return list(engines.items())
     report = typed_json.checked(EngineReport, data, str(path), _AGAIN)
@@ -141,7 +143,7 @@ def read(path: Path) -> list[tuple[str, EngineReport]]:
 
 
 def of_inspector(path: Path, information: Mapping[str, Any]) -> EngineReport:
-    """Return the report of an engine that is known only from the inspector's JSON."""
+    """Return an engine report from the JSON of TensorRT's engine inspector, which names no builder and no GPU."""
     found = engine.Found(source="engine inspector")
     engine.describe_plan(found, plan_layers.from_inspector(information), None)
     report = engine.report_of(path, engine.EngineOptions(), tensorrt_api.TENSORRT, found)
@@ -195,7 +197,7 @@ def _title(name: str) -> str:
 
 
 def _short(nodes: list[str]) -> list[str]:
-    """Return the nodes without quantizers, which the precisions show anyway, unless there are no others."""
+    """Return the ONNX nodes without QuantizeLinear and DequantizeLinear; if there are no others, the first node."""
     return [node for node in nodes if not node.endswith(("QuantizeLinear", "DequantizeLinear"))] or nodes[:1]
 
 

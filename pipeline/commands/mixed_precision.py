@@ -30,18 +30,18 @@ JSON, PICTURE, RECIPE = "sensitivity.json", "sensitivity.png", "recipe.yaml"
 def measure(
     config: recipe.Recipe, runs: Path, out: Path, progress: Progress, average_bits: float, images: int
 ) -> SensitivityPayload:
-    """Measure the sensitivities and write all files into `out`; the run's train stage must be finished.
+    """Measure each layer's sensitivity and write table, picture and proposed recipe into `out`.
 
     Args:
-        config: Recipe of the run.
+        config: Recipe of the run, whose train stage must be finished.
         runs: Directory of all runs.
-        out: Empty directory.
+        out: Empty directory for the files.
         progress: Callback for the progress over layers.
         average_bits: Largest mean bit width over all weights.
-        images: Number of calibration images to compare on.
+        images: Number of calibration images on which quantized and float outputs are compared.
 
     Returns:
-        The payload of the manifest.
+        The mean bit widths and divergences, for the stage's manifest.
     """
     from crqat.export.analysis.bit_allocation import allocate, mean_bits
     from crqat.export.analysis.bit_width_cost import WIDTHS, Divergences
@@ -74,7 +74,7 @@ def measure(
 
 
 def show(directory: Path) -> None:
-    """Print the table, the sums and the files on stdout."""
+    """Print the sensitivities in a stage directory as a table on stdout, with their sums and the file names."""
     report = read(Sensitivity, directory / JSON, "run crqat sensitivity again with --force")
     layers, asked = report.layers, report.average_bits
     widths = list(layers[0].divergence)
@@ -124,7 +124,7 @@ def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: 
 
 
 def changed(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values that differ from their default or have none."""
+    """Return the recipe entries in `values` that differ from those in `usual`, and those that every recipe names."""
     result: dict[str, Any] = {}
     for key, value in values.items():
         if value != usual[key] or key in ("name", "data", "model", "source"):
@@ -134,7 +134,7 @@ def changed(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, An
 
 
 def _draw(path: Path, layers: Sequence[LayerSensitivity]) -> None:
-    """Draw divergences as colours, bit widths over layers, with the proposed bit widths marked."""
+    """Draw the KL divergence of each layer (x) at each bit width (y) as a colour; mark the proposed bit widths."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""The `models` command: which networks work, how far, and why not further. Each network runs in its own process."""
+"""The `models` command: runs networks through all stages, each in its own process, and reports how far they get."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ PASSES, NOT_PROVABLE = "passes", "not provable behind the last quantizer"
 
 @dataclass(frozen=True)
 class Images:
-    """Images that the networks run on.
+    """Settings of the images that the networks run on.
 
     Attributes:
         size: Height and width, in pixels.
         verified: Number of images whose codes are compared.
         cifar10: Folder of CIFAR-10, whose training images are enlarged; None for normal noise.
-        channels: 3, or 1 for grey images.
+        channels: Number of channels: 3, or 1 for grey images.
     """
 
     size: int
@@ -74,21 +74,21 @@ def run(
         cifar10: Folder with cifar-10-batches-py; None for noise.
         size: Height and width, except for networks that take only one size.
         out: The Markdown file; None writes nothing. Rows of other networks in the JSON next to it are kept.
-        force: Replace files that this command did not write.
-        channels: 3, or 1 for grey images.
-        engines: Build TensorRT engines too.
-        again: Measure networks again that the JSON already has rows of, for the same images.
+        force: Whether to replace files that this command did not write.
+        channels: Number of channels of the images: 3, or 1 for grey.
+        engines: Whether to build TensorRT engines too.
+        again: Whether to measure networks again whose rows the JSON already has, for the same images.
         limit: Time limit for each network, in seconds.
 
     Returns:
         The exit code for these networks; see `exit_code`.
 
     Raises:
-        UsageError: CIFAR-10 is not in its folder, or a file that this command did not write is in the way.
+        UsageError: CIFAR-10 is not in its folder, or a file exists at `out` that this command did not write.
         ToolError: A file cannot be written.
     """
     if cifar10 is not None and not (cifar10 / "cifar-10-batches-py").is_dir():
-        msg = f"--cifar10: {cifar10} holds no cifar-10-batches-py; name the folder that does, or leave it out for noise"
+        msg = f"--cifar10: {cifar10} holds no cifar-10-batches-py; name the folder that does, or leave --cifar10 out"
         raise UsageError(msg)
     rows = {} if out is None else _read(out, force)
     chosen = list(names or NETWORKS)
@@ -112,7 +112,7 @@ def run(
 
 
 def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:
-    """Return the exit code, as of all commands: 1 for a network that failed, before 3, 2 and 4.
+    """Return the exit code for several networks: 1 if any failed, else 3, 2 or 4 if any has that code, else 0.
 
     A network fails if its verification, its engine or its training step fails, if it breaks a rule, or if its process
     dies or takes too long. 3 means that the machine lacks something, 2 that a network was refused, and 4 that a
@@ -135,7 +135,7 @@ def _exit_code(row: Mapping[str, Any]) -> int:
 
 
 def outcome(row: Mapping[str, Any]) -> str:
-    """Return the class of a row: `PASSES`, `NOT_PROVABLE`, or what failed, in a word or two.
+    """Return the class of a network from its row: `PASSES`, `NOT_PROVABLE`, or what failed, in a word or two.
 
     A network passes if its codes are verified and at least 90 % of its multiply-accumulates are INT8 in ONNX Runtime,
     or if every layer that stays float has a reason.
@@ -163,13 +163,13 @@ def int8_share(row: Mapping[str, Any]) -> float:
 
 
 def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engines: bool = False) -> dict[str, Any]:
-    """Return one network's row from `model_survey_worker.measure`, or a row whose status gives the reason for failure.
+    """Measure one network in its own process; return the results, or a status with the reason if that failed.
 
     Args:
         name: Name as in `model.name` of a recipe.
         images: Images that the network runs on.
         limit: Time limit in seconds, after which the network is stopped.
-        engines: Build the TensorRT engine too.
+        engines: Whether to build the TensorRT engine too.
     """
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +195,7 @@ def measure(name: str, images: Images, limit: float = TIME_LIMIT_SECONDS, engine
 
 
 def _death(ended: subprocess.CompletedProcess[bytes]) -> str:
-    """Return the status of a network whose process wrote no row: it died, or it did not start."""
+    """Return the status of a network whose process wrote no results: it died, or it did not start."""
     if ended.returncode < 0:
         return f"failed: its process was ended by {failures.signal_name(-ended.returncode)}"
     words = [line.strip() for line in ended.stderr.decode(errors="replace").splitlines() if line.strip()]
@@ -204,9 +204,9 @@ def _death(ended: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Return an environment in which the process finds these packages and the current folder hides no library.
+    """Return environment variables for the process, so that it finds crqat and no local file hides a library.
 
-    `import_function` finds the user's own module there. Python 3.10 does not know the variable.
+    `import_function` still finds the user's own modules. Python 3.10 ignores PYTHONSAFEPATH.
     """
     paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONSAFEPATH": "1"}
@@ -232,7 +232,7 @@ COLUMNS = (
 
 
 def cells(name: str, row: Mapping[str, Any]) -> list[str]:
-    """Return a row of the table as text."""
+    """Return the cells of one network's table row as text, in the order of `COLUMNS`."""
     if row["status"] != "measured":
         return [name, outcome(row), "", "", "", "", "", "", str(row["status"]), f"{row['total_seconds']:.0f}"]
     claims: Counter[str] = Counter()
@@ -296,7 +296,7 @@ def stays_float(row: Mapping[str, Any]) -> list[str]:
 
 
 def unexplained(row: Mapping[str, Any]) -> list[str]:
-    """Return the gaps of a row that have no reason; a row in the document must have none."""
+    """Return what failed or stays float in a network without a reason; nothing for a network to be published."""
     if row["status"] != "measured":
         return [] if re.match(r"refused: .{20}", row["status"]) else [row["status"]]
     gaps = [f"{target}: {entry['status']}" for target, entry in row["verification"].items()
@@ -311,7 +311,7 @@ def unexplained(row: Mapping[str, Any]) -> list[str]:
 
 
 def _counts(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return how many rows are of which class, and how many of the passing rows are mostly INT8."""
+    """Return a sentence with the number of networks in each class, and of passing ones that are mostly INT8."""
     counted = Counter(map(outcome, rows.values()))
     others = "".join(f", {count} {kind}" for kind, count in counted.most_common() if kind != PASSES)
     mostly = sum(outcome(row) == PASSES and int8_share(row) >= _INT8_SHARE for row in rows.values())
@@ -322,7 +322,7 @@ def _counts(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the Markdown page."""
+    """Return the table of all networks as a Markdown page; `rows` maps each network's name to its row."""
     lines = [
         "# Networks",
         "",
@@ -361,14 +361,14 @@ def document(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _read(out: Path, force: bool) -> dict[str, Any]:
-    """Return the rows that this command wrote before; empty if there is no file, or one to be replaced.
+    """Return the results of earlier calls by network, from the JSON next to `out`; empty if there are none.
 
     Raises:
-        UsageError: Another file is in the way.
+        UsageError: A file exists that this version of the command did not write.
     """
     path = out.with_suffix(".json")
     if path == out:
-        msg = f"--out {out}: must name the Markdown file; the JSON is written next to it; use another extension"
+        msg = f"--out {out}: is the name of the JSON file; name the Markdown file next to it, such as FILE.md"
         raise UsageError(msg)
     if not path.exists() and (force or not out.exists()):
         return {}

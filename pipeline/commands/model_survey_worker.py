@@ -55,15 +55,15 @@ _NO_ENGINE: dict[str, Any] = {"status": "not run: not asked for", "coverage": No
 
 
 def measure(name: str, images: Images, engines: bool = False) -> dict[str, Any]:
-    """Run a network through all stages.
+    """Quantize a network, train it for one step, export and verify it, and return what was measured.
 
     Args:
         name: Name as in `model.name` of a recipe.
         images: Images that the network runs on.
-        engines: Build the engine too.
+        engines: Whether to build the TensorRT engine too.
 
     Returns:
-        The network's row, a JSON object that `crqat.pipeline.commands.model_survey` shows.
+        What was measured, as a JSON object that `crqat.pipeline.commands.model_survey` shows as a table row.
 
     Raises:
         UsageError: The network cannot be built, mapped or exported; the message names the part and the reason.
@@ -107,7 +107,7 @@ def measure(name: str, images: Images, engines: bool = False) -> dict[str, Any]:
 
 
 class _Clock:
-    """Measures the seconds of each part."""
+    """Stopwatch: each call with a name stores the seconds since the previous call under that name."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -188,7 +188,7 @@ def _engine(file: QDQModel, amounts: dict[str, int]) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure one network and write its row; return 0 even if the network is refused, which is a valid row."""
+    """Measure one network and write the result as JSON; return 0 even if the network is refused: that is a result."""
     parser = argparse.ArgumentParser(prog="python -m crqat.pipeline.commands.model_survey_worker")
     parser.add_argument("name")
     parser.add_argument("--report", type=Path, required=True)

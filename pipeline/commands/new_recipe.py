@@ -36,15 +36,15 @@ _OPTIONS = {
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for.
+    """Options of one call of `crqat init`.
 
     Attributes:
         path: File of the recipe to write.
-        images: Folder that a source of the recipe reads, or a folder of class folders.
+        images: Folder of images, in a layout that a `data.source` reads, or with one folder for each class.
         model: Network as in `model.name` of a recipe, or the bare name of a torchvision or timm network.
         weights: Checkpoint; None uses weights that torchvision or timm publish, or trains the network.
         weights_key: Key as in `model.weights_key` of a recipe.
-        preprocessing: Given keys of `mean`, `std`, `size` and `crop` in a recipe's `data` section.
+        preprocessing: Given values of `mean`, `std`, `size` and `crop`, by their key in a recipe's `data` section.
         every: Whether to write every key, not only the needed ones.
     """
 
@@ -59,7 +59,7 @@ class Request:
 
 @dataclass
 class Summary:
-    """What was found and written.
+    """Result of one call of `crqat init`: what was found in the images and tried on the network.
 
     Attributes:
         recipe: File of the written recipe.
@@ -70,7 +70,7 @@ class Summary:
         crop: Side of the square that the network gets, in pixels.
         float_top1: Share of the tried test images that the network classifies correctly; None without weights.
         tried_images: Number of test images that the network was tried on.
-        warnings: Probable mistakes.
+        warnings: One sentence for each probable mistake in the given options.
     """
 
     recipe: str
@@ -217,7 +217,7 @@ class _Fit:
         self._pixels: Tensor | None = None
 
     def _sides(self) -> tuple[int, int]:
-        """Return size and crop, and add them to the section unless they are its defaults."""
+        """Return the `data` keys size and crop, in pixels, and add them to the recipe unless they are the defaults."""
         data, shorter = self._data, {min(sides) for sides in self._folder.sides}
         size, crop = data.get("size"), data.get("crop")
         if size is None and crop is None:
@@ -228,12 +228,12 @@ class _Fit:
             return self._published() if self._weights == "pretrained" else (FOLDER_SIZE, FOLDER_CROP)
         data["size"], data["crop"] = size, crop
         if crop > size:
-            msg = f"--crop: {crop} is larger than --size {size}, the shorter side it is cut from"
+            msg = f"--crop: {crop} is larger than --size {size}, the shorter side before cropping; make --size larger"
             raise UsageError(msg)
         return size, crop
 
     def _usual(self, shorter: set[int]) -> tuple[int | None, int | None, str]:
-        """Return size, crop and a comment if neither was given; None leaves them at their defaults."""
+        """Return size, crop and a comment for the recipe, if the user gave neither; None leaves a default."""
         side = self._side_of_file()
         if side is not None:
             return (side if side != FOLDER_CROP or shorter == {side} else FOLDER_SIZE), side, ""
@@ -250,14 +250,17 @@ class _Fit:
         return None, None, said
 
     def _side_of_file(self) -> int | None:
-        """Return the side of the square that an ONNX file takes; None if it takes any, or for other networks."""
+        """Return the side of the square images that an ONNX file takes; None if it takes any size, or for no file."""
         if not is_onnx_file(self._name):
             return None
         from crqat.train.models import from_onnx, onnx_file
 
         _, _, height, width = from_onnx.network(onnx_file.read(user_path(self._name, "--model"))).shape
         if None not in (height, width) and height != width:
-            msg = f"--model: {self._name} takes images of {height} x {width}, but image files are cropped to squares"
+            msg = (
+                f"--model: {self._name} takes images of {height} x {width}, but image files are cropped to squares; "
+                "write the recipe by hand, with your own function as data.source"
+            )
             raise UsageError(msg)
         return height or width
 
@@ -268,7 +271,7 @@ class _Fit:
         return (FOLDER_SIZE, FOLDER_CROP) if found is None else (found.size, found.crop)
 
     def _attempts(self) -> Iterator[tuple[int, bool]]:
-        """Return pairs of channels and whether to convert, the most likely first."""
+        """Yield pairs of the `data` keys `channels` and `convert` to try, the most likely first."""
         modes = set(self._folder.modes)
         if not modes:  # sizes and modes were not read; decoding will tell
             yield from ((3, False), (1, False), (3, True))
@@ -280,10 +283,10 @@ class _Fit:
             yield from (((1, True), (3, True)) if modes <= {"L", "1"} else ((3, True), (1, True)))
 
     def try_network(self) -> Summary:
-        """Decode some images, build the network, load its weights and run it on the images.
+        """Decode some images, build the network, load its weights, run it on the images, and return the result.
 
         Raises:
-            UsageError: The network accepts the images with no setting; the message is from the most likely one.
+            UsageError: The network accepts the images with no channels; the message is from the most likely ones.
         """
         problem: UsageError | None = None
         for channels, convert in self._attempts():
@@ -309,9 +312,7 @@ class _Fit:
         data, folder = self._data, self._folder
         for key in ("mean", "std"):
             if key in data and len(data[key]) != channels:
-                msg = (
-                    f"--{key}: has {len(data[key])} numbers, but the images have {channels} channels; give one for each"
-                )
+                msg = f"--{key}: has {len(data[key])} numbers for {channels} channels; give one number for each channel"
                 raise UsageError(msg)
         usual = imagenet(channels)
         preprocessing = Preprocessing(tuple(data.get("mean", usual[0])), tuple(data.get("std", usual[1])))
@@ -337,7 +338,7 @@ class _Fit:
         return summary
 
     def _doubts(self, summary: Summary, pixels: Tensor, top1: Callable[[Preprocessing], float]) -> list[str]:
-        """Return warnings about the accuracy on a few test images."""
+        """Return warnings if the accuracy on a few test images suggests wrong preprocessing or class order."""
         found, count = summary.float_top1 or 0.0, summary.tried_images
         if not {"mean", "std"} & self._data.keys():
             channels = summary.channels
@@ -362,7 +363,7 @@ class _Fit:
         return []
 
     def _network(self, channels: int) -> nn.Module | None:
-        """Return the network with its weights; without them for published weights, which are fetched on use."""
+        """Return the network with its weights; None for published weights, which are downloaded only on use."""
         from crqat.train.models import build as models
 
         classes = len(self._folder.classes)
@@ -380,7 +381,7 @@ class _Fit:
         return network
 
     def normalization(self) -> list[str]:
-        """Return comments on the recipe's mean and std if they were not given."""
+        """Return the comment lines that a recipe gets above `data.mean` if mean or std was not given."""
         from crqat.train.data.builtin import imagenet
 
         assert self._pixels is not None  # noqa: S101 - of `try_network`

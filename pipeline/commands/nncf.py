@@ -38,7 +38,7 @@ def take(path: Path, recipe_path: Path, config: Recipe, out: Path | None, progre
     """Check that a stock NNCF checkpoint fits a recipe, write it for `model.nncf` and print what was imported.
 
     Args:
-        path: The checkpoint; see `crqat.train.nncf.checkpoint.read`.
+        path: File of the checkpoint; `crqat.train.nncf.checkpoint.read` describes its formats.
         recipe_path: File of the recipe.
         config: The recipe.
         out: Folder to write; None writes NAME-start in the current directory.

@@ -18,18 +18,18 @@ from crqat.pipeline.report.html import NETWORKS, PERTURBATION
 def measure(
     config: recipe.Recipe, runs: Path, out: Path, progress: Progress, draws: int, images: int | None
 ) -> PerturbationPayload:
-    """Measure the run's networks under noise and write all files into `out`; the train stage must be finished.
+    """Measure accuracy and loss of a run's networks under noise, and write them as JSON into `out`.
 
     Args:
-        config: Recipe of the run.
+        config: Recipe of the run, whose train stage must be finished.
         runs: Directory of all runs.
-        out: Empty directory.
+        out: Empty directory for the JSON file.
         progress: Callback for the progress over noise levels.
-        draws: Number of draws at each noise level.
+        draws: Number of random draws of the noise at each level.
         images: Largest number of validation images; None uses all.
 
     Returns:
-        The payload of the manifest.
+        The numbers of images and draws, for the stage's manifest.
     """
     from crqat.export.analysis.perturbation import under_noise
 
@@ -41,7 +41,7 @@ def measure(
 
 
 def show(directories: Sequence[Path]) -> None:
-    """Print one table for each kind of noise, with all runs, on stdout."""
+    """Print two tables on stdout, for noise on the input and on the weights, with the runs in `directories`."""
     reports = [
         read(Perturbation, directory / PERTURBATION, "run crqat sensitivity --perturbation again with --force")
         for directory in directories

@@ -27,12 +27,12 @@ _Number = TypeVar("_Number", int, float)
 
 @dataclass(frozen=True)
 class Request:
-    """What the user asked for.
+    """Options of one call of `crqat quantize`.
 
     Attributes:
         model: Network as in `model.name` of a recipe, such as a float ONNX file, or the bare name of a torchvision or
             timm network.
-        images: Folder of class folders, or of images without classes.
+        images: Folder with one folder of images for each class, or with images alone.
         test: Folder of the same kind with the test images; None splits `images`.
         weights: Checkpoint; None uses weights that torchvision or timm publish, or those of an ONNX file.
         labels: Whether class folders are used as labels.
@@ -40,9 +40,10 @@ class Request:
             file's own number.
         bits: Bit widths of weights and activations.
         advise: Whether half of the test images select the quantization method; the other half tests the selected one.
-        max_drop: Allowed accuracy drop in percentage points; None judges nothing.
-        seed: Seed of the split.
-        preprocessing: Given keys of `mean`, `std`, `size`, `crop` and `interpolation` in a recipe's `data` section.
+        max_drop: Allowed accuracy drop in percentage points; without it (None), the results are not judged.
+        seed: Seed of the random split into calibration and test images.
+        preprocessing: Given values of `mean`, `std`, `size`, `crop` and `interpolation`, by their key in a recipe's
+            `data` section.
         out: Directory for the recipe, the list of images and the run.
     """
 
@@ -71,7 +72,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
         ToolError: A file cannot be read or written, or published weights cannot be fetched.
     """
     if request.advise and request.max_drop is None:
-        msg = "--advise: searches for the cheapest step that passes; set the allowed drop with --max-drop POINTS"
+        msg = "--advise: needs --max-drop POINTS, the accuracy drop that a step may have to pass, in percentage points"
         raise UsageError(msg)
     name = _full_name(request.model)
     imported = _imported(name)
@@ -91,9 +92,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
     calibrating, test = _split(request, found[1], None if judging is None else judging[1])
     names = found[0]
     if names is not None and request.classes not in (None, len(names)):
-        msg = (
-            f"--classes: {request.classes}, but {request.images} has {len(names)} class folders; leave one of them out"
-        )
+        msg = f"--classes: {request.classes}, but {request.images} has {len(names)} class folders; leave --classes out"
         raise UsageError(msg)
     if imported is not None:
         _check_classes(request, name, imported.classes, names)
@@ -150,7 +149,7 @@ def _weights(name: str, request: Request) -> str:
 
 
 def _imported(name: str) -> OnnxNetwork | None:
-    """Return the network of an ONNX file; None for other names."""
+    """Return the network in the ONNX file `name`; None if `name` is not an ONNX file."""
     if not is_onnx_file(name):
         return None
     from crqat.train.models import from_onnx, onnx_file
@@ -162,24 +161,34 @@ def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str,
     """Return the `data` section's keys that the input of an ONNX file requires.
 
     Raises:
-        UsageError: The file needs images that no folder has, or does not determine how they are resized.
+        UsageError: The network takes images that are not square, or of other than 1 or 3 channels; or --size or
+            --crop is missing or contradicts it.
     """
     _, channels, height, width = network.shape
     if channels not in (1, 3):
-        msg = f"MODEL: {name} takes images of {channels} channels, but image files have 1 or 3; write a recipe"
+        msg = (
+            f"MODEL: {name} takes images of {channels} channels, but image files have 1 or 3; write a recipe with your "
+            "own function as data.source"
+        )
         raise UsageError(msg)
     if None not in (height, width) and height != width:
-        msg = f"MODEL: {name} takes images of {height} x {width}, but images are cropped to squares; write a recipe"
+        msg = (
+            f"MODEL: {name} takes images of {height} x {width}, but images are cropped to squares; write a recipe with "
+            "your own function as data.source"
+        )
         raise UsageError(msg)
     data = data | ({"channels": 1} if channels == 1 else {})
     side = height or width
     if side is None:
         if data["size"] is None:
-            msg = f"--size: {name} takes images of any size; give --size, pixels of the shorter side, and --crop"
+            msg = (
+                f"--size: missing, and {name} takes images of any size; give --size (the shorter side after resizing) "
+                "and --crop, in pixels"
+            )
             raise UsageError(msg)
         return data | {"crop": data["crop"] or data["size"]}
     if data["crop"] not in (None, side):
-        msg = f"--crop: {data['crop']}, but {name} takes images of {side} x {side}; leave it out"
+        msg = f"--crop: {data['crop']}, but {name} takes images of {side} x {side}; leave --crop out"
         raise UsageError(msg)
     if data["size"] is None and side != FOLDER_CROP:
         msg = (
@@ -192,7 +201,7 @@ def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str,
 
 def _check_classes(request: Request, name: str, classes: int, names: Sequence[str] | None) -> None:
     if request.classes not in (None, classes):
-        msg = f"--classes: {request.classes}, but {name} has {classes} outputs; leave it out"
+        msg = f"--classes: {request.classes}, but {name} has {classes} outputs; leave --classes out"
         raise UsageError(msg)
     if names is not None and len(names) != classes:
         msg = (
@@ -203,7 +212,7 @@ def _check_classes(request: Request, name: str, classes: int, names: Sequence[st
 
 
 def _preprocessing(name: str, weights: str | None, request: Request) -> dict[str, Any]:
-    """Return the `data` section's preprocessing keys. Values published with the weights need not be given."""
+    """Return the preprocessing keys of the `data` section; values published with the weights are left out."""
     given = {key: value for key, value in request.preprocessing.items() if value is not None}
     if any(len(given.get(key, ())) == 1 for key in ("mean", "std")):  # a single number is for grey images
         given["channels"] = 1
@@ -222,7 +231,7 @@ def _preprocessing(name: str, weights: str | None, request: Request) -> dict[str
 
 
 def _sized(request: Request, data: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Add size and crop: of the images themselves where all share a small side, else what ImageNet's networks take."""
+    """Return `data` with size and crop: the images' shorter side if it is small and the same, else ImageNet's."""
     from crqat.pipeline.commands import folder_of_images
     from crqat.train.data.imagefolder import list_images
 
@@ -237,7 +246,7 @@ def _sized(request: Request, data: dict[str, Any], progress: Progress) -> dict[s
 
 
 def _listed(folder: Path, option: str, labels: bool) -> tuple[tuple[str, ...] | None, dict[str, int]]:
-    """Return the class names (None without labels), and each image's path, in order, with its class (0 without)."""
+    """Return the class names (None without labels), and a map of image paths to class indices (0 without labels)."""
     from crqat.train.data.imagefolder import list_images
 
     folder = user_path(str(folder), option)
@@ -258,7 +267,7 @@ def _listed(folder: Path, option: str, labels: bool) -> tuple[tuple[str, ...] | 
 def _split(
     request: Request, images: dict[str, int], judging: dict[str, int] | None
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Split the images into calibration and test images, drawn by the seed; no image is in both."""
+    """Return the calibration and the test images, a random split by the request's seed; no image is in both."""
     import torch
 
     if len(images) < _FEWEST:
@@ -275,7 +284,7 @@ def _split(
 
 
 def _halves(request: Request, images: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """Split the test images into one half that selects and one that tests the selection, drawn by the seed."""
+    """Split the test images at random: one half selects the quantization method, the other tests the selected one."""
     import torch
 
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(request.seed + 1)).tolist()
@@ -301,7 +310,7 @@ def _answers(
     test: dict[str, int],
     progress: Progress,
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the same images with the float network's predictions as their classes."""
+    """Return both maps of images to classes with the float network's predictions as the classes."""
     from crqat.pipeline.recipe import recipe as recipes
     from crqat.train.data import sources
     from crqat.train.models import build as models
@@ -352,7 +361,7 @@ def _write(
 
 
 def numbers(given: str, option: str, kind: Callable[[str], _Number]) -> list[_Number]:
-    """Parse numbers separated by commas.
+    """Return the numbers in a text that separates them by commas, converted by `kind`.
 
     Raises:
         UsageError: The text is not a list of numbers; the message names the option.

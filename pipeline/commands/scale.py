@@ -25,7 +25,7 @@ _BUSY = 0.5
 def scale(
     config: recipe.Recipe, processes: Sequence[int], bandwidth: float | None, latency: float | None, out: Path
 ) -> None:
-    """Measure, write the JSON and show the table.
+    """Measure a recipe's training step, predict it for more processes, write the result as JSON, and print it.
 
     Args:
         config: The recipe.
@@ -58,7 +58,7 @@ def _link(bandwidth: float | None, latency: float | None) -> Link | None:
     if bandwidth is None and latency is None:
         return None
     if bandwidth is None or latency is None:
-        msg = "--bandwidth and --latency describe one link between machines; give both"
+        msg = "--bandwidth and --latency: only one is given; give both, or neither for a single machine"
         raise UsageError(msg)
     if not (math.isfinite(bandwidth) and math.isfinite(latency) and bandwidth > 0 and latency >= 0):
         msg = f"--bandwidth {bandwidth:g} --latency {latency:g}: needs bytes per second above 0, and seconds from 0"
@@ -67,7 +67,7 @@ def _link(bandwidth: float | None, latency: float | None) -> Link | None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the table, the formula with its constants, and the check on stdout."""
+    """Print the predictions, the formula with its constants, and a measured step beside its prediction on stdout."""
     constants, check = result["constants"], result["check"]
     title = (
         f"{result['run']}: predicted from constants measured on this machine; {constants['batch']} images a step "
@@ -107,7 +107,7 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 def formula(constants: dict[str, Any]) -> list[str]:
-    """Return the formula of `train.scaling.model` with its constants, each with its quartiles over the rounds."""
+    """Return lines that show the formula of a step's time, with each constant and its quartiles over the rounds."""
     local = f"ceil({constants['batch']} / P)"
     step, image, rate = (_number(constants[name]) for name in ("step_seconds", "image_seconds", "data_rate"))
     lines = [

@@ -1,4 +1,4 @@
-"""Compares latency with earlier results of the same device in the same state, and with nothing else."""
+"""The gate rule `latency_regression`: compares latency with earlier results of the same device and settings."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ RULE = "latency_regression"
 
 
 def key(results: Results, model: ModelResult) -> dict[str, str | int | None]:
-    """Return what two latencies of a file must have in common to be comparable, by name; None if not recorded."""
+    """Return by name the settings that must be equal for two latencies to be comparable; None if not recorded."""
     device, config, board = results.device, results.config, results.device.jetson
     return {
         "run": results.run,
@@ -30,7 +30,7 @@ def judge(results: Results, baseline: Results | None, allowed: float) -> list[Ve
     Args:
         results: Results to judge.
         baseline: Earlier results; None if the gate was given none.
-        allowed: Limit `max_latency_regression`.
+        allowed: Largest allowed latency divided by the baseline's (the limit `max_latency_regression`).
     """
     return [
         _judge(file, results, model, baseline, allowed)
@@ -64,7 +64,7 @@ def _judge(file: str, results: Results, model: ModelResult, baseline: Results | 
 
 
 def _other_key(here: dict[str, str | int | None], there: dict[str, str | int | None]) -> str | None:
-    """Return why a file cannot be compared with the baseline; None if it can."""
+    """Return why latencies with the settings `here` and `there` cannot be compared; None if they can."""
     for name, value in here.items():
         if there[name] != value:
             return f"not run: the baseline has another {name} ({_text(there[name])}, here {_text(value)})"

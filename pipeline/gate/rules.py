@@ -61,7 +61,7 @@ class KnownAccuracy:
 
     Attributes:
         share: Share of the test images classified correctly.
-        source: Source of the figure.
+        source: Who publishes `share`, in words.
         points: Tolerance below `share`, in percentage points.
     """
 
@@ -116,7 +116,7 @@ def judge(results: Results, config: GateConfig, known: KnownAccuracy | None = No
 
 
 def on_images(name: str, accuracy: Accuracy, versus: VersusFloat, config: GateConfig) -> list[Verdict]:
-    """Apply the rules on images alone, for a network that has no file yet.
+    """Apply the rules that need only predictions on images, for a network that is not exported yet.
 
     Args:
         name: Name of the network.
@@ -180,7 +180,7 @@ def _equal(rule: str, file: str, found: str, codes: int, differing: int, images:
 
 
 def _engine(file: str, engine: EngineSummary, in_float: float, config: GateConfig) -> list[Verdict]:
-    """Judge a TensorRT engine: whether it was built as the file says, and the layers of its plan.
+    """Judge a TensorRT engine: whether it was built without errors, and which precision its layers have.
 
     INT8 is expected of all layers except those in `quantization.float_layers`; `in_float` is their share of the MACs.
 
@@ -294,7 +294,7 @@ def _with_images(verdict: Verdict) -> Verdict:
 
 
 def _limits(file: str, accuracy: Accuracy, versus: VersusFloat, config: GateConfig) -> list[Verdict]:
-    """Apply the rules on the test images."""
+    """Apply the rules on accuracy and agreement that have a limit."""
     from crqat.runtime_eval.measure.accuracy import images_for_difference, images_for_share
 
     n = accuracy.n
@@ -350,7 +350,7 @@ def _size(file: str, ratio: float, allowed: float) -> Verdict:
 def at_most(
     what: tuple[str, str, int, str], measured: float, interval: Sequence[float], allowed: float, unit: str
 ) -> Verdict:
-    """Return the verdict on an upper limit; `what` is the rule, the file, n and what n counts."""
+    """Return the verdict on an upper limit of a measured value; `what` is (rule, file, n, what n counts)."""
     rule, file, n, counted = what
     low, high = interval
     status: Status = "pass" if high <= allowed else "fail" if low > allowed else "inconclusive"

@@ -110,7 +110,7 @@ def _of_class(cls: type[Any], prefix: str) -> Iterator[Key]:
 
 
 def _section(hint: Any) -> type[Any] | None:
-    """Return the dataclass that a type is, or may be instead of null."""
+    """Return the dataclass of a section's type, which may also allow null; None for other types."""
     if typing.get_origin(hint) in (Annotated, Union, types.UnionType):
         return next((kind for one in typing.get_args(hint) if (kind := _section(one)) is not None), None)
     return hint if isinstance(hint, type) and hint not in _WORDS and is_dataclass(hint) else None
@@ -121,7 +121,7 @@ def _required(item: Field[Any]) -> bool:
 
 
 def _value(item: Field[Any]) -> Any:
-    """Return the default as JSON; None for a section, whose keys have their own defaults."""
+    """Return a field's default as JSON; None for a section, whose keys have their own defaults."""
     if item.default is not MISSING:
         return json.loads(json.dumps(item.default))
     if item.default_factory is MISSING:

@@ -63,8 +63,8 @@ class Recipe:
 
     Attributes:
         name: Name of the run's directory: letters, digits, "_", "-" and "."; not starting with a dot.
-        data: The images.
-        model: The float network.
+        data: Source and augmentation of the images.
+        model: Architecture and weights of the float network.
         seed: Seed of all random numbers.
         targets: The runtimes that the network must run on.
         device: Device of the training; "auto" uses CUDA if available.
@@ -72,11 +72,11 @@ class Recipe:
         tracker: "tensorboard" writes epochs and final results into runs/NAME/tensorboard; null writes none.
         float_training: The `float` section: how the float network is trained if `model.weights` names no weights.
         quantization: Bit widths and quantization methods.
-        qat: Quantization-aware training.
-        consistency: Consistency loss.
+        qat: How the quantized network is trained (quantization-aware training).
+        consistency: Loss that keeps the predictions of the trained network close to those of a teacher.
         ptq: Post-training methods that run after calibration, before any training.
-        export: Files to write.
-        benchmark: How the files are measured.
+        export: Which network is exported, and into which files.
+        benchmark: How the exported files are measured.
         gate: Limits that the results must meet.
     """
 
@@ -105,7 +105,7 @@ def top_level_keys() -> list[str]:
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read and check a recipe.
+    """Return the recipe in a YAML file, after checking it.
 
     Args:
         path: The YAML file.
@@ -187,7 +187,7 @@ def _near(word: str, valid: Sequence[str]) -> list[str]:
 
 
 def _contradiction(recipe: Recipe) -> str | None:
-    """Return a problem that only several keys together show; None if there is none."""
+    """Return what is wrong with keys that are each valid but do not fit together; None if nothing is."""
     allowed = all(letter.isascii() and (letter.isalnum() or letter in "_.-") for letter in recipe.name)
     if not allowed or not recipe.name or recipe.name.startswith(".") or len(recipe.name) > 100:
         return (
@@ -333,7 +333,7 @@ def train_config(recipe: Recipe) -> TrainConfig:
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    """Return a recipe as JSON, complete with its defaults, in the keys of the YAML file."""
+    """Return all values of a recipe, defaults included, as JSON values under the keys of the YAML file."""
     values = asdict(recipe)
     values["float"] = values.pop("float_training")
     if _trained(recipe) is None:
@@ -343,7 +343,7 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def completed(key: str, recorded: Any) -> Any:
-    """Fill up a part of a recipe from a version with fewer keys (or without this part) with the defaults."""
+    """Return the part `key` of a recipe from a manifest, with defaults for what older versions did not record."""
     kind = SECTIONS.get(key)
     if recorded is None and key in {item.name for item in fields(Recipe) if item.default_factory is not MISSING}:
         recorded = {}

@@ -20,11 +20,12 @@ def _scalar(value: Any) -> str:
 
 
 def needed(values: Mapping[str, Any], comments: Mapping[str, Sequence[str]]) -> str:
-    """Return the text of a recipe with these keys alone.
+    """Return the text of a recipe that contains only the keys in `values`.
 
     Args:
         values: Values of the recipe: "name", and sections by name.
-        comments: Comment lines by key, such as "data.mean", which may be absent from `values`; those of "" come first.
+        comments: Comment lines of each key, such as "data.mean"; the key may be absent from `values`. The lines of ""
+            come first in the text.
     """
     lines = [f"# {line}" for line in comments[""]] + ["", f"name: {_scalar(values['name'])}"]
     for section in ("data", "model", "float", "qat"):
@@ -41,7 +42,7 @@ def needed(values: Mapping[str, Any], comments: Mapping[str, Sequence[str]]) -> 
 
 
 def filled(values: Mapping[str, Any], comments: Mapping[str, Sequence[str]]) -> str:
-    """Return the commented recipe of all keys with these values; see `needed`."""
+    """Return the text of a recipe with every key and its explanation; for the arguments, see `needed`."""
     values = {**values, "float": values.get("float", {"epochs": 0})}
     values["data"] = {**_DEFAULTS, **values["data"]}
     lines, section = [f"# {line}" for line in comments[""]], ""

@@ -19,7 +19,7 @@ _PLAIN = {f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader without features that a recipe does not need: aliases can blow up, dates and merge keys surprise."""
+    """SafeLoader without aliases (they can expand without limit), dates, merge keys and duplicate keys."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -63,7 +63,7 @@ _Loader.add_constructor("tag:yaml.org,2002:float", _Loader.construct_number)
 
 
 def read_yaml(path: Path) -> Any:
-    """Return the value of a YAML file.
+    """Return the content of a YAML file as dictionaries, lists, texts, numbers, booleans and None.
 
     Raises:
         UsageError: The file cannot be read, is too large, or is not plain YAML.
@@ -87,7 +87,7 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Return the value of a YAML text.
+    """Return the content of a YAML text; see `read_yaml`.
 
     Raises:
         UsageError: The text is not plain YAML; the message starts with `where` and the line.

@@ -1,4 +1,4 @@
-"""Test images that only one of the float and the INT8 file classifies correctly, and the change of each class."""
+"""Finds test images that only the float or only the INT8 file classifies correctly, and counts them by class."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _Int = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Picture:
-    """A test image that one of the two files classifies wrongly.
+    """A test image that either only the float file or only the INT8 file classifies correctly.
 
     Attributes:
         number: Index of the image in the test images.
@@ -68,15 +68,15 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Difference:
-    """Comparison of a file with the float file, image by image.
+    """Comparison of a file's predictions with the float file's, image by image.
 
     Attributes:
         file: Name of the file.
-        lost: First images that only the float file classifies correctly.
+        lost: The first twelve images that only the float file classifies correctly.
         lost_count: Number of all images that only the float file classifies correctly.
-        won: First images that only this file classifies correctly.
+        won: The first twelve images that only this file classifies correctly.
         won_count: Number of all images that only this file classifies correctly.
-        classes: All classes that have images, those that lose most first.
+        classes: All classes that have images, those whose accuracy drops most first.
     """
 
     file: str
@@ -88,7 +88,7 @@ class Difference:
 
     @property
     def changed(self) -> list[ClassRow]:
-        """Return the classes that changed most: first those that lose, then those that gain."""
+        """Return the classes whose accuracy changed most: first those that lost, then those that gained."""
         lose = [row for row in self.classes if row.change < 0][:_CLASSES]
         gain = [row for row in self.classes if row.change > 0][-_CLASSES:]
         return [*lose, *gain]
@@ -99,7 +99,7 @@ def differences(export_dir: Path, export: ExportPayload, results: Results) -> li
 
     Args:
         export_dir: Directory of the export, with the test images and their labels.
-        export: Payload of the export.
+        export: Summary of the export, from its manifest.
         results: Results of the benchmark on this export.
     """
     reference = next((m.classes() for m in results.models.values() if m.target == "float"), None)
@@ -142,7 +142,7 @@ def _difference(
 
 
 def _png(image: npt.NDArray[np.uint8]) -> str:
-    """Return a PNG of a uint8 [C, H, W] image with one or three channels; of other images, of the first channel."""
+    """Return a uint8 [C, H, W] image as a PNG data URL; unless it has three channels, only the first is shown."""
     from PIL import Image
 
     array = np.ascontiguousarray(image)

@@ -59,7 +59,7 @@ def render(
         perturbation: Accuracy of the run's networks under noise, if it was measured.
 
     Raises:
-        UsageError: The run's files do not hold what the page shows.
+        UsageError: A file of the run is missing or damaged.
     """
     manifest = read_manifest(run / "export")
     train = payload_of(TrainingPayload, run / "train", read_manifest(run / "train"))
@@ -126,7 +126,7 @@ def _kib(size: int | None) -> str:
 
 @dataclass(frozen=True)
 class _Edge:
-    """A quantized edge: its signal-to-noise ratio in dB, and each target's claim."""
+    """A quantized edge: its signal-to-noise ratio in dB, and by target whether the file holds its Grid exactly."""
 
     edge: str
     noise: float | None
@@ -144,7 +144,7 @@ def _edges(export: ExportPayload) -> list[_Edge]:
 
 
 def _float_reasons(export: ExportPayload) -> dict[str, str]:
-    """Return why layers with quantizers stay float in a file: a list of sentences by layer."""
+    """Return by layer why a file computes the layer in float although it has quantizers."""
     reasons: dict[str, list[str]] = {}
     for model in export.models:
         for node in model.fusion.in_float if model.fusion is not None else ():
@@ -153,7 +153,7 @@ def _float_reasons(export: ExportPayload) -> dict[str, str]:
 
 
 def _class_chart(difference: Difference) -> str:
-    """Draw the accuracy of both files for the classes that changed most."""
+    """Draw the float and the quantized file's accuracy of the classes that changed most, as SVG."""
     rows = difference.changed
     if not rows:
         return ""
@@ -207,7 +207,7 @@ def _tradeoff(results: Results) -> str:
 
 
 def _shortened(name: str) -> str:
-    """Return a name that leaves room for the chart."""
+    """Return a class name, cut to a length that leaves room for the chart."""
     return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 

@@ -44,7 +44,7 @@ _VERDICTS = {0: "PASS", 1: "FAIL", 3: "NOT JUDGED: a rule could not be checked",
 
 
 def show(results: Results, directory: Path) -> None:
-    """Print the table of a benchmark, then what was not run, then the paths of the files."""
+    """Print a benchmark's results as a table, then what is missing or unreliable, then the files in `directory`."""
     rows = [_row(file, model) for file, model in results.models.items()]
     console.show_table(console.printable(_title(results)), _COLUMNS, rows)
     for line in _lines(results.models):
@@ -54,7 +54,7 @@ def show(results: Results, directory: Path) -> None:
 
 
 def as_text(results: Results) -> str:
-    """Return the same table and lines as plain text, for `print` and notebooks."""
+    """Return a benchmark's results as plain text, for `print` and notebooks: the table and lines of `show`."""
     rows = [_COLUMNS, *(_row(file, model) for file, model in results.models.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -106,7 +106,7 @@ def _with_interval(value: float | None, interval: tuple[float, float] | None, di
 
 
 def _lines(models: Mapping[str, ModelResult]) -> Iterable[str]:
-    """Yield a line for every missing number, and for every number that is not reliable."""
+    """Yield a line for each missing or unreliable number of a file, and for what the table has no column for."""
     for file, model in models.items():
         if model.status != MEASURED:
             yield f"{file}: {model.status}"
@@ -153,7 +153,7 @@ def compare(several: Sequence[tuple[Path, Results]]) -> None:
 
 
 def side_by_side(several: Sequence[Results]) -> list[list[str]]:
-    """Return rows with the columns COMPARED, for each file on each device."""
+    """Return one table row for each file on each device, with the columns `COMPARED`."""
     files = dict.fromkeys(file for results in several for file in results.models)
     return [_compared(file, results) for file in files for results in several if file in results.models]
 
@@ -164,7 +164,7 @@ def _device(results: Results) -> str:
 
 
 def _compared(file: str, results: Results) -> list[str]:
-    """Return a file's row on one device."""
+    """Return the table row of a file on one device, with the columns `COMPARED`."""
     from crqat.pipeline.gate.latency_regression import key
 
     model = results.models[file]

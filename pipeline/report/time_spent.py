@@ -1,4 +1,4 @@
-"""Where ONNX Runtime spends its time in the float and the INT8 file, and what limits the speed of INT8."""
+"""Shows where ONNX Runtime spends its time in the float and the INT8 file, and what limits the INT8 file."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ _HARDLY, _CALLS, _FEW_PRODUCTS = 0.8, 3.0, 32
 
 @dataclass(frozen=True)
 class LayerTime:
-    """Time of one layer in both files.
+    """Time of one layer in the float file and in the INT8 file.
 
     Attributes:
         layer: Name of the layer.
         float_microseconds: Time in the float file, in microseconds.
         microseconds: Time in the INT8 file, in microseconds.
-        limit: What prevents a speed-up; "" if the layer is faster.
+        limit: Why the layer is hardly faster in INT8, in words; "" if it is faster.
     """
 
     layer: str
@@ -52,12 +52,12 @@ class LayerTime:
 
 @dataclass(frozen=True)
 class OperationTime:
-    """All nodes of one operation.
+    """Time of all nodes of one operation in a file.
 
     Attributes:
-        operation: ONNX Runtime's name of it.
-        nodes: Number of nodes.
-        microseconds: Their time.
+        operation: ONNX Runtime's name of the operation.
+        nodes: Number of nodes of the operation.
+        microseconds: Time of all these nodes, in microseconds.
     """
 
     operation: str
@@ -75,7 +75,7 @@ class TimeSpent:
         kinds: For each kind of operation, microseconds and number of nodes in the float file and in this file.
         others: Operations of this file other than layers, those with the longest time first.
         layers: Layers that both files have, those with the longest time first.
-        unmatched: Number of layers that are not in both files under one name.
+        unmatched: Number of layers that could not be found by name in both files.
     """
 
     file: str
@@ -93,7 +93,7 @@ class TimeSpent:
 
     @property
     def limited(self) -> list[LayerTime]:
-        """Return the layers that are hardly faster than in float."""
+        """The layers that are hardly faster in the INT8 file than in the float file."""
         return [row for row in self.layers if row.limit]
 
 
@@ -102,7 +102,7 @@ def time_spent(export_dir: Path, export: ExportPayload, results: Results) -> lis
 
     Args:
         export_dir: Directory of the export, with the files.
-        export: Payload of the export.
+        export: Summary of the export, from its manifest.
         results: Results of the benchmark on this export.
     """
     name, reference = next(((file, m) for file, m in results.models.items() if m.target == "float"), ("", None))
@@ -125,7 +125,7 @@ def time_spent(export_dir: Path, export: ExportPayload, results: Results) -> lis
 
 
 def _layers_behind(model: onnx.ModelProto) -> dict[str, str]:
-    """Map nodes and results to their layer, through BN and activations; a fused node is named by its last result."""
+    """Map names of nodes and their outputs to the layer they belong to: it may end in a BN or an activation."""
     producers = {output: node for node in model.graph.node for output in node.output}
     found = {}
     for node in model.graph.node:

@@ -31,9 +31,9 @@ def benchmark_on(
         board: Board to measure on.
         config: The recipe.
         runs: The directory of all runs.
-        force: Measure again, whatever exists on this machine or on the board.
+        force: Whether to measure again even if this machine or the board has valid results.
         progress: Callback for the progress that the board reports.
-        clean: Remove the board's job directory after the results arrived.
+        clean: Whether to remove the copied files from the board after the results arrived.
     """
     from crqat.runtime_eval.board import bundle as bundles
     from crqat.runtime_eval.board import ssh
@@ -70,7 +70,7 @@ def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
     stage = f"benchmark@{re.sub(r'[^A-Za-z0-9_.-]', '_', file.stem)}"
     if results.parent != staleness.parent_hash(stage, config, runs):
         export = runs / config.name / "export"
-        msg = f"{file}: parent: measured on another export than {export}; make the bundle again and measure it"
+        msg = f"{file}: parent: the results are of another export than {export}; make the bundle again and measure it"
         raise UsageError(msg)
     asked, measured = json.loads(json.dumps(asdict(config.benchmark))), asdict(results.config)
     different = [key for key in asked if measured[key] != asked[key]]
@@ -91,7 +91,7 @@ def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
 
 
 def stage_of(board: Board | None) -> str:
-    """Return the name of the benchmark stage for a board, or for this machine."""
+    """Return the name of the benchmark stage: "benchmark@NAME" for a board, "benchmark" for this machine (None)."""
     return "benchmark" if board is None else f"benchmark@{board.name}"
 
 

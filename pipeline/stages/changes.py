@@ -12,7 +12,7 @@ VERSION, FILE, DATA = "version ", "file ", "data "
 
 
 def of_inputs(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Describe each difference between the inputs of a stage then and now in a few words."""
+    """Return a few words for each difference between the inputs of a stage when it was made and `now`."""
     changes = []
     for name in sorted(before | now, key=lambda name: (not name.startswith(VERSION), name)):
         old, new = before.get(name), now.get(name)
@@ -35,7 +35,7 @@ def of_inputs(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 def of_recipe(name: str, old: Any, new: Any) -> list[str]:
-    """Return the changes of a recipe's values below one key."""
+    """Return a few words for each difference between two values of a recipe's key `name`, which may be sections."""
     if isinstance(old, dict) and isinstance(new, dict):
         return [text for key in new for text in of_recipe(f"{name}.{key}", old.get(key), new[key])]
     return [] if old == new else [f"{name} {_shown(old)} -> {_shown(new)}"]

@@ -26,24 +26,24 @@ _CHUNK = 256
 
 @dataclass(frozen=True)
 class DiskState:
-    """Relative path, size in bytes and SHA-256 of every file of a folder, or of one file."""
+    """Contents of a folder, or of one file: maps each relative path to size in bytes and SHA-256."""
 
     files: dict[str, tuple[int, str]]
 
     def __str__(self) -> str:
-        """Return number of files, bytes and a hash over names, sizes and contents, but not times."""
+        """Return the number of files, their size, and one hash over all names, sizes and contents, as text."""
         if not self.files:
             return ABSENT
         size = sum(length for length, _ in self.files.values())
         return f"{len(self.files)} files, {size} bytes, {run_directory.hash_json(self.files)}"
 
     def holds(self, other: DiskState) -> bool:
-        """Return whether all files of another state are in this one, unchanged."""
+        """Return whether this state has all files of `other`, unchanged."""
         return other.files.items() <= self.files.items()
 
 
 def disk_state(root: Path, runs: Path, progress: Progress = quiet) -> DiskState:
-    """Return the state of a folder or file; empty if it does not exist.
+    """Return size and hash of every file in a folder, or of one file; empty if it does not exist.
 
     Hidden files, `__pycache__` and the runs themselves are left out; linked folders are followed. File hashes are
     stored in the runs' directory by path, size and times, so that an unchanged folder is not read twice.
@@ -115,5 +115,5 @@ def _digest(path: Path) -> str:
     try:
         return run_directory.sha256_file(path)
     except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}; a stage depends on all files of its data"
+        msg = f"{path}: cannot be read: {error.strerror}; make it readable, or remove it from the data folder"
         raise ToolError(msg) from error

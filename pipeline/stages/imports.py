@@ -20,7 +20,7 @@ class Imports:
     """Imports of a module and of all the user's own modules that it imports, directly or indirectly.
 
     Attributes:
-        files: Module names, each with its file.
+        files: Maps the name of each of these modules to its file.
         packages: Top-level names of all other imports, except the standard library.
     """
 
@@ -29,7 +29,7 @@ class Imports:
 
 
 def imports_of(module: str) -> Imports:
-    """Read a module and follow its imports through the user's own files."""
+    """Return what a module imports, directly or through other files of the user."""
     files: dict[str, Path] = {}
     packages: set[str] = set()
     pending = [module]
@@ -51,7 +51,7 @@ def imports_of(module: str) -> Imports:
 
 
 def versions(packages: frozenset[str]) -> dict[str, str]:
-    """Return the versions of the installed distributions that top-level names belong to."""
+    """Return the version of each installed distribution that provides one of the packages (import names)."""
     distributions = metadata.packages_distributions() if packages else {}
     names = {name for package in packages for name in distributions.get(package, ())}
     return {name: metadata.version(name) for name in sorted(names)}
@@ -70,7 +70,7 @@ def module_file(module: str) -> Path | None:
 
 
 def _is_own(path: Path) -> bool:
-    """Return whether a file is the user's: Python source not of Python, of an installed package or of crqat."""
+    """Return whether a file is the user's own Python source, not that of Python, a package or crqat."""
     foreign = [Path(sysconfig.get_path(key)) for key in ("stdlib", "platstdlib", "purelib", "platlib")]
     inside = any(path.resolve().is_relative_to(folder.resolve()) for folder in foreign)
     installed = inside or bool(set(path.parts) & set(_INSTALLED))
@@ -78,7 +78,7 @@ def _is_own(path: Path) -> bool:
 
 
 def _imported(module: str, path: Path) -> Iterator[str]:
-    """Yield the names of the modules that a file may import anywhere in it."""
+    """Yield the names of all modules that a source file imports, also inside functions."""
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError, RecursionError):

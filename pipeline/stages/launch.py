@@ -66,7 +66,7 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
 
     Raises:
         ToolError: A process died, and no restart is left.
-        Interrupted: A signal arrived that no process answered in time.
+        Interrupted: A signal stopped the training before a process could save its state.
     """
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -115,10 +115,10 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
 
 
 def exit_codes(failures: Sequence[Any]) -> list[int]:
-    """Return the exit codes in torch's `ProcessFailure`s, without processes that torch itself stopped.
+    """Return the exit codes in torch's `ProcessFailure`s, without those of processes that torch itself stopped.
 
-    torch sends those SIGTERM, which a process that is still starting does not answer, and SIGKILL 30 s later, which
-    also hits one that waits for a device. The first process that ended has reported the reason.
+    When one process fails, torch sends the others SIGTERM, and SIGKILL 30 s later if they are still starting or wait
+    for a device. Their exit codes say nothing about the cause, which the first process that ended has reported.
     """
     first = min(failure.timestamp for failure in failures)
     killed = [f.exitcode == -signal.SIGKILL and f.timestamp - first >= _UNANSWERED for f in failures]
@@ -134,10 +134,10 @@ def several() -> bool:
 def train(
     config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_every: float, unchecked: bool = False
 ) -> TrainingPayload | None:
-    """Run one of several processes of a training; return the manifest's payload on rank 0, None on the others.
+    """Run one of several processes of a training; return the training's results on rank 0, None on other ranks.
 
-    Rank 0 runs the stage as a single process does, and decides whether there is something to train. The others train
-    with it and write nothing.
+    Rank 0 runs the stage as a single process does, and decides whether there is something to train. The other ranks
+    train with it and write nothing.
     """
     from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 

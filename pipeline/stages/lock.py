@@ -1,4 +1,4 @@
-"""Locks a run's directory, so that only one process at a time writes to it; another process learns which one."""
+"""Locks a run's directory, so that only one process at a time writes to it; errors name the holder of the lock."""
 
 from __future__ import annotations
 

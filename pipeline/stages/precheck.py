@@ -59,10 +59,10 @@ def before_training(config: Recipe, progress: Progress, start: trainer.Start) ->
 
 
 def check_recipe(config: Recipe, progress: Progress) -> list[str]:
-    """Read a recipe's data, build its network and check both through all stages.
+    """Build a recipe's untrained network and run it on two of the recipe's images, from training to verified files.
 
     Returns:
-        The findings, as lines.
+        One line of text for each finding, such as the number of quantizers and whether the codes are equal.
 
     Raises:
         UsageError: A problem that would stop the run; nothing was trained.
@@ -76,7 +76,7 @@ def check_recipe(config: Recipe, progress: Progress) -> list[str]:
 def check_start(
     config: Recipe, start: trainer.Start, progress: Progress, stages: tuple[str, ...] = _STAGES
 ) -> list[str]:
-    """Run a copy of the network that a training starts from through some stages; see `check_recipe`."""
+    """Run a copy of the network that a training starts from through `stages`; return one line for each finding."""
     began = time.monotonic()
     with _untouched():
         found = _Check(config, start, progress, len(stages)).run(stages)
@@ -97,7 +97,7 @@ def _untouched() -> Iterator[None]:
 
 
 class _Check:
-    """State of one check: data that its stages pass on, and the current stage."""
+    """One check of a recipe: a few images with labels, and the progress over its stages."""
 
     def __init__(self, config: Recipe, start: trainer.Start, progress: Progress, total: int) -> None:
         self.config, self.training, self.start = config, train_config(config), start
@@ -180,15 +180,15 @@ class _Check:
 
 
 def layout(network: nn.Module, images: Tensor, training: TrainConfig) -> QuantizedModel:
-    """Insert quantizers into a copy; see `crqat.train.quantized_model.quantize_model`."""
+    """Return a copy of a network with quantizers; see `crqat.train.quantized_model.quantize_model`."""
     return quantize_model(network, images, training.quantization, training.targets)
 
 
 def calibrate_on_few(model: QuantizedModel, images: Tensor, training: TrainConfig) -> None:
-    """Start the ranges from a few images, and run the quantized network on them.
+    """Initialize the quantizers' ranges from a few images, and check the quantized network's outputs on them.
 
     Raises:
-        UsageError: The network returns values that are not finite.
+        UsageError: A quantized tensor or a logit is not finite.
     """
     model.calibrate([images], training.quantization.calibration)
     broken: list[str] = []
@@ -217,7 +217,10 @@ def calibrate_on_few(model: QuantizedModel, images: Tensor, training: TrainConfi
 def export(
     model: QuantizedModel, images: Tensor, training: TrainConfig, config: ExportConfig
 ) -> tuple[Quantized, dict[str, QDQModel]]:
-    """Make all files in memory, as the `export` stage does: each target's, and the float files, which must load.
+    """Make every target's ONNX file in memory, as the `export` stage does, and load the float file as a test.
+
+    Returns:
+        The quantized network as it is exported, and the file of each target by the target's name.
 
     Raises:
         UsageError: A file cannot be made; the message names the operation and the fix.
@@ -282,7 +285,7 @@ def _name(call: fx.Node) -> str:
 
 
 def _stored(call: fx.Node) -> list[fx.Node]:
-    """Return the tensors that a call reads, directly and through their quantizers."""
+    """Return the graph nodes whose tensors a call reads, directly or through a quantizer."""
     return [*call.all_input_nodes, *(s for source in call.all_input_nodes for s in source.all_input_nodes)]
 
 
@@ -300,10 +303,10 @@ def _node(nodes: Sequence[onnx.NodeProto], error: BaseException) -> onnx.NodePro
 
 
 def refuse_findings(files: Mapping[str, QDQModel], config: ExportConfig) -> None:
-    """Check the targets' rules on their files, and that the files can hold the Grids.
+    """Check that each file keeps its target's rules and holds the trained Grids without a forbidden loss.
 
     Raises:
-        UsageError: A file breaks a rule, or holds a Grid with a loss that the recipe does not allow.
+        UsageError: A file breaks a rule, or changes a Grid in a way that `export.allow_lossy` does not allow.
     """
     for target, file in files.items():
         findings = [str(finding) for finding in lint(file.model, target)]
@@ -315,10 +318,11 @@ def refuse_findings(files: Mapping[str, QDQModel], config: ExportConfig) -> None
 
 
 def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -> list[str]:
-    """Compare the integer codes of torch, the simulator and the runtime.
+    """Compare the integer codes of the torch network, the integer simulator and ONNX Runtime on a few images.
 
     Returns:
-        The findings, and what cannot be verified, as lines.
+        One line of text for each file that cannot be verified and each unexplained float operation; if there is none,
+        the line that all codes are equal.
 
     Raises:
         UsageError: The codes differ.

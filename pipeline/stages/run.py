@@ -52,12 +52,13 @@ def train(
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        force: Run the stage even if it is up to date.
+        force: Whether to run the stage even if it is up to date.
         progress: Callback for the progress over epochs.
-        restart: Ignore the state of an interrupted training of the same recipe.
+        restart: Whether to ignore the saved state of an interrupted training of the same recipe.
         save_every: Seconds between two saved states of the training.
         begin: Callback before the training; not called if there is nothing to train.
-        unchecked: Train without first running the untrained network through all stages; see `pipeline.stages.precheck`.
+        unchecked: Whether to skip the check that runs the untrained network through all stages; see
+            `pipeline.stages.precheck`.
     """
     tracker = tracking.of_recipe(config, runs)
     inputs = staleness.inputs("train", config, runs, progress)
@@ -173,12 +174,12 @@ def judge(
     baseline: Results | None = None,
     known: KnownAccuracy | None = None,
 ) -> list[Verdict]:
-    """Apply every rule that has a limit, and the rules on the float model.
+    """Return the verdicts of every gate rule that has a limit, and of the rules on the float model.
 
     Args:
         results: Results of a benchmark.
         limits: Limits of the recipe.
-        baseline: Earlier results that limit the latency.
+        baseline: Earlier results of the same files, for `gate.max_latency_regression`.
         known: Expected accuracy of the float model, if known.
     """
     from crqat.pipeline.gate import latency_regression as baselines
@@ -268,7 +269,7 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
 
 
 def write_results(out: Path, run: Path, stage: str, results: Results, config: recipe.Recipe) -> BenchmarkPayload:
-    """Write all files of a benchmark and return its manifest's payload."""
+    """Write results, verdict, JUnit XML and report of a benchmark into `out`; return the summary for the manifest."""
     if results.engines:
         (out / ENGINES).write_text(text(Engines(results.engines)))
     results = replace(results, engines={})
@@ -294,7 +295,7 @@ def _write_verdict(out: Path, run: Path, stage: str, results: Results, verdicts:
 
 
 def _perturbation(run: Path) -> Perturbation | None:
-    """Return the perturbation results of this training; None if they are missing or damaged."""
+    """Return the accuracy under noise of the run's current training; None if it is missing, stale or damaged."""
     from crqat.pipeline.report.html import PERTURBATION
 
     directory = run / "perturbation"
@@ -306,7 +307,7 @@ def _perturbation(run: Path) -> Perturbation | None:
 
 
 def _others(run: Path, own: str) -> list[Results]:
-    """Return results of the same export from other devices, without damaged ones and those of older exports."""
+    """Return the results of the same export on other devices, without damaged ones and those of older exports."""
     found = []
     for path in sorted(run.glob("benchmark*")):
         if path.name == own:
@@ -328,16 +329,16 @@ def run_stage(
     fill: Callable[[Path], _Payload],
     after: Callable[[], dict[str, str]] | None = None,
 ) -> Path:
-    """Make a stage unless it is up to date; print why an existing stage is made again.
+    """Run a stage unless it is up to date, say why if it is run again, and return its directory.
 
     Args:
         stage: Name of the stage.
         config: The recipe.
         runs: The directory of all runs.
-        force: Make the stage in any case.
-        inputs: What the result depends on besides the recipe and the previous stage.
-        fill: Function that fills the stage's directory and returns the manifest's payload.
-        after: Function that returns the inputs after filling, if filling completes them.
+        force: Whether to run the stage even if it is up to date.
+        inputs: What the result depends on besides the recipe and the previous stage: versions or hashes by name.
+        fill: Function that writes the stage's files into a directory and returns the results for the manifest.
+        after: Function that returns the inputs again after `fill`, for a stage whose data `fill` may complete.
     """
     run, key = runs / config.name, staleness.key_of(stage, config, runs, inputs)
     directory = run / stage

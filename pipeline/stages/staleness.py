@@ -1,4 +1,4 @@
-"""Tracks what each stage of a run depends on: its recipe's keys, the previous stage, files and versions."""
+"""Tracks what each stage of a run depends on: keys of the recipe, the previous stage, files and versions."""
 
 from __future__ import annotations
 
@@ -86,16 +86,16 @@ _DISTRIBUTIONS = (
 
 
 def kind(stage: str) -> str:
-    """Return the kind of a stage by its name: benchmark@DEVICE is a benchmark."""
+    """Return the name of a stage without its device: "benchmark" for "benchmark@DEVICE"."""
     return stage.partition("@")[0]
 
 
 def current(config: recipe.Recipe, runs: Path, stage: str) -> run_directory.Manifest:
-    """Return the manifest of a stage that is intact and was made from this recipe and the current previous stages.
+    """Check that a stage is intact and was made from this recipe and the current previous stages; return its manifest.
 
-    The stage must also have been made with the current data and files and, on the machine where it was made, the
-    current versions. What is not on this machine cannot be compared and does not count. For a stage of an older crqat,
-    which recorded none of this, a note is printed.
+    The stage must also have been made with the current data and files and, on the machine where it was made, with the
+    current library versions. Data and files that are not on this machine are not compared. For a stage of an older
+    crqat, which recorded none of these, a note is printed instead.
 
     Raises:
         UsageError: The stage is not current; the message names the stage to run.
@@ -125,7 +125,7 @@ def check_inputs(config: recipe.Recipe, runs: Path, manifest: run_directory.Mani
     """Check that a stage was made with the current data, files and versions.
 
     Raises:
-        UsageError: The stage was made with others; the message lists the differences.
+        UsageError: Data, a file or a version has changed; the message lists the differences.
     """
     again = run_directory.command(manifest.stage)
     here = inputs(manifest.stage, config, runs, missing_ok=True)
@@ -149,7 +149,7 @@ def check_parent(run: Path, manifest: run_directory.Manifest) -> None:
     """Check that a stage was made from the current version of the previous stage.
 
     Raises:
-        UsageError: The stage was made from an older version.
+        UsageError: The previous stage was made again since.
     """
     if kind(manifest.stage) not in PARENTS:
         msg = f"{run}: holds a stage {manifest.stage}, which crqat does not have; was it copied from elsewhere?"
@@ -174,7 +174,7 @@ def inputs(
         config: The recipe.
         runs: Directory of all runs, where hashes are stored.
         progress: Callback for the progress of reading data.
-        missing_ok: Leave out missing files instead of raising an error.
+        missing_ok: Whether to leave out missing files instead of raising an error.
 
     Raises:
         UsageError: A file that the recipe names is missing.
@@ -207,7 +207,7 @@ def inputs(
 
 
 def recipe_files(config: recipe.Recipe) -> list[tuple[Path, str, str]]:
-    """Return the files that a recipe names, each with the problem and the fix if it is missing."""
+    """Return (path, problem, fix) for each file that a recipe names; the words are for the error if it is missing."""
     files = []
     if is_onnx_file(config.model.name):
         path = user_path(config.model.name, "model.name")
@@ -230,7 +230,7 @@ def recipe_files(config: recipe.Recipe) -> list[tuple[Path, str, str]]:
 
 
 def own_modules(config: recipe.Recipe) -> imports.Imports:
-    """Return the user's own modules that a recipe's functions lie in or import, without importing them."""
+    """Return the user's own modules in which a recipe's functions are defined or that these import; imports none."""
     files: dict[str, Path] = {}
     packages: frozenset[str] = frozenset()
     methods = config.quantization.weight_method, config.quantization.activation_method
@@ -245,9 +245,9 @@ def own_modules(config: recipe.Recipe) -> imports.Imports:
 
 
 def data_root(config: recipe.Recipe) -> Path | None:
-    """Return the folder whose files a training depends on: of stored images, or the folder of a data function.
+    """Return `data.root` if a training depends on the files in it: image files, or those of a user's data function.
 
-    None for CIFAR, whose files are compared with published hashes when they are read.
+    None otherwise; CIFAR's files are compared with published hashes when they are read.
     """
     kinds = {source_kind(name) for name in (config.data.source, config.data.unlabeled)}
     hashed = bool(kinds & set(FILE_SOURCES)) or any(name is not None and ":" in name for name in kinds)
@@ -255,13 +255,13 @@ def data_root(config: recipe.Recipe) -> Path | None:
 
 
 def data_after(config: recipe.Recipe, runs: Path, before: dict[str, str], state: disk.DiskState) -> dict[str, str]:
-    """Return the inputs of a training whose data was created or completed while its source was read.
+    """Return the inputs of a training, with the new data hash if reading the data created or completed its files.
 
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        before: Inputs when the stage began.
-        state: State of the data's folder at that time.
+        before: Inputs of the stage before the data was read.
+        state: Files of the data folder before the data was read.
     """
     root = data_root(config)
     if root is None:
@@ -274,7 +274,7 @@ def data_after(config: recipe.Recipe, runs: Path, before: dict[str, str], state:
 
 
 def versions(stage: str, config: recipe.Recipe) -> dict[str, str]:
-    """Return the versions of the libraries that compute a stage's result; none for a board, which has its own."""
+    """Return the version of each library that computes a stage's result; empty for a stage that ran on a board."""
     if "@" in stage:
         return {}
     names = list(_LIBRARIES[stage])
@@ -308,14 +308,14 @@ def _installed(names: Iterable[str]) -> dict[str, str]:
 def why_again(
     config: recipe.Recipe, runs: Path, manifest: run_directory.Manifest, key: str, now: dict[str, str]
 ) -> list[str]:
-    """Return why an existing stage must be made again, in plain words; empty if it is up to date.
+    """Return in plain words why an existing stage must be run again; empty if it is up to date.
 
     Args:
         config: The recipe.
         runs: The directory of all runs.
         manifest: Manifest of the existing stage.
-        key: Key that the stage would have now.
-        now: Inputs that the stage would have now.
+        key: Hash of everything that the stage would depend on now; see `key_of`.
+        now: Versions and hashes that the stage would depend on now; see `inputs`.
     """
     if manifest.key == key:
         return []
@@ -342,7 +342,7 @@ def _computed_from(key: str, value: Any) -> Any:
 
 
 def environment(config: recipe.Recipe) -> dict[str, Any]:
-    """Return what a result may depend on besides the recipe."""
+    """Return the environment for a manifest: library versions, git revision, platform, machine name and seed."""
     return {
         "versions": {**_installed(_DISTRIBUTIONS), "python": platform.python_version()},
         "git_revision": run_directory.git_revision(Path.cwd()),

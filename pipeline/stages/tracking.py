@@ -1,4 +1,4 @@
-"""The recipe's `tracker`: writes epochs and final results where other tools show them."""
+"""The recipe's key `tracker`: writes epochs and final results as TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def of_recipe(config: Recipe, runs: Path) -> TensorBoard | None:
 
 
 class TensorBoard:
-    """Event files in the run's directory, one series each for "float", "qat", "train" and every benchmark.
+    """Writes event files into the run's directory, one series each for "float", "qat", "train" and every benchmark.
 
     Each epoch appears once: a training that begins or resumes writes all rows of its history again, replacing those of
     an interrupted training.
@@ -45,16 +45,16 @@ class TensorBoard:
         self._written = 0
 
     def forget(self, *series: str) -> None:
-        """Remove what an earlier training or benchmark wrote."""
+        """Delete the event files of the given series."""
         for name in series:
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def has(self, series: str) -> bool:
-        """Return whether something was written."""
+        """Return whether a series has event files."""
         return (self._folder / series).exists()
 
     def epochs(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write the rows that are new since the last call; the first call writes all."""
+        """Write the epochs in `history` that earlier calls have not written."""
         new = history[self._written :]
         self._written = len(history)
         for phase in dict.fromkeys(row["phase"] for row in new):

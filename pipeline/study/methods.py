@@ -1,4 +1,4 @@
-"""The methods that a study compares: the changes of each to the recipe, and which network of a training it reports."""
+"""The methods that a study compares: how each changes the recipe, and which network of a training it evaluates."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Training:
     """One training run of a study, whose networks are the results of one or two methods.
 
     Attributes:
-        methods: Method name to the network of the training: "float", "student", "teacher", or `BEST`, the better of
-            student and teacher on the validation images.
+        methods: Maps a method's name to the network of this training that is its result: "float", "student",
+            "teacher", or `BEST`, the better of student and teacher on the validation images.
         start: Name of the training whose float network it starts from; None trains one by the recipe's `float` section.
         views: Augmentation of labeled images and, after a slash, of unlabeled images, as the student sees them.
         unlabeled: What unlabeled images are used for.
@@ -90,7 +90,7 @@ METHODS: dict[str, str] = {method: name for name, training in TRAININGS.items() 
 
 
 def needed(methods: tuple[str, ...]) -> list[str]:
-    """Return the training runs that some methods need, each after the one that it starts from; empty means all methods.
+    """Return the names of the training runs that `methods` need (all if empty), each after the one it starts from.
 
     Raises:
         UsageError: A method does not exist.
@@ -109,10 +109,10 @@ def needed(methods: tuple[str, ...]) -> list[str]:
 
 
 def settings(name: str, config: Recipe, factor: float = 1.0) -> tuple[str, ...]:
-    """Return the changes of a training to a recipe, as `--set` writes them.
+    """Return how a training run of a study changes the recipe, as `--set` writes it.
 
     Args:
-        name: Name of the training.
+        name: Name of the training run in `TRAININGS`.
         config: The recipe.
         factor: Factor on all optimizer steps after the shared float network.
     """

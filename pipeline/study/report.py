@@ -32,15 +32,15 @@ on a machine that may have run other work.
 
 @dataclass(frozen=True)
 class Line:
-    """Summary of one method in one cell of a study.
+    """Summary of one method of a study at one number of labels and one bit width.
 
     Attributes:
         method: Name of the method.
-        rows: Rows of the method, one for each seed.
-        mean: Mean test accuracy, in percent.
+        rows: Results of the method, one for each seed.
+        mean: Mean test accuracy over the seeds, in percent.
         half: Half the 95 % interval of the mean over seeds; None with one seed.
-        difference: Mean of the reference minus the method in points, over the seeds that both have; None without such
-            seeds.
+        difference: Accuracy of the method `REFERENCE` minus that of this method in percentage points, as a mean over
+            the seeds that both have; None without such seeds.
         difference_half: Half the interval of the difference over seeds; None with one seed.
         difference_images: Half the paired interval of the difference over images.
     """
@@ -55,13 +55,13 @@ class Line:
 
 
 def correct(row: StudyRow) -> npt.NDArray[np.float64]:
-    """Return 1 for each test image that was classified correctly, else 0; shape [N]."""
+    """Return an array of shape [N] from a result: 1 for each test image that was classified correctly, else 0."""
     bits = np.unpackbits(np.frombuffer(base64.b64decode(row.correct), np.uint8))
     return bits[: row.n].astype(np.float64)
 
 
 def top1(row: StudyRow) -> float:
-    """Return the share of the test images that were classified correctly."""
+    """Return the test accuracy in a result, as a share from 0 to 1."""
     return float(correct(row).mean())
 
 
@@ -73,7 +73,7 @@ def half_interval(values: Sequence[float]) -> float | None:
 
 
 def lines(rows: Sequence[StudyRow]) -> list[Line]:
-    """Return the summary of each method of one cell, in the order of `METHODS`."""
+    """Return the summary of each method, in the order of `METHODS`, from results with the same labels and bits."""
     reference = {row.seed: row for row in rows if row.method == REFERENCE}
     found = []
     for method in METHODS:
@@ -93,7 +93,7 @@ def lines(rows: Sequence[StudyRow]) -> list[Line]:
 
 
 def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]]:
-    """Group the rows by number of labels, bit width and what is equal."""
+    """Group results by number of labels, bit width, and what the methods have in common ("steps" or "time")."""
     found: dict[tuple[Any, Any, str], list[StudyRow]] = {}
     for row in rows:
         found.setdefault((row.labels, row.bits, row.equal), []).append(row)
@@ -101,14 +101,14 @@ def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]
 
 
 def title(cell: tuple[Any, Any, str]) -> str:
-    """Describe a cell in words."""
+    """Return a heading for results with the same number of labels, bit width, and "steps" or "time"."""
     labels, bits, equal = cell
     named = "all labels" if labels is None else f"{labels:,} labels"
     return f"{named}, {'bits of the recipe' if bits is None else f'W{bits}A{bits}'}, equal {equal}"
 
 
 def table(rows: Sequence[StudyRow]) -> list[list[str]]:
-    """Return the lines of one cell as text."""
+    """Return one table row for each method, with the columns `COLUMNS`, from results with the same labels and bits."""
     return [
         [
             line.method, line.rows[0].views, line.rows[0].unlabeled, str(len(line.rows)), f"{line.mean:.2f}",
@@ -121,7 +121,7 @@ def table(rows: Sequence[StudyRow]) -> list[list[str]]:
 
 
 def headline(rows: Sequence[StudyRow]) -> str:
-    """Compare in a sentence the reference with the best other method on the validation images; "" without a pair."""
+    """Return a sentence that compares `REFERENCE` with the other method of best validation accuracy; "" if none."""
     found = [line for line in lines(rows) if line.difference is not None]
     if not found:
         return ""
@@ -134,7 +134,7 @@ def headline(rows: Sequence[StudyRow]) -> str:
 
 
 def markdown(rows: Sequence[StudyRow], name: str) -> str:
-    """Return the whole Markdown page."""
+    """Return a Markdown page with one table for each number of labels and bit width; `name` is the study's."""
     parts = [_HEAD.format(name=name), f"![accuracy of each method]({name}.png)\n"]
     for cell, own in cells(rows).items():
         head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
@@ -144,7 +144,7 @@ def markdown(rows: Sequence[StudyRow], name: str) -> str:
 
 
 def picture(rows: Sequence[StudyRow], path: Path) -> None:
-    """Draw the methods of each cell with their seeds, means and intervals."""
+    """Draw each method's accuracy for each seed, and the mean with its interval, into a file; one plot per table."""
     from matplotlib.figure import Figure
 
     found = cells(rows)

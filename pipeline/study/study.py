@@ -61,8 +61,8 @@ class Job:
         equal: What all training runs of a comparison have in common: "steps", or (approximately) "time".
         overrides: Changes to the recipe, except for the float network's file.
         key: Hash of everything that the result depends on.
-        name: Name of its run.
-        start: Name of the run whose float network it starts from.
+        name: Name of the run's directory.
+        start: Name of the run whose float network it starts from; None if it trains its own.
     """
 
     training: str
@@ -139,7 +139,7 @@ class Study:
         return Job(name, seed, labels, bits, equal, tuple(given), key, run, None if behind is None else behind.name)
 
     def _factor(self, name: str, labels: int | None, bits: int | None) -> float:
-        """Return the factor on a training's steps with which it takes as long as plain QAT."""
+        """Return the factor on the number of steps with which a training run takes as long as plain QAT."""
         training = TRAININGS[name]
         if training.start is None:
             return 1.0
@@ -157,15 +157,15 @@ class Study:
         return share * seconds("qat") / own
 
     def done(self, job: Job) -> bool:
-        """Return whether the results have rows of a training."""
+        """Return whether the study already has the results of a training run."""
         return any(row.key == job.key for row in self.rows)
 
     def weights(self, name: str) -> Path:
-        """Return the path of a run's float network."""
+        """Return the path of the float weights of the run `name`."""
         return self.runs / name / "train" / "float.safetensors"
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
-        """Store the results of a training, replacing rows of earlier settings."""
+        """Add the results of a training run to `rows`; they replace those of the same method, seed, labels, bits."""
         training, networks = TRAININGS[job.training], result["networks"]
         for method, network in training.methods.items():
             if network == BEST:
@@ -190,7 +190,11 @@ class Study:
 
 
 def hashed(section: str, values: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the part of a recipe's section that forms a row's key; see `_FIRST`."""
+    """Return the keys of a recipe's section that identify a training run; None if the section is null.
+
+    Keys that the recipe got after the first published studies count only if they differ from their default, so that
+    older results stay valid.
+    """
     if values is None:
         return None
     first, usual = _FIRST.get(section, "").split(), recipe.completed(section, {})
@@ -201,10 +205,10 @@ def hashed(section: str, values: dict[str, Any] | None) -> dict[str, Any] | None
 
 
 def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study:
-    """Return a study with the rows that `out` already has.
+    """Return a study with the results that the JSON next to `out` already holds.
 
     Raises:
-        UsageError: The JSON next to `out` is not a study's.
+        UsageError: The JSON was not written by a study.
         ToolError: The JSON cannot be read.
     """
     study, file = Study(path, overrides, out, runs), out.with_suffix(".json")
@@ -214,15 +218,15 @@ def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study
 
 
 def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
-    """Run the training runs that have no rows, and write the results after each training.
+    """Run the training runs that have no results yet, and write the study's files after each.
 
     Args:
-        study: Study that gets the rows.
-        jobs: Trainings in order; each waits until the one that it starts from has ended.
-        processes: Number of trainings that run in parallel.
+        study: Study to which the results are added.
+        jobs: Training runs in order; each waits until the one that it starts from has ended.
+        processes: Number of training runs in parallel.
 
     Returns:
-        One line for each training that failed.
+        One line of text for each training run that failed, with the reason.
     """
     pending = [job for job in jobs if not study.done(job)]
     wanted = {job.start for job in pending}
@@ -251,7 +255,7 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
 
 @contextmanager
 def _processes() -> Iterator[dict[Job, subprocess.Popen[bytes]]]:
-    """Context manager for the active training runs; if the study ends early, they are ended and save their state."""
+    """Context manager that yields a dictionary for the active processes; on exit, these save and end."""
     running: dict[Job, subprocess.Popen[bytes]] = {}
     try:
         yield running
@@ -305,7 +309,7 @@ def _cell(job: Job) -> str:
 
 
 def write(study: Study) -> None:
-    """Write the table, the picture and the rows.
+    """Write the results of a study as a Markdown page, a picture and JSON.
 
     Raises:
         ToolError: A file cannot be written.

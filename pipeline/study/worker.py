@@ -31,7 +31,7 @@ from crqat.train.training.evaluate import answers
 
 
 def run(path: Path, overrides: tuple[str, ...], runs: Path, progress: Progress) -> dict[str, Any]:
-    """Train, or resume, and measure each network of the training on all test images.
+    """Run or resume a training, and measure the accuracy of each of its networks on all test images.
 
     Args:
         path: Path of the recipe.
@@ -82,7 +82,7 @@ def _end_with_the_study() -> None:
 
 
 def main() -> None:
-    """Read the task from the file that the only argument names, and write "result" next to it."""
+    """Run the training that the JSON file in the only argument describes, and write its .result file next to it."""
     job = Path(sys.argv[1])
     given = json.loads(job.read_text())
     threading.Thread(target=_end_with_the_study, daemon=True).start()

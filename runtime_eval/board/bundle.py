@@ -38,8 +38,8 @@ class Bundle:
         run: Name of the run.
         crqat_version: Version of crqat that made the bundle.
         benchmark: Settings of the measurement: keys of `crqat.runtime_eval.config.BenchmarkConfig`.
-        members: File name, relative to the bundle's folder, to SHA-256.
-        schema_version: Version of this file's layout.
+        members: Maps the name of each file, relative to the bundle's folder, to its SHA-256.
+        schema_version: Version of the manifest's layout.
     """
 
     run: str
@@ -49,7 +49,7 @@ class Bundle:
     schema_version: int = SCHEMA_VERSION
 
     def content(self) -> bytes:
-        """Return the content of the manifest file."""
+        """Return the bytes of the manifest file, bundle.json."""
         return json.dumps(vars(self), indent=1, sort_keys=True).encode()
 
     @property
@@ -89,11 +89,11 @@ def describe(export_dir: Path, benchmark: Mapping[str, Any], crqat_version: str)
 
 
 def write(bundle: Bundle, paths: Mapping[str, Path], out: Path) -> None:
-    """Write the archive.
+    """Write a bundle as a .tar.gz archive.
 
     Args:
         bundle: Bundle from `describe`.
-        paths: Member name to the file that it is made from.
+        paths: Maps the name of each member to the file whose content it gets.
         out: Path of the archive; an existing one is replaced once the new one is complete.
 
     Raises:
@@ -119,7 +119,7 @@ def write(bundle: Bundle, paths: Mapping[str, Path], out: Path) -> None:
 
 
 def _add(archive: tarfile.TarFile, name: str, size: int, file: IO[bytes]) -> None:
-    """Add a member whose only properties are its name and content, nothing of this machine or day."""
+    """Add a file to the archive with its name and content alone: no owner, time or permissions of this machine."""
     info = tarfile.TarInfo(f"{FOLDER}/{name}")
     info.size, info.mode, info.mtime = size, 0o644, 0
     archive.addfile(info, file)
@@ -144,7 +144,7 @@ def unpack(archive: Path, out: Path) -> Bundle:
                 msg = f"{archive}: not a bundle: does not begin with {FOLDER}/{MANIFEST}; make it with crqat bundle"
                 raise UsageError(msg)
             if first.size > _MAX_MANIFEST_BYTES:
-                msg = f"{archive}: not a bundle: its manifest has {first.size} bytes"
+                msg = f"{archive}: not a bundle: its manifest has {first.size} bytes, more than crqat writes"
                 raise UsageError(msg)
             content = _opened(members, first).read()
             bundle = _parse(content, archive)
@@ -155,7 +155,7 @@ def unpack(archive: Path, out: Path) -> Bundle:
                 path = out / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if _copy(_opened(members, member), path) != missing.pop(name):
-                    msg = f"{archive}: {name} is damaged or altered (its SHA-256 is not the manifest's)"
+                    msg = f"{archive}: {name} is damaged or altered: its SHA-256 is not that in the manifest"
                     raise UsageError(msg)
     except CrqatError:
         raise
@@ -167,7 +167,7 @@ def unpack(archive: Path, out: Path) -> Bundle:
     except Exception as error:  # what tarfile raises depends on the damaged bytes
         raise _no_bundle(archive, error) from error
     if missing:
-        msg = f"{archive}: {next(iter(missing))} is missing, though its manifest names it"
+        msg = f"{archive}: {next(iter(missing))} is missing, although its manifest names it; make the bundle again"
         raise UsageError(msg)
     return bundle
 
@@ -177,7 +177,7 @@ def _no_bundle(archive: Path, error: Exception) -> UsageError:
 
 
 def verify(folder: Path) -> Bundle:
-    """Check an unpacked bundle: every file of the manifest exists, is no link and has its hash.
+    """Check that every file in the manifest of an unpacked bundle exists, is no link and has its hash.
 
     Raises:
         UsageError: The folder is not a bundle, or a file is missing, altered or a link.
@@ -192,19 +192,21 @@ def verify(folder: Path) -> Bundle:
     for name, digest in bundle.members.items():
         member = root / name
         if not member.is_file():
-            msg = f"{folder / name}: missing"
+            msg = f"{folder / name}: missing, although bundle.json lists it; unpack the bundle again"
             raise UsageError(msg)
         if member.resolve() != member:
             msg = f"{folder / name}: is a link, which a bundle must not contain"
             raise UsageError(msg)
         if run_directory.sha256_file(member) != digest:
-            msg = f"{folder / name}: damaged or altered (its SHA-256 is not the bundle's)"
+            msg = (
+                f"{folder / name}: damaged or altered: its SHA-256 is not that in bundle.json; unpack the bundle again"
+            )
             raise UsageError(msg)
     return bundle
 
 
 def _parse(content: bytes, path: Path) -> Bundle:
-    """Return the checked manifest: the files that it names lie in its folder."""
+    """Return a bundle's manifest after checking its layout, and that all files it names lie in its folder."""
     try:
         data = strict_json.parse(content)
         if data["schema_version"] != SCHEMA_VERSION:
@@ -217,7 +219,7 @@ def _parse(content: bytes, path: Path) -> Bundle:
         msg = f"{path}: not a bundle's manifest ({type(error).__name__}: {error})"
         raise UsageError(msg) from error
     if not sound or bundle.content() != content:
-        msg = f"{path}: not a bundle's manifest as crqat writes it"
+        msg = f"{path}: not a bundle's manifest: it differs from what crqat writes; make the bundle again"
         raise UsageError(msg)
     for name in bundle.members:
         parts = name.split("/")
@@ -228,7 +230,7 @@ def _parse(content: bytes, path: Path) -> Bundle:
 
 
 def _known(member: tarfile.TarInfo, missing: Mapping[str, str], archive: Path) -> str:
-    """Return the name of a member, which the manifest must name and which must appear only once."""
+    """Return a member's name after checking that it is a file, and that `missing` still names it."""
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         msg = f"{archive}: {member.name!r} is a link, a directory or a device; a bundle has plain files only"
         raise UsageError(msg)

@@ -40,13 +40,13 @@ _speaking = threading.Lock()
 
 @dataclass(frozen=True)
 class State:
-    """State of a job.
+    """State of a benchmark job on a board.
 
     Attributes:
         state: "absent", "running", "finished" or "dead".
         code: Exit code of a finished job.
-        reason: Why it is dead.
-        unpacked: Whether the bundle is unpacked.
+        reason: Why a dead job ended.
+        unpacked: Whether the board has the unpacked bundle.
         missing: Packages that this Python lacks.
     """
 
@@ -59,7 +59,7 @@ class State:
 
 @dataclass(frozen=True)
 class Process:
-    """Process of a job.
+    """The process that works on a job, so that a later process with the same id is not mistaken for it.
 
     Attributes:
         pid: Process id.
@@ -73,7 +73,7 @@ class Process:
 
 
 def say(message: Mapping[str, object]) -> None:
-    """Print one line for the other side; exit if it is gone."""
+    """Print a message as one JSON line for the caller at the other end of ssh; exit if the connection is gone."""
     with _speaking:
         try:
             sys.stdout.write(json.dumps(message) + "\n")
@@ -114,7 +114,7 @@ def _started(pid: int) -> str | None:
 
 
 def state(job: Path) -> State:
-    """Return the state of a job, and what it has."""
+    """Return the state of a job, whether its bundle is unpacked, and which packages this Python lacks."""
     return replace(_progress(job), unpacked=(job / FOLDER).is_dir(), missing=_missing())
 
 
@@ -157,13 +157,13 @@ def _process(job: Path) -> Process | None:
 
 
 def received(job: Path, sha256: str) -> int:
-    """Return the number of bytes of an archive that have arrived."""
+    """Return the number of bytes that have arrived of the archive with this SHA-256."""
     path = job / f"{sha256}.tar.gz"
     return path.stat().st_size if path.is_file() else 0
 
 
 def receive(job: Path, sha256: str, offset: str) -> int:
-    """Write standard input into the archive from a position on, and return its size.
+    """Write standard input into the archive from byte `offset` on, and return the archive's size in bytes.
 
     Writing by position makes it harmless if bytes arrive twice, over the old and the new connection.
     """
@@ -179,7 +179,7 @@ def receive(job: Path, sha256: str, offset: str) -> int:
 
 
 def start(job: Path, sha256: str) -> State:
-    """Unpack the archive if necessary, and start the work unless it runs or is finished.
+    """Unpack the archive if necessary, and start the benchmark unless it runs or is finished.
 
     Raises:
         ValueError: The archive is not the one that was sent.
@@ -232,7 +232,7 @@ def _launch(job: Path) -> None:
 
 
 def follow(job: Path, offset: str) -> State:
-    """Report the log from a byte offset on until the job ends, then return its state without its contents."""
+    """Print the job's log from a byte offset on until the job ends; then return how it ended."""
     position = int(offset)
     while True:
         found = _progress(job)
@@ -252,7 +252,7 @@ def follow(job: Path, offset: str) -> State:
 
 
 def fetch(job: Path) -> str:
-    """Return the results file."""
+    """Return the text of the results file (JSON) that a finished job has written."""
     return (job / "results.json").read_text()
 
 
@@ -282,12 +282,12 @@ _COMMANDS = {function.__name__: function for function in (state, received, recei
 
 
 def main() -> int:
-    """Run the command in the arguments: COMMAND JOB ARGUMENTS."""
+    """Run one command on a job, as the arguments COMMAND JOB ARGUMENTS... say, and print its result or error."""
     threading.Thread(target=_heartbeat, daemon=True).start()
     try:
         command, name, *arguments = sys.argv[1:]
         if len(name) != 64 or set(name) - set("0123456789abcdef"):
-            msg = f"{name!r} is not a job"
+            msg = f"{name!r} is not the name of a job, a SHA-256"
             raise ValueError(msg)
         result = _COMMANDS[command](Path.home() / JOBS / name, *arguments)
     except Exception as error:  # the other side reports it in one line

@@ -63,7 +63,7 @@ _Answer = TypeVar("_Answer")
 
 
 class Disconnected(ToolError):
-    """No connection could be made, or the connection was lost."""
+    """Raised if no connection to a board could be made, or if the connection was lost."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Board:
             )
             raise UsageError(msg)
         if not python or python.startswith("-"):
-            msg = f"--python {python}: not the path of a Python"
+            msg = f"--python {python}: not the path or name of a Python interpreter on the board"
             raise UsageError(msg)
         if ssh_config is not None and not ssh_config.is_file():
             msg = f"--ssh-config {ssh_config}: no such file"
@@ -135,15 +135,15 @@ def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool,
         board: The board.
         bundle: Bundle from `crqat.runtime_eval.board.bundle.describe`.
         paths: Paths of its members, from the same function.
-        anew: Stop and remove any earlier job of this bundle first.
+        anew: Whether to stop and remove any earlier job of this bundle first.
         progress: Callback for the progress of the upload and of the job.
 
     Returns:
         The board's results for this bundle.
 
     Raises:
-        ToolError: No connection after several attempts, the board's Python lacks a package, or the work failed. While
-            the work still runs, calling this function again resumes watching it.
+        ToolError: No connection after several attempts, the board's Python lacks a package, or the benchmark failed
+            there. While it still runs, calling this function again resumes watching it.
     """
     link = _Link(board, bundle, progress)
     if anew:
@@ -160,13 +160,13 @@ def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool,
     if found.state != "finished" or found.code != 0:
         reason = found.reason or f"exit code {found.code}"
         link.persist(lambda: link.ask("clean"))
-        msg = f"{board.address}: the work there failed ({reason}); last output: {link.last_words or 'none'}"
+        msg = f"{board.address}: the benchmark there failed ({reason}); last output: {link.last_words or 'none'}"
         raise ToolError(msg)
     return _checked(link.persist(lambda: link.ask("fetch")), board, bundle)
 
 
 def clean(board: Board, bundle: Bundle, progress: Progress) -> None:
-    """Remove everything of a bundle from a board, and stop its work if it runs.
+    """Stop the benchmark of a bundle on a board if it runs, and remove all files of the bundle there.
 
     Raises:
         ToolError: There is no connection.
@@ -196,7 +196,7 @@ class _Told:
 
 
 class _Link:
-    """Connection to one job on one board, with the last lines that were received."""
+    """Connection to one job on one board; `last_words` is the last line of its log that was no progress report."""
 
     def __init__(self, board: Board, bundle: Bundle, progress: Progress) -> None:
         self._board, self._progress = board, progress
@@ -242,7 +242,7 @@ class _Link:
         return sha256
 
     def follow(self, benchmark: Mapping[str, Any]) -> job.State:
-        """Report the job's progress until it ends."""
+        """Report the job's progress until it ends, and return how it ended."""
         limit = SILENCE_SECONDS + sum(
             benchmark.get(key, 0.0) for key in ("time_limit_seconds", "warm_up_seconds", "latency_seconds")
         )
@@ -255,7 +255,7 @@ class _Link:
                 for line in filter(str.strip, told.log.splitlines()):
                     self._tell(line)
             elif time.monotonic() - spoke > limit:
-                msg = f"{self._board.address}: the work there has been silent for {limit:.0f} s; --force restarts it"
+                msg = f"{self._board.address}: the benchmark there was silent for {limit:.0f} s; --force restarts it"
                 raise ToolError(msg)
 
         found = self.persist(lambda: self.ask("follow", str(self._offset), heard=heard))
@@ -281,7 +281,7 @@ class _Link:
         Args:
             command: Name of the command.
             arguments: Arguments after the job's name.
-            data: File, from a position on, for standard input.
+            data: (file, offset): what the command reads from standard input, the file's bytes from the offset on.
             heard: Callback for everything that the command reports before its result.
 
         Raises:
@@ -329,7 +329,7 @@ class _Link:
 
 
 def _messages(process: subprocess.Popen[bytes], data: tuple[Path, int] | None) -> Iterator[Mapping[str, object]]:
-    """Feed the program on the board and yield its JSON objects; TimeoutError if it is silent for too long."""
+    """Send job.py and `data` to the board, and yield the JSON objects it prints; TimeoutError after a long silence."""
     lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=_feed, args=(process, data), daemon=True).start()
     threading.Thread(target=_listen, args=(process, lines), daemon=True).start()

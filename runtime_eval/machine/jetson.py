@@ -56,7 +56,7 @@ _GPU_CLOCKS = ("*.gpu", "*.gv11b", "*.ga10b", "gpu-gpc-0")
 
 
 def parse_release(text: str) -> str | None:
-    """Return the L4T release in /etc/nv_tegra_release, such as "36.4.4"."""
+    """Return the L4T release, such as "36.4.4", from the text of /etc/nv_tegra_release; None if it has none."""
     match = re.search(r"R(\d+).*REVISION:\s*(\d+(?:\.\d+)*)", text)
     return f"{match[1]}.{match[2]}" if match else None
 
@@ -195,14 +195,14 @@ class Watch:
         self.look()
 
     def look(self) -> None:
-        """Read the state; call it before, between and after the timed work."""
+        """Read and store the board's state; call it before, between and after timed work."""
         if self.board is not None:
             self._states.append(state(self._root))
 
     def result(self) -> Jetson | None:
-        """Return the board and its `run`; None if the machine is not a Jetson.
+        """Return the board with its state during the measurement as `run`; None if the machine is not a Jetson.
 
-        `throttle_events` count the increase during the run; temperatures and power are the largest seen.
+        `throttle_events` count the increase since this object was made; temperatures and power are the largest seen.
         """
         if self.board is None:
             return None
@@ -218,7 +218,7 @@ class Watch:
         return replace(self.board, run=run)
 
     def unstable(self) -> str | None:
-        """Return why a latency measured at the same time is not reliable, in one line; None if it is reliable."""
+        """Return in one line why latencies measured since this object was made are unreliable; None if they are not."""
         if self.board is None:
             return None
         reasons = []
@@ -234,7 +234,7 @@ class Watch:
         return "; ".join(dict.fromkeys(reasons)) or None
 
     def _rises(self) -> dict[str, int]:
-        """Return the increase of each counter since the first reading; a counter that was missing then is left out."""
+        """Return by how much each throttling counter rose since the first reading; new counters are left out."""
         first, last = self._states[0].throttle_events, self._states[-1].throttle_events
         return {name: last[name] - first[name] for name in first if name in last}
 
@@ -248,7 +248,7 @@ def _largest(several: Sequence[Mapping[str, _Number]]) -> dict[str, _Number]:
 
 
 def _read(path: Path) -> str | None:
-    """Return a file's text without the NUL and newline at its end; empty if a switched-off sensor refuses reading."""
+    """Return a file's text without the NUL and newline at its end; None if it cannot be read."""
     try:
         return path.read_text(errors="replace").strip("\0\n ")
     except OSError:
@@ -264,7 +264,7 @@ def _number(path: Path) -> int | None:
 
 
 def _output(root: Path, tool: str, arguments: list[str], seconds: float) -> str:
-    """Return the output of one of the board's tools until it ends or times out; empty if it cannot start.
+    """Return what one of the board's tools prints until it ends or times out; empty if it cannot start.
 
     Standard input is closed, because nvpmodel asks questions if it can.
     """
@@ -288,7 +288,7 @@ def _output(root: Path, tool: str, arguments: list[str], seconds: float) -> str:
 
 
 def _free_clocks(root: Path) -> tuple[list[str], bool | None]:
-    """Return the clocks that may change, with their range in MHz, and None in their place if no clock is readable."""
+    """Return the clocks that may change, with their range in MHz, and True if any clock is readable, else None."""
     pairs: list[tuple[str, Path, str]] = []
     for pattern in _GPU_CLOCKS:
         pairs += [("GPU", path, "") for path in sorted((root / "sys/class/devfreq").glob(pattern))]

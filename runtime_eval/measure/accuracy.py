@@ -31,7 +31,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def _tango_score(b: int, c: int, n: int, difference: float) -> float:
-    """Return Tango's statistic for the hypothesis `difference`; it falls as `difference` grows."""
+    """Return Tango's statistic for the hypothesis that the true difference is `difference`; falls as it grows."""
     numerator = b - c - n * difference
     # q is P(only the second) at the likelihood's maximum under the hypothesis: 2n q^2 + linear q + constant = 0.
     linear = (2 * n - b + c) * difference - b - c
@@ -46,7 +46,7 @@ def _tango_score(b: int, c: int, n: int, difference: float) -> float:
 
 
 def _crossing(score: Callable[[float], float], low: float, high: float, level: float) -> float:
-    """Return where a falling function passes `level`, to the last bit."""
+    """Return the argument between `low` and `high` at which a falling function crosses `level`, by bisection."""
     while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if score(middle) > level else (low, middle)
     return middle
@@ -112,21 +112,21 @@ def ratio_bounds(both: int, first: int, second: int, n: int) -> tuple[float, flo
 
 
 def images_for_ratio(both: int, first: int, second: int, n: int, limit: float) -> int | None:
-    """Return how many pairs make `ratio_bounds` exclude a limit if all rates stay; None if no number does."""
+    """Return the number of pairs at which `ratio_bounds` exclude `limit` at the same rates; None if no number does."""
     if math.isclose((both + second) / (both + first), limit, abs_tol=1e-12):
         return None
     return max(1, math.ceil(n * (Z / _ratio_score(both, first, second, n, limit)) ** 2))
 
 
 def images_for_share(share: float, limit: float) -> int | None:
-    """Return how many images make Wilson's bounds of a share exclude a limit if it stays; None if no number does."""
+    """Return the number of images at which Wilson's bounds of `share` exclude `limit`; None if no number does."""
     if math.isclose(share, limit, abs_tol=1e-12):
         return None
     return max(1, math.ceil(Z**2 * limit * (1 - limit) / (share - limit) ** 2))
 
 
 def images_for_difference(b: int, c: int, n: int, limit: float) -> int | None:
-    """Return how many pairs make Tango's bounds exclude a limit if both rates stay; None if no number does.
+    """Return the number of pairs at which Tango's bounds exclude `limit` at the same rates; None if no number does.
 
     The statistic grows with the square root of the number of pairs, and the bounds are where it reaches the 95 % point.
 
@@ -173,7 +173,7 @@ def compare(
     size_ratio: float,
     ratio: LatencyRatio | None = None,
 ) -> VersusFloat:
-    """Compare a model with its float model on the same images.
+    """Compare a model's accuracy, predictions, size and latency with the float model's, on the same images.
 
     Args:
         float_top: Best classes of each image by the float model, as in `summarize`.

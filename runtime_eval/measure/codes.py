@@ -33,7 +33,7 @@ MAX_BYTES = 2**30  # of all arrays, unpacked
 
 
 def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
-    """Run a model on the CPU with exposed codes and count those that differ from the expected ones.
+    """Run a model on the CPU with its codes as additional outputs, and count those that are not as expected.
 
     Args:
         model: The ONNX file, with "input" and "logits".
@@ -41,7 +41,7 @@ def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
         threads: Number of threads within one operator.
 
     Raises:
-        ToolError: The expectation does not fit the model, or ONNX Runtime refuses it.
+        ToolError: The file of expected codes does not fit the model, or ONNX Runtime cannot run the model.
     """
     arrays = read(expected)
     names, images = [str(name) for name in arrays["names"]], arrays["images"]
@@ -78,7 +78,7 @@ def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
 
 
 def read(path: Path) -> dict[str, npt.NDArray[Any]]:
-    """Return the arrays of an expectation by key.
+    """Return the arrays in a file of expected codes by key; the module's docstring describes them.
 
     Raises:
         ToolError: The file holds other data, or more than `MAX_BYTES`.
@@ -117,6 +117,6 @@ def _run(model: bytes, outputs: list[str], images: npt.NDArray[np.float32], thre
         session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         results: list[npt.NDArray[Any]] = session.run(outputs, {"input": images})
     except Exception as error:  # ONNX Runtime's own exception classes share no public base
-        msg = f"ONNX Runtime does not run the file with exposed codes: {error}"
+        msg = f"ONNX Runtime does not run the file with its codes as outputs: {error}"
         raise ToolError(msg) from error
     return results

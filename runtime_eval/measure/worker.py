@@ -37,7 +37,7 @@ Answer = Callable[[Mapping[str, object]], None]
 
 
 def preprocessing(metadata: dict[str, str]) -> Preprocessing:
-    """Return the normalization stored in a model file.
+    """Return the normalization of images that is stored in a model file's metadata.
 
     Raises:
         ToolError: The file does not store it.
@@ -45,7 +45,7 @@ def preprocessing(metadata: dict[str, str]) -> Preprocessing:
     try:
         return Preprocessing.from_json(json.loads(metadata["crqat.preprocessing"]))
     except (KeyError, TypeError, ValueError) as error:
-        msg = f"its metadata has no usable crqat.preprocessing ({error!r}); export it again"
+        msg = f"the file's metadata has no usable crqat.preprocessing ({error!r}); export it again"
         raise ToolError(msg) from error
 
 
@@ -105,7 +105,7 @@ def peak_memory() -> int | None:
 
 
 def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: int) -> None:
-    """Execute the commands on standard input until it ends; `runner` holds the file `model`.
+    """Execute the commands on standard input until it ends, for the file `model` that `runner` has loaded.
 
     Raises:
         ToolError: The model cannot be used; see `preprocessing` and `predictions`.
@@ -151,7 +151,7 @@ def _open(model: Path, runtime: str, provider: str, threads: int, graph: bool) -
 
 
 def main() -> int:
-    """Load the model of the arguments and serve commands; return 0, or 3 if the model failed."""
+    """Load the model that the arguments name and execute commands; return 0, or 3 if the model failed."""
     # Libraries may print to descriptor 1 at any time. Their output goes to standard error; the pipe is for answers
     # only.
     answers = os.fdopen(os.dup(1), "w")

@@ -1,4 +1,4 @@
-"""The parent's side of a `crqat.runtime_eval.measure.worker`; any failure of the process becomes a one-line error."""
+"""Starts and controls a `crqat.runtime_eval.measure.worker`; any failure of it becomes a one-line error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Loaded:
 
 
 class Worker:
-    """One model in its own process: a context manager; the model is loaded in its body.
+    """Context manager that runs one model in a process of its own; inside the `with` block the model is loaded.
 
     Entering it and every method raise `ToolError`, with the model, the runtime and the cause, if the process dies, is
     silent for longer than the time limit, or reports that the model failed. The process is then gone.
@@ -61,7 +61,7 @@ class Worker:
         version: Version of the runtime.
         provider: Execution provider or device that runs the model.
         classes: Number of classes that the model distinguishes.
-        int8_layers: See `crqat.runtime_eval.runners.openvino.OpenVINORunner.describe`; None for other runtimes.
+        int8_layers: Counts of the layers that OpenVINO computes in INT8; None for other runtimes.
     """
 
     runtime: str
@@ -134,16 +134,16 @@ class Worker:
         return peak
 
     def accuracy(self, batch: int, out: Path, progress: Callable[[int, int], None]) -> None:
-        """Write each image's best classes to `out`, .npy int64 [N, min(5, classes)]; `progress` gets done and total."""
+        """Write each image's best classes to `out`, .npy int64 [N, min(5, classes)], and call progress(done, total)."""
         self._ask({"command": "accuracy", "batch": batch, "out": str(out.resolve())}, self._limit, progress)
 
     def codes(self, expected: Path) -> CountedCodes:
-        """Return the counts of `crqat.runtime_eval.measure.codes.check_codes` on this CPU."""
+        """Count the codes on this CPU that differ from the expected ones; see `measure.codes.check_codes`."""
         counted = self._ask({"command": "codes", "expected": str(expected.resolve())}, self._limit)
         return typed_json.from_json(CountedCodes, counted)
 
     def _close(self) -> None:
-        """End the process in whatever state it is, and reap it."""
+        """Kill the process, wait until it is gone, and close its pipes."""
         self._process.kill()
         self._process.wait()
         self._reader.join()
@@ -180,7 +180,7 @@ class Worker:
                 progress(*answer["progress"])
 
     def _death(self) -> str:
-        """Return why the process ended by itself."""
+        """Return why the process ended by itself, with its last line of output."""
         code = self._process.wait()
         cause = (
             f"its process was ended by {failures.signal_name(-code)}" if code < 0 else f"its process exited with {code}"

@@ -1,4 +1,4 @@
-"""The runtimes, one file each, and their common interface."""
+"""The runtimes that can run a model file, one module each, and their common interface `Runner`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from crqat.core.results.benchmark import Int8Layers, NodeTime
 
 @dataclass(frozen=True)
 class Description:
-    """Description of a runner and its file.
+    """Version and provider of a runtime, and metadata of the model file that it has loaded.
 
     Attributes:
         runtime: "onnxruntime", "openvino" or "tensorrt".
@@ -53,5 +53,5 @@ class Runner(Protocol):
         ...
 
     def describe(self) -> Description:
-        """Return the runner's description and the file's metadata."""
+        """Return the runtime's version and provider, and the file's metadata."""
         ...

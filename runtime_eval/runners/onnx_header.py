@@ -28,7 +28,7 @@ _VARINT, _FIXED64, _BYTES, _START_GROUP, _END_GROUP, _FIXED32 = range(6)
 
 
 def read(path: Path) -> dict[str, str]:
-    """Return a file's metadata, strings by name.
+    """Return the metadata entries of an ONNX file: values by name.
 
     Raises:
         UsageError: The file cannot be read or is not a protobuf message.
@@ -73,7 +73,7 @@ def _external(message: memoryview, kind: str) -> str | None:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield number and content of each field that holds bytes; other fields are skipped."""
+    """Yield number and content of each field of a protobuf message that holds bytes; other fields are skipped."""
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)
@@ -88,7 +88,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
         elif kind in (_FIXED64, _FIXED32):
             length = 8 if kind == _FIXED64 else 4
         else:
-            msg = f"wire type {kind}"
+            msg = f"a field has the unknown wire type {kind}"
             raise ValueError(msg)
         if position + length > len(message):
             msg = "a field is longer than the file"
@@ -109,5 +109,5 @@ def _varint(message: memoryview, position: int) -> tuple[int, int]:
         if not byte & 0x80:
             return value, position
         if shift == 70:
-            msg = "a number of more than ten bytes"
+            msg = "a variable-length number has more than ten bytes"
             raise ValueError(msg)

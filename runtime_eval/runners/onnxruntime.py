@@ -103,7 +103,7 @@ class OnnxRuntimeRunner:
         return logits
 
     def compute_seconds(self) -> None:
-        """See `Runner.compute_seconds`: always None, because ONNX Runtime reports no device time."""
+        """Return None, because ONNX Runtime does not report the device's compute time."""
         return
 
     def node_times(self, image: npt.NDArray[np.float32]) -> list[NodeTime]:
@@ -134,6 +134,6 @@ class OnnxRuntimeRunner:
         ]
 
     def describe(self) -> Description:
-        """See `Runner.describe`."""
+        """Return ONNX Runtime's version, the execution provider and the file's metadata."""
         metadata = dict(self._session.get_modelmeta().custom_metadata_map)
         return Description("onnxruntime", ort.__version__, self._provider, metadata)

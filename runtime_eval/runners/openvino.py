@@ -62,15 +62,15 @@ class OpenVINORunner:
         return logits
 
     def compute_seconds(self) -> None:
-        """See `Runner.compute_seconds`: always None, because OpenVINO reports no device time."""
+        """Return None, because OpenVINO does not report the device's compute time."""
         return
 
     def node_times(self, _image: npt.NDArray[np.float32]) -> None:
-        """See `Runner.node_times`: always None for this runtime."""
+        """Return None: the time of each node is not measured in OpenVINO."""
         return
 
     def describe(self) -> Description:
-        """See `Runner.describe`; includes the counts of the layers that the plugin computes in INT8."""
+        """Return OpenVINO's version, device and the file's metadata, with the number of layers computed in INT8."""
         layers, rest = 0, []
         for node in self._model.get_runtime_model().get_ordered_ops():
             info = {key: value.astype(str) for key, value in node.get_rt_info().items() if key in _INFO}

@@ -34,7 +34,7 @@ class TensorRTRunner:
 
     Args:
         path: File of the plan; its sidecar lies next to it.
-        graph: Replay the computation as a CUDA graph, captured once for each batch size; needs cuda-python.
+        graph: Whether to replay the computation as a CUDA graph, captured once for each batch size; needs cuda-python.
 
     Raises:
         ToolError: CUDA device, TensorRT or pycuda is missing; the plan is for another TensorRT or device; or TensorRT
@@ -83,7 +83,7 @@ class TensorRTRunner:
         self._launch: Callable[[], None] = self._enqueue
 
     def _tensors(self) -> dict[str, bool]:
-        """Return for each tensor of the plan whether it is an input."""
+        """Return the names of the plan's input and output tensors, each with whether it is an input."""
         import tensorrt as trt
 
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
@@ -172,11 +172,11 @@ class TensorRTRunner:
             raise ToolError(msg)
 
     def node_times(self, _image: npt.NDArray[np.float32]) -> None:
-        """See `Runner.node_times`: always None for this runtime."""
+        """Return None: the time of each layer is not measured in TensorRT."""
         return
 
     def describe(self) -> Description:
-        """See `Runner.describe`."""
+        """Return TensorRT's version, the device's compute capability and the file's metadata, from the sidecar."""
         provider = f"compute capability {self._sidecar.compute_capability}"
         return Description("tensorrt", self._sidecar.version, provider, self._sidecar.metadata)
 
@@ -285,11 +285,11 @@ class Cuda:
         return int(self._memory[-1])
 
     def to_device(self, address: int, array: Array) -> None:
-        """Enqueue a copy to the device."""
+        """Enqueue a copy of a host array to an address on the device."""
         self._driver.memcpy_htod_async(address, array, self._stream)
 
     def to_host(self, array: Array, address: int) -> None:
-        """Enqueue a copy from the device."""
+        """Enqueue a copy from an address on the device to a host array."""
         self._driver.memcpy_dtoh_async(array, address, self._stream)
 
     def event(self) -> Any:
@@ -305,7 +305,7 @@ class Cuda:
         return float(start.time_till(end))
 
     def synchronize(self) -> None:
-        """Wait for all enqueued work."""
+        """Wait until all enqueued work is done."""
         self._stream.synchronize()
 
     def capture(self, enqueue: Callable[[], None]) -> Callable[[], None]:
@@ -342,7 +342,7 @@ class Cuda:
         self._graphs = []
 
     def close(self) -> None:
-        """Release everything and leave the context."""
+        """Free graphs, device memory and stream, and release the CUDA context."""
         self._free_graphs()
         for memory in self._memory:
             memory.free()
@@ -358,7 +358,7 @@ def _cuda_call(name: str, runtime: Any, *arguments: Any) -> Any:
 
 
 def _checked(name: str, results: tuple[Any, ...]) -> Any:
-    """Return the value after the error code, if the function has one.
+    """Return the result of a CUDA call, which follows the error code in `results`; None if it has no result.
 
     Raises:
         ToolError: The error code is not 0.

@@ -28,7 +28,7 @@ _BLAMED = (re.compile(r"Cannot compile operation '(.+?)'"), re.compile(r"impleme
 
 
 class BuildFailure(Exception):
-    """No engine can be built from the file.
+    """Raised if no engine can be built from an ONNX file.
 
     Attributes:
         reason: Where and why the build failed.
@@ -41,15 +41,15 @@ class BuildFailure(Exception):
 
 @dataclass
 class Build:
-    """State of one build; findings remain available if the build fails.
+    """One build of an engine; what was found so far remains in the attributes if the build fails.
 
     Attributes:
-        trt: Module of the builder.
-        row: Features of its version.
+        trt: Python module of the builder.
+        row: Features of the builder's version.
         hear: Callback for each of the builder's messages.
         messages: All messages so far.
-        flags: Names of the network flags and builder flags.
-        precisions: Types of all tensors that the network's layers write, sorted.
+        flags: Names of the network flags and builder flags that are set.
+        precisions: Types of all tensors that the parsed network's layers write, sorted.
         timing_cache_sha256: SHA-256 of the timing cache after the build; None if none was used.
     """
 
@@ -67,7 +67,7 @@ class Build:
     def run(
         self, model: Path, batch: Batch, targets: Sequence[str], timing_cache: Path | None, parsed: Callable[[], None]
     ) -> bytes:
-        """Build the engine.
+        """Build the engine of an ONNX file.
 
         Args:
             model: The ONNX file.
@@ -181,10 +181,10 @@ def set_batch(
     config: tensorrt.IBuilderConfig,
     batch: Batch,
 ) -> None:
-    """Fix the inputs' first dimension if all three batch sizes are equal, else bound it with a profile.
+    """Fix the batch size of the network's inputs if all three values are equal, else allow the range between them.
 
     Raises:
-        BuildFailure: The file's inputs do not allow it.
+        BuildFailure: An input has another fixed batch size or another dynamic dimension, or the builder refuses.
     """
     profile = builder.create_optimization_profile()
     smallest, usual, largest = batch
@@ -194,11 +194,11 @@ def set_batch(
         shape: Any = tensor.shape  # a tuple at run time; the stubs have another type
         first, *rest = tuple(shape)
         if min(rest, default=1) < 0:
-            msg = f"its input {tensor.name} has another dynamic dimension than the batch"
+            msg = f"the network's input {tensor.name} has a dynamic dimension that is not the batch"
             raise BuildFailure(msg)
         if first >= 0:
             if not smallest <= first <= largest:
-                msg = f"its input {tensor.name} has the fixed batch {first}, not {usual}"
+                msg = f"the network's input {tensor.name} has the fixed batch {first}, not {usual}"
                 raise BuildFailure(msg)
         elif smallest == largest:
             tensor.shape = (usual, *rest)  # type: ignore[assignment]

@@ -52,7 +52,7 @@ _SHOWN_NODES = 5
 
 
 def described(layers: Sequence[Layer], macs: Mapping[str, int] | None) -> list[EngineLayer]:
-    """Return the layers in the layout of an engine report.
+    """Return the layers of an engine as they are stored in an engine report.
 
     Args:
         layers: Layers from `crqat.runtime_eval.trt.plan_layers`.
@@ -77,12 +77,12 @@ def _described(layer: Layer, macs: Mapping[str, int]) -> EngineLayer:
 
 
 def counts(layers: Sequence[Layer]) -> LayerCounts:
-    """Return the number of layers of each kind."""
+    """Return the number of an engine's layers of each kind."""
     return LayerCounts(**{"layers": len(layers), "reformat": 0, **Counter[str](layer.kind for layer in layers)})
 
 
 def coverage(layers: Sequence[Layer], macs: Mapping[str, int] | None) -> Coverage:
-    """Return how much of Conv and Gemm multiplies INT8 by INT8.
+    """Return the share of Conv and Gemm, by count and by MACs, that an engine multiplies in INT8.
 
     A node is covered if at least one matmul layer came from it and all such layers are INT8. A node that no such layer
     mentions may be fused into a layer that does not report it, and counts as uncovered.
@@ -122,7 +122,7 @@ def _operands(layers: Sequence[Layer]) -> str:
 
 
 def warnings(messages: Sequence[Message]) -> list[BuilderMessage]:
-    """Return the builder's warnings and errors, each kind once, with the first few nodes.
+    """Return the builder's warnings and errors, each kind once, with its count and the first few nodes.
 
     The severity is crqat's own: a warning that means a wrong result counts as an error.
 

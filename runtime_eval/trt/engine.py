@@ -116,7 +116,7 @@ def build(
 
 
 def _run(command: list[str], limit: float) -> str | None:
-    """Run the process; return None if it wrote its report, else the cause of its death."""
+    """Run the command in a process; return None if it wrote its report, else why the process failed."""
     try:
         result = subprocess.run(
             command, stdin=subprocess.DEVNULL, capture_output=True, timeout=limit, cwd=PACKAGES, check=False
@@ -135,7 +135,7 @@ def _run(command: list[str], limit: float) -> str | None:
 
 
 def _last_parsed(log: Path) -> tuple[str | None, str | None]:
-    """Return node and operator that the parser was at when the process ended; None and None if it was not parsing."""
+    """Return (node, operator) that was being parsed when the process ended; (None, None) if it was not parsing."""
     text = log.read_text(errors="replace") if log.is_file() else ""
     found = [match for match in map(_PARSING.search, text.splitlines()) if match]
     if not found or _PARSED in text:
@@ -145,7 +145,7 @@ def _last_parsed(log: Path) -> tuple[str | None, str | None]:
 
 @dataclass
 class Found:
-    """Findings of a build so far; attributes as in `EngineReport`."""
+    """What a build has found so far; attributes with the same names and meanings as in `EngineReport`."""
 
     failure: BuildError | None = None
     flags: list[str] = field(default_factory=list)
@@ -162,7 +162,7 @@ class Found:
 
 
 def report_of(model: Path, options: EngineOptions, builder: str, found: Found) -> EngineReport:
-    """Return the report of a build.
+    """Return the engine report of a build from what the build found.
 
     Args:
         model: The ONNX file.
@@ -192,7 +192,7 @@ def report_of(model: Path, options: EngineOptions, builder: str, found: Found) -
 def build_here(
     model: Path, options: EngineOptions, macs: Mapping[str, int] | None, engine: Path | None, log: Path
 ) -> EngineReport:
-    """Build in this process, as the program does; other callers use `build`.
+    """Build an engine in this process; only `main` uses it, and other callers use `build`.
 
     Args:
         model: The ONNX file.
@@ -256,7 +256,7 @@ def build_here(
 
 
 def describe_plan(found: Found, layers: Sequence[plan_layers.Layer], macs: Mapping[str, int] | None) -> None:
-    """Fill in counts and coverage of an engine's layers; arguments as in `crqat.runtime_eval.trt.coverage.coverage`."""
+    """Set `layers`, `counts` and `coverage` of `found`; for the arguments, see `runtime_eval.trt.coverage.coverage`."""
     found.layers, found.counts = coverage.described(layers, macs), coverage.counts(layers)
     found.coverage = coverage.coverage(layers, macs)
 

@@ -25,7 +25,7 @@ INT8_CAPABILITY = (7, 2)
 
 @dataclass(frozen=True)
 class Sidecar:
-    """Metadata of a plan.
+    """Metadata of a TensorRT plan (a serialized engine), stored in a file next to it.
 
     Attributes:
         plan_sha256: SHA-256 of the plan.
@@ -34,7 +34,7 @@ class Sidecar:
         compute_capability: Compute capability of the device that the plan was built for, such as "8.7".
         precision: Precision that the ONNX file asks for: "int8", "float16" or "float32".
         metadata: Metadata of the ONNX file, strings by name; the plan itself does not store them.
-        schema_version: Version of this file's layout.
+        schema_version: Version of the sidecar's layout.
     """
 
     plan_sha256: str
@@ -110,7 +110,10 @@ def read(plan: Path) -> Sidecar:
         msg = f"{path}: damaged (a value is not text); build the engine again"
         raise UsageError(msg)
     if sidecar.schema_version != SCHEMA_VERSION or sidecar.precision not in PRECISIONS:
-        msg = f"{path}: from another crqat (schema version {sidecar.schema_version}); build the engine again"
+        msg = (
+            f"{path}: written by another version of crqat (schema version {sidecar.schema_version}); build the engine "
+            "again"
+        )
         raise UsageError(msg)
     return sidecar
 
@@ -127,11 +130,11 @@ def require_int8(capability: tuple[int, int]) -> None:
 
 
 def load(plan: Path, builder: str, version: str, capability: tuple[int, int]) -> tuple[bytes, Sidecar]:
-    """Return the hashed bytes of a plan that fits this machine, and its sidecar.
+    """Return the bytes of a plan and its sidecar, after checking that the plan is intact and fits this machine.
 
     Args:
         plan: File of the plan.
-        builder: Module that would run the plan.
+        builder: Module that will run the plan: "tensorrt" or "tensorrt_rtx".
         version: That module's `__version__`.
         capability: Compute capability of the device, major and minor.
 
@@ -156,7 +159,7 @@ def load(plan: Path, builder: str, version: str, capability: tuple[int, int]) ->
         msg = f"{plan}: cannot be read: {error.strerror}; build the engine again"
         raise UsageError(msg) from error
     if hashlib.sha256(content).hexdigest() != sidecar.plan_sha256:
-        msg = f"{plan}: altered or damaged (its SHA-256 is not the sidecar's); build the engine again"
+        msg = f"{plan}: altered or damaged: its SHA-256 is not that in its sidecar; build the engine again"
         raise UsageError(msg)
     return content, sidecar
 

@@ -53,7 +53,7 @@ class Layer:
             report how it computes them.
         type: Layer type in the engine's own words.
         inputs: Precision of each input in the engine's spelling: Int8, Half, Float.
-        outputs: Precision of each output, spelled likewise.
+        outputs: Precision of each output, in the engine's spelling.
         weights: Precision of a matmul's second operand; None if there is none or it is not reported.
         nodes: Names of the ONNX nodes that the layer came from, if the engine reports them.
     """
@@ -140,7 +140,7 @@ def _kind_of_generated(name: str) -> Kind:
 
 
 def _weights(inputs: Sequence[_Tensor], constants: Sequence[_Tensor]) -> str | None:
-    """Return the second operand's type, from the constants if one can be it, else (weights at run time) the inputs."""
+    """Return the type of a matmul's second operand: a constant, or an input if weights are given at run time."""
     for candidates in (constants, inputs[1:]):
         wide = [tensor for tensor in candidates if tensor.wide]
         if wide:
@@ -194,7 +194,7 @@ def _from_entry(entry: Mapping[str, Any]) -> Layer:
 
 
 def _nodes_of_name(name: str) -> tuple[str, ...]:
-    """Split a fused layer's name into its parts; engines with several profiles append "[profile 1]"."""
+    """Return the ONNX node names that a fused layer's name joins by " + ", without a final "[profile 1]"."""
     return tuple(part.strip() for part in re.sub(r" ?\[profile \d+\]$", "", name).split(" + ") if part.strip())
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def attach(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
-    """Give a builder's configuration the cache in a file, or an empty one if the file does not fit.
+    """Give a builder's configuration the timing cache in a file, or an empty one if the file cannot be used.
 
     Returns:
         The cache, which must stay alive as long as the build.
@@ -37,12 +37,12 @@ def attach(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
         # A mismatch is not ignored: times of another device would select the wrong kernels.
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
             return cache
-    msg = f"{path}: TensorRT rejects an empty timing cache"
+    msg = f"{path}: TensorRT rejects an empty timing cache; build without a timing cache"
     raise ToolError(msg)
 
 
 def merge(config: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> str:
-    """Add the times that a build measured to the file; parallel builds do not lose each other's times.
+    """Add the kernel times that a build measured to the cache file; parallel builds keep each other's times.
 
     Args:
         config: Configuration of the build that has ended.
@@ -63,7 +63,7 @@ def merge(config: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> st
             cache.combine(other, ignore_mismatch=False)
         serialized = cache.serialize()
         if serialized is None:
-            msg = f"{path}: TensorRT does not serialize its timing cache"
+            msg = f"{path}: TensorRT does not serialize its timing cache; build without a timing cache"
             raise ToolError(msg)
         blob = bytes(serialized)
         digest = hashlib.sha256(blob).hexdigest()

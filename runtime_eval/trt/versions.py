@@ -23,7 +23,7 @@ _RTX_DISTRIBUTIONS = ("tensorrt-rtx", "tensorrt-rtx-cu13", "tensorrt-rtx-cu12")
 
 @dataclass(frozen=True)
 class Capability:
-    """Features of one range of versions.
+    """Features of one range of TensorRT versions.
 
     Attributes:
         module: Name of the Python module.
@@ -68,7 +68,7 @@ _MISSING_TARGETS = {"SM72": "Jetson Xavier", "SM87": "Jetson Orin", "SM90": "Hop
 
 
 def capability(module: str, version: str) -> Capability:
-    """Return the row of the table for a version.
+    """Return the features of a version of a builder from `TABLE`.
 
     Raises:
         ToolError: The version is older than every row.
@@ -92,11 +92,11 @@ def check_targets(module: str, wanted: tuple[str, ...]) -> None:
         if name in row.compute_capabilities:
             continue
         if not row.compute_capabilities:
-            msg = f"compute capability {name}: {module} builds for the GPU of this machine alone; leave it out"
+            msg = f"compute capability {name}: {module} builds for the GPU of this machine alone; leave the option out"
         elif name in _MISSING_TARGETS:
             msg = (
-                f"compute capability {name} ({_MISSING_TARGETS[name]}): {module} does not build for it; its engines "
-                f"for other devices say nothing about it; build with tensorrt on the device itself"
+                f"compute capability {name} ({_MISSING_TARGETS[name]}): {module} does not build for it, and its "
+                f"engines for other devices say nothing about it; build with tensorrt on the device itself"
             )
         else:
             msg = f"compute capability {name}: {module} supports only {', '.join(row.compute_capabilities)}"
@@ -123,7 +123,7 @@ def choose() -> str | None:
 
 
 def load(module: str) -> Any:
-    """Import a builder's module.
+    """Import the Python module of a builder and return it.
 
     Raises:
         ToolError: The module is not installed, or its libraries cannot be loaded.
@@ -140,7 +140,7 @@ def load(module: str) -> Any:
 
 
 def network_flags(trt: Any, row: Capability) -> tuple[int, list[str]]:
-    """Return the flags of `create_network` and their names; the same bit means other flags in 10 and 11.
+    """Return the bit mask for `create_network` and the names of its flags; TensorRT 10 and 11 number flags differently.
 
     Raises:
         ToolError: The module lacks a flag that its version should have.
@@ -151,6 +151,6 @@ def network_flags(trt: Any, row: Capability) -> tuple[int, list[str]]:
     members = trt.NetworkDefinitionCreationFlag.__members__
     missing = [name for name in wanted if name not in members]
     if missing:
-        msg = f"{row.module} {trt.__version__} has no network flag {missing[0]}, which its version should have"
+        msg = f"{row.module} {trt.__version__} has no network flag {missing[0]}; install it again"
         raise ToolError(msg)
     return sum(1 << int(members[name]) for name in wanted), wanted

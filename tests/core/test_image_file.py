@@ -60,7 +60,7 @@ def test_the_exif_tag_turns_the_image(tmp_path: Path) -> None:
 def test_other_modes_are_refused_or_converted(tmp_path: Path, mode: str) -> None:
     image = Image.fromarray(picture(16, 16)).convert(mode)
     path = saved(tmp_path / ("a.jpg" if mode == "CMYK" else "a.png"), image)
-    with pytest.raises(UsageError, match=rf"a\.(png|jpg): {mode}, not RGB; .*data\.convert: true"):
+    with pytest.raises(UsageError, match=rf"a\.(png|jpg): has the color mode {mode}, not RGB; .*data\.convert: true"):
         load_image(path, 16, 16)
     with Image.open(path) as again:
         expected = np.asarray(again.convert("RGB")).transpose(2, 0, 1)

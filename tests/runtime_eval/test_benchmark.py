@@ -447,7 +447,7 @@ def test_an_altered_file_is_refused_by_name(write_export: WriteExport, file: str
         ),
         (
             lambda d: {"payload": {"labels": "../labels.npy"}},
-            "names ../labels.npy as a model or data but not as a file",
+            "names ../labels.npy as a model or data, but has no SHA-256 of it",
         ),
         (lambda d: {"payload": {"models": [{"file": "float.onnx", "target": "tensorrt"}]}}, "0 float models"),
         (lambda d: {"files": {"images.npy": d.images.astype(np.float32)}}, "images.npy: float32 .* expected uint8"),

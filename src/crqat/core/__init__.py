@@ -1,1 +1,1 @@
-"""What the stages share: errors, integer Grids, run directories. Needs only the standard library and numpy."""
+"""Code that all stages share: errors, Grids, run directories. Needs only the standard library and numpy."""

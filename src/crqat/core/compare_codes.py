@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Tie:
-    """Distance of a tensor's values from a rounding tie.
+    """Values of a tensor before rounding, which show whether a code lies near a rounding tie.
 
     Attributes:
         before: Values divided by the scale, before rounding: float64, as many elements as the tensor.
@@ -55,10 +55,10 @@ class Comparison:
 def compare_codes(
     pairs: Mapping[str, tuple[npt.NDArray[Any], npt.NDArray[Any]]], ties: Mapping[str, Tie] | None = None
 ) -> Comparison:
-    """Compare tensors of integer codes.
+    """Compare tensors of integer codes, and count the codes that differ and those that are wrong.
 
     Args:
-        pairs: Tensor name to (expected codes, codes to check), integer arrays with the same number of elements.
+        pairs: Maps each tensor's name to (expected codes, codes to check), integer arrays with as many elements.
         ties: Ties of the tensors whose codes may differ near a tie, by one code or by as many as the bound spans.
 
     Raises:

@@ -22,34 +22,37 @@ class CrqatError(Exception):
 
 
 class UsageError(CrqatError):
-    """The recipe, an argument or an input file is wrong."""
+    """Raised if the recipe, an argument or an input file is wrong."""
 
     exit_code = 2
 
 
 class VerificationError(UsageError):
-    """An exported file does not compute what the trained network computes; no file is kept."""
+    """Raised if an exported file does not compute what the trained network computes; no file is kept."""
 
 
 class ToolError(CrqatError):
-    """The environment is at fault: a tool is missing, a directory is not writable, or a runtime crashed."""
+    """Raised if the environment is at fault: a tool is missing, a directory is not writable, or a runtime crashed."""
 
     exit_code = 3
 
 
 class InternalError(ToolError):
-    """An unexpected exception, reported in one line; see `crqat.core.failures`."""
+    """Replaces an unexpected exception in crqat itself by an error of one line; see `crqat.core.failures`."""
 
     # Raised by one of several training processes; the launcher may restart them, which may help.
     exit_code_of_rank = 70
 
 
 class Told(SystemExit):
-    """Ends the process after its message was printed. Any other SystemExit comes from other code."""
+    """Ends the process without a message, because the error was already printed.
+
+    It is a class of its own, so that a SystemExit which other code raises is recognized and reported.
+    """
 
 
 class Interrupted(CrqatError):
-    """The process was asked to end and has saved its work; the exit code is 128 + the signal, as in a shell."""
+    """Raised after a signal asked the process to end and its work was saved; the exit code is 128 + the signal."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)

@@ -174,7 +174,7 @@ def _of_library(path: str) -> bool:
 
 
 def _short(text: str) -> str:
-    """Return the first 300 characters as one line."""
+    """Return the first 300 characters of a text as one line."""
     words = " ".join(text.split())
     return words if len(words) <= 300 else f"{words[:297]}..."
 
@@ -226,7 +226,7 @@ def _created(content: bytes, folder: str) -> Path:
 
 
 def _account(error: BaseException) -> bytes:
-    """Return the traceback, preceded by the versions and the command."""
+    """Return the content of a traceback file: time, command, versions and traceback."""
     versions = []
     for name in _DISTRIBUTIONS:
         with suppress(metadata.PackageNotFoundError):

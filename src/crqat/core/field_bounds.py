@@ -23,7 +23,7 @@ class Range:
     lt: float | None = None
 
     def holds(self, value: float) -> bool:
-        """Return whether a number is within the bounds."""
+        """Return whether `value` is within the bounds."""
         return (
             (self.ge is None or value >= self.ge)
             and (self.gt is None or value > self.gt)
@@ -37,7 +37,7 @@ class Range:
         return " and ".join(f"{words[name]} {bound:g}" for name, bound in asdict(self).items() if bound is not None)
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Add the bounds to the number's own schema. Called by pydantic."""
+        """Return the number's validation schema with the bounds added. Called by pydantic."""
         return {**handler(source), **{name: bound for name, bound in asdict(self).items() if bound is not None}}
 
 
@@ -48,7 +48,7 @@ class OneOf:
     names: tuple[str, ...]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Replace the string's own schema. Called by pydantic."""
+        """Return a validation schema that accepts `names` and every text with a colon. Called by pydantic."""
 
         def own(value: Any, check: Callable[[Any], Any]) -> Any:
             return value if isinstance(value, str) and ":" in value else check(value)

@@ -92,7 +92,7 @@ class Grid:
             scale, axis = np.array(data["scale"], dtype=np.float32), data["axis"]
             integers = (data["zero_point"], data["qmin"], data["qmax"])
             if not all(type(value) is int for value in (*integers, 0 if axis is None else axis)):
-                msg = "zero_point, qmin, qmax and axis are integers"
+                msg = "zero_point, qmin, qmax and axis must be integers"
                 raise ValueError(msg)
             return cls(scale, *integers, axis)
         except (KeyError, TypeError, OverflowError) as error:
@@ -101,12 +101,12 @@ class Grid:
 
 
 def save_grids(path: Path, grids: Mapping[str, Grid]) -> None:
-    """Write the Grids of a network (edge name to Grid) as JSON."""
+    """Write the Grids of a network, by edge name, as a JSON file."""
     path.write_text(json.dumps({edge: grid.to_json() for edge, grid in grids.items()}, indent=1, sort_keys=True))
 
 
 def load_grids(path: Path) -> dict[str, Grid]:
-    """Read Grids that `save_grids` wrote.
+    """Return the Grids in a file that `save_grids` wrote, by edge name.
 
     Raises:
         UsageError: The file is not a JSON object of Grids.

@@ -42,7 +42,7 @@ def endings() -> frozenset[str]:
 def load_image(
     path: Path, size: int, crop: int, convert: bool = False, channels: int = 3, interpolation: str = "bilinear"
 ) -> npt.NDArray[np.uint8]:
-    """Decode an image file; see `decode_image`.
+    """Return a decoded image file as uint8 [channels, crop, crop]; for the arguments, see `decode_image`.
 
     Raises:
         UsageError: The file is not an image, is damaged, is too large or has another number of channels.
@@ -52,7 +52,7 @@ def load_image(
         with path.open("rb") as file:
             return decode_image(file, str(path), size, crop, convert, channels, interpolation)
     except OSError as error:
-        msg = f"{path}: cannot be read: {error.strerror}; did the folder change meanwhile?"
+        msg = f"{path}: cannot be read: {error.strerror}; check that the file still exists and may be read"
         raise ToolError(msg) from error
 
 
@@ -74,8 +74,8 @@ def decode_image(
         name: Name of the file for messages.
         size: Length of the shorter side after resizing, in pixels; at least `crop`.
         crop: Side length of the square crop, in pixels.
-        convert: Convert images of another mode (grey, palette, CMYK) to RGB or grey instead of rejecting them. Images
-            with transparency or more than 8 bits have no standard conversion and are rejected anyway.
+        convert: Whether to convert images of another mode (grey, palette, CMYK) to RGB or grey instead of rejecting
+            them. Images with transparency or more than 8 bits have no standard conversion and are always rejected.
         channels: 3 for RGB, 1 for grey (colours are converted to ITU-R 601-2 luma).
         interpolation: One of FILTERS.
 
@@ -136,7 +136,7 @@ def _undecodable(name: str, error: Exception) -> UsageError:
 
 
 def _in_mode(image: Any, mode: str, name: str, convert: bool) -> Any:
-    """Return an image converted to Pillow's mode "RGB" or "L"."""
+    """Return an image in Pillow's mode "RGB" or "L", converted if `convert` allows it."""
     if image.mode == mode and "transparency" not in image.info:
         return image
     wanted = "RGB" if mode == "RGB" else "grey"
@@ -151,6 +151,6 @@ def _in_mode(image: Any, mode: str, name: str, convert: bool) -> Any:
         other = "; where all are grey, set data.channels: 1" if image.mode == "L" else ""
         other = "; where all are RGB, leave data.channels out" if image.mode == "RGB" else other
         remedy = f"save it as {wanted}, or set data.convert: true to convert such images{other}"
-        msg = f"{name}: {image.mode}, not {wanted}; {remedy}"
+        msg = f"{name}: has the color mode {image.mode}, not {wanted}; {remedy}"
         raise UsageError(msg)
     return image.convert(mode)

@@ -47,7 +47,7 @@ class Preprocessing:
             KeyError, TypeError, ValueError: The object is not a Preprocessing.
         """
         if not isinstance(data, Mapping):
-            msg = f"a {type(data).__name__}, not an object"
+            msg = f"the value is a {type(data).__name__}, not a JSON object"
             raise TypeError(msg)
         size, crop = (None if data.get(key) is None else int(data[key]) for key in ("size", "crop"))
         interpolation = str(data.get("interpolation", "bilinear"))
@@ -67,7 +67,7 @@ class Preprocessing:
         return np.full_like(mean, 255), mean, np.array(self.std, dtype=np.float32).reshape(-1, 1, 1)
 
     def __call__(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        """Return float32 normalized images from uint8 images, both of shape [N, C, H, W]."""
+        """Return uint8 images [N, C, H, W] as normalized float32 images of the same shape."""
         return normalize(images.astype(np.float32), self.constants())
 
 
@@ -96,12 +96,13 @@ def checked_bytes(images: Any, preprocessing: Preprocessing | None = None) -> np
         if not mean.shape == std.shape == (array.shape[1],):
             msg = (
                 f"preprocessing: {mean.size} means and {std.size} stds; the images of shape {list(array.shape[1:])} "
-                "have one of each per channel, and channels come first"
+                "need one of each per channel, and their shape must be [C, H, W]"
             )
             raise UsageError(msg)
         if not (np.isfinite(mean).all() and np.isfinite(std).all() and (std > 0).all()):
             msg = (
-                f"preprocessing: mean {mean.tolist()}, std {std.tolist()}; numbers in units of 0..1, each std positive"
+                f"preprocessing: mean {mean.tolist()}, std {std.tolist()}; give finite numbers in units of 0..1, and "
+                "positive stds"
             )
             raise UsageError(msg)
     return array

@@ -44,9 +44,9 @@ class Manifest:
         parent: SHA-256 of the previous stage's manifest; None for the first stage.
         config: The resolved recipe.
         environment: Versions, git revision, seed, device.
-        payload: Data for the next stage.
-        files: Relative file name to SHA-256; filled in when the stage is complete.
-        schema_version: Version of this file's layout.
+        payload: Results of the stage for later stages, in the layout of a dataclass of `crqat.core.results`.
+        files: Maps relative file names to SHA-256; filled in when the stage is complete.
+        schema_version: Version of the manifest's layout.
         inputs: What the result depends on besides the recipe and the parent, by name: versions, files, data; None for a
             stage made before inputs were recorded.
     """
@@ -118,7 +118,7 @@ def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
 
 @contextmanager
 def write_directory(out: Path, manifest: Manifest) -> Iterator[Path]:
-    """Like `write_stage`, for a directory chosen by the user: it appears complete on a clean exit, without links.
+    """Context manager like `write_stage` for a directory that the user chose; on a clean exit it appears complete.
 
     Args:
         out: Directory to create. An existing one must be empty or made by this function, which replaces it.
@@ -216,7 +216,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Flush a file, or the names in a directory, to disk."""
+    """Make the operating system write a file, or the names in a directory, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -249,7 +249,7 @@ def command(stage: str) -> str:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Read a stage's manifest and check its layout, but not the stage's files.
+    """Return a stage's manifest after checking its layout, but not the stage's files.
 
     Raises:
         UsageError: The manifest is missing or was not written by this version.
@@ -277,12 +277,15 @@ def read_manifest(directory: Path) -> Manifest:
         raise ToolError(msg) from error
     objects = (manifest.config, manifest.environment, manifest.payload, manifest.files)
     if not all(isinstance(value, dict) for value in objects):
-        msg = f"{path}: damaged (an object is missing); run the stage again with --force"
+        msg = (
+            f"{path}: damaged (config, environment, payload or files is not an object); run the stage again with "
+            "--force"
+        )
         raise UsageError(msg)
     if manifest.inputs is not None:
         texts = isinstance(manifest.inputs, dict) and all(isinstance(value, str) for value in manifest.inputs.values())
         if not texts:
-            msg = f"{path}: damaged (inputs are not texts by name); run the stage again with --force"
+            msg = f"{path}: damaged (inputs does not map names to texts); run the stage again with --force"
             raise UsageError(msg)
     if not all(isinstance(text, str) for text in (manifest.stage, manifest.key, manifest.parent or "")):
         msg = f"{path}: damaged (stage, key or parent is not a text); run the stage again with --force"
@@ -295,7 +298,7 @@ def read_manifest(directory: Path) -> Manifest:
 
 
 def verify_stage(directory: Path) -> Manifest:
-    """Read a stage's manifest and compare the hash of each of its files.
+    """Return a stage's manifest after checking that every file in it has the recorded SHA-256.
 
     Raises:
         UsageError: A file is missing or altered; the message names it.
@@ -307,7 +310,9 @@ def verify_stage(directory: Path) -> Manifest:
             msg = f"{path}: missing; run the stage again with --force"
             raise UsageError(msg)
         if sha256_file(path) != expected:
-            msg = f"{path}: altered or damaged (its SHA-256 is not the manifest's); run the stage again with --force"
+            msg = (
+                f"{path}: altered or damaged: its SHA-256 is not that in the manifest; run the stage again with --force"
+            )
             raise UsageError(msg)
     return manifest
 

@@ -31,7 +31,7 @@ _WORDS = {bool: "true or false", int: "an integer", float: "a finite number", st
 
 
 class Mismatch(ValueError):
-    """A JSON value does not match its dataclass."""
+    """Raised if a JSON value does not match the dataclass that describes its layout."""
 
     def __init__(self, key: str, expected: str) -> None:
         super().__init__(f"{key or 'the file'} {expected}")
@@ -47,10 +47,10 @@ Interval = Annotated[tuple[float, float], Ordered()]
 
 
 def from_json(cls: type[_T], value: object, key: str = "") -> _T:
-    """Convert a JSON value to a dataclass.
+    """Return a JSON value converted to a dataclass.
 
     Args:
-        cls: The dataclass.
+        cls: Dataclass that describes the layout.
         value: JSON value as `crqat.core.strict_json` reads it.
         key: Key of the value, for the message.
 
@@ -75,10 +75,10 @@ def to_json(value: Any) -> Any:
 
 
 def read(cls: type[_T], path: Path, again: str) -> _T:
-    """Read a dataclass from a JSON file. If it has a field `schema_version`, only the current version is read.
+    """Return a JSON file's content as a dataclass; a `schema_version` field must have the current value.
 
     Args:
-        cls: The dataclass.
+        cls: Dataclass that describes the layout.
         path: Path of the JSON file.
         again: Remedy for a damaged file or one of another version, such as "run the benchmark again".
 
@@ -105,10 +105,10 @@ def read(cls: type[_T], path: Path, again: str) -> _T:
 
 
 def checked(cls: type[_T], data: object, source: str, again: str, writer: str | None = None) -> _T:
-    """Like `read`, for a JSON value that was already read.
+    """Convert a JSON value that was already read to a dataclass; its version is checked as in `read`.
 
     Args:
-        cls: The dataclass.
+        cls: Dataclass that describes the layout.
         data: The JSON value.
         source: File or other source of the value, for the message.
         again: Remedy, as in `read`.
@@ -150,7 +150,7 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _read(kind: Any, value: Any, key: str) -> Any:
-    """Return the value converted to `kind`, or raise `Mismatch`."""
+    """Return a JSON value converted to the type `kind`; raise `Mismatch` if it does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if kind is Any or kind is object:
         return value
@@ -201,7 +201,7 @@ def _bounded(value: Any, bounds: tuple[Any, ...], key: str) -> Any:
 
 
 def _one_of(kinds: tuple[Any, ...], value: Any, key: str) -> Any:
-    """Return the first dataclass whose `Literal` fields match the value, else the first that fits."""
+    """Convert a value to the dataclass whose `Literal` fields match it, or else to the first type that fits."""
     if value is None and type(None) in kinds:
         return None
     others = [kind for kind in kinds if kind is not type(None)]

@@ -214,7 +214,7 @@ def test_an_image_that_is_not_rgb_needs_leave(root: Path) -> None:
     with Image.open(path) as image:
         grey = image.convert("L")
     grey.save(path)
-    with pytest.raises(UsageError, match=r"eel/2\.png: L, not RGB; .*data\.convert: true"):
+    with pytest.raises(UsageError, match=r"eel/2\.png: has the color mode L, not RGB; .*data\.convert: true"):
         loaded(root)
     images = loaded(root, convert=True).train_images[:]
     colourless = [i for i in range(24) if torch.equal(images[i, 0], images[i, 1])]

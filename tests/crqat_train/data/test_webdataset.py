@@ -117,7 +117,9 @@ def test_what_is_no_image_names_shard_and_member(root: Path) -> None:
     grey = io.BytesIO()
     Image.new("L", (9, 9)).save(grey, "png")
     members = [("5.png", grey.getvalue()), ("5.cls", b"1")]
-    assert "train-1.tar: 5.png: L, not RGB; save it as RGB, or set data.convert: true" in replaced(root, *members)
+    assert "train-1.tar: 5.png: has the color mode L, not RGB; save it as RGB, or set data.convert: true" in replaced(
+        root, *members
+    )
     assert len(loaded(root, convert=True).train_labels) == 5
 
 

@@ -90,7 +90,7 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
         ([str(first), "--picture", str(tmp_path / "x.txt")], "name it .png, .svg or .pdf"),
         ([str(first), "--picture", str(tmp_path / "nowhere" / "x.png")], "make it first"),
         ([str(first), str(tmp_path / "other")], "other: no such file or directory"),
-        ([str(first / "benchmark")], f"the directory of one stage; give that of the run, {first}"),
+        ([str(first / "benchmark")], f"the directory of a single stage; give the directory of the run, {first}"),
     ):
         result = CliRunner().invoke(crqat, ["compare", *arguments])
         assert isinstance(result.exception, UsageError)

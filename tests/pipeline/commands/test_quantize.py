@@ -119,7 +119,7 @@ def test_advice_needs_no_labels_and_no_recipe(digits: Path, tmp_path: Path) -> N
     """Half of the images choose, the others judge what was chosen; nothing trains on the hundred that calibrate."""
     arguments = ("--images", str(digits / "images"), "--bits", "3,8", "--advise")
     missing = quantize(digits, tmp_path, *arguments)
-    assert str(missing.exception).startswith("--advise: searches for the cheapest step that passes; set the")
+    assert str(missing.exception).startswith("--advise: needs --max-drop POINTS, the accuracy drop")
     result = quantize(digits, tmp_path, *arguments, "--max-drop", "12")
     assert result.exception is None, result.output
     listed = json.loads((tmp_path / "runs" / "digits" / "images.json").read_text())

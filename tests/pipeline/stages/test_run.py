@@ -599,7 +599,7 @@ def test_results_that_were_carried_from_a_board_are_judged_as_a_stage(fakes: Fak
     [
         (
             {"parent": "0" * 64},
-            r"orin\.json: parent: measured on another export than runs/run1/export; make the bundle again and measure",
+            r"orin\.json: parent: the results are of another export than runs/run1/export; make the bundle again and",
         ),
         (
             {"config": {"threads": 4}},

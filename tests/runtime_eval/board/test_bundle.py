@@ -219,7 +219,7 @@ def test_an_unpacked_bundle_is_checked_file_by_file(write_export: WriteExport, t
         verify(out)
     (tmp_path / "elsewhere.py").write_bytes(content)
     path.symlink_to(tmp_path / "elsewhere.py")
-    with pytest.raises(UsageError, match=r"crqat/core/run_directory\.py: a link"):
+    with pytest.raises(UsageError, match=r"crqat/core/run_directory\.py: is a link"):
         verify(out)
     path.unlink()
     shutil.move(out / "crqat" / "core", tmp_path / "core")

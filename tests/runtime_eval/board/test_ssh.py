@@ -273,7 +273,7 @@ def test_a_job_that_dies_is_told_and_the_next_call_starts_anew(server: Server, o
     recorded = json.loads((folder / "process.json").read_text())
     os.killpg(recorded["pid"], signal.SIGKILL)
     call.wait()
-    assert call.error.startswith("ssh://orin: the work there failed (its process is gone); last output: ")
+    assert call.error.startswith("ssh://orin: the benchmark there failed (its process is gone); last output: ")
     assert server.jobs() == []
 
     # One that died while nobody looked.
@@ -299,7 +299,7 @@ def test_work_that_fails_there_says_why(server: Server, orin: Board, contents: C
     call = Call(orin, (broken, paths))
     call.wait()
     assert re.fullmatch(
-        r"ssh://orin: the work there failed \(exit code 2\); last output: runtime_eval: .*nonsense.*", call.error
+        r"ssh://orin: the benchmark there failed \(exit code 2\); last output: runtime_eval: .*nonsense.*", call.error
     )
     assert server.jobs() == []
 

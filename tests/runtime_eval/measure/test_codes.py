@@ -85,7 +85,7 @@ def test_an_expectation_of_an_earlier_version_holds_for_x86_alone(
     ("model", "codes", "message"),
     [
         (None, b"PK no zip file", "codes.npz: not a file of expected codes"),
-        (b"no model", None, "ONNX Runtime does not run the file with exposed codes"),
+        (b"no model", None, "ONNX Runtime does not run the file with its codes as outputs"),
     ],
 )
 def test_what_is_no_model_or_no_expectation_is_one_error(

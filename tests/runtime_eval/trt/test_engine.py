@@ -353,10 +353,13 @@ def test_batches_that_a_file_does_not_allow(files: Callable[[str], Files]) -> No
     batch.dim_value = 2
     fixed = made.write("fixed.onnx", model)
     assert build(fixed, EngineOptions(batch=(2, 2, 2)), made.macs).coverage.by_macs == 1.0
-    assert build(fixed, EngineOptions(batch=STATIC)).failure.rule == "its input input has the fixed batch 2, not 4"
+    assert (
+        build(fixed, EngineOptions(batch=STATIC)).failure.rule
+        == "the network's input input has the fixed batch 2, not 4"
+    )
     height.dim_param = "height"
     failure = build(made.write("height.onnx", model), EngineOptions(batch=(2, 2, 2))).failure
-    assert failure.rule == "its input input has another dynamic dimension than the batch"
+    assert failure.rule == "the network's input input has a dynamic dimension that is not the batch"
 
 
 @rtx

@@ -83,8 +83,8 @@ def test_int8_needs_compute_capability_7_2(tmp_path: Path, capability: tuple[int
         ({"version": None}, "a value is not text"),
         ({"metadata": []}, "a value is not text"),
         ({"metadata": {"a": 1}}, "a value is not text"),
-        ({"schema_version": 2}, "from another crqat"),
-        ({"precision": "int4"}, "from another crqat"),
+        ({"schema_version": 2}, "by another version of crqat"),
+        ({"precision": "int4"}, "by another version of crqat"),
         ({"unknown": 1}, "cannot be used"),
     ],
 )

@@ -68,7 +68,7 @@ def test_targets() -> None:
     for name, words in (
         ("SM87", "Jetson Orin.*does not build for it.*build with tensorrt on the device"),
         ("SM90", "Hopper"),
-        ("SM1", "has SM75, SM80"),
+        ("SM1", "supports only SM75, SM80"),
     ):
         with pytest.raises(UsageError, match=words):
             check_targets("tensorrt_rtx", ("SM80", name))

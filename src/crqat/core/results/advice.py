@@ -12,7 +12,7 @@ class Step:
     """Result of one step of `crqat advise`.
 
     Attributes:
-        name: Name of the step.
+        name: Name of the step, such as "calibration-mse" or "short-qat".
         run: Directory of the step's run, relative to the directory of all runs.
         minutes: Duration of the train stage (calibration and training), in minutes.
         top1: Top-1 accuracy of the step's network on the judging images, as a share.

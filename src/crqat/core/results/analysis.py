@@ -26,7 +26,7 @@ class LayerAccuracy:
 
 @dataclass(frozen=True)
 class AverageBits:
-    """Mean bit width over all weights: the requested limit and the proposal's value."""
+    """Mean bit width over all weights of a network: the requested limit, and the value of the proposed bit widths."""
 
     asked: float
     proposed: float
@@ -34,7 +34,7 @@ class AverageBits:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Divergence of the network with the same bit width in all layers, for comparison."""
+    """KL divergence from the float network (`together`) with `bits` bits in all layers, for comparison."""
 
     bits: int
     together: float
@@ -79,8 +79,8 @@ class Sensitivity:
     Attributes:
         run: Name of the run.
         images: Number of calibration images.
-        average_bits: Mean bit width of the weights.
-        divergence: Divergence of the proposed network.
+        average_bits: Mean bit width of the weights, requested and proposed.
+        divergence: KL divergence from the float network at the proposed bit widths.
         layers: The layers in the order of the network.
     """
 
@@ -94,7 +94,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class SensitivityPayload:
-    """Payload of the stage's manifest; its attributes are described in `Sensitivity`."""
+    """Summary of a sensitivity stage in its manifest; `Sensitivity` describes the attributes."""
 
     average_bits: AverageBits
     divergence: Divergence
@@ -153,7 +153,7 @@ class Perturbation:
 
 @dataclass(frozen=True)
 class PerturbationPayload:
-    """Payload of the stage's manifest; its attributes are described in `Perturbation`."""
+    """Summary of a perturbation stage in its manifest; `Perturbation` describes the attributes."""
 
     images: int
     draws: int

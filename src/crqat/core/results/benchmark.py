@@ -25,7 +25,7 @@ Positive = Annotated[float, Range(gt=0)]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the measurement; attributes as in `crqat.runtime_eval.config.BenchmarkConfig`."""
+    """Settings with which a benchmark measured; `crqat.runtime_eval.config.BenchmarkConfig` describes them."""
 
     threads: int
     provider: str | None = None
@@ -124,7 +124,7 @@ class LatencyRatio:
     Attributes:
         latency_ratio: Median of the rounds' ratios.
         latency_ratio_interval: Distribution-free bounds of the ratio.
-        latency_ratio_coverage: Two-sided coverage of these bounds.
+        latency_ratio_coverage: Probability with which these bounds contain the true ratio.
     """
 
     latency_ratio: float
@@ -261,10 +261,10 @@ class ModelResult:
     Attributes:
         target: Target that the file was written for, or "float", "float16", "openvino" or "float_openvino".
         status: "measured", "failed: ..." or "not run: ...".
-        accuracy: Accuracy; None unless it was measured.
-        latency: Latency; None unless it was measured.
+        accuracy: Top-1 and top-5 accuracy on the test images; None unless they were measured.
+        latency: Latency at batch 1, or why it was not measured; None if the file did not run.
         versus_float: Comparison with the float file; None for the float file itself, or if not measured.
-        verification: Verification by the export; None for a float file.
+        verification: Comparison of integer codes in which the export verified the file; None for a float file.
         runtime: Runtime that ran the file.
         runtime_version: Version of that runtime.
         provider: Execution provider or device.
@@ -272,10 +272,10 @@ class ModelResult:
         peak_memory_bytes: Peak memory of the measuring process, in bytes.
         accuracy_batch_1: Accuracy of a TensorRT engine at batch 1.
         builds: The engines that were built from this file and measured in turns.
-        versus_float16: Latency against the float16 file on a GPU.
-        fusion: Fusion found by the export.
-        codes_on_this_cpu: Comparison of the codes on the machine that measured.
-        findings: Violations of the runtime's rules.
+        versus_float16: Latency divided by that of the float16 file, on a GPU.
+        fusion: Operations that ONNX Runtime fused into integer operations, as found by the export.
+        codes_on_this_cpu: Comparison of the integer codes that the measuring CPU computes with the expected ones.
+        findings: Rules of the runtime that the file breaks, one line each.
         float_layers: Layers that the recipe keeps in float.
         engine: Summary of the TensorRT engine; None if the file is not for TensorRT.
         int8_layers: Counts of the layers that OpenVINO computes in INT8.
@@ -328,7 +328,7 @@ class ModelResult:
 
     @property
     def timed(self) -> Latency | None:
-        """Return the latency, or None if it was not measured."""
+        """The latency; None if it was not measured."""
         return self.latency if isinstance(self.latency, Latency) else None
 
 
@@ -338,13 +338,13 @@ class Results:
 
     Attributes:
         run: Name of the run.
-        models: Results by file name; "FILE@openvino" for a file measured in OpenVINO as well.
+        models: Results by file name; those of the same file in OpenVINO are under "FILE@openvino".
         config: Settings of the measurement.
         device: Machine that measured.
         dataset: Test images.
         parent: SHA-256 of the export's manifest.
         bundle: SHA-256 of the measured bundle; None if an export was measured.
-        engines: Engine reports by file; on disk they lie in engine.json next to results.json.
+        engines: Engine reports by file name; they are stored in engine.json next to results.json.
         crqat_version: Version of crqat that measured; None if crqat ran from a bundle instead of being installed.
     """
 
@@ -361,7 +361,7 @@ class Results:
 
 
 def read_results(path: Path) -> Results:
-    """Read and check results.json.
+    """Return the results in a results.json, after checking them.
 
     Raises:
         UsageError: The file is missing, damaged or of another version; the message names the file and the key.
@@ -372,7 +372,7 @@ def read_results(path: Path) -> Results:
 
 @dataclass(frozen=True)
 class BenchmarkPayload:
-    """Payload of a benchmark's manifest.
+    """Summary of a benchmark stage in its manifest.
 
     Attributes:
         device: Machine that measured.

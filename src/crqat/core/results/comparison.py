@@ -1,4 +1,4 @@
-"""Layout of what `crqat compare` reports: each file against the file for the same target of the first run."""
+"""Layout of what `crqat compare` reports: each file compared with the first run's file for the same target."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from crqat.core.typed_json import Interval
 
 @dataclass(frozen=True)
 class Compared:
-    """Results of one file of one run.
+    """Results of one file of one run, compared with the first run's file for the same target.
 
     Attributes:
         run: Name of the run, or its path if two runs share a name.
@@ -19,7 +19,8 @@ class Compared:
         n: Number of test images.
         top1: Share of the test images that the file classifies correctly.
         top1_interval: Wilson's bounds of `top1`, each one-sided 95 %.
-        difference_points: Accuracy minus that of the first run's file, in percentage points, on the same images.
+        difference_points: Accuracy of this file minus that of the first run's file, in percentage points, on the same
+            images.
         difference_interval_points: Tango's bounds of `difference_points`, each one-sided 95 %.
         unpaired: Why there is no difference; "" if there is one, and for the first run.
         p50_ms: Median latency at batch 1, in milliseconds.
@@ -49,10 +50,10 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Rows of all files of all runs.
+    """Comparison of the files of several runs.
 
     Attributes:
-        rows: Rows grouped by target, within a target in the order of the runs.
+        rows: Results of each file, grouped by target, and for each target in the order of the runs.
     """
 
     rows: list[Compared]

@@ -19,7 +19,7 @@ class JetsonRun:
         max_power_mw: Highest power of each rail, in milliwatts.
         max_total_power_mw: Highest power of the module's input, in milliwatts; None if its rails are not known.
         looks: Number of readings.
-        unstable: Why a latency measured at the same time is not reliable, or False.
+        unstable: Why latencies measured between these readings are unreliable, such as throttling; else False.
     """
 
     clocks_locked: bool | None
@@ -54,7 +54,7 @@ class Jetson:
 
 @dataclass(frozen=True)
 class LoadAverage:
-    """Load averages over one minute, before and after the measurement."""
+    """Load averages of a machine over one minute, before (`start`) and after (`end`) a measurement."""
 
     start: float | None
     end: float | None

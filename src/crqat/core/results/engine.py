@@ -26,7 +26,7 @@ class Builder:
 
 @dataclass(frozen=True)
 class BuildError:
-    """Why the engine build failed.
+    """Where and why the build of an engine failed.
 
     Attributes:
         stage: "parse", "build", or "process" if the builder's process died or was stopped.
@@ -47,7 +47,8 @@ class EngineLayer:
 
     Attributes:
         name: Name of the layer in the engine.
-        kind: "matmul" for Conv and Gemm, otherwise another kind of work.
+        kind: "matmul" for Conv and Gemm; otherwise "pointwise", "pooling", "reformat", "copy", "opaque", "sync",
+            "shape" or "other".
         type: Layer type in the engine's own words.
         inputs: Precision of each input.
         outputs: Precision of each output.
@@ -74,7 +75,7 @@ class Uncovered:
 
     Attributes:
         node: Name of the node.
-        reason: Types that it multiplies instead.
+        reason: Types that it multiplies instead, such as "multiplies Half by Half".
         macs: Number of its multiply-accumulates, if known.
     """
 
@@ -88,10 +89,10 @@ class Coverage:
     """Share of the Conv and Gemm nodes that multiply INT8 by INT8.
 
     Attributes:
-        by_macs: Share of the multiply-accumulates; None if these are not known.
+        by_macs: Share of the multiply-accumulates that are in INT8; None if their numbers are not known.
         nodes: Number of Conv and Gemm nodes, or of layers if the multiply-accumulates are not known.
         int8_nodes: Number of these that are in INT8.
-        by_count: Share of the nodes; None if there are no such nodes.
+        by_count: Share of the nodes that are in INT8; None if there are no Conv and Gemm nodes.
         macs: Number of all multiply-accumulates.
         int8_macs: Number of multiply-accumulates in INT8.
         uncovered: Nodes that are not in INT8, the largest first; results.json leaves them to engine.json.
@@ -108,7 +109,7 @@ class Coverage:
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """Number of layers of each kind; a kind that is None is not written, a 0 is."""
+    """Number of an engine's layers of each kind; None, which is not written, if no layer is of that kind."""
 
     layers: int
     reformat: int
@@ -127,7 +128,8 @@ class BuilderMessage:
     """The builder's warnings of one kind.
 
     Attributes:
-        severity: "error" if the engine computes something other than the ONNX file specifies.
+        severity: "error" if the engine computes something other than the ONNX file specifies, "harmless" if no value
+            changes, otherwise "warning".
         message: Meaning of the warning, in one line.
         count: How often the builder gave it.
         nodes: The first ONNX nodes that it concerns.
@@ -147,19 +149,19 @@ class EngineSummary:
 
     Attributes:
         status: "built", "failed: ..." or "not run: ...".
-        failure: Why the build failed.
+        failure: Why the build failed; None if it did not.
         builder: Builder of the engine.
         compute_capabilities: Compute capabilities of the GPUs that the engine is for.
         flags: Names of the network flags and builder flags.
         batch: Minimum, optimum and maximum batch size.
         seconds: Duration of the build, in seconds.
         size_bytes: Size of the engine, in bytes.
-        source: Where the engine's layers are known from.
+        source: What reported the engine's layers: "verbose log" or "engine inspector".
         coverage: INT8 coverage of the engine.
         uncovered: The largest nodes that are not in INT8.
         counts: Number of layers of each kind.
         messages: The builder's warnings.
-        notices: What the report could not determine.
+        notices: Limits of the report, such as devices for which it says nothing.
     """
 
     status: str

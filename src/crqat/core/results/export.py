@@ -1,4 +1,4 @@
-"""Payload of an export's manifest, which the next stage reads."""
+"""Summary of an export in its manifest, which the benchmark stage reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Claim:
     """How a file holds the trained Grid (scale, zero point and range) of one edge.
 
     Attributes:
-        claim: "exact" or "lossy".
+        claim: "exact" if the file holds the Grid unchanged, "lossy" if it could not.
         note: What was lost or changed.
         bias_error: For a weight: largest error of its layer's bias, in real units.
     """
@@ -35,7 +35,7 @@ class ExportedModel:
         file: Name of the file in the export's directory.
         target: Target that the file was written for, "float" or "float16".
         precision: Type of the operations that are not INT8, "float32" or "float16".
-        claims: Claims by edge.
+        claims: By edge, how the file holds the trained Grid.
         macs: Multiply-accumulates of each Conv and Gemm node that should run in INT8, by node name.
         float_layers: Layers that the recipe keeps in float.
         verification: Comparison of the file's integer codes.
@@ -85,7 +85,7 @@ class LayerSummary:
 
 @dataclass(frozen=True)
 class ExportPayload:
-    """Payload of the manifest of an export.
+    """Summary of an export in its manifest.
 
     Attributes:
         run: Name of the run.
@@ -94,9 +94,9 @@ class ExportPayload:
         labels: Name of the file with the class of each test image, int64 [N].
         class_names: Class names in the order of the logits.
         grids_sha256: SHA-256 of the exported Grids.
-        candidate: Name of the exported candidate.
-        training: Payload of the training run that the export was made from.
-        preprocessing: Preprocessing of an export without a training payload.
+        candidate: Name of the exported network: "student", "teacher" or "calibrated".
+        training: Summary of the training run that was exported; None for a network that crqat did not train.
+        preprocessing: Preprocessing of the images, if `training` is None.
         noise: Signal-to-noise ratio of each quantizer, dB; None for one that changes nothing.
         layers: Summary of each layer, in the order of computation.
     """

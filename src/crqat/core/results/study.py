@@ -1,4 +1,4 @@
-"""Layout of the results of `crqat study`."""
+"""Layout of the JSON file with the results of `crqat study`."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ class StudyRow:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """Return the fields that identify a row."""
+        """Fields that identify a result; a new result with the same values replaces the old one."""
         return self.labels, self.bits, self.seed, self.equal, self.method
 
 
 @dataclass(frozen=True)
 class StudyResults:
-    """All rows of a study.
+    """Layout of a study's JSON file.
 
     Attributes:
-        recipe: The resolved recipe at the time the last row was written.
+        recipe: The resolved recipe at the time the last result was written.
         machine: Machine of the last training run.
-        versions: Versions of the libraries that train.
-        rows: Rows in the order in which they were computed.
+        versions: Versions of torch and NNCF.
+        rows: Results in the order in which they were computed.
     """
 
     recipe: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Payload of a training run's manifest, which the next stage reads."""
+"""Summary of a training run in its manifest, which later stages read."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TrainingPayload:
-    """Payload of the manifest of a training run.
+    """Summary of a training run in its manifest.
 
     Attributes:
-        best: Name of the candidate with the highest accuracy.
+        best: Name of the candidate with the highest validation accuracy.
         candidates: Candidates by name: "student", "teacher", "calibrated".
         class_names: Class names in the order of the logits.
         float_network: The float network before quantization.
@@ -49,9 +49,9 @@ class TrainingPayload:
         device: Device of the training.
         seconds: Duration of the training in seconds, summed over all parts if it was interrupted.
         quantizers: Number of quantizers in the network.
-        notes: Notes on how to read the accuracies.
+        notes: Notes on the accuracies and on layers whose bit width differs from the recipe's, one line each.
         preparation: How the images were prepared, if published weights specify it.
-        warnings: Problems of the result.
+        warnings: Probable problems of the trained network, one line each.
         processes: Number of processes that trained together.
     """
 
@@ -84,7 +84,7 @@ class TrainingPayload:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One line of history.jsonl.
+    """Accuracies after one epoch, as one line of history.jsonl holds them.
 
     Attributes:
         phase: "float" or "qat".

@@ -14,8 +14,8 @@ class Check:
     Attributes:
         codes: Number of codes compared.
         differing: Number of codes that differ.
-        violations: Number of codes and logits that differ by more than the bound allows; 0 means equality.
-        at: Tensor with the largest difference; empty if nothing differs.
+        violations: Number of codes and logits that differ by more than their error bounds allow; 0 if the check passes.
+        at: Name of the tensor with the largest difference; empty if nothing differs.
         differing_logits: Number of logits that differ by more than their bound.
         farthest_from_tie: Largest distance of a differing code's value from a rounding tie, in codes.
         largest_bound: Largest bound of that distance, in codes.
@@ -61,7 +61,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Return whether the checks ran and found no difference beyond their bounds."""
+        """Whether all checks ran and found no difference that rounding cannot explain."""
         return self.status == "passed"
 
 

@@ -1,4 +1,4 @@
-"""The runtimes that a network can be quantized for: one Target in one file each, and queries over several of them."""
+"""The runtimes that a network can be quantized for, one `Target` in one module each, and functions to find them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TARGETS: dict[str, Target] = {target.name: target for target in (ONNXRUNTIME, TE
 
 
 def get(name: str) -> Target:
-    """Return the Target of a name.
+    """Return the Target with a name.
 
     Raises:
         UsageError: No runtime has this name.
@@ -57,7 +57,7 @@ def names() -> tuple[str, ...]:
 
 
 def executed() -> str:
-    """Return the name of the runtime that an export runs to compare integer codes."""
+    """Return the name of the runtime in which an export runs its file to compare integer codes."""
     return next(name for name, target in TARGETS.items() if target.not_run is None)
 
 
@@ -99,7 +99,7 @@ class ByTarget:
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Allow a list, and the runtimes registered so far. Called by pydantic."""
+        """Return a validation schema that accepts a list, or lists by runtime. Called by pydantic."""
         del source, handler
         patterns = {"type": "tuple", "items_schema": [{"type": "str"}], "variadic_item_index": 0}
         keys = {"type": "literal", "expected": [*TARGETS, ALL]}
@@ -114,6 +114,6 @@ class TargetName:
     """One of the names in `TARGETS`, for use in an ``Annotated`` type; checked when a recipe is validated."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
-        """Allow the names of the runtimes registered so far. Called by pydantic."""
+        """Return a validation schema that accepts the names in `TARGETS`. Called by pydantic."""
         del source, handler
         return {"type": "literal", "expected": list(TARGETS)}

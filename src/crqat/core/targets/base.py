@@ -29,7 +29,7 @@ _CODE_RANGES = {"int8": (-128, 127), "uint8": (0, 255)}
 
 @dataclass(frozen=True)
 class Broken:
-    """A rule that a node violates.
+    """A rule of a runtime that a node of a file violates.
 
     Attributes:
         rule: What must hold, and what happens otherwise.
@@ -98,7 +98,7 @@ Node = QuantizeNode | LayerNode | ClipNode
 
 
 def no_rules(node: Node) -> Iterator[Broken]:
-    """Rules of a runtime that has none."""
+    """Yield nothing: the function `rules` of a runtime that has no rules."""
     del node
     yield from ()
 
@@ -121,7 +121,7 @@ class CpuFamily:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """One runtime on one kind of hardware.
+    """One runtime on one kind of hardware, and what it requires of a quantized file.
 
     Attributes:
         name: Name in recipes, files and results.
@@ -143,7 +143,8 @@ class Target:
             DequantizeLinear after them, directly before the operation that should be fused.
         integer_clip: Whether the float Clip of a ReLU6 is written as an integer Clip after its quantizer, because a
             float Clip would be fused into a float convolution.
-        fusions: ONNX operation between Q and DQ to the integer operation that the runtime fuses it into.
+        fusions: Maps each ONNX operation that the runtime fuses, if its operands and result are quantized, to the
+            integer operation that it becomes.
         float_results: Like `fusions`, for operations whose result stays float.
         always_float: ONNX operations without an integer kernel.
         cpus: CPU families whose codes are known, first the one that targets are compared on; empty if the runtime does
@@ -151,7 +152,7 @@ class Target:
         not_run: Why an export cannot run the runtime and compare codes; None if it can.
         builds_engine: Whether a benchmark builds an engine from the file and reads its plan.
         runs_also: Other runtimes that measure the file, by their names in results.
-        rules: Function that returns the rules that a node violates.
+        rules: Function that yields the rules that a node violates.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The constraints on one network for several targets: the union of the constraints of each target."""
+"""The constraints that a network must meet to run on several targets: those of all of them together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime's CPU provider, on x86 with and without VNNI and on ARM."""
+"""The target ONNX Runtime: what its CPU provider requires of a file, on x86 with and without VNNI and on ARM."""
 
 from __future__ import annotations
 

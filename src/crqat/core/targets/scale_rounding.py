@@ -1,4 +1,4 @@
-"""Rounds scales to values that files can store: up to float16 for some targets, and large enough for int32 biases."""
+"""Rounds scales up to values that files can store, such as float16, and raises those too small for int32 biases."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _RANGES = {"float16": (2.0**-24, 65504.0), "float32": (0.0, 3.4028234663852886e3
 
 
 def round_up(scale: npt.NDArray[np.float32], targets: Sequence[Target]) -> npt.NDArray[np.float32]:
-    """Return the smallest values not below the scales that every target stores, float32 of the same shape.
+    """Return the scales rounded up to values that the files of every target can store, float32 of the same shape.
 
-    No value exceeds float16's largest number if a target stores float16; see `too_large`.
+    If a target stores float16, no scale may exceed float16's largest number; `too_large` checks this.
     """
     import numpy as np
 

@@ -1,4 +1,4 @@
-"""TensorRT with explicit quantization, on GPUs."""
+"""The target TensorRT: what it requires of a file with explicit quantization, on GPUs."""
 
 from __future__ import annotations
 
