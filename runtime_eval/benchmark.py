@@ -293,7 +293,7 @@ def _measure(
                 model.top_single = np.load(top, allow_pickle=False)
             elif model.entry.expected_codes is not None:
                 model.codes = worker.codes(model.path.parent / model.entry.expected_codes)
-            if model.runtime == RUNTIME and _is_timed(model, config):
+            if _is_timed(model, config):
                 model.node_times = worker.node_times()
     for turn in range(config.latency_rounds):
         timed = [model for model in runnable if model.failure is None and _is_timed(model, config)]

@@ -104,7 +104,7 @@ def test_a_network_that_is_refused_or_never_ends_has_a_row_that_says_so(
     if sys.version_info >= (3, 11):  # where Python can be asked to leave the current folder out
         Path("onnx.py").write_text("raise RuntimeError('a file of the user takes the place of a library')")
     refused = model_survey.measure("torchvision/resnet19", model_survey.Images(32))
-    assert refused["status"].startswith('refused: model.name: "torchvision/resnet19" is no ')
+    assert refused["status"].startswith('refused: model.name: "torchvision/resnet19" is not a known ')
     stopped = model_survey.measure("torchvision/resnet18", model_survey.Images(32), limit=0.05)
     assert stopped["status"] == "failed: not finished after 0.05 s"
     page = model_survey.document({"torchvision/resnet19": refused})
