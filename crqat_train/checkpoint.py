@@ -109,7 +109,10 @@ class Checkpoints:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], header: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. A full disk raises OSError, as it does not in safetensors' own function."""
+    """Write a safetensors file; a full disk raises OSError.
+
+    The file is written by Python, because on a full disk safetensors' own `save_file` raises another kind of error.
+    """
     path.write_bytes(safetensors.torch.save(tensors, header))
 
 

@@ -1,4 +1,7 @@
-"""Finds and tries the compiler of torch.compile. Does not import torch: `crqat doctor` runs where torch is broken."""
+"""Finds the compilers that torch.compile needs, and checks that they can build.
+
+Does not import torch, because `crqat doctor` uses this module where torch is broken.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,17 @@ REMEDY, REMEDY_C = (
 
 
 def cpp() -> str | None:
-    """Return the C++ compiler that torch.compile uses on CPUs ($CXX, or the usual one); None if it cannot build."""
+    """Return the C++ compiler that torch.compile uses on CPUs: $CXX, otherwise g++ (clang++ on macOS).
+
+    None if it cannot build a small library.
+    """
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     openmp = [] if sys.platform == "darwin" else ["-fopenmp"]
     return name if _builds(name, "probe.cpp", _CPP, "-std=c++20", *openmp) else None
 
 
 def triton() -> str | None:
-    """Return the C compiler that Triton uses ($CC, clang or gcc); None if it cannot build."""
+    """Return the C compiler that Triton uses: $CC, otherwise clang or gcc; None if it cannot build a small library."""
     named = os.environ.get("CC")
     names = [named] if named else [name for name in ("clang", "gcc") if shutil.which(name)]
     return next((name for name in names if _builds(name, "probe.c", _C)), None)

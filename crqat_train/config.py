@@ -192,7 +192,9 @@ class FloatConfig(OptimizerConfig):
 
 @dataclass(frozen=True)
 class QATConfig(OptimizerConfig):
-    """Training of the quantized network. It starts from trained weights, so its learning rate is smaller.
+    """Training of the quantized network.
+
+    It starts from trained weights, so its default learning rate is smaller than that of the float network.
 
     Attributes:
         epochs: Passes over the training images; 0 is post-training quantization.

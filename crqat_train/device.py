@@ -46,7 +46,10 @@ def channels_last(model: nn.Module) -> nn.Module:
 
 @contextmanager
 def deterministic(seed: int) -> Iterator[None]:
-    """Seed torch and use deterministic kernels: same seed, same bits on a CPU. Previous settings are restored."""
+    """Within the context, torch is seeded and uses deterministic kernels; previous settings are restored at the end.
+
+    On a CPU, the same seed gives the same bits.
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.manual_seed(seed)
     random.seed(seed)

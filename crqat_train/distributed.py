@@ -162,7 +162,7 @@ def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
 
 
 def share(batch: Tensor) -> Tensor:
-    """Return this rank's contiguous part of a batch, along its first dimension."""
+    """Return the part of a batch that this rank processes: contiguous, along the first dimension."""
     return batch if world() == 1 else torch.tensor_split(batch, world())[rank()]
 
 
@@ -220,13 +220,19 @@ def gather(value: _T) -> list[_T]:
 
 
 class Vote:
-    """Maxima over ranks that are requested after one step and read after the next, so that no step waits for a rank."""
+    """Maxima of numbers over all ranks, requested after one step and read after the next.
+
+    No step therefore waits for another rank.
+    """
 
     def __init__(self) -> None:
         self._asked: tuple[Any, Tensor] | None = None
 
     def largest(self, *values: float) -> list[float]:
-        """Submit these values, and return the maxima of the step before; zeros in the first step."""
+        """Submit values, and return the maxima over ranks of those submitted before; zeros at the first call.
+
+        A single rank gets its own values back at once.
+        """
         if world() == 1:
             return list(values)
         before = self.close()
@@ -248,7 +254,8 @@ class Vote:
 def first_rank_first() -> Iterator[None]:
     """Let one rank on each machine run the block before the others, so that files are downloaded only once.
 
-    The others wait on the CPU: a device's group times out after ten minutes, and a download may take hours.
+    The others wait in a process group on the CPU, because one on a device times out after ten minutes, and a download
+    may take hours.
     """
     if world() > 1 and _number("LOCAL_RANK"):
         dist.barrier(group=_Group.cpu)
@@ -274,8 +281,8 @@ def first_rank_alone() -> Iterator[bool]:
 def average_statistics(model: nn.Module) -> None:
     """Average BN's running statistics over ranks after a step, so that all ranks evaluate and save the same ones.
 
-    Until then each rank normalizes with the statistics of its own share, unless `qat.sync_bn` is on. The mean of the
-    shares' variances leaves out how the shares' means differ.
+    Until then each rank normalizes with the statistics of its own share, unless `qat.sync_bn` is on. The average of the
+    ranks' variances lacks the variance between their means.
     """
     if world() == 1:
         return
@@ -292,7 +299,10 @@ def average_statistics(model: nn.Module) -> None:
 
 @torch.no_grad()
 def take_statistics(model: nn.Module) -> None:
-    """Give all ranks rank 0's BN statistics: with dropout or other random layers, those of each rank differ."""
+    """Copy rank 0's BN statistics to all ranks.
+
+    With dropout or other random layers, each rank has computed different ones.
+    """
     if world() > 1:
         for norm in model.modules():
             if isinstance(norm, nn.modules.batchnorm._BatchNorm):
@@ -313,9 +323,9 @@ def check_sync_bn(device: torch.device) -> None:
 
 @contextmanager
 def synchronized_norms(model: nn.Module, on: bool) -> Iterator[None]:
-    """With `on`, BN normalizes with the statistics of the whole batch of all ranks; restored afterwards.
+    """Within the context, if `on`, BN normalizes with the statistics of the whole batch of all ranks.
 
-    SyncBatchNorm and BatchNorm share weights and buffers.
+    BatchNorm modules are replaced by SyncBatchNorm modules with the same weights and buffers, and restored at the end.
     """
     norms = {n: m for n, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)} if on else {}
     for name, norm in norms.items():

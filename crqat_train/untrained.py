@@ -31,7 +31,9 @@ def sane_bn(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
 
 
 def awake(network: nn.Module, seed: int = 0) -> nn.Module:
-    """Redraw parameters of two or more dimensions that are zero or almost: class tokens, heads, layer scales.
+    """Redraw the parameters that are zero or almost zero and have two or more dimensions.
+
+    They are class tokens, heads or layer scales, for example.
 
     Quantized, they would have the same code everywhere, and a comparison of codes after them would show nothing.
 

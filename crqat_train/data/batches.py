@@ -26,10 +26,11 @@ class Batches:
     """Augmented training batches, made on the device of the images without waiting for the host.
 
     All batches have the same shape, so that a compiled step is compiled once. Each has `min(n, batch_size)` of n
-    images; the incomplete rest of an epoch is dropped, with different images each time.
+    images; the incomplete rest of an epoch is dropped, and as the order is random, these are other images in each
+    epoch.
 
     Args:
-        images: uint8 of shape [N, C, H, W], or files.
+        images: uint8 tensor of shape [N, C, H, W], or `StoredImages`, which are decoded on demand.
         labels: int64 of shape [N].
         preprocessing: Preprocessing of the network's input.
         batch_size: Images in a step, over all ranks together; each rank makes its share of them.
@@ -131,7 +132,7 @@ class Feed:
 
     Attributes:
         order: Order of the current epoch's images, None between two epochs; see `Batches.order`.
-        done: Number of batches of the current epoch that are done.
+        done: Number of batches of the current epoch that were yielded.
     """
 
     def __init__(self, batches: Batches, generators: Generators, views: int = 1) -> None:
@@ -155,10 +156,10 @@ class Feed:
 
 
 def evaluation_batches(images: Images, preprocessing: Preprocessing, batch_size: int) -> Iterator[Tensor]:
-    """Yield all images in order, without augmentation, on their device.
+    """Yield batches of all images in order, without augmentation, on the images' device.
 
     Args:
-        images: uint8 of shape [N, C, H, W], or files.
+        images: uint8 tensor of shape [N, C, H, W], or `StoredImages`, which are decoded on demand.
         preprocessing: Preprocessing of the network's input.
         batch_size: Images in a batch; the last one may be smaller.
 

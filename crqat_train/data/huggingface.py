@@ -47,7 +47,7 @@ class Rows:
 
 
 class TableImages(StoredImages[Rows]):
-    """Images in the rows of a table."""
+    """Images in the rows of a table of Hugging Face's `datasets`, decoded when they are needed."""
 
     def _items_of(self, chosen: Tensor) -> Rows:
         picked, items = chosen.numpy(), self.items

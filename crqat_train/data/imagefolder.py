@@ -42,7 +42,7 @@ class FolderImages(StoredImages[tuple[ImageFile, ...]]):
 
 
 def check_unchanged(path: Path, state: tuple[int, int]) -> None:
-    """Check that a file has not changed since `file_state` read its size and time.
+    """Check that a file still has `state`, the size and modification time that `file_state` returned earlier.
 
     Raises:
         ToolError: The file is gone or has changed.

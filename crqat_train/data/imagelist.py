@@ -61,7 +61,9 @@ def files_of(root: Path, listed: dict[str, int]) -> tuple[ImageFile, ...]:
 
 
 def outside(path: Path) -> list[Path]:
-    """Return one folder that contains all images listed by an absolute path; [] if all paths are relative.
+    """Return, as a list of one, the innermost folder that contains all images that a list names by absolute paths.
+
+    The result is [] if the list has relative paths only. `path` is the image list.
 
     Raises:
         UsageError: See `read`.

@@ -118,10 +118,11 @@ def normalization_note(config: DataConfig, preprocessing: Preprocessing) -> str 
 
 
 def load_unlabeled(source: str, config: DataConfig, labeled: Dataset) -> Images:
-    """Load the recipe's `data.unlabeled`: uint8 of shape [N, C, H, W], or files.
+    """Load the unlabeled images of a recipe, which its `data.unlabeled` names.
 
     These are the source's training images, or all images of the folder `data.unlabeled_root`. They must have the shape
-    of the labeled images.
+    of the labeled images. The result is a uint8 tensor of shape [N, C, H, W], or `StoredImages`, which are decoded on
+    demand.
 
     Raises:
         UsageError: See `load`; or the images have another shape than the labeled images.

@@ -27,7 +27,10 @@ _RANDOM = {"dropout", "bernoulli", "normal", "multinomial"}
 
 
 def copied(model: nn.Module) -> dict[int, Any]:
-    """Return a memo for `copy.deepcopy`: copies, by id, of the tensors computed by hooks, which it cannot copy."""
+    """Return a memo for `copy.deepcopy`, so that it accepts a network with tensors that hooks compute.
+
+    The memo maps the id of each such tensor, which deepcopy refuses, to a copy of it.
+    """
     values = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     return {id(value): value.detach().clone() for value in values if not value.is_leaf}
 

@@ -78,7 +78,7 @@ def failing_module(network: nn.Module, error: BaseException) -> str:
 
 
 def passes_through(error: BaseException) -> bool:
-    """Whether an error is reported unchanged: it explains itself, or is out of memory and not about the network."""
+    """Whether an error is reported unchanged: one with crqat's own message, or one for lack of memory."""
     return isinstance(error, (CrqatError, MemoryError, torch.OutOfMemoryError))
 
 

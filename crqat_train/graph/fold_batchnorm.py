@@ -3,7 +3,8 @@
 y = gamma (conv(x, w) + b - mean) / sigma + beta = conv(x, m w) + beta + (b - mean) m, with m = gamma / sigma.
 
 All arrays are float32. The caller computes the square root: torch's (on some CPUs that of a vector library, not
-correctly rounded) and numpy's may differ in their last place, and delivered scales were chosen with torch's.
+correctly rounded) and numpy's may differ in their last place, and the scales in exported files were chosen with
+torch's.
 """
 
 from __future__ import annotations

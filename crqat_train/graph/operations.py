@@ -52,10 +52,10 @@ _SIGN_KEEPING_FUNCTIONS: set[Any] = {
 
 
 def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
-    """Return the model as a GraphModule in which weights are separate edges; the state dict keeps its keys.
+    """Trace a network as a GraphModule in which each weight is a node of its own; the state dict keeps its keys.
 
     Args:
-        model: The float network in eval mode. Its modules become the graph's; see `_Tracer.call_module`.
+        model: The float network in eval mode. The graph uses the same modules, of which some are replaced.
         example: Input of shape [N, C, H, W], float32; without one, the forward must not use sizes.
 
     Raises:

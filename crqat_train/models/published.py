@@ -100,8 +100,8 @@ def data_section(config: TrainConfig) -> DataConfig:
     returns its own mean and std.
 
     Raises:
-        UsageError: The recipe sets only one of `data.size` and `data.crop`, and it does not fit the other, published
-            one.
+        UsageError: The recipe sets only one of `data.size` and `data.crop`, and it does not fit the published value of
+            the other.
     """
     data = config.data
     found = published(config.model.name) if config.model.weights == "pretrained" else None
@@ -142,7 +142,10 @@ def _shown(value: Any) -> str:
 
 
 def published_accuracy(config: TrainConfig, classes: int) -> float | None:
-    """Return the published accuracy if these weights are used with their published preprocessing; otherwise None."""
+    """Return the published accuracy of the recipe's weights, in 0..1; None if it does not apply.
+
+    It applies if the weights are used unchanged and with the preprocessing published with them.
+    """
     data, found = config.data, None
     if config.model.weights == "pretrained" and config.float_training.epochs == 0 and classes == 1000:
         found = published(config.model.name)

@@ -1,6 +1,6 @@
 """Reads untrusted ONNX files: checks all sizes before allocating, and opens no file outside of the model's folder.
 
-Only for a float network, tensors in external data files are read: its exporter writes them by default.
+Tensors in external data files are read for float networks only, because exporters write such files by default.
 """
 
 from __future__ import annotations

@@ -33,7 +33,9 @@ class Edge:
 
     Attributes:
         name: Name of the edge.
-        outcome: "kept", "rescaled", "calibrated" or "dropped"; `Outcome` explains them.
+        outcome: "kept": the checkpoint's scale and zero point; "rescaled": the checkpoint's range in other codes;
+            "calibrated": the checkpoint has no range for the edge; "dropped": the checkpoint quantizes the edge, but
+            the targets leave it in float.
         note: Why the checkpoint's range is not used unchanged; empty if it is.
     """
 

@@ -37,7 +37,10 @@ BEFORE_FLOAT = "crqat_before_float"
 
 @dataclass(frozen=True)
 class Place:
-    """Position of a hook in the FX graph: after `source`, on all of its uses or on the use by `consumer`."""
+    """Position of a quantizer in the FX graph: after node `source`.
+
+    It applies to the use by node `consumer` only, or to all uses if `consumer` is None.
+    """
 
     source: fx.Node
     consumer: fx.Node | None
@@ -54,9 +57,9 @@ Groups = list[tuple[tuple[str, ...], "int | None", bool, list[Place]]]
 def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, str], groups: Groups) -> Groups:
     """Add a quantizer after each convolution whose result is used in float, so that the convolution runs in integers.
 
-    A runtime fuses a layer with a BatchNorm and a ReLU, and then only with a quantizer. NNCF places none before an
-    activation, or where a position after data movement seems better. If some consumers of the result have a quantizer
-    already, all of them share it.
+    A runtime computes a layer, with its BatchNorm and ReLU, in integers only if a quantizer follows directly. NNCF
+    places none before an activation, or where a position after data movement seems better. If some consumers of the
+    result have a quantizer already, all of them share it.
     """
     places = {place: index for index, (_, _, weight, own) in enumerate(groups) if not weight for place in own}
     weights = {place.consumer for _, _, weight, own in groups if weight for place in own}
@@ -139,7 +142,10 @@ def in_front_of_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Nod
 
 
 def conv_branches(graph_module: fx.GraphModule, groups: Groups) -> set[str]:
-    """Return, for each residual Add, the quantized edge from the convolution before it; of two, from the deeper one."""
+    """Return names of quantized edges: for each residual Add, the one that comes directly from a convolution.
+
+    If both inputs of the Add come from convolutions, it is the edge of the one deeper in the graph.
+    """
     # A quantizer that several edges share stays, because the others need it.
     quantized = {places[0].source: names[0] for names, _, weight, places in groups if not weight and len(places) == 1}
     depth: dict[fx.Node, int] = {}

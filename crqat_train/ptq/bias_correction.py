@@ -10,10 +10,12 @@ from crqat.train.ptq.walk import Output
 
 
 def correct(model: fx.GraphModule, output: Output) -> bool:
-    """Correct a layer's bias, or the mean of the BatchNorm after it, in place, from the images of the walk.
+    """Correct a layer so that the mean of each output channel equals that of the float network.
 
-    A corrected bias also changes the quantized network's outputs in this walk, so that later layers get their final
-    inputs.
+    The layer's bias, or the mean of the BatchNorm after it, is changed in place.
+
+    If the bias is corrected, the quantized network's values in `output` change with it, so that later layers are
+    corrected for the inputs that they will get.
 
     Args:
         model: The quantized network.

@@ -2,8 +2,7 @@
 
 Fake quantization returns, in float32, the value of the nearest code: ``clip(rint(x / s), qmin - z, qmax - z) * s``. The
 zero point z is 0 in all methods except LSQ+. The division is a true division: a multiplication by the reciprocal is off
-by one
-unit in the last place and flips roundings. docs/methods.md has each method's formula, paper and deviations.
+by one unit in the last place and flips roundings. docs/methods.md has each method's formula, paper and deviations.
 """
 
 from __future__ import annotations

@@ -61,7 +61,12 @@ class Quantizer(nn.Module):
         return x.float()
 
     def set_grad_scale(self, elements: int) -> None:
-        """Set the factor of the scale's gradient; `elements` is the number of values that share the scale.
+        """Set the factor by which the scale's gradient is multiplied; this base class sets none.
+
+        Calibration calls it once for each quantizer.
+
+        Args:
+            elements: Number of values that share the scale: weights of a channel or a tensor, or features of one image.
 
         Calibration calls this, with the weights of one scale or with the features of one image. Methods that do not
         scale the gradient ignore it.

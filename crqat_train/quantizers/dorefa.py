@@ -27,7 +27,7 @@ class DoReFaQuantizer(MinMaxQuantizer):
             self.register_buffer("limit", torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `Quantizer.forward`."""
+        """Return the dequantized values of `x`, float32 in its shape; weights are transformed by tanh first."""
         return super().forward(self.values(x))
 
     def values(self, x: Tensor) -> Tensor:

@@ -46,11 +46,13 @@ class LSQQuantizer(Quantizer):
         self.grad_scale = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `Quantizer.forward`."""
+        """Return the dequantized values of `x`, float32 in its shape, with a gradient for the scale."""
         return _LSQ.apply(x.float(), self.scale, self.qmin, self.qmax, self.grad_scale)  # type: ignore[no-any-return]
 
     def set_grad_scale(self, elements: int) -> None:
-        """Multiply the gradient of the scale by 1 / (sqrt(N) qmax); N = `elements` values share the scale.
+        """Set the factor by which the scale's gradient is multiplied: 1 / (sqrt(N) qmax).
+
+        N is `elements`, the number of values that share the scale; qmax is the largest code.
 
         The paper's factor is 1 / sqrt(N qmax). It balances scales that start at 2 mean|x| / sqrt(qmax); ours start
         where the rounding error is smallest, at 8 bits several times lower, and each channel has its own. With the

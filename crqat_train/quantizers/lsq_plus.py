@@ -65,14 +65,18 @@ class LSQPlusQuantizer(LSQQuantizer):
         self.offset_grad_scale = 1.0
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `Quantizer.forward`."""
+        """Return the dequantized values of `x`, float32 in its shape, with gradients for scale and offset."""
         if self.offset is None:
             return super().forward(x)
         bounds, factors = (self.qmin, self.qmax), (self.grad_scale, self.offset_grad_scale)
         return _LSQPlus.apply(x.float(), self.scale, self.offset, bounds, factors)  # type: ignore[no-any-return]
 
     def set_grad_scale(self, elements: int) -> None:
-        """Multiply the scale's gradient by LSQ's factor, and the offset's, which needs no qmax, by 1 / sqrt(N)."""
+        """Set the factors by which the gradients of scale and offset are multiplied.
+
+        The scale's is that of LSQ, 1 / (sqrt(N) qmax); the offset's is 1 / sqrt(N). N is `elements`, the number of
+        values that share the scale; qmax is the largest code.
+        """
         super().set_grad_scale(elements)
         self.offset_grad_scale = 1.0 / math.sqrt(max(elements, 1))
 
@@ -84,14 +88,14 @@ class LSQPlusQuantizer(LSQQuantizer):
 
     @torch.no_grad()
     def set_range(self, low: float, high: float) -> None:
-        """See `Quantizer.set_range`."""
+        """Set initial scale and offset so that the codes cover the range from `low` <= 0 to `high` >= 0."""
         scale = max((high - low) / (self.qmax - self.qmin), MIN_SCALE)
         self.scale.fill_(scale)
         if self.offset is not None:
             self.offset.fill_(-round(self.qmin - low / scale) * scale)
 
     def zero_point(self) -> int:
-        """See `Quantizer.zero_point`."""
+        """Return the code of 0.0: it follows from the learned offset, and is 0 without an offset."""
         if self.offset is None:
             return 0
         return int(_zero_point(self.scale.detach().clamp_min(MIN_SCALE), self.offset.detach(), self.qmin, self.qmax))

@@ -34,5 +34,5 @@ class MinMaxQuantizer(Quantizer):
         self.register_buffer("scale", self.initial_scale())
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `Quantizer.forward`."""
+        """Return the dequantized values of `x`, float32 in its shape, with a straight-through gradient."""
         return _StraightThrough.apply(x.float(), self.scale, self.qmin, self.qmax)  # type: ignore[no-any-return]

@@ -84,7 +84,7 @@ class ActivationObserver:
     """Collects a histogram of magnitudes over calibration batches, to choose an activation's scale.
 
     A batch with larger values widens the histogram by doubling, so one pass over the images is enough. Positive and
-    negative values are counted separately: the signed range reaches further down.
+    negative values are counted separately: a signed integer range has one more code below zero than above.
     """
 
     def __init__(self) -> None:
@@ -151,7 +151,10 @@ class ActivationObserver:
 
     @torch.no_grad()
     def calibrate(self, quantizer: Quantizer, calibration: str = "mse") -> None:
-        """Set an activation's initial scale; see `crqat.train.config.QuantizationConfig.calibration`."""
+        """Set a quantizer's initial scale from the histogram, by "mse", "minmax" or "percentile".
+
+        `crqat.train.config.QuantizationConfig.calibration` describes these methods.
+        """
         quantizer.set_grad_scale(self.features)
         if not bool(self.counts.any()):  # nothing but zeros was seen
             quantizer.scale.fill_(1.0)

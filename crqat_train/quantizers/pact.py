@@ -49,5 +49,5 @@ class PACTQuantizer(Quantizer):
         self.scale = nn.Parameter(self.initial_scale())
 
     def forward(self, x: Tensor) -> Tensor:
-        """See `Quantizer.forward`."""
+        """Return the dequantized values of the activation `x`, float32 in its shape."""
         return _PACT.apply(x.float(), self.scale, self.qmin, self.qmax)  # type: ignore[no-any-return]

@@ -162,7 +162,11 @@ def fit_rounds(terms: Sequence[Sequence[float]], rounds: Sequence[Sequence[float
 
 
 def default_processes(holds: int, batch: int, between: bool) -> list[int]:
-    """Return default numbers of processes: powers of two on one machine and, with a link, 2, 4 and 8 full machines."""
+    """Return the numbers of processes to predict by default: powers of two on one machine.
+
+    With a link `between` machines, 2, 4 and 8 full machines of `holds` processes are added. Numbers that do not divide
+    the batch, or leave too few images for each process, are left out.
+    """
     numbers = [2**power for power in range(holds.bit_length()) if 2**power <= holds]
     if between:
         machines = [2**power for power in range(1, _MOST_MACHINES.bit_length())]
@@ -173,7 +177,10 @@ def default_processes(holds: int, batch: int, between: bool) -> list[int]:
 
 
 def local_batches(batch: int, processes: Sequence[int]) -> list[int]:
-    """Return the local batch sizes to time: with one process, with the most processes, and one between the two."""
+    """Return the numbers of images per process for which a training step is timed, in ascending order.
+
+    They are the share of the batch with the largest number of processes, the whole batch, and one size between them.
+    """
     smallest = math.ceil(batch / max(processes)) if max(processes) > 1 else math.ceil(batch / 2)
     if batch == 1:
         return [1, 2]
@@ -237,7 +244,8 @@ def assemble(
         between: The link between machines, if it was given.
 
     Raises:
-        ToolError: An all-reduce of more bytes took no longer than one of fewer, so no bandwidth follows.
+        ToolError: The bandwidth cannot be computed, because an all-reduce of more bytes took no longer than one of
+            fewer bytes.
     """
     points = alone["compute"]
     step, image = fit_rounds([(1.0, point["local_batch"]) for point in points], [p["seconds"] for p in points])

@@ -1,7 +1,7 @@
 """Measuring process of `crqat.train.scaling.model`: `python -m crqat.train.scaling.worker FOLDER RANK`.
 
-FOLDER/job.json states what to measure; rank 0 writes FOLDER/result.json. A single process measures its steps and its
-data; several processes measure the all-reduce and their common step.
+FOLDER/job.json states what to measure; rank 0 writes FOLDER/result.json. A single process measures its training steps
+and the data source; several processes measure the all-reduce of gradients and a training step that they run together.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Step = Callable[[], object]
 
 
 class Work:
-    """Images and network of a recipe, for steps of any batch size."""
+    """Images and network of a recipe, from which training steps of any batch size can be built and timed."""
 
     def __init__(self, config: TrainConfig, device: torch.device, seed: int) -> None:
         self.config, self.device = config, device
@@ -76,7 +76,13 @@ class Work:
         return round(own * (1 + self.unlabeled))
 
     def batches(self, size: int, in_memory: bool) -> Batches:
-        """Return the recipe's training batches: `size` images in memory, or all images from their source."""
+        """Return the recipe's training batches of `size` images each.
+
+        Args:
+            size: Number of images in a batch.
+            in_memory: Draw from `size` training images, which are decoded now and held in memory, to time steps without
+                the data source. Otherwise draw from all training images, read from the data source.
+        """
         config = self.config.data
         chosen = self.chosen[:size] if in_memory else self.chosen
         images = subset(self.dataset.train_images, chosen)
@@ -89,10 +95,10 @@ class Work:
         )
 
     def step(self, size: int, share_gradients: bool = True) -> Step:
-        """Return one step of the recipe's QAT on `size` images over all processes, including augmentation.
+        """Return a function that runs one step of the recipe's QAT, including augmentation.
 
         Args:
-            size: Number of images.
+            size: Number of images in the step, over all processes together.
             share_gradients: Average gradients over processes, as training does; otherwise processes exchange only BN's
                 statistics.
         """
@@ -141,13 +147,18 @@ def gradient_bytes(model: nn.Module) -> int:
 
 
 def endless(batches: Batches, generator: torch.Generator, views: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield epochs without end; with 0 views, images are fetched but not augmented."""
+    """Yield batches without end, one epoch after the other; with 0 views, images are read but not augmented."""
     while True:
         yield from batches.epoch(generator, views)
 
 
 def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
-    """Return seconds of steps by local batch size, and bytes and seconds of the data source.
+    """Measure, in a single process, the seconds of a training step and the speed of the data source.
+
+    Returns:
+        A dictionary for JSON. "compute" has one entry for each batch size, with the mean seconds of a step in each of
+        ROUNDS repetitions; "data" is the result of `measure_data`; further entries are the device, the numbers of
+        processes to predict, and the bytes of gradients and images.
 
     Raises:
         UsageError: There are more processes than images in a step.
@@ -186,7 +197,10 @@ def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_data(work: Work) -> list[tuple[int, float]]:
-    """Return bytes and seconds of batches of the recipe's source, one pair for each round."""
+    """Return pairs of (bytes, seconds), each measured while batches are read from the recipe's data source.
+
+    The measurement is repeated ROUNDS times; bytes and seconds of each pair are those of one batch, the seconds a mean.
+    """
     delivered = endless(work.batches(work.batch, in_memory=False), work.generators.augmentation, 0)
     own = math.prod(work.dataset.train_images.shape[1:]) * work.batch
 
@@ -201,14 +215,27 @@ def measure_data(work: Work) -> list[tuple[int, float]]:
 
 
 def message_sizes(gradients: int) -> list[int]:
-    """Return the sizes of the all-reduces in bytes: a small one for the latency, the gradients', and larger ones."""
+    """Return the tensor sizes, in bytes, for which all-reduces are timed: four sizes in ascending order.
+
+    The first is small, to find the latency; the second is `gradients`, the size of the network's gradients in bytes;
+    the other two are larger, to find the bandwidth.
+    """
     longest = max(2 * gradients, min(16 * gradients, _LONG_MESSAGE))
     sizes = (gradients // 16, gradients, round(math.sqrt(gradients * longest)), longest)
     return [max(4, size // 4 * 4) for size in sizes]
 
 
 def measure_group(work: Work) -> dict[str, Any]:
-    """Return seconds by round: of all-reduces by message size, and of the common step with and without all-reduce."""
+    """Measure all-reduces and training steps in all processes at once.
+
+    Each measurement is repeated ROUNDS times.
+
+    Returns:
+        A dictionary for JSON. "all_reduce" has one entry for each message size, with "bytes" and a list of "seconds",
+        one value for each repetition. "step" and "compute" are lists of the seconds of one training step that all
+        processes run together: "step" with the all-reduce of gradients, "compute" without it. "backend" names the
+        communication library.
+    """
     size = gradient_bytes(work.student)
     messages = [torch.zeros(number // 4, device=work.device) for number in message_sizes(size)]
     exchanges: list[Step] = [partial(dist.all_reduce, message) for message in messages]
@@ -239,7 +266,7 @@ def measure_group(work: Work) -> dict[str, Any]:
 
 
 def timed(step: Step, times: int, device: torch.device) -> float:
-    """Return the mean seconds of `times` calls, including the device's work."""
+    """Return the seconds of one call of `step`: the mean over `times` calls, including the device's work."""
     start = time.perf_counter()
     for _ in range(times):
         step()
@@ -249,7 +276,7 @@ def timed(step: Step, times: int, device: torch.device) -> float:
 
 
 def together(step: Step, times: int, device: torch.device) -> float:
-    """Return the mean seconds of `times` calls that all processes start at once."""
+    """Return the seconds of one call of `step`, the mean over `times` calls, which all processes start at once."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     dist.barrier()
@@ -257,7 +284,10 @@ def together(step: Step, times: int, device: torch.device) -> float:
 
 
 def main() -> int:
-    """Measure as FOLDER/job.json states; return 0, or 2 or 3 with the reason in FOLDER/RANK.error.json."""
+    """Measure as FOLDER/job.json states, and return the exit code.
+
+    It is 0 on success, and 2 or 3 for an error, which is then described in FOLDER/RANK.error.json.
+    """
     if len(sys.argv) != 3:
         print("scaling_rank: started by `crqat scale`, with FOLDER and RANK", file=sys.stderr)
         return UsageError.exit_code

@@ -136,7 +136,11 @@ def quantizers(model: nn.Module) -> Iterator[Quantizer]:
 
 
 def width_of_step(step: int, steps: int, widths: tuple[int, ...]) -> int | None:
-    """Return the lower bound on all bit widths in a step; None in the last part of the steps, and without `widths`."""
+    """Return the lower bound on all bit widths in a step, one of `widths`; None where there is no bound.
+
+    Each entry of `widths` holds for an equal share of the steps. There is no bound in the last share, or if `widths` is
+    empty.
+    """
     part = step * len(widths) // steps
     return widths[part] if part < len(widths) - 1 else None
 
@@ -165,7 +169,9 @@ def damping_weight(step: int, steps: int, largest: float) -> float:
 
 
 class OscillationDamping(nn.Module):
-    """Pulls latent weights to the centres of their bins, arXiv 2203.11086: sum of (w_hat - clip(w, s qmin, s qmax))^2.
+    """Dampening loss (arXiv 2203.11086), which pulls latent weights to the centres of their bins.
+
+    It is the sum of (w_hat - clip(w, s qmin, s qmax))^2, with latent weight w, quantized weight w_hat and scale s.
 
     No gradient flows into the centres or the scales, and none into weights beyond the range, so that these can return.
     """

@@ -1,6 +1,9 @@
 """Consistency term of CR-QAT (arXiv 2402.13497), its teacher and its schedule.
 
 L = CE(f(A1(x)), y) + lambda(t) mean KL(softmax(f'(A2(x)) / T) || softmax(f(A1(x)) / T)) T^2
+
+f is the student, f' the teacher, A1 and A2 are random augmentations of the images x with labels y, and T is the
+temperature; lambda(t) is the weight in step t.
 """
 
 from __future__ import annotations
@@ -44,7 +47,10 @@ def consistency_weight(step: int, steps: int, config: ConsistencyConfig) -> floa
 
 
 def ema_alpha(step: int, decay: float) -> float:
-    """Return the teacher's alpha after step `step` (from 0): min(1 - 1/(t+1), decay), at first a plain average."""
+    """Return alpha of the moving average after step t = `step`, counted from 0: min(1 - 1/(t+1), decay).
+
+    While it is below `decay`, the teacher is the plain average of the student after each step.
+    """
     return min(1.0 - 1.0 / (step + 1), decay)
 
 

@@ -21,7 +21,7 @@ def answers(
 
     Args:
         model: Network in eval mode that maps normalized float32 [N, C, H, W] to logits [N, classes].
-        images: uint8 of shape [N, C, H, W], or files.
+        images: uint8 tensor of shape [N, C, H, W], or `StoredImages`, which are decoded on demand.
         preprocessing: Preprocessing of the network's input.
         device: Device of the network; None is the CPU.
     """
@@ -31,11 +31,11 @@ def answers(
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Images, labels: Tensor, preprocessing: Preprocessing) -> float:
-    """Return top-1 accuracy, in 0..1. The model is in eval mode meanwhile; several ranks share the images.
+    """Return top-1 accuracy, in 0..1, of a network in eval mode; its previous mode is restored.
 
     Args:
         model: Maps normalized float32 [N, C, H, W] to logits [N, classes].
-        images: uint8 of shape [N, C, H, W], or files.
+        images: uint8 tensor of shape [N, C, H, W], or `StoredImages`, which are decoded on demand.
         labels: int64 of shape [N].
         preprocessing: Preprocessing of the network's input.
     """

@@ -59,7 +59,7 @@ def objective(
     weight: float,
     pseudo_labels: Tensor | None = None,
 ) -> Tensor:
-    """Return the loss of `step`: cross-entropy of labeled images + `weight` times consistency of all images.
+    """Return the loss of a training step: cross-entropy of labeled images + `weight` times consistency of all images.
 
     With `pseudo_labels`, the second term is the cross-entropy of the unlabeled images.
     """

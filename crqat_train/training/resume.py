@@ -100,7 +100,10 @@ class Keeper:
         return time.monotonic() - self._started
 
     def finished(self, phase: str, model: nn.Module) -> bool:
-        """Whether a later phase has begun already; if so, load into `model` its state at the end of `phase`."""
+        """Whether the saved state belongs to a later phase than `phase` ("float" or "qat").
+
+        If so, the weights that `model` had at the end of `phase` are loaded into it.
+        """
         if self._found is None or self._found.values["phase"] == phase:
             return False
         self._load({phase: model}, self._found)
@@ -133,7 +136,10 @@ class Keeper:
         self._signal = number
 
     def after_step(self) -> None:
-        """Save a state if it is due, otherwise do not wait for the device. With several ranks, save one step later."""
+        """Save a state if one is due; otherwise do not wait for the device.
+
+        With several ranks, a due state is saved one step later.
+        """
         if self._checkpoints is None:
             return
         due = distributed.rank() == 0 and time.monotonic() - self._saved >= self._seconds

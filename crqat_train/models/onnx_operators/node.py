@@ -37,7 +37,8 @@ class Value:
         name: Name under which the network holds it during the forward pass; None if it does not depend on the images.
         origin: Name of a constant in the file.
         stored: Path of the network's tensor that holds a constant, once there is one.
-        made_of: For a value that may be part of an activation: which part, and of which value; otherwise "" and None.
+        made_of: If the value may be an intermediate step of an activation function that the file computes by several
+            nodes: a name of the step, such as "erf", and the input of the function; otherwise "" and None.
         layer: The linear layer that computes it, to which a bias may be added by the next node.
     """
 
