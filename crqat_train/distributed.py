@@ -241,7 +241,7 @@ class Vote:
         return before or [0.0] * len(values)
 
     def close(self) -> list[float]:
-        """Return the maxima that were requested last, if they were not read yet."""
+        """Return the maxima over ranks of the values submitted last; [] if none are waiting to be read."""
         if self._asked is None:
             return []
         work, asked = self._asked

@@ -15,8 +15,7 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
     Args:
         images: uint8 of shape [N, C, H, W].
         padding: Largest offset in pixels.
-        generator: Random generator on the images' device; one [N, 2] draw gives (row, column) offsets in 0..2 *
-            padding.
+        generator: Random generator on the images' device; one [N, 2] draw gives (row, column) offsets in 0..2*padding.
 
     Returns:
         The shifted images, of the same shape and type.

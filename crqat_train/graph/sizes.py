@@ -54,7 +54,7 @@ class SizedProxy(fx.Proxy):
 
     @property
     def shape(self) -> Any:
-        """Return the sizes: numbers, and a proxy for the batch size."""
+        """Return the shape as a tuple: known sizes as numbers, and a proxy for the batch size."""
         if not isinstance(self.known[0], Tensor):
             return fx.proxy.Attribute(self, "shape")
         return self._sizes()

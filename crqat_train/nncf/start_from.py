@@ -133,7 +133,7 @@ def check(path: Path, config: TrainConfig, progress: Progress) -> tuple[Checkpoi
 
 
 def usual_bits(checkpoint: Checkpoint) -> tuple[int, int]:
-    """Return the most frequent bit width of weights and of activations."""
+    """Return the most frequent bit width of the weights, and that of the activations, in an NNCF checkpoint."""
     weights = Counter(q.bits for q in checkpoint.quantizers if q.hooks[0].startswith("pre_hooks.") and len(q.shape) > 1)
     others = Counter(q.bits for q in checkpoint.quantizers)
     others.subtract(weights)

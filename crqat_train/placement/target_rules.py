@@ -164,7 +164,7 @@ def conv_branches(graph_module: fx.GraphModule, groups: Groups) -> set[str]:
 
 
 def without_skips(groups: Groups) -> Groups:
-    """Remove the quantizers of each Add's inputs, except those that other operations use as well."""
+    """Return the quantizers without those on inputs of Adds; one with other consumers is kept for these only."""
     result: Groups = []
     for names, channels, weight, places in groups:
         kept: list[Place] = []
@@ -184,7 +184,10 @@ def constrain(
     config: QuantizationConfig,
     constraints: runtimes.Constraints,
 ) -> list[QuantizerSpec]:
-    """Return the spec of each quantizer: signed or not from the graph, bit width from recipe and targets."""
+    """Return the spec of each quantizer of the layout, with its codes and bit width.
+
+    The graph decides whether codes are signed; the recipe and the targets' limits decide the bit width.
+    """
     activation_at = {place: names[0] for names, _, weight, places in groups if not weight for place in places}
     matmuls = [node for node in graph_module.graph.nodes if is_matmul(node)]
 

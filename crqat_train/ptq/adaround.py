@@ -141,7 +141,9 @@ def _pair(node: fx.Node, index: int, key: str, usual: int) -> tuple[int, int]:
 
 
 def coordinate_descent(asked: Tensor, found: Moments, qmin: float, qmax: float) -> Tensor:
-    """Return codes whose outputs come closest to those of `asked`, found by changing one code at a time.
+    """Return codes for weights so that a layer's outputs come closest to those of the unrounded weights `asked`.
+
+    One code at a time is changed, until no change reduces the error or a limit of passes is reached.
 
     Args:
         asked: Target weights in units of their scale, float32 of shape [groups, channels of a group, K].

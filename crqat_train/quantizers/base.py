@@ -106,5 +106,5 @@ def quantizer_of(model: nn.Module, spec: QuantizerSpec) -> Quantizer:
 
 
 def is_step(name: str) -> bool:
-    """Whether a parameter of this name belongs to a quantizer; the network itself may have a `scale`, too."""
+    """Whether a parameter of this name belongs to a quantizer; a network may have a parameter called `scale`, too."""
     return name.startswith("quantizers.")

@@ -28,10 +28,12 @@ _LARGEST = torch.finfo(torch.float32).max / 2
 
 @torch.no_grad()
 def calibrate_weight(quantizer: Quantizer, weight: Tensor, calibration: str = "mse") -> None:
-    """Set each channel's initial scale of a weight; see `crqat.train.config.QuantizationConfig.calibration`.
+    """Set a weight's initial scales, one for each channel, by the method `calibration`.
 
-    A method with its own initial scales uses those. A channel of zeros gets the largest channel's scale, or 1 if all
-    channels are zero: any positive scale represents it.
+    It is "mse", "minmax" or "percentile"; see `crqat.train.config.QuantizationConfig.calibration`.
+
+    A quantizer with initial scales of its own, such as LSQ+, uses those instead. A channel of zeros gets the largest
+    channel's scale, or 1 if all channels are zero: any positive scale represents it.
     """
     start = quantizer.start_weight(weight.detach())
     per_channel = quantizer.rows(weight.detach())

@@ -71,7 +71,7 @@ class Work:
 
     @property
     def image_bytes(self) -> int:
-        """Return the bytes of one image of a step: its pixels, and those of the unlabeled images that go with it."""
+        """Return the bytes that a step reads for each labeled image: its pixels, and its share of unlabeled ones."""
         own = math.prod(self.dataset.train_images.shape[1:])
         return round(own * (1 + self.unlabeled))
 

@@ -154,7 +154,7 @@ class Fit:
 
 
 def is_scale(name: str) -> bool:
-    """Whether a parameter's name is that of a quantizer's scale, which stays positive; an offset need not."""
+    """Whether a parameter of this name is a quantizer's scale, which must stay positive; an offset need not."""
     return is_step(name) and name.endswith(".scale")
 
 

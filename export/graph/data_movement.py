@@ -1,6 +1,7 @@
-"""ONNX operations that move elements without computing new values: the one list for the whole export.
+"""Lists the ONNX operations that move elements without computing new values.
 
-`crqat.train.graph.operations` lists torch's operations of this kind; a test exports each of them and checks it here.
+`crqat.train.graph.operations` lists torch's operations of this kind; a test exports each of them and checks that this
+list has it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Counts multiply-accumulates of each layer and MatMul, for coverage, float layers and surveys."""
+"""Counts the multiply-accumulates of each layer and MatMul in an ONNX graph."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def macs(graph: Graph) -> dict[str, int]:
 
 
 def split_macs(graph: Graph) -> tuple[dict[str, int], FloatLayers]:
-    """Split the multiply-accumulates into those required to run in INT8 and those of `float_layers`.
+    """Split the multiply-accumulates of a graph into those of layers to run in INT8 and those of layers kept in float.
 
     Returns:
         `macs` without the nodes of layers that the recipe keeps in float; and the cost of those layers.

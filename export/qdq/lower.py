@@ -34,7 +34,7 @@ class Activation:
         grid: The stored Grid: its codes have the stored type, and its zero point is included.
         dtype: np.int8 or np.uint8.
         clip: Bounds of the integer Clip after QuantizeLinear; None if the type's own saturation is the bound.
-        claim: "exact" or "lossy"; see the module.
+        claim: "exact" if the target represents the same values as training, "lossy" if they differ.
         note: Message for the user; empty if there is none.
     """
 
@@ -55,7 +55,7 @@ class Weight:
         bias: float32 of shape [C]: the folded bias rounded to a multiple of the unit s_x s_w, the same for all targets.
         bias_codes: The bias in units of s_x s_w, int32 of shape [C].
         bias_error: Largest rounding error of the bias, as a real number.
-        claim: "exact" or "lossy"; see the module.
+        claim: "exact" if the target represents the same values as training, "lossy" if they differ.
         note: Message for the user; empty if there is none.
     """
 

@@ -52,7 +52,11 @@ class Known:
 
 
 def of_errors(function: Function, attributes: Attributes, inputs: Sequence[Float]) -> Array:
-    """Return how far the inputs' errors can move the result: the largest change at the ends of their intervals."""
+    """Return how far the inputs' errors can move an operation's result, for each element of the result.
+
+    It is the largest change of the result when each input moves to one end of its interval, value - error or value +
+    error.
+    """
     result = np.asarray(function(attributes, *(x.values for x in inputs)))
     carried = np.zeros(result.shape)
     moving = [x.error.any() for x in inputs]
@@ -64,12 +68,20 @@ def of_errors(function: Function, attributes: Attributes, inputs: Sequence[Float
 
 
 def around_zero(x: Float) -> Array:
-    """Whether each interval contains 0 in its interior."""
+    """Whether the interval of each value, value - error to value + error, contains 0; False where the error is 0."""
     return (np.abs(x.values) <= x.error) & (x.error > 0)
 
 
 def elementwise(function: Function, roundings: Roundings, pole: Callable[..., Array] | None = None) -> Known:
-    """Return an elementwise operation with its error bound, which is infinite where `pole` of the inputs is true."""
+    """Return an elementwise operation together with the bound on its error.
+
+    Args:
+        function: The operation in float64; see `Known.function`.
+        roundings: Returns the magnitudes that a float32 computation rounds; UNIT_ROUNDOFF times these is the
+            operation's own part of the bound.
+        pole: Returns, for the inputs, where a bound is impossible, such as a division by an interval around zero. The
+            bound is infinite there; None if there are no such places.
+    """
 
     def bound(attributes: Attributes, result: Array, *inputs: Float) -> Array:
         carried = of_errors(function, attributes, inputs)
@@ -87,10 +99,13 @@ def times(count: float) -> Roundings:
 
 
 def exact(*_: Any) -> float:
-    """Return 0, the rounded magnitude of an operation that only selects values."""
+    """Return 0, the `roundings` of an operation that only selects values and therefore rounds nothing."""
     return 0.0
 
 
 def sum_of(count: int) -> float:
-    """Return the factor by which the rounded magnitudes of `count` terms bound the error of their sum."""
+    """Return the number of roundings that bounds the error of a sum of `count` terms: 8 sqrt(count) + 8.
+
+    The error is at most this number times the unit roundoff times the sum of the terms' magnitudes.
+    """
     return float(8 * np.sqrt(count) + 8)

@@ -223,7 +223,7 @@ FLOAT_OPERATIONS: dict[str, Known] = {
 def compute(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Value:
-    """Compute an operation of the table on float values."""
+    """Compute a node whose operation is in FLOAT_OPERATIONS; return float values with an error bound."""
     attributes, names = attributes_of(node), list(node.input)
     if node.op_type.startswith("Reduce") and len(names) > 1:
         if names[1]:
@@ -251,6 +251,6 @@ def compute(
 def operands(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], out: Simulation
 ) -> tuple[Float, Float]:
-    """Return the first two inputs as float values; one may be a constant."""
+    """Return a node's first two inputs as float values with error bounds; either may be a constant."""
     first, second = (out.real(name, values, constants) for name in node.input[:2])
     return first, second

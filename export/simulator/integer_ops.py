@@ -99,7 +99,11 @@ def _demand_bound(node: onnx.NodeProto, value: Float, bound: Array) -> None:
 def dequantize(
     node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array], _: Any, out: Simulation
 ) -> Value:
-    """Return the codes unchanged: the consumer decides how it computes with them."""
+    """Return the input as codes that are marked as dequantized, not as float values.
+
+    They have the node's scale and zero point, unless `grids` of the simulation replaces those. Each consumer decides
+    how it computes with them.
+    """
     value = values[node.input[0]]
     if not isinstance(value, Codes):
         msg = f"{node.name}: the simulator needs codes as input of a DequantizeLinear"
@@ -129,7 +133,10 @@ def clip(
 
 
 def relu(node: onnx.NodeProto, values: dict[str, Value], *further: Any) -> Value:
-    """Apply ReLU: rounding is monotone, so a ReLU before it becomes a bound of the codes after it."""
+    """Compute a ReLU of float values; an unrounded sum is only marked.
+
+    Rounding is monotone, so the quantizer after a marked sum applies the ReLU as a lower bound of its codes.
+    """
     value = values[node.input[0]]
     if isinstance(value, (Sum, Added)):
         return replace(value, relu=True)

@@ -266,7 +266,7 @@ def concat(
 
 
 def sizes(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Array]) -> Array | None:
-    """Compute a node on integers only, such as a shape with the batch size; None for any other node."""
+    """Return the result of a node that computes with integers only, such as a shape; None for any other node."""
     if node.op_type == "Shape":
         value, attributes = values[node.input[0]], attributes_of(node)
         whole = value if isinstance(value, np.ndarray) else value.integers if isinstance(value, Codes) else None

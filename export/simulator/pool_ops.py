@@ -12,7 +12,7 @@ from crqat.export.simulator.values import UNIT_ROUNDOFF, Array, Float
 
 
 def padding(sizes: Sequence[int], kernel: Sequence[int], attributes: Attributes) -> list[tuple[int, int]]:
-    """Return the padding before and after each axis, from `pads` or `auto_pad`."""
+    """Return, for each spatial axis, the padding before and after it, from the node's `pads` or `auto_pad`."""
     rank, auto = len(sizes), attributes.get("auto_pad", b"NOTSET").decode()
     if auto in ("NOTSET", "VALID"):
         pads = attributes.get("pads", [0] * 2 * rank) if auto == "NOTSET" else [0] * 2 * rank
@@ -49,7 +49,7 @@ def average_pool(attributes: Attributes, x: Array) -> Array:
 
 
 def average_pool_bound(attributes: Attributes, _: Array, x: Float) -> Array:
-    """Bound the error of `average_pool`."""
+    """Return a bound on the error of each mean of `average_pool` when it is computed in float32."""
     rounding = sum_of(int(np.prod(attributes["kernel_shape"]))) * UNIT_ROUNDOFF
     return average_pool(attributes, x.error + rounding * np.abs(x.values))
 

@@ -22,12 +22,15 @@ def reduced_count(attributes: Attributes, x: Array) -> int:
 
 
 def reduced(function: Callable[..., Any], attributes: Attributes, x: Array) -> Array:
-    """Apply a numpy reduction along the node's axes."""
+    """Apply a numpy reduction, such as numpy.sum, along the axes that the ONNX node's attributes name."""
     return np.asarray(function(x, axis=_axes(attributes, x), keepdims=bool(attributes.get("keepdims", 1))))
 
 
 def reduction(function: Callable[..., Any]) -> Known:
-    """Return a sum or mean as an operation; its error is that of the inputs, reduced alike, plus that of additions."""
+    """Return a sum or mean as an operation with an error bound.
+
+    The bound is the same reduction of the inputs' errors, plus the rounding error of the additions.
+    """
 
     def bound(attributes: Attributes, _: Array, x: Float) -> Array:
         rounding = sum_of(reduced_count(attributes, x.values)) * UNIT_ROUNDOFF
@@ -37,7 +40,7 @@ def reduction(function: Callable[..., Any]) -> Known:
 
 
 def extreme(function: Callable[..., Any]) -> Known:
-    """Return a maximum or minimum as an operation; its error is at most the largest error of its inputs."""
+    """Return a maximum or minimum as an operation whose error is at most the largest error of its inputs."""
     return Known(lambda a, x: reduced(function, a, x), lambda a, _, x: reduced(np.max, a, x.error))
 
 
@@ -69,7 +72,7 @@ def l2_norm(x: Array, axis: Any, keepdims: bool) -> Array:
 
 
 def l2_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound the error of `l2_norm`."""
+    """Return a bound on the error of each Euclidean norm when it is computed in float32."""
     # The norm of a sum is at most the sum of the norms; squares, their sum and the root are rounded.
     rounding = (sum_of(reduced_count(attributes, x.values)) + 2) * UNIT_ROUNDOFF
     return reduced(l2_norm, attributes, x.error) + rounding * result
@@ -84,7 +87,7 @@ def lp_normalized(attributes: Attributes, x: Array) -> Array:
 
 
 def lp_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound the error of `lp_normalized`."""
+    """Return a bound on the error of each value of `lp_normalized` when it is computed in float32."""
     axis, power = attributes.get("axis", -1), attributes.get("p", 2)
     size, error = (
         l2_norm(v, axis, True) if power == 2 else np.abs(v).sum(axis=axis, keepdims=True) for v in (x.values, x.error)
@@ -111,7 +114,10 @@ def _exp_sum_error(attributes: Attributes, x: Float) -> Array:
 
 
 def softmax_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound the error of softmax: an error of x multiplies its exponential and the sum of all, each by a factor."""
+    """Return a bound on the error of each value of a softmax when it is computed in float32.
+
+    Errors of the inputs change each exponential, and the sum of exponentials, by a factor.
+    """
     axis = attributes.get("axis", -1)
     below = x.values.max(axis=axis, keepdims=True) - x.values
     carried = np.expm1(x.error + x.error.max(axis=axis, keepdims=True))
@@ -121,7 +127,10 @@ def softmax_bound(attributes: Attributes, result: Array, x: Float) -> Array:
 
 
 def log_softmax_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound the error of x - max - log sum: the log of a sum of exponentials changes by at most the largest error."""
+    """Return a bound on the error of each value of a log-softmax, x - max - log sum, when it is computed in float32.
+
+    The logarithm of the sum of exponentials changes by at most the largest error of the inputs.
+    """
     axis = attributes.get("axis", -1)
     largest = np.abs(x.values).max(axis=axis, keepdims=True)
     below = x.values.max(axis=axis, keepdims=True) - x.values
@@ -168,19 +177,19 @@ def layer_norm(attributes: Attributes, x: Array, gamma: Array, beta: Any = 0.0) 
 
 
 def layer_norm_bound(attributes: Attributes, _: Array, x: Float, gamma: Float, beta: Float | None = None) -> Array:
-    """Bound the error of `layer_norm`."""
+    """Return a bound on the error of each value of a LayerNormalization when it is computed in float32."""
     axes, epsilon = _last_axes(attributes, x.values), attributes.get("epsilon", 1e-5)
     return _affine_bound(x, gamma, beta, axes, epsilon)
 
 
 def instance_norm(attributes: Attributes, x: Array, gamma: Array, beta: Array) -> Array:
-    """Return InstanceNormalization over the pixels."""
+    """Return InstanceNormalization: each channel of each image is normalized over height and width."""
     normal = _normalized(x, tuple(range(2, x.ndim)), attributes.get("epsilon", 1e-5))
     return np.asarray(normal * column(gamma, x) + column(beta, x))
 
 
 def instance_norm_bound(attributes: Attributes, _: Array, x: Float, gamma: Float, beta: Float) -> Array:
-    """Bound the error of `instance_norm`."""
+    """Return a bound on the error of each value of an InstanceNormalization when it is computed in float32."""
     gamma, beta = (Float(column(v.values, x.values), column(v.error, x.values)) for v in (gamma, beta))
     return _affine_bound(x, gamma, beta, tuple(range(2, x.values.ndim)), attributes.get("epsilon", 1e-5))
 
@@ -199,7 +208,7 @@ def batch_norm(attributes: Attributes, x: Array, *stored: Array) -> Array:
 
 
 def batch_norm_bound(attributes: Attributes, _: Array, x: Float, *stored: Float) -> Array:
-    """Bound the error of `batch_norm`."""
+    """Return a bound on the error of each value of a BatchNormalization when it is computed in float32."""
     gamma, beta, mean, variance = (column(v.values, x.values) for v in stored)
     d_gamma, d_beta, d_mean, d_variance = (column(v.error, x.values) for v in stored)
     noise = variance + attributes.get("epsilon", 1e-5)
@@ -221,7 +230,7 @@ def einsum(attributes: Attributes, *x: Array) -> Array:
 
 
 def einsum_bound(attributes: Attributes, _: Array, *x: Float) -> Array:
-    """Bound the error of `einsum`."""
+    """Return a bound on the error of each value of an Einsum when it is computed in float32."""
     terms, _, kept = attributes["equation"].decode().replace(" ", "").partition("->")
     sizes: dict[str, int] = {}
     for term, operand in zip(terms.split(","), x, strict=True):

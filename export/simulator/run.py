@@ -37,11 +37,13 @@ def simulate(
     Args:
         model: An ONNX file written by `crqat.export.qdq.write`.
         images: Normalized input, float32 of shape [N, C, H, W].
-        forced: See `Simulation`; with it, a difference shows where it arises and does not spread (teacher forcing).
-        stored_error: See `Simulation`.
-        grids: See `Simulation`.
-        in_float: See `Simulation`.
-        add_kernel: See `Simulation`.
+        forced: Codes by tensor name, integers minus the zero point: later operations receive them instead of the
+            computed ones. A difference then shows where it arises and does not spread (teacher forcing).
+        stored_error: Error of stored values by the name of a constant or dequantized weight; see
+            `Simulation.stored_error`.
+        grids: Scale and zero point, by name of a tensor of codes, that replace those in the file.
+        in_float: Names of nodes that the runtime computes in float although their inputs are codes.
+        add_kernel: How the runtime adds two tensors of codes; see `crqat.core.targets.CpuFamily`.
 
     Raises:
         NotSimulated: The simulator does not support an operation of the file.

@@ -70,7 +70,7 @@ class Sum:
 
 @dataclass
 class Added:
-    """The sum a + b of two quantized tensors."""
+    """Sum of two tensors of codes, not computed yet: the quantizer after it rounds the result."""
 
     first: Codes
     second: Codes
@@ -149,7 +149,7 @@ class Simulation:
 
     @property
     def tie_bound(self) -> dict[str, float]:
-        """Return the largest of each tensor's `bounds`, by name of the tensor."""
+        """Return the largest value of `bounds` for each tensor of codes, by name of the tensor."""
         return {name: float(np.max(bound, initial=0.0)) for name, bound in self.bounds.items()}
 
     def record(self, name: str, codes: Codes, before: Array, bound: Array, kernel_bound: float) -> Codes:

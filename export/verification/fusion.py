@@ -66,10 +66,12 @@ def fusion(model: onnx.ModelProto) -> Fusion:
 
 
 def in_float(model: onnx.ModelProto, operations: Mapping[str, list[str]] | None = None) -> set[str]:
-    """Return nodes with quantized inputs that ONNX Runtime computes in float, e.g. because two nodes use the result.
+    """Return the names of nodes with quantized inputs that ONNX Runtime computes in float on this machine.
+
+    It does so, for example, where two nodes use the result.
 
     Args:
-        model: The file.
+        model: A quantized ONNX file.
         operations: Result of `optimized_operations`, if it is available already.
     """
     optimized = dict(operations or optimized_operations(model))

@@ -144,7 +144,10 @@ Result = Value | tuple[Value, ...]
 
 
 def each_number(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Extend a function of numbers to lists of them; a list of a single number is broadcast."""
+    """Return a function that applies a function of numbers to numbers or lists, element by element.
+
+    A list of a single number is broadcast to the length of the others.
+    """
 
     def of_lists(*arguments: Any) -> Any:
         if not any(isinstance(argument, list) for argument in arguments):

@@ -145,7 +145,10 @@ class Walk:
         return str(self.emit("Expand", [self.constant(row.cpu().numpy()), self.batch_shape(self.shape(node))]))
 
     def batch_shape(self, shape: Sequence[int]) -> str:
-        """Compute a shape in which the batch size replaces -1, and return its name."""
+        """Return the name of a tensor that holds `shape`, with the batch size in place of -1.
+
+        Nodes that compute it are added.
+        """
         if not self._batch:
             self._batch = self.emit("Shape", ["input"], start=0, end=1)
         axis = list(shape).index(-1)
@@ -179,7 +182,13 @@ class Walk:
         return self.name(value, torch.float32)
 
     def reshaped(self, name: str, source: Sequence[int | None], shape: Sequence[int]) -> str:
-        """Reshape a tensor if its shape differs, and return its name."""
+        """Return the name of tensor `name` in another shape; a Reshape or Flatten is added if the shapes differ.
+
+        Args:
+            name: Name of the tensor.
+            source: Its present shape; None stands for the batch size.
+            shape: The new shape; -1 stands for the batch size.
+        """
         if [-1 if size is None else size for size in source] == list(shape):
             return name
         inner = [size for size in source[1:] if size is not None]
@@ -220,7 +229,7 @@ def first(a: Arguments) -> Any:
 
 
 def as_list(value: Any, count: int) -> list[int]:
-    """Return one number for each of `count` dimensions, from a number or a list."""
+    """Return a list of `count` numbers, one for each dimension; a single number is repeated."""
     values = [value] if isinstance(value, int) else list(value)
     return [int(v) for v in (values * count if len(values) == 1 else values)]
 
