@@ -24,7 +24,7 @@ KEPT = 2
 
 @dataclass(frozen=True)
 class State:
-    """What a training run needs to resume: `tensors` on the CPU by name, and `values` that JSON can hold."""
+    """Everything from which a training run can resume: tensors on the CPU by name, and values that JSON can hold."""
 
     tensors: dict[str, Tensor]
     values: dict[str, Any]

@@ -29,7 +29,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def compiler(device: torch.device) -> str:
-    """Return the compiler of torch.compile on this device; empty if none can build, as `crqat doctor` reports."""
+    """Return how steps are compiled on a device, e.g. "torch.compile (g++)"; "" if torch.compile finds no compiler."""
     if device.type == "cuda":
         return "torch.compile (triton)" if find_spec("triton") and compilers.triton() else ""
     name = compilers.cpp()

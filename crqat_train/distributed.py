@@ -145,7 +145,9 @@ def _is_first_to_tell(store: Any) -> bool:
 
 
 def wrap(model: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """Wrap a network so that gradients are averaged over ranks; return it unchanged if none of its weights is trained.
+    """Wrap a network so that gradients are averaged over ranks.
+
+    It is returned unchanged if there is one rank, or if none of its weights is trained.
 
     All ranks start from rank 0's weights.
     """

@@ -1,4 +1,7 @@
-"""Checks that batches and image sets can be shared by several processes. Imports nothing heavy."""
+"""Checks that all processes of a training run get enough images and equal shares of each batch.
+
+Imports nothing heavy.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ def check(config: TrainConfig, processes: int) -> None:
 
 
 def check_images(count: int, key: str, processes: int) -> None:
-    """Check that each process gets an image: one without any would leave the others waiting.
+    """Check that there is at least one image for each process: a process without any would leave the others waiting.
 
     Raises:
         UsageError: There are fewer images than processes.

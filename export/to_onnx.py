@@ -67,7 +67,7 @@ class Quantized:
         metadata: Mapping[str, str] | None = None,
         weights: str = "int8",
     ) -> QDQModel:
-        """Return a target's ONNX model with its claims; see `crqat.export.qdq.write.qdq_model`."""
+        """Return a target's ONNX model with the parameters of its quantizers; see `crqat.export.qdq.write`."""
         described = {**(metadata or {}), "crqat.target": target}
         return qdq_model(self.graph, self.specs, self.grids, self.latent, target, precision, described, weights)
 

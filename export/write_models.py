@@ -96,7 +96,7 @@ def write_models(
 def make_file(
     quantized: Quantized, target: str, config: ExportConfig, metadata: Mapping[str, str] | None = None
 ) -> QDQModel:
-    """Return a target's file in memory, written according to the configuration."""
+    """Return a target's ONNX model in memory, written as the `export` configuration states."""
     weights = config.weights if runtimes.get(target).float_weights else "int8"
     return quantized.file(target, _precision(target, config), metadata, weights)
 

@@ -60,12 +60,12 @@ def split_of(labels: Tensor, config: DataConfig, seed: int) -> Split:
 
 
 def split(n: int, fraction: float, seed: int) -> Split:
-    """Split n labeled images at random; the result depends on the seed only, not on the training device.
+    """Split n labeled images at random into training and validation images.
 
     Args:
-        n: Number of images.
+        n: Number of labeled images.
         fraction: Share of validation images, in 0..1.
-        seed: Seed of the random order.
+        seed: Seed of the random order, on which alone the result depends, not on the training device.
 
     Raises:
         UsageError: One of the two parts would be empty.

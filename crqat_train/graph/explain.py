@@ -191,7 +191,7 @@ def check_norms(graph_module: fx.GraphModule) -> None:
 
 
 def place(model: nn.Module, node: fx.Node) -> str:
-    """Describe a node for messages: its module, class and line, as "layer1.conv (Conv2d) at file:line"."""
+    """Describe where a node comes from: its module, class and line, as "layer1.conv (Conv2d) at file:line"."""
     path, kind = next(reversed((node.meta.get("nn_module_stack") or {"": ("", type(model))}).values()))
     if node.op == "call_module":
         path, kind = str(node.target), type(model.get_submodule(str(node.target)))

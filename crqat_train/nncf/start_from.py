@@ -141,6 +141,6 @@ def usual_bits(checkpoint: Checkpoint) -> tuple[int, int]:
 
 
 def summary(edges: Sequence[Edge]) -> str:
-    """Return the number of edges with each outcome, in one line."""
+    """Return one line with the number of edges for each outcome, such as "kept" or "calibrated"."""
     counts = Counter(edge.outcome for edge in edges)
     return ", ".join(f"{counts[outcome]} {outcome}" for outcome in ("kept", "rescaled", "calibrated", "dropped"))

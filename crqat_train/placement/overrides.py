@@ -91,7 +91,7 @@ def in_float(asked: Mapping[str, Sequence[str]], targets: Sequence[str], names: 
     """Return the layers that `quantization.float_layers` keeps in float for any of a recipe's targets.
 
     Args:
-        asked: Names and patterns by target; the target may be `ALL`.
+        asked: Names and patterns of layers by target; the key `ALL` stands for all targets.
         targets: Targets of the recipe.
         names: Names of all layers that would be quantized.
 

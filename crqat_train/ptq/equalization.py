@@ -46,7 +46,9 @@ class Pair:
 
 @torch.no_grad()
 def equalize(model: fx.GraphModule, batches: list[Tensor]) -> int:
-    """Equalize weights and BatchNorms in place where that leaves the float network's function unchanged.
+    """Equalize the channel ranges of pairs of layers, in place.
+
+    Weights and BatchNorms change only where that leaves the float network's function unchanged.
 
     Args:
         model: Quantized network in eval mode, not calibrated yet.

@@ -20,7 +20,7 @@ class Quantizer(nn.Module):
     Attributes:
         scale: The quantization scale, float32 of shape [1], or of full rank with the channels on the spec's axis; a
             Parameter where it is learned, otherwise a buffer.
-        spec: The place and codes of the quantizer.
+        spec: The quantizer's edge, codes and bit width.
         decays_scale: Whether the recipe's weight decay applies to `scale`, too.
         asymmetric: Whether calibration sets a range by `set_range` instead of a scale.
         for_weights: Whether a recipe may choose the method for weights.

@@ -67,7 +67,9 @@ def _layout(model: fx.GraphModule, image: Tensor) -> torch.memory_format:
 
 @torch.no_grad()
 def observe(model: fx.GraphModule, batches: Iterable[Tensor]) -> dict[str, ActivationObserver]:
-    """Return an observer of each quantized activation in the float network, by edge; merged over all ranks.
+    """Run the float network on images, and return an observer of each quantized activation's values, by edge.
+
+    Each observer holds a histogram, summed over all ranks.
 
     Args:
         model: Quantized network in eval mode.

@@ -42,11 +42,11 @@ _MOST_MACHINES = 8
 
 @dataclass(frozen=True)
 class Link:
-    """Network link for the gradients.
+    """Speed of a network link over which processes all-reduce gradients in a ring.
 
     Attributes:
-        latency: Seconds of one step of the ring.
-        bandwidth: Bytes per second of one process.
+        latency: Seconds that each step of the ring takes in addition to the transfer of data.
+        bandwidth: Bytes per second that one process sends.
     """
 
     latency: float
@@ -144,14 +144,16 @@ def quartiles(values: Sequence[float]) -> dict[str, Any]:
 
 
 def fit_rounds(terms: Sequence[Sequence[float]], rounds: Sequence[Sequence[float]]) -> list[dict[str, Any]]:
-    """Fit the constants to the medians over the rounds; their quartiles come from fits to single rounds.
+    """Fit constants to times that were measured repeatedly; a round is one repetition of all measurements.
+
+    The values come from a fit to the medians over the rounds, their quartiles from fits to the single rounds.
 
     Args:
         terms: See `fit`.
-        rounds: Seconds by round, for each row of `terms`.
+        rounds: For each row of `terms`, the seconds measured in each round.
 
     Returns:
-        "value", "quartiles" and the number of rounds "n" of each constant.
+        For each constant, its "value", its "quartiles" and the number of rounds "n".
     """
     values = fit(terms, [float(np.median(seconds)) for seconds in rounds])
     single = [fit(terms, seconds) for seconds in zip(*rounds, strict=True)]
@@ -233,7 +235,7 @@ def assemble(
     threads: int,
     between: Link | None,
 ) -> dict[str, Any]:
-    """Assemble the result of `measure` from the measurements of the processes.
+    """Combine the measurements of the worker processes into the result of `measure`.
 
     Args:
         alone: Measurements of one process; see `crqat.train.scaling.worker`.

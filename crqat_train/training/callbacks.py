@@ -20,7 +20,9 @@ _Compile = Callable[[nn.Module], Callable[..., Tensor]]
 
 
 class Callback:
-    """A feature of a training run, called by `crqat.train.training.loop` at fixed points; each method may do nothing.
+    """Base class for a feature of a training run; `crqat.train.training.loop` calls its methods at fixed points.
+
+    Here they do nothing.
 
     No method may wait for the device: no `.item()`, and no Python branch on a tensor's values. At each call,
     `fit.steps_done` of `fit.steps` steps are done. A callback must not keep state: what it does depends on the number

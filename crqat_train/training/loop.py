@@ -30,7 +30,7 @@ def step(
     callbacks: Sequence[Callback] = (),
     pseudo_labels: Tensor | None = None,
 ) -> None:
-    """Run one training step: loss, gradient, optimizer and teacher.
+    """Run one training step: compute loss and gradient, and update the network and its teacher.
 
     Args:
         views: `networks.views` augmentations, float32 of shape [N, C, H, W] each; the first B images are labeled.

@@ -111,7 +111,10 @@ class Keeper:
 
     @contextmanager
     def keep(self, training: Training) -> Iterator[None]:
-        """Restore a training run from its state, and on SIGINT or SIGTERM save a state before ending."""
+        """Restore a training run from its saved state if there is one, and handle signals within the context.
+
+        On SIGINT or SIGTERM, a state is saved before the process ends.
+        """
         self._training, self._saved = training, time.monotonic()
         found, self._found = self._found, None
         if found is not None and found.values["phase"] == training.fit.name:

@@ -22,7 +22,7 @@ def layer_summaries(
     """Return a row for each Conv, ConvTranspose, Gemm and MatMul, in the order of computation.
 
     Args:
-        graph: Graph of the exporter.
+        graph: Float graph that the exporter made from the network.
         specs: Specs of the network's quantizers.
         noise: SQNR of each quantizer from `crqat.export.analysis.sqnr.quantizer_noise`.
     """

@@ -26,7 +26,7 @@ _Lowered = TypeVar("_Lowered", Activation, Weight)
 
 @dataclass
 class QDQModel:
-    """A target's file, and the claims for its quantizers.
+    """ONNX model of a target, with the quantizers' parameters as they are stored in it.
 
     Attributes:
         model: The ONNX model.
@@ -52,10 +52,10 @@ class QDQModel:
 
 
 def float_model(graph: Graph, metadata: Mapping[str, str], precision: str = "float32") -> onnx.ModelProto:
-    """Return the float network without markers, with BN folded: the baseline for every runtime.
+    """Return the float network with BN folded, in ONNX: the baseline for every runtime.
 
     Args:
-        graph: The marked float graph.
+        graph: Float graph with a marker node on every quantized edge; the markers are left out.
         metadata: Content of the file's metadata_props.
         precision: "float32" or "float16", the type of weights and values; input and output stay float32.
     """
@@ -82,10 +82,10 @@ def qdq_model(
     metadata: Mapping[str, str],
     weights: str = "int8",
 ) -> QDQModel:
-    """Return a target's file with its claims.
+    """Return a target's ONNX model with QuantizeLinear and DequantizeLinear nodes.
 
     Args:
-        graph: The marked float graph.
+        graph: Float graph with a marker node on every quantized edge.
         specs: Specs of the network's quantizers.
         grids: Trained Grids by edge name.
         latent: Unfolded float32 weights by edge name.

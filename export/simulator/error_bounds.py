@@ -94,7 +94,10 @@ def elementwise(function: Function, roundings: Roundings, pole: Callable[..., Ar
 
 
 def times(count: float) -> Roundings:
-    """Return a function for an operation that rounds its result `count` times: it gives `count` * |result|."""
+    """Return the `roundings` of an operation that rounds its result `count` times.
+
+    It is a function for `elementwise` that gives count * |result|.
+    """
     return lambda _, y, *__: count * np.abs(y)
 
 

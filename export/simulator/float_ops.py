@@ -98,9 +98,9 @@ def _where(_: Attributes, condition: Array, x: Array, y: Array) -> Array:
 
 
 def compared(function: Callable[[Array, Array], Array]) -> Known:
-    """Return a comparison as an operation with the results 0 and 1.
+    """Turn a comparison, such as numpy.less, into an operation with the results 0 and 1 and an error bound.
 
-    The error bound is 1 where the inputs' errors could change the result, otherwise 0.
+    The bound is 1 where the inputs' errors could change the result, otherwise 0.
     """
     return elementwise(lambda _, x, y: function(x, y).astype(np.float64), exact)
 

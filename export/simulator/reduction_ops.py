@@ -45,14 +45,17 @@ def extreme(function: Callable[..., Any]) -> Known:
 
 
 def product_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound the error of a product along axes, from the factors' errors and the rounding of each product."""
+    """Return a bound on the error of a product along axes: that of the factors' errors and of all roundings."""
     factors = np.abs(x.values) + x.error
     rounding = 1 + reduced_count(attributes, x.values) * 2 * UNIT_ROUNDOFF
     return np.asarray(reduced(np.prod, attributes, factors) * rounding - np.abs(result))
 
 
 def log_sum_exp_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Bound the error of log(sum(exp(x))): the maximum is subtracted before exp, and added after log."""
+    """Return a bound on the error of log(sum(exp(x))) along axes when it is computed in float32.
+
+    The maximum is subtracted before exp, and added after log.
+    """
     spread = reduced(np.max, attributes, x.values) - reduced(np.min, attributes, x.values)
     largest = np.abs(reduced(np.max, attributes, np.abs(x.values)))
     roundings = 2 * LIBRARY + sum_of(reduced_count(attributes, x.values)) + spread + largest + 2 * np.abs(result)
@@ -60,7 +63,10 @@ def log_sum_exp_bound(attributes: Attributes, result: Array, x: Float) -> Array:
 
 
 def cumulative_bound(attributes: Attributes, _: Array, x: Float) -> Array:
-    """Bound the error of a cumulative sum: the cumulative sum of the errors, plus the error of the additions."""
+    """Return a bound on the error of a cumulative sum when it is computed in float32.
+
+    It is the cumulative sum of the inputs' errors, plus the error of the additions.
+    """
     axis = attributes["axis"]
     rounding = sum_of(x.values.shape[axis]) * UNIT_ROUNDOFF
     return np.asarray(np.cumsum(x.error + rounding * np.abs(x.values), axis))

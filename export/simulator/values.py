@@ -19,7 +19,7 @@ UNIT_ROUNDOFF = 2.0**-24
 
 
 class NotSimulated(Exception):
-    """The simulator does not support an operation of the file; the message names node and operation."""
+    """Exception for an operation that the simulator does not support; the message names node and operation."""
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Added:
 
 @dataclass
 class Pooled:
-    """Mean over the pixels of a quantized tensor: `sums` over `count` codes each."""
+    """Mean over the pixels of a tensor of codes, not rounded yet: `sums` of `count` codes each, divided by `count`."""
 
     sums: Array
     count: int

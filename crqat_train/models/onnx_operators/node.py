@@ -23,7 +23,10 @@ IMAGE_RANK = 4
 
 
 class Refused(Exception):
-    """An operator is used in a way that is not supported; the message says what is wrong, and how to fix it."""
+    """Exception for an operator that is used in a way that is not supported.
+
+    The message says what is wrong, and how to fix it.
+    """
 
 
 @dataclass(eq=False)
@@ -160,7 +163,7 @@ def each_number(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_one(function: Callable[[Tensor], Tensor]) -> Callable[[Node], Value]:
-    """Return a converter of an operation on one tensor, or on a constant number."""
+    """Return the converter of an ONNX operator that applies `function` to its only input, tensor or constant."""
 
     def convert(node: Node) -> Value:
         value = node.input(0)

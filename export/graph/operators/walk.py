@@ -204,7 +204,7 @@ def _is_view(node: fx.Node) -> bool:
 
 
 def numpy_type(dtype: torch.dtype) -> Any:
-    """Return the numpy type with the name of a torch type."""
+    """Return the numpy type that has the same name as a torch dtype, e.g. numpy.float32 for torch.float32."""
     return torch.empty((), dtype=dtype).numpy().dtype
 
 
