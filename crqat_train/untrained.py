@@ -10,7 +10,7 @@ _SMALL = 1e-3
 
 
 def sane_bn(network: nn.Module, images: Tensor, seed: int = 0) -> nn.Module:
-    """Set gamma and beta of every BatchNorm at random, and its running statistics from the images.
+    """Set gamma and beta of every BatchNorm to random values, and its running statistics to those of the images.
 
     Args:
         network: Changed in place, and left in eval mode.

@@ -173,7 +173,7 @@ def export(
 def verify(
     model_or_files: nn.Module | Export, images: Images, preprocessing: Preprocessing | None = None
 ) -> dict[str, Verification]:
-    """Check that torch, the integer simulator and ONNX Runtime compute equal codes, and that all targets do.
+    """Check that torch, the integer simulator and ONNX Runtime compute equal codes, and so do the files of all targets.
 
     Args:
         model_or_files: A quantized network, whose files are then made in memory; or an `Export`, whose files are read

@@ -149,7 +149,7 @@ def _signals_wait() -> Iterator[None]:
 
 
 def workers() -> int:
-    """Return the number of worker processes; each decodes whole batches."""
+    """Return the number of processes that decode images; each of them decodes whole batches."""
     return min(8, os.cpu_count() or 1)
 
 
@@ -164,7 +164,8 @@ def stream_batches(images: StoredImages[Any], batches: Sequence[Tensor]) -> Iter
         Images of one batch, uint8 of shape [B, C, crop, crop] on the images' device.
 
     Raises:
-        UsageError, ToolError: See `StoredImages.__getitem__`.
+        UsageError: An image has another mode, such as grey instead of RGB.
+        ToolError: A file is gone, cannot be read or has changed since it was listed.
     """
     on_gpu = images.device.type == "cuda"
     loader = DataLoader(

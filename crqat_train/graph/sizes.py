@@ -44,7 +44,7 @@ def _written_out(function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
 
 
 class SizedProxy(fx.Proxy):
-    """A proxy with known shape, length and results of size comparisons.
+    """A torch.fx proxy that knows its shape and length, and can compare sizes.
 
     Attributes:
         known: The proxy's value for each of two batch sizes; None where it is unknown.

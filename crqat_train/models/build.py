@@ -229,7 +229,12 @@ def load_weights(model: nn.Module, path: Path, key: str | None = None) -> str:
 
 
 def fill(model: nn.Module, values: Mapping[str, Tensor], source: str) -> None:
-    """Load a state dict into a network, as `load_weights` does; `source` names where it comes from, for messages.
+    """Load a state dict into a network; if any tensor does not fit, nothing is changed.
+
+    Args:
+        model: Changed in place.
+        values: The state dict.
+        source: Where the state dict comes from; used in messages.
 
     Raises:
         UsageError: The state dict does not fit the network.

@@ -200,7 +200,7 @@ class Builder:
         return self._values[name]
 
     def used_once(self, name: str) -> bool:
-        """Whether exactly one node uses a value of the file."""
+        """Whether exactly one node of the file reads the value of a given name."""
         return self._uses[name] == 1
 
     def emit(self, function: Callable[..., Any] | str, *arguments: Any) -> Value:

@@ -82,7 +82,13 @@ def round_weight(layer: Layer, quantizer: Quantizer, centered: bool) -> None:
 
 
 def moments(layer: Layer, groups: int, centered: bool) -> Moments:
-    """Return second moments of a layer's inputs in both networks."""
+    """Return the second moments of a layer's inputs, of which `Moments` describes the three parts.
+
+    Args:
+        layer: Layer with its inputs in the float network and in the quantized one.
+        groups: Groups of the convolution; 1 for a linear layer.
+        centered: Subtract the mean of each input.
+    """
     original, quantized = layer.inputs
     size = layer.weight[0].numel()
     inner, outer = (original.new_zeros(groups, size, size, dtype=torch.float64) for _ in range(2))

@@ -31,7 +31,7 @@ class DoReFaQuantizer(MinMaxQuantizer):
         return super().forward(self.values(x))
 
     def values(self, x: Tensor) -> Tensor:
-        """Return the values to round, float32 in the shape of `x`: weights are transformed, activations unchanged."""
+        """Return the values to round, float32 in the shape of `x`: tanh-transformed weights, unchanged activations."""
         if self.spec.kind != "weight":
             return x.float()
         squeezed = torch.tanh(x.float())

@@ -71,7 +71,7 @@ class Work:
 
     @property
     def image_bytes(self) -> int:
-        """Return the bytes that a step reads for each labeled image: its pixels, and its share of unlabeled ones."""
+        """Return the bytes per labeled image of a step: of the image, and of the unlabeled images that accompany it."""
         own = math.prod(self.dataset.train_images.shape[1:])
         return round(own * (1 + self.unlabeled))
 
@@ -197,9 +197,10 @@ def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_data(work: Work) -> list[tuple[int, float]]:
-    """Return pairs of (bytes, seconds), each measured while batches are read from the recipe's data source.
+    """Measure how fast batches are read from the recipe's data source, ROUNDS times.
 
-    The measurement is repeated ROUNDS times; bytes and seconds of each pair are those of one batch, the seconds a mean.
+    Returns:
+        For each repetition, the bytes of the labeled images of a batch and the mean seconds to read a batch.
     """
     delivered = endless(work.batches(work.batch, in_memory=False), work.generators.augmentation, 0)
     own = math.prod(work.dataset.train_images.shape[1:]) * work.batch

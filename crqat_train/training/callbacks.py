@@ -75,7 +75,7 @@ class FreezeBatchNorm(Callback):
         self._at = at
 
     def before_step(self, fit: Fit) -> None:
-        """Switch BatchNorm to its running statistics once the given share of the steps is done."""
+        """Switch BatchNorm to its running statistics for the rest of the training, once enough steps are done."""
         if fit.steps_done >= self._at * fit.steps:
             for norm in self._norms:
                 norm.training = False  # again after each `student.train()`
@@ -166,7 +166,7 @@ def set_width(quantizer: Quantizer, bits: int, keep_range: bool = True) -> None:
 
 
 def damping_weight(step: int, steps: int, largest: float) -> float:
-    """Return lambda(t) of the damping: it rises from 0 to `largest` as half a cosine."""
+    """Return the weight of the dampening loss in a step: it rises from 0 to `largest` as half a cosine."""
     return largest * 0.5 * (1.0 - math.cos(math.pi * step / steps))
 
 

@@ -41,10 +41,11 @@ def split_macs(graph: Graph) -> tuple[dict[str, int], FloatLayers]:
 
 
 def file_macs(model: onnx.ModelProto) -> dict[str, int] | None:
-    """Return the multiply-accumulates for one image by the name that TensorRT gives the node, for any ONNX file.
+    """Count the multiply-accumulates for one image in any ONNX file.
 
     Returns:
-        None if a size is unknown, e.g. because the file has dynamic dimensions other than the batch.
+        The counts by node, under the name that TensorRT gives it; None if a size is unknown, e.g. because the file has
+        dynamic dimensions other than the batch.
     """
     single, batch = onnx.ModelProto(), 1
     single.CopyFrom(model)

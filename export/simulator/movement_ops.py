@@ -304,5 +304,5 @@ def expand(
 
 
 def cast(node: onnx.NodeProto, values: dict[str, Value], *_: Any) -> Value:
-    """Cast to another float type: all float types are computed in the same way."""
+    """Return the value of a Cast to another float type: it is unchanged, because all float types are computed alike."""
     return values[node.input[0]]

@@ -153,13 +153,16 @@ class Simulation:
         return {name: float(np.max(bound, initial=0.0)) for name, bound in self.bounds.items()}
 
     def record(self, name: str, codes: Codes, before: Array, bound: Array, kernel_bound: float) -> Codes:
-        """Record a quantizer's result, and return the codes for later operations."""
+        """Record the codes that a quantizer computed, with their bounds; return the codes for later operations.
+
+        These are the `forced` ones where there are any.
+        """
         self.kernel_bounds[name] = kernel_bound
         self.codes[name], self.before_rounding[name], self.bounds[name] = codes.integers, before, bound
         return replace(codes, integers=self.forced.get(name, codes.integers))
 
     def real(self, name: str, values: Mapping[str, Value], constants: Mapping[str, Array]) -> Float:
-        """Return a tensor or a constant as float values with an error bound."""
+        """Return the tensor or constant of a given name as float values with an error bound."""
         if name in values:
             return as_float(values[name])
         constant = constants[name].astype(np.float64)

@@ -91,7 +91,7 @@ class Walk:
             self.refuse("a tensor is changed in place while a part or another view of it is in use")
 
     def refuse(self, what: str) -> NoReturn:
-        """Raise an error for the current operator, with its module and line."""
+        """Raise a UsageError that names the module and line of the current operator, and says `what` is wrong there."""
         place = module_of(self.node) or "the network itself"
         msg = f"model.name: {place}{source_line(self.node.stack_trace)}: {what}; replace that operation"
         raise UsageError(msg)
@@ -214,7 +214,7 @@ Handler = Callable[[Walk, Arguments], Any]
 
 
 def operator(*names: str) -> Callable[[Handler], Handler]:
-    """Register a function that converts torch operators of these names."""
+    """Return a decorator that registers a function as the converter of the torch operators of these names."""
 
     def register(handler: Handler) -> Handler:
         HANDLERS.update(dict.fromkeys(names, handler))
