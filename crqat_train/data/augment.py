@@ -1,4 +1,7 @@
-"""Augmentation of whole batches on their device: a random draw for each image, without waiting for the host."""
+"""Augments whole batches of images on their device, with random draws for each image.
+
+Nothing waits for the host.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Computes nn.MultiheadAttention by single operations, those of torch's own forward in the same order.
+"""Computes nn.MultiheadAttention with single operations: those of torch's own forward, in the same order.
 
 torch.fx and NNCF can then trace these operations, and NNCF's layout maps to the graph one to one.
 """

@@ -29,7 +29,7 @@ class OnnxFile:
         model: The model with all tensors, including those of external data files.
         input: Name of the input.
         output: Name of the output.
-        shape: Shape of the input, [N, C, H, W]; None where it is free.
+        shape: Shape of the input, [N, C, H, W]; None for a size that the file leaves open.
     """
 
     path: Path

@@ -78,7 +78,7 @@ class OnnxNetwork(nn.Module):
     """PyTorch network of an ONNX file: layers with parameters of their own, called in the file's order.
 
     Attributes:
-        shape: Shape of the file's input, [N, C, H, W]; None where it is free.
+        shape: Shape of the file's input, [N, C, H, W]; None for a size that the file leaves open.
         classes: Number of logits.
     """
 
@@ -119,7 +119,7 @@ class Builder:
     """Converts a file's nodes in order to a network, while meta images (shapes without data) pass through it.
 
     Attributes:
-        batch: Number of images that the file is fixed to; None if it is free.
+        batch: Batch size that the file fixes; None if the file leaves it open.
     """
 
     def __init__(self, file: OnnxFile) -> None:

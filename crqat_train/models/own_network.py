@@ -30,13 +30,13 @@ def network_arguments(function: Callable[..., Any], name: str, classes: int, cha
     """Return the arguments for a user's function or class, under the names that it uses for them.
 
     Args:
-        function: See `check_callable`.
+        function: The user's function or class.
         name: The name in the recipe; used in messages.
         classes: Number of logits.
         channels: Number of image channels.
 
     Raises:
-        UsageError: See `check_callable`.
+        UsageError: The function has a required parameter that is neither the number of classes nor of channels.
     """
     short = name.partition(":")[2]
     if isinstance(function, nn.Module):

@@ -94,7 +94,7 @@ def predict(constants: Constants, processes: int) -> dict[str, Any]:
 
     Returns:
         Seconds of the parts and of the step, images per second, efficiency (speed-up over P, in 0..1) and the limiting
-        part; or the reason under `not_predicted`.
+        part; or, where these cannot be predicted, the reason under "not_predicted".
     """
     row: dict[str, Any] = {"processes": processes, "machines": math.ceil(processes / constants.holds)}
     link = constants.local if row["machines"] == 1 else constants.between

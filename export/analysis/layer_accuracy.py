@@ -31,8 +31,9 @@ def accuracy_of_each_layer(
         progress: Reports layers.
 
     Returns:
-        Rows of `layer`, `accuracy` in 0..1 and `bits` as "weights/input"; the first two are "none", with every
-        quantizer off, and "all". After training, "none" has the latent weights, which differ from the float network's.
+        Rows with the fields `layer`, `accuracy` in 0..1 and `bits`, the bit widths as "weights/input". In the first
+        row, `layer` is "none": every quantizer is off; in the second, it is "all": every quantizer is on. After
+        training, "none" has the latent weights, which differ from the float network's.
     """
     trained = payload_of(TrainingPayload, train_dir, verify_stage(train_dir))
     model = rebuild(train_dir, config, trained, candidate)

@@ -33,7 +33,10 @@ def max_pool(attributes: Attributes, x: Array) -> Array:
 
 
 def average_pool(attributes: Attributes, x: Array) -> Array:
-    """Return the mean of each window, which ONNX Runtime computes from codes in float32 and in its own order."""
+    """Return the mean of each window.
+
+    ONNX Runtime computes it from codes in float32, and adds in an order of its own.
+    """
     counted = np.ones((1, 1, *x.shape[2:]))
     if attributes.get("count_include_pad", 0):
         around = padding(x.shape[2:], attributes["kernel_shape"], attributes)
