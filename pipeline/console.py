@@ -57,7 +57,7 @@ def wants_json() -> bool:
 
 @contextmanager
 def json_document() -> Iterator[None]:
-    """Context manager of --json: text goes to stderr, and data from `give` to stdout as one JSON document."""
+    """Context manager for --json: text goes to stderr; at the end, the values from `give` are printed as JSON."""
     document: dict[str, Any] = {}
     click.get_current_context().meta[_DOCUMENT] = document
     with redirect_stdout(io.StringIO() if quiet() else sys.stderr):

@@ -12,7 +12,7 @@ from crqat.pipeline.console import printable
 
 
 def check(path: Path, overrides: tuple[str, ...] = (), syntax: bool = False, progress: Progress = quiet) -> list[str]:
-    """Verify a run directory or a file, and return lines of text that describe it.
+    """Check that a run directory or a file is intact, and return lines of text that describe its contents.
 
     Args:
         path: Run directory or file.

@@ -374,7 +374,7 @@ def numbers(given: str, option: str, kind: Callable[[str], _Number]) -> list[_Nu
 
 
 def run_name(model: str, bits: Sequence[int]) -> str:
-    """Return the name of a model's run, reduced to letters, digits and other characters of directory names."""
+    """Return a name for the run of `model` at these bit widths that is valid as the name of a directory."""
     model = Path(model).stem if is_onnx_file(model) else model
     letters = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in model)
     return f"{letters}-w{bits[0]}a{bits[1]}"

@@ -10,7 +10,7 @@ RULE = "latency_regression"
 
 
 def key(results: Results, model: ModelResult) -> dict[str, str | int | None]:
-    """Return by name the settings that must be equal for two latencies to be comparable; None if not recorded."""
+    """Return the settings that two comparable latencies share, by name; the value of one not recorded is None."""
     device, config, board = results.device, results.config, results.device.jetson
     return {
         "run": results.run,

@@ -29,7 +29,7 @@ class Imports:
 
 
 def imports_of(module: str) -> Imports:
-    """Return what a module imports, directly or through other files of the user."""
+    """Return the user's own modules and the packages that a module imports, directly or through the user's modules."""
     files: dict[str, Path] = {}
     packages: set[str] = set()
     pending = [module]

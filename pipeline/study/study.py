@@ -190,10 +190,14 @@ class Study:
 
 
 def hashed(section: str, values: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the keys of a recipe's section that identify a training run; None if the section is null.
+    """Return those values of a recipe's section from which the key of a training run is hashed.
 
-    Keys that the recipe got after the first published studies count only if they differ from their default, so that
-    older results stay valid.
+    Keys that recipes got after the first published studies are left out while they have their default, so that the
+    results of those studies stay valid.
+
+    Args:
+        section: Name of the section.
+        values: Values of the section; None, for a null section, is returned as None.
     """
     if values is None:
         return None

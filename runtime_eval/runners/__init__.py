@@ -1,4 +1,4 @@
-"""The runtimes that can run a model file, one module each, and their common interface `Runner`."""
+"""The interface `Runner` to a runtime that runs a model file; each module here implements it for one runtime."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class BuildFailure(Exception):
 
 @dataclass
 class Build:
-    """One build of an engine; what was found so far remains in the attributes if the build fails.
+    """One build of an engine; if it fails, the attributes keep what is known up to then.
 
     Attributes:
         trt: Python module of the builder.
@@ -181,7 +181,7 @@ def set_batch(
     config: tensorrt.IBuilderConfig,
     batch: Batch,
 ) -> None:
-    """Fix the batch size of the network's inputs if all three values are equal, else allow the range between them.
+    """Set the batch sizes of an engine: one fixed size if all values in `batch` are equal, else the range they span.
 
     Raises:
         BuildFailure: An input has another fixed batch size or another dynamic dimension, or the builder refuses.

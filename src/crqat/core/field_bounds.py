@@ -15,7 +15,7 @@ STRICT = {"extra": "forbid"}
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, for use in an ``Annotated`` type."""
+    """Bounds of a number x, for use in an ``Annotated`` type: ge <= x, gt < x, x <= le, x < lt; None sets no bound."""
 
     ge: float | None = None
     gt: float | None = None

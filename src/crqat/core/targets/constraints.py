@@ -1,4 +1,4 @@
-"""The constraints that a network must meet to run on several targets: those of all of them together."""
+"""The constraints that one network must meet to run on several targets: it must meet those of every target."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Constraints:
         return next((target for target in self.targets if not target.zero_points), None)
 
     def activation_codes(self, bits: int, nonnegative: bool) -> tuple[int, int]:
-        """Return the smallest and the largest code of an activation.
+        """Return the smallest and the largest code of an activation that all targets allow.
 
         Without unsigned INT8, a tensor without negative values at 8 bits uses the upper half of the signed range. If
         all targets use unsigned codes, it uses the full range; the file then needs no Clip after a ReLU.
