@@ -173,7 +173,9 @@ def run(python: Path, script: str, *arguments: str) -> str:
 
 
 def counted(python: Path, folders: Sequence[Path]) -> list[CountedCodes]:
-    """Run the onnxruntime.onnx in each folder on a CPU and count the codes that differ from its onnxruntime.codes.npz.
+    """Count, for each folder, the codes of its onnxruntime.onnx that differ from those in its onnxruntime.codes.npz.
+
+    The files run on the CPU that the interpreter `python` emulates.
 
     Raises:
         NotRun: See `run`.

@@ -157,13 +157,13 @@ def not_installed(name: str) -> str | None:
 
 
 def write(name: str, source: Source, out: Path, metadata: dict[str, str]) -> str | None:
-    """Run an exporter in a separate process.
+    """Write the file of an exporter, which runs in a separate process.
 
     Args:
         name: Name of the exporter in `WAYS`.
         source: The exporter's inputs.
         out: The file to write.
-        metadata: Content of the file's metadata_props.
+        metadata: Entries that are written into the metadata_props of the file.
 
     Returns:
         None if the file was written, otherwise the reason in one line.

@@ -77,7 +77,7 @@ class Row:
         pins: Pinned versions by package; every other dependency is the newest that pip finds.
         further: A package that is installed in addition to the dependencies.
         needs_cuda: Whether the row needs a CUDA device.
-        expected: Expected status of the row.
+        expected: Status that the row should end with.
     """
 
     name: str
@@ -181,7 +181,10 @@ def run(row: Row, lowest: Mapping[str, str], folder: Path) -> dict[str, Any]:
 
 
 def status(recipes: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the status of a row from the results of its recipes; "inconclusive" means that a rule was not run."""
+    """Return the status of a row from the results of its recipes.
+
+    "inconclusive" means that no rule of a gate failed, but one was not run.
+    """
     verdicts = {result["gate"] for result in recipes.values()}
     if verdicts == {"PASS"}:
         return PASSED
@@ -189,7 +192,10 @@ def status(recipes: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def environment(row: Row, folder: Path) -> Path:
-    """Return the Python of a row's environment, created if missing; environments with another PyTorch are removed."""
+    """Return the Python interpreter of a row's environment, which is created if it is missing.
+
+    Environments with another PyTorch are removed, because each needs gigabytes.
+    """
     place = folder / f"torch-{row.pins.get('torch', 'newest')}"
     for other in folder.glob("torch-*/pyvenv.cfg"):
         if other.parent != place:

@@ -30,7 +30,7 @@ _QUIET, _DOCUMENT = "crqat.quiet", "crqat.json"
 
 
 def drawn(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal that can redraw lines."""
+    """Return whether a stream is a terminal on which lines can be redrawn, as animated progress needs."""
     return stream.isatty() and not os.environ.get("CI")
 
 

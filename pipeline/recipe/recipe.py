@@ -315,7 +315,7 @@ def from_resolved(values: dict[str, Any]) -> Recipe:
 
 
 def train_config(recipe: Recipe) -> TrainConfig:
-    """Return the part of a recipe that the `train` stage depends on."""
+    """Return the configuration of the `train` stage: the keys of a recipe that it depends on."""
     return TrainConfig(
         seed=recipe.seed,
         targets=recipe.targets,

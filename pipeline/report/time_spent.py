@@ -87,13 +87,13 @@ class TimeSpent:
 
     @property
     def costly(self) -> list[OperationTime]:
-        """The operations other than layers that take at least a twentieth of the INT8 file's time."""
+        """The operations outside layers that take at least a twentieth of the INT8 file's time."""
         total = sum(own for _, _, own, _ in self.kinds.values())
         return [row for row in self.others if row.microseconds >= total / 20]
 
     @property
     def limited(self) -> list[LayerTime]:
-        """The layers that are hardly faster in the INT8 file than in the float file."""
+        """The layers in `layers` that are hardly faster in the INT8 file than in the float file."""
         return [row for row in self.layers if row.limit]
 
 

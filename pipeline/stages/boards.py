@@ -60,7 +60,8 @@ def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        file: File that `python3 -m runtime_eval .` wrote on the board; the stage's name is "benchmark@" and its name.
+        file: File that `python3 -m runtime_eval .` wrote on the board. The name of the stage is "benchmark@" followed
+            by the name of the file without its suffix.
 
     Raises:
         UsageError: The file is not a results file, or comes from another export or other settings than the recipe's.

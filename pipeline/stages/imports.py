@@ -58,7 +58,7 @@ def versions(packages: frozenset[str]) -> dict[str, str]:
 
 
 def module_file(module: str) -> Path | None:
-    """Return the file of a module without importing it; None if there is none."""
+    """Return the path of a module's source file without importing the module; None if it has none."""
     search, spec = None, None
     # Search each part separately: by its full name, a folder without __init__.py is only found below an imported one.
     for part in module.split("."):

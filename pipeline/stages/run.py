@@ -215,7 +215,7 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        stage: Stage of this machine or of a board; see `crqat.pipeline.stages.boards.stage_of`.
+        stage: Name of the benchmark stage, as `crqat.pipeline.stages.boards.stage_of` returns it.
         baseline: Earlier results.json for the recipe's `gate.max_latency_regression`.
     """
     from crqat.pipeline.gate.junit import junit

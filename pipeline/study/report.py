@@ -145,7 +145,7 @@ def headline(rows: Sequence[StudyRow]) -> str:
 
 
 def markdown(rows: Sequence[StudyRow], name: str) -> str:
-    """Return a Markdown page with one table for each number of labels and bit width; `name` is the study's."""
+    """Return a Markdown page with a table for each number of labels and bit width; `name` is the name of the study."""
     parts = [_HEAD.format(name=name), f"![accuracy of each method]({name}.png)\n"]
     for cell, own in cells(rows).items():
         head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]

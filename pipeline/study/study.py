@@ -54,10 +54,10 @@ class Job:
     """One training run with one seed, number of labels and bit width.
 
     Attributes:
-        training: Name of the training; see `TRAININGS`.
+        training: Name of the training, a key of `TRAININGS`.
         seed: Seed of the recipe.
         labels: Number of labeled images; None for all.
-        bits: Bit width of weights and activations; None for the recipe's.
+        bits: Bit width of weights and activations; None for the bit widths of the recipe.
         equal: What all training runs of a comparison have in common: "steps", or (approximately) "time".
         overrides: Changes to the recipe, except for the float network's file.
         key: Hash of everything that the result depends on.

@@ -1,4 +1,4 @@
-"""The interface `Runner` to a runtime that runs a model file; each module here implements it for one runtime."""
+"""The interface `Runner` to a runtime that runs a model file; a module for each runtime implements it."""
 
 from __future__ import annotations
 

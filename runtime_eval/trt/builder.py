@@ -45,8 +45,8 @@ class Build:
 
     Attributes:
         trt: Python module of the builder.
-        row: Features of the builder's version.
-        hear: Callback for each of the builder's messages.
+        row: Features of the version of the builder.
+        hear: Callback that is called with each message of the builder.
         messages: All messages so far.
         flags: Names of the network flags and builder flags that are set.
         precisions: Types of all tensors that the parsed network's layers write, sorted.

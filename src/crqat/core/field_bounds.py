@@ -1,4 +1,4 @@
-"""Validation helpers of the configuration classes: strict keys, bounds, paths. Boards, without pydantic, use it too."""
+"""Validation of configuration classes: strict keys, bounds, paths. It also works on boards, which have no pydantic."""
 
 from __future__ import annotations
 

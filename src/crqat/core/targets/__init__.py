@@ -93,9 +93,9 @@ def _for_all(value: Any) -> Any:
 
 
 class ByTarget:
-    """Mapping from a runtime's name, or `ALL`, to layer names, for use in an ``Annotated`` type.
+    """Marker of an ``Annotated`` mapping from the name of a runtime, or `ALL`, to names of layers.
 
-    A list in a recipe applies to all runtimes.
+    A recipe may give a list of layers instead, which then applies to all runtimes.
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:

@@ -52,7 +52,10 @@ def folded_scale(
     input_scale: np.float32 | None,
     targets: Sequence[Target],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Fold BN into a weight's scales, and raise those that a target cannot hold or that overflow the bias.
+    """Fold BN into the scales of a weight, and raise scales that are too small.
+
+    A scale is too small if a target's files cannot store it, or if the bias overflows int32 when it is stored in units
+    of the scale times `input_scale`.
 
     Args:
         scale: Trained scale of the unfolded weight, float32 of shape [C].
