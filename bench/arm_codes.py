@@ -94,7 +94,7 @@ class Written:
 
 
 def images(cifar10: Path | None) -> npt.NDArray[np.float32]:
-    """Return 64 normalized images of 32 x 32 pixels: CIFAR-10's, or enlarged digits in three different colours."""
+    """Return 64 normalized images of 32 x 32 pixels: from CIFAR-10, or enlarged digits in three different colours."""
     if cifar10 is not None:
         return _NORMALIZE(sources.load("cifar10", str(cifar10), False).train_images[:64].numpy())
     grey = sources.load("digits", None, False).train_images[:64].float().expand(-1, 3, -1, -1)

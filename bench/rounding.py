@@ -113,7 +113,7 @@ def network(weights: Path) -> nn.Module:
 
 
 def measure(way: str, given: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
-    """Return the row of a method: its seconds, and the accuracy of its network compared with the float network's."""
+    """Return the row of a method: its seconds, and the accuracy of its network compared with the float network."""
     if way.startswith("AIMET") and importlib.util.find_spec("aimet_torch") is None:
         return {"way": way, "bits": given.bits, "status": "not run: aimet-torch is not installed"}
     bits = tuple(int(part) for part in given.bits.split(","))

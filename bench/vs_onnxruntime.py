@@ -1,7 +1,7 @@
 """Compares speed and correctness of float files, crqat's files, and files of ONNX Runtime's static quantization.
 
 Writes bench-out/infer.json with the rows: model, float_ms, int8_ms, peer_ms, time_ratio_to_peer, interval, wrong_codes,
-peer_wrong_codes, accuracy, peer_accuracy. A code is wrong if it differs from the integer simulator's. U8S8 kernels are
+peer_wrong_codes, accuracy, peer_accuracy. A code is wrong if the integer simulator gives another one. U8S8 kernels are
 exact on CPUs with VNNI and saturate without: if qemu-x86_64 is installed, codes are also counted on an emulated CPU
 without VNNI.
 

@@ -16,7 +16,7 @@ def check(path: Path, overrides: tuple[str, ...] = (), syntax: bool = False, pro
 
     Args:
         path: Run directory or file.
-        overrides: Values that replace a recipe's, as in --set.
+        overrides: "key.path=value" texts that replace values of a recipe, as in --set.
         syntax: Whether to check only the keys and values of a recipe, not its data and network.
         progress: Callback for the progress of the checks.
 

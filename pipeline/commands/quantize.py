@@ -39,7 +39,8 @@ class Request:
         classes: Number of logits if class folders do not give it; None means 1,000 for published weights, or an ONNX
             file's own number.
         bits: Bit widths of weights and activations.
-        advise: Whether half of the test images select the quantization method; the other half tests the selected one.
+        advise: Whether half of the test images select the quantization method; the other half tests the network
+            that the selected method gives.
         max_drop: Allowed accuracy drop in percentage points; without it (None), the results are not judged.
         seed: Seed of the random split into calibration and test images.
         preprocessing: Given values of `mean`, `std`, `size`, `crop` and `interpolation`, by their key in a recipe's

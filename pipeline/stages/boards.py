@@ -64,7 +64,8 @@ def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
             by the name of the file without its suffix.
 
     Raises:
-        UsageError: The file is not a results file, or comes from another export or other settings than the recipe's.
+        UsageError: The file is not a results file, or was measured with another export or other settings than those of
+            the recipe.
     """
     staleness.current(config, runs, "export")
     results = read(Results, file, "bring it from the board again")

@@ -16,7 +16,7 @@ def of_inputs(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
     Args:
         before: Versions and hashes by name, as recorded when the stage was made.
-        now: The current ones.
+        now: The current versions and hashes by name.
     """
     changes = []
     for name in sorted(before | now, key=lambda name: (not name.startswith(VERSION), name)):

@@ -135,7 +135,7 @@ def parse_tegrastats(line: str) -> Tegrastats:
 
 
 def total_power(power_mw: dict[str, float]) -> float | None:
-    """Return the module's input power in mW (not the wall's); None if its rails are not known."""
+    """Return the power that the Jetson module draws at its input, in mW; None if its rails are not known."""
     for rail in _INPUT_RAILS:
         if rail in power_mw:
             return power_mw[rail]

@@ -182,7 +182,7 @@ def compare(
     size_ratio: float,
     ratio: LatencyRatio | None = None,
 ) -> VersusFloat:
-    """Compare a model's accuracy, predictions, size and latency with the float model's, on the same images.
+    """Compare the accuracy, predictions, size and latency of a model with those of the float model, on the same images.
 
     Args:
         float_top: Best classes of each image by the float model, as in `summarize`.

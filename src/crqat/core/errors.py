@@ -47,7 +47,7 @@ class InternalError(ToolError):
 class Told(SystemExit):
     """Raised, instead of SystemExit, to end the process after its error was printed; no further message is shown.
 
-    A SystemExit that is not of this class comes from other code, such as the user's, and is reported as an error.
+    A SystemExit that is not of this class comes from other code, such as code of the user, and is reported as an error.
     """
 
 

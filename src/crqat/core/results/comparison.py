@@ -15,7 +15,7 @@ class Compared:
         run: Name of the run, or its path if two runs share a name.
         file: Name of the file in the run.
         target: Target that the file was written for, or "float".
-        status: "measured", or why there are no figures.
+        status: "measured", or why the file has no results.
         n: Number of test images.
         top1: Share of the test images that the file classifies correctly.
         top1_interval: Wilson's bounds of `top1`, each one-sided 95 %.

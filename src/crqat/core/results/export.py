@@ -38,7 +38,7 @@ class ExportedModel:
         claims: How the file holds the trained Grid of each edge, by the edge's name.
         macs: Multiply-accumulates of each Conv and Gemm node that should run in INT8, by node name.
         float_layers: Layers that the recipe keeps in float.
-        verification: Result of the export's verification, which compares the file's integer codes with the simulator's.
+        verification: Result of the verification, which compares the integer codes of file and integer simulator.
         fusion: Operations that ONNX Runtime fused; None for a file for another runtime.
         findings: Violations of the runtime's rules; None for a float file.
         expected_codes: Name of the file with the codes that a CPU should compute.

@@ -57,7 +57,7 @@ def names() -> tuple[str, ...]:
 
 
 def executed() -> str:
-    """Return the name of the runtime that an export runs, to compare its integer codes with the simulator's."""
+    """Return the name of the runtime that an export runs to compare its integer codes with those of the simulator."""
     return next(name for name, target in TARGETS.items() if target.not_run is None)
 
 
