@@ -36,7 +36,10 @@ _JUDGES = 5000
 
 
 def folders(cifar10: str, seed: int, out: Path) -> None:
-    """Write CIFAR-10 as class folders below train, test and judge; the last two share the test images."""
+    """Write CIFAR-10's images into class folders below `out`: train, test and judge.
+
+    The test images are divided between test and judge, at random by `seed`.
+    """
     if (out / "done").is_file():
         return
     dataset = sources.load("cifar10", cifar10, False)
@@ -109,7 +112,7 @@ def main() -> None:
 
 
 def add(row: dict[str, Any]) -> None:
-    """Add a row to the results; it replaces an older row of the same network and bit widths."""
+    """Add the result of a network at some bit widths to the JSON file, in place of an older one, and print it."""
     path = OUT.with_suffix(".json")
     rows = json.loads(path.read_text())["rows"] if path.is_file() else []
     rows = [old for old in rows if (old["network"], old["bits"]) != (row["network"], row["bits"])]

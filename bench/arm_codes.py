@@ -74,7 +74,7 @@ print(json.dumps([to_json(check_codes(model, codes, 1)) for model, codes in file
 
 @dataclass
 class Written:
-    """The file of a case, in its own folder.
+    """The exported file of one network, in its own folder.
 
     Attributes:
         file: The file for ONNX Runtime.
@@ -88,13 +88,13 @@ class Written:
 
     @property
     def zero_points(self) -> dict[str, int]:
-        """Return the zero point of each tensor of codes."""
+        """Zero point of each tensor of codes in the file, by tensor name."""
         activations, codes = self.file.activations, self.file.codes
         return {name: activations[edge].grid.zero_point for edge, names in codes.items() for name in names}
 
 
 def images(cifar10: Path | None) -> npt.NDArray[np.float32]:
-    """Return 64 normalized images of 32 x 32 pixels: CIFAR-10's, or enlarged digits in three different colours."""
+    """Return 64 normalized images of 32 x 32 pixels: from CIFAR-10, or enlarged digits in three different colours."""
     if cifar10 is not None:
         return _NORMALIZE(sources.load("cifar10", str(cifar10), False).train_images[:64].numpy())
     grey = sources.load("digits", None, False).train_images[:64].float().expand(-1, 3, -1, -1)
@@ -103,7 +103,7 @@ def images(cifar10: Path | None) -> npt.NDArray[np.float32]:
 
 
 def quantized(network: nn.Module, config: QuantizationConfig, pictures: npt.NDArray[np.float32]) -> Quantized:
-    """Quantize a randomly initialized network in train mode, by calibration on images to which its BN is fitted."""
+    """Fit the BN statistics of a randomly initialized network to images, and quantize it by calibration on them."""
     batch = torch.from_numpy(pictures)
     with torch.no_grad():
         for _ in range(3):
@@ -127,7 +127,7 @@ def write(network: Quantized, folder: Path) -> Written:
 
 
 def save(written: Written, model: onnx.ModelProto) -> None:
-    """Write a model as the file of a case, and next to it a copy that outputs all its codes."""
+    """Write `model` to the folder of `written` as onnxruntime.onnx, and a copy that outputs all codes as shown.onnx."""
     onnx.save(model, written.folder / "onnxruntime.onnx")
     shown = onnx.ModelProto()
     shown.CopyFrom(model)
@@ -137,7 +137,7 @@ def save(written: Written, model: onnx.ModelProto) -> None:
 
 
 def broken(model: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
-    """Return three copies of a file with one wrong constant each, by what is wrong."""
+    """Return three corrupted copies of a model, each with one wrong constant; the keys say in words what is wrong."""
     constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
     dequantizers = [node for node in model.graph.node if node.op_type == "DequantizeLinear"]
     weight = next(n for n in dequantizers if n.input[0] in constants and constants[n.input[0]].ndim == 4)
@@ -163,7 +163,7 @@ def broken(model: onnx.ModelProto) -> dict[str, onnx.ModelProto]:
 
 
 def run(python: Path, script: str, *arguments: str) -> str:
-    """Run a script on a CPU and return what it prints.
+    """Run a Python script on the CPU that the interpreter `python` emulates, and return what it prints.
 
     Raises:
         NotRun: The script fails or exceeds the time limit.
@@ -173,7 +173,9 @@ def run(python: Path, script: str, *arguments: str) -> str:
 
 
 def counted(python: Path, folders: Sequence[Path]) -> list[CountedCodes]:
-    """Count the codes of each folder's onnxruntime.onnx against its onnxruntime.codes.npz, as a board does.
+    """Count, for each folder, the codes of its onnxruntime.onnx that differ from those in its onnxruntime.codes.npz.
+
+    The files run on the CPU that the interpreter `python` emulates.
 
     Raises:
         NotRun: See `run`.
@@ -183,14 +185,14 @@ def counted(python: Path, folders: Sequence[Path]) -> list[CountedCodes]:
 
 @dataclass(frozen=True)
 class Cell:
-    """Counts of codes for one file on one CPU.
+    """Counts of codes for one file on one ARM CPU.
 
     Attributes:
-        codes: Codes that must equal the simulator's for ARM.
-        differing: Codes among these that differ.
-        near: Codes that depend on float operations.
-        wrong: Codes among these that no float32 computation gives.
-        other: Codes that this machine's CPU computes differently from the ARM CPU.
+        codes: Number of codes that must equal those of the simulator for ARM.
+        differing: Number of these codes that differ.
+        near: Number of codes that depend on float operations.
+        wrong: Number of the latter that no float32 computation gives.
+        other: Number of codes that this machine's CPU computes differently from the ARM CPU.
     """
 
     codes: int
@@ -224,7 +226,7 @@ class Judge:
         )
 
     def shown(self, name: str) -> dict[str, npt.NDArray[np.int64]]:
-        """Return the codes in the file `name` of the case's folder, by tensor name, minus their zero points."""
+        """Return the codes in the .npz file `name`, by tensor name, with the zero points subtracted."""
         zeros = self._written.zero_points
         names = [output.name for output in onnx.load(self._written.folder / "shown.onnx").graph.output]
         with np.load(self._written.folder / name) as arrays:
@@ -232,7 +234,7 @@ class Judge:
         return {key: found[key].astype(np.int64) - zeros[key] for key in zeros}
 
     def cell(self, name: str) -> Cell:
-        """Compare the codes in the file `name` of the case's folder with the simulator's."""
+        """Return the comparison of the codes in the .npz file `name`, from an ARM CPU, with those of the simulator."""
         theirs = self.shown(name)
         key = b"".join(codes.tobytes() for codes in theirs.values())
         if key not in self._known:
@@ -252,7 +254,7 @@ class Judge:
 def measure(
     names: Sequence[str], versions: Sequence[str], pictures: npt.NDArray[np.float32], folder: Path
 ) -> tuple[dict[str, dict[tuple[str, str], Cell | str]], dict[str, dict[tuple[str, str], CountedCodes | str]]]:
-    """Run all files on all CPUs.
+    """Export each case's network, run its file on all emulated CPUs, and count the codes.
 
     Args:
         names: Names of the cases; empty for all.
@@ -302,7 +304,10 @@ def tables(
     failing: Mapping[str, Mapping[tuple[str, str], CountedCodes | str]],
     versions: Sequence[str],
 ) -> str:
-    """Return both tables in Markdown; a cell has one number for each CPU, in the order of `emulated_arm.CPUS`."""
+    """Return two Markdown tables: the counts of all files, and those of the corrupted files.
+
+    A cell has one number for each CPU, in the order of `emulated_arm.CPUS`.
+    """
     cpus = list(emulated_arm.CPUS)
     lines = [f"| network | codes | behind float | otherwise than x86 | {' | '.join(versions)} |"]
     lines.append("|---|---:|---:|---:|" + "---|" * len(versions))
@@ -330,7 +335,7 @@ def _shown(cell: Cell | str) -> str:
 
 
 def main() -> None:
-    """Run the measurement and write the page's tables."""
+    """Run the measurement and write its tables into docs/arm.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--versions", default=",".join(VERSIONS))
     parser.add_argument("--names", default="")

@@ -1,4 +1,4 @@
-"""Networks for the tables of ARM CPUs: one for each operation that ONNX Runtime fuses, and crqat's CIFAR networks."""
+"""Networks for `bench.arm_codes`: one for each operation that ONNX Runtime fuses, and crqat's CIFAR networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from crqat.train.models import build as models
 
 
 class Branches(nn.Module):
-    """Two convolutions of the same input, joined by a function."""
+    """Network of two convolutions of the same input whose results `join` combines, such as by an addition."""
 
     def __init__(self, join: Callable[[Tensor, Tensor], Tensor], width: int = 8, pooled: bool = False) -> None:
         super().__init__()
@@ -26,14 +26,14 @@ class Branches(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multiplies two matrices of codes, as in attention."""
+    """Network that multiplies two computed matrices, as attention does, so that both operands are quantized."""
 
     def __init__(self) -> None:
         super().__init__()
         self.features, self.keys, self.values = _conv(3, 16), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 16, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the similarities of the channels, [N, 1, 16, 16]."""
+        """Return the dot products of the 16 key channels with the 16 value channels, [N, 1, 16, 16]."""
         x = self.features(x)
         keys, values = self.keys(x).flatten(2), self.values(x).flatten(2)
         alike: Tensor = keys @ values.transpose(1, 2)

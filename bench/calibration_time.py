@@ -102,7 +102,7 @@ def prepare(model: str, images: int, size: int, folder: Path) -> None:
 
 
 def run(model: str, way: str, folder: Path) -> Steps:
-    """Run an exporter in this process.
+    """Run an exporter in this process, and return the time and memory of its steps.
 
     Args:
         model: Name of the network, as for `prepare`.
@@ -154,7 +154,7 @@ def _ours(network: nn.Module, images: torch.Tensor, folder: Path, watch: Stopwat
 def measure(
     model: str, rounds: int, images: int, size: int, ways: Sequence[str] = (OURS, *PEERS)
 ) -> list[dict[str, Any]]:
-    """Measure all rows of one network.
+    """Run all exporters on one network in turns, and return one row for each.
 
     Args:
         model: Name of the network, as in a recipe's `model.name`.
@@ -198,9 +198,10 @@ def _seconds(steps: Steps, kind: str) -> float:
 
 
 def summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return a network's rows with medians over rounds, and ratios to the fastest other exporter in wall and CPU time.
+    """Add to each exporter's row the medians over rounds, and the ratios of its times to those of the fastest peer.
 
-    Seconds and peak memory exclude verification.
+    The fastest peer is the fastest exporter other than crqat, chosen separately for wall and CPU time. Seconds and peak
+    memory exclude verification.
     """
     for row in rows:
         for kind in ("wall_s", "cpu_s"):
@@ -223,7 +224,7 @@ def summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Return a row of the table with the columns of `COLUMNS`."""
+    """Return the cells of a table row, as text; the columns are those in `COLUMNS`."""
     if row["status"] != "written":
         return [row["model"], row["way"], row["status"], *[""] * (len(COLUMNS) - 3)]
     values = [row["wall_s"], row["cpu_s"], row["wall_s_to_fastest_peer"], row["cpu_s_to_fastest_peer"]]

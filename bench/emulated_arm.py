@@ -65,7 +65,9 @@ def cache() -> Path:
 
 
 def python(cpu: str, onnxruntime: str = ONNXRUNTIME) -> Path:
-    """Return a program that runs an ARM CPU's Python with numpy and ONNX Runtime; missing packages are downloaded.
+    """Return a program that acts as a Python interpreter with numpy and ONNX Runtime on an emulated ARM CPU.
+
+    Packages that are not yet in the cache are downloaded.
 
     Args:
         cpu: A key of `CPUS`.

@@ -47,7 +47,7 @@ class Source:
     batch: int = BATCH
 
     def batches(self) -> list[npt.NDArray[np.float32]]:
-        """Return the images in batches."""
+        """Return the calibration images as a list of batches, float32 [batch, C, H, W]; the last may be smaller."""
         return [self.images[start : start + self.batch] for start in range(0, len(self.images), self.batch)]
 
 
@@ -56,7 +56,7 @@ class Way:
     """An exporter of another project.
 
     Attributes:
-        write: Writes the file; called with the source and the path.
+        write: Function that writes the exported file; it is called with the inputs and the path of the file.
         modules: Modules that it needs to import.
     """
 
@@ -65,7 +65,7 @@ class Way:
 
 
 def nncf_way(source: Source, out: Path, preset: str, extension: bool = False) -> None:
-    """Export by nncf.quantize, strip to torch's own fake quantization, and torch.onnx.export.
+    """Write an ONNX file with NNCF: nncf.quantize, conversion to torch's fake quantization, then torch.onnx.export.
 
     The older torch.onnx exporter can write these modules; the newer one (dynamo) refuses them. NNCF's C++ extension is
     compiled on first use and only affects the exporter's time.
@@ -90,7 +90,13 @@ def nncf_way(source: Source, out: Path, preset: str, extension: bool = False) ->
 
 
 def modelopt_way(source: Source, out: Path, precision: str) -> None:
-    """Export by modelopt.onnx.quantization.quantize on the ONNX file; its defaults: entropy calibration, float16."""
+    """Write an ONNX file with Model-Optimizer: its ONNX quantizer with its default calibration.
+
+    Args:
+        source: Inputs of the exporter.
+        out: The file to write.
+        precision: Type of the operations that are not INT8, as `high_precision_dtype` takes it.
+    """
     # TensorRT's type stubs import as an empty package, which Model-Optimizer takes for TensorRT itself.
     if _has("tensorrt") and not hasattr(importlib.import_module("tensorrt"), "__version__"):
         sys.modules["tensorrt"] = None  # type: ignore[assignment]
@@ -108,7 +114,14 @@ def modelopt_way(source: Source, out: Path, precision: str) -> None:
 
 
 def onnxruntime_way(source: Source, out: Path, signed: bool, quantize_bias: bool = True) -> None:
-    """Export by quantize_static, QDQ, per channel: U8S8, or symmetric S8S8 for TensorRT, which rejects int32 biases."""
+    """Write a QDQ file with ONNX Runtime's quantize_static and per-channel weights.
+
+    Args:
+        source: Inputs of the exporter.
+        out: The file to write.
+        signed: Whether activations are symmetric int8, as TensorRT needs, instead of uint8.
+        quantize_bias: Whether biases are stored as int32, which TensorRT rejects.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
@@ -138,19 +151,19 @@ WAYS = {
 
 
 def not_installed(name: str) -> str | None:
-    """Return which packages an exporter lacks here, as the status of its row; None if it can run."""
+    """Return a text that names the missing packages of an exporter, for its table row; None if none is missing."""
     missing = [module for module in WAYS[name].modules if not _has(module)]
     return f"not run: not installed ({', '.join(missing)})" if missing else None
 
 
 def write(name: str, source: Source, out: Path, metadata: dict[str, str]) -> str | None:
-    """Run an exporter in a separate process.
+    """Write the file of an exporter, which runs in a separate process.
 
     Args:
         name: Name of the exporter in `WAYS`.
         source: The exporter's inputs.
         out: The file to write.
-        metadata: Content of the file's metadata_props.
+        metadata: Entries that are written into the metadata_props of the file.
 
     Returns:
         None if the file was written, otherwise the reason in one line.

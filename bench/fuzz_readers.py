@@ -240,7 +240,7 @@ def _turn(name: str, runs: int) -> list[str]:
 
 
 def main() -> None:
-    """Run the command line; see the module."""
+    """Run the command line that the module's docstring describes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=100_000, help="inputs in all")
     parser.add_argument("--reader", help="this one alone, in this process")

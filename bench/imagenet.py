@@ -63,7 +63,15 @@ def network(name: str) -> nn.Module:
 
 
 def photographs(folder: Path, side: int) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Return the centre square of each image, uint8 [N, 3, side, side], and the classes, int64 [N]."""
+    """Return the photographs in a folder, cropped to the centre, and the class of each.
+
+    Args:
+        folder: Folder of files III_NAME.webp, where III is the number of the class.
+        side: Side length of the crop in pixels; only smaller photographs are resized.
+
+    Returns:
+        Images, uint8 [N, 3, side, side], and classes, int64 [N].
+    """
     images, labels = [], []
     for path in sorted(folder.glob("*_*.webp")):
         picture = Image.open(path).convert("RGB")

@@ -21,7 +21,7 @@ RUNTIMES = {"onnxruntime", "tensorrt"}
 
 @dataclass(frozen=True)
 class Arrow:
-    """One import of the product's own code.
+    """One import of a module of crqat by another.
 
     Attributes:
         source: The importing module without "crqat.": "export.qdq.write".
@@ -35,7 +35,7 @@ class Arrow:
 
 
 def modules(root: Path) -> dict[str, Path]:
-    """Return the file of each module of `src/crqat` by its name without "crqat."; the API itself is ""."""
+    """Return the file of each module of crqat, by the module's name without "crqat."; crqat itself is under ""."""
     src = root / "src" / "crqat"
     found = {"": src / "__init__.py", "__main__": src / "__main__.py"}
     for package in PACKAGES:
@@ -46,7 +46,7 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def arrows(root: Path) -> list[Arrow]:
-    """Return every import between modules of the product."""
+    """Return every import of one module of crqat by another."""
     found = modules(root)
     return [arrow for name, path in found.items() for arrow in _of_file(name, path, found)]
 
@@ -84,7 +84,7 @@ def package_of(module: str) -> str:
 
 
 def names_of_runtimes(tree: ast.AST) -> tuple[int, int]:
-    """Count strings that are the name of a runtime, and comparisons that contain one."""
+    """Return how many strings in a file are the name of a runtime, and how many comparisons contain such a string."""
     strings = sum(isinstance(node, ast.Constant) and node.value in RUNTIMES for node in ast.walk(tree))
     compared = sum(
         isinstance(node, ast.Compare)
@@ -95,7 +95,7 @@ def names_of_runtimes(tree: ast.AST) -> tuple[int, int]:
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print the sizes of the packages and the imports between them as tables."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--root", type=Path, default=Path())
     root = parser.parse_args().root

@@ -82,7 +82,7 @@ PRELOADED = [
 
 
 def command(folder: Path, arguments: list[str]) -> None:
-    """Run `crqat` with these arguments in this separate process; its output goes to FOLDER/log."""
+    """Run `crqat` with these arguments in this process, which was forked for it; its output goes to FOLDER/log."""
     os.chdir(folder)
     sys.path.insert(0, str(folder))
     log = os.open(folder / "log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -123,13 +123,13 @@ class Command:
             return None
 
     def kill(self) -> bool:
-        """Send SIGKILL; return whether the process was still running."""
+        """Send SIGKILL to the process; return False if it had ended before."""
         os.kill(self.pid, signal.SIGKILL)
         return self.wait(SECONDS) == -signal.SIGKILL
 
 
 def prepare(folder: Path) -> Path:
-    """Write recipe and network to a new folder."""
+    """Create `folder`, write the recipe and the network of the test into it, and return its path."""
     folder.mkdir()
     (folder / "recipe.yaml").write_text(RECIPE)
     (folder / "soak_network.py").write_text(NETWORK)
@@ -137,13 +137,13 @@ def prepare(folder: Path) -> Path:
 
 
 def crqat(folder: Path, *arguments: str) -> int:
-    """Run a command to its end and return its exit code."""
+    """Run `crqat` with these arguments in `folder` until it ends, and return its exit code."""
     code = Command(folder, list(arguments)).wait(SECONDS)
     return 124 if code is None else code
 
 
 def fingerprint(folder: Path) -> dict[str, Any]:
-    """Return what runs are compared by: hashes of the files of train and export, and accuracies of benchmark."""
+    """Return the values in which runs must agree: hashes of the files of train and export, accuracies of benchmark."""
     run, found = folder / "runs" / "soak", {}
     for stage in ("train", "export"):
         for path in sorted((run / stage).rglob("*")):
@@ -178,7 +178,7 @@ class Figures:
         kills: Number of processes ended by SIGKILL, by stage.
         early: Number of processes that ended before they were killed.
         continued: Number of kills after which a training reported that it resumes from a state.
-        runs: Number of compared runs.
+        runs: Number of runs that were compared with the reference run.
         lost: Reason for each run that the same command did not finish.
         differing: Name of each run whose files differ.
     """
@@ -192,7 +192,7 @@ class Figures:
 
 
 def undisturbed(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
-    """Run without kills; return the fingerprint and the seconds of each stage."""
+    """Run every stage without kills; return the run's fingerprint and the seconds of each stage."""
     prepare(folder)
     seconds = {}
     for stage in (*STAGES, *STAGES):  # the second time, everything is imported
@@ -208,7 +208,7 @@ def undisturbed(folder: Path) -> tuple[dict[str, Any], dict[str, float]]:
 def disturbed(
     folder: Path, seconds: dict[str, float], draw: random.Random, figures: Figures, most: int, cold: float = 0.0
 ) -> dict[str, Any] | None:
-    """Run with up to `most` kills in each stage; return the fingerprint, or None if the run is lost.
+    """Run every stage with up to `most` kills in each; return the run's fingerprint, or None if a stage failed.
 
     Args:
         folder: Folder of the run, which is created.
@@ -245,7 +245,13 @@ def disturbed(
 
 
 def compare(found: dict[str, Any] | None, reference: dict[str, Any], figures: Figures) -> None:
-    """Record which files of a run differ from the reference's."""
+    """Add to `figures` the names of the files in which a run differs from the reference run.
+
+    Args:
+        found: Fingerprint of the run; None, if a stage failed, adds nothing.
+        reference: Fingerprint of the reference run.
+        figures: Results, which are updated.
+    """
     if found is not None and found != reference:
         names = sorted(found.keys() | reference.keys())
         figures.differing.append([name for name in names if found.get(name) != reference.get(name)])

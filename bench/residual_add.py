@@ -34,7 +34,7 @@ COLUMNS = ("model", "quantized", "layers", "matmul", "int8_by_macs", "pointwise"
 
 
 def measure(case: Case, residual: Residual) -> dict[str, Any]:
-    """Build and evaluate a network with one choice of quantized Add inputs, and return its row."""
+    """Build and evaluate a network in which the inputs of residual Adds in `residual` are quantized; return its row."""
     quantized = calibrated(case, ("tensorrt",), residual)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tensorrt.onnx"

@@ -42,7 +42,14 @@ _BATCH = 32
 
 
 def ours(net: nn.Module, images: Tensor, bits: tuple[int, int], way: str) -> nn.Module:
-    """Quantize by crqat; first and last layer have the bit widths of all others."""
+    """Return a network quantized by crqat, with the same bit widths in all layers.
+
+    Args:
+        net: Float network.
+        images: Calibration images.
+        bits: Bit widths of weights and activations.
+        way: Name of the method; "adaround" and "bias" in it enable AdaRound and bias correction.
+    """
     weights, activations = bits
     ends = {"conv1": Override(weights, 8), "linear": Override(weights, activations)}
     model = quantize(
@@ -60,7 +67,7 @@ def ours(net: nn.Module, images: Tensor, bits: tuple[int, int], way: str) -> nn.
 
 
 def aimet(net: nn.Module, images: Tensor, bits: tuple[int, int], iterations: int) -> nn.Module:
-    """Quantize by AIMET's simulator, with AdaRound unless `iterations` is 0."""
+    """Return a network quantized by AIMET's simulator, with AdaRound unless `iterations` is 0."""
     from aimet_torch.batch_norm_fold import fold_all_batch_norms
     from aimet_torch.common.defs import QuantScheme
     from aimet_torch.v2.adaround import Adaround, AdaroundParameters
@@ -106,7 +113,7 @@ def network(weights: Path) -> nn.Module:
 
 
 def measure(way: str, given: argparse.Namespace, dataset: Dataset) -> dict[str, Any]:
-    """Measure the seconds of a method, and its accuracy compared with the float network's."""
+    """Return the row of a method: its seconds, and the accuracy of its network compared with the float network."""
     if way.startswith("AIMET") and importlib.util.find_spec("aimet_torch") is None:
         return {"way": way, "bits": given.bits, "status": "not run: aimet-torch is not installed"}
     bits = tuple(int(part) for part in given.bits.split(","))

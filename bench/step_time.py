@@ -49,7 +49,7 @@ Step = Callable[[], None]
 
 
 class Bench:
-    """Images and networks that all modes share."""
+    """Images and float network that all modes of training share; for each mode, a method returns a training step."""
 
     def __init__(self, cifar10: Path | None) -> None:
         if cifar10 is None:  # noise of the same shape: a step takes the same time
@@ -65,13 +65,13 @@ class Bench:
         self.network = models.build("cifar/resnet20", 10, 3).to(memory_format=torch.channels_last)
 
     def endless(self, views: int) -> Iterator[tuple[Tensor, ...]]:
-        """Yield augmented batches without end."""
+        """Yield batches of augmented images and their labels without end; each image has `views` augmented versions."""
         generator = torch.Generator().manual_seed(0)
         while True:
             yield from self.batches.epoch(generator, views)
 
     def plain(self, model: nn.Module, forward: Callable[[Tensor], Tensor]) -> Step:
-        """Return a step of cross-entropy and SGD."""
+        """Return a function that trains `model` for one step, with SGD on the cross-entropy of `forward`'s logits."""
         optimizer, batches = sgd(model), self.endless(1)
         model.train()
 
@@ -82,12 +82,12 @@ class Bench:
         return step
 
     def float_step(self, compiled: bool) -> Step:
-        """Return a step of the float network."""
+        """Return a function that trains the float network for one step."""
         model = copy.deepcopy(self.network)
         return self.plain(model, torch.compile(model) if compiled else model)
 
     def ours_step(self, teacher: str, compiled: bool) -> Step:
-        """Return a step of QAT ("none") or CR-QAT ("ema")."""
+        """Return a function that runs one step of QAT (`teacher` "none") or CR-QAT (`teacher` "ema")."""
         float_model = copy.deepcopy(self.network).eval()
         student = quantize_model(
             float_model, self.calibration[0][:2], QuantizationConfig(), ("onnxruntime",), METHODS["lsq"]
@@ -106,7 +106,10 @@ class Bench:
         return step
 
     def save(self, states: Path) -> Step:
-        """Return a step that saves a state of CR-QAT: three networks, momentum, the position in the images."""
+        """Return a function that saves the state of a CR-QAT training once, into the folder `states`.
+
+        The state has three networks, the optimizer's momentum, and the position in the images.
+        """
         float_model = copy.deepcopy(self.network).eval()
         student = quantize_model(
             float_model, self.calibration[0][:2], QuantizationConfig(), ("onnxruntime",), METHODS["lsq"]
@@ -122,14 +125,14 @@ class Bench:
             return keeper.save
 
     def nncf_step(self) -> Step:
-        """Return a step of NNCF: nncf.quantize, then a plain loop; its quantizers cannot be compiled."""
+        """Return a function that runs one step of QAT on a network from nncf.quantize, which cannot be compiled."""
         import nncf
 
         model = nncf.quantize(copy.deepcopy(self.network).eval(), nncf.Dataset(self.calibration), subset_size=1)
         return self.plain(model, model)
 
     def modelopt_step(self) -> Step:
-        """Return a step of NVIDIA Model-Optimizer in its default INT8 configuration."""
+        """Return a function that runs one step of QAT with NVIDIA Model-Optimizer's default INT8 configuration."""
         import modelopt.torch.quantization as mtq
 
         model = mtq.quantize(
@@ -138,7 +141,10 @@ class Bench:
         return self.plain(model, model)
 
     def brevitas_step(self) -> Step:
-        """Return a step of Brevitas' layer-wise API; its quantized tensors do not support the slicing in shortcuts."""
+        """Return a function that runs one step of QAT on a network that Brevitas has quantized layer by layer.
+
+        Its layer-wise API is used because its quantized tensors do not support the slicing in the network's shortcuts.
+        """
         from brevitas.graph.calibrate import calibration_mode
         from brevitas.graph.quantize import layerwise_quantize
 
@@ -156,7 +162,7 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
-    """Run one optimizer step."""
+    """Backpropagate a loss and run one step of the optimizer."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()

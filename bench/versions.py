@@ -73,11 +73,11 @@ class Row:
     """One combination of versions.
 
     Attributes:
-        name: What the combination varies.
+        name: Name of the combination, which says what it varies.
         pins: Pinned versions by package; every other dependency is the newest that pip finds.
         further: A package that is installed in addition to the dependencies.
         needs_cuda: Whether the row needs a CUDA device.
-        expected: Expected status of the row.
+        expected: Status that the row should end with.
     """
 
     name: str
@@ -181,7 +181,10 @@ def run(row: Row, lowest: Mapping[str, str], folder: Path) -> dict[str, Any]:
 
 
 def status(recipes: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the status of a row whose recipes ran. In an inconclusive gate no rule failed, but one was not run."""
+    """Return the status of a row from the results of its recipes.
+
+    "inconclusive" means that no rule of a gate failed, but one was not run.
+    """
     verdicts = {result["gate"] for result in recipes.values()}
     if verdicts == {"PASS"}:
         return PASSED
@@ -189,7 +192,10 @@ def status(recipes: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def environment(row: Row, folder: Path) -> Path:
-    """Return the Python of a row's environment, created if missing; environments with another PyTorch are removed."""
+    """Return the Python interpreter of a row's environment, which is created if it is missing.
+
+    Environments with another PyTorch are removed, because each needs gigabytes.
+    """
     place = folder / f"torch-{row.pins.get('torch', 'newest')}"
     for other in folder.glob("torch-*/pyvenv.cfg"):
         if other.parent != place:
@@ -239,7 +245,7 @@ def _first(text: str, *starts: str) -> str:
 
 
 def table(told: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the rows of the JSON file as Markdown lines."""
+    """Return the lines of a Markdown table of the results; `told` has the rows of the JSON file."""
     columns = ("row", "Python", *SHOWN.values(), *RECIPES, "error")
     lines = [columns, ("---",) * len(columns)]
     for row in told:
@@ -262,14 +268,14 @@ def _verdict(result: Mapping[str, Any] | None) -> str:
 
 
 def with_table(text: str, lines: Sequence[str]) -> str:
-    """Return a document with its only table replaced by these lines."""
+    """Return a Markdown text in which the only table is replaced by `lines`."""
     old = text.splitlines()
     inside = [number for number, line in enumerate(old) if line.startswith("|")]
     return "\n".join([*old[: inside[0]], *lines, *old[inside[-1] + 1 :]]) + "\n"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the rows and write both files after each; return 0, or 1 if an installable row does not end as expected."""
+    """Run the rows, writing JSON and table after each; return 0, or 1 if an installable row ends unexpectedly."""
     lowest = bounds((ROOT / "pyproject.toml").read_text())
     every = rows(lowest)
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -292,7 +298,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def write(told: Mapping[str, Any], order: Sequence[str]) -> None:
-    """Write a row to both files, replacing the result of an earlier run on the same Python."""
+    """Add the result of a row to the JSON file and to the table of docs/versions.md.
+
+    It replaces the result of an earlier run of the same row on the same Python.
+
+    Args:
+        told: Result from `run`.
+        order: Names of all rows in the order of the table.
+    """
     minor = told["python"].rpartition(".")[0]
     old = json.loads(JSON.read_text())["rows"] if JSON.is_file() else []
     kept = [row for row in old if (row["name"], row["python"].rpartition(".")[0]) != (told["name"], minor)]

@@ -55,7 +55,7 @@ COLUMNS = ("way", "bytes", "TensorRT", "INT8 by MACs", "warnings", "ONNX Runtime
 
 
 def measure(case: Case, rounds: int, seconds: float = SECONDS) -> list[dict[str, Any]]:
-    """Measure all rows of one network; the first row is the float file's.
+    """Return the results of one network: one row for each file, first that of the float file.
 
     Args:
         case: The network and its images.
@@ -72,7 +72,16 @@ def measure(case: Case, rounds: int, seconds: float = SECONDS) -> list[dict[str,
 def evaluate(
     case: Case, paths: Mapping[str, Path], rows: dict[str, dict[str, Any]], folder: Path, rounds: int, seconds: float
 ) -> None:
-    """Measure the written files and fill their rows; `folder` is for scratch files."""
+    """Measure the exported files and add the results to their rows.
+
+    Args:
+        case: The network and its images.
+        paths: Exported files, by the names of their rows.
+        rows: Rows by name, to which the results are added.
+        folder: Folder for scratch files.
+        rounds: Number of latency rounds.
+        seconds: Measuring time of each file in each round.
+    """
     for name, path in paths.items():
         rows[name]["size_bytes"] = path.stat().st_size
         if name != FLOAT:
@@ -124,7 +133,7 @@ def _write_files(case: Case, folder: Path, rows: dict[str, dict[str, Any]]) -> d
 
 
 def tensorrt(path: Path) -> dict[str, Any]:
-    """Build a file with TensorRT for RTX in a separate process, for batch 1 and its default GPUs; return the report.
+    """Build the engine of a file with TensorRT for RTX in a separate process, for batch 1 and its default GPUs.
 
     Returns:
         {"status": "built" | "failed: ..." | "not run: ...", "int8_by_macs": share of 1, "uncovered": nodes, "remarks",
@@ -176,7 +185,10 @@ def _accuracies(case: Case, paths: Mapping[str, Path], rows: dict[str, dict[str,
 
 
 def uint8_as_int8(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Convert a file as TensorRT reports to read it: UINT8 codes with zero point 0 become INT8, with the same scale."""
+    """Return a copy of a file in which UINT8 codes with zero point 0 are INT8 codes with the same scale.
+
+    TensorRT reports that it reads such UINT8 codes in this way.
+    """
     changed = onnx.ModelProto()
     changed.CopyFrom(model)
     quantization = [n for n in changed.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")]
@@ -188,7 +200,7 @@ def uint8_as_int8(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of the packages involved; None for one that is not installed."""
+    """Return the versions of the compared packages by name; None for one that is not installed."""
     return {package: _version(package) for package in PACKAGES}
 
 
@@ -200,7 +212,7 @@ def _version(package: str) -> str | None:
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Return a row of the table with the columns of `COLUMNS`."""
+    """Return the cells of a table row, as text; the columns are those in `COLUMNS`."""
     if row["status"] != "written":
         return [row["way"], row["status"], *[""] * (len(COLUMNS) - 2)]
     built, time = row["tensorrt"] or {}, row["latency"]

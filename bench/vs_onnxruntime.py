@@ -1,7 +1,7 @@
 """Compares speed and correctness of float files, crqat's files, and files of ONNX Runtime's static quantization.
 
 Writes bench-out/infer.json with the rows: model, float_ms, int8_ms, peer_ms, time_ratio_to_peer, interval, wrong_codes,
-peer_wrong_codes, accuracy, peer_accuracy. A code is wrong if it differs from the integer simulator's. U8S8 kernels are
+peer_wrong_codes, accuracy, peer_accuracy. A code is wrong if the integer simulator gives another one. U8S8 kernels are
 exact on CPUs with VNNI and saturate without: if qemu-x86_64 is installed, codes are also counted on an emulated CPU
 without VNNI.
 
@@ -123,7 +123,7 @@ def export(case: Case, folder: Path) -> dict[str, Path]:
 
 
 def wrong_codes(path: Path, images: npt.NDArray[np.float32], folder: Path, cpu: str | None) -> int | None:
-    """Count activation codes in which ONNX Runtime differs from the simulator; None if they cannot be compared.
+    """Count the activation codes that ONNX Runtime and the simulator compute differently; None if not comparable.
 
     Args:
         path: A QDQ file.
@@ -150,7 +150,9 @@ def wrong_codes(path: Path, images: npt.NDArray[np.float32], folder: Path, cpu: 
 def interleaved(
     paths: Mapping[str, Path], images: Path, config: BenchmarkConfig, rounds: int, seconds: float = 1.0
 ) -> dict[str, list[list[float]]]:
-    """Time the inferences of each file in seconds, by round; each round is a new process, and the order rotates.
+    """Return the seconds of every inference of each file, in one list for each round.
+
+    In a round, each file runs in a new process; the order of the files rotates.
 
     Args:
         paths: ONNX files by name.
@@ -170,7 +172,7 @@ def interleaved(
 
 
 def predicted(path: Path, images: Path, config: BenchmarkConfig) -> npt.NDArray[np.int64]:
-    """Return a file's top classes for all images of an .npy file, as `accuracy.top_classes` returns them."""
+    """Return the most probable classes of each image in an .npy file, best first, int64 [N, at most 5]."""
     with tempfile.TemporaryDirectory() as folder, Worker(path, images, config) as worker:
         top = Path(folder) / "top.npy"
         worker.accuracy(100, top, lambda done, total: None)

@@ -27,7 +27,7 @@ from crqat.export.simulator.values import NotSimulated
 def differing_codes(
     path: Path, images: npt.NDArray[np.float32], folder: Path, cpu: str | None = None
 ) -> dict[str, Any]:
-    """Count a file's wrong codes.
+    """Run a file in ONNX Runtime and count the wrong codes, as the module's docstring defines them.
 
     Args:
         path: A QDQ file with "input" and "logits".
@@ -71,7 +71,7 @@ def shown_codes(
     folder: Path,
     cpu: str | None = None,
 ) -> list[npt.NDArray[Any]]:
-    """Return the codes that ONNX Runtime computes.
+    """Run a file in ONNX Runtime and return the codes of each tensor in `zeros`, in that order.
 
     Args:
         path: A QDQ file with "logits".
@@ -98,7 +98,10 @@ def shown_codes(
 
 
 def with_constants_folded(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return the file with constant expressions folded into initializers, except for quantized weights; names stay."""
+    """Return a copy of a model in which initializers of the same names replace nodes that only have constant inputs.
+
+    QuantizeLinear and DequantizeLinear nodes stay.
+    """
     folded = onnx.ModelProto()
     folded.CopyFrom(model)
     constants = {tensor.name: tensor for tensor in folded.graph.initializer}

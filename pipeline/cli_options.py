@@ -51,7 +51,7 @@ def on_option(command: _Command) -> _Command:
 
 
 def json_option(command: _Command) -> _Command:
-    """Add the option --json to a command: it prints what the command gives to `console.give` as one JSON document."""
+    """Add the option --json to a command: print the values passed to `console.give` as one JSON document."""
 
     @functools.wraps(command)
     def run(*arguments: Any, as_json: bool, **options: Any) -> Any:
@@ -80,7 +80,11 @@ def board(address: str, python: str = "python3", ssh_config: Path | None = None)
 
 
 def load(path: Path, overrides: tuple[str, ...]) -> Recipe:
-    """Read a recipe with the values of --set; error messages name the key, the file and the fix."""
+    """Return the recipe in the file `path`, with values replaced by `overrides` ("key.path=value", from --set).
+
+    Raises:
+        UsageError: The recipe is wrong; the message names the key, the file and the fix.
+    """
     from crqat.pipeline.recipe import recipe
 
     return recipe.load(path, overrides)

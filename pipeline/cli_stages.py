@@ -1,4 +1,4 @@
-"""Helpers of the stage commands: run a stage, show its results, judge them."""
+"""Functions that the commands for stages share: run a stage, print its results, and apply the gate."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
 
 
 def warn_of_failures(config: Recipe, runs: Path) -> None:
-    """Apply the gate to a run and print the failed rules as warnings, without an effect on the exit code."""
+    """Apply the gate to a run and print each failed rule as a warning; the exit code of the command is not affected."""
     from crqat.pipeline import console
     from crqat.pipeline.stages import run as stages
 

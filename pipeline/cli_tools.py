@@ -1,4 +1,4 @@
-"""Commands that inspect or convert something, beside those of `crqat.pipeline.cli` that run stages."""
+"""Commands that inspect or convert files, runs and images; the commands for stages are in `crqat.pipeline.cli`."""
 
 from __future__ import annotations
 

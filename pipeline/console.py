@@ -30,7 +30,7 @@ _QUIET, _DOCUMENT = "crqat.quiet", "crqat.json"
 
 
 def drawn(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal that can redraw lines."""
+    """Return whether a stream is a terminal on which lines can be redrawn, as animated progress needs."""
     return stream.isatty() and not os.environ.get("CI")
 
 
@@ -57,7 +57,7 @@ def wants_json() -> bool:
 
 @contextmanager
 def json_document() -> Iterator[None]:
-    """Context manager of --json: text goes to stderr, and data from `give` to stdout as one JSON document."""
+    """Context manager for --json: text goes to stderr; at the end, the values from `give` are printed as JSON."""
     document: dict[str, Any] = {}
     click.get_current_context().meta[_DOCUMENT] = document
     with redirect_stdout(io.StringIO() if quiet() else sys.stderr):

@@ -51,7 +51,7 @@ class Benchmark:
 
 @dataclass(frozen=True)
 class Gate:
-    """Verdict of `crqat.gate` on a benchmark.
+    """Result of `crqat.gate`: the verdicts on a benchmark.
 
     Attributes:
         exit_code: Exit code for `sys.exit` in a CI job: 0 pass, 1 a rule failed, 3 a rule could not be checked, 4

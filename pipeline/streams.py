@@ -24,7 +24,7 @@ def prepare() -> None:
 
 
 def nobody_reads() -> bool:
-    """Return whether the other end of stdout or stderr was closed, as by `| head -1`."""
+    """Return whether the process that reads stdout or stderr has closed it, as `head -1` does after one line."""
     poll = select.poll()
     for number in (1, 2):
         poll.register(number, 0)

@@ -108,7 +108,7 @@ def measure(path: Path, threads: int | None) -> Results:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code: 0, or 2, 3, 130 or 141 with the meanings of crqat's.
+    """Run the command line and return its exit code; `crqat.core.errors` lists the meanings of the codes.
 
     Args:
         arguments: Arguments without the program's name; None uses those of the process.

@@ -291,7 +291,7 @@ def _gate(step: Step) -> str:
 
 
 def write(ladder: Ladder, advice: Advice, out: Path) -> None:
-    """Write the figures of all steps as JSON, a picture of them, and the recipe of the chosen step into `out`."""
+    """Write the results of all steps as JSON and as a picture, and the recipe of the chosen step, into `out`."""
     out.mkdir(parents=True, exist_ok=True)
     (out / JSON).write_text(text(advice))
     _draw(out / PICTURE, advice, ladder.config.gate.max_accuracy_drop)

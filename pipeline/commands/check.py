@@ -12,11 +12,11 @@ from crqat.pipeline.console import printable
 
 
 def check(path: Path, overrides: tuple[str, ...] = (), syntax: bool = False, progress: Progress = quiet) -> list[str]:
-    """Verify a run directory or a file, and return lines of text that describe it.
+    """Check that a run directory or a file is intact, and return lines of text that describe its contents.
 
     Args:
         path: Run directory or file.
-        overrides: Values that replace a recipe's, as in --set.
+        overrides: "key.path=value" texts that replace values of a recipe, as in --set.
         syntax: Whether to check only the keys and values of a recipe, not its data and network.
         progress: Callback for the progress of the checks.
 

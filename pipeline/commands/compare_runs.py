@@ -43,7 +43,7 @@ class _Run:
 
 
 def compare(directories: Sequence[Path]) -> Comparison:
-    """Compare the results of each exported file with those of the first run's file for the same target.
+    """Compare each file of several runs with the file of the first run for the same target.
 
     Args:
         directories: Run directories of finished runs, at least two.
@@ -174,7 +174,7 @@ def check_picture(path: Path) -> None:
 
 
 def draw(comparison: Comparison, path: Path) -> None:
-    """Draw accuracy with its interval and latency, one line for each file of each run.
+    """Draw the accuracy, with its interval, and the latency of each file of each run into a picture.
 
     Args:
         comparison: Comparison to draw.

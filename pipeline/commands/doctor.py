@@ -1,4 +1,4 @@
-"""The `doctor` command: reports what works on this machine, and what is missing for what."""
+"""The `doctor` command: reports which libraries, tools and devices work here, and what needs those that do not."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Finding:
 
     Attributes:
         what: Name of the library, tool or device, here called the part.
-        found: What was found; None if the part is missing.
+        found: Version or description of the part on this machine; None if it is missing.
         purpose: What the part is for.
         remedy: What to do if the part is missing.
-        needed: Whether the path from recipe to verdict needs the part.
+        needed: Whether `crqat run`, from recipe to verdict, does not work without the part.
     """
 
     what: str
@@ -61,7 +61,7 @@ def show() -> int:
 
 
 def examine() -> list[Finding]:
-    """Look for each library, tool and device; import the libraries, because an installed one may be broken."""
+    """Return a finding for each library, tool and device; libraries are imported, as an installed one may be broken."""
     reinstall = "pip install crqat-edge in this environment again"
     torch, nncf, onnx, runtime, sklearn = (
         _import(name) for name in ("torch", "nncf", "onnx", "onnxruntime", "sklearn.datasets")

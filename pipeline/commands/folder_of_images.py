@@ -1,4 +1,4 @@
-"""Detects how a folder stores its images, and the `data` section of a recipe that reads it; for `crqat init`."""
+"""Detects how a folder stores its images and which `data` section of a recipe reads them; for `crqat init`."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def _of_files(
 
 
 def sides_of(files: Sequence[ImageFile]) -> Counter[tuple[int, int]]:
-    """Return the number of images of each (width, height), read from at most 1000 files spread over `files`."""
+    """Count the images of each (width, height) in a sample of at most 1000 files, spread evenly over `files`."""
     return Counter(size for size, _ in map(_header, spread(files, _HEADERS)))
 
 

@@ -143,7 +143,7 @@ def read(path: Path) -> list[tuple[str, EngineReport]]:
 
 
 def of_inspector(path: Path, information: Mapping[str, Any]) -> EngineReport:
-    """Return an engine report from the JSON of TensorRT's engine inspector, which names no builder and no GPU."""
+    """Return an engine report with the layers in the engine inspector's JSON, which names no builder and no GPU."""
     found = engine.Found(source="engine inspector")
     engine.describe_plan(found, plan_layers.from_inspector(information), None)
     report = engine.report_of(path, engine.EngineOptions(), tensorrt_api.TENSORRT, found)

@@ -74,7 +74,7 @@ def measure(
 
 
 def show(directory: Path) -> None:
-    """Print the sensitivities in a stage directory as a table on stdout, with their sums and the file names."""
+    """Print a table of the layers' sensitivities on stdout, then their sums and the files' names in `directory`."""
     report = read(Sensitivity, directory / JSON, "run crqat sensitivity again with --force")
     layers, asked = report.layers, report.average_bits
     widths = list(layers[0].divergence)
@@ -124,7 +124,10 @@ def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: 
 
 
 def changed(values: Mapping[str, Any], usual: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the recipe entries in `values` that differ from those in `usual`, and those that every recipe names."""
+    """Return the entries of a recipe's `values` that differ from the defaults `usual`.
+
+    "name", "data", "model" and "source" are returned even if they do not differ.
+    """
     result: dict[str, Any] = {}
     for key, value in values.items():
         if value != usual[key] or key in ("name", "data", "model", "source"):

@@ -42,7 +42,7 @@ class Images:
     Attributes:
         size: Height and width, in pixels.
         verified: Number of images whose codes are compared.
-        cifar10: Folder of CIFAR-10, whose training images are enlarged; None for normal noise.
+        cifar10: Folder of CIFAR-10, whose training images are enlarged; None for normally distributed noise.
         channels: Number of channels: 3, or 1 for grey images.
     """
 
@@ -135,7 +135,7 @@ def _exit_code(row: Mapping[str, Any]) -> int:
 
 
 def outcome(row: Mapping[str, Any]) -> str:
-    """Return the class of a network from its row: `PASSES`, `NOT_PROVABLE`, or what failed, in a word or two.
+    """Return the outcome of a network from its row: `PASSES`, `NOT_PROVABLE`, or what failed, in a word or two.
 
     A network passes if its codes are verified and at least 90 % of its multiply-accumulates are INT8 in ONNX Runtime,
     or if every layer that stays float has a reason.
@@ -272,7 +272,7 @@ def _coverage(report: Mapping[str, Any]) -> str:
 
 
 def multiplications(row: Mapping[str, Any]) -> tuple[int, int]:
-    """Return the number of Conv, Gemm and MatMul that ONNX Runtime computes in integers, and of those in float."""
+    """Return how many Conv, Gemm and MatMul nodes ONNX Runtime computes in integers, and how many in float."""
     fused = row["fusion"]
     expected = sum(fused["expected"].get(kind, 0) for kind in ("QLinearConv", "QGemm", "QLinearMatMul"))
     in_float = sum(entry["operation"] in _MULTIPLYING for entry in fused["float"])
@@ -280,7 +280,7 @@ def multiplications(row: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def stays_float(row: Mapping[str, Any]) -> list[str]:
-    """Return a phrase for each kind of operation that stays float, with its reason: ONNX Runtime's, then TensorRT's."""
+    """Return the reasons why operations stay float, each with their number: in ONNX Runtime first, then in TensorRT."""
     groups: Counter[tuple[str, str]] = Counter()
     for entry in row["fusion"]["float"]:
         reason = re.sub(
@@ -296,7 +296,7 @@ def stays_float(row: Mapping[str, Any]) -> list[str]:
 
 
 def unexplained(row: Mapping[str, Any]) -> list[str]:
-    """Return what failed or stays float in a network without a reason; nothing for a network to be published."""
+    """Return one line for each failure of a network and each operation that stays float for no known reason."""
     if row["status"] != "measured":
         return [] if re.match(r"refused: .{20}", row["status"]) else [row["status"]]
     gaps = [f"{target}: {entry['status']}" for target, entry in row["verification"].items()

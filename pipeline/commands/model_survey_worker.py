@@ -1,7 +1,8 @@
 """Runs one network through all stages in its own process; its arguments are NAME --report JSON.
 
 The network is quantized, trained for one step, exported for both runtimes, verified in integer codes and built as an
-engine. Its weights are untrained: the result shows what is mapped, computed in integers and equal, not accuracy.
+engine. Its weights are untrained, so accuracy is not measured: the result shows which operations are quantized, which
+of them a runtime computes in integers, and whether the integer codes are equal.
 """
 
 from __future__ import annotations

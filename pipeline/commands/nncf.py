@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 def export(run: Path, candidate: str, out: Path | None) -> None:
-    """Write a finished training run in stock NNCF's format and print how to load it.
+    """Write a network of a finished training run as a checkpoint of stock NNCF, and print how to load it.
 
     Args:
         run: Directory of the run.
-        candidate: "best", "student", "teacher" or "calibrated".
+        candidate: Network to write: "best", "student", "teacher" or "calibrated".
         out: Folder to write; None writes NAME-nncf in the current directory.
     """
     from crqat.train.nncf import checkpoint as nncf_checkpoint

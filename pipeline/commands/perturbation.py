@@ -41,7 +41,7 @@ def measure(
 
 
 def show(directories: Sequence[Path]) -> None:
-    """Print two tables on stdout, for noise on the input and on the weights, with the runs in `directories`."""
+    """Print two tables that compare the runs in `directories`: under noise on the input, and on the weights."""
     reports = [
         read(Perturbation, directory / PERTURBATION, "run crqat sensitivity --perturbation again with --force")
         for directory in directories

@@ -39,7 +39,8 @@ class Request:
         classes: Number of logits if class folders do not give it; None means 1,000 for published weights, or an ONNX
             file's own number.
         bits: Bit widths of weights and activations.
-        advise: Whether half of the test images select the quantization method; the other half tests the selected one.
+        advise: Whether half of the test images select the quantization method; the other half tests the network
+            that the selected method gives.
         max_drop: Allowed accuracy drop in percentage points; without it (None), the results are not judged.
         seed: Seed of the random split into calibration and test images.
         preprocessing: Given values of `mean`, `std`, `size`, `crop` and `interpolation`, by their key in a recipe's
@@ -374,7 +375,7 @@ def numbers(given: str, option: str, kind: Callable[[str], _Number]) -> list[_Nu
 
 
 def run_name(model: str, bits: Sequence[int]) -> str:
-    """Return the name of a model's run, reduced to letters, digits and other characters of directory names."""
+    """Return a name for the run of `model` at these bit widths that is valid as the name of a directory."""
     model = Path(model).stem if is_onnx_file(model) else model
     letters = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in model)
     return f"{letters}-w{bits[0]}a{bits[1]}"

@@ -67,7 +67,7 @@ def _link(bandwidth: float | None, latency: float | None) -> Link | None:
 
 
 def show(result: dict[str, Any]) -> None:
-    """Print the predictions, the formula with its constants, and a measured step beside its prediction on stdout."""
+    """Print predicted step times, the formula with its constants, and a measured step time beside its prediction."""
     constants, check = result["constants"], result["check"]
     title = (
         f"{result['run']}: predicted from constants measured on this machine; {constants['batch']} images a step "
@@ -107,7 +107,7 @@ def _row(entry: dict[str, Any]) -> list[str]:
 
 
 def formula(constants: dict[str, Any]) -> list[str]:
-    """Return lines that show the formula of a step's time, with each constant and its quartiles over the rounds."""
+    """Return lines of text with the formula of a step's time, and each constant with its quartiles over the rounds."""
     local = f"ceil({constants['batch']} / P)"
     step, image, rate = (_number(constants[name]) for name in ("step_seconds", "image_seconds", "data_rate"))
     lines = [

@@ -10,7 +10,7 @@ from crqat.core.results.verdict import Verdict
 
 
 def junit(verdicts: Sequence[Verdict], run: str) -> str:
-    """Return JUnit XML with one testcase for each rule and file.
+    """Return verdicts as JUnit XML, with one testcase for each verdict (one rule on one file) of the run `run`.
 
     JUnit has four outcomes: "fail" becomes `failure`, "not run" becomes `skipped`, and both "inconclusive" and "error"
     become `error` with that word as the type.

@@ -10,7 +10,10 @@ RULE = "latency_regression"
 
 
 def key(results: Results, model: ModelResult) -> dict[str, str | int | None]:
-    """Return by name the settings that must be equal for two latencies to be comparable; None if not recorded."""
+    """Return the settings of a measurement, by name, that must be equal in two results to compare their latencies.
+
+    A setting that was not recorded has the value None.
+    """
     device, config, board = results.device, results.config, results.device.jetson
     return {
         "run": results.run,

@@ -71,7 +71,10 @@ class KnownAccuracy:
 
 
 def judge(results: Results, config: GateConfig, known: KnownAccuracy | None = None) -> list[Verdict]:
-    """Apply every rule that has a limit to every quantized model, and the rules without limits to the float model.
+    """Return the gate's verdicts on all models of a benchmark, one for each model and rule that applies to it.
+
+    A quantized model is judged by the rules that need no limit, such as its verification, and by each rule whose limit
+    in `config` is set. The float model's accuracy is compared with chance and with `known`.
 
     Args:
         results: Results from `crqat.runtime_eval.benchmark` or from results.json.
@@ -116,7 +119,7 @@ def judge(results: Results, config: GateConfig, known: KnownAccuracy | None = No
 
 
 def on_images(name: str, accuracy: Accuracy, versus: VersusFloat, config: GateConfig) -> list[Verdict]:
-    """Apply the rules that need only predictions on images, for a network that is not exported yet.
+    """Return the verdicts of the rules on accuracy and agreement, which can judge a network before it is exported.
 
     Args:
         name: Name of the network.
@@ -350,7 +353,7 @@ def _size(file: str, ratio: float, allowed: float) -> Verdict:
 def at_most(
     what: tuple[str, str, int, str], measured: float, interval: Sequence[float], allowed: float, unit: str
 ) -> Verdict:
-    """Return the verdict on an upper limit of a measured value; `what` is (rule, file, n, what n counts)."""
+    """Return the verdict of a rule that limits `measured` to `allowed`; `what` is (rule, file, n, what n counts)."""
     rule, file, n, counted = what
     low, high = interval
     status: Status = "pass" if high <= allowed else "fail" if low > allowed else "inconclusive"

@@ -70,7 +70,7 @@ def explain(name: str) -> Key:
 
 
 def lines(key: Key) -> Iterator[str]:
-    """Yield the description of a key as lines of text."""
+    """Yield the lines of text that describe a key and, if it is a section, the keys in it."""
     yield f"{key.key}: {key.meaning}"
     if key.keys:
         yield ""

@@ -301,7 +301,7 @@ def _trained(recipe: Recipe) -> FloatConfig | None:
 
 
 def from_resolved(values: dict[str, Any]) -> Recipe:
-    """Return the recipe that `resolved` wrote into a manifest.
+    """Return the recipe with the values that `resolved` returned, as a manifest stores them.
 
     Raises:
         UsageError: The recipe was written by a version with other keys.
@@ -315,7 +315,7 @@ def from_resolved(values: dict[str, Any]) -> Recipe:
 
 
 def train_config(recipe: Recipe) -> TrainConfig:
-    """Return the part of a recipe that the `train` stage depends on."""
+    """Return the configuration of the `train` stage: the keys of a recipe that it depends on."""
     return TrainConfig(
         seed=recipe.seed,
         targets=recipe.targets,
@@ -343,7 +343,12 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
 
 
 def completed(key: str, recorded: Any) -> Any:
-    """Return the part `key` of a recipe from a manifest, with defaults for what older versions did not record."""
+    """Return a recorded value of a recipe's top-level key, with the defaults of entries that it lacks.
+
+    Args:
+        key: Top-level key of the recipe, such as "qat".
+        recorded: Value of the key in a manifest, which an older version with fewer entries may have written.
+    """
     kind = SECTIONS.get(key)
     if recorded is None and key in {item.name for item in fields(Recipe) if item.default_factory is not MISSING}:
         recorded = {}

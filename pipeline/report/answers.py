@@ -68,14 +68,14 @@ class ClassRow:
 
 @dataclass(frozen=True)
 class Difference:
-    """Comparison of a file's predictions with the float file's, image by image.
+    """Images on which the predictions of an INT8 file and of the float file differ in correctness, and their counts.
 
     Attributes:
         file: Name of the file.
-        lost: The first twelve images that only the float file classifies correctly.
+        lost: The first twelve of the images that only the float file classifies correctly.
         lost_count: Number of all images that only the float file classifies correctly.
-        won: The first twelve images that only this file classifies correctly.
-        won_count: Number of all images that only this file classifies correctly.
+        won: The first twelve of the images that only this INT8 file classifies correctly.
+        won_count: Number of all images that only this INT8 file classifies correctly.
         classes: All classes that have images, those whose accuracy drops most first.
     """
 
@@ -88,14 +88,16 @@ class Difference:
 
     @property
     def changed(self) -> list[ClassRow]:
-        """Return the classes whose accuracy changed most: first those that lost, then those that gained."""
+        """Return the classes whose accuracy changed most from float to INT8: first decreases, then increases."""
         lose = [row for row in self.classes if row.change < 0][:_CLASSES]
         gain = [row for row in self.classes if row.change > 0][-_CLASSES:]
         return [*lose, *gain]
 
 
 def differences(export_dir: Path, export: ExportPayload, results: Results) -> list[Difference]:
-    """Return the comparison of each measured file with the float file, if the predictions of both were stored.
+    """Compare the stored predictions of each measured file with those of the float file, image by image.
+
+    A file without stored predictions is left out; without those of the float file, the list is empty.
 
     Args:
         export_dir: Directory of the export, with the test images and their labels.

@@ -55,7 +55,7 @@ def render(
         results: Results of the benchmark.
         verdicts: Verdicts of the gate on these results.
         layers: Result of `crqat.export.analysis.layer_accuracy.accuracy_of_each_layer`, if it was measured.
-        others: Results of the same files on other devices.
+        others: Results of benchmarks of the same files on other devices.
         perturbation: Accuracy of the run's networks under noise, if it was measured.
 
     Raises:

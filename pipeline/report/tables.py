@@ -54,7 +54,7 @@ def show(results: Results, directory: Path) -> None:
 
 
 def as_text(results: Results) -> str:
-    """Return a benchmark's results as plain text, for `print` and notebooks: the table and lines of `show`."""
+    """Return the text that `show` prints for a benchmark's results, for `print` and notebooks."""
     rows = [_COLUMNS, *(_row(file, model) for file, model in results.models.items())]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -141,7 +141,7 @@ def _why_untimed(model: ModelResult) -> str:
 
 
 def compare(several: Sequence[tuple[Path, Results]]) -> None:
-    """Print one table of the results of several devices: rows of one file together, in the order of the devices.
+    """Print the results of several devices as one table, in which the rows of the same file follow each other.
 
     Args:
         several: Path of each results.json, and its content.
@@ -153,7 +153,7 @@ def compare(several: Sequence[tuple[Path, Results]]) -> None:
 
 
 def side_by_side(several: Sequence[Results]) -> list[list[str]]:
-    """Return one table row for each file on each device, with the columns `COMPARED`."""
+    """Return the cells of one table row for each file on each device; the columns are those in `COMPARED`."""
     files = dict.fromkeys(file for results in several for file in results.models)
     return [_compared(file, results) for file in files for results in several if file in results.models]
 
@@ -199,7 +199,7 @@ def _engine(engine: EngineSummary) -> str:
 
 
 def float_layers(kept: FloatLayers) -> str:
-    """Describe the cost of `quantization.float_layers`: the layers, largest first, and their share of the MACs."""
+    """Return a text that names the layers a recipe keeps in float, largest first, and their share of the MACs."""
     names = sorted(kept.macs, key=lambda name: -kept.macs[name])
     more = f" and {len(names) - _SHOWN_LAYERS} more" if len(names) > _SHOWN_LAYERS else ""
     shown = ", ".join(names[:_SHOWN_LAYERS]) + more
@@ -207,13 +207,13 @@ def float_layers(kept: FloatLayers) -> str:
 
 
 def show_verdicts(verdicts: Sequence[Verdict]) -> None:
-    """Print a line for each rule and file, then the overall verdict."""
+    """Print the gate's verdicts on stdout: one line for each rule and file, then the overall verdict."""
     for line in verdict_lines(verdicts):
         click.echo(line)
 
 
 def verdict_lines(verdicts: Sequence[Verdict]) -> list[str]:
-    """Return a line for each rule and file, then the overall verdict."""
+    """Return the gate's verdicts as text: one line for each rule and file, then the overall verdict."""
     # The message holds measured value, interval, limit and n, if the rule has them.
     lines = [f"{verdict.status:<12}  {verdict.file}  {verdict.rule}: {verdict.message}" for verdict in verdicts]
     return [*map(console.printable, lines), f"gate: {_VERDICTS[exit_code(verdicts)]}"]

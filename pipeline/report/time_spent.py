@@ -1,4 +1,4 @@
-"""Shows where ONNX Runtime spends its time in the float and the INT8 file, and what limits the INT8 file."""
+"""Compares ONNX Runtime's time for each layer in the float and the INT8 file, and says what limits the INT8 file."""
 
 from __future__ import annotations
 
@@ -67,13 +67,13 @@ class OperationTime:
 
 @dataclass(frozen=True)
 class TimeSpent:
-    """Comparison of a file's node times with the float file's.
+    """Comparison of the times of the nodes of an INT8 file with those of the float file.
 
     Attributes:
         file: Name of the file.
-        latency_ratio: Latency divided by the float file's; None if it was not measured.
+        latency_ratio: Latency divided by that of the float file; None if it was not measured.
         kinds: For each kind of operation, microseconds and number of nodes in the float file and in this file.
-        others: Operations of this file other than layers, those with the longest time first.
+        others: Operations of the INT8 file that belong to no layer, those with the longest time first.
         layers: Layers that both files have, those with the longest time first.
         unmatched: Number of layers that could not be found by name in both files.
     """
@@ -87,18 +87,18 @@ class TimeSpent:
 
     @property
     def costly(self) -> list[OperationTime]:
-        """The operations other than layers that take at least a twentieth of the INT8 file's time."""
+        """The operations outside layers that take at least a twentieth of the INT8 file's time."""
         total = sum(own for _, _, own, _ in self.kinds.values())
         return [row for row in self.others if row.microseconds >= total / 20]
 
     @property
     def limited(self) -> list[LayerTime]:
-        """The layers that are hardly faster in the INT8 file than in the float file."""
+        """The layers in `layers` that are hardly faster in the INT8 file than in the float file."""
         return [row for row in self.layers if row.limit]
 
 
 def time_spent(export_dir: Path, export: ExportPayload, results: Results) -> list[TimeSpent]:
-    """Return one comparison for each file whose nodes were timed, if the float file's were timed too.
+    """Return one comparison for each file whose nodes were timed; none if those of the float file were not timed.
 
     Args:
         export_dir: Directory of the export, with the files.

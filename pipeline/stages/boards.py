@@ -1,4 +1,4 @@
-"""Benchmarks on a board: over ssh, from results carried by hand, or with an archive."""
+"""The `benchmark` stage on a board: runs it over ssh, writes an archive to run by hand, or stores results from one."""
 
 from __future__ import annotations
 
@@ -55,15 +55,17 @@ def benchmark_on(
 
 
 def carried(config: recipe.Recipe, runs: Path, file: Path) -> str:
-    """Store results that were brought from a board by hand as a stage, as if over ssh, and return the stage's name.
+    """Store a results file that the user copied from a board as a stage of the run, and return the stage's name.
 
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        file: File that `python3 -m runtime_eval .` wrote on the board; the stage is benchmark@ and the file's name.
+        file: File that `python3 -m runtime_eval .` wrote on the board. The name of the stage is "benchmark@" followed
+            by the name of the file without its suffix.
 
     Raises:
-        UsageError: The file is not a results file, or comes from another export or other settings than the recipe's.
+        UsageError: The file is not a results file, or was measured with another export or other settings than those of
+            the recipe.
     """
     staleness.current(config, runs, "export")
     results = read(Results, file, "bring it from the board again")
@@ -96,11 +98,14 @@ def stage_of(board: Board | None) -> str:
 
 
 def bundle(run: Path, out: Path | None) -> tuple[Path, str, dict[str, Any]]:
-    """Write a finished export as one archive for a board; return archive, bundle hash and benchmark settings.
+    """Write an archive with which a board can measure a finished export.
 
     Args:
         run: Directory of the run.
         out: Path of the archive; None writes NAME-bundle.tar.gz in the current directory.
+
+    Returns:
+        The path of the archive, the SHA-256 of the bundle, and the settings of the benchmark.
 
     Raises:
         UsageError: The export is missing, damaged or stale.

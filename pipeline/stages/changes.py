@@ -12,7 +12,12 @@ VERSION, FILE, DATA = "version ", "file ", "data "
 
 
 def of_inputs(before: dict[str, str], now: dict[str, str]) -> list[str]:
-    """Return a few words for each difference between the inputs of a stage when it was made and `now`."""
+    """Return a short text for each input of a stage that changed since the stage was made.
+
+    Args:
+        before: Versions and hashes by name, as recorded when the stage was made.
+        now: The current versions and hashes by name.
+    """
     changes = []
     for name in sorted(before | now, key=lambda name: (not name.startswith(VERSION), name)):
         old, new = before.get(name), now.get(name)
@@ -35,7 +40,10 @@ def of_inputs(before: dict[str, str], now: dict[str, str]) -> list[str]:
 
 
 def of_recipe(name: str, old: Any, new: Any) -> list[str]:
-    """Return a few words for each difference between two values of a recipe's key `name`, which may be sections."""
+    """Return a short text for each difference between two values, `old` and `new`, of the recipe's key `name`.
+
+    If the values are sections, there is one text for each differing key in them.
+    """
     if isinstance(old, dict) and isinstance(new, dict):
         return [text for key in new for text in of_recipe(f"{name}.{key}", old.get(key), new[key])]
     return [] if old == new else [f"{name} {_shown(old)} -> {_shown(new)}"]

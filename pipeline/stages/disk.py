@@ -1,4 +1,4 @@
-"""Hashes the data on disk. A file that has not changed since it was hashed is not read again."""
+"""Hashes files and folders of data. A file that has not changed since it was last hashed is not read again."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class DiskState:
         return f"{len(self.files)} files, {size} bytes, {run_directory.hash_json(self.files)}"
 
     def holds(self, other: DiskState) -> bool:
-        """Return whether this state has all files of `other`, unchanged."""
+        """Return whether this state contains every file of `other` with the same size and hash."""
         return other.files.items() <= self.files.items()
 
 

@@ -29,7 +29,7 @@ class Imports:
 
 
 def imports_of(module: str) -> Imports:
-    """Return what a module imports, directly or through other files of the user."""
+    """Return the user's own modules and the packages that a module imports, directly or through the user's modules."""
     files: dict[str, Path] = {}
     packages: set[str] = set()
     pending = [module]
@@ -58,7 +58,7 @@ def versions(packages: frozenset[str]) -> dict[str, str]:
 
 
 def module_file(module: str) -> Path | None:
-    """Return the file of a module without importing it; None if there is none."""
+    """Return the path of a module's source file without importing the module; None if it has none."""
     search, spec = None, None
     # Search each part separately: by its full name, a folder without __init__.py is only found below an imported one.
     for part in module.split("."):

@@ -33,7 +33,7 @@ _UNANSWERED = 25
 
 
 def check(config: recipe.Recipe, processes: int) -> None:
-    """Validate the recipe for `processes` ranks before launching them.
+    """Check that a recipe can be trained in `processes` processes, before any of them is started.
 
     Raises:
         UsageError: The recipe cannot be trained with this number of processes.
@@ -59,7 +59,7 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
 
     Args:
         arguments: Arguments after `crqat train`.
-        once: Further arguments for the first start only.
+        once: Arguments that are added at the first start, but not when the processes are restarted.
         processes: Number of processes, each with its own device or a share of the CPU's cores.
         max_restarts: How often all processes are restarted from the last state after one has died. Processes that exit
             with a reported error are not restarted; the error would recur.
@@ -115,10 +115,13 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
 
 
 def exit_codes(failures: Sequence[Any]) -> list[int]:
-    """Return the exit codes in torch's `ProcessFailure`s, without those of processes that torch itself stopped.
+    """Return the exit codes of the failed processes, without those that torch itself stopped.
 
     When one process fails, torch sends the others SIGTERM, and SIGKILL 30 s later if they are still starting or wait
     for a device. Their exit codes say nothing about the cause, which the first process that ended has reported.
+
+    Args:
+        failures: The `ProcessFailure`s of torch's elastic launcher.
     """
     first = min(failure.timestamp for failure in failures)
     killed = [f.exitcode == -signal.SIGKILL and f.timestamp - first >= _UNANSWERED for f in failures]
@@ -134,10 +137,10 @@ def several() -> bool:
 def train(
     config: recipe.Recipe, runs: Path, force: bool, restart: bool, save_every: float, unchecked: bool = False
 ) -> TrainingPayload | None:
-    """Run one of several processes of a training; return the training's results on rank 0, None on other ranks.
+    """Train in this process, which is one of several; return the training's results on rank 0, None on other ranks.
 
-    Rank 0 runs the stage as a single process does, and decides whether there is something to train. The other ranks
-    train with it and write nothing.
+    Rank 0 decides whether the stage is out of date, and writes its files. The other ranks only take part in the
+    training.
     """
     from torch.multiprocessing import _prctl_pr_set_pdeathsig  # type: ignore[attr-defined]
 

@@ -24,7 +24,7 @@ _SECONDS_OF_THE_DEAD = 15.0
 
 @contextmanager
 def hold(run: Path) -> Iterator[None]:
-    """Context manager that locks a run's directory for this process; it may be nested.
+    """Context manager that locks a run's directory for this process, which may already hold the lock.
 
     The operating system holds the lock, so it is released whenever and however the process ends.
 

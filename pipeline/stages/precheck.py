@@ -76,7 +76,7 @@ def check_recipe(config: Recipe, progress: Progress) -> list[str]:
 def check_start(
     config: Recipe, start: trainer.Start, progress: Progress, stages: tuple[str, ...] = _STAGES
 ) -> list[str]:
-    """Run a copy of the network that a training starts from through `stages`; return one line for each finding."""
+    """Run a copy of a training's initial network through the checks in `stages`; return a line for each finding."""
     began = time.monotonic()
     with _untouched():
         found = _Check(config, start, progress, len(stages)).run(stages)
@@ -180,7 +180,7 @@ class _Check:
 
 
 def layout(network: nn.Module, images: Tensor, training: TrainConfig) -> QuantizedModel:
-    """Return a copy of a network with quantizers; see `crqat.train.quantized_model.quantize_model`."""
+    """Return a copy of a network with uncalibrated quantizers; see `crqat.train.quantized_model.quantize_model`."""
     return quantize_model(network, images, training.quantization, training.targets)
 
 
@@ -217,10 +217,10 @@ def calibrate_on_few(model: QuantizedModel, images: Tensor, training: TrainConfi
 def export(
     model: QuantizedModel, images: Tensor, training: TrainConfig, config: ExportConfig
 ) -> tuple[Quantized, dict[str, QDQModel]]:
-    """Make every target's ONNX file in memory, as the `export` stage does, and load the float file as a test.
+    """Make the ONNX file of each target in memory, as the `export` stage does, and check that the float file loads.
 
     Returns:
-        The quantized network as it is exported, and the file of each target by the target's name.
+        The quantized network that is exported, and the ONNX file for each target, by the target's name.
 
     Raises:
         UsageError: A file cannot be made; the message names the operation and the fix.
@@ -303,7 +303,7 @@ def _node(nodes: Sequence[onnx.NodeProto], error: BaseException) -> onnx.NodePro
 
 
 def refuse_findings(files: Mapping[str, QDQModel], config: ExportConfig) -> None:
-    """Check that each file keeps its target's rules and holds the trained Grids without a forbidden loss.
+    """Check that each file obeys the rules of its target and stores the trained Grids without a forbidden loss.
 
     Raises:
         UsageError: A file breaks a rule, or changes a Grid in a way that `export.allow_lossy` does not allow.
@@ -321,8 +321,8 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
     """Compare the integer codes of the torch network, the integer simulator and ONNX Runtime on a few images.
 
     Returns:
-        One line of text for each file that cannot be verified and each unexplained float operation; if there is none,
-        the line that all codes are equal.
+        One line of text for each file that cannot be verified and for each unexplained float operation. If there is
+        neither, a single line says that all codes are equal.
 
     Raises:
         UsageError: The codes differ.

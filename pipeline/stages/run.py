@@ -1,4 +1,4 @@
-"""The stages of a run: checks whether each is up to date, and makes its directory."""
+"""Runs each stage of a run and writes its directory, unless the stage is up to date."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def export(config: recipe.Recipe, runs: Path, force: bool, progress: Progress, u
 
 
 def benchmark(config: recipe.Recipe, runs: Path, force: bool, progress: Progress) -> Path:
-    """Run the `benchmark` stage unless it is up to date, and return its directory, whatever the verdict."""
+    """Run the `benchmark` stage unless it is up to date, and return its directory; a failed gate raises no error."""
     tracker = tracking.of_recipe(config, runs)  # reports a missing package before measuring
     staleness.current(config, runs, "export")
 
@@ -174,7 +174,7 @@ def judge(
     baseline: Results | None = None,
     known: KnownAccuracy | None = None,
 ) -> list[Verdict]:
-    """Return the verdicts of every gate rule that has a limit, and of the rules on the float model.
+    """Return the verdicts of all gate rules that apply, including `latency_regression`, which needs earlier results.
 
     Args:
         results: Results of a benchmark.
@@ -192,7 +192,13 @@ def judge(
 
 
 def known_accuracy(claimed: float | None, limits: GateConfig, run: Path) -> KnownAccuracy | None:
-    """Return the float model's accuracy from `model.accuracy`, else from the publisher of its weights, else None."""
+    """Return the accuracy that the float model is expected to have; None if no source gives one.
+
+    Args:
+        claimed: Value of the recipe's `model.accuracy`; None uses what the publisher of the weights reports.
+        limits: Limits of the gate; `max_accuracy_drop` is the tolerance of a claimed accuracy.
+        run: Directory of the run.
+    """
     from crqat.pipeline.gate.rules import KnownAccuracy
 
     if claimed is not None:
@@ -209,7 +215,7 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
     Args:
         config: The recipe.
         runs: The directory of all runs.
-        stage: Stage of this machine or of a board; see `crqat.pipeline.stages.boards.stage_of`.
+        stage: Name of the benchmark stage, as `crqat.pipeline.stages.boards.stage_of` returns it.
         baseline: Earlier results.json for the recipe's `gate.max_latency_regression`.
     """
     from crqat.pipeline.gate.junit import junit
@@ -269,7 +275,10 @@ def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
 
 
 def write_results(out: Path, run: Path, stage: str, results: Results, config: recipe.Recipe) -> BenchmarkPayload:
-    """Write results, verdict, JUnit XML and report of a benchmark into `out`; return the summary for the manifest."""
+    """Write the files of a `benchmark` stage into `out`, and return the summary for its manifest.
+
+    The files hold the results, the gate's verdicts, the same verdicts as JUnit XML, and the HTML report.
+    """
     if results.engines:
         (out / ENGINES).write_text(text(Engines(results.engines)))
     results = replace(results, engines={})

@@ -230,7 +230,10 @@ def recipe_files(config: recipe.Recipe) -> list[tuple[Path, str, str]]:
 
 
 def own_modules(config: recipe.Recipe) -> imports.Imports:
-    """Return the user's own modules in which a recipe's functions are defined or that these import; imports none."""
+    """Return the user's own modules that define the functions named in a recipe, and all modules that they import.
+
+    The modules are found by reading their source files; none is imported.
+    """
     files: dict[str, Path] = {}
     packages: frozenset[str] = frozenset()
     methods = config.quantization.weight_method, config.quantization.activation_method
@@ -245,9 +248,9 @@ def own_modules(config: recipe.Recipe) -> imports.Imports:
 
 
 def data_root(config: recipe.Recipe) -> Path | None:
-    """Return `data.root` if a training depends on the files in it: image files, or those of a user's data function.
+    """Return `data.root` if the files in it must be hashed: image files, or files that a user's data function reads.
 
-    None otherwise; CIFAR's files are compared with published hashes when they are read.
+    Otherwise None is returned. CIFAR's files need no hash: they are compared with published hashes when they are read.
     """
     kinds = {source_kind(name) for name in (config.data.source, config.data.unlabeled)}
     hashed = bool(kinds & set(FILE_SOURCES)) or any(name is not None and ":" in name for name in kinds)
@@ -255,7 +258,7 @@ def data_root(config: recipe.Recipe) -> Path | None:
 
 
 def data_after(config: recipe.Recipe, runs: Path, before: dict[str, str], state: disk.DiskState) -> dict[str, str]:
-    """Return the inputs of a training, with the new data hash if reading the data created or completed its files.
+    """Return the inputs of a training after its data was read, which may have created or completed the data's files.
 
     Args:
         config: The recipe.
@@ -359,7 +362,7 @@ def parent_hash(stage: str, config: recipe.Recipe, runs: Path) -> str | None:
 
 
 def key_of(stage: str, config: recipe.Recipe, runs: Path, inputs: dict[str, str]) -> str:
-    """Return the hash of everything that a stage's result depends on."""
+    """Return one hash of all that a stage's result depends on: crqat's version, recipe, previous stage, `inputs`."""
     values = recipe.resolved(config)
     return run_directory.hash_json(
         {

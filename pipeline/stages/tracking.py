@@ -54,7 +54,7 @@ class TensorBoard:
         return (self._folder / series).exists()
 
     def epochs(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write the epochs in `history` that earlier calls have not written."""
+        """Write the metrics of those epochs in `history` that no earlier call has written."""
         new = history[self._written :]
         self._written = len(history)
         for phase in dict.fromkeys(row["phase"] for row in new):
@@ -65,7 +65,9 @@ class TensorBoard:
                             writer.add_scalar(name, value, row["epoch"])
 
     def trained(self, directory: Path) -> None:
-        """Write the final figures of a finished training once, and its epochs if they were not tracked.
+        """Write the final accuracies and the duration of a finished training, unless they are already written.
+
+        If no epochs were written while it ran, they are written too.
 
         Args:
             directory: Directory of the `train` stage.

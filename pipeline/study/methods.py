@@ -23,7 +23,8 @@ class Training:
         start: Name of the training whose float network it starts from; None trains one by the recipe's `float` section.
         views: Augmentation of labeled images and, after a slash, of unlabeled images, as the student sees them.
         unlabeled: What unlabeled images are used for.
-        steps: Optimizer steps as a share of the recipe's QAT, summed over all runs after the shared float network.
+        steps: Optimizer steps divided by those of the recipe's QAT. Steps of the training "float", from which all
+            others start, are not counted; those of a training in between are.
         settings: Changes to the recipe, as `--set` writes them.
     """
 
@@ -109,12 +110,12 @@ def needed(methods: tuple[str, ...]) -> list[str]:
 
 
 def settings(name: str, config: Recipe, factor: float = 1.0) -> tuple[str, ...]:
-    """Return how a training run of a study changes the recipe, as `--set` writes it.
+    """Return the changes that a training run of a study makes to the recipe, as "key=value" texts for `--set`.
 
     Args:
         name: Name of the training run in `TRAININGS`.
         config: The recipe.
-        factor: Factor on all optimizer steps after the shared float network.
+        factor: Factor on the optimizer steps of all trainings except "float", from which the others start.
     """
     training, epochs = TRAININGS[name], config.qat.epochs * factor
     found = list(training.settings)

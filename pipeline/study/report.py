@@ -93,7 +93,10 @@ def lines(rows: Sequence[StudyRow]) -> list[Line]:
 
 
 def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]]:
-    """Group results by number of labels, bit width, and what the methods have in common ("steps" or "time")."""
+    """Group results by (number of labels, bit width, `equal`): each group becomes one table.
+
+    `equal` is what all methods of a comparison had in common: the number of "steps", or the "time".
+    """
     found: dict[tuple[Any, Any, str], list[StudyRow]] = {}
     for row in rows:
         found.setdefault((row.labels, row.bits, row.equal), []).append(row)
@@ -101,14 +104,18 @@ def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]
 
 
 def title(cell: tuple[Any, Any, str]) -> str:
-    """Return a heading for results with the same number of labels, bit width, and "steps" or "time"."""
+    """Return the heading of a table; `cell` is a key of `cells`: (number of labels, bit width, "steps" or "time")."""
     labels, bits, equal = cell
     named = "all labels" if labels is None else f"{labels:,} labels"
     return f"{named}, {'bits of the recipe' if bits is None else f'W{bits}A{bits}'}, equal {equal}"
 
 
 def table(rows: Sequence[StudyRow]) -> list[list[str]]:
-    """Return one table row for each method, with the columns `COLUMNS`, from results with the same labels and bits."""
+    """Return the cells of one table row for each method; the columns are those in `COLUMNS`.
+
+    Args:
+        rows: Results with the same number of labels and the same bit width.
+    """
     return [
         [
             line.method, line.rows[0].views, line.rows[0].unlabeled, str(len(line.rows)), f"{line.mean:.2f}",
@@ -121,7 +128,11 @@ def table(rows: Sequence[StudyRow]) -> list[list[str]]:
 
 
 def headline(rows: Sequence[StudyRow]) -> str:
-    """Return a sentence that compares `REFERENCE` with the other method of best validation accuracy; "" if none."""
+    """Return a sentence with the difference in accuracy between the method `REFERENCE` and the best other method.
+
+    The best is that with the highest validation accuracy. The text is empty if no other method shares a seed with
+    `REFERENCE`.
+    """
     found = [line for line in lines(rows) if line.difference is not None]
     if not found:
         return ""
@@ -134,7 +145,7 @@ def headline(rows: Sequence[StudyRow]) -> str:
 
 
 def markdown(rows: Sequence[StudyRow], name: str) -> str:
-    """Return a Markdown page with one table for each number of labels and bit width; `name` is the study's."""
+    """Return a Markdown page with a table for each number of labels and bit width; `name` is the name of the study."""
     parts = [_HEAD.format(name=name), f"![accuracy of each method]({name}.png)\n"]
     for cell, own in cells(rows).items():
         head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]

@@ -54,10 +54,10 @@ class Job:
     """One training run with one seed, number of labels and bit width.
 
     Attributes:
-        training: Name of the training; see `TRAININGS`.
+        training: Name of the training, a key of `TRAININGS`.
         seed: Seed of the recipe.
         labels: Number of labeled images; None for all.
-        bits: Bit width of weights and activations; None for the recipe's.
+        bits: Bit width of weights and activations; None for the bit widths of the recipe.
         equal: What all training runs of a comparison have in common: "steps", or (approximately) "time".
         overrides: Changes to the recipe, except for the float network's file.
         key: Hash of everything that the result depends on.
@@ -190,10 +190,14 @@ class Study:
 
 
 def hashed(section: str, values: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the keys of a recipe's section that identify a training run; None if the section is null.
+    """Return those values of a recipe's section from which the key of a training run is hashed.
 
-    Keys that the recipe got after the first published studies count only if they differ from their default, so that
-    older results stay valid.
+    Keys that recipes got after the first published studies are left out while they have their default, so that the
+    results of those studies stay valid.
+
+    Args:
+        section: Name of the section.
+        values: Values of the section; None, for a null section, is returned as None.
     """
     if values is None:
         return None

@@ -71,7 +71,7 @@ def run(path: Path, overrides: tuple[str, ...], runs: Path, progress: Progress) 
 
 
 def packed(correct: Tensor) -> str:
-    """Pack bools of shape [N] into a text: base64 of one bit per image, the first in each byte's highest bit."""
+    """Encode bools of shape [N] as text: base64 of one bit per image, the first in each byte's highest bit."""
     return base64.b64encode(np.packbits(correct.numpy()).tobytes()).decode()
 
 

@@ -54,12 +54,12 @@ class Bundle:
 
     @property
     def sha256(self) -> str:
-        """Hash of the manifest, and through it of every member: the bundle's identity, independent of compression."""
+        """Hash of the manifest, which identifies the bundle: it covers every member's hash, but not compression."""
         return hashlib.sha256(self.content()).hexdigest()
 
 
 def describe(export_dir: Path, benchmark: Mapping[str, Any], crqat_version: str) -> tuple[Bundle, dict[str, Path]]:
-    """Return the bundle of an export, and the path of each of its members.
+    """Return the manifest of a new bundle of an export, and the path of the source file of each of its members.
 
     Args:
         export_dir: Directory written by the `export` stage; its hashes are checked.

@@ -1,4 +1,4 @@
-"""Entry point of `python3 -m runtime_eval .` in an unpacked bundle, where it is `runtime_eval/__main__.py`."""
+"""Entry point of `python3 -m runtime_eval .` in an unpacked bundle, which holds this file as its `__main__.py`."""
 
 import sys
 

@@ -59,7 +59,7 @@ class State:
 
 @dataclass(frozen=True)
 class Process:
-    """The process that works on a job, so that a later process with the same id is not mistaken for it.
+    """Identity of the process that works on a job: a later process with the same id differs in the other values.
 
     Attributes:
         pid: Process id.
@@ -114,7 +114,7 @@ def _started(pid: int) -> str | None:
 
 
 def state(job: Path) -> State:
-    """Return the state of a job, whether its bundle is unpacked, and which packages this Python lacks."""
+    """Return the state of the job in the directory `job`."""
     return replace(_progress(job), unpacked=(job / FOLDER).is_dir(), missing=_missing())
 
 
@@ -157,7 +157,7 @@ def _process(job: Path) -> Process | None:
 
 
 def received(job: Path, sha256: str) -> int:
-    """Return the number of bytes that have arrived of the archive with this SHA-256."""
+    """Return how many bytes of the archive with this SHA-256 the board already has."""
     path = job / f"{sha256}.tar.gz"
     return path.stat().st_size if path.is_file() else 0
 
@@ -165,7 +165,7 @@ def received(job: Path, sha256: str) -> int:
 def receive(job: Path, sha256: str, offset: str) -> int:
     """Write standard input into the archive from byte `offset` on, and return the archive's size in bytes.
 
-    Writing by position makes it harmless if bytes arrive twice, over the old and the new connection.
+    Bytes may arrive twice, over a lost connection and the next one; they are then written to the same position.
     """
     job.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(job / f"{sha256}.tar.gz", os.O_WRONLY | os.O_CREAT, 0o600)

@@ -114,7 +114,7 @@ class Board:
 
     @property
     def name(self) -> str:
-        """Name that distinguishes the board from others in the name of a directory."""
+        """Name of the board in the names of directories: its host, and its port if one is given."""
         port = f"_{self.port}" if self.port else ""
         return re.sub(r"[^\w.-]", "_", self.host.strip("[]"), flags=re.ASCII) + port
 
@@ -134,7 +134,7 @@ def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool,
     Args:
         board: The board.
         bundle: Bundle from `crqat.runtime_eval.board.bundle.describe`.
-        paths: Paths of its members, from the same function.
+        paths: File of each of the bundle's members, from the same function.
         anew: Whether to stop and remove any earlier job of this bundle first.
         progress: Callback for the progress of the upload and of the job.
 

@@ -1,4 +1,4 @@
-"""Describes this machine: what a reader of a latency needs, and nothing that identifies it."""
+"""Describes this machine as far as latencies depend on it, without data that identify it, such as its name."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def load_average() -> float | None:
 
 
 def describe(root: Path = Path("/")) -> Device:
-    """Return the description of this machine, without values that a measurement adds.
+    """Return the description of this machine; readings during a measurement, such as load averages, are not set.
 
     Args:
         root: Folder with the system's `proc` and `sys`.
@@ -83,7 +83,7 @@ def describe(root: Path = Path("/")) -> Device:
 
 
 def die_first() -> None:
-    """Ask the system to kill this process first if a model uses up all memory."""
+    """Make the system choose this process, rather than another, if it must kill one because memory is full."""
     # Only Linux supports this, and a container may forbid it.
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")

@@ -62,7 +62,7 @@ def parse_release(text: str) -> str | None:
 
 
 def jetpack(release: str) -> str | None:
-    """Return the JetPack version of an L4T release; None if it is not in the table."""
+    """Return the JetPack version that an L4T release such as "36.4.4" belongs to; None if it is not known."""
     parts = release.split(".")
     prefixes = (".".join(parts[:count]) for count in range(len(parts), 0, -1))
     return next((JETPACK[prefix] for prefix in prefixes if prefix in JETPACK), None)
@@ -95,13 +95,13 @@ class Tegrastats:
 
 @dataclass(frozen=True)
 class State:
-    """Clocks, temperatures, throttling and power at one moment.
+    """Clocks, temperatures, throttling and power of a Jetson at one moment.
 
     Attributes:
         clocks_locked: Whether the clocks are locked; None if no clock can be read.
-        free_clocks: Clocks that may change, with their range.
+        free_clocks: Names of the clocks that are not locked, with the range in which they may change.
         temperatures_c: Temperature in degrees Celsius by zone.
-        over_trip: Zones at or over a trip that slows the machine.
+        over_trip: Thermal zones at or above a temperature (trip point) at which the machine is slowed down.
         throttle_events: Throttling events since boot, by counter.
         cooling: State of each cooling device except fans.
         power_mw: Power in milliwatts by rail.
@@ -135,7 +135,7 @@ def parse_tegrastats(line: str) -> Tegrastats:
 
 
 def total_power(power_mw: dict[str, float]) -> float | None:
-    """Return the module's input power in mW (not the wall's); None if its rails are not known."""
+    """Return the power that the Jetson module draws at its input, in mW; None if its rails are not known."""
     for rail in _INPUT_RAILS:
         if rail in power_mw:
             return power_mw[rail]
@@ -145,7 +145,7 @@ def total_power(power_mw: dict[str, float]) -> float | None:
 
 
 def describe(root: Path = ROOT) -> Jetson | None:
-    """Return board, release and power mode; None if the machine is not a Jetson."""
+    """Return the model, software release and power mode of this board; None if the machine is not a Jetson."""
     text = _read(root / "etc/nv_tegra_release")
     compatible = (_read(root / "proc/device-tree/compatible") or "").split("\0")
     soc = next((name.removeprefix("nvidia,") for name in compatible if name.startswith("nvidia,tegra")), None)
@@ -162,7 +162,7 @@ def describe(root: Path = ROOT) -> Jetson | None:
 
 
 def state(root: Path = ROOT) -> State:
-    """Read clocks, temperatures, throttling and power now."""
+    """Return the present clocks, temperatures, throttling events and power of this Jetson."""
     free, locked = _free_clocks(root)
     temperatures, over = _temperatures(root)
     power = _power(root)

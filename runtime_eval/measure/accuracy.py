@@ -112,23 +112,32 @@ def ratio_bounds(both: int, first: int, second: int, n: int) -> tuple[float, flo
 
 
 def images_for_ratio(both: int, first: int, second: int, n: int, limit: float) -> int | None:
-    """Return the number of pairs at which `ratio_bounds` exclude `limit` at the same rates; None if no number does."""
+    """Return how many pairs would suffice for `ratio_bounds` to exclude `limit`; None if no number would.
+
+    Args:
+        both: Number of pairs in which both succeed.
+        first: Number of pairs in which only the first succeeds.
+        second: Number of pairs in which only the second succeeds.
+        n: Number of all pairs. More pairs are assumed to have the same shares of these outcomes.
+        limit: Limit of the ratio (both + second) / (both + first).
+    """
     if math.isclose((both + second) / (both + first), limit, abs_tol=1e-12):
         return None
     return max(1, math.ceil(n * (Z / _ratio_score(both, first, second, n, limit)) ** 2))
 
 
 def images_for_share(share: float, limit: float) -> int | None:
-    """Return the number of images at which Wilson's bounds of `share` exclude `limit`; None if no number does."""
+    """Return how many images would suffice for Wilson's bounds of `share` to exclude `limit`; None if none would."""
     if math.isclose(share, limit, abs_tol=1e-12):
         return None
     return max(1, math.ceil(Z**2 * limit * (1 - limit) / (share - limit) ** 2))
 
 
 def images_for_difference(b: int, c: int, n: int, limit: float) -> int | None:
-    """Return the number of pairs at which Tango's bounds exclude `limit` at the same rates; None if no number does.
+    """Return how many pairs would suffice for Tango's bounds to exclude `limit`; None if no number would.
 
-    The statistic grows with the square root of the number of pairs, and the bounds are where it reaches the 95 % point.
+    More pairs are assumed to have the same shares of outcomes. The score statistic then grows with the square root of
+    their number, and `limit` is excluded where the statistic reaches its 95 % point.
 
     Args:
         b: Number of pairs in which only the first succeeds.
@@ -173,7 +182,7 @@ def compare(
     size_ratio: float,
     ratio: LatencyRatio | None = None,
 ) -> VersusFloat:
-    """Compare a model's accuracy, predictions, size and latency with the float model's, on the same images.
+    """Compare the accuracy, predictions, size and latency of a model with those of the float model, on the same images.
 
     Args:
         float_top: Best classes of each image by the float model, as in `summarize`.

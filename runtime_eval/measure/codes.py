@@ -1,6 +1,6 @@
-"""Checks that this CPU computes the integer codes that the export's simulator expects, on the shipped file.
+"""Checks that this CPU computes, with the exported file, the integer codes that the export's simulator computed.
 
-The expectation is an .npz file without pickled objects: `images`, float32 [N, C, H, W], normalized; `names`, the
+The expected codes are in an .npz file without pickled objects: `images`, float32 [N, C, H, W], normalized; `names`, the
 tensors of codes; `codes`, uint8, their bytes in sequence; `left_out`, the number of tensors whose codes another correct
 float computation may round differently; `outputs`, uint8, an ONNX model that only has these tensors as outputs.
 Protobuf merges messages that follow each other, so the model's own bytes followed by `outputs` are the same model with
@@ -8,7 +8,7 @@ exposed codes, and a board needs no onnx for it.
 
 CPUs of another family round some codes differently: `families` names the families whose codes are known, first that of
 `codes`, and `changes`, uint8 [other families, codes], holds the exclusive or of each other family's codes with these.
-An expectation from an earlier version has neither key: its codes are those of the Target's first family.
+A file from an earlier version has neither key: its codes are those of the first family of the runtime's `Target`.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ def summarize(
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """Return a distribution-free interval of the median: lower bound, upper bound, actual two-sided coverage.
+    """Return a distribution-free confidence interval of the median: (lower bound, upper bound, two-sided coverage).
 
     The j-th smallest and the j-th largest of n values miss the median with probability 2 P(Binomial(n, 1/2) < j). The
     largest j with 95 % coverage is used, or the whole range if even that has less (n < 6).
@@ -96,7 +96,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def compare(float_rounds: Sequence[Sequence[float]], rounds: Sequence[Sequence[float]]) -> LatencyRatio:
-    """Compare a model's latency with the float model's, from the ratios of the medians of each round.
+    """Return the ratio of a model's latency to that of the float model, from the ratio of their medians in each round.
 
     Args:
         float_rounds: Seconds of each inference of the float model, by round.

@@ -105,7 +105,14 @@ def peak_memory() -> int | None:
 
 
 def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: int) -> None:
-    """Execute the commands on standard input until it ends, for the file `model` that `runner` has loaded.
+    """Execute the commands that arrive on standard input until it is closed.
+
+    Args:
+        runner: Runner that has loaded the model.
+        images: Test images.
+        answer: Function that writes an answer to standard output.
+        model: File of the model.
+        threads: Number of threads within one operator.
 
     Raises:
         ToolError: The model cannot be used; see `preprocessing` and `predictions`.

@@ -1,4 +1,4 @@
-"""Starts and controls a `crqat.runtime_eval.measure.worker`; any failure of it becomes a one-line error."""
+"""Starts and controls the process `crqat.runtime_eval.measure.worker`; any failure of it becomes a one-line error."""
 
 from __future__ import annotations
 
@@ -134,7 +134,13 @@ class Worker:
         return peak
 
     def accuracy(self, batch: int, out: Path, progress: Callable[[int, int], None]) -> None:
-        """Write each image's best classes to `out`, .npy int64 [N, min(5, classes)], and call progress(done, total)."""
+        """Write the most probable classes of each image, best first, to a .npy file: int64 [N, min(5, classes)].
+
+        Args:
+            batch: Batch size.
+            out: The .npy file.
+            progress: Callback with (number of images done, number of all images).
+        """
         self._ask({"command": "accuracy", "batch": batch, "out": str(out.resolve())}, self._limit, progress)
 
     def codes(self, expected: Path) -> CountedCodes:

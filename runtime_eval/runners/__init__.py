@@ -1,4 +1,4 @@
-"""The runtimes that can run a model file, one module each, and their common interface `Runner`."""
+"""The interface `Runner` to a runtime that runs a model file; a module for each runtime implements it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads what is needed of an ONNX file before a runtime loads it, without onnx, which boards may not have.
+"""Reads metadata and external tensors from an ONNX file without the onnx package, which boards may not have.
 
 An ONNX file is one protobuf message; fields that are not needed are skipped by their length.
 """
@@ -46,9 +46,10 @@ def read(path: Path) -> dict[str, str]:
 
 
 def external_tensor(path: Path) -> str | None:
-    """Return the name of a tensor that is stored in another file; None if there is none.
+    """Return the name of a tensor whose data are stored outside the ONNX file; None if there is none.
 
-    ONNX Runtime and TensorRT would open that file, wherever its path leads, and no manifest has its hash.
+    Such a file is unsafe: ONNX Runtime and TensorRT open the data at any path that it names, and no hash of the data
+    is recorded.
 
     Raises:
         UsageError: The file cannot be read or is not a protobuf message.

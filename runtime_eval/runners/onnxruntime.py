@@ -31,10 +31,10 @@ _FLOAT16_QUANTIZER = base64.b64decode(
 
 
 def float16_is_rounded() -> bool:
-    """Return whether this ONNX Runtime rounds when it quantizes float16; 1.23.2, the last for Python 3.10, truncates.
+    """Return whether the installed ONNX Runtime rounds, instead of truncating, when it quantizes float16 values.
 
-    With truncation, a file with float16 quantizers, such as TensorRT's, has another accuracy: 90.8 % instead of 92.5 %
-    for a ResNet-20 on the digits (797 images).
+    Version 1.23.2, the last for Python 3.10, truncates. A file with float16 quantizers, such as one for TensorRT, then
+    has another accuracy: 90.8 % instead of 92.5 % for a ResNet-20 on the digits (797 images).
     """
     session = ort.InferenceSession(_FLOAT16_QUANTIZER, providers=["CPUExecutionProvider"])
     (codes,) = session.run(["y"], {"x": np.array([0.75], np.float16)})
@@ -50,7 +50,7 @@ _ADDED = re.compile(r"(_nchwc|_token_\d+)+$")
 class OnnxRuntimeRunner:
     """`Runner` for a file that takes "input" and returns "logits", both float32 with the batch first.
 
-    A file for another runtime, according to its metadata, runs without the one optimization that breaks it here.
+    For a file whose metadata names the target "tensorrt", the one optimization that breaks such files is disabled.
 
     Args:
         path: The ONNX file.

@@ -1,6 +1,8 @@
-"""Runs a TensorRT plan on a CUDA device through pycuda, by tensor names, which TensorRT has from 8.5 on.
+"""Runs a TensorRT plan on a CUDA device through pycuda.
 
-Everything that needs a device is in `Cuda` and TensorRT's own objects.
+Tensors are addressed by name, which needs TensorRT 8.5 or later.
+
+Only `Cuda` and TensorRT's own objects access the device; tests without a GPU replace them.
 """
 
 from __future__ import annotations
@@ -200,7 +202,7 @@ def tensorrt_version() -> str:
 
 
 def device_capability() -> tuple[int, int]:
-    """Return the compute capability, major and minor, of the device for which plans are built here.
+    """Return the compute capability (major, minor) of this machine's CUDA device, for which plans are built.
 
     Raises:
         ToolError: There is no CUDA device, or CUDA does not start.

@@ -41,12 +41,12 @@ class BuildFailure(Exception):
 
 @dataclass
 class Build:
-    """One build of an engine; what was found so far remains in the attributes if the build fails.
+    """One build of an engine; if it fails, the attributes keep what is known up to then.
 
     Attributes:
         trt: Python module of the builder.
-        row: Features of the builder's version.
-        hear: Callback for each of the builder's messages.
+        row: Features of the version of the builder.
+        hear: Callback that is called with each message of the builder.
         messages: All messages so far.
         flags: Names of the network flags and builder flags that are set.
         precisions: Types of all tensors that the parsed network's layers write, sorted.
@@ -181,7 +181,7 @@ def set_batch(
     config: tensorrt.IBuilderConfig,
     batch: Batch,
 ) -> None:
-    """Fix the batch size of the network's inputs if all three values are equal, else allow the range between them.
+    """Set the batch sizes of an engine: one fixed size if all values in `batch` are equal, else the range they span.
 
     Raises:
         BuildFailure: An input has another fixed batch size or another dynamic dimension, or the builder refuses.

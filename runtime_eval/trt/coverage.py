@@ -155,7 +155,7 @@ def _classify(severity: str, text: str) -> tuple[str, Severity, str]:
 
 
 def headline(report: EngineReport) -> EngineSummary:
-    """Return the summary of an engine report for results.json; the layers stay in the report's own file."""
+    """Return the summary of an engine report for results.json, without the layers, which engine.json holds."""
     covered = report.coverage
     return EngineSummary(
         status=report.status,

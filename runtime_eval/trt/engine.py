@@ -145,7 +145,7 @@ def _last_parsed(log: Path) -> tuple[str | None, str | None]:
 
 @dataclass
 class Found:
-    """What a build has found so far; attributes with the same names and meanings as in `EngineReport`."""
+    """Facts about an engine, collected during its build; `EngineReport` describes the attributes of the same names."""
 
     failure: BuildError | None = None
     flags: list[str] = field(default_factory=list)
@@ -162,13 +162,13 @@ class Found:
 
 
 def report_of(model: Path, options: EngineOptions, builder: str, found: Found) -> EngineReport:
-    """Return the engine report of a build from what the build found.
+    """Return the engine report of a finished or failed build.
 
     Args:
         model: The ONNX file.
         options: Options of the build.
         builder: Builder that was used.
-        found: Findings of the build.
+        found: Facts collected during the build.
     """
     failure, status, notices = found.failure, BUILT, []
     if failure is not None:

@@ -91,7 +91,7 @@ class _Tensor:
 
 
 def from_log(messages: Sequence[str]) -> tuple[list[Layer], list[str]]:
-    """Parse the plan in a verbose log; return the layers and any unparsed plan lines (expected: none)."""
+    """Return the layers in the plan of a verbose log, and the lines of the plan that could not be parsed, if any."""
     layers, unread = [], []
     for message in messages:
         for line in message.splitlines():
@@ -151,7 +151,7 @@ def _weights(inputs: Sequence[_Tensor], constants: Sequence[_Tensor]) -> str | N
 
 
 def from_inspector(information: Mapping[str, Any]) -> list[Layer]:
-    """Return the layers of the engine inspector's JSON, in any of its layouts.
+    """Return the layers that the engine inspector's JSON describes, in any of the layouts that TensorRT has used.
 
     An engine built without detailed profiling verbosity reports only the names of its layers.
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def attach(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
-    """Give a builder's configuration the timing cache in a file, or an empty one if the file cannot be used.
+    """Make a build use the timing cache in the file `path`, or an empty cache if the file is missing or unusable.
 
     Returns:
         The cache, which must stay alive as long as the build.
@@ -42,7 +42,7 @@ def attach(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
 
 
 def merge(config: trt.IBuilderConfig, cache: trt.ITimingCache, path: Path) -> str:
-    """Add the kernel times that a build measured to the cache file; parallel builds keep each other's times.
+    """Add the kernel times that a build measured to the cache file, and keep those that parallel builds added.
 
     Args:
         config: Configuration of the build that has ended.

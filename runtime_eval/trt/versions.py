@@ -68,7 +68,7 @@ _MISSING_TARGETS = {"SM72": "Jetson Xavier", "SM87": "Jetson Orin", "SM90": "Hop
 
 
 def capability(module: str, version: str) -> Capability:
-    """Return the features of a version of a builder from `TABLE`.
+    """Return the features of a builder at a version, from the row of `TABLE` for its range.
 
     Raises:
         ToolError: The version is older than every row.
@@ -140,7 +140,7 @@ def load(module: str) -> Any:
 
 
 def network_flags(trt: Any, row: Capability) -> tuple[int, list[str]]:
-    """Return the bit mask for `create_network` and the names of its flags; TensorRT 10 and 11 number flags differently.
+    """Return the network flags that a builder needs, as the bit mask for `create_network` and as names.
 
     Raises:
         ToolError: The module lacks a flag that its version should have.

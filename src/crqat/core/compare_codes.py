@@ -1,4 +1,4 @@
-"""Compares integer codes: one comparison for the export, for boards, for benchmarks and for tests.
+"""Compares integer codes that two computations of a quantized network give, and counts differing and wrong codes.
 
 Two codes of the same value may differ if its floating-point result lies near a rounding tie. A comparison therefore
 counts the codes that differ, and among these the wrong codes, which no correct computation gives. If a tensor has no
@@ -40,7 +40,7 @@ class Comparison:
         largest: Largest difference among the wrong codes, in codes.
         first_wrong: Name of the first tensor with a wrong code, empty if there is none.
         farthest_from_tie: Largest distance of a differing code's value from the tie, in codes; 0 without a `Tie`.
-        farthest_in: Name of the tensor with that distance, empty if there is none.
+        farthest_in: Name of the tensor in which `farthest_from_tie` was found, empty if there is none.
     """
 
     codes: int
@@ -59,7 +59,8 @@ def compare_codes(
 
     Args:
         pairs: Maps each tensor's name to (expected codes, codes to check), integer arrays with as many elements.
-        ties: Ties of the tensors whose codes may differ near a tie, by one code or by as many as the bound spans.
+        ties: Values before rounding of the tensors whose codes may differ near a tie, by tensor name. Such codes may
+            differ by one, or by as many codes as the bound in `Tie` spans.
 
     Raises:
         ValueError: The arrays of a pair differ in their number of elements.

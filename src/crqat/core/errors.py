@@ -38,21 +38,21 @@ class ToolError(CrqatError):
 
 
 class InternalError(ToolError):
-    """Replaces an unexpected exception in crqat itself by an error of one line; see `crqat.core.failures`."""
+    """Raised in place of an unexpected exception in crqat's own code; `crqat.core.failures` makes its message."""
 
     # Raised by one of several training processes; the launcher may restart them, which may help.
     exit_code_of_rank = 70
 
 
 class Told(SystemExit):
-    """Ends the process without a message, because the error was already printed.
+    """Raised, instead of SystemExit, to end the process after its error was printed; no further message is shown.
 
-    It is a class of its own, so that a SystemExit which other code raises is recognized and reported.
+    A SystemExit that is not of this class comes from other code, such as code of the user, and is reported as an error.
     """
 
 
 class Interrupted(CrqatError):
-    """Raised after a signal asked the process to end and its work was saved; the exit code is 128 + the signal."""
+    """Raised when the work of a process that a signal asked to end is saved; the exit code is 128 + the signal."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)

@@ -47,7 +47,7 @@ _DISTRIBUTIONS = (
 
 @contextmanager
 def explained(what: str, run: Path | None = None) -> Iterator[None]:
-    """Context manager that passes crqat's own errors through and converts every other exception to one.
+    """Context manager that converts exceptions in its body to a `CrqatError`, except those that already are one.
 
     A broken pipe passes through as well: only the code that prints knows whether it is the pipe of the output.
 
@@ -127,7 +127,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def own_file(path: str | Path) -> str | None:
-    """Return the path of a crqat file in the package, such as "crqat/train/config.py"; None for other files."""
+    """Return a path for messages, such as "crqat/train/config.py", if a file belongs to crqat; None if it does not."""
     real = Path(path).resolve()
     for name, folder in _PARTS.items():
         if real.is_relative_to(folder):

@@ -1,4 +1,4 @@
-"""Validation helpers of the configuration classes: strict keys, bounds, paths. Boards, without pydantic, use it too."""
+"""Validation of configuration classes: strict keys, bounds, paths. It also works on boards, which have no pydantic."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ STRICT = {"extra": "forbid"}
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, for use in an ``Annotated`` type."""
+    """Bounds of a number x, for use in an ``Annotated`` type: ge <= x, gt < x, x <= le, x < lt; None sets no bound."""
 
     ge: float | None = None
     gt: float | None = None

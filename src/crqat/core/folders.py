@@ -15,11 +15,12 @@ def walk(
     Args:
         root: Folder to start in; may be a link.
         hidden: Whether to enter folders whose name begins with a dot.
-        refuse: Called with the error of a folder that cannot be read; None skips such folders.
+        refuse: Function that is called with the error of each folder that cannot be read; None skips such folders.
 
     Yields:
-        The folder, and the sorted names of its files, of its hidden folders that are not entered, and of its links to a
-        folder that is visited anyway.
+        For each folder, a tuple: the folder, the names of its files, the names of its hidden folders that are not
+        entered, and the names of its links that are not followed because their target is visited anyway. Names are
+        sorted.
     """
     seen: set[tuple[int, int]] = set()
     for parent, folders, files in os.walk(root, onerror=refuse, followlinks=True):

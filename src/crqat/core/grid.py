@@ -123,6 +123,6 @@ def load_grids(path: Path) -> dict[str, Grid]:
 
 
 def grids_hash(grids: Mapping[str, Grid]) -> str:
-    """Return the SHA-256 of all Grids of a network; it ties an exported file to the training run it came from."""
+    """Return the SHA-256 of all Grids of a network; it shows which trained network a file was exported from."""
     text = json.dumps({edge: grid.to_json() for edge, grid in grids.items()}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()

@@ -77,7 +77,7 @@ def decode_image(
         convert: Whether to convert images of another mode (grey, palette, CMYK) to RGB or grey instead of rejecting
             them. Images with transparency or more than 8 bits have no standard conversion and are always rejected.
         channels: 3 for RGB, 1 for grey (colours are converted to ITU-R 601-2 luma).
-        interpolation: One of FILTERS.
+        interpolation: Name of the filter for resizing, one of `FILTERS`.
 
     Returns:
         uint8 of shape [channels, crop, crop].

@@ -1,4 +1,4 @@
-"""Converts images to the network's input; the only code that normalizes, in training and on the board."""
+"""Converts images to the network's input. Training and the measurement on a board normalize with this same code."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ class Preprocessing:
 
 
 def checked_bytes(images: Any, preprocessing: Preprocessing | None = None) -> npt.NDArray[np.uint8]:
-    """Check images passed by the user's code and return them as a numpy array for the runtimes.
+    """Check images that the user's code has passed, and return them as a numpy array.
 
     Args:
         images: uint8 of shape [N, C, H, W], N >= 1, a numpy array or a torch tensor on any device.

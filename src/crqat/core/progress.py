@@ -1,4 +1,4 @@
-"""Progress reports of long work: the stages call them, the command line draws them."""
+"""The callback with which stages report the progress of long work; the command line passes one that draws it."""
 
 from __future__ import annotations
 

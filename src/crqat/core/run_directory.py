@@ -118,7 +118,7 @@ def write_stage(run: Path, manifest: Manifest) -> Iterator[Path]:
 
 @contextmanager
 def write_directory(out: Path, manifest: Manifest) -> Iterator[Path]:
-    """Context manager like `write_stage` for a directory that the user chose; on a clean exit it appears complete.
+    """Context manager that yields an empty directory and moves it, with its manifest, to `out` on a clean exit.
 
     Args:
         out: Directory to create. An existing one must be empty or made by this function, which replaces it.
@@ -216,7 +216,7 @@ def _try_lock(descriptor: int) -> bool:
 
 
 def sync(path: Path) -> None:
-    """Make the operating system write a file, or the names in a directory, to disk."""
+    """Make the operating system write the content of a file, or the entries of a directory, to disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -241,7 +241,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def command(stage: str) -> str:
-    """Return the crqat command that runs a stage, without the program's name."""
+    """Return the command line that runs a stage, without the leading "crqat": "train RECIPE" for "train"."""
     kind, at, _ = stage.partition("@")
     if kind == "perturbation":
         return "sensitivity RECIPE --perturbation"

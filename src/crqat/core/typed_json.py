@@ -1,4 +1,4 @@
-"""Converts dataclasses from and to JSON: the only reader and writer of the files that stages leave.
+"""Converts dataclasses from and to JSON; all JSON files that stages write are written and read here.
 
 A dataclass is the layout. The types of its fields are what the reader accepts: dataclasses, unions, `Literal`, lists,
 tuples, dictionaries by text, numbers with bounds (`Annotated[float, Range(ge=0)]`), texts, booleans and None. A field
@@ -40,7 +40,7 @@ class Mismatch(ValueError):
 
 @dataclass(frozen=True)
 class Ordered:
-    """Marks an `Annotated` pair of numbers whose first must not be above the second."""
+    """Marker in the `Annotated` type of a pair of numbers: the first must not be larger than the second."""
 
 
 Interval = Annotated[tuple[float, float], Ordered()]
@@ -62,7 +62,7 @@ def from_json(cls: type[_T], value: object, key: str = "") -> _T:
 
 
 def to_json(value: Any) -> Any:
-    """Return the JSON value of dataclasses and of lists, tuples and dictionaries of them; keep other values."""
+    """Return a value as JSON: dataclasses, also in lists, tuples and dictionaries, are converted; others are kept."""
     if is_dataclass(value) and not isinstance(value, type):
         return {
             _key(item): to_json(own)
@@ -105,13 +105,13 @@ def read(cls: type[_T], path: Path, again: str) -> _T:
 
 
 def checked(cls: type[_T], data: object, source: str, again: str, writer: str | None = None) -> _T:
-    """Convert a JSON value that was already read to a dataclass; its version is checked as in `read`.
+    """Return a JSON value, which was already read from a file, as a dataclass, after the checks of `read`.
 
     Args:
         cls: Dataclass that describes the layout.
         data: The JSON value.
         source: File or other source of the value, for the message.
-        again: Remedy, as in `read`.
+        again: Remedy for a damaged value or one of another version, as in `read`.
         writer: Version of crqat that wrote the value, if known.
 
     Raises:

@@ -26,7 +26,12 @@ class LayerAccuracy:
 
 @dataclass(frozen=True)
 class AverageBits:
-    """Mean bit width over all weights of a network: the requested limit, and the value of the proposed bit widths."""
+    """Mean bit width over all weights of a network.
+
+    Attributes:
+        asked: Largest mean that the user allows.
+        proposed: Mean of the proposed bit widths.
+    """
 
     asked: float
     proposed: float
@@ -34,7 +39,12 @@ class AverageBits:
 
 @dataclass(frozen=True)
 class Uniform:
-    """KL divergence from the float network (`together`) with `bits` bits in all layers, for comparison."""
+    """KL divergence from the float network of a network with the same bit width in all layers, for comparison.
+
+    Attributes:
+        bits: Bit width of all layers.
+        together: KL divergence with all layers quantized at once.
+    """
 
     bits: int
     together: float

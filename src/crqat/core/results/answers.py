@@ -22,7 +22,7 @@ def pack(classes: npt.NDArray[np.int64]) -> str:
 
 
 def unpack(text: str, n: int) -> npt.NDArray[np.int64]:
-    """Decode the text that `pack` returned into classes, int64 [N].
+    """Return the predicted class of each image, int64 [N], from a text that `pack` made.
 
     Args:
         text: Text returned by `pack`.

@@ -25,7 +25,7 @@ Positive = Annotated[float, Range(gt=0)]
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings with which a benchmark measured; `crqat.runtime_eval.config.BenchmarkConfig` describes them."""
+    """Settings of a benchmark; `crqat.runtime_eval.config.BenchmarkConfig` describes the attributes."""
 
     threads: int
     provider: str | None = None
@@ -217,7 +217,7 @@ class FloatLayers:
 
     Attributes:
         macs: Multiply-accumulates of each layer kept in float.
-        share: Their share of the network's multiply-accumulates.
+        share: Share of the network's multiply-accumulates that these layers have.
     """
 
     macs: dict[str, int]

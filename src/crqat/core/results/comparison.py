@@ -1,4 +1,4 @@
-"""Layout of what `crqat compare` reports: each file compared with the first run's file for the same target."""
+"""Layout of the report of `crqat compare`: each file is compared with the file of the first run for the same target."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from crqat.core.typed_json import Interval
 
 @dataclass(frozen=True)
 class Compared:
-    """Results of one file of one run, compared with the first run's file for the same target.
+    """Results of one file of one run, compared with the file of the first run for the same target.
 
     Attributes:
         run: Name of the run, or its path if two runs share a name.
         file: Name of the file in the run.
         target: Target that the file was written for, or "float".
-        status: "measured", or why there are no figures.
+        status: "measured", or why the file has no results.
         n: Number of test images.
         top1: Share of the test images that the file classifies correctly.
         top1_interval: Wilson's bounds of `top1`, each one-sided 95 %.
-        difference_points: Accuracy of this file minus that of the first run's file, in percentage points, on the same
-            images.
+        difference_points: Accuracy of this file minus that of the file of the first run, on the same images, in
+            percentage points.
         difference_interval_points: Tango's bounds of `difference_points`, each one-sided 95 %.
         unpaired: Why there is no difference; "" if there is one, and for the first run.
         p50_ms: Median latency at batch 1, in milliseconds.

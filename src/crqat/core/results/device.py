@@ -54,7 +54,12 @@ class Jetson:
 
 @dataclass(frozen=True)
 class LoadAverage:
-    """Load averages of a machine over one minute, before (`start`) and after (`end`) a measurement."""
+    """Load averages of a machine over one minute; None if the system does not report them.
+
+    Attributes:
+        start: Load average before a measurement.
+        end: Load average after it.
+    """
 
     start: float | None
     end: float | None

@@ -109,7 +109,10 @@ class Coverage:
 
 @dataclass(frozen=True)
 class LayerCounts:
-    """Number of an engine's layers of each kind; None, which is not written, if no layer is of that kind."""
+    """Number of an engine's layers in all (`layers`) and of each kind that `EngineLayer` lists, by the kind's name.
+
+    If no layer is of the kind, `sync`, `shape` and `other` are None instead of 0 and left out of the JSON.
+    """
 
     layers: int
     reformat: int
@@ -232,7 +235,7 @@ def _refuse_half(engine: EngineSummary | EngineReport) -> None:
 
 @dataclass(frozen=True)
 class Engines:
-    """Layout of engine.json: engine reports by the file that each engine was built from."""
+    """Layout of engine.json: maps the name of each ONNX file to the report of the engine that was built from it."""
 
     engines: dict[str, EngineReport]
     schema_version: int = 1

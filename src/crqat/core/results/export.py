@@ -14,10 +14,10 @@ from crqat.core.typed_json import OMIT, OMIT_EMPTY
 
 @dataclass(frozen=True)
 class Claim:
-    """How a file holds the trained Grid (scale, zero point and range) of one edge.
+    """Statement of an exported file on whether it holds the trained Grid (scale, zero point and range) of one edge.
 
     Attributes:
-        claim: "exact" if the file holds the Grid unchanged, "lossy" if it could not.
+        claim: "exact" if the file holds the Grid unchanged, "lossy" if its format cannot.
         note: What was lost or changed.
         bias_error: For a weight: largest error of its layer's bias, in real units.
     """
@@ -35,10 +35,10 @@ class ExportedModel:
         file: Name of the file in the export's directory.
         target: Target that the file was written for, "float" or "float16".
         precision: Type of the operations that are not INT8, "float32" or "float16".
-        claims: By edge, how the file holds the trained Grid.
+        claims: How the file holds the trained Grid of each edge, by the edge's name.
         macs: Multiply-accumulates of each Conv and Gemm node that should run in INT8, by node name.
         float_layers: Layers that the recipe keeps in float.
-        verification: Comparison of the file's integer codes.
+        verification: Result of the verification, which compares the integer codes of file and integer simulator.
         fusion: Operations that ONNX Runtime fused; None for a file for another runtime.
         findings: Violations of the runtime's rules; None for a float file.
         expected_codes: Name of the file with the codes that a CPU should compute.
@@ -67,8 +67,8 @@ class LayerSummary:
         products: Mean number of products that each output sums.
         weight_bits: Bit width of the weight or second operand; None if it is float.
         input_bits: Bit width of the input or first operand; None if it is float.
-        weight_snr: Signal-to-noise ratio of the weight's quantizer, dB; None if it changes nothing.
-        input_snr: Signal-to-noise ratio of the input's quantizer, dB; None if it changes nothing.
+        weight_snr: Signal-to-noise ratio of the quantized weight in dB; None if quantization changes nothing.
+        input_snr: Signal-to-noise ratio of the quantized input in dB; None if quantization changes nothing.
         reason: Why the layer is float, if the recipe gives a reason.
     """
 

@@ -46,7 +46,7 @@ class StudyRow:
 
     @property
     def place(self) -> tuple[object, ...]:
-        """Fields that identify a result; a new result with the same values replaces the old one."""
+        """Values of the fields that identify this result in a study; a newer result with equal values replaces it."""
         return self.labels, self.bits, self.seed, self.equal, self.method
 
 

@@ -49,8 +49,8 @@ class TrainingPayload:
         device: Device of the training.
         seconds: Duration of the training in seconds, summed over all parts if it was interrupted.
         quantizers: Number of quantizers in the network.
-        notes: Notes on the accuracies and on layers whose bit width differs from the recipe's, one line each.
-        preparation: How the images were prepared, if published weights specify it.
+        notes: Notes on the accuracies and on layers whose bit width differs from that in the recipe, one line each.
+        preparation: Notes on how the images were resized, cropped and normalized, one line each.
         warnings: Probable problems of the trained network, one line each.
         processes: Number of processes that trained together.
     """

@@ -57,17 +57,17 @@ def names() -> tuple[str, ...]:
 
 
 def executed() -> str:
-    """Return the name of the runtime in which an export runs its file to compare integer codes."""
+    """Return the name of the runtime that an export runs to compare its integer codes with those of the simulator."""
     return next(name for name, target in TARGETS.items() if target.not_run is None)
 
 
 def builds_engine(name: str) -> bool:
-    """Return whether a benchmark builds an engine from the file of this target; False for float files."""
+    """Return whether a benchmark builds an engine from a file whose target is `name`; False for "float" files."""
     return name in TARGETS and TARGETS[name].builds_engine
 
 
 def find(name: str) -> Target | None:
-    """Return the runtime that a file was written for, by the file's target; None for float files."""
+    """Return the Target with a name; None if there is none, as for the target "float" of a float file."""
     return TARGETS.get(name)
 
 
@@ -93,9 +93,9 @@ def _for_all(value: Any) -> Any:
 
 
 class ByTarget:
-    """Mapping from a runtime's name, or `ALL`, to layer names, for use in an ``Annotated`` type.
+    """Marker of an ``Annotated`` mapping from the name of a runtime, or `ALL`, to names of layers.
 
-    A list in a recipe applies to all runtimes.
+    A recipe may give a list of layers instead, which then applies to all runtimes.
     """
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:

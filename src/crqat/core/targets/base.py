@@ -1,4 +1,4 @@
-"""What a runtime requires of a file: its rules as data, and as functions of numbers.
+"""What a runtime requires of a quantized file, as data and as functions of numbers.
 
 A Target knows no graph. Placement (torch), lowering and lint (onnx) and the runners apply it to their own graphs; lint
 passes it plain descriptions of nodes. numpy is imported only where it computes, so that checking a recipe is fast.
@@ -151,7 +151,7 @@ class Target:
             not run on CPUs.
         not_run: Why an export cannot run the runtime and compare codes; None if it can.
         builds_engine: Whether a benchmark builds an engine from the file and reads its plan.
-        runs_also: Other runtimes that measure the file, by their names in results.
+        runs_also: Other runtimes in which a benchmark measures the file too, by their names in results.
         rules: Function that yields the rules that a node violates.
     """
 
@@ -184,7 +184,7 @@ class Target:
 
     @property
     def largest_nonnegative(self) -> int:
-        """Return the largest code in training of an activation without negative values; its zero point is 0."""
+        """Return the largest code, during training, of an activation without negative values; its zero point is 0."""
         low, high = self.code_range
         return high - low if self.zero_points else high
 
@@ -193,7 +193,8 @@ class Target:
 
         Args:
             input_codes: Largest stored code of the activation that the weight multiplies; the smallest is 0.
-            depthwise: Whether the layer is depthwise (see `is_depthwise`); it adds no two products.
+            depthwise: Whether the layer is depthwise (see `is_depthwise`): such a layer does not add pairs of products,
+                so it has no limit.
         """
         if self.sum_limit is None or depthwise or input_codes <= 0:
             return None
@@ -208,7 +209,7 @@ class Target:
         return next((family for family in self.cpus if machine in family.machines), None)
 
     def float_type(self, asked: FloatType) -> FloatType:
-        """Return the type of the operations that are not INT8: the requested one if offered, else the default."""
+        """Return the type of the operations that are not INT8: `asked` if the runtime allows it, else its default."""
         return asked if asked in self.float_types else self.float_types[0]
 
 
@@ -223,10 +224,17 @@ def is_depthwise(weight_shape: Sequence[int], groups: int) -> bool:
 
 
 def weight_codes(bits: int) -> tuple[int, int]:
-    """Return the smallest and the largest code of a weight: symmetric at 8 bits, full two's complement below."""
+    """Return the smallest and the largest code of a weight: (-127, 127) at 8 bits, (-8, 7) at 4 bits."""
     return (-127, 127) if bits == 8 else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
 
 def activation_codes(bits: int, nonnegative: bool) -> tuple[int, int]:
-    """Return the smallest and the largest code of an activation at a bit width, before a target's limits."""
+    """Return the smallest and the largest code that an activation can have with so many bits.
+
+    A target may allow fewer codes; see `crqat.core.targets.constraints.Constraints.activation_codes`.
+
+    Args:
+        bits: Bit width.
+        nonnegative: Whether the activation has no negative values; its codes then start at 0.
+    """
     return (0, 2**bits - 1) if nonnegative else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)

@@ -1,4 +1,4 @@
-"""The constraints that a network must meet to run on several targets: those of all of them together."""
+"""The constraints that one network must meet to run on several targets: it must meet those of every target."""
 
 from __future__ import annotations
 
@@ -35,10 +35,15 @@ class Constraints:
         return next((target for target in self.targets if not target.zero_points), None)
 
     def activation_codes(self, bits: int, nonnegative: bool) -> tuple[int, int]:
-        """Return the smallest and the largest code of an activation.
+        """Return the smallest and the largest code that all targets allow for an activation.
 
-        Without unsigned INT8, a tensor without negative values at 8 bits uses the upper half of the signed range. If
-        all targets use unsigned codes, it uses the full range; the file then needs no Clip after a ReLU.
+        At 8 bits, an activation without negative values has the codes 0 to 255 if all targets can store them; the file
+        then needs no Clip after a ReLU. If a target has only signed codes and no zero points, it has the codes 0 to
+        127.
+
+        Args:
+            bits: Bit width.
+            nonnegative: Whether the activation has no negative values.
         """
         qmin, qmax = activation_codes(bits, nonnegative)
         if nonnegative:

@@ -33,7 +33,10 @@ def round_up(scale: npt.NDArray[np.float32], targets: Sequence[Target]) -> npt.N
 
 
 def too_large(scale: npt.NDArray[np.float32], targets: Sequence[Target]) -> Target | None:
-    """Return a target that cannot hold the largest scale (or a NaN) as a finite number; None if all can."""
+    """Return a target whose files cannot store the largest of the scales as a finite number; None if all can.
+
+    A scale that is NaN counts as too large.
+    """
     largest = scale.max()
     return next((target for target in _narrow(targets) if not largest <= _RANGES[target.scale_type][1]), None)
 
@@ -49,7 +52,10 @@ def folded_scale(
     input_scale: np.float32 | None,
     targets: Sequence[Target],
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]:
-    """Fold BN into a weight's scales, and raise those that a target cannot hold or that overflow the bias.
+    """Fold BN into the scales of a weight, and raise scales that are too small.
+
+    A scale is too small if a target's files cannot store it, or if the bias overflows int32 when it is stored in units
+    of the scale times `input_scale`.
 
     Args:
         scale: Trained scale of the unfolded weight, float32 of shape [C].
@@ -79,7 +85,15 @@ def unfolded(
     raised: npt.NDArray[np.bool_],
     targets: Sequence[Target],
 ) -> npt.NDArray[np.float32]:
-    """Return the trained scales that fold to the stored ones, float32 of shape [C]; arguments as in `folded_scale`."""
+    """Return the scales of the unfolded weight that `folded_scale` maps to `folded`, float32 of shape [C].
+
+    Args:
+        folded: Scales from `folded_scale`, rounded to values that files can store.
+        scale: As in `folded_scale`.
+        multiplier: As in `folded_scale`.
+        raised: Second result of `folded_scale`.
+        targets: As in `folded_scale`.
+    """
     import numpy as np
 
     changed = (multiplier != 0) if _narrow(targets) else raised
