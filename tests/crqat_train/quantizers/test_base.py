@@ -15,7 +15,7 @@ def test_quantizer_of_names_what_is_no_quantizer() -> None:
     model.add_module("quantizers", torch.nn.ModuleDict({lsq.spec.module_name: lsq}))
     assert quantizer_of(model, lsq.spec) is lsq
     model.get_submodule("quantizers").add_module(lsq.spec.module_name, torch.nn.Identity())
-    with pytest.raises(TypeError, match=r"post_hooks\.x__0\.0: not a quantizer"):
+    with pytest.raises(TypeError, match=r"post_hooks\.x__0\.0: the module there is not a quantizer"):
         quantizer_of(model, lsq.spec)
 
 

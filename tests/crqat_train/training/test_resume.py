@@ -302,7 +302,7 @@ def test_a_folder_of_images_that_vanishes_mid_epoch(tmp_path: Path, monkeypatch:
         cut_after(patch, 1, lambda: (tmp_path / "images").rename(tmp_path / "gone"))  # type: ignore[arg-type]
         with pytest.raises(
             ToolError,
-            match=rf"^{tmp_path}/images/train/.*\.png: cannot be read( any more)?: No such file or directory; did",
+            match=rf"^{tmp_path}/images/train/.*\.png: cannot be read( any more)?: No such file or directory; leave",
         ):
             train(config, tmp_path / "first", quiet, tmp_path / "states", save_every=0.0)
     (tmp_path / "gone").rename(tmp_path / "images")

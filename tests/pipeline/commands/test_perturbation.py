@@ -126,7 +126,7 @@ def test_a_run_of_other_images_is_named(measured: tuple[Path, Result]) -> None:
         (("--perturbation", "--set", "name=untrained"), r"untrained.train: no such stage yet.*crqat train RECIPE"),
         (("--perturbation", "--run", "nowhere"), r"nowhere.train: no such stage yet.*crqat train RECIPE"),
         (("--perturbation", "--average-bits", "4"), "--average-bits: .* --perturbation"),
-        (("--draws", "2"), "add --perturbation"),
+        (("--draws", "2"), "apply only with --perturbation; add it"),
     ],
 )
 def test_errors_are_one_line(measured: tuple[Path, Result], options: tuple[str, ...], message: str) -> None:

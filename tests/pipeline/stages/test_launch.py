@@ -175,7 +175,7 @@ def test_a_process_that_torch_killed_because_it_did_not_answer_did_not_die() -> 
 def test_run_is_not_started_in_several_processes(command: list[str], tmp_path: Path) -> None:
     code, lines = run([*command[:3], "run", "recipe.yaml"], tmp_path, RANK="1", WORLD_SIZE="2")
     assert (code, len(lines)) == (2, 1)
-    assert "start `train` with torchrun" in lines[0]
+    assert "start `crqat train` with torchrun" in lines[0]
 
 
 def test_what_cannot_be_shared_is_refused_before_anything_starts(command: list[str], tmp_path: Path) -> None:
