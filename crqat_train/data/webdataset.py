@@ -133,7 +133,7 @@ def _class_names(path: Path) -> tuple[str, ...] | None:
         msg = f"{path}: cannot be read: {error.strerror}"
         raise ToolError(msg) from error
     except UnicodeDecodeError as error:
-        msg = f"{path}: not UTF-8; write one class name a line"
+        msg = f"{path}: not UTF-8; save it as UTF-8, with one class name a line"
         raise UsageError(msg) from error
     if not names or "" in names or len(set(names)) < len(names):
         msg = f"{path}: write one class name a line, the first for label 0, without empty or repeated names"

@@ -54,7 +54,8 @@ def take_ranges(student: fx.GraphModule, checkpoint: Checkpoint, targets: Sequen
         targets: Targets of the recipe.
 
     Returns:
-        One entry per edge of the layout, then one per edge that only the checkpoint quantizes.
+        One entry per quantizer of the student, which names where its range comes from; then one entry per quantizer
+        that only the checkpoint has.
 
     Raises:
         UsageError: A zero point is not 0 where the quantizer or the target requires 0.

@@ -1,4 +1,4 @@
-"""The `doctor` command: reports which libraries, tools and devices work here, and what needs those that do not."""
+"""The `doctor` command: reports what works on this machine, and what cannot be done without what is missing."""
 
 from __future__ import annotations
 

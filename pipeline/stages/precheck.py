@@ -173,8 +173,8 @@ class _Check:
                 raise
             network = self.start.network
             msg = (
-                f"model.name: {type(network).__name__}{forward_of(network)} fails in the {stage} of its untrained copy"
-                f"{one_line_of(error)}; {_REPLACE}"
+                f"model.name: {type(network).__name__}{forward_of(network)}: a trial with an untrained copy fails in "
+                f"the {stage}{one_line_of(error)}; {_REPLACE}"
             )
             raise UsageError(msg) from error
 

@@ -28,7 +28,7 @@ def attach(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
         The cache, which must stay alive as long as the build.
 
     Raises:
-        ToolError: TensorRT rejects even an empty cache, or the file cannot be locked.
+        ToolError: TensorRT rejects even a new cache, or the file cannot be locked.
     """
     with _locked(path):
         content = _read(path)
@@ -37,7 +37,7 @@ def attach(config: trt.IBuilderConfig, path: Path) -> trt.ITimingCache:
         # A mismatch is not ignored: times of another device would select the wrong kernels.
         if cache is not None and config.set_timing_cache(cache, ignore_mismatch=False):
             return cache
-    msg = f"{path}: TensorRT rejects an empty timing cache; build without a timing cache"
+    msg = f"{path}: this TensorRT rejects every timing cache, even a new one; build without a timing cache"
     raise ToolError(msg)
 
 
