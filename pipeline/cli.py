@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 # Name of the variable by which a shell asks for completion instead of a command; set by click.
 _COMPLETE = "_CRQAT_COMPLETE"
 INTERRUPTED, NOBODY_READS = 130, 128 + signal.SIGPIPE
-# While a training takes steps, it prints its own line, which says where it was saved.
 # What most users need, in the order of use; `--help` shows the other commands after these.
 FIRST = (
     "init", "quantize", "advise", "run", "train", "export", "benchmark", "gate", "report", "compare", "check",
     "explain", "doctor",
 )  # fmt: skip
+# While a training takes steps, it prints its own line, which says where it was saved.
 _KEPT = "completed and saved work is kept; run the same command again to resume"
 
 

@@ -141,7 +141,9 @@ def test_every_command_in_a_block_has_options_that_exist(page: str, line: str) -
         name, *words = words
         command = command.commands[name]
         context = click.Context(command, info_name=name, parent=context)
-    command.make_context(context.info_name or "", words, parent=context.parent)
+    made = command.make_context(context.info_name or "", words, parent=context.parent)
+    assert made.command is command  # a wrong option or argument is a UsageError
+    assert not made.args  # nothing is left over
 
 
 def test_commands_are_found() -> None:

@@ -38,61 +38,32 @@ class BasicBlock(nn.Module):
         """Map float32 [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
         out = self.relu1(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        if self.stride == 2:
-            before = self.new_channels // 2
-            x = F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new_channels - before))
-        return self.relu2(out + x)  # type: ignore[no-any-return]
+        return self.relu2(out + self.skip(x))  # type: ignore[no-any-return]
+
+    def skip(self, x: Tensor) -> Tensor:
+        """Return the input in the shape of the output: subsampled, with channels of zeros on both sides."""
+        if self.stride == 1:
+            return x
+        before = self.new_channels // 2
+        return F.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, before, self.new_channels - before))
 
 
-class ResNet8(nn.Module):
-    """MLPerf Tiny's image classification network (github.com/mlcommons/tiny): one residual block in each stage.
-
-    Where the resolution halves, the shortcut is a 1x1 convolution without BatchNorm.
+class ProjectedBlock(BasicBlock):
+    """Residual block of MLPerf Tiny (github.com/mlcommons/tiny): the shortcut is a 1x1 convolution at stride 2.
 
     Args:
-        classes: Number of logits.
-        channels: Number of image channels.
+        channels: Number of input channels.
+        width: Number of output channels.
+        stride: 1, or 2 where the resolution halves.
     """
 
-    def __init__(self, classes: int, channels: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(16)
-        self.relu = nn.ReLU()
-        self.layer1 = _ProjectedBlock(16, 16, stride=1)
-        self.layer2 = _ProjectedBlock(16, 32, stride=2)
-        self.layer3 = _ProjectedBlock(32, 64, stride=2)
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        self.linear = nn.Linear(64, classes)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
-                nn.init.kaiming_normal_(module.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return logits, float32 [B, classes], for normalized float32 images [B, channels, H, W]."""
-        out = self.relu(self.bn1(self.conv1(x)))
-        out = self.layer3(self.layer2(self.layer1(out)))
-        return self.linear(torch.flatten(self.pool(out), 1))  # type: ignore[no-any-return]
-
-
-class _ProjectedBlock(nn.Module):
-    """Residual block like BasicBlock, with a 1x1 convolution as the shortcut where the shape changes."""
-
     def __init__(self, channels: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(width)
-        self.relu1 = nn.ReLU()
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(width)
-        self.relu2 = nn.ReLU()
+        super().__init__(channels, width, stride)
         self.shortcut = nn.Identity() if stride == 1 else nn.Conv2d(channels, width, 1, stride)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map float32 [B, channels, H, W] to [B, width, ceil(H / stride), ceil(W / stride)]."""
-        out = self.relu1(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        return self.relu2(out + self.shortcut(x))  # type: ignore[no-any-return]
+    def skip(self, x: Tensor) -> Tensor:
+        """Return the input in the shape of the output, projected by a convolution where the shape changes."""
+        return self.shortcut(x)  # type: ignore[no-any-return]
 
 
 class CifarResNet(nn.Module):
@@ -104,16 +75,17 @@ class CifarResNet(nn.Module):
         blocks: Residual blocks in each of the three stages.
         classes: Number of logits.
         channels: Number of image channels.
+        block: Class of the residual blocks.
     """
 
-    def __init__(self, blocks: int, classes: int, channels: int) -> None:
+    def __init__(self, blocks: int, classes: int, channels: int, block: type[BasicBlock] = BasicBlock) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.relu = nn.ReLU()
-        self.layer1 = _stage(blocks, 16, 16, stride=1)
-        self.layer2 = _stage(blocks, 16, 32, stride=2)
-        self.layer3 = _stage(blocks, 32, 64, stride=2)
+        self.layer1 = _stage(block, blocks, 16, 16, stride=1)
+        self.layer2 = _stage(block, blocks, 16, 32, stride=2)
+        self.layer3 = _stage(block, blocks, 32, 64, stride=2)
         self.pool = nn.AdaptiveAvgPool2d(1)
         self.linear = nn.Linear(64, classes)
         for module in self.modules():
@@ -127,9 +99,14 @@ class CifarResNet(nn.Module):
         return self.linear(torch.flatten(self.pool(out), 1))  # type: ignore[no-any-return]
 
 
-def _stage(blocks: int, channels: int, width: int, stride: int) -> nn.Sequential:
-    first = BasicBlock(channels, width, stride)
-    return nn.Sequential(first, *(BasicBlock(width, width, 1) for _ in range(blocks - 1)))
+def _stage(block: type[BasicBlock], blocks: int, channels: int, width: int, stride: int) -> nn.Sequential:
+    first = block(channels, width, stride)
+    return nn.Sequential(first, *(block(width, width, 1) for _ in range(blocks - 1)))
+
+
+def _mlperf_tiny_resnet8(classes: int, channels: int) -> nn.Module:
+    """Return MLPerf Tiny's network for image classification: one residual block a stage."""
+    return CifarResNet(1, classes, channels, ProjectedBlock)
 
 
 def _small_resnet18(classes: int, channels: int) -> nn.Module:
@@ -158,7 +135,7 @@ def _small_mobilenet_v2(classes: int, channels: int) -> nn.Module:
 
 # Other networks for images of about 32 pixels: their own, and torchvision's with the first layers replaced.
 CIFAR_NETWORKS: dict[str, Callable[[int, int], nn.Module]] = {
-    "cifar/resnet8": ResNet8,
+    "cifar/resnet8": _mlperf_tiny_resnet8,
     "cifar/resnet18": _small_resnet18,
     "cifar/mobilenet_v2": _small_mobilenet_v2,
 }
