@@ -6,7 +6,6 @@ import os
 import signal
 import sys
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ import click
 
 from crqat.core import failures
 from crqat.core.errors import CrqatError, InternalError, Told, ToolError, UsageError
-from crqat.pipeline import cli_quantize, cli_tools, console, streams
+from crqat.pipeline import cli_expert, cli_quantize, cli_tools, console, streams
 from crqat.pipeline.cli_options import (
     board,
     force_option,
@@ -28,7 +27,6 @@ from crqat.pipeline.cli_stages import judge_run, run_stage, show_results, show_w
 
 if TYPE_CHECKING:
     from crqat.core.results.export import ExportPayload
-    from crqat.pipeline.recipe.recipe import Recipe
 
 # Name of the variable by which a shell asks for completion instead of a command; set by click.
 _COMPLETE = "_CRQAT_COMPLETE"
@@ -100,7 +98,7 @@ def crqat() -> None:
     """  # noqa: D301 - click's mark for lines that stay as they are
 
 
-for _command in (*cli_quantize.COMMANDS, *cli_tools.COMMANDS):
+for _command in (*cli_quantize.COMMANDS, *cli_tools.COMMANDS, *cli_expert.COMMANDS):
     crqat.add_command(_command)
 
 
@@ -286,80 +284,6 @@ def gate(
     if results is not None:
         return judge_run(config, runs, boards.carried(config, runs, results), baseline)
     return judge_run(config, runs, boards.stage_of(board(address) if address else None), baseline)
-
-
-@crqat.command()
-@recipe_arguments
-@force_option
-@click.option("--average-bits", type=click.FloatRange(2, 8), help="Largest mean bit width of the weights. Default: 5.")
-@click.option(
-    "--images",
-    type=click.IntRange(min=1),
-    help="Calibration images, default: 128; with --perturbation validation images, default: all.",
-)
-@click.option(
-    "--perturbation",
-    is_flag=True,
-    help="Instead: measure accuracy and loss of the run's networks under noise on inputs and weights.",
-)
-@click.option(
-    "--run",
-    "others",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    metavar="RUN",
-    help="With --perturbation: directory of another trained run to compare with; repeatable.",
-)
-@click.option("--draws", type=click.IntRange(min=1), help="With --perturbation: draws at each noise level. Default: 5.")
-@json_option
-def sensitivity(
-    recipe: Path,
-    overrides: tuple[str, ...],
-    runs: Path,
-    force: bool,
-    average_bits: float | None,
-    images: int | None,
-    perturbation: bool,
-    others: tuple[Path, ...],
-    draws: int | None,
-) -> None:
-    """Measure each layer's sensitivity to fewer bits in a trained run, and propose a mixed bit-width recipe."""
-    config = load(recipe, overrides)
-    if perturbation:
-        if average_bits is not None:
-            msg = "--average-bits: does not apply to --perturbation; leave one of them out"
-            raise UsageError(msg)
-        _perturb(config, runs, force, others, draws=draws or 5, images=images)
-        return
-    if others or draws is not None:
-        msg = "--run and --draws apply only with --perturbation; add it, or leave them out"
-        raise UsageError(msg)
-    from crqat.pipeline.commands import mixed_precision as proposal
-
-    run_stage("sensitivity", config, runs, force, average_bits=average_bits or 5.0, images=images or 128)
-    proposal.show(runs / config.name / "sensitivity")
-
-
-def _perturb(config: Recipe, runs: Path, force: bool, others: tuple[Path, ...], **further: Any) -> None:
-    """Measure accuracy and loss under noise, for this run and for `others`, and show the results together."""
-    from crqat.core.run_directory import verify_stage
-    from crqat.pipeline.commands import perturbation
-    from crqat.pipeline.recipe.recipe import from_resolved
-
-    asked = [(config, runs)]
-    for other in others:
-        path = other.resolve()
-        found = from_resolved(verify_stage(path / "train").config)
-        if _validation(found) != _validation(config):
-            click.echo(f"warning: {other}: has another data.source, data.validation or seed, so its images differ")
-        asked.append((replace(found, name=path.name), path.parent))  # the directory may have been renamed
-    directories = [run_stage("perturbation", found, where, force, **further) for found, where in asked]
-    perturbation.show(directories)
-
-
-def _validation(config: Recipe) -> tuple[object, ...]:
-    """Return the settings that determine the validation images."""
-    return config.data.source, config.data.root, config.data.validation, config.seed
 
 
 def main() -> None:

@@ -43,7 +43,7 @@ ORDER: dict[str, list[set[str]]] = {
     ],
     "pipeline": [
         {"streams", "console", "gate"}, {"recipe", "report"}, {"stages", "cli_options", "measure"},
-        {"commands", "study"}, {"cli_stages", "cli_tools"}, {"cli_quantize"}, {"cli"},
+        {"commands", "study"}, {"cli_stages", "cli_tools"}, {"cli_quantize", "cli_expert"}, {"cli"},
     ],
 }  # fmt: skip
 # What a room imports against the order, with the reason.

@@ -93,6 +93,7 @@ ELSEWHERE: dict[str, str] = {
     "runtime_eval/measure/worker_client.py": "tests/runtime_eval/measure/test_worker.py",
     "runtime_eval/runners/__init__.py": "tests/runtime_eval/test_benchmark.py",
     "runtime_eval/trt/builder.py": "tests/runtime_eval/trt/test_engine.py",
+    "pipeline/cli_expert.py": "tests/pipeline/test_cli.py",
     "pipeline/cli_options.py": "tests/pipeline/test_cli.py",
     "pipeline/cli_quantize.py": "tests/pipeline/commands/test_quantize.py",
     "pipeline/cli_stages.py": "tests/pipeline/test_cli.py",
