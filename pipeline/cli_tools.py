@@ -189,6 +189,7 @@ def init(
     them, the recipe is for scikit-learn's digits and explains every
     key.
     """  # noqa: D301 - click's mark for lines that stay as they are
+    from crqat.pipeline.commands import network_fit
     from crqat.pipeline.commands import new_recipe as command
 
     if images is None or model is None:
@@ -215,7 +216,7 @@ def init(
             "size": size,
             "crop": crop,
         }
-        request = command.Request(path, images, model, weights, weights_key, preprocessing, every)
+        request = network_fit.Request(path, images, model, weights, weights_key, preprocessing, every)
         with console.show_progress() as progress:
             summary = command.write_for(request, progress)
         click.echo(

@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -35,19 +34,19 @@ from crqat.core.results.benchmark import (
 )
 from crqat.core.results.device import LoadAverage
 from crqat.core.results.engine import BUILT, EngineReport, EngineSummary
-from crqat.core.results.export import ExportedModel, ExportPayload
-from crqat.core.run_directory import Manifest, manifest_hash, payload_of, sha256_file, verify_stage
+from crqat.core.results.export import ExportedModel
+from crqat.core.run_directory import manifest_hash, sha256_file, verify_stage
 from crqat.core.targets import TARGETS, TENSORRT, builds_engine
 from crqat.runtime_eval.config import TENSORRT_PROVIDERS, BenchmarkConfig
+from crqat.runtime_eval.exported import FLOAT, read_payload
 from crqat.runtime_eval.machine import host
 from crqat.runtime_eval.machine.jetson import Watch
 from crqat.runtime_eval.measure import accuracy, latency
 from crqat.runtime_eval.measure.worker_client import OPENVINO, RUNTIME, Worker
-from crqat.runtime_eval.runners import onnx_header
 from crqat.runtime_eval.trt import coverage, engine
 from crqat.runtime_eval.trt import versions as tensorrt_api
 
-FLOAT, FLOAT16 = "float", "float16"
+FLOAT16 = "float16"
 # Targets of the files that OpenVINO runs too: the float file, and that of a target with `runs_also`.
 FLOAT_OPENVINO = "float_openvino"
 FOR_OPENVINO = {FLOAT: FLOAT_OPENVINO} | {name: OPENVINO for name, t in TARGETS.items() if OPENVINO in t.runs_also}
@@ -119,7 +118,7 @@ def benchmark(export_dir: Path, config: BenchmarkConfig, progress: Progress) -> 
     """
     export_dir = export_dir.resolve()  # a new export may become current during the benchmark
     manifest, parent = verify_stage(export_dir), manifest_hash(export_dir)
-    payload, images, labels = _read_payload(export_dir, manifest)
+    payload, images, labels = read_payload(export_dir, manifest)
     entries = list(payload.models)
     machine = host.describe()
     load_at_start = host.load_average()
@@ -155,57 +154,6 @@ def _version() -> str | None:
         return metadata.version("crqat-edge")
     except metadata.PackageNotFoundError:
         return None
-
-
-def _read_payload(
-    export_dir: Path, manifest: Manifest
-) -> tuple[ExportPayload, npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-    """Return an export's payload, images uint8 [N, C, H, W] (memory-mapped) and labels int64 [N]."""
-    if manifest.stage != "export":
-        msg = f"{export_dir}: not an export but the stage {manifest.stage}; give the run's `export` directory"
-        raise UsageError(msg)
-    payload = payload_of(ExportPayload, export_dir, manifest)
-    entries = payload.models
-    names = [payload.images, payload.labels, *(entry.file for entry in entries)]
-    names += [entry.expected_codes for entry in entries if entry.expected_codes is not None]
-    targets = [entry.target for entry in entries]
-    for name in names:
-        if name not in manifest.files:  # its hash was not checked
-            msg = f"{export_dir}: the manifest names {name} as a model or data, but has no SHA-256 of it; export again"
-            raise UsageError(msg)
-    if targets.count(FLOAT) != 1:
-        msg = f"{export_dir}: has {targets.count(FLOAT)} float models, not exactly one to compare with; export again"
-        raise UsageError(msg)
-    for entry in entries:
-        _refuse_external_data(export_dir / entry.file)
-    images, labels = (_read_array(export_dir / name) for name in names[:2])
-    if images.dtype != np.uint8 or images.ndim != 4 or len(images) == 0:
-        msg = f"{export_dir / names[0]}: {images.dtype} {list(images.shape)}, expected uint8 [N, C, H, W]; export again"
-        raise UsageError(msg)
-    if labels.dtype != np.int64 or labels.shape != (len(images),):
-        shape = list(labels.shape)
-        msg = f"{export_dir / names[1]}: {labels.dtype} {shape}, expected int64 [{len(images)}]; export again"
-        raise UsageError(msg)
-    return payload, images, labels
-
-
-def _refuse_external_data(path: Path) -> None:
-    try:
-        tensor = onnx_header.external_tensor(path)
-    except UsageError:
-        return  # no runtime will load the file; the reason becomes this model's result
-    if tensor is not None:
-        msg = f"{path}: the tensor {tensor} is stored in another file; external data is refused, export again"
-        raise UsageError(msg)
-
-
-def _read_array(path: Path) -> npt.NDArray[Any]:
-    try:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        msg = f"{path}: not a .npy array ({error}); export again"
-        raise UsageError(msg) from error
-    return array
 
 
 def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Progress, folder: Path) -> None:

@@ -39,7 +39,7 @@ ORDER: dict[str, list[set[str]]] = {
         {"stage", "export_model"},
     ],
     "runtime_eval": [
-        {"config", "machine"}, {"runners", "trt"}, {"measure"}, {"benchmark"}, {"board"}, {"__main__"},
+        {"config", "machine"}, {"runners", "trt"}, {"exported", "measure"}, {"benchmark"}, {"board"}, {"__main__"},
     ],
     "pipeline": [
         {"streams", "console", "gate"}, {"recipe", "report"}, {"stages", "cli_options", "measure"},

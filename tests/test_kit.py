@@ -19,7 +19,7 @@ from crqat.core.results.training import TrainingPayload
 from crqat.core.results.verdict import Verdict
 from crqat.pipeline.cli import crqat
 from crqat.pipeline.commands.doctor import Finding
-from crqat.pipeline.commands.new_recipe import Summary
+from crqat.pipeline.commands.network_fit import Summary
 from crqat.pipeline.recipe.keys import Key, every_key
 
 ROOT = Path(__file__).parents[1]
