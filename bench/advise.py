@@ -4,8 +4,8 @@ Runs every step at W8A8, W4A8 and W4A4 for two CIFAR-10 networks:
 
     resnet20   published weights that have seen all training images: 5,000 test images, drawn by seed, judge, and the
                other 5,000 are the test images; all 50,000 training images calibrate and train
-    resnet8    recipes/cifar10_resnet8.yaml, whose float network is trained here once: a held-back tenth of the training
-               images judges
+    resnet8    recipes/cifar10_resnet8.yaml, whose float network is trained here once, at the first bit widths: a held-back
+               tenth of the training images judges
 
 Runs are stored in bench-out/advise and resume after an interruption. Writes bench-out/advise.json.
 
@@ -63,11 +63,16 @@ def crqat(*arguments: str) -> int:
     return subprocess.run([sys.executable, "-m", "crqat", *arguments], check=False).returncode
 
 
+def name_of(network: str, bits: str) -> str:
+    """Return the recipe's name for a network and its bit widths, such as "resnet8_w4a8" for "resnet8" and "4/8"."""
+    return f"{network}_w{bits.replace('/', 'a')}"
+
+
 def settings(network: str, bits: str, given: argparse.Namespace) -> list[str]:
     """Return the arguments of `crqat advise` for a network and its bit widths: the recipe and --set options."""
     weights, activations = bits.split("/")
     common = {
-        "name": f"{network}_w{weights}a{activations}",
+        "name": name_of(network, bits),
         "quantization.weights": weights,
         "quantization.activations": activations,
         "gate.max_accuracy_drop": LIMITS[bits],
@@ -81,6 +86,11 @@ def settings(network: str, bits: str, given: argparse.Namespace) -> list[str]:
     else:
         file = ROOT / "recipes" / "cifar10_resnet8.yaml"
         further = {"data.root": given.cifar10, "data.download": "false"}
+        first = given.bits.split(",")[0]
+        trained = OUT / "runs" / f"{name_of(network, first)}-advise-calibration-minmax" / "train" / "float.safetensors"
+        if bits != first and trained.is_file():
+            # The held-back images are the same, so this network has not seen them, although advise cannot know that.
+            further["model.weights"] = trained.resolve()
     return [str(file), *(part for key, value in {**common, **further}.items() for part in ("--set", f"{key}={value}"))]
 
 
@@ -104,8 +114,7 @@ def main() -> None:
             asked = settings(network, bits, given)
             code = crqat("advise", *asked, "--runs", str(runs), "--all", *judge)
             row = {"network": network, "bits": bits, "limit": LIMITS[bits], "exit_code": code}
-            name = f"{network}_w{bits.replace('/', 'a')}"
-            advice = runs / f"{name}-advise" / "advice.json"
+            advice = runs / f"{name_of(network, bits)}-advise" / "advice.json"
             if advice.is_file():
                 row["advice"] = json.loads(advice.read_text())
             add(row)
