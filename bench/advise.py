@@ -4,7 +4,7 @@ Runs every step at W8A8, W4A8 and W4A4 for two CIFAR-10 networks:
 
     resnet20   published weights that have seen all training images: 5,000 test images, drawn by seed, judge, and the
                other 5,000 are the test images; all 50,000 training images calibrate and train
-    resnet8    recipes/cifar10_resnet8.yaml, whose float network is trained here once, at the first bit widths: a held-back
+    resnet8    recipes/cifar10_resnet8.yaml, whose float network is trained once, at the first bit widths: a held-back
                tenth of the training images judges
 
 Runs are stored in bench-out/advise and resume after an interruption. Writes bench-out/advise.json.

@@ -231,9 +231,9 @@ class Vote:
         self._asked: tuple[Any, Tensor] | None = None
 
     def largest(self, *values: float) -> list[float]:
-        """Submit values, and return the maxima over ranks of those submitted before; zeros at the first call.
+        """Submit values, and return the maxima over ranks of the values of the previous call; zeros at the first call.
 
-        A single rank gets its own values back at once.
+        With a single rank, the values are returned at once.
         """
         if world() == 1:
             return list(values)

@@ -36,7 +36,7 @@ class QuantizedModel(fx.GraphModule):
 
     Attributes:
         targets: Names of the runtimes whose limits it respects.
-        specs: Edge, bit width and integer range of each quantizer, in the order of NNCF's layout.
+        specs: Edge, bit width and integer range of each quantizer, in NNCF's order.
         notes: Differences between the training of this network and of the float network, one line each.
     """
 
@@ -272,7 +272,7 @@ def save(model: QuantizedModel, path: str | Path) -> None:
         UsageError: The network was not made by `quantize`.
     """
     if "quantization" not in model.meta:
-        msg = "save: the network was not made by crqat.quantize; a train stage saves its networks itself"
+        msg = "save: the network was not made by crqat.quantize; a run already holds the networks that it trained"
         raise UsageError(msg)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

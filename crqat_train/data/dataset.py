@@ -1,4 +1,4 @@
-"""The Dataset contract of all data sources and of a recipe's own function, and its checks."""
+"""The `Dataset` that every data source and every data function of a user returns, and its checks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from crqat.train.data.streaming import StoredImages
 class Dataset:
     """A labeled data set on the CPU, in memory or in files that are decoded on demand.
 
-    A recipe's own function returns a `Dataset`. The recipe names it as `data.source: my_module:my_images`:
+    A data function of yours returns a `Dataset`. A recipe names it as `data.source: my_module:my_images`:
 
         def my_images(root: str) -> crqat.Dataset:  # root is the recipe's `data.root`; leave it out if you need none
             arrays = numpy.load(f"{root}/images.npz", allow_pickle=False)
@@ -131,15 +131,15 @@ def _type_hint(value: Tensor, ndim: int) -> str:
         return ""
     if ndim == 1:
         if value.ndim == 2 and value.shape[1] > 1:
-            return "; labels are class numbers: labels.argmax(1), if these are one per class"
+            return "; labels must be class numbers: for one-hot labels, use labels.argmax(1)"
         return "" if value.is_floating_point() and bool((value % 1 != 0).any()) else "; convert them: labels.long()"
     if not value.is_floating_point():
-        return "; images are bytes, 0..255: images.to(torch.uint8), if they are in that range"
+        return "; images must be bytes: if the values are in 0..255, use images.to(torch.uint8)"
     low, high = float(value.min()), float(value.max())
     if low < 0:
-        return f" from {low:.3g} to {high:.3g}; give the bytes before normalization, which `preprocessing` describes"
+        return f" from {low:.3g} to {high:.3g}; pass bytes before normalization, which `preprocessing` does"
     scaled = "(images * 255).round()" if high <= 1 else "images.round()"
-    return f" from {low:.3g} to {high:.3g}; images are bytes, 0..255: {scaled}.to(torch.uint8)"
+    return f" from {low:.3g} to {high:.3g}; images must be bytes in 0..255: use {scaled}.to(torch.uint8)"
 
 
 def doubts(dataset: Dataset, listed: bool = False) -> tuple[str, ...]:

@@ -194,7 +194,7 @@ def _check(rows: Rows, names: tuple[str, ...], label: str) -> None:
     wrong = np.flatnonzero((rows.labels < 0) | (rows.labels >= len(names)))
     if len(wrong):
         from_one = "; number the classes from 0" if rows.labels.min() == 1 and rows.labels.max() == len(names) else ""
-        msg = f"{rows.name}: row {wrong[0]}: {label} {rows.labels[wrong[0]]} is not in 0..{len(names) - 1}, the classes"
+        msg = f"{rows.name}: row {wrong[0]}: {label} {rows.labels[wrong[0]]} is not a class number, 0..{len(names) - 1}"
         msg += from_one
         raise UsageError(msg)
     if not len(rows):

@@ -137,7 +137,7 @@ def _layout_hint(root: Path) -> str:
     folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
     inside = next((path for path in folders if (path / "train").is_dir()), None)
     if inside is not None:
-        return f"; {inside}/train has the two levels the other way round, or is the folder itself"
+        return f"; {inside}/train exists: set data.root to {inside}, or move the class folders into train and test"
     names = ", ".join(path.name for path in folders[:5])
     return f"; {root} has {names}{', ...' if len(folders) > 5 else ''}" if folders else f"; {root} has no folders"
 

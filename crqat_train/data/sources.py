@@ -93,7 +93,7 @@ def load(
         near = difflib.get_close_matches(source, SOURCES, n=1)
         hint = f'; did you mean "{near[0]}"?' if near else ""
         known = ", ".join(f'"{name}"' for name in SOURCES)
-        msg = f'{key}: "{source}" is none of {known}, "package.module:function"{hint}'
+        msg = f'{key}: "{source}" is not a data source; use {known} or "package.module:function"{hint}'
         raise UsageError(msg)
     validate(dataset, f"{key}: {source}")
     found = doubts(dataset, listed=source == "imagelist")
@@ -186,8 +186,8 @@ def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Da
 def _imagelist(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
     if root is None or config.image_list is None:
         msg = (
-            "data.image_list: missing, or data.root; imagelist needs the JSON file of the list and the folder of its "
-            "images"
+            "data.image_list: missing, or data.root is; imagelist needs both: the JSON file of the list and the folder "
+            "of its images"
         )
         raise UsageError(msg)
     found = imagelist.read(user_path(config.image_list, "data.image_list"))

@@ -72,14 +72,16 @@ def split(n: int, fraction: float, seed: int) -> Split:
     """
     count = round(n * fraction)
     if not 0 < count < n:
-        msg = f"data.validation: a share of {fraction} of {n} training images leaves one part empty; change it"
+        msg = (
+            f"data.validation: a share of {fraction} of {n} training images leaves one part empty; choose another share"
+        )
         raise UsageError(msg)
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
     return Split(train=order[count:], validation=order[:count], unlabeled=order[:0], judging=order[:0])
 
 
 def _balanced(labels: Tensor, seed: int) -> Tensor:
-    """Return an order of the images in which every prefix is balanced over the classes; int64 of shape [N]."""
+    """Return an order of the images in which the first n have equally many of each class, for any n; int64 [N]."""
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
     place = torch.empty_like(order)
     for label in set(labels.tolist()):

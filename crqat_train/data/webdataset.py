@@ -217,7 +217,8 @@ def _label(text: bytes, where: str, names: tuple[str, ...] | None) -> int:
     label = int(text)
     if names is not None and label >= len(names):
         from_one = " (classes are numbered from 0)" if label == len(names) else ""
-        msg = f"{where}: label {label} is not in 0..{len(names) - 1}, the classes{from_one}; correct it, or {CLASSES}"
+        numbers = f"a class number, 0..{len(names) - 1}{from_one}"
+        msg = f"{where}: label {label} is not {numbers}; correct the label, or {CLASSES}"
         raise UsageError(msg)
     return label
 

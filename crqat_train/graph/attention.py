@@ -1,6 +1,6 @@
 """Computes nn.MultiheadAttention with single operations: those of torch's own forward, in the same order.
 
-torch.fx and NNCF can then trace these operations, and NNCF's layout maps to the graph one to one.
+torch.fx and NNCF can then trace these operations, and each quantizer that NNCF places maps to one edge of the graph.
 """
 
 from __future__ import annotations

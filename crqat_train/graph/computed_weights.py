@@ -66,7 +66,7 @@ def fold_modules(model: nn.Module) -> list[str]:
             if isinstance(hook, (WeightNorm, SpectralNorm)):
                 found.append((str(hook.name), type(hook).__name__))
             elif isinstance(hook, prune.BasePruningMethod):
-                by = f"{type(hook).__name__}, a pruning: training may fill what was pruned"
+                by = f"{type(hook).__name__}, which prunes: training may change the pruned zeros"
                 found.append((str(hook._tensor_name), by))
             else:
                 continue
@@ -138,7 +138,7 @@ def fold_graph(
 
 
 def _folded(owner: str, name: str, by: str) -> str:
-    return f"{owner}: its {name} is computed ({by}); it is folded, and training continues with the plain {name}"
+    return f"{owner}: its {name} is computed ({by}); training continues with the computed {name} as a plain parameter"
 
 
 def _name(node: fx.Node) -> str:

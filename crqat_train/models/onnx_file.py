@@ -60,8 +60,8 @@ def read(path: Path) -> OnnxFile:
     version = max(versions.values(), default=0)
     if not OPSETS[0] <= version <= OPSETS[1]:
         msg = (
-            f"{path}: is of opset {version}; opsets {OPSETS[0]} to {OPSETS[1]} are supported: export it with one, "
-            "such as opset_version=17"
+            f"{path}: has opset {version}; opsets {OPSETS[0]} to {OPSETS[1]} are supported: export it again with "
+            "opset_version=17"
         )
         raise UsageError(msg)
     if model.functions:

@@ -223,7 +223,7 @@ class Builder:
             except (RuntimeError, ValueError) as error:
                 if self.batch is None:
                     raise
-                msg = f"computes a value for exactly {self.batch} images; export it with a dynamic batch size"
+                msg = f"works only for batches of {self.batch} images; export it with a dynamic batch size"
                 raise Refused(msg) from error
         if isinstance(sample, (bool, int, float, list)) and sample == other:
             return Value.of(sample, self._node)

@@ -81,7 +81,7 @@ def _of_timm(name: str) -> Published | None:
     note = ""
     if configuration.crop_mode not in ("", "center", None):
         note = (
-            f"evaluated with crop mode {configuration.crop_mode}, here by the shorter side and a square in the centre"
+            f"published with crop mode {configuration.crop_mode}; crqat resizes the shorter side and crops the center"
         )
     interpolation = _filter(configuration.interpolation or "bicubic")
     mean, std = tuple(configuration.mean), tuple(configuration.std)

@@ -196,7 +196,7 @@ def _read(path: Path) -> Any:
         msg = f"model.weights: no file {path}; correct the path, or leave model.weights out to train the float network"
         raise UsageError(msg)
     if not path.name.lower().endswith(ENDINGS):
-        msg = f"model.weights: {path} is none of {', '.join(ENDINGS)}; save model.state_dict() as one of them"
+        msg = f"model.weights: {path} is not one of {', '.join(ENDINGS)}; save model.state_dict() as one of them"
         raise UsageError(msg)
     stand_ins = [(_LeftOut, name) for name in _SETTINGS] + [(OrderedDict, name) for name in _DICTIONARIES]
     try:

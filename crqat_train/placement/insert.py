@@ -60,11 +60,11 @@ def insert_quantizers(
 
     Returns:
         A GraphModule that keeps the model's state dict keys and has the quantizers under `quantizers.NAME`, and the
-        specs of the quantizers in the order of NNCF's layout.
+        specs of the quantizers in NNCF's order.
 
     Raises:
-        UsageError: The model cannot be run or traced, has layers that cannot be quantized, or NNCF's layout cannot be
-            mapped one to one.
+        UsageError: The model cannot be run or traced, has layers that cannot be quantized, or NNCF's placement
+            cannot be mapped to the graph one to one.
     """
     if hasattr(model, "quantizers"):
         msg = f"model.name: {type(model).__name__}.quantizers is reserved for the quantizers; rename that attribute"
@@ -206,8 +206,8 @@ def _map_hooks(
         some = ", ".join(_described(model, name) for name in sorted(odd)[:3]) or "their order"
         msg = (
             f"model.name: {type(model).__name__}{forward_of(model)} runs different operations when it is traced "
-            f"({some}); the forward must not depend on the type of a tensor, or call functions that hide operations "
-            "from torch"
+            f"({some}); the forward must neither depend on the type of a tensor nor call functions that hide "
+            "operations from torch"
         )
         raise UsageError(msg)
     by_name = dict(zip(hooks.operations, operations.values(), strict=True))

@@ -1,4 +1,4 @@
-"""Spec of a quantizer: its edge, bit width, codes, and the operation that it belongs to."""
+"""Spec of a quantizer: its edge, bit width, code range, and the operation that it belongs to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from crqat.core import targets as runtimes
 
 @dataclass(frozen=True)
 class QuantizerSpec:
-    """Edge, codes and bit width of one quantizer of the layout.
+    """Edge, code range and bit width of one quantizer.
 
     Attributes:
         edge: Name of the edge: the first of its NNCF hook names.

@@ -1,4 +1,8 @@
-"""Applies the targets' rules to the layout: residual Adds, unfused activations, codes and bit widths."""
+"""Adapts NNCF's quantizer placement to the targets.
+
+The targets determine which inputs of residual Adds and which activations get quantizers, and which code ranges and bit
+widths are allowed.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +168,7 @@ def conv_branches(graph_module: fx.GraphModule, groups: Groups) -> set[str]:
 
 
 def without_skips(groups: Groups) -> Groups:
-    """Return the quantizers without those on inputs of Adds; one with other consumers is kept for these only."""
+    """Remove the quantizers from the inputs of residual Adds; other consumers of the same value keep theirs."""
     result: Groups = []
     for names, channels, weight, places in groups:
         kept: list[Place] = []
@@ -184,7 +188,7 @@ def constrain(
     config: QuantizationConfig,
     constraints: runtimes.Constraints,
 ) -> list[QuantizerSpec]:
-    """Return the spec of each quantizer of the layout, with its codes and bit width.
+    """Return the spec of each placed quantizer, with its code range and bit width.
 
     The graph decides whether codes are signed; the recipe and the targets' limits decide the bit width.
     """

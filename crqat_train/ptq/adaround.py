@@ -36,7 +36,8 @@ class Moments:
     """Second moments of a layer's inputs, mean over images and positions; float32.
 
     Attributes:
-        quantized: Moments of the quantized network's inputs, shape [groups, K, K], K weights of one output channel.
+        quantized: Moments of the quantized network's inputs, shape [groups, K, K], where K is the number of
+            weights of one output channel.
         mixed: Moments of the float network's inputs (rows) with the quantized network's (columns), same shape.
         damping: Weight of a parameter's own error relative to that of the outputs, of shape [groups].
     """

@@ -63,13 +63,10 @@ class Quantizer(nn.Module):
     def set_grad_scale(self, elements: int) -> None:
         """Set the factor by which the scale's gradient is multiplied; this base class sets none.
 
-        Calibration calls it once for each quantizer.
+        Calibration calls it once for each quantizer. Methods that do not scale the gradient ignore it.
 
         Args:
             elements: Number of values that share the scale: weights of a channel or a tensor, or features of one image.
-
-        Calibration calls this, with the weights of one scale or with the features of one image. Methods that do not
-        scale the gradient ignore it.
         """
 
     def start_weight(self, weight: Tensor) -> Tensor | None:
@@ -92,7 +89,7 @@ class Quantizer(nn.Module):
 
 
 def specs_of(model: fx.GraphModule) -> list[QuantizerSpec]:
-    """Return the specs of a quantized network's quantizers, in the order of NNCF's layout."""
+    """Return the specs of a quantized network's quantizers, in NNCF's order."""
     return list(model.meta.get("specs", ()))  # a network that was only traced has none
 
 

@@ -46,7 +46,11 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
         UsageError: A BatchNorm or a scale holds values that are not finite or not valid, or a scale is larger than a
             target can store.
     """
-    why = "training diverged; lower qat.lr" if trained else "and nothing was trained: look at weights and images"
+    why = (
+        "training diverged; lower qat.lr"
+        if trained
+        else "although nothing was trained; check the weights and the images"
+    )
     check_values(model, "the network", why)
     constraints = runtimes.union(targets)
     specs = specs_of(model)
@@ -81,10 +85,11 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
 
 
 def _representable(model: fx.GraphModule, scales: Mapping[str, Tensor], constraints: runtimes.Constraints) -> bool:
-    """Whether every scale is a value that targets store, up to the rounding of folding BN into it and out again.
+    """Whether all scales have been rounded to storable values before, so that rounding again must change nothing.
 
-    Rounding such a scale up again could move it to the next larger stored value, half a part in a thousand away. The
-    test needs all scales of a network: a single trained one may lie so near to a stored value by chance.
+    Folding BN into a scale and dividing it out again leaves a rounding error. Without this test, rounding up a second
+    time could therefore move a scale to the next larger storable value. All scales of a network are tested together: a
+    single trained scale may be that close to a storable value by chance.
     """
     for spec in specs_of(model):
         scale = scales[spec.edge]

@@ -206,7 +206,7 @@ def measure(config: TrainConfig, processes: Sequence[int], between: Link | None,
         ToolError: A process died or took too long.
     """
     if config.qat.epochs == 0:
-        msg = "qat.epochs: 0 trains nothing, there is no step to measure; --set qat.epochs=1"
+        msg = "qat.epochs: 0 trains nothing, so there is no step to measure; use --set qat.epochs=1"
         raise UsageError(msg)
     holds, threads = _machine(config.device)
     job = {

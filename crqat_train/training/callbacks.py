@@ -93,7 +93,7 @@ class ScaleLearningRate(Callback):
 
 
 class ProgressiveBits(Callback):
-    """Descending lower bounds on the bit width of all quantizers, each for an equal share of the steps."""
+    """Lowers the bit widths step by step: each lower bound on them holds for an equal share of the training steps."""
 
     def __init__(self, models: Sequence[nn.Module], widths: tuple[int, ...]) -> None:
         self._quantizers = [quantizer for model in models for quantizer in quantizers(model)]

@@ -79,7 +79,7 @@ def train(
     precheck: Precheck | None = None,
     track: loop.Track | None = None,
 ) -> TrainingPayload:
-    """Run the stage and fill `out` with checkpoints, Grids, the layout and the history.
+    """Run the stage and fill `out` with checkpoints, Grids, the specs of the quantizers, and the history.
 
     Args:
         config: Resolved recipe.
@@ -303,7 +303,9 @@ class _Run:
             self.progress("layout", 1, 1, f"warning: {note}")
             self.notes.append(note)
         made = ptq.apply(student, config.targets, batches, config.quantization.calibration, config.ptq, self.progress)
-        self.progress("calibration", 1, 1, f"{len(student.specs)} quantizers from {len(images)} training images")
+        self.progress(
+            "calibration", 1, 1, f"{len(student.specs)} quantizers, ranges from {len(images)} training images"
+        )
         self.notes.extend(made)
         if self.nncf is not None:
             edges = start_from.summary(start_from.take_ranges(student, self.nncf, config.targets))

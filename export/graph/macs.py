@@ -31,8 +31,7 @@ def split_macs(graph: Graph) -> tuple[dict[str, int], FloatLayers]:
     """Split the multiply-accumulates of a graph into those of layers to run in INT8 and those of layers kept in float.
 
     Returns:
-        The result of `macs` without the nodes of layers that the recipe keeps in float; and the multiply-accumulates of
-        those layers.
+        Two results of `macs`: one for the layers to run in INT8, and one for the layers that the recipe keeps in float.
     """
     amounts = macs(graph)
     total, kept = sum(amounts.values()), dict.fromkeys(graph.float_layers.values(), 0)

@@ -93,7 +93,7 @@ def lower_activation(grid: Grid, target: str) -> Activation:
         raise UsageError(msg)
     if grid.qmax > high:
         halved = Grid(grid.scale * np.float32(grid.qmax / high), 0, 0, high)
-        note = f"{rules.title} has no unsigned INT8: {high + 1} codes instead of {grid.qmax + 1}"
+        note = f"{rules.title} has no unsigned INT8, so this tensor gets {high + 1} codes instead of {grid.qmax + 1}"
         return Activation(halved, stored, None, "lossy", note)
     full = grid.qmin in (low, 0) and grid.qmax == high  # with qmin 0 the tensor has no negative value
     return Activation(grid, stored, None if full else (grid.qmin, grid.qmax))

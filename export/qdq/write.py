@@ -152,7 +152,7 @@ class _Writer:
         return name
 
     def _read(self, name: str) -> str:
-        """Return the float tensor for a name of the float graph: dequantized, a removed node's input, or itself."""
+        """Return the tensor of the file that holds, in float, the value of a tensor of the float graph."""
         name = self.alias.get(name, name)
         if name in self.coded:
             codes, edge = self.coded[name]

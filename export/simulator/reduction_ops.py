@@ -111,7 +111,8 @@ def softmax(attributes: Attributes, x: Array) -> Array:
 def _exp_sum_error(attributes: Attributes, x: Float) -> Array:
     """Return the relative error of the sum of exp(x - max x), without the effect of the inputs' errors.
 
-    Rounding the difference becomes a relative error of each term after exp, which counts by the term's share.
+    The rounding error of x - max x becomes a relative error of exp(x - max x). Each term contributes in proportion to
+    its share of the sum.
     """
     axis = attributes.get("axis", -1)
     below = x.values.max(axis=axis, keepdims=True) - x.values

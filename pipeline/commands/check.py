@@ -59,7 +59,7 @@ def _check_directory(path: Path) -> list[str]:
     for stage in found:
         manifest = run_directory.verify_stage(path / stage)
         if manifest.stage != stage:
-            msg = f"{path / stage}: holds the stage {manifest.stage}; was it copied from elsewhere?"
+            msg = f"{path / stage}: its manifest is of the stage {manifest.stage}; was the directory renamed or copied?"
             raise UsageError(msg)
         staleness.check_parent(path, manifest)
         lines.append(_describe(path / stage, manifest))

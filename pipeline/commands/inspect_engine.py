@@ -73,7 +73,9 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         cut = _cut(model, options)
         target = Path(f"{path.stem}.cut.onnx")
         _write(target, cut.SerializeToString())
-        click.echo(f"wrote {target}: {len(cut.graph.node)} of {len(model.graph.node)} nodes, which fail likewise:")
+        click.echo(
+            f"wrote {target}: {len(cut.graph.node)} of {len(model.graph.node)} nodes, which fail in the same way:"
+        )
         for node in cut.graph.node:
             click.echo(printable(f"  {node.op_type} {node.name}"))
     msg = f"{path}: {report.status}"

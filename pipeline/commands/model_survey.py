@@ -204,9 +204,9 @@ def _death(ended: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Return environment variables for the process, so that it finds crqat and no local file hides a library.
+    """Return environment variables with which the process imports crqat, and libraries rather than local files.
 
-    `import_function` still finds the user's own modules. Python 3.10 ignores PYTHONSAFEPATH.
+    `import_function` still finds the user's own modules. PYTHONSAFEPATH has no effect in Python 3.10.
     """
     paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONSAFEPATH": "1"}

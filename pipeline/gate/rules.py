@@ -290,7 +290,7 @@ def _with_images(verdict: Verdict) -> Verdict:
     if verdict.status != "inconclusive":
         return replace(verdict, images_needed=None)
     needed = verdict.images_needed
-    text = "no number of test images would decide: the measured value equals the limit"
+    text = "more test images would not decide: the measured value equals the limit"
     if needed is not None:
         text = f"about {needed:,} test images would decide if the rates stay as they are"
     return replace(verdict, message=f"{verdict.message}; {text}")

@@ -117,7 +117,7 @@ def _lines(models: Mapping[str, ModelResult]) -> Iterable[str]:
             yield f"{file}: {float_layers(model.float_layers)}"
         layers = model.int8_layers
         if layers is not None and model.target not in BASELINES:
-            others = f"; not {', '.join(layers.in_float)}" if layers.in_float else ""
+            others = f"; in float: {', '.join(layers.in_float)}" if layers.in_float else ""
             yield f"{file}: {layers.int8} of {layers.layers} layers that multiply are INT8{others}"
         latency = model.timed
         if latency is None:

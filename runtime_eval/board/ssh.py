@@ -196,7 +196,7 @@ class _Told:
 
 
 class _Link:
-    """Connection to one job on one board; `last_words` is the last line of its log that was no progress report."""
+    """Connection to one job on one board; `last_words` is the last line of its log that is not a progress report."""
 
     def __init__(self, board: Board, bundle: Bundle, progress: Progress) -> None:
         self._board, self._progress = board, progress

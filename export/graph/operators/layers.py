@@ -51,7 +51,8 @@ def _conv_transpose(w: Walk, a: Arguments) -> Any:
 def _linear(w: Walk, a: Arguments) -> Any:
     """Write a linear layer as a Gemm with its bias; tensors of more than two dimensions are reshaped around it.
 
-    A quantizer that is the only consumer is placed before the second Reshape, which then moves codes.
+    If a quantizer is the only consumer of the result, it is placed before the second Reshape, so that the Reshape moves
+    codes instead of float values.
     """
     x, weight = a["input"], a["weight"]
     name, weights = w.float_name(x), w.float_name(weight)

@@ -22,7 +22,7 @@ def _nothing(w: Walk, a: Arguments) -> Any:
 def _to(w: Walk, a: Arguments) -> Any:
     before, after = a["self"].meta["val"].dtype, w.node.meta["val"].dtype
     if after.is_floating_point and after != torch.float32:
-        w.refuse(f"a cast to {after}: a runtime computes in the type of its file")
+        w.refuse(f"a cast to {after}, although a runtime computes in the file's type")
     if before.is_floating_point and not after.is_floating_point and after != torch.bool:
         w.refuse(f"a cast of real values to {after}, which cuts off their fraction")
     return w.name(a["self"], w.node.meta["val"].dtype)

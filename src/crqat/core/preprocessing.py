@@ -72,11 +72,11 @@ class Preprocessing:
 
 
 def checked_bytes(images: Any, preprocessing: Preprocessing | None = None) -> npt.NDArray[np.uint8]:
-    """Check images that the user's code has passed, and return them as a numpy array.
+    """Check images that a caller of the Python API passed, and return them as a numpy array.
 
     Args:
         images: uint8 of shape [N, C, H, W], N >= 1, a numpy array or a torch tensor on any device.
-        preprocessing: Preprocessing that will normalize the images; it must have their number of channels.
+        preprocessing: Preprocessing that will normalize the images; its number of channels must be that of the images.
 
     Returns:
         The images as a numpy array.

@@ -92,11 +92,11 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path) -> None:
     root = saved(tmp_path, train=table(range(3), label=[0, None, 2]), test=test)
     assert refusal(root) == f"{root}/train: row 1: no label; every image needs its class"
     root = saved(tmp_path, train=table(range(3), datasets.Value("int64"), label=[0, 1, 3]), test=test)
-    assert refusal(root) == f"{root}/train: row 2: label 3 is not in 0..2, the classes"
+    assert refusal(root) == f"{root}/train: row 2: label 3 is not a class number, 0..2"
     root = saved(tmp_path, train=table(range(3), datasets.Value("int64"), label=[1, 2, 3]), test=test)
-    assert refusal(root) == f"{root}/train: row 2: label 3 is not in 0..2, the classes; number the classes from 0"
+    assert refusal(root) == f"{root}/train: row 2: label 3 is not a class number, 0..2; number the classes from 0"
     root = saved(tmp_path, train=table(range(3)), test=table(range(3), datasets.Value("int64"), label=[0, 7, 0]))
-    assert refusal(root) == f"{root}/test: row 1: label 7 is not in 0..2, the classes"
+    assert refusal(root) == f"{root}/test: row 1: label 7 is not a class number, 0..2"
     root = saved(tmp_path, train=table(range(3)), test=test.rename_column("label", "other"))
     assert refusal(root).startswith(f"{root}/test: cannot read its columns image and label (")
     broken = {"bytes": png(IMAGES[0])[:60], "path": None}

@@ -98,8 +98,8 @@ def test_what_is_wrong_with_a_sample_is_said(root: Path) -> None:
     )
     (root / "classes.txt").write_text("cat\ndog\neel\n")
     assert replaced(root, good[0], ("0005.cls", b"3")) == (
-        f"{path}: 0005.cls: label 3 is not in 0..2, the classes (classes are numbered from 0); "
-        "correct it, or classes.txt"
+        f"{path}: 0005.cls: label 3 is not a class number, 0..2 (classes are numbered from 0); "
+        "correct the label, or classes.txt"
     )
     assert replaced(root, ("a\n\x1b[1m.png", b""), ("b.cls", b"1")).startswith(f"{path}: a\\n\\x1b[1m: a sample")
     (root / "classes.txt").write_text("cat\ncat\n")

@@ -103,7 +103,7 @@ def test_it_is_folded_with_quantizers_and_told(case: str) -> None:
     assert len(graph.notes) == (1 if by else 0)
     for note in graph.notes:
         assert note.startswith("middle (") and f"its weight is computed ({by}" in note
-        assert note.endswith("it is folded, and training continues with the plain weight")
+        assert note.endswith("training continues with the computed weight as a plain parameter")
 
 
 def test_the_plain_weight_is_trained_and_kept() -> None:

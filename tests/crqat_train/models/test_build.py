@@ -288,7 +288,7 @@ def test_other_files_are_refused_by_what_they_are(net: nn.Module, tmp_path: Path
     torch.save({"epoch": 3}, tmp_path / "numbers.pth")
     for name, message in {
         "page.pth": "is not a file of tensors",
-        "net.onnx": "is none of .safetensors, .pth, .pt, .th",
+        "net.onnx": "is not one of .safetensors, .pth, .pt, .th",
         "list.pth": "holds no state dict",
         "numbers.pth": "holds no state dict",
         "unrelated.pth": r"holds no state dict .* optimizer \(1 entries\), epoch \(int\)",

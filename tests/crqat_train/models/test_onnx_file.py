@@ -276,7 +276,7 @@ def computed_weight(model: onnx.ModelProto) -> None:
         (node("AveragePool", kernel_shape=[2, 2], pads=[0, 0, 1, 1]), "node node_1 (AveragePool): an average pool"),
         (node("Conv", inputs=["c", "c"]), "node node_1 (Conv): its input c is computed from the image"),
         (node("Flatten", axis=0), "node node_1 (Flatten): is supported with axis 1 only"),
-        (opset(12), "is of opset 12; opsets 13 to 23 are supported"),
+        (opset(12), "has opset 12; opsets 13 to 23 are supported"),
         (second_input, "has 2 inputs (x, mask)"),
         (second_output, "has 2 outputs (y, c)"),
         (input_of("n", SIDE, SIDE, 3), f"the input x has the shape ? x {SIDE} x {SIDE} x 3"),

@@ -541,7 +541,7 @@ def test_a_training_that_wrecks_the_network_leaves_the_calibrated_one_as_it_was(
 ) -> None:
     (tmp_path / "wrecked").mkdir()
     (tmp_path / "calibrated").mkdir()
-    payload = train(tuned(qat=QATConfig(1, BATCH, 1.0)), tmp_path / "wrecked", quiet)
+    payload = train(tuned(qat=QATConfig(1, BATCH, 0.3)), tmp_path / "wrecked", quiet)
     assert payload.best == "calibrated" and payload.warnings
     assert payload.candidates["student"].validation_accuracy < 0.5
     train(tuned(qat=QATConfig(epochs=0)), tmp_path / "calibrated", quiet)

@@ -77,7 +77,7 @@ def test_stage_under_another_name(fakes: Fakes) -> None:
     make_run(fakes)
     (RUN / "benchmark").unlink()
     (RUN / "benchmark").symlink_to((RUN / "train").resolve())
-    with pytest.raises(UsageError, match="holds the stage train"):
+    with pytest.raises(UsageError, match="its manifest is of the stage train"):
         check(RUN)
 
 

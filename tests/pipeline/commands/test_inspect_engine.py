@@ -124,7 +124,7 @@ def test_bisect_writes_the_smallest_part_that_is_refused(here: Path, capsys: pyt
     with pytest.raises(UsageError, match="Non-zero zero point is not supported"):
         inspect("refused.onnx", "--bisect")
     assert [node.name for node in onnx.load("refused.cut.onnx").graph.node] == ["input/QuantizeLinear"]
-    assert "wrote refused.cut.onnx: 1 of 7 nodes, which fail likewise:" in capsys.readouterr().out
+    assert "wrote refused.cut.onnx: 1 of 7 nodes, which fail in the same way:" in capsys.readouterr().out
     inspect("network.onnx", "--bisect")
     assert "network.onnx builds: there is nothing to bisect" in capsys.readouterr().out
     assert not Path("network.cut.onnx").exists()

@@ -260,7 +260,7 @@ def test_grey_images_of_a_network_for_colours_are_converted(place: Path) -> None
         ([*POINTED[:3], "small:netwok"], r"--model: module 'small' .* has no function or class 'netwok'"),
         ([*POINTED[:3], "small:twelve"], r"--model: the network gives 12 logits, the data has 10 classes"),
         ([*POINTED[:5], "none.pt"], r"--weights: no file none\.pt"),
-        ([*POINTED[:5], "small.py"], r"--weights: small\.py is none of "),
+        ([*POINTED[:5], "small.py"], r"--weights: small\.py is not one of "),
         ([*POINTED, "--mean", "0.1,0.2,0.3"], r"--mean: has 3 numbers for 1 channels; give one number"),
         ([*POINTED, "--mean", "bright"], r"--mean: bright is not a list of numbers"),
         ([*POINTED, "--size", "8", "--crop", "9"], r"--crop: 9 is larger than --size 8"),

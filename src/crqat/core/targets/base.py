@@ -67,7 +67,8 @@ class LayerNode:
         weight_quantized: Whether the weight comes from a DequantizeLinear with only data movement in between.
         stored_as_codes: Whether the weight's DequantizeLinear reads integers stored in the file; None unless both input
             and weight come directly from a DequantizeLinear.
-        largest_input: Upper bound of the input's stored codes; None unless `stored_as_codes` is True.
+        largest_input: Largest code that the input can have, before its zero point is subtracted; None unless
+            `stored_as_codes` is True.
         largest_weight: Largest magnitude of the weight's codes; None unless `stored_as_codes` is True.
         depthwise: Whether the convolution is depthwise; see `is_depthwise`.
         constant_bias: Whether the bias is a constant of the file without a DequantizeLinear.
@@ -192,7 +193,8 @@ class Target:
         """Return the largest magnitude of a weight's codes whose sums do not saturate; None if there is no limit.
 
         Args:
-            input_codes: Largest stored code of the activation that the weight multiplies; the smallest is 0.
+            input_codes: Largest code that the activation can have, before its zero point is subtracted; the smallest is
+                0.
             depthwise: Whether the layer is depthwise (see `is_depthwise`): such a layer does not add pairs of products,
                 so it has no limit.
         """

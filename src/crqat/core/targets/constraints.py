@@ -55,7 +55,8 @@ class Constraints:
 
         Args:
             bits: Requested bit width.
-            input_codes: Largest stored code of the activation that the weight multiplies; None if it is not quantized.
+            input_codes: Largest code that the weight's input can have, before its zero point is subtracted; None if the
+                input is not quantized.
             depthwise: Whether the layer is depthwise; see `is_depthwise`.
 
         Returns:
