@@ -316,9 +316,14 @@ def _run_command() -> int:
         code = InternalError.exit_code_of_rank if of_rank else error.exit_code
         _say_error(str(error), code)
         return code
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         with suppress(OSError):
             error.show()
+        return UsageError.exit_code
+    except click.ClickException as error:
+        said = " ".join(error.format_message().split()).removesuffix(".")
+        context = getattr(error, "ctx", None)
+        _say_error(f"{said}; see {context.command_path if context else 'crqat'} --help", UsageError.exit_code)
         return UsageError.exit_code  # click's own code is 1 for some errors
     except (KeyboardInterrupt, click.Abort):
         _say_error(f"interrupted; {_KEPT}", INTERRUPTED)

@@ -147,8 +147,8 @@ def doubts(dataset: Dataset, listed: bool = False) -> tuple[str, ...]:
 
     Args:
         dataset: A valid data set.
-        listed: Whether an image list assigns the images to the parts. More test than training images are then intended:
-            `crqat quantize` calibrates on at most 100.
+        listed: Whether an image list assigns the images to the parts. `crqat quantize` writes such lists, with at most
+            100 training images: fewer than test images, and perhaps none of some classes.
     """
     found = []
     train, test = len(dataset.train_images), len(dataset.test_images)
@@ -164,7 +164,7 @@ def doubts(dataset: Dataset, listed: bool = False) -> tuple[str, ...]:
             ".to(torch.uint8) keeps them"
         )
     absent = sorted(set(dataset.test_labels.tolist()) - set(dataset.train_labels.tolist()))
-    if absent:
+    if absent and not listed:
         names = ", ".join(dataset.class_names[label] for label in absent[:3])
         found.append(f"{len(absent)} classes of the test images have no training image ({names})")
     return tuple(found)

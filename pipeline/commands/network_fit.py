@@ -231,6 +231,7 @@ class Fit:
     def _network(self, channels: int) -> nn.Module | None:
         """Return the network with its weights; None for published weights, which are downloaded only on use."""
         from crqat.train.models import build as models
+        from crqat.train.quantizers.finalize import check_values
 
         classes = len(self._folder.classes)
         if self._weights == "pretrained":
@@ -244,6 +245,7 @@ class Fit:
                     raise
                 msg = f"{error}; {self._request.images} has {classes} classes"
                 raise UsageError(msg) from error
+            check_values(network, f"--weights: {self._weights}")
         return network
 
     def normalization(self) -> list[str]:

@@ -68,9 +68,20 @@ def test_nothing_heavy_is_imported_without_need(tmp_path: Path, arguments: list[
     assert result.stdout.splitlines()[-1] == "heavy: []"
 
 
-@pytest.mark.parametrize("arguments", [["train"], ["nonsense"], ["train", "r.yaml", "--nonsense"], ["run", "--set"]])
-def test_wrong_usage_exits_2(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["train"], "Missing argument 'RECIPE'; see crqat train --help"),
+        (["nonsense"], "No such command 'nonsense'; see crqat --help"),
+        (["train", "r.yaml", "--nonsense"], "No such option '--nonsense'; see crqat train --help"),
+        (["run", "--set"], "Option '--set' requires an argument; see crqat --help"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exits_2(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], line: str
+) -> None:
     assert crqat(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err == f"crqat: error: {line}\n"
 
 
 def test_run_ends_with_table_and_verdict(
@@ -265,7 +276,7 @@ def test_layers_that_openvino_runs_in_float_are_named() -> None:
     fast = replace(models["onnxruntime.onnx"], target="openvino", int8_layers=layers)
     base = replace(models["float.onnx"], target="float_openvino", int8_layers=replace(layers, int8=0))
     assert list(results._lines({"a@openvino": fast, "b@openvino": base})) == [
-        "a@openvino: 19 of 20 layers that multiply are INT8; not fc"
+        "a@openvino: 19 of 20 layers that multiply are INT8; in float: fc"
     ]
 
 

@@ -236,11 +236,14 @@ def test_an_unknown_source_names_the_nearest() -> None:
             {"train_images": torch.rand(3, 1, 4, 4)},
             r"must be torch.uint8, got torch.float32 from .*; .*\(images \* 255\)",
         ),
-        ({"train_images": torch.full((3, 1, 4, 4), 99.0)}, r"float32 from 99 to 99; .* 0..255: use images\.round\(\)\.to"),
-        ({"train_images": torch.full((3, 1, 4, 4), -1.0)}, "from -1 to -1; give the bytes before normalization"),
+        (
+            {"train_images": torch.full((3, 1, 4, 4), 99.0)},
+            r"float32 from 99 to 99; .* 0..255: use images\.round\(\)\.to",
+        ),
+        ({"train_images": torch.full((3, 1, 4, 4), -1.0)}, "from -1 to -1; pass bytes before normalization"),
         ({"train_images": torch.zeros(3, 1, 4, 4, dtype=torch.int64)}, r"torch\.int64; .* images\.to\(torch\.uint8\)"),
         ({"train_labels": torch.tensor([1, 3, 2])}, r"must be in 0..2, .* got 1..3; they begin at 1: subtract 1$"),
-        ({"train_labels": torch.eye(3)}, r"train_labels must be torch.int64, .*: labels\.argmax\(1\)"),
+        ({"train_labels": torch.eye(3)}, r"train_labels must be torch.int64, .* labels\.argmax\(1\)"),
         (
             {"train_labels": torch.zeros(3, 1, 4, 4), "test_images": torch.zeros(3)},
             "in each other's places; the order is",
@@ -289,7 +292,7 @@ def test_what_is_probably_a_mistake_is_a_note() -> None:
     swapped = dataclasses.replace(many, train_images=few.train_images, train_labels=few.train_labels)
     larger, absent = doubts(swapped)
     assert larger.startswith("more test images (5) than training images (3): are the two parts swapped?")
-    assert doubts(swapped, listed=True) == (absent,)
+    assert doubts(swapped, listed=True) == ()
     assert absent == "2 classes of the test images have no training image (3, 4)"
     (dark,) = doubts(dataclasses.replace(many, train_images=many.train_images[:].clamp(max=1)))
     assert dark.startswith("no byte of the training images is above 1 of 255: were they floats in 0..1?")

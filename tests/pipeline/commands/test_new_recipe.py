@@ -274,6 +274,17 @@ def test_a_mistake_is_one_line_and_nothing_is_written(place: Path, arguments: li
     assert not list(place.glob("own*"))
 
 
+def test_weights_that_are_no_numbers_are_refused(place: Path) -> None:
+    state = torch.load("small.pt", weights_only=True)
+    state["2.weight"][0, 0, 0, 0] = float("nan")
+    torch.save(state, "nan.pt")
+    message = r"^--weights: nan\.pt holds values that are infinite or NaN: 1 of 1728 in 2\.weight; the file is damaged$"
+    with pytest.raises(UsageError, match=message):
+        CliRunner().invoke(
+            crqat, ["init", "own.yaml", *POINTED[:5], "nan.pt"], standalone_mode=False, catch_exceptions=False
+        )
+
+
 def test_weights_of_other_classes_are_said_with_the_number_of_folders(place: Path) -> None:
     space: dict[str, Any] = {}
     exec(NETWORK, space)  # noqa: S102 - the text above
