@@ -147,8 +147,8 @@ def doubts(dataset: Dataset, listed: bool = False) -> tuple[str, ...]:
 
     Args:
         dataset: A valid data set.
-        listed: Whether an image list assigns the images to the parts. In such a list, more test than training images
-            are intended, because `crqat quantize` takes at most 100 images for calibration, the training part.
+        listed: Whether an image list assigns the images to the parts. More test than training images are then intended:
+            `crqat quantize` calibrates on at most 100.
     """
     found = []
     train, test = len(dataset.train_images), len(dataset.test_images)

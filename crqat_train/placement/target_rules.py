@@ -1,7 +1,7 @@
 """Adapts NNCF's quantizer placement to the targets.
 
-The targets determine which inputs of residual Adds and which activations get quantizers, and which code ranges and bit
-widths are allowed.
+The targets determine which inputs of residual Adds and which activations get quantizers. They also limit code ranges
+and bit widths.
 """
 
 from __future__ import annotations

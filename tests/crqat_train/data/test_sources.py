@@ -240,10 +240,10 @@ def test_an_unknown_source_names_the_nearest() -> None:
             {"train_images": torch.full((3, 1, 4, 4), 99.0)},
             r"float32 from 99 to 99; .* 0..255: use images\.round\(\)\.to",
         ),
-        ({"train_images": torch.full((3, 1, 4, 4), -1.0)}, "from -1 to -1; give the bytes before normalization"),
+        ({"train_images": torch.full((3, 1, 4, 4), -1.0)}, "from -1 to -1; pass bytes before normalization"),
         ({"train_images": torch.zeros(3, 1, 4, 4, dtype=torch.int64)}, r"torch\.int64; .* images\.to\(torch\.uint8\)"),
         ({"train_labels": torch.tensor([1, 3, 2])}, r"must be in 0..2, .* got 1..3; they begin at 1: subtract 1$"),
-        ({"train_labels": torch.eye(3)}, r"train_labels must be torch.int64, .*: labels\.argmax\(1\)"),
+        ({"train_labels": torch.eye(3)}, r"train_labels must be torch.int64, .* labels\.argmax\(1\)"),
         (
             {"train_labels": torch.zeros(3, 1, 4, 4), "test_images": torch.zeros(3)},
             "in each other's places; the order is",
