@@ -1,1 +1,1 @@
-"""From images to a trained, quantized checkpoint. Needs torch."""
+"""Trains quantized networks from images, and writes them as checkpoints. Needs torch."""

@@ -1,4 +1,4 @@
-"""Numbered training states on disk: written atomically, verified when read; the last two are kept."""
+"""Writes numbered training states atomically, keeps the last two on disk, and verifies each state that it reads."""
 
 from __future__ import annotations
 

@@ -101,8 +101,9 @@ class ModelConfig:
 
     Attributes:
         name: "cifar/resnet20" or another of that family, "torchvision/NAME", "timm/NAME", the path of a float ONNX
-            file, which brings its weights, or "package.module:function". The function or class is called with those of
-            `classes` (or `num_classes`) and `channels` (or `in_channels`, `in_chans`) that it has as parameters.
+            file, which brings its weights, or "package.module:function". The function or class is called with the
+            number of classes if it has a parameter `classes` or `num_classes`, and with the number of image channels if
+            it has a parameter `channels`, `in_channels` or `in_chans`.
         weights: A checkpoint: .safetensors, .pth, .pt, .th, .ckpt, .bin or .pth.tar. "pretrained" takes the weights
             that torchvision or timm publish; a `float` section fine-tunes them. None trains the float network by the
             `float` section, or keeps the weights of an ONNX file.
@@ -155,14 +156,16 @@ class ConsistencyConfig:
     """The consistency term (arXiv 2402.13497): L = CE + lambda(t) KL(teacher || student).
 
     Attributes:
-        teacher: "ema" is the moving average of the student, "float" the frozen float network, "none" plain QAT.
-            "pseudo-label" has no teacher in the loop: the float network labels the unlabeled images once, without
-            augmentation, and the term is the cross-entropy with these labels.
-        weight: lambda_max, the largest weight of the term; 0 with the "ema" teacher is plain QAT plus an average of its
-            weights.
-        ramp_up: Share of the steps over which lambda rises to `weight` as exp(-5 (1 - t/T)^2).
+        teacher: "ema" is the moving average of the student; "float" is the frozen float network; "none" trains without
+            a teacher (plain QAT). "pseudo-label" has no teacher in the loop: the float network labels the unlabeled
+            images once, without augmentation, and the term is the cross-entropy with these labels.
+        weight: lambda_max, the largest weight of the term. With 0 and the "ema" teacher, the student is trained by
+            plain QAT, and the teacher is the average of its weights.
+        ramp_up: Share of the steps over which lambda rises to `weight` as exp(-5 (1 - t/T)^2) in step t of these T
+            steps.
         temperature: Softmax temperature of student and teacher; the term is multiplied by its square.
-        ema_decay: Largest alpha of theta' = alpha theta' + (1 - alpha) theta; step t uses min(1 - 1/(t+1), alpha).
+        ema_decay: Largest alpha of theta' = alpha theta' + (1 - alpha) theta, with the teacher's weights theta' and the
+            student's weights theta; step t uses min(1 - 1/(t+1), `ema_decay`).
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -256,12 +259,12 @@ class QuantizationConfig:
             "layer1.0.conv1", or a pattern with `*`, `?` and `[...]`. The longest matching pattern counts; see
             `crqat.train.placement.overrides`.
         float_layers: Convolutions and linear layers that stay in float, without quantizers on weights or input, by name
-            or pattern as in `overrides`. A list is for all targets; a mapping gives one for each target by name. All
-            files share one placement, so a layer that is named for any target of the recipe is float in training and in
-            every file.
+            or pattern as in `overrides`. A list is for all targets; a mapping has one list for each target, by the
+            target's name. The files of all targets share one placement of quantizers, so a layer that is listed for any
+            target of the recipe is float in training and in every file.
         calibration: How initial ranges are chosen: "mse" has the smallest mean squared rounding error, "minmax" reaches
-            to the largest value seen, "percentile" covers 99.99 % of an activation's nonzero values, and weights as
-            "minmax".
+            to the largest value seen, "percentile" covers 99.99 % of an activation's nonzero values. For weights,
+            "percentile" is the same as "minmax".
         calibration_images: Number of training images for calibration.
     """
 

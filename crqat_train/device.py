@@ -1,4 +1,4 @@
-"""Device of a training run, its compiler, and the settings that make it reproducible."""
+"""Chooses the device and the compiler of a training run, and makes the run reproducible."""
 
 from __future__ import annotations
 

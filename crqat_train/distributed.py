@@ -1,4 +1,4 @@
-"""Data-parallel training in several processes, one for each device: shared gradients, statistics and decisions.
+"""Trains in several processes, one for each device, which share gradients, BN statistics and decisions.
 
 A process is a "rank". Accelerate starts the process group from the environment variables that torchrun sets, and wraps
 a network in DistributedDataParallel. Outside of `started` there is one rank, and the functions of this module cost
@@ -34,9 +34,10 @@ _PATIENCE = timedelta(days=7)
 
 
 class _Group:
-    """Process groups inside `started`, None outside of it: of the device, and of the CPU.
+    """Process groups of this rank: one on the device (`accelerator`) and one on the CPU (`cpu`).
 
-    Ranks exchange decisions by the group of the CPU, so that none of them waits for its device.
+    Both are None outside of `started`. Ranks exchange decisions in the group on the CPU, so that no rank waits for its
+    device.
     """
 
     accelerator: Accelerator | None = None
@@ -281,10 +282,10 @@ def first_rank_alone() -> Iterator[bool]:
 
 @torch.no_grad()
 def average_statistics(model: nn.Module) -> None:
-    """Average BN's running statistics over ranks after a step, so that all ranks evaluate and save the same ones.
+    """Average BN's running statistics over ranks after a step, so that all ranks evaluate and save the same statistics.
 
-    Until then each rank normalizes with the statistics of its own share, unless `qat.sync_bn` is on. The average of the
-    ranks' variances lacks the variance between their means.
+    During the step each rank normalizes with the statistics of its own share of the batch, unless `qat.sync_bn` is on.
+    The average of the ranks' variances lacks the variance between the ranks' means.
     """
     if world() == 1:
         return
@@ -303,7 +304,7 @@ def average_statistics(model: nn.Module) -> None:
 def take_statistics(model: nn.Module) -> None:
     """Copy rank 0's BN statistics to all ranks.
 
-    With dropout or other random layers, each rank has computed different ones.
+    Dropout and other random layers make each rank compute different statistics.
     """
     if world() > 1:
         for norm in model.modules():

@@ -168,8 +168,8 @@ def quantize(
         activation_method: How activations learn their scales, as for weights.
         calibration_method: "mse", "minmax" or "percentile".
         calibration_images: Largest number of images taken from `calibration`.
-        equalization: Equalize the channel ranges of consecutive layers before calibration; see `PTQConfig` for this and
-            the next two.
+        equalization: Equalize the channel ranges of consecutive layers before calibration. `PTQConfig` describes
+            `equalization`, `adaround` and `bias_correction`.
         adaround: Choose the rounding of weights so that each layer's outputs come closest to the float network's;
             needed at few bits without training.
         bias_correction: Correct the mean of each output channel to that of the float network.

@@ -39,5 +39,8 @@ def check_batch(size: int, key: str, processes: int) -> None:
         UsageError: The size is not a multiple of the number of processes.
     """
     if size % processes:
-        msg = f"{key}: {size} images a step cannot be shared equally by {processes} processes; take a multiple"
+        msg = (
+            f"{key}: {size} images a step cannot be shared equally by {processes} processes; take a multiple of "
+            f"{processes}"
+        )
         raise UsageError(msg)

@@ -1,4 +1,4 @@
-"""Prepares untrained networks for checks: values neither vanish nor explode, and every branch contributes."""
+"""Sets parameters of untrained networks for checks: values neither vanish nor explode, and each branch contributes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to ONNX files with Q/DQ nodes, one or more for each target. Needs torch and onnx.
+"""Exports a checkpoint to ONNX files with Q/DQ nodes, one or more files for each target. Needs torch and onnx.
 
 `crqat.export(model, out, ...)` is `crqat.export.export_model.export`: a function and a package share one name. Python
 sets an imported package as an attribute of its parent and overwrites what was there. The package is therefore callable

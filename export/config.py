@@ -18,8 +18,8 @@ class ExportConfig:
         candidate: "student", its EMA "teacher", or "calibrated", the network before training; "best" takes the one with
             the highest accuracy on the validation split.
         tensorrt_precision: Type of all operations in tensorrt.onnx that are not INT8. Strongly typed TensorRT runs the
-            float parts in the file's own type, so float16 suits most boards. With it, float16.onnx holds the float
-            network in float16, the baseline that INT8 has to beat.
+            float parts in the file's own type, so float16 suits most boards. With "float16", the export also writes
+            float16.onnx, the float network in float16, as the baseline that INT8 has to beat.
         weights: How tensorrt.onnx stores weights: "int8" as codes with a DequantizeLinear, or "float" as values with a
             pair of QuantizeLinear and DequantizeLinear, for parsers that support no other form. The engine is the same.
         verify_images: Number of training images with which each file is verified by the three checks.

@@ -179,7 +179,8 @@ def verify(
         model_or_files: A quantized network, whose files are then made in memory; or an `Export`, whose files are read
             from disk.
         images: Network inputs, float32 of shape [N, C, H, W]; or bytes before normalization, uint8.
-        preprocessing: Needed for bytes with a network; an `Export` has its own.
+        preprocessing: Mean and std of the images; needed if `images` are bytes and the first argument is a network. An
+            `Export` holds its own preprocessing.
 
     Returns:
         Results by target. A failed verification is returned, not raised.

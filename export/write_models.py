@@ -115,7 +115,7 @@ def _float_graph(quantized: Quantized) -> Graph:
 
 
 def refuse(file: QDQModel, target: str, allow_lossy: bool, findings: Sequence[str]) -> None:
-    """Refuse a file that breaks its runtime's rules, or whose losses `export.allow_lossy` does not permit.
+    """Refuse a file that breaks its runtime's rules, or has lossy Grids although `allow_lossy` is False.
 
     Raises:
         UsageError: The message names the first broken rule or lossy Grid, and the fix.

@@ -46,5 +46,5 @@ def test_every_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     assert "torch.Size([1, 10])" in capsys.readouterr().out
     assert "wrote start: 50 quantizers, W8A8" in said
     assert "next: crqat train recipe.yaml --set model.nncf=start --set model.weights=null" in said
-    assert "rescaled: post_hooks.relu/relu/0__0.0: codes 0 to 255, here 0 to 127" in said
+    assert "rescaled: post_hooks.relu/relu/0__0.0: codes 0 to 255 in the checkpoint, 0 to 127 here" in said
     assert "wrote back: 50 quantizers" in said

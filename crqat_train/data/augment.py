@@ -1,6 +1,6 @@
 """Augments whole batches of images on their device, with random draws for each image.
 
-Nothing waits for the host.
+No function makes the host wait for the device.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ def random_crop(images: Tensor, padding: int, generator: torch.Generator) -> Ten
     Args:
         images: uint8 of shape [N, C, H, W].
         padding: Largest offset in pixels.
-        generator: Random generator on the images' device; one [N, 2] draw gives (row, column) offsets in 0..2*padding.
+        generator: Random generator on the images' device; one [N, 2] draw of integers in 0..2*padding gives each
+            image's (row, column) offset plus `padding`.
 
     Returns:
         The shifted images, of the same shape and type.

@@ -1,4 +1,4 @@
-"""Batches of normalized images on the training device, from memory or streamed from files."""
+"""Makes batches of normalized images on the training device, from images in memory or streamed from files."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def subset(images: Images, chosen: Tensor) -> Images:
 class Batches:
     """Augmented training batches, made on the device of the images without waiting for the host.
 
-    All batches have the same shape, so that a compiled step is compiled once. Each has `min(n, batch_size)` of n
-    images; the incomplete rest of an epoch is dropped, and as the order is random, these are other images in each
-    epoch.
+    All batches have the same shape, so that a compiled step is compiled only once. Of n images, each batch has
+    `min(n, batch_size)`. The images left over at the end of an epoch are dropped; because the order is random, they
+    differ from epoch to epoch.
 
     Args:
         images: uint8 tensor of shape [N, C, H, W], or `StoredImages`, which are decoded on demand.

@@ -1,4 +1,4 @@
-"""The `Dataset` that every data source and every data function of a user returns, and its checks."""
+"""Defines `Dataset`, which every data source and every data function of a user returns, and checks its values."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def validate(dataset: Dataset, source: str) -> None:
         f"images are [channels, height, width] each, got {shape}; images.permute(0, 3, 1, 2) puts the channels first",
     )
     preprocessing = dataset.preprocessing
-    require(isinstance(preprocessing, Preprocessing), "preprocessing must be an crqat.core.preprocessing.Preprocessing")
+    require(isinstance(preprocessing, Preprocessing), "preprocessing must be a crqat.core.preprocessing.Preprocessing")
     _, mean, std = preprocessing.constants()
     require(
         mean.size == std.size == shape[0],
@@ -119,7 +119,7 @@ _ORDER = (
 
 
 def _places_mixed(dataset: Dataset) -> bool:
-    """Whether a label field can only hold images, and an image field can only hold labels."""
+    """Whether images and labels seem to be swapped: the labels have the dimensions of images, the images of labels."""
     labels = [value for value in (dataset.train_labels, dataset.test_labels) if isinstance(value, Tensor)]
     images = [value for value in (dataset.train_images, dataset.test_images) if isinstance(value, Tensor)]
     return any(value.ndim > 2 for value in labels) and any(value.ndim == 1 for value in images)

@@ -1,4 +1,4 @@
-"""Data sets of Hugging Face's `datasets` saved in a folder: Arrow tables that are memory-mapped, not loaded."""
+"""Reads data sets that Hugging Face's `datasets` saved in a folder; the Arrow tables are memory-mapped, not loaded."""
 
 from __future__ import annotations
 

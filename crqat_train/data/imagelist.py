@@ -1,4 +1,4 @@
-"""Image lists: a JSON file that assigns images in any folders to classes and to the training and test parts."""
+"""Reads image lists: JSON files that assign images in any folders to classes and to the training and test parts."""
 
 from __future__ import annotations
 

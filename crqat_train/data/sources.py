@@ -110,10 +110,10 @@ def normalization_note(config: DataConfig, preprocessing: Preprocessing) -> str 
     keys = " and ".join(f"data.{key}" for key in missing)
     published = (preprocessing.mean, preprocessing.std) == builtin.imagenet(preprocessing.channels)
     mean, std = ("/".join(f"{value:.4g}" for value in values) for values in (preprocessing.mean, preprocessing.std))
-    whose = "ImageNet's" if published else f"those of {config.source}"
+    whose = "ImageNet's values" if published else f"the values of {config.source}"
     return (
-        f"{keys} not given: images are normalized by {whose}, mean {mean}, std {std}; weights trained with "
-        "other values need those"
+        f"{keys} not given: images are normalized by {whose}, mean {mean}, std {std}; if your weights were trained "
+        "with another mean and std, set these"
     )
 
 

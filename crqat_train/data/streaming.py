@@ -116,10 +116,11 @@ class _Decoder(torch.utils.data.Dataset[Any]):
 
 
 def _leave_signals(_: int) -> None:
-    """Ignore signals in a worker unless the training process sent them: it handles signals and ends its workers.
+    """Make a worker ignore signals unless the training process sent them.
 
-    Ctrl-C reaches every process of a terminal, torchrun's SIGTERM a process group, and SLURM's a whole job. If a worker
-    ended, the training would end before its state is saved.
+    The training process handles signals itself and ends its workers. Ctrl-C reaches every process of a terminal,
+    torchrun's SIGTERM reaches a process group, and SLURM's SIGTERM reaches all processes of a job. If a worker ended by
+    such a signal, the training would end before its state is saved.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -137,7 +138,10 @@ def _end_with(parent: int) -> None:
 
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Block signals for processes that are started meanwhile, until `_leave_signals` has run there."""
+    """Within the context, processes are started with SIGINT and SIGTERM blocked (on Linux only).
+
+    A signal therefore waits until `_leave_signals`, which decides about it, has run in the new process.
+    """
     if sys.platform != "linux":
         yield
         return

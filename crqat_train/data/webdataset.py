@@ -1,4 +1,4 @@
-"""WebDataset shards: images in tar archives, read in any order by their offset in the archive.
+"""Reads WebDataset shards, which are tar archives with images, in any order by the images' offsets in the archive.
 
 A shard is indexed once: its headers and labels are read, its images are skipped. Nothing is extracted, and no name in
 an archive is used as a path.
@@ -44,7 +44,7 @@ class Shard:
 class Members:
     """Location and label of each training or each test image.
 
-    They are arrays, because every worker process would get a copy of millions of objects.
+    The fields are arrays, not a list of objects, because every worker process would get a copy of millions of objects.
 
     Attributes:
         shards: All archives.
@@ -142,7 +142,10 @@ def _class_names(path: Path) -> tuple[str, ...] | None:
 
 
 def _numbers(train: Members, root: Path) -> tuple[str, ...]:
-    """Return class numbers as names, 0 up to the largest; a gap is refused, as one wrong label could make a million."""
+    """Return the class numbers from 0 up to the largest label as names.
+
+    A number that no label has is refused, because otherwise one wrong label could make a million classes.
+    """
     present = np.unique(train.labels)
     if present[-1] != len(present) - 1:
         gap = int(np.flatnonzero(present != np.arange(len(present)))[0])

@@ -1,4 +1,4 @@
-"""Computes nn.MultiheadAttention with single operations: those of torch's own forward, in the same order.
+"""Computes nn.MultiheadAttention by single operations, which are those of torch's own forward, in the same order.
 
 torch.fx and NNCF can then trace these operations, and each quantizer that NNCF places maps to one edge of the graph.
 """

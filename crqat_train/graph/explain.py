@@ -1,4 +1,4 @@
-"""Explains why a network cannot be traced or run: the line of the user's code, and what to change there."""
+"""Explains why a network cannot be traced or run; messages name the line of the user's code and the change to make."""
 
 from __future__ import annotations
 

@@ -207,7 +207,7 @@ def is_unfused_activation(graph_module: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def is_fused_activation(graph_module: fx.GraphModule, node: fx.Node) -> bool:
-    """Whether the node is a ReLU or a bounded one, which ONNX Runtime fuses into the convolution before it."""
+    """Whether the node is a ReLU or a bounded ReLU (ReLU6), which ONNX Runtime fuses into the convolution before it."""
     bounds = clip_bounds(graph_module, node)
     if bounds is not None:
         return bounds[0] == 0

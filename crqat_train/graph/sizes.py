@@ -1,4 +1,4 @@
-"""Tracing with known sizes: a forward may use shapes, unpack chunks and branch on sizes, as in plain Python.
+"""Traces a forward with known tensor sizes, so that it may use shapes, unpack chunks and branch on sizes.
 
 Each proxy carries the values of its operation for two batch sizes. A number that is the same in both is a constant; a
 size that differs depends on the batch and stays part of the graph.
@@ -72,7 +72,11 @@ class SizedProxy(fx.Proxy):
         )
 
     def __getattr__(self, name: str) -> Any:
-        """Return a view as an operation, a known tensor attribute as its value, and any other attribute as fx does."""
+        """Return an attribute of the traced tensor.
+
+        A view such as `.T` is recorded as an operation, a fixed attribute such as `requires_grad` is returned as its
+        value, and torch.fx's Proxy handles any other attribute.
+        """
         if isinstance(self.known[0], Tensor):
             if name in VIEWS:
                 return VIEWS[name](self)

@@ -1,8 +1,8 @@
 """Finds differences between a network's forward in training and in eval mode; torch.fx records only one of them.
 
-A functional dropout becomes a Dropout module, which checks the mode each time it runs. Other operations of only one
-mode, such as noise, are reported: the quantized network follows eval mode. Weights or outputs that exist only in
-training are refused.
+A functional dropout becomes a Dropout module, which checks the mode each time it runs. Other operations that run in one
+mode only, such as noise, are reported, because the quantized network computes as in eval mode. Weights or outputs that
+exist only in training are refused.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def follow_eval(model: nn.Module, graph: fx.Graph, trace: Callable[[], fx.Graph]
     try:
         twin = trace()
     except UsageError as error:
-        msg = f"{error} (in training mode only; in eval mode it is traced)"
+        msg = f"{error} (in training mode only; torch.fx can trace the network in eval mode)"
         raise UsageError(msg) from error
     nodes, others = list(graph.nodes), list(twin.nodes)
     _check_weights(model, nodes, others)
@@ -87,7 +87,7 @@ def _settings(node: fx.Node) -> Any:
 
 
 def _drops_nothing(node: fx.Node, other: fx.Node) -> bool:
-    """Whether two calls differ only in `training`, as attention without dropout does."""
+    """Whether two calls have dropout probability 0 and differ only in `training`, such as attention without dropout."""
     found = []
     for call in (node, other):
         try:

@@ -196,8 +196,9 @@ def _with_channels(model: nn.Module, channels: int) -> nn.Module:
 def of_channels(weight: Tensor, channels: int) -> Tensor:
     """Adapt a first convolution's RGB weight, float32 [out, 3, h, w], to another number of channels, as timm does.
 
-    For one channel it is the sum, which gives the same result as a grey image in all three channels. For other numbers
-    the three are repeated and scaled by 3 / channels.
+    For one channel the result is the sum of the three channels' weights: a grey image then gives the same output as
+    three equal channels did before. For any other number the three channels' weights are repeated and multiplied by
+    3 / channels.
 
     Args:
         weight: Weight of the convolution.

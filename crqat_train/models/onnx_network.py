@@ -265,7 +265,10 @@ class Builder:
         return _Stored(argument.stored)
 
     def _place(self, name: str, put: Callable[[nn.Module, str], None]) -> str:
-        """Find a free path for a module or a tensor. It has letters, digits and `_` only, whatever the file has."""
+        """Call `put` at a free path for a module or a tensor, and return the path.
+
+        Its parts have only letters, digits and `_`; all other characters of `name` are replaced.
+        """
         parts = [_identifier(re.sub(r"[^A-Za-z0-9_]", "_", part)) for part in name.strip("/.").split(".")]
         if "/" in name or ":" in name or not all(parts) or not self._free(parts):
             parts = [_identifier(re.sub(r"[^A-Za-z0-9]+", "_", name).strip("_") or "unnamed")]

@@ -1,4 +1,4 @@
-"""Preprocessing of published weights: what torchvision and timm state for the weights that are used."""
+"""Looks up the preprocessing and the accuracy that torchvision and timm publish with their weights."""
 
 from __future__ import annotations
 

@@ -43,7 +43,11 @@ _DICTIONARIES = (
 
 
 class _LeftOut:
-    """Replaces an object of `_SETTINGS`: accepts whatever its pickle passes, keeps nothing, calls nothing."""
+    """Stands in for the classes in `_SETTINGS` when a pickle is loaded.
+
+    Its constructor and `__setstate__` accept any arguments and ignore them, so that loading neither fails nor runs code
+    of the original class.
+    """
 
     def __new__(cls, *_: Any, **__: Any) -> _LeftOut:
         return super().__new__(cls)

@@ -1,7 +1,8 @@
 """Reads and writes NNCF checkpoints (state dict and configuration), and converts their parameters to and from Grids.
 
 NNCF stores the largest value of a quantizer's range instead of the scale: `scale` of a symmetric one, `input_low` and
-`input_range` of an asymmetric one. Hook names are our edge names, so no mapping is needed and NNCF is not imported.
+`input_range` of an asymmetric one. NNCF's hook names are crqat's edge names, so no mapping is needed and NNCF is not
+imported.
 """
 
 from __future__ import annotations
@@ -149,8 +150,8 @@ class Checkpoint:
 def of_grid(hooks: Sequence[str], grid: Grid, ndim: int) -> NNCFQuantizer:
     """Convert a Grid to an NNCF quantizer.
 
-    The half range [0, 127] becomes signed 8 bits: these have the same values for a tensor without negative ones, and
-    OpenVINO runs them as INT8. NNCF's own tools do not support unsigned 7 bits.
+    The codes 0 to 127 become signed 8 bits, because NNCF's own tools do not support unsigned 7 bits. A tensor without
+    negative values has the same quantized values with signed 8 bits, and OpenVINO runs it in INT8.
 
     Args:
         hooks: Hook names of the quantizer.
@@ -184,7 +185,10 @@ def of_grid(hooks: Sequence[str], grid: Grid, ndim: int) -> NNCFQuantizer:
 
 
 def _largest(step: Tensor, code: int) -> Tensor:
-    """Return the largest code's value: the nearest float32 number that gives the same scale again."""
+    """Return `step` * `code`, the real value of the largest code.
+
+    Where dividing the product by `code` does not give `step` again, the next float32 number that does replaces it.
+    """
     value = step * code
     for neighbour in (torch.full_like(value, torch.inf), torch.zeros_like(value)):
         other = torch.nextafter(step * code, neighbour)
@@ -339,8 +343,8 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def export(train_dir: Path, candidate: str, out: Path, network: str) -> Checkpoint:
     """Write the network of a finished train stage as an NNCF checkpoint.
 
-    Weights are clipped to their range. Their quantized values do not change, and NNCF's own exporters, which add a code
-    to a narrow range, then never use that code.
+    Weights are clipped to the range of their codes, which does not change their quantized values. NNCF's own exporters
+    add a code to a narrow range; no clipped weight rounds to that code.
 
     Args:
         train_dir: Directory of a train stage; its hashes are verified first.

@@ -76,10 +76,12 @@ def _take(quantizer: Quantizer, spec: QuantizerSpec, found: NNCFQuantizer | None
         return Edge(spec.edge, "calibrated", "the checkpoint has no quantizer here")
     per_channel = max(found.shape) if len(found.shape) > 1 else None
     if per_channel not in (None, spec.channels):
-        return Edge(spec.edge, "calibrated", f"there per channel ({per_channel}), here {spec.channels or 'per tensor'}")
+        own = f"per channel ({spec.channels})" if spec.channels else "per tensor"
+        note = f"the checkpoint's scale is per channel ({per_channel}), and the scale here is {own}"
+        return Edge(spec.edge, "calibrated", note)
     grid = found.grid()
     step = torch.from_numpy(grid.scale.copy()).to(quantizer.scale.device)
-    codes = f"{grid.qmin} to {grid.qmax}, here {spec.qmin} to {spec.qmax}"
+    codes = f"{grid.qmin} to {grid.qmax} in the checkpoint, {spec.qmin} to {spec.qmax} here"
     point = f"zero point {grid.zero_point}"
     refusing = runtimes.union(targets).without_zero_points
     if grid.zero_point != 0 and (spec.kind == "weight" or refusing is not None):
@@ -96,7 +98,8 @@ def _take(quantizer: Quantizer, spec: QuantizerSpec, found: NNCFQuantizer | None
     if grid.zero_point != 0:
         low, high = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
         below = -low / -spec.qmin if spec.qmin else 0.0
-        return _set(quantizer, spec, step * max(high / spec.qmax, below), "rescaled", f"{point}, here 0; codes {codes}")
+        note = f"{point} in the checkpoint, 0 here; codes {codes}"
+        return _set(quantizer, spec, step * max(high / spec.qmax, below), "rescaled", note)
     if grid.qmax == spec.qmax:
         # A weight's narrow range may get one code more, a tensor without negative values needs none of them.
         return _set(quantizer, spec, step, "kept", "")

@@ -2,7 +2,7 @@
 
 NNCF decides placement without data and without running a quantizer. Its hook names, such as
 "post_hooks.layer1/0/relu/relu__0.0", are our edge names, so checkpoints can be converted in both directions. The
-quantizers live in a torch.fx GraphModule, because torch.compile can fuse that.
+quantizers live in a torch.fx GraphModule, because torch.compile can fuse their operations with those around them.
 """
 
 from __future__ import annotations

@@ -37,7 +37,10 @@ class Hooks:
 
 
 class _Chain(nn.Module):
-    """A Sequential as a plain module: NNCF adds a child to the root, which a Sequential would run as a layer."""
+    """Runs the layers of a network that is a Sequential, as a plain module.
+
+    NNCF adds a child to the root module, and a Sequential would run this child as a layer.
+    """
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()

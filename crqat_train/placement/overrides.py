@@ -1,7 +1,7 @@
-"""Settings by layer name: a recipe's `quantization.overrides` and `quantization.float_layers`.
+"""Matches the patterns in a recipe's `quantization.overrides` and `quantization.float_layers` with layers.
 
-A layer's `activations` are its inputs, because its kernel multiplies those. An activation that is not a layer's input,
-such as the input of an Add, is addressed by its own name.
+The `activations` of a layer are its inputs, not its outputs, because the layer's kernel multiplies weights with inputs.
+An activation that is not a layer's input, such as the input of an Add, is addressed by its own name.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ class QuantizerSpec:
         ndim: Dimensions of the quantized tensor.
         input_edge: For a weight, the edge of the activation that it is multiplied with.
         bn: For a weight, the name of the BatchNorm that is folded into the convolution; None if there is none.
-        reason: Why the bit width differs from the recipe's; empty if it does not.
+        reason: Why the bit width differs from that in the recipe; empty if they are equal.
         axis: Axis of the channels of a per-channel scale: 1 for a transposed convolution, whose weight has the shape
             [in channels, out channels, ...], otherwise 0.
     """

@@ -1,7 +1,7 @@
 """Adapts NNCF's quantizer placement to the targets.
 
-The targets determine which inputs of residual Adds and which activations get quantizers, and which code ranges and bit
-widths are allowed.
+The targets determine which inputs of residual Adds and which activations get quantizers. They also limit code ranges
+and bit widths.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def behind_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Node, st
     """Add a quantizer after each convolution whose result is used in float, so that the convolution runs in integers.
 
     A runtime computes a layer, with its BatchNorm and ReLU, in integers only if a quantizer follows directly. NNCF
-    places none before an activation, or where a position after data movement seems better. If some consumers of the
-    result have a quantizer already, all of them share it.
+    places no quantizer between a layer and an activation such as SiLU, or places it only after a data movement. If some
+    consumers of the result have a quantizer already, all consumers share that quantizer.
     """
     places = {place: index for index, (_, _, weight, own) in enumerate(groups) if not weight for place in own}
     weights = {place.consumer for _, _, weight, own in groups if weight for place in own}
@@ -146,9 +146,10 @@ def in_front_of_layers(graph_module: fx.GraphModule, names_of_nodes: dict[fx.Nod
 
 
 def conv_branches(graph_module: fx.GraphModule, groups: Groups) -> set[str]:
-    """Return names of quantized edges: for each residual Add, the one that comes directly from a convolution.
+    """Return, for each residual Add, the name of the quantized edge that leads from a convolution directly to the Add.
 
-    If both inputs of the Add come from convolutions, it is the edge of the one deeper in the graph.
+    If both inputs of the Add come directly from convolutions, only the edge of the convolution deeper in the graph is
+    returned.
     """
     # A quantizer that several edges share stays, because the others need it.
     quantized = {places[0].source: names[0] for names, _, weight, places in groups if not weight and len(places) == 1}

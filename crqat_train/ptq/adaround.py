@@ -1,10 +1,10 @@
 """Adaptive rounding: chooses codes so that a layer's outputs, not its weights, come closest to the float network's.
 
 The problem is AdaRound's (arXiv 2004.10568): minimize, for each layer, the squared error of its outputs against the
-float network's; its inputs are those computed by the quantized layers before it. The error is quadratic in a channel's
-weights, so only second moments of the inputs are kept. It is minimized by cyclic coordinate descent on the codes
-(QuantEase, arXiv 2309.01885) instead of by gradients of a relaxed rounding. This has no learning rate and draws no
-random numbers, and a code may end more than one scale away from its weight.
+float network's, where the quantized layers before it compute its inputs. The error is quadratic in a channel's weights,
+so only second moments of the inputs are kept. It is minimized by cyclic coordinate descent on the codes (QuantEase,
+arXiv 2309.01885) instead of by gradients of a relaxed rounding. The descent has no learning rate and draws no random
+numbers, and a code may end more than one scale away from its weight.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ class Moments:
         quantized: Moments of the quantized network's inputs, shape [groups, K, K], where K is the number of
             weights of one output channel.
         mixed: Moments of the float network's inputs (rows) with the quantized network's (columns), same shape.
-        damping: Weight of a parameter's own error relative to that of the outputs, of shape [groups].
+        damping: Factor, of shape [groups], by which the squared rounding error of the weights is added to the squared
+            error of the outputs, so that the sum has one minimum even if inputs are linearly dependent.
     """
 
     quantized: Tensor
@@ -83,7 +84,7 @@ def round_weight(layer: Layer, quantizer: Quantizer, centered: bool) -> None:
 
 
 def moments(layer: Layer, groups: int, centered: bool) -> Moments:
-    """Return the second moments of a layer's inputs, of which `Moments` describes the three parts.
+    """Return the second moments of a layer's inputs, with the damping that follows from them; see `Moments`.
 
     Args:
         layer: Layer with its inputs in the float network and in the quantized one.

@@ -1,8 +1,9 @@
 """Cross-layer equalization (arXiv 1906.04721, section 4.1) of two layers with at most a ReLU between them.
 
-Each channel between them is divided by a factor, and the weights that consume it are multiplied by the same factor: the
-function does not change, and one scale shared by all channels fits each of them better. Each weight channel has its own
-scale, so the activation's range is matched to the weights that consume it, not to those that produce it.
+Each channel between the two layers is divided by a factor of its own, and the second layer's weights that consume the
+channel are multiplied by this factor. The network's function does not change, and the activation's scale, which all
+channels share, fits each channel better. The first layer's weights have a scale for each output channel, so their
+ranges do not matter: the factors balance each channel's range against the second layer's weights.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Pair:
 
     Attributes:
         first: Operation that computes the channels.
-        norm: Name of the BatchNorm after it; None if there is none.
+        norm: The BatchNorm after `first`; None if there is none.
         second: The only operation that consumes the channels.
         between: Spec of the activation's quantizer, whose input is observed.
     """
@@ -174,7 +175,7 @@ def _is_layer(node: fx.Node) -> bool:
 
 
 def _own_weight(model: fx.GraphModule, node: fx.Node, calls: dict[str, int]) -> bool:
-    """Whether the layer's weight is used by it alone, through its quantizer."""
+    """Whether a layer's weight is quantized, and no other operation uses the weight or its quantizer."""
     if not _is_layer(node) or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
         return False
     rounding = node.args[1]

@@ -1,4 +1,4 @@
-"""Calibration, and the steps after it that a recipe's `ptq` section switches on, in their order."""
+"""Runs calibration, and the post-training steps that a recipe's `ptq` section switches on, in their order."""
 
 from __future__ import annotations
 
@@ -75,7 +75,10 @@ def apply(
 
 
 def _first(batches: Sequence[Tensor]) -> Tensor:
-    """Return the images for the steps, joined from the batches whose image size is the first's, up to PIXELS pixels."""
+    """Return the images for the steps as one tensor of at most PIXELS pixels, but of at least two images.
+
+    Batches whose images have another size than those of the first batch are left out.
+    """
     height, width = batches[0].shape[2:]
     alike = [batch for batch in batches if batch.shape[1:] == batches[0].shape[1:]]
     return torch.cat(alike)[: max(2, PIXELS // (height * width))]

@@ -1,8 +1,9 @@
-"""Quantization methods: each is a module that fake-quantizes, learns its scale and ends as a `Grid`.
+"""Quantization methods. Each is an nn.Module that fake-quantizes in training and becomes a `Grid` for the export.
 
 Fake quantization returns, in float32, the value of the nearest code: ``clip(rint(x / s), qmin - z, qmax - z) * s``. The
-zero point z is 0 in all methods except LSQ+. The division is a true division: a multiplication by the reciprocal is off
-by one unit in the last place and flips roundings. docs/methods.md has each method's formula, paper and deviations.
+zero point z is 0 in all methods except LSQ+. The division is a true division: a multiplication by the reciprocal may be
+off by one unit in the last place, which rounds some values to another code. docs/methods.md has each method's formula,
+paper and deviations.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ MIN_SCALE = 1e-8
 
 
 class Quantizer(nn.Module):
-    """Base class of all methods: a module that fake-quantizes in float32 and ends as a Grid, with zero point 0.
+    """Base class of all methods: a module that fake-quantizes in float32, and whose `grid` method returns its Grid.
+
+    The zero point is 0 unless a method overrides `zero_point`.
 
     Attributes:
         scale: The quantization scale, float32 of shape [1], or of full rank with the channels on the spec's axis; a
@@ -103,5 +105,5 @@ def quantizer_of(model: nn.Module, spec: QuantizerSpec) -> Quantizer:
 
 
 def is_step(name: str) -> bool:
-    """Whether a parameter of this name belongs to a quantizer; a network may have a parameter called `scale`, too."""
+    """Whether a parameter of this name belongs to a quantizer; layers, too, may have a parameter called `scale`."""
     return name.startswith("quantizers.")

@@ -1,4 +1,4 @@
-"""Calibration: initial ranges from the values that each quantizer receives in the float network."""
+"""Calibrates: sets each quantizer's initial range from the values that it receives in the float network."""
 
 from __future__ import annotations
 

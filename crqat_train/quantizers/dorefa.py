@@ -12,11 +12,12 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 class DoReFaQuantizer(MinMaxQuantizer):
-    """Rounds weights as limit * tanh(w) / max|tanh(w)|, and activations within a calibrated range.
+    """Transforms weights to limit * tanh(w) / max|tanh(w)| before rounding; rounds activations in a calibrated range.
 
     Attributes:
-        limit: Largest initial weight, float32 of shape [1]; it stays fixed. It replaces the paper's 1, so that layers
-            without BN keep their magnitude.
+        limit: Largest magnitude of the weights at calibration, float32 of shape [1]; training does not change it. In
+            the paper the limit is 1; here transformed weights keep their magnitude, which layers without BN need.
+            Quantizers of activations have no `limit`.
     """
 
     limit: Tensor

@@ -1,8 +1,9 @@
 """Rounds trained scales to values that every target can store, before the delivered model is evaluated.
 
-After this the conversion for each target is exact: the files contain what torch evaluated. Two limits matter. Scales
-may be stored in float16, and a file stores a weight's scale after BN folding, s |gamma / sigma|. A bias may be stored
-as int32 in units of s_x s_w; a smaller product overflows silently. `crqat.core.targets` says which limits hold.
+After this step the conversion for each target is exact: the files contain what torch evaluated. Scales have two limits.
+A target may store scales in float16; the scale that a file stores for a weight is the one after BN folding,
+s |gamma / sigma|. A target may also store the bias as int32 in units of s_x s_w: if this product is too small, the bias
+overflows silently. `crqat.core.targets` says which limits each target has.
 """
 
 from __future__ import annotations
@@ -46,11 +47,7 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
         UsageError: A BatchNorm or a scale holds values that are not finite or not valid, or a scale is larger than a
             target can store.
     """
-    why = (
-        "training diverged; lower qat.lr"
-        if trained
-        else "although nothing was trained; check the weights and the images"
-    )
+    why = "training diverged; lower qat.lr" if trained else "nothing was trained, so check the weights and the images"
     check_values(model, "the network", why)
     constraints = runtimes.union(targets)
     specs = specs_of(model)

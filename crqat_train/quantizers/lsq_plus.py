@@ -14,15 +14,16 @@ from crqat.train.quantizers.lsq import LSQQuantizer
 
 
 def _zero_point(scale: Tensor, offset: Tensor, qmin: float, qmax: float) -> Tensor:
-    """Return the integer code nearest to the offset. 0.0 is then exact, as a convolution's zero padding needs."""
+    """Return the zero point: -offset / scale, rounded to a code, so that 0.0 is exact, as zero padding needs."""
     return torch.clamp(torch.round(-offset / scale), qmin, qmax)
 
 
 class _LSQPlus(torch.autograd.Function):
-    """Equations 4 to 8 of the paper, with the offset rounded to a whole number of scales, straight through.
+    """Equations 4 to 8 of the paper, except that the offset is rounded to a multiple of the scale.
 
-    With beta = -z s the paper's round(clip((x - beta) / s, qmin, qmax)) s + beta is round(clip(x / s, qmin - z, qmax -
-    z)) s, except for a tie, which goes to the code that is even without the zero point, as in ONNX.
+    The rounding of the offset has a straight-through gradient. With the rounded offset beta = -z s, the paper's
+    round(clip((x - beta) / s, qmin, qmax)) s + beta equals round(clip(x / s, qmin - z, qmax - z)) s, which this class
+    computes. The two differ only in ties: here round(x / s), without the zero point, is even, as in ONNX.
     """
 
     @staticmethod
@@ -54,8 +55,8 @@ class _LSQPlus(torch.autograd.Function):
 class LSQPlusQuantizer(LSQQuantizer):
     """LSQ with a learned offset for activations of both signs, and its own initial scales for weights.
 
-    Weights are symmetric, as the paper recommends. So are activations that are never negative: an offset could only
-    spend codes on values that do not occur, and ONNX Runtime absorbs a ReLU only at zero point 0.
+    Weights have no offset, as the paper recommends. Activations that are never negative have none, either: an offset
+    could only assign codes to values that do not occur, and ONNX Runtime absorbs a ReLU only at zero point 0.
     """
 
     def __init__(self, spec: QuantizerSpec) -> None:
@@ -74,8 +75,8 @@ class LSQPlusQuantizer(LSQQuantizer):
     def set_grad_scale(self, elements: int) -> None:
         """Set the factors by which the gradients of scale and offset are multiplied.
 
-        The scale's is that of LSQ, 1 / (sqrt(N) qmax); the offset's is 1 / sqrt(N). N is `elements`, the number of
-        values that share the scale; qmax is the largest code.
+        The factor of the scale is 1 / (sqrt(N) qmax), as in LSQ; the factor of the offset is 1 / sqrt(N). N is
+        `elements`, the number of values that share the scale; qmax is the largest code.
         """
         super().set_grad_scale(elements)
         self.offset_grad_scale = 1.0 / math.sqrt(max(elements, 1))

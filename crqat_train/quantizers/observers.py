@@ -1,4 +1,4 @@
-"""Initial ranges of quantizers: from a weight, or from the values of an activation for training images."""
+"""Chooses initial ranges of quantizers, from a weight or from the values of an activation for training images."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ _LARGEST = torch.finfo(torch.float32).max / 2
 def calibrate_weight(quantizer: Quantizer, weight: Tensor, calibration: str = "mse") -> None:
     """Set a weight's initial scales, one for each channel, by the method `calibration`.
 
-    It is "mse", "minmax" or "percentile"; see `crqat.train.config.QuantizationConfig.calibration`.
+    `calibration` is "mse", "minmax" or "percentile"; see `crqat.train.config.QuantizationConfig.calibration`.
 
-    A quantizer with initial scales of its own, such as LSQ+, uses those instead. A channel of zeros gets the largest
-    channel's scale, or 1 if all channels are zero: any positive scale represents it.
+    A quantizer with initial scales of its own, such as LSQ+, uses them instead of the method. A channel of zeros gets
+    the largest scale of the other channels, or 1 if all channels are zero: any positive scale represents zeros exactly.
     """
     start = quantizer.start_weight(weight.detach())
     per_channel = quantizer.rows(weight.detach())
@@ -175,7 +175,7 @@ class ActivationObserver:
         return self._magnitude() / quantizer.qmax
 
     def _magnitude(self) -> float:
-        """Return the magnitude that PERCENTILE of the values do not exceed, to one part in 2048 of the largest."""
+        """Return the magnitude that PERCENTILE percent of the values do not exceed, rounded up to a bin's end."""
         shares = self.counts.sum(dim=0).cumsum(dim=0) / self.counts.sum()
         bins = 1 + int(torch.searchsorted(shares, PERCENTILE / 100))
         return min(bins * self.limit / _HISTOGRAM_BINS, max(-self.lowest, self.highest))
@@ -215,7 +215,15 @@ class ActivationObserver:
 
 
 def _best(values: Tensor, counts: Tensor, scales: Tensor, qmin: float | Tensor, qmax: float | Tensor) -> int:
-    """Return the index of the scale with the least squared error. Scales: [scales]; bounds may be [scales, 1]."""
+    """Return the index of the scale for which rounding the values has the least squared error.
+
+    Args:
+        values: Values, of shape [values].
+        counts: How often each value occurs, of shape [values].
+        scales: Candidates, of shape [scales].
+        qmin: Smallest code; one for all scales, or of shape [scales, 1].
+        qmax: Largest code, as `qmin`.
+    """
     steps = scales[:, None]
     rounded = torch.round(values / steps).clamp_(qmin, qmax).mul_(steps)  # type: ignore[arg-type]
     return int((rounded.sub_(values).square_() @ counts).argmin())

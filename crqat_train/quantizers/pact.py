@@ -14,8 +14,9 @@ from crqat.train.quantizers.base import MIN_SCALE, Quantizer
 class _PACT(torch.autograd.Function):
     """Rounds clip(x, 0, alpha); the gradient is 1 for x within [0, alpha) and 1 for alpha where x >= alpha.
 
-    The level is held as scale = alpha / qmax. The gradient returned for it is alpha's divided by qmax, so that an SGD
-    step moves alpha as if alpha were the parameter. Signed codes clip to [-alpha, alpha]: -1 for alpha below it.
+    The parameter is scale = alpha / qmax. Its gradient is set to alpha's gradient divided by qmax, so that an SGD step
+    moves alpha as if alpha were the parameter. With signed codes x is clipped to [-alpha, alpha], and the gradient for
+    alpha is -1 where x < -alpha.
     """
 
     @staticmethod

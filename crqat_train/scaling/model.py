@@ -181,7 +181,8 @@ def default_processes(holds: int, batch: int, between: bool) -> list[int]:
 def local_batches(batch: int, processes: Sequence[int]) -> list[int]:
     """Return the numbers of images per process for which a training step is timed, in ascending order.
 
-    They are the share of the batch with the largest number of processes, the whole batch, and one size between them.
+    These numbers are one process's share of the batch when the largest number of processes runs, the whole batch, and
+    one number between the two.
     """
     smallest = math.ceil(batch / max(processes)) if max(processes) > 1 else math.ceil(batch / 2)
     if batch == 1:
@@ -271,7 +272,10 @@ def assemble(
         terms = [all_reduce_terms(world, point["bytes"]) for point in group["all_reduce"]]
         latency, per_byte = fit_rounds(terms, [point["seconds"] for point in group["all_reduce"]])
         if per_byte["value"] == 0:
-            msg = "an all-reduce of more bytes took no longer, so this machine is busy with other work; try again"
+            msg = (
+                "an all-reduce of more bytes took no longer than one of fewer bytes, so this machine is busy with "
+                "other work; try again"
+            )
             raise ToolError(msg)
         local = Link(latency["value"], 1 / per_byte["value"])
         constants["local"] = {"latency": latency, "bandwidth": _inverse(per_byte), "processes": world}
@@ -325,8 +329,8 @@ def _inverse(constant: Mapping[str, Any]) -> dict[str, Any]:
 def _machine(device: str) -> tuple[int, int]:
     """Return how many processes this machine can run, and the threads of each.
 
-    One process for each CUDA device; on the CPU as many as fit with OMP_NUM_THREADS threads each (1 if it is not set,
-    as under torchrun).
+    A machine can run one process for each CUDA device; on the CPU, as many processes as fit on its cores with
+    OMP_NUM_THREADS threads each (1 if the variable is not set, as under torchrun).
     """
     import torch
 

@@ -167,7 +167,7 @@ def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
     if processes[-1] > work.batch:
         msg = (
             f"--processes {processes[-1]}: a step has {work.batch} images (qat.batch_size, of the training split); "
-            "take at most as many"
+            f"take at most {work.batch} processes"
         )
         raise UsageError(msg)
     for number in processes:

@@ -1,1 +1,1 @@
-"""From a float network to the trained student and teacher."""
+"""Trains the float network, and from it the quantized student and its teacher."""

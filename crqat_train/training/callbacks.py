@@ -22,7 +22,7 @@ _Compile = Callable[[nn.Module], Callable[..., Tensor]]
 class Callback:
     """Base class for a feature of a training run; `crqat.train.training.loop` calls its methods at fixed points.
 
-    Here they do nothing.
+    The methods of this base class do nothing.
 
     No method may wait for the device: no `.item()`, and no Python branch on a tensor's values. At each call,
     `fit.steps_done` of `fit.steps` steps are done. A callback must not keep state: what it does depends on the number
@@ -82,7 +82,7 @@ class FreezeBatchNorm(Callback):
 
 
 class ScaleLearningRate(Callback):
-    """Learning rate of the quantizers as a factor of the network's; 0 after a given share of the steps."""
+    """Sets the quantizers' learning rate to a multiple of the network's, and to 0 after a given share of the steps."""
 
     def __init__(self, factor: float, freeze_at: float) -> None:
         self._factor, self._freeze_at = factor, freeze_at
@@ -175,7 +175,8 @@ class OscillationDamping(nn.Module):
 
     It is the sum of (w_hat - clip(w, s qmin, s qmax))^2, with latent weight w, quantized weight w_hat and scale s.
 
-    No gradient flows into the centres or the scales, and none into weights beyond the range, so that these can return.
+    No gradient flows into w_hat and s. For weights beyond the range the gradient is 0 as well, so that the dampening
+    does not keep them there.
     """
 
     def __init__(self, student: fx.GraphModule) -> None:

@@ -132,8 +132,8 @@ class ConsistencyTraining:
     """Networks of a training step: the student, and the teacher if there is one; plain QAT has none.
 
     Args:
-        student: The network that is trained: quantized, or float where there is no teacher.
-        float_model: The float network that the student was quantized from.
+        student: The network that is trained: the quantized network, or the float network in its own training.
+        float_model: The float network that the student was quantized from, or the student itself if it is float.
         config: Settings of the teacher and of the consistency term.
         compile_model: Applies `torch.compile`, or returns the network unchanged.
 

@@ -1,4 +1,4 @@
-"""Predictions and accuracy of a network in torch."""
+"""Computes the predictions and the accuracy of a network in torch."""
 
 from __future__ import annotations
 

@@ -164,7 +164,7 @@ def _check_logits(network: nn.Module, logits: object, images: int, classes: int 
 
 
 def _what_it_takes(network: nn.Module, images: Tensor) -> str:
-    """Return advice for a message: the channels or the image size that the network takes, found by trying."""
+    """Return advice for a message: the number of channels or the image size that the network accepts in a trial."""
     _, channels, height, width = images.shape
     end = time.monotonic() + _SECONDS
     try:
@@ -190,6 +190,6 @@ def _what_it_takes(network: nn.Module, images: Tensor) -> str:
         if (size, size) != (height, width) and time.monotonic() < end and runs((channels, size, size)):
             return (
                 f"it takes images of {size} x {size} pixels and the data has {height} x {width}: resize the images "
-                "(data.size and data.crop of stored images), or choose a network for theirs"
+                "(data.size and data.crop of stored images), or choose a network for their size"
             )
     return "correct it, or choose another network"

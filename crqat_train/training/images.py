@@ -1,4 +1,4 @@
-"""Images of a training run: labeled ones, and unlabeled ones for the consistency term."""
+"""Makes a training run's batches of labeled images, and of unlabeled images for the consistency term."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TrainingImages:
     Attributes:
         config: The recipe's `data` section.
         dataset: The data set of the recipe.
-        split: Indices of its training images by use: training, validation, unlabeled, reserved.
+        split: Indices of the data set's training images by use: training, validation, unlabeled, reserved.
         device: Device of the training.
     """
 

@@ -1,4 +1,4 @@
-"""The training loop: one step for the float network, QAT and CR-QAT alike, and the epochs around it.
+"""Runs the epochs and steps of training; the float network, QAT and CR-QAT are trained by the same step function.
 
 Features of low-bit training are callbacks; see `crqat.train.training.callbacks`. No step waits for the device.
 """

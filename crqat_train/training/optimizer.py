@@ -1,4 +1,4 @@
-"""Optimizer, learning rate and records of one training run; none of its steps waits for the device."""
+"""Sets up the optimizer and the learning rate of a training run and records its loss, without waits for the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The `train` stage: loads or trains the float network, quantizes, calibrates and trains it, and selects the best."""
+"""Runs the `train` stage: makes the float network, quantizes, calibrates and trains it, and selects the best candidate.
+
+The candidates are the calibrated network, the trained student and its teacher.
+"""
 
 from __future__ import annotations
 
@@ -51,9 +54,9 @@ class Start:
 
     Attributes:
         network: Float network on the device, with the recipe's weights. It must not be changed.
-        trained: Whether its weights come from a file and are not trained further.
+        trained: Whether the network's weights come from a file and are not trained further.
         dataset: The data set of the recipe.
-        split: Indices of its training images by use: training, validation, unlabeled, reserved.
+        split: Indices of the data set's training images by use: training, validation, unlabeled, reserved.
         device: Device of the training.
         processes: Number of processes that train together.
     """

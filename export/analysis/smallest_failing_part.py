@@ -12,10 +12,11 @@ Refusal = Callable[[onnx.ModelProto], str | None]
 
 
 def smallest_cut(model: onnx.ModelProto, refused: Refusal) -> onnx.ModelProto:
-    """Return the smallest part found that fails like the whole file.
+    """Return the smallest part found that fails with the same error message as the whole file.
 
-    The shortest failing beginning of the file ends with the node at fault; then as many nodes as possible are removed
-    from its start. Both numbers are found by bisection, which assumes that a part fails if a shorter one in it does.
+    First, the shortest failing beginning of the file is found, which ends with the node at fault. Then as many nodes as
+    possible are removed from the start of this beginning. Both steps use bisection, which assumes that a part fails
+    whenever it contains a failing part.
 
     Args:
         model: A file that the builder refuses.

@@ -1,7 +1,8 @@
 """Exports the float network to ONNX, with markers on quantized edges, BN folded, and nodes named after their layers.
 
-`operators` converts the graph of the training one operation at a time: markers, not matched names, show where Q/DQ
-nodes belong. torch's own exporters refuse narrow and low-bit fake quantization.
+`operators` converts the graph that was trained, one operation at a time. Markers in the graph, not names to be matched,
+show where Q/DQ nodes belong. torch's own exporters are not used, because they refuse fake quantization with a narrow
+range or few bits.
 """
 
 from __future__ import annotations
@@ -78,7 +79,8 @@ def _take_float_markers(graph: Graph) -> None:
 def _pool_means(graph: Graph) -> None:
     """Convert means over the pixels to GlobalAveragePool, which runtimes fuse and which is the same in every opset.
 
-    The quantizer is placed before the Flatten that drops the two dimensions: ONNX Runtime would not fuse it after that.
+    A mean without keepdims also needs a Flatten. Its quantizer is placed before the Flatten, because ONNX Runtime would
+    not fuse the quantizer with the pool if the Flatten stood between them.
     """
     consumers, nodes = graph.consumers(), []
     behind: dict[str, onnx.NodeProto] = {}

@@ -1,4 +1,4 @@
-"""ONNX graphs as plain lists and dictionaries, their shapes, and their conversion back to a model."""
+"""Represents ONNX graphs as plain lists and dictionaries, infers their shapes, and converts them back to models."""
 
 from __future__ import annotations
 

@@ -159,7 +159,12 @@ class _Converter:
 
 
 def _types(names: Sequence[str], formal: Sequence[Any]) -> list[str]:
-    """Return the type variable or fixed type of each input or output; the last formal one may stand for many."""
+    """Return the type variable or fixed type, such as "T", of each input or output of a node.
+
+    Args:
+        names: The node's inputs or outputs.
+        formal: Inputs or outputs in the operation's schema; the last one also describes all further `names`.
+    """
     return [formal[min(index, len(formal) - 1)].type_str for index in range(len(names))]
 
 

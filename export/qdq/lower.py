@@ -1,6 +1,7 @@
 """Converts trained Grids to a target's encoding, with a claim of exactness.
 
-exact: the representable values are the same. lossy: they differ, which needs `export.allow_lossy`.
+The claim is "exact" if the stored Grid has the same representable values as the trained Grid. It is "lossy" if the
+values differ; such a file is written only with `export.allow_lossy`.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class Activation:
     Attributes:
         grid: The stored Grid: its codes have the stored type, and its zero point is included.
         dtype: np.int8 or np.uint8.
-        clip: Bounds of the integer Clip after QuantizeLinear; None if the type's own saturation is the bound.
+        clip: Bounds of the integer Clip after QuantizeLinear; None if no Clip is needed, because QuantizeLinear
+            saturates to the range of `dtype`.
         claim: "exact" if the target represents the same values as training, "lossy" if they differ.
         note: Message for the user; empty if there is none.
     """

@@ -1,4 +1,4 @@
-"""Bounds on the error of float32 results against exact ones.
+"""Computes bounds on the error of float32 results against exact results.
 
 Assumptions about libraries, in relative error (one unit in the last place is at most two unit roundoffs):
 * +, -, *, / and sqrt are correctly rounded (IEEE 754); a division may be a multiplication by a reciprocal.

@@ -2,11 +2,13 @@
 
 `FLOAT_OPERATIONS` maps an ONNX operation to a `Known`. The bound of its result has two parts:
 
-* the effect of its inputs' errors: elementwise functions are evaluated at the ends of each input's interval,
-  value +- error, which contains the result for all that are monotone in each input, or convex around a minimum;
-* its own rounding errors: UNIT_ROUNDOFF times the magnitudes that it rounds, each counted as often as it is rounded.
+* the effect of its inputs' errors: an elementwise function is evaluated at both ends of each input's interval,
+  value - error and value + error. For functions that are monotone in each input or convex around a minimum, the
+  largest change of the result over the intervals occurs at such an end;
+* the operation's own rounding errors: UNIT_ROUNDOFF times the magnitudes that it rounds, each counted as often as it is
+  rounded.
 
-To teach the simulator an operation, add a row; tests/export/simulator/test_float_ops.py asks for a case of each row.
+To support another operation, add a row; tests/export/simulator/test_float_ops.py requires a test case for each row.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Simulated pooling of any rank: positions of windows, and their maximum or mean."""
+"""Simulates pooling over any number of dimensions: finds the windows, and computes their maximum or mean."""
 
 from __future__ import annotations
 
@@ -35,7 +35,8 @@ def max_pool(attributes: Attributes, x: Array) -> Array:
 def average_pool(attributes: Attributes, x: Array) -> Array:
     """Return the mean of each window.
 
-    ONNX Runtime computes it from codes in float32, and adds in an order of its own.
+    ONNX Runtime computes the mean in float32 even if its input is codes, and adds in an order of its own; see
+    `average_pool_bound`.
     """
     counted = np.ones((1, 1, *x.shape[2:]))
     if attributes.get("count_include_pad", 0):

@@ -55,14 +55,14 @@ def _float32(a: Codes, b: Codes, scale: np.float32, zero_point: int) -> Array:
 
 
 def _float32_bound(a: Codes, b: Codes, scale: np.float32, zero_point: int) -> float:
-    """Return the largest distance, in codes, of `_float32` and `_unfused` from the exact sum before they round.
+    """Return a bound on the distance, in codes, of the exact sum from what `_float32` or `_unfused` rounds to a code.
 
-    Raw codes and zero points are multiplied separately: if the scale of an input is far above that of the sum, two
-    large products cancel, and their rounding errors remain. With
-    M = |z_y| + r_a (|A| + |z_a|) + r_b (|B| + |z_b|), no number that is rounded is larger than M: the products r_a z_a
-    and r_b z_b, their sum, its distance from z_y, and the two fma; that is six roundings at most. The two ratios are
-    rounded as well, which moves the result by at most one more u M. Together 7 u M, and less than 8 u M with the terms
-    in u^2.
+    Raw codes and zero points are multiplied separately: if the scale of an input is far above the scale of the sum, two
+    large products cancel, and their rounding errors remain. Let r_a and r_b be the ratios of the inputs' scales to the
+    sum's scale, A and B the raw codes, z_a, z_b and z_y the zero points, u the unit roundoff, and
+    M = |z_y| + r_a (|A| + |z_a|) + r_b (|B| + |z_b|). At most six numbers are rounded, none larger than M: the products
+    r_a z_a and r_b z_b, their sum, its distance from z_y, and the results of the two fma. The two ratios are rounded as
+    well, which moves the result by at most u M. The total is at most 7 u M, and below 8 u M with the terms in u^2.
     """
     largest = float(abs(zero_point))
     for codes in (a, b):
@@ -86,17 +86,22 @@ def _multiplier(ratio: np.float32, shift: int) -> int:
 
 
 def _fixed_point(a: Codes, b: Codes, scale: np.float32, shift: int) -> Array:
-    """Return mA (A - zA) + mB (B - zB) in 32-bit integers, shifted right; halves are rounded away from zero."""
+    """Return mA (A - zA) + mB (B - zB), shifted right by `shift` bits; halves are rounded away from zero.
+
+    A and B are raw codes, and zA and zB their zero points. The multipliers mA and mB are the ratios of the inputs'
+    scales to the sum's scale, times 2^shift and rounded.
+    """
     sums = sum(_multiplier(_ratio(v, scale), shift) * v.integers.astype(np.int64) for v in (a, b))
     rounded: Array = np.sign(sums) * ((np.abs(sums) + (1 << (shift - 1))) >> shift)
     return rounded.astype(np.float64)
 
 
 def _fixed_point_bound(a: Codes, b: Codes, scale: np.float32, shift: int) -> float:
-    """Return the largest distance, in codes, of `_fixed_point` from the exact sum before it rounds to a code.
+    """Return a bound on the distance, in codes, of the exact sum from what `_fixed_point` rounds to a code.
 
-    Each ratio is rounded to float32, u relative to it, and to its multiplier, by half of 2^-shift; the integers are
-    exact. A second u covers the terms in u^2.
+    Each ratio of scales is rounded twice: to float32, with a relative error of at most the unit roundoff u, and to its
+    multiplier, with an absolute error of at most 2^-shift / 2. The integer operations are exact. The bound uses 2 u
+    instead of u to cover the terms in u^2.
     """
     bound = 0.0
     for codes in (a, b):
@@ -106,7 +111,10 @@ def _fixed_point_bound(a: Codes, b: Codes, scale: np.float32, shift: int) -> flo
 
 
 def _unfused(a: Codes, b: Codes, scale: np.float32, zero_point: int) -> Array:
-    """Return rint(fma(sA, A - zA, sB (B - zB)) / s + z), used where fixed point cannot hold the quotients of scales."""
+    """Return rint(fma(sA, A - zA, sB (B - zB)) / s + z) - z, with raw codes A and B, scales s and zero points z.
+
+    The fixed-point kernel computes this where its multipliers cannot represent the ratios of the scales.
+    """
     product = (b.scale * b.integers.astype(np.float32)).astype(np.float64)
     sums = (float(a.scale) * a.integers + product).astype(np.float32)
     total = (sums / scale).astype(np.float32) + np.float32(zero_point)

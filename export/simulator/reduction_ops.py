@@ -45,7 +45,7 @@ def extreme(function: Callable[..., Any]) -> Known:
 
 
 def product_bound(attributes: Attributes, result: Array, x: Float) -> Array:
-    """Return a bound on the error of a product along axes: that of the factors' errors and of all roundings."""
+    """Return a bound on the error of a product along axes, from the factors' errors and the roundings of products."""
     factors = np.abs(x.values) + x.error
     rounding = 1 + reduced_count(attributes, x.values) * 2 * UNIT_ROUNDOFF
     return np.asarray(reduced(np.prod, attributes, factors) * rounding - np.abs(result))

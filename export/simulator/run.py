@@ -1,10 +1,10 @@
 """Simulates a QDQ file with exact integers: computes, from the file alone, the codes of an integer runtime.
 
-The arithmetic between codes is that of ONNX Runtime's CPU kernels, in float32 where they use float32: requantization
-multiplies an int32 sum by (s_x s_w) / s_y and rounds half to even. Kernels that differ between CPU families are
-simulated for each, see `Simulation.add_kernel`. Other operations, such as a SiLU or a residual Add of a float
-convolution, are computed in float64, with a bound on the error of a correct float32 computation; codes after such
-values are `inexact`.
+Operations on codes are computed as in ONNX Runtime's CPU kernels, in float32 where these kernels use float32:
+requantization multiplies an int32 sum by (s_x s_w) / s_y and rounds half to even. The kernel that adds codes differs
+between CPU families; `Simulation.add_kernel` chooses the one to simulate. Other operations, such as a SiLU or a
+residual Add of a float convolution, are computed in float64, with a bound on the error of a correct float32
+computation; the codes that a quantizer computes from such values are `inexact`.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ def simulate(
         model: An ONNX file written by `crqat.export.qdq.write`.
         images: Normalized input, float32 of shape [N, C, H, W].
         forced: Codes by tensor name, integers minus the zero point: later operations receive them instead of the
-            computed ones. A difference then shows where it arises and does not spread (teacher forcing).
-        stored_error: Error of stored values by the name of a constant or dequantized weight; see
+            computed codes. A difference from the computed codes then appears only in the tensor where it arises, and
+            does not spread to later tensors (teacher forcing).
+        stored_error: Errors of the file's constants and biases against the network's values, by name; see
             `Simulation.stored_error`.
         grids: Scale and zero point, by name of a tensor of codes, that replace those in the file.
         in_float: Names of nodes that the runtime computes in float although their inputs are codes.

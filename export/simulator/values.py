@@ -30,7 +30,7 @@ class Codes:
         integers: Codes minus the zero point, int32.
         scale: One scale for all values.
         zero_point: Zero point as stored in the file.
-        real: Whether a DequantizeLinear has made float values of them.
+        real: Whether the codes have passed a DequantizeLinear.
         selected: Whether a runtime selected these values as float values, so that consumers compute in float.
     """
 
@@ -56,7 +56,8 @@ class Sum:
         magnitude: Sum of |code_x code_w| for each element, for the bound of a float computation.
         terms: Number of products in each sum.
         relu: Whether a ReLU follows.
-        bias_error: Known error of the bias against that of the network, as a real number.
+        bias_error: Largest difference between the file's bias and the network's own bias, as a real number; 0 if the
+            caller of the simulation gave none.
     """
 
     sums: Array
@@ -79,7 +80,7 @@ class Added:
 
 @dataclass
 class Pooled:
-    """Mean over the pixels of a tensor of codes, not rounded yet: `sums` of `count` codes each, divided by `count`."""
+    """Mean over the pixels of a tensor of codes, not rounded yet: `sums / count`, where each sum has `count` codes."""
 
     sums: Array
     count: int
@@ -93,7 +94,7 @@ class Float:
     Attributes:
         values: Results of exact arithmetic.
         error: Bound on the error of a float32 computation, in the shape of the values.
-        product: Whether they are a product of two tensors of codes.
+        product: Whether the values are a product of two tensors of codes.
     """
 
     values: Array
@@ -114,21 +115,24 @@ class Simulation:
         bounds: By name of a tensor of codes: largest distance, in codes, between two correct float32 computations of
             the same value before rounding (probabilistic bound of Higham and Mary 2019 with lambda = 8 for a sum, plus
             single roundings); one number, or one for each code. Codes may differ only within this distance of a tie.
-        kernel_bounds: By name of a tensor of codes: largest distance, in codes, of the simulator's own arithmetic, in
-            the order of ONNX Runtime's kernel, from `before_rounding`. With zero points it is larger than that of a
-            computation with float values. Comparisons of these codes allow for it.
+        kernel_bounds: By name of a tensor of codes: largest distance, in codes, between `before_rounding`, which is
+            exact, and the value that the simulator rounds to a code, which it computes in float32 in the order of ONNX
+            Runtime's kernel. For an Add of codes with zero points this distance may exceed `bounds`. A comparison of
+            these codes with those of another simulation therefore adds both bounds.
         before_rounding: By name of a tensor of codes: values / scale before rounding, float64.
         inexact: Names of tensors of codes that a runtime computes from float values in its own order; another correct
             computation may differ from them by one code within `tie_bound` of a tie.
-        logits_bound: Bound on the error of float32 logits, in their shape; None if a runtime's logits must be
-            identical.
-        real_logits: The logits with the bound for any correct float32 computation of them.
+        logits_bound: Largest difference that `logits` may have from a runtime's logits, in their shape; None if both
+            must be identical, because the simulator computes the logits by the arithmetic of the runtime's kernel.
+        real_logits: The logits in float64, not rounded as a kernel rounds them, always with a bound on the error of any
+            correct float32 computation. They are for the comparison with torch, which uses no integer kernel.
         forced: By name of a tensor of codes: integers that later operations receive instead of the computed ones.
-        stored_error: By name of a constant: error of its stored float16 values against those of the network; by name of
-            a dequantized weight: error of its operation's bias. Bounds then hold for a computation with the network's
-            own values.
-        grids: By name of a tensor of codes: the scale, or scales per channel, and the zero point that it must have.
-            They replace those of the file.
+        stored_error: Errors of the file's stored values against the network's own values. The error of a constant has
+            the constant's name. The error of a layer's bias has the name of the layer's dequantized weight, because
+            files store biases in several forms. With these errors, all bounds hold for a computation with the
+            network's own values; without them, only for a computation with the file's values.
+        grids: By name of a tensor of codes: the scale, or scales per channel, and the zero point that the simulation
+            uses instead of those in the file.
         in_float: Names of nodes that the runtime computes in float although their inputs are codes.
         add_kernel: How the runtime adds two tensors of codes; see `crqat.core.targets.CpuFamily`.
     """
@@ -155,7 +159,7 @@ class Simulation:
     def record(self, name: str, codes: Codes, before: Array, bound: Array, kernel_bound: float) -> Codes:
         """Record the codes that a quantizer computed, with their bounds; return the codes for later operations.
 
-        These are the `forced` ones where there are any.
+        Later operations receive the codes in `forced` if it has any for this tensor, otherwise the computed codes.
         """
         self.kernel_bounds[name] = kernel_bound
         self.codes[name], self.before_rounding[name], self.bounds[name] = codes.integers, before, bound

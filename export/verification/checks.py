@@ -1,13 +1,14 @@
-"""Verifies a file by its integer codes: torch, the simulator, the runtime and the other target compute equal ones.
+"""Verifies a file by its integer codes, in three checks that compare two computations each.
 
-1. torch's fake quantization on the trained Grids (BN unfolded, each quantizer receives the simulator's codes) =
-   simulator of the file: codes differ only where the simulator's value lies within a derived bound of a rounding tie,
-   logits by no more than a derived bound.
-2. simulator on the trained Grids' scales = ONNX Runtime with all optimizations: no code differs, and the logits agree
-   bit for bit; the simulator adds as the kernels of this machine's CPU family do. If the file leaves operations in
-   float (a SiLU between its quantizers), the codes after them follow the rule of check 1, with the bounds of
+1. torch's fake quantization on the trained Grids, without BN folding, against the simulator of the file. Each operation
+   in torch receives the simulator's codes. Codes may differ only where the simulator's value lies within a derived
+   bound of a rounding tie, and logits only by a derived bound.
+2. The simulator, with the trained Grids' scales and the kernels of this machine's CPU family, against ONNX Runtime with
+   all optimizations. No code may differ, and the logits must agree bit for bit. Only codes and logits that are computed
+   from operations left in float, such as a SiLU, follow the rule of check 1, with the bounds of
    `crqat.export.simulator.float_ops`.
-3. simulator of one target = simulator of the other, operation by operation, under the rule of check 1.
+3. The simulator of one target's file against the simulator of another target's file, operation by operation, by the
+   rule of check 1.
 """
 
 from __future__ import annotations
@@ -108,12 +109,13 @@ def _compare(
     simulation: Simulation,
     kernel_bounds: Mapping[str, float] | None = None,
 ) -> Check:
-    """Count codes that differ, and those of them that no rounding error within the bound can explain.
+    """Count the codes that differ, and the violations: differences that no rounding error within the bound explains.
 
     Args:
         pairs: Codes of the simulator and of the other computation, by tensor name.
         simulation: The simulator's results.
-        kernel_bounds: `Simulation.kernel_bounds` of the other computation if it is a simulator, too, by the same names.
+        kernel_bounds: If the other computation is a simulation, its `Simulation.kernel_bounds`, by the names in
+            `pairs`; otherwise None.
     """
     bounds = {name: simulation.bounds[name] + (kernel_bounds or {}).get(name, 0.0) for name in pairs}
     ties = {name: Tie(simulation.before_rounding[name], np.asarray(bound)) for name, bound in bounds.items()}
@@ -129,7 +131,10 @@ def _compare(
 
 
 def _bias_errors(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
-    """Return the error of each bias against the trained one as a real number, by the name of its operation's weight."""
+    """Return the largest error of each layer's bias against the trained bias, by the name of its dequantized weight.
+
+    The result is for `Simulation.stored_error`.
+    """
     return {
         f"{edge}.dequantized": np.asarray(weight.bias_error + _stored_error(file, edge))
         for edge, weight in file.weights.items()
@@ -255,7 +260,10 @@ def _against_runtime(
 def _against_target(
     file: QDQModel, other: QDQModel, other_simulation: Simulation, images: npt.NDArray[np.float32]
 ) -> Check:
-    """Compare this target's simulator, fed with the other target's codes at each operation, with the other."""
+    """Compare the codes of this target's simulation with those of the other target's simulation.
+
+    Each operation of this target's simulation receives the other target's codes.
+    """
     tensors = {
         own: theirs for edge in file.codes if edge in other.codes
         for own, theirs in zip(file.codes[edge], other.codes[edge], strict=True)
@@ -269,7 +277,7 @@ def _against_target(
 
 
 def _stored_error(file: QDQModel, edge: str) -> float:
-    """Return the rounding error of a stored float bias: none in float32, half of its last place in float16."""
+    """Return the largest rounding error of a bias stored as float16; 0.0 for a bias stored as float32 or int32."""
     stored = next((t for t in file.model.graph.initializer if t.name == f"{edge}.bias"), None)
     if stored is None:
         return 0.0
@@ -282,9 +290,9 @@ def _stored_error(file: QDQModel, edge: str) -> float:
 def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
     """Return the error of each constant in the float parts against the network's own constant.
 
-    Constants are rounded to the file's type; float32 constants are exact. A literal such as 1.41421356 in a forward
-    pass is rounded at export, while torch may compute with the exact number: constants of more than 12 bits are taken
-    for literals.
+    Constants are rounded to the file's float type, so float32 constants have no error. An exception is a number written
+    in the code of a forward pass, such as 1.41421356: the export rounds it to float32, but torch may compute with the
+    float64 number. Every single number whose value is not a multiple of 2^-12 is assumed to be of this kind.
     """
     types = {tensor.name: helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in file.model.graph.initializer}
     result = {}

@@ -1,4 +1,4 @@
-"""Writes the integer codes of a few images for comparison on a board; `measure.codes` reads them there."""
+"""Writes the integer codes of a few images; on a board, `measure.codes` compares the runtime's codes with them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,8 @@ def expected_codes(file: QDQModel, images: npt.NDArray[np.float32], out: Path) -
         out: Path of the .npz file.
 
     Returns:
-        Whether the file was written: it is not if the simulator does not support an operation, or if no code is exact.
+        Whether the file was written. No file is written if the simulator does not support an operation, or if all codes
+        depend on inexact ones.
     """
     images = np.ascontiguousarray(images[:IMAGES])
     first, *others = ONNXRUNTIME.cpus

@@ -68,7 +68,8 @@ def fusion(model: onnx.ModelProto) -> Fusion:
 def in_float(model: onnx.ModelProto, operations: Mapping[str, list[str]] | None = None) -> set[str]:
     """Return the names of nodes with quantized inputs that ONNX Runtime computes in float on this machine.
 
-    It does so, for example, where two nodes use the result.
+    ONNX Runtime computes a node in float if it does not fuse the node with its quantizers, for example because two
+    other nodes use its result.
 
     Args:
         model: A quantized ONNX file.

@@ -267,7 +267,9 @@ def test_another_number_of_processes_does_not_go_on(together: Path, tmp_path: Pa
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"^qat\.batch_size: 100 images a step .* by 3 processes; take a multiple$"):
+    with pytest.raises(
+        UsageError, match=r"^qat\.batch_size: 100 images a step .* by 3 processes; take a multiple of 3$"
+    ):
         ranks.check(recipe(tmp_path), 3)
     ranks.check(recipe(tmp_path), 2)
 

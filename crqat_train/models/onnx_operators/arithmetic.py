@@ -25,7 +25,13 @@ from crqat.train.models.onnx_operators.node import (
 def _two(
     function: Callable[[Any, Any], Any], whole: Callable[[Any, Any], Any] | None = None
 ) -> Callable[[Node], Value]:
-    """Return a converter of an operation on two tensors or two shapes; `whole` is used for integers if it differs."""
+    """Return a converter of an operation on two tensors or two shapes.
+
+    Args:
+        function: The operation.
+        whole: The operation on the integers of shapes if it is another one, such as floor division; None uses
+            `function`.
+    """
 
     def convert(node: Node) -> Value:
         left, right = node.input(0), node.input(1)
@@ -38,7 +44,7 @@ def _two(
 
 
 def _same_rank(node: Node, value: Value) -> Value:
-    """Return the value; in an operation with a tensor, a list of integers is converted to a tensor."""
+    """Return an operand of an operation with a tensor: a constant list of numbers becomes a tensor."""
     if isinstance(value.sample, list):
         if value.name is not None:
             msg = "computes with a shape and a tensor; that is not supported"
@@ -65,7 +71,11 @@ def _add(node: Node) -> Value:
 
 
 def _mul(node: Node) -> Value:
-    """Convert a product, or the activation that exporters write as one, whose inner operations are then left out."""
+    """Convert a product.
+
+    If the product is the last operation of an activation such as SiLU, which exporters write as several operations,
+    the activation is added instead.
+    """
     left, right = node.input(0), node.input(1)
     for gate, other in ((left, right), (right, left)):
         kind, origin = gate.made_of
@@ -116,7 +126,7 @@ def _sum(node: Node) -> Value:
 
 
 def _extreme(function: Callable[[Any, Any], Any], bound: str) -> Callable[[Node], Value]:
-    """Return a converter of Max or Min; with a number it becomes a bound of clamp."""
+    """Return a converter of Max or Min; a Max or Min of a tensor and a number becomes torch.clamp with one bound."""
 
     def convert(node: Node) -> Value:
         result = node.input(0)

@@ -36,7 +36,11 @@ def _sides(node: Node, rank: int) -> tuple[list[int], list[int]]:
 
 
 def _padded(node: Node, value: Value, front: list[int], behind: list[int]) -> tuple[Value, tuple[int, ...]]:
-    """Return the value padded by zeros where the two sides differ, and the padding left for the layer itself."""
+    """Return a layer's input and the padding that the layer itself applies.
+
+    If the padding differs between the two sides, which PyTorch's layers do not support, the input is padded by zeros
+    in an operation of its own, and the layer's padding is 0.
+    """
     if front == behind:
         return value, tuple(front)
     order = [side for pair in reversed(list(zip(front, behind, strict=True))) for side in pair]

@@ -35,7 +35,7 @@ def _reshape(node: Node) -> Value:
     if not value.is_tensor:
         if value.name is not None:
             is_flat = isinstance(value.sample, list) and shape.sample in ([-1], [len(value.sample)])
-            return value if is_flat else _refuse("gives a shape another shape")
+            return value if is_flat else _refuse("reshapes a shape that the file computes")
         return Value.of(_reshaped(torch.tensor(value.sample), node.constant(1)), value.origin)
     if shape.name is not None:
         return node.emit(_reshaped, value, shape)
@@ -99,7 +99,7 @@ def _listed(number: Any) -> list[Any]:
 
 def _whole_tensor(node: Node, value: Value, axes: Sequence[int]) -> Value:
     if value.name is not None:
-        return _refuse("gives a shape another shape")
+        return _refuse("adds dimensions to a shape that the file computes")
     tensor = torch.tensor(value.sample)
     for axis in sorted(axis % (1 + len(axes)) for axis in axes):
         tensor = tensor.unsqueeze(axis)

@@ -1,7 +1,7 @@
 """A node of an ONNX file during conversion, and the values between nodes.
 
 Shapes that the file computes (Shape, Gather, Concat ... Reshape) are lists of numbers here, in which the number of
-images stays open. Every other value is a tensor, or a Python number if the file has a single one.
+images is not fixed. Every other value is a tensor, or a Python number if the file has a single number there.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ class Value:
         other: The same value for a batch of one more image, and for larger images if the file leaves their size open;
             None if it is constant.
         name: Name under which the network holds it during the forward pass; None if it does not depend on the images.
-        origin: Name of a constant in the file.
-        stored: Path of the network's tensor that holds a constant, once there is one.
+        origin: For a constant, its name in the file.
+        stored: For a constant, the path of the network's tensor that holds it; None until such a tensor is added.
         made_of: If the value may be an intermediate step of an activation function that the file computes by several
             nodes: a name of the step, such as "erf", and the input of the function; otherwise "" and None.
         layer: The linear layer that computes it, to which a bias may be added by the next node.

@@ -153,10 +153,10 @@ def _max_pool(w: Walk, a: Arguments) -> Any:
 
 @operator("avg_pool1d", "avg_pool2d", "avg_pool3d")
 def _avg_pool(w: Walk, a: Arguments) -> Any:
-    """Write an average pool whose windows lie within the image and its written zero padding.
+    """Write an average pool, with a Pad before it and a Mul after it where ONNX's AveragePool alone is not enough.
 
-    ONNX Runtime's integer kernel divides a window that exceeds its padding by a wrong number, and no attribute
-    corresponds to torch's `divisor_override`.
+    The Pad extends the image so that no window exceeds the padding: ONNX Runtime's integer kernel would divide such a
+    window by a wrong number. The Mul replaces torch's `divisor_override`, which ONNX lacks.
     """
     x, name, divisor = a["self"], w.float_name(a["self"]), a.get("divisor_override")
     dims = w.node.meta["val"].ndim - 2

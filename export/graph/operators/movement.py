@@ -143,7 +143,7 @@ def _narrow(w: Walk, a: Arguments) -> Any:
 
 @operator("split", "chunk", "split_with_sizes", "tensor_split", "unsafe_split", "unsafe_chunk")
 def _split(w: Walk, a: Arguments) -> Any:
-    """Write a split as slices, which can move codes; a Split would stay between two float values."""
+    """Write a split as Slice nodes, which may run on codes; a Split node would run on float values."""
     axis, start, parts = axis_of(first(a), a.get("dim", 0)), 0, []
     w.known(first(a), axis)
     read = {user.args[1] for user in w.node.users}

@@ -67,5 +67,5 @@ def test_a_listed_image_that_is_gone_is_named(folder: Path) -> None:
     config = DataConfig("imagelist", root=str(folder), image_list=str(write(folder)), size=8, crop=8)
     with pytest.raises(ToolError, match=r"a/1\.png: cannot be read any more"):
         sources.of_recipe(config)
-    with pytest.raises(UsageError, match=r"^data\.image_list: missing, or data\.root; imagelist needs"):
+    with pytest.raises(UsageError, match=r"^data\.image_list: missing, or data\.root is; imagelist needs"):
         sources.of_recipe(DataConfig("imagelist", root=str(folder)))

@@ -267,7 +267,7 @@ def test_an_unknown_source_names_the_nearest() -> None:
         ({"preprocessing": Preprocessing((0.5,) * 3, (0.5,) * 3)}, r"one mean and std per channel \(1\), got 3 and 3"),
         ({"preprocessing": Preprocessing((0.5,), (0.0,))}, "std must be positive"),
         ({"preprocessing": Preprocessing((float("nan"),), (0.5,))}, "must be finite"),
-        ({"preprocessing": (0.5, 0.5)}, "must be an crqat.core.preprocessing.Preprocessing"),
+        ({"preprocessing": (0.5, 0.5)}, "must be a crqat.core.preprocessing.Preprocessing"),
         ({"train_images": torch.zeros(3, 1, 4, 4, dtype=torch.uint8, device="meta")}, "must be on the CPU, got meta"),
     ],
 )
@@ -500,9 +500,9 @@ def test_no_value_is_read_back_from_the_device() -> None:
 def test_normalization_that_was_not_given_is_told() -> None:
     note = sources.normalization_note(DataConfig("cifar10"), CIFAR10_PREPROCESSING) or ""
     assert note.startswith(
-        "data.mean and data.std not given: images are normalized by ImageNet's, mean 0.485/0.456/0.40"
+        "data.mean and data.std not given: images are normalized by ImageNet's values, mean 0.485/0.456/0.40"
     )
     half = sources.normalization_note(DataConfig("digits", mean=(0.3,)), Preprocessing((0.3,), (0.4,))) or ""
-    assert half.startswith("data.std not given: images are normalized by those of digits, mean 0.3, std 0.4")
+    assert half.startswith("data.std not given: images are normalized by the values of digits, mean 0.3, std 0.4")
     assert sources.normalization_note(DataConfig("digits", mean=(0.3,), std=(0.4,)), PLAIN) is None
     assert sources.normalization_note(DataConfig("own:data"), PLAIN) is None, "the function gives its own"

@@ -148,9 +148,9 @@ def test_what_differs_is_named(images: Tensor, tmp_path: Path) -> None:
     path = stock(images, "performance", tmp_path / "stock.pt")
     _, edges = start_from.check(path, config(("tensorrt",), None), quiet)
     assert {edge.name: (edge.outcome, edge.note) for edge in edges if edge.note} == {
-        "post_hooks.relu/relu/0__0.0": ("rescaled", "codes 0 to 255, here 0 to 127"),
-        "post_hooks./relu/0__0.0": ("rescaled", "codes 0 to 255, here 0 to 127"),
-        "post_hooks./mean/0__0.0": ("rescaled", "codes 0 to 255, here 0 to 127"),
+        "post_hooks.relu/relu/0__0.0": ("rescaled", "codes 0 to 255 in the checkpoint, 0 to 127 here"),
+        "post_hooks./relu/0__0.0": ("rescaled", "codes 0 to 255 in the checkpoint, 0 to 127 here"),
+        "post_hooks./mean/0__0.0": ("rescaled", "codes 0 to 255 in the checkpoint, 0 to 127 here"),
         "post_hooks.second/conv2d/0__0.0": ("dropped", "the targets leave it in float"),
     }
     checkpoint = read(path)
@@ -171,7 +171,7 @@ def test_zero_points_are_refused_for_tensorrt(images: Tensor, tmp_path: Path) ->
     with pytest.raises(UsageError, match=r"zero point \d+, and TensorRT supports only 0.*preset PERFORMANCE"):
         take(checkpoint, images, ("onnxruntime", "tensorrt"))
     edges = {edge.name: edge for edge in take(checkpoint, images, ("onnxruntime",))}
-    assert all(edges[name].outcome == "rescaled" and "here 0" in edges[name].note for name in moved)
+    assert all(edges[name].outcome == "rescaled" and "in the checkpoint, 0 here" in edges[name].note for name in moved)
 
 
 def test_a_method_with_a_zero_point_keeps_it(images: Tensor, tmp_path: Path) -> None:

@@ -342,11 +342,11 @@ def test_the_true_cause_is_named_by_its_module(targets: Sequence[str]) -> None:
     with pytest.raises(UsageError, match=rf"^the network: {name}\.running_var is negative in 1 of \d+ .*-0\.25"):
         make_representable(model, targets, trained=False)
     norm.running_var[1] = float("nan")
-    with pytest.raises(UsageError, match=rf"1 of \d+ in {name}\.running_var; and nothing was trained"):
+    with pytest.raises(UsageError, match=rf"1 of \d+ in {name}\.running_var; nothing was trained"):
         make_representable(model, targets, trained=False)
     norm.running_var.copy_(right)
     quantizer_of(model, model.specs[0]).scale.data.fill_(float("nan"))
-    for trained, words in ((False, "and nothing was trained"), (True, "training diverged; lower qat.lr")):
+    for trained, words in ((False, "nothing was trained"), (True, "training diverged; lower qat.lr")):
         with pytest.raises(UsageError, match=rf"scale of its \w+ is infinite or NaN: {words}"):
             make_representable(model, targets, trained)
 
