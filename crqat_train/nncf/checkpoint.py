@@ -187,7 +187,8 @@ def of_grid(hooks: Sequence[str], grid: Grid, ndim: int) -> NNCFQuantizer:
 def _largest(step: Tensor, code: int) -> Tensor:
     """Return `step` * `code`, the real value of the largest code.
 
-    Where dividing the product by `code` does not give `step` again, the next float32 number that does replaces it.
+    Where dividing the product by `code` does not give `step` again, the next float32 number that does replaces it. If
+    no number does, the quotient differs from `step` in its last bit.
     """
     value = step * code
     for neighbour in (torch.full_like(value, torch.inf), torch.zeros_like(value)):
