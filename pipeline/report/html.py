@@ -77,7 +77,7 @@ def render(
         json=to_json,
         integer=_integer,
     )
-    return environment.get_template("report.html.j2").render(
+    page = environment.get_template("report.html.j2").render(
         results=results,
         verdicts=verdicts,
         verdict=WORDS[exit_code(verdicts)],
@@ -102,6 +102,25 @@ def render(
         tradeoff=_tradeoff(results),
         curves=_curves(history, train.float_network.validation_accuracy) if history else "",
     )
+    return re.sub(r"<table>.*?</table>", _with_headings, page, flags=re.DOTALL)
+
+
+def _with_headings(table: re.Match[str]) -> str:
+    """Return a table whose cells carry their column's heading: on a phone, each row becomes a list of these."""
+    headings = re.findall(r"<th[^>]*>(.*?)</th>", table[0])
+
+    def row(cells: re.Match[str]) -> str:
+        column = 0
+
+        def cell(found: re.Match[str]) -> str:
+            nonlocal column
+            heading = headings[column]
+            column += int(found[1] or 1)
+            return f'{found[0]} data-heading="{heading}"'
+
+        return re.sub(r'<td(?: colspan="(\d+)")?', cell, cells[0])
+
+    return re.sub(r"<tr>.*?</tr>", row, table[0], flags=re.DOTALL)
 
 
 def _percent(value: float | None, digits: int = 2) -> str:

@@ -208,6 +208,12 @@ def test_the_page_fits_and_is_quiet(browser: Any, tmp_path: Path, width: int, sc
         ".filter(e => e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
     )
     assert outside == []
+    if width < 500:  # there a row is a list of its cells, each under its column's heading, and nothing scrolls
+        browser.execute_script("document.querySelectorAll('details').forEach(e => { e.open = true; })")
+        scrolls = "[...document.querySelectorAll('.scroll')].filter(e => e.scrollWidth > e.clientWidth).length"
+        assert browser.execute_script(f"return {scrolls}") == 0
+        cells = browser.find_elements("css selector", "td")
+        assert len(cells) > 50 and all(cell.get_attribute("data-heading") for cell in cells)
     ground, text = browser.execute_script(
         "const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]"
     )
