@@ -56,8 +56,10 @@ def summarize(
     steady = [median / of_build for median, of_build in zip(medians, own, strict=True)]
     low, middle, high = (float(value) for value in np.percentile(steady, [25, 50, 75]))
     spread = (high - low) / middle
-    allowed = f"(more than {UNSTABLE_SPREAD:.0%})"
-    moved = f"the middle half of the medians of {len(rounds)} rounds spreads by {spread:.1%} {allowed}"
+    moved = (
+        f"the middle half of the medians of {len(rounds)} rounds spreads by {spread:.1%} "
+        f"(more than {UNSTABLE_SPREAD:.0%})"
+    )
     reasons = [reason for reason in (disturbance, moved if spread > UNSTABLE_SPREAD else None) if reason]
     p50, p90, p99 = (float(value) for value in np.percentile(samples, [50, 90, 99]))
     return Latency(

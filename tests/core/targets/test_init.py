@@ -109,7 +109,7 @@ GOOD_ACTIVATION = {"of_constant": False, "zero_point_is_zero": True, "scalar_sca
     [
         ("onnxruntime", QuantizeNode(zero_point_type="UINT8", **GOOD_ACTIVATION), ""),
         ("onnxruntime", QuantizeNode(zero_point_type="INT8", **GOOD_ACTIVATION), "activations must be UINT8"),
-        ("onnxruntime", QuantizeNode(False, "UINT8", True, False), "a per-tensor scale is a scalar"),
+        ("onnxruntime", QuantizeNode(False, "UINT8", True, False), "a per-tensor scale must be a scalar"),
         ("onnxruntime", QuantizeNode(True, "INT8", True, False), ""),
         ("onnxruntime", LayerNode("Conv", True, True, True, 127, 127), ""),
         ("onnxruntime", LayerNode("Conv", True, True, True, 255, 65), "255 \\* 2 \\* 65 > 32767"),

@@ -687,7 +687,7 @@ def test_a_least_accuracy_is_judged_by_its_interval(allowed: float, status: Stat
     assert verdict.message.startswith("0.9500 [0.93")
     if allowed == 0.95:
         assert verdict.images_needed is None
-        assert verdict.message.endswith("no number of test images would decide: the measured value equals the limit")
+        assert verdict.message.endswith("more test images would not decide: the measured value equals the limit")
 
 
 def test_an_inconclusive_drop_says_how_many_images_would_decide() -> None:
