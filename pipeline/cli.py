@@ -168,7 +168,7 @@ def train(
     if payload is None:  # another process of the training prints the result
         return 0
     console.give(run=str(runs / config.name), training=payload)
-    click.echo(f"trained on {payload.device}; fused: {payload.compiled}; {payload.seconds} s")
+    click.echo(f"trained on {payload.device} in {payload.seconds} s; compiled: {payload.compiled}")
     for note in payload.preparation:
         click.echo(console.printable(note))
     click.echo(f"best: {payload.best}; accuracy on the validation split:")

@@ -173,7 +173,7 @@ def study(
 ) -> None:
     """Compare training methods on one recipe, over several seeds, with the necessary controls.
 
-    The same command resumes where it was stopped; runs in the JSON next to OUT are not repeated.
+    The same command resumes where it was stopped: it repeats no run whose results are in the JSON file next to OUT.
     """
     from crqat.pipeline.study import report
     from crqat.pipeline.study import study as studies
@@ -190,7 +190,7 @@ def study(
         console.show_table(report.title(cell), report.COLUMNS, report.table(rows))
         if headline := report.headline(rows):
             click.echo(headline)
-    click.echo(f"{chosen.out}, with the numbers and a picture next to it")
+    click.echo(f"written: {chosen.out}, and next to it the numbers (.json) and a picture (.png)")
     console.give(study=str(chosen.out), rows=chosen.rows)
     if failed:
         more = f"; {len(failed) - 1} more failed or were not run" if len(failed) > 1 else ""

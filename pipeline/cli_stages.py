@@ -52,7 +52,7 @@ def show_warnings(trained: TrainingPayload) -> None:
 
 
 def _fewer_bits(notes: Sequence[str]) -> list[str]:
-    """Return one line for each reason why bit widths differ from the recipe's: a layer and the number of others."""
+    """Return a line for each reason why layers have other bit widths than the recipe: a layer, how many more."""
     layers: dict[str, list[str]] = {}
     for note in notes:
         layer, _, reason = note.partition(": ")

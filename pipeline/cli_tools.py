@@ -149,7 +149,7 @@ def explain(key: str | None) -> None:
 @click.command()
 @json_option
 def doctor() -> int:
-    """Report what works on this machine, and what is missing for what."""
+    """Report what works on this machine, and what a missing part prevents."""
     from crqat.pipeline.commands import doctor as examination
 
     return examination.show()
@@ -181,7 +181,7 @@ def init(
     crop: int | None,
     every: bool,
 ) -> None:
-    """Write a recipe for your images and network, or the commented one.
+    """Write a recipe for your images and network, or an explained example.
 
     \b
     With --images and --model, both are tried, and the recipe gets the

@@ -172,8 +172,8 @@ def gate(
         relative_accuracy: Share of the float file's top-1 accuracy that the file must keep, such as MLPerf's 0.99.
         min_agreement: Share of the images for which the file must predict the same class as the float file.
         min_accuracy: Share of the images that the file must classify correctly.
-        max_latency_ratio: Largest latency divided by the float file's latency.
-        max_size_ratio: Largest file size divided by the float file's size.
+        max_latency_ratio: Largest allowed value of the file's latency divided by the float file's.
+        max_size_ratio: Largest allowed value of the file's size divided by the float file's.
         min_int8_coverage: Share of the multiply-accumulates that the TensorRT engine must compute in INT8.
         max_reformat_layers: Largest number of TensorRT engine layers that only change type or layout.
 

@@ -81,7 +81,8 @@ def measure(path: Path, threads: int | None) -> Results:
 
     Args:
         path: An export directory, a bundle's archive, or an unpacked bundle.
-        threads: Number of threads that one inference may use; None uses the bundle's value, or the default.
+        threads: Number of threads that one inference may use; None uses the bundle's value, or for an export directory
+            the default.
 
     Raises:
         CrqatError: The path is of another kind or does not exist, or its contents are damaged.
@@ -114,8 +115,10 @@ def main(arguments: list[str] | None = None) -> int:
         arguments: Arguments without the program's name; None uses those of the process.
     """
     parser = argparse.ArgumentParser(prog="python -m runtime_eval", description="Measure an export on this machine.")
-    parser.add_argument("path", type=Path, help="a run's `export` directory, or a bundle: the archive, or unpacked")
-    parser.add_argument("--out", type=Path, help="write the results here, as JSON; a bundle's go to results.json")
+    parser.add_argument("path", type=Path, help="a run's `export` directory, a bundle's archive, or an unpacked bundle")
+    parser.add_argument(
+        "--out", type=Path, help="JSON file to write; default: results.json for a bundle, none for an export"
+    )
     parser.add_argument("--threads", type=int, help="threads of one inference")
     options = parser.parse_args(arguments)
     if options.threads is not None and options.threads < 1:

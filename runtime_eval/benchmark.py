@@ -91,7 +91,7 @@ class _Model:
         return f"{self.entry.file}@{OPENVINO}" if self.runtime == OPENVINO else self.entry.file
 
     def file(self, turn: int) -> Path:
-        """File to load in a round: the ONNX file, or one of the engines that were built from it, in turns."""
+        """File to load in a round: the ONNX file, or one of its engines; the engines take turns from round to round."""
         return self.plans[turn % len(self.plans)] if self.plans else self.path
 
     @contextmanager
@@ -190,7 +190,7 @@ def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Prog
 
 
 def _for_engine(model: _Model) -> bool:
-    """Return whether TensorRT should run the file: the file for it, and the two float files to compare INT8 with."""
+    """Return whether TensorRT runs the file: it is the file for TensorRT, or a float file to compare that one with."""
     return model.entry.target in (FLOAT, FLOAT16) or builds_engine(model.entry.target)
 
 
@@ -326,13 +326,13 @@ def _versus_float16(model: _Model, models: list[_Model]) -> LatencyRatio | None:
 
 
 def _build(model: _Model, index: int) -> Build:
-    """Return hash and latency of one of a file's engines; they differ, since each build times its kernels anew."""
+    """Return the hash of one of a file's engines, and the engine's median latency in each of its rounds."""
     rounds = model.rounds[index :: len(model.plans)]
     return Build(sha256_file(model.plans[index]), [1e3 * float(np.median(samples)) for samples in rounds])
 
 
 def _obstacle(model: _Model) -> str | None:
-    """Return why a file cannot be measured here: no runtime, or ONNX Runtime would compute differently; or None."""
+    """Return why the file cannot be measured on this machine, such as a missing runtime; None if it can be."""
     if model.runtime == OPENVINO:
         return None if importlib.util.find_spec(OPENVINO) else "not run: openvino is not installed"
     version = host.onnxruntime_version()

@@ -28,13 +28,13 @@ class BenchmarkConfig:
         provider: ONNX Runtime's execution provider; it is an error if ONNX Runtime uses another one.
         warm_up_seconds: Duration of uncounted inferences at the start of each process.
         latency_rounds: Rounds in which the models take turns, each time in a new process. From 6 rounds on, the
-            interval of the median ratio reaches 95 %.
+            confidence interval of the median latency ratio reaches 95 %.
         latency_seconds: Total counted time of one model over all rounds.
         accuracy_batch: Batch size for measuring accuracy.
         cuda_graph: Run a TensorRT engine as a CUDA graph, which removes the host's kernel launches from the latency.
         openvino: Also measure the float file and the file for ONNX Runtime in OpenVINO.
-        require: Runtimes whose latency must be measured; without it the gate ends with an error. "openvino" here also
-            enables its measurement.
+        require: Runtimes whose latency must be measured; if one was not measured, the gate ends with an error. If the
+            list contains "openvino", OpenVINO is measured even if `openvino` is false.
         time_limit_seconds: A model's process that is silent for longer is considered hung, as is an engine build that
             takes longer.
     """
@@ -53,7 +53,7 @@ class BenchmarkConfig:
 
 
 def of_json(values: Mapping[str, Any]) -> BenchmarkConfig:
-    """Return the checked benchmark settings of a bundle; a board has no pydantic, which checks those of a recipe.
+    """Return the benchmark settings in a bundle after checking them without pydantic, which a board lacks.
 
     Raises:
         TypeError, ValueError: A key is unknown, or a value has another type or is not positive.

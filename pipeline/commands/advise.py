@@ -146,7 +146,10 @@ class Ladder:
         return self.configs[min(self.found, key=_rank).name]
 
     def _wider(self, best: recipe.Recipe) -> QuantizationConfig:
-        """Return settings with more weight bits where layers need them; at eight bits, the worst layers stay float."""
+        """Return the settings of `best` with more bits for the weights of layers that need them.
+
+        If the weights of `best` already have eight bits, the layers that are most sensitive to quantization stay float.
+        """
         from crqat.export.analysis.bit_allocation import allocate
         from crqat.export.analysis.bit_width_cost import Divergences
 
@@ -267,10 +270,10 @@ class Ladder:
     def _source(self) -> str:
         if self.judge is not None:
             return str(self.judge)
-        return "listed for it" if self._base.data.judging is None else "held out from the training images"
+        return "marked in the image list" if self._base.data.judging is None else "held out from the training images"
 
     def _understated(self) -> str:
-        """Return why the drop may be understated: the float network may have seen the judging images."""
+        """Return why the measured accuracy drop may be too small; an empty text if there is no reason."""
         if self._base.data.judging is None or self.config.model.weights is None:
             return ""
         return (

@@ -1,4 +1,4 @@
-"""The `doctor` command: reports what works on this machine, and what cannot be done without what is missing."""
+"""The `doctor` command: reports what works on this machine, and what a missing part prevents."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _version(module: ModuleType | None) -> str | None:
 
 
 def _released(name: str) -> str | None:
-    """Return a package's version, or None. A package without one is an empty directory left by type stubs."""
+    """Return a package's version; None if only an empty directory, left by type stubs, has the package's name."""
     version = getattr(_import(name), "__version__", None)
     return None if version is None else str(version)
 

@@ -77,7 +77,7 @@ def run(
         force: Whether to replace files that this command did not write.
         channels: Number of channels of the images: 3, or 1 for grey.
         engines: Whether to build TensorRT engines too.
-        again: Whether to measure networks again whose rows the JSON already has, for the same images.
+        again: Whether to measure also the networks whose rows for the same images are already in the JSON.
         limit: Time limit for each network, in seconds.
 
     Returns:
@@ -204,9 +204,11 @@ def _death(ended: subprocess.CompletedProcess[bytes]) -> str:
 
 
 def _environment() -> dict[str, str]:
-    """Return environment variables with which the process imports crqat, and libraries rather than local files.
+    """Return the environment variables of a network's process.
 
-    `import_function` still finds the user's own modules. PYTHONSAFEPATH has no effect in Python 3.10.
+    The process finds this crqat, and a file in the current directory with the name of a library does not replace the
+    library (except in Python 3.10, where PYTHONSAFEPATH has no effect). `import_function` still finds the user's own
+    modules.
     """
     paths = [str(Path(__file__).parents[3]), os.environ.get("PYTHONPATH", "")]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path), "PYTHONSAFEPATH": "1"}
@@ -311,7 +313,7 @@ def unexplained(row: Mapping[str, Any]) -> list[str]:
 
 
 def _counts(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return a sentence with the number of networks in each class, and of passing ones that are mostly INT8."""
+    """Return a sentence with the number of networks by outcome, and of passing networks that are mostly INT8."""
     counted = Counter(map(outcome, rows.values()))
     others = "".join(f", {count} {kind}" for kind, count in counted.most_common() if kind != PASSES)
     mostly = sum(outcome(row) == PASSES and int8_share(row) >= _INT8_SHARE for row in rows.values())

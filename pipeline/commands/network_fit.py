@@ -99,7 +99,7 @@ class Fit:
         return size, crop
 
     def _usual(self, shorter: set[int]) -> tuple[int | None, int | None, str]:
-        """Return size, crop and a comment for the recipe, if the user gave neither; None leaves a default."""
+        """Return size, crop and a comment for the recipe if the user gave no size and no crop; None: the default."""
         side = self._side_of_file()
         if side is not None:
             return (side if side != FOLDER_CROP or shorter == {side} else FOLDER_SIZE), side, ""
@@ -152,7 +152,8 @@ class Fit:
         """Decode some images, build the network, load its weights, run it on the images, and return the result.
 
         Raises:
-            UsageError: The network accepts the images with no channels; the message is from the most likely ones.
+            UsageError: The network accepts the images neither as RGB nor as grey; the message is that of the more
+                likely kind.
         """
         problem: UsageError | None = None
         for channels, convert in self._attempts():
@@ -229,7 +230,7 @@ class Fit:
         return []
 
     def _network(self, channels: int) -> nn.Module | None:
-        """Return the network with its weights; None for published weights, which are downloaded only on use."""
+        """Return the network with its weights; None if they are published weights, which are not downloaded yet."""
         from crqat.train.models import build as models
         from crqat.train.quantizers.finalize import check_values
 

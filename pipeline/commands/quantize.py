@@ -206,8 +206,8 @@ def _check_classes(request: Request, name: str, classes: int, names: Sequence[st
         raise UsageError(msg)
     if names is not None and len(names) != classes:
         msg = (
-            f"--images: {request.images} has {len(names)} class folders, but {name} has {classes} outputs; give one "
-            "for each, in the order of their names, or use --no-labels"
+            f"--images: {request.images} has {len(names)} class folders, but {name} has {classes} outputs; give as "
+            "many class folders as outputs, named so that they sort in the order of the outputs, or use --no-labels"
         )
         raise UsageError(msg)
 

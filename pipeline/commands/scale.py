@@ -29,14 +29,15 @@ def scale(
 
     Args:
         config: The recipe.
-        processes: Numbers of processes to predict; empty for those that this machine holds, or for eight machines.
+        processes: Numbers of processes to predict; empty for powers of two up to what this machine can run, and, with
+            `bandwidth` and `latency`, for 2, 4 and 8 machines.
         bandwidth: Bandwidth between machines in bytes per second; None if there is one machine.
         latency: Latency between machines in seconds per message; None if there is one machine.
         out: The JSON file.
 
     Raises:
-        UsageError: Only one of bandwidth and latency is given, or as in `crqat.train.scaling.model.measure`.
-        ToolError: `out` cannot be written, or as in `measure`.
+        UsageError: Only one of bandwidth and latency is given, or `crqat.train.scaling.model.measure` raises it.
+        ToolError: `out` cannot be written, or `measure` raises it.
     """
     between = _link(bandwidth, latency)
     load = host.load_average()
@@ -90,11 +91,14 @@ def show(result: dict[str, Any]) -> None:
         )
         beside, alone = check["measured_compute_seconds"]["median"], check["predicted_compute_seconds"]
         click.echo(
-            f"  of which compute, all processes at once: {beside:.4g} s; predicted from one alone: {alone:.4g} s"
+            f"  of which compute, all processes running: {beside:.4g} s; predicted from a single process: {alone:.4g} s"
         )
     load, cores = result["machine"]["load_average_before"], result["machine"]["usable_cores"]
     if load is not None and cores and load / cores > _BUSY:
-        click.echo(f"this machine was busy before (load average {load:.1f} on {cores} cores): measure on an idle one")
+        click.echo(
+            f"this machine was busy before the measurement (load average {load:.1f} on {cores} cores): "
+            "measure on an idle one"
+        )
 
 
 def _row(entry: dict[str, Any]) -> list[str]:

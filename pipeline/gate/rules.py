@@ -21,7 +21,7 @@ from crqat.core.targets import TARGETS, builds_engine
 BASELINES = ("float", "float16", "float_openvino")
 # Without a limit, a float model must reach this share of the distance from chance to perfect accuracy.
 BEYOND_CHANCE = 0.1
-NO_ENGINE = "not run: the benchmark is from a version that built no engine; run it again"
+NO_ENGINE = "not run: the benchmark was run by a version of crqat that built no engine; run it again"
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,10 @@ class GateConfig:
         min_agreement: Share of the test images on which the model must predict the same class as the float model.
         min_accuracy: Share of the test images that the model must classify correctly (top-1), such as 0.9; without it
             the float model must be clearly better than chance.
-        max_latency_ratio: Largest latency divided by the float model's latency.
-        max_latency_regression: Largest latency divided by the latency of the same file in the gate's baseline.
-        max_size_ratio: Largest file size divided by the float model's file size.
+        max_latency_ratio: Largest allowed value of the model's latency divided by the float model's.
+        max_latency_regression: Largest allowed value of the model's latency divided by that of the same file in the
+            earlier results given with `crqat gate --baseline`.
+        max_size_ratio: Largest allowed value of the file's size divided by that of the float model's file.
         min_int8_coverage: Share of the multiply-accumulates of Conv and Gemm that the TensorRT engine must compute in
             INT8.
         max_reformat_layers: Largest number of TensorRT engine layers that only change type or layout.
@@ -164,14 +165,16 @@ def _verification(file: str, verification: Verification | None) -> Verdict:
 
 
 def _codes(file: str, counted: CountedCodes) -> Verdict:
-    """Judge the codes on the measuring CPU: an export is verified on one machine and runs on another."""
+    """Judge whether the CPU of the benchmark, perhaps another than the export's, computes the expected codes."""
     if counted.status.startswith("not run"):
         return _plain("codes_on_this_cpu", file, "inconclusive", counted.status)
     found = _equal("codes_on_this_cpu", file, counted.status, counted.codes, counted.differing, counted.images)
     if not counted.left_out:
         return found
     every = counted.tensors + counted.left_out
-    rest = f"{found.message}, in {counted.tensors} of {every} tensors; the others depend on float operations"
+    rest = (
+        f"{found.message}, in {counted.tensors} of {every} tensors; the codes of the others depend on float operations"
+    )
     return replace(found, message=rest)
 
 
@@ -234,7 +237,9 @@ def _of_engine(engine: EngineSummary) -> str:
 
 
 def _of_coverage(covered: Coverage, uncovered: Sequence[Uncovered], allowed: float, in_float: float) -> str:
-    asked = f"; in addition, float_layers keeps {100 * in_float:.2f} % of the network's in float" if in_float else ""
+    asked = (
+        f"; in addition, float_layers keeps {100 * in_float:.2f} % of the network's MACs in float" if in_float else ""
+    )
     text = (
         f"{100 * (covered.by_macs or 0.0):.2f} % of the MACs, {covered.int8_nodes} of {covered.nodes} Conv and Gemm, "
         f"required {100 * allowed:g} %{asked}"
@@ -331,7 +336,7 @@ def _relative(file: str, n: int, versus: VersusFloat, allowed: float) -> Verdict
 
     both, first, second = versus.both_right, versus.only_float_right, versus.only_this_right
     if both is None or first is None or second is None:
-        why = "not run: the benchmark is from a version that did not count the images; run it again"
+        why = "not run: the benchmark was run by a version of crqat that did not count the images; run it again"
         return Verdict("relative_accuracy", file, "inconclusive", None, None, allowed, n, why)
     if both + first == 0:
         why = "the float model classifies no image correctly"
@@ -339,14 +344,16 @@ def _relative(file: str, n: int, versus: VersusFloat, allowed: float) -> Verdict
     low, high = ratio_bounds(both, first, second, n)
     kept = (both + second) / (both + first)
     status: Status = "pass" if low >= allowed else "fail" if high < allowed else "inconclusive"
-    message = f"{kept:.4f} [{low:.4f}, {high:.4f}] of float's over {n} test images, required {allowed:g}"
+    message = (
+        f"{kept:.4f} [{low:.4f}, {high:.4f}] of the float model's accuracy over {n} test images, required {allowed:g}"
+    )
     needed = images_for_ratio(both, first, second, n, allowed)
     return _with_images(Verdict("relative_accuracy", file, status, kept, (low, high), allowed, n, message, needed))
 
 
 def _size(file: str, ratio: float, allowed: float) -> Verdict:
     status: Status = "pass" if ratio <= allowed else "fail"
-    message = f"{ratio:.4f} of the float file, allowed {allowed:g}"
+    message = f"{ratio:.4f} of the float file's size, allowed {allowed:g}"
     return Verdict("size_ratio", file, status, ratio, None, allowed, None, message)
 
 

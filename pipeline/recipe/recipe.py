@@ -248,7 +248,7 @@ def _unlabeled(recipe: Recipe) -> str | None:
     if data.unlabeled is not None and not used:
         return "data.unlabeled: used only by the consistency term, which is off; set consistency.teacher and .weight"
     if data.unlabeled_root is not None and data.unlabeled is None:
-        return "data.unlabeled_root: the folder of data.unlabeled, which is missing; add `unlabeled: imagefolder`"
+        return "data.unlabeled_root: has no effect without data.unlabeled; add `unlabeled: imagefolder`"
     found = data.unlabeled_ratio > 0 and (data.unlabeled is not None or data.labeled is not None)
     if recipe.consistency.teacher == "pseudo-label" and not found:
         return "consistency.teacher: pseudo-label needs unlabeled images; set data.unlabeled or data.labeled"

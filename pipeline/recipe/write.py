@@ -24,8 +24,8 @@ def needed(values: Mapping[str, Any], comments: Mapping[str, Sequence[str]]) -> 
 
     Args:
         values: Values of the recipe: "name", and sections by name.
-        comments: Comment lines of each key, such as "data.mean"; the key may be absent from `values`. The lines of ""
-            come first in the text.
+        comments: Comment lines of each key, such as "data.mean"; the key may be absent from `values`. The comment lines
+            under the key "" come first in the text.
     """
     lines = [f"# {line}" for line in comments[""]] + ["", f"name: {_scalar(values['name'])}"]
     for section in ("data", "model", "float", "qat"):

@@ -128,7 +128,7 @@ def _lines(models: Mapping[str, ModelResult]) -> Iterable[str]:
         if latency.compute_p50_ms is not None:
             yield f"{file}: {latency.compute_p50_ms:.3f} ms of the latency is the device's computation"
         if model.versus_float16 is not None:
-            yield f"{file}: latency {_ratio(model.versus_float16)} of float16.onnx's"
+            yield f"{file}: latency divided by that of float16.onnx: {_ratio(model.versus_float16)}"
         if model.builds:
             medians = [statistics.median(build.round_p50_ms) for build in model.builds]
             yield f"{file}: {len(medians)} builds, p50 from {min(medians):.3f} to {max(medians):.3f} ms"

@@ -125,7 +125,7 @@ def time_spent(export_dir: Path, export: ExportPayload, results: Results) -> lis
 
 
 def _layers_behind(model: onnx.ModelProto) -> dict[str, str]:
-    """Map names of nodes and their outputs to the layer they belong to: it may end in a BN or an activation."""
+    """Map names of nodes and of their outputs to layers; a BN or activation belongs to the layer before it."""
     producers = {output: node for node in model.graph.node for output in node.output}
     found = {}
     for node in model.graph.node:

@@ -109,7 +109,9 @@ def run(arguments: Sequence[str], once: Sequence[str], processes: int, max_resta
             how_it_died = "by an internal error"
         what = f"a process of the training ended {how_it_died}"
         if left:
-            click.echo(f"crqat: {what}; all restart from the last state ({left} of {max_restarts} left)", err=True)
+            click.echo(
+                f"crqat: {what}; all restart from the last state ({left} of {max_restarts} restarts left)", err=True
+            )
     msg = f"{what}; the same command resumes from the last state; --max-restarts does so automatically"
     raise ToolError(msg)
 

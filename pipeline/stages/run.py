@@ -237,7 +237,7 @@ def gate(config: recipe.Recipe, runs: Path, stage: str = "benchmark", baseline: 
 
 
 def report(run: Path, out: Path, layers: bool, progress: Progress) -> None:
-    """Write the report of a finished run, judged by the limits of its benchmark.
+    """Write the report of a finished run, judged by the gate's limits in the manifest of its benchmark stage.
 
     Args:
         run: Directory of the run.
@@ -347,7 +347,8 @@ def run_stage(
         force: Whether to run the stage even if it is up to date.
         inputs: What the result depends on besides the recipe and the previous stage: versions or hashes by name.
         fill: Function that writes the stage's files into a directory and returns the results for the manifest.
-        after: Function that returns the inputs again after `fill`, for a stage whose data `fill` may complete.
+        after: Function that returns `inputs` anew; called after `fill`, if `fill` may create or complete the files of
+            the data.
     """
     run, key = runs / config.name, staleness.key_of(stage, config, runs, inputs)
     directory = run / stage

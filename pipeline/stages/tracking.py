@@ -50,7 +50,7 @@ class TensorBoard:
             shutil.rmtree(self._folder / name, ignore_errors=True)
 
     def has(self, series: str) -> bool:
-        """Return whether a series has event files."""
+        """Return whether event files of the series named `series` exist."""
         return (self._folder / series).exists()
 
     def epochs(self, history: Sequence[Mapping[str, Any]]) -> None:
@@ -67,7 +67,7 @@ class TensorBoard:
     def trained(self, directory: Path) -> None:
         """Write the final accuracies and the duration of a finished training, unless they are already written.
 
-        If no epochs were written while it ran, they are written too.
+        If the epochs were not written during the training, they are written too.
 
         Args:
             directory: Directory of the `train` stage.
@@ -88,7 +88,7 @@ class TensorBoard:
         """Write a benchmark's results, replacing earlier ones.
 
         Args:
-            stage: "benchmark", or the stage of a board.
+            stage: "benchmark", or "benchmark@NAME" for a board.
             results: Results of all files.
         """
         self.forget(stage)

@@ -23,8 +23,8 @@ class Training:
         start: Name of the training whose float network it starts from; None trains one by the recipe's `float` section.
         views: Augmentation of labeled images and, after a slash, of unlabeled images, as the student sees them.
         unlabeled: What unlabeled images are used for.
-        steps: Optimizer steps divided by those of the recipe's QAT. Steps of the training "float", from which all
-            others start, are not counted; those of a training in between are.
+        steps: Optimizer steps divided by those of the recipe's QAT. The steps of the training `start` are included,
+            unless it is "float".
         settings: Changes to the recipe, as `--set` writes them.
     """
 

@@ -130,7 +130,7 @@ def unpack(archive: Path, out: Path) -> Bundle:
 
     Args:
         archive: Archive from any source, possibly untrusted.
-        out: An empty directory; on success `verify` accepts it, after an error it holds only a part.
+        out: An empty directory. On success, `verify` accepts it; after an error, it holds only a part of the bundle.
 
     Raises:
         UsageError: The archive is not a bundle, is damaged, or holds a link, a device or a file that its manifest does
@@ -230,7 +230,7 @@ def _parse(content: bytes, path: Path) -> Bundle:
 
 
 def _known(member: tarfile.TarInfo, missing: Mapping[str, str], archive: Path) -> str:
-    """Return a member's name after checking that it is a file, and that `missing` still names it."""
+    """Return a member's name after checking that it is a plain file, and one of those `missing` so far."""
     if member.type not in (tarfile.REGTYPE, tarfile.AREGTYPE) or member.issparse():
         msg = f"{archive}: {member.name!r} is a link, a directory or a device; a bundle has plain files only"
         raise UsageError(msg)

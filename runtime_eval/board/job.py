@@ -47,7 +47,7 @@ class State:
         code: Exit code of a finished job.
         reason: Why a dead job ended.
         unpacked: Whether the board has the unpacked bundle.
-        missing: Packages that this Python lacks.
+        missing: Packages that the board's Python lacks.
     """
 
     state: str
@@ -105,7 +105,7 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str | None:
-    """Return the start time of a living process in the kernel's ticks; with the id it is unique."""
+    """Return the start time of a living process in the kernel's ticks; only one process has this id and time."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -165,7 +165,8 @@ def received(job: Path, sha256: str) -> int:
 def receive(job: Path, sha256: str, offset: str) -> int:
     """Write standard input into the archive from byte `offset` on, and return the archive's size in bytes.
 
-    Bytes may arrive twice, over a lost connection and the next one; they are then written to the same position.
+    A byte may arrive twice, over a lost connection and over the next one; it is written to the same position both
+    times.
     """
     job.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(job / f"{sha256}.tar.gz", os.O_WRONLY | os.O_CREAT, 0o600)

@@ -142,8 +142,8 @@ def measure(board: Board, bundle: Bundle, paths: Mapping[str, Path], anew: bool,
         The board's results for this bundle.
 
     Raises:
-        ToolError: No connection after several attempts, the board's Python lacks a package, or the benchmark failed
-            there. While it still runs, calling this function again resumes watching it.
+        ToolError: There was no connection after several attempts, the board's Python lacks a package, or the benchmark
+            failed on the board. If the benchmark still runs there, another call of this function watches it further.
     """
     link = _Link(board, bundle, progress)
     if anew:
@@ -196,7 +196,7 @@ class _Told:
 
 
 class _Link:
-    """Connection to one job on one board; `last_words` is the last line of its log that is not a progress report."""
+    """Connection to one job on a board; `last_words`: the last line of the job's log that reports no progress."""
 
     def __init__(self, board: Board, bundle: Bundle, progress: Progress) -> None:
         self._board, self._progress = board, progress

@@ -76,7 +76,7 @@ def parse_power_mode(text: str) -> str | None:
 
 @dataclass(frozen=True)
 class Tegrastats:
-    """Values in a line of tegrastats; a value that it does not report is empty or 0.
+    """Values in a line of tegrastats; a value that the line does not report is empty or 0.
 
     Attributes:
         temperatures_c: Temperature in degrees Celsius by sensor.
@@ -185,7 +185,7 @@ class Watch:
     """Watches a Jetson during a measurement; on other machines it does nothing and finds no problem.
 
     Args:
-        root: Root of the board's files.
+        root: Directory below which all paths, such as /proc, are looked up; "/" except in tests.
     """
 
     def __init__(self, root: Path = ROOT) -> None:
@@ -200,9 +200,10 @@ class Watch:
             self._states.append(state(self._root))
 
     def result(self) -> Jetson | None:
-        """Return the board with its state during the measurement as `run`; None if the machine is not a Jetson.
+        """Return the board's description, with all readings so far in `run`; None if the machine is not a Jetson.
 
-        `throttle_events` count the increase since this object was made; temperatures and power are the largest seen.
+        `throttle_events` holds the increase of each counter since this object was made; temperatures and powers are the
+        largest readings.
         """
         if self.board is None:
             return None
@@ -288,7 +289,7 @@ def _output(root: Path, tool: str, arguments: list[str], seconds: float) -> str:
 
 
 def _free_clocks(root: Path) -> tuple[list[str], bool | None]:
-    """Return the clocks that may change, with their range in MHz, and True if any clock is readable, else None."""
+    """Return the clocks that are not locked, with their range in MHz, and True, or None if no clock is readable."""
     pairs: list[tuple[str, Path, str]] = []
     for pattern in _GPU_CLOCKS:
         pairs += [("GPU", path, "") for path in sorted((root / "sys/class/devfreq").glob(pattern))]
@@ -308,7 +309,7 @@ def _free_clocks(root: Path) -> tuple[list[str], bool | None]:
 
 
 def _temperatures(root: Path) -> tuple[dict[str, float], list[str]]:
-    """Return degrees Celsius by zone, and the zones at or over a trip that slows the machine."""
+    """Return degrees Celsius by zone, and the zones that reach a trip point at which the machine is slowed down."""
     temperatures, over = {}, []
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
         name, value = _read(zone / "type"), _number(zone / "temp")
@@ -330,7 +331,7 @@ def _counters(root: Path) -> dict[str, int]:
 
 
 def _cooling(root: Path) -> dict[str, int]:
-    """Return the state of each cooling device that slows something down; 0 means at rest."""
+    """Return the state of each cooling device except fans; 0 means that the device slows nothing down."""
     states: dict[str, int] = {}
     for device in sorted((root / "sys/class/thermal").glob("cooling_device*")):
         name, value = _read(device / "type"), _number(device / "cur_state")

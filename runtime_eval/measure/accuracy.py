@@ -31,7 +31,7 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
 
 
 def _tango_score(b: int, c: int, n: int, difference: float) -> float:
-    """Return Tango's statistic for the hypothesis that the true difference is `difference`; falls as it grows."""
+    """Return Tango's statistic for `difference` as the true difference; a larger `difference` gives less."""
     numerator = b - c - n * difference
     # q is P(only the second) at the likelihood's maximum under the hypothesis: 2n q^2 + linear q + constant = 0.
     linear = (2 * n - b + c) * difference - b - c
@@ -72,7 +72,10 @@ def tango(b: int, c: int, n: int) -> tuple[float, float]:
 
 
 def _ratio_score(both: int, first: int, second: int, n: int, ratio: float) -> float:
-    """Return the statistic for the hypothesis that the second succeeds `ratio` times as often; falls with `ratio`."""
+    """Return the score statistic for `ratio`: the second succeeds `ratio` times as often as the first.
+
+    A larger `ratio` gives a smaller statistic.
+    """
     # At the likelihood's maximum under the hypothesis the pairs in which both fail keep their share; v is P(only the
     # first), the larger root of a v^2 + linear v + constant = 0, and u is P(both).
     share = (both + first + second) / n
@@ -189,7 +192,8 @@ def compare(
         top: Best classes of each image by this model.
         labels: Class of each image, int64 [N].
         size_ratio: Size of this file divided by that of the float file.
-        ratio: Ratio of their latencies; None if they were not timed in one runtime.
+        ratio: Latency of this model divided by that of the float model; None if the two were not timed in the same
+            runtime.
     """
     float_right, right = float_top[:, 0] == labels, top[:, 0] == labels
     n, same = len(labels), int((float_top[:, 0] == top[:, 0]).sum())

@@ -1,14 +1,14 @@
 """Checks that this CPU computes, with the exported file, the integer codes that the export's simulator computed.
 
 The expected codes are in an .npz file without pickled objects: `images`, float32 [N, C, H, W], normalized; `names`, the
-tensors of codes; `codes`, uint8, their bytes in sequence; `left_out`, the number of tensors whose codes another correct
-float computation may round differently; `outputs`, uint8, an ONNX model that only has these tensors as outputs.
-Protobuf merges messages that follow each other, so the model's own bytes followed by `outputs` are the same model with
-exposed codes, and a board needs no onnx for it.
+tensors of codes; `codes`, uint8, their bytes in sequence; `left_out`, the number of tensors that are left out because
+another correct float computation may round their codes differently; `outputs`, uint8, an ONNX model that only has the
+tensors in `names` as outputs. Protobuf merges messages that follow each other, so the model's own bytes followed by
+`outputs` are the same model with exposed codes, and a board needs no onnx for it.
 
 CPUs of another family round some codes differently: `families` names the families whose codes are known, first that of
-`codes`, and `changes`, uint8 [other families, codes], holds the exclusive or of each other family's codes with these.
-A file from an earlier version has neither key: its codes are those of the first family of the runtime's `Target`.
+`codes`, and `changes`, uint8 [other families, codes], holds the exclusive or of each other family's codes with `codes`.
+A file from an earlier version has neither key: its codes are those of the first family in `Target.cpus`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
     family = ONNXRUNTIME.cpu(platform.machine())
     known = dict(zip(arrays["families"].tolist(), [arrays["codes"], *arrays["codes"] ^ arrays["changes"]], strict=True))
     if family is None or family.name not in known:
-        status = f"not run: codes are known for {' and '.join(known)}, not for {platform.machine()}; export again"
+        cpus = f"{' and '.join(known)} CPUs, not for {platform.machine()}"
+        status = f"not run: expected codes are known for {cpus}; export again"
         return CountedCodes(status, len(images), codes=0, differing=0, tensors=len(names))
     codes = known[family.name]
     content = model.read_bytes()
@@ -65,7 +66,7 @@ def check_codes(model: Path, expected: Path, threads: int) -> CountedCodes:
         status = f"failed: {counted.differing} of {counted.codes} codes differ, first in {counted.first_wrong}"
     elif not np.array_equal(logits, shipped):
         # The check then ran another computation than the shipped file.
-        status = "failed: with its codes exposed, the file computes other logits than as shipped"
+        status = "failed: with its codes as additional outputs, the file computes other logits than without"
     return CountedCodes(
         status=status,
         images=len(images),

@@ -41,8 +41,8 @@ def summarize(
         threads: Number of threads that one inference may use, for the record.
         computed: Seconds of the device's computation in each inference, if the runtime reports them.
         disturbance: Reason from the machine itself why the measurement is not reliable, if any.
-        builds: Number of engines that took turns in the rounds. Engines differ, which is not instability: the spread is
-            that of each round around the median of its own engine's rounds.
+        builds: Number of engines that took turns in the rounds. One file's engines differ in speed, which is no
+            instability: for the spread, each round's median is divided by the median of its own engine's rounds.
 
     Returns:
         The statistics in milliseconds; a percentile is None if it has too few samples. `cv` is the coefficient of
@@ -56,7 +56,10 @@ def summarize(
     steady = [median / of_build for median, of_build in zip(medians, own, strict=True)]
     low, middle, high = (float(value) for value in np.percentile(steady, [25, 50, 75]))
     spread = (high - low) / middle
-    moved = f"the middle half of {len(rounds)} rounds spreads by {spread:.1%} (more than {UNSTABLE_SPREAD:.0%})"
+    moved = (
+        f"the middle half of the medians of {len(rounds)} rounds spreads by {spread:.1%} "
+        f"(more than {UNSTABLE_SPREAD:.0%})"
+    )
     reasons = [reason for reason in (disturbance, moved if spread > UNSTABLE_SPREAD else None) if reason]
     p50, p90, p99 = (float(value) for value in np.percentile(samples, [50, 90, 99]))
     return Latency(

@@ -143,7 +143,7 @@ def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: 
 
 
 def _open(model: Path, runtime: str, provider: str, threads: int, graph: bool) -> Runner:
-    """Return the runner of a model file. Runtimes are imported only here, after the pipe is protected from prints."""
+    """Return the runner of a model file; imports its runtime, whose prints `main` has kept out of the answers."""
     if model.suffix == PLAN:
         from crqat.runtime_eval.runners.tensorrt import TensorRTRunner
 

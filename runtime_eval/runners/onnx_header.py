@@ -74,7 +74,7 @@ def _external(message: memoryview, kind: str) -> str | None:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """Yield number and content of each field of a protobuf message that holds bytes; other fields are skipped."""
+    """Yield number and content of each length-delimited field (bytes, text, message) of a protobuf message."""
     position = 0
     while position < len(message):
         tag, position = _varint(message, position)

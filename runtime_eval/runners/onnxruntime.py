@@ -50,7 +50,8 @@ _ADDED = re.compile(r"(_nchwc|_token_\d+)+$")
 class OnnxRuntimeRunner:
     """`Runner` for a file that takes "input" and returns "logits", both float32 with the batch first.
 
-    For a file whose metadata names the target "tensorrt", the one optimization that breaks such files is disabled.
+    For a file whose metadata names the target "tensorrt", the optimization "WeightBiasQuantization", which breaks such
+    files, is disabled.
 
     Args:
         path: The ONNX file.

@@ -35,7 +35,7 @@ class TensorRTRunner:
     zeros.
 
     Args:
-        path: File of the plan; its sidecar lies next to it.
+        path: File of the plan; its sidecar (see `crqat.runtime_eval.trt.plan_file`) lies next to it.
         graph: Whether to replay the computation as a CUDA graph, captured once for each batch size; needs cuda-python.
 
     Raises:
@@ -67,7 +67,10 @@ class TensorRTRunner:
         engine = self._runtime.deserialize_cuda_engine(plan)
         self._check(engine is not None, "does not load the plan")
         self._engine = engine
-        self._check(self._tensors() == {INPUT: True, OUTPUT: False}, f"has the tensors {sorted(self._tensors())}")
+        self._check(
+            self._tensors() == {INPUT: True, OUTPUT: False},
+            f"finds the tensors {sorted(self._tensors())} in the plan, not {[INPUT, OUTPUT]}",
+        )
         context = engine.create_execution_context()
         self._check(context is not None, "makes no execution context")
         self._context = context
@@ -96,7 +99,7 @@ class TensorRTRunner:
         import tensorrt as trt
 
         dtype = self._engine.get_tensor_dtype(name)
-        self._check(dtype in (trt.float32, trt.float16), f"has {dtype} in {name}, not a float type")
+        self._check(dtype in (trt.float32, trt.float16), f"uses {dtype} for the tensor {name}, not a float type")
         host = self._cuda.pinned(shape, np.dtype(np.float16 if dtype == trt.float16 else np.float32))
         host[...] = 0
         address = self._cuda.device_memory(host.nbytes)

@@ -1,8 +1,8 @@
 """Builds a TensorRT engine and its report: `python -m crqat.runtime_eval.trt.engine FILE --report JSON`.
 
 Each build runs in its own process: a failed build can silently spoil the next one in the same process, and a builder
-that crashes or hangs affects nothing else. Without a GPU, tensorrt_rtx builds and its verbose log gives the plan;
-tensorrt needs the GPU that it builds for, where the engine inspector gives the plan.
+that crashes or hangs affects nothing else. Without a GPU, tensorrt_rtx builds the engine, and the layers are read from
+its verbose log. With a GPU, tensorrt builds the engine for this GPU, and the layers are read from the engine inspector.
 """
 
 from __future__ import annotations
@@ -262,7 +262,7 @@ def describe_plan(found: Found, layers: Sequence[plan_layers.Layer], macs: Mappi
 
 
 def _save_plan(model: Path, engine: Path, serialized: bytes, version: str) -> None:
-    """Write an engine with the sidecar by which `crqat.runtime_eval.runners.tensorrt` checks that it fits."""
+    """Write an engine and its sidecar, by which the runner checks that the engine fits the machine."""
     from crqat.runtime_eval.runners.tensorrt import device_capability
 
     metadata = onnx_header.read(model)

@@ -2,8 +2,8 @@
 
 The log's plan lines are the only source on a machine without a GPU, where an engine is built but cannot be loaded. The
 inspector's JSON has had three layouts: one key "Format/Datatype" (8.x, 10.x), separate keys (late 10.x), and "I/O
-Tensors" instead of "Bindings" (11.x). The first was tested on engines that NVIDIA published. The others follow their
-description and have not been tested on an engine.
+Tensors" instead of "Bindings" (11.x). The code for the first was tested on engines that NVIDIA published.
+The code for the other two was written from descriptions of the layouts and has not been tested on an engine.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Layer:
     Attributes:
         name: Name of the layer in the engine.
         kind: "matmul" for Conv and Gemm, which coverage counts; "opaque" for a layer that fuses operations and does not
-            report how it computes them.
+            report how it computes them; `Kind` lists the others.
         type: Layer type in the engine's own words.
         inputs: Precision of each input in the engine's spelling: Int8, Half, Float.
         outputs: Precision of each output, in the engine's spelling.
@@ -79,7 +79,7 @@ class _Tensor:
 
     @property
     def wide(self) -> bool:
-        """Whether the tensor can be an operand: a scale or a bias per channel has only one dimension other than 1."""
+        """Whether the tensor can be an operand; a scale or bias cannot, as only one of its dimensions is not 1."""
         return sum(abs(size) != 1 for size in self.dimensions) >= 2
 
     @property

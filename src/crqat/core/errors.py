@@ -1,8 +1,8 @@
 """Errors that are shown to the user as one line. Exit codes are part of the command line's contract.
 
 0 pass, 1 a measured failure, 2 usage or recipe error, 3 environment, tool or internal error, 4 inconclusive, 130
-interrupted (SIGINT), 141 the reader of the output has gone (SIGPIPE), 143 terminated (SIGTERM). No error exits with 1,
-although Python itself does after an exception: `crqat.core.failures` maps it.
+interrupted (SIGINT), 141 the reader of the output has gone (SIGPIPE), 143 terminated (SIGTERM). No error exits with 1.
+Python exits with 1 after an unexpected exception; `crqat.core.failures` therefore converts it to one of these errors.
 """
 
 

@@ -142,7 +142,7 @@ def _of_environment(error: BaseException) -> str | None:
         if isinstance(found, MemoryError) or any(words in text for words in _NO_MEMORY):
             return f"out of memory ({text or type(found).__name__}); take a smaller batch_size or smaller images"
         if "No usable temporary directory" in text:
-            return "no temporary directory can be written to; make room, or set TMPDIR to one that can"
+            return "no temporary directory can be written to; make room, or set TMPDIR to a writable directory"
         if isinstance(found, OSError) and found.errno in _PLACE:
             name = "" if found.filename is None else f"{os.fsdecode(found.filename)}: "
             return f"{name}{found.strerror}; make room or give rights there, or choose another place (--runs, TMPDIR)"

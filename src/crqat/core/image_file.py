@@ -23,7 +23,7 @@ REFUSED_FORMATS = frozenset({"EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"})
 
 @cache
 def formats() -> tuple[str, ...]:
-    """Return Pillow's names of the accepted formats: all that it decodes by itself. Needs Pillow."""
+    """Return the names of the accepted formats: those that Pillow decodes without another program. Needs Pillow."""
     from PIL import Image
 
     Image.init()
@@ -70,7 +70,7 @@ def decode_image(
     Resizing uses Pillow's antialiasing on uint8. Needs Pillow.
 
     Args:
-        file: JPEG, PNG, WebP, BMP or another format that Pillow decodes by itself; see `formats`.
+        file: JPEG, PNG, WebP, BMP or another of the formats in `formats`.
         name: Name of the file for messages.
         size: Length of the shorter side after resizing, in pixels; at least `crop`.
         crop: Side length of the square crop, in pixels.
@@ -148,7 +148,7 @@ def _in_mode(image: Any, mode: str, name: str, convert: bool) -> Any:
         msg = f"{name}: {image.mode} pixels of more than 8 bits; save it as 8-bit {wanted}"
         raise UsageError(msg)
     if not convert:
-        other = "; where all are grey, set data.channels: 1" if image.mode == "L" else ""
+        other = "; if all images are grey, set data.channels: 1" if image.mode == "L" else ""
         other = "; where all are RGB, leave data.channels out" if image.mode == "RGB" else other
         remedy = f"save it as {wanted}, or set data.convert: true to convert such images{other}"
         msg = f"{name}: has the color mode {image.mode}, not {wanted}; {remedy}"

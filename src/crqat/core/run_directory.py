@@ -187,7 +187,7 @@ def _make_current(run: Path, stage: str, version: Path) -> None:
 
 
 def _sweep(run: Path, stage: str, version: Path, previous: Path) -> None:
-    """Remove the previous version and leftovers of killed processes; a live writer holds its directory's lock."""
+    """Remove the previous version and leftovers of killed processes, but no directory that a process has locked."""
     # mkdtemp and `_make_current` append no hyphen, but another device's stage name may begin with this stage's name.
     own = re.compile(rf"\.{re.escape(stage)}-[a-z0-9_]+(\.link|\.copied)?")
     for path in run.iterdir():

@@ -156,7 +156,7 @@ def test_a_scale_of_one_element_for_onnxruntime(files: dict[str, onnx.ModelProto
 def test_signed_activations_for_onnxruntime(files: dict[str, onnx.ModelProto]) -> None:
     findings = lint(edited(files["onnxruntime"], f"{INPUT}.zero_point", np.int8(0)), "onnxruntime")
     assert {finding.node for finding in findings} == {f"{INPUT}/QuantizeLinear", f"{INPUT}.codes/DequantizeLinear"}
-    assert all("activations are UINT8" in finding.rule for finding in findings)
+    assert all("activations must be UINT8" in finding.rule for finding in findings)
     assert all(finding.fix == "export with `targets: [onnxruntime]`" for finding in findings)
 
 
@@ -187,7 +187,7 @@ def test_a_weight_that_is_quantized_in_the_file(files: dict[str, onnx.ModelProto
     node.input[0] = "computed"
     broken.graph.node.insert(0, helper.make_node("Identity", [f"{name}.codes"], ["computed"], "identity"))
     findings = [finding for finding in lint(broken, "onnxruntime") if finding.node == "layer1/0/conv1"]
-    check_only(findings, "layer1/0/conv1", "weights are stored as integers", "export again")
+    check_only(findings, "layer1/0/conv1", "weights must be stored as integers", "export again")
 
 
 def test_a_float_bias_of_the_last_layer(files: dict[str, onnx.ModelProto]) -> None:

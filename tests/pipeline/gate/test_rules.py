@@ -97,12 +97,12 @@ def test_codes_of_the_cpu_that_was_measured_are_judged() -> None:
     verdicts = judge(results({**model(), "codes_on_this_cpu": counted}), ALL_RULES)
     assert [v.rule for v in verdicts if v.status == "fail"] == ["codes_on_this_cpu"]
     part = verdict_on("codes_on_this_cpu", {**model(), "codes_on_this_cpu": {**counted, "left_out": 9}})
-    assert part.message.endswith(" images, in 3 of 12 tensors; the others depend on float operations")
+    assert part.message.endswith(" images, in 3 of 12 tensors; the codes of the others depend on float operations")
     assert exit_code(verdicts) == 1
 
 
 def test_codes_of_a_cpu_of_which_the_export_knows_none_are_inconclusive() -> None:
-    unknown = "not run: codes are known for x86, not for aarch64; export again"
+    unknown = "not run: expected codes are known for x86 CPUs, not for aarch64; export again"
     counted = {"status": unknown, "images": 2, "tensors": 3, "left_out": 0, "codes": 0, "differing": 0}
     verdict = verdict_on("codes_on_this_cpu", {**model(), "codes_on_this_cpu": counted})
     assert (verdict.status, verdict.message) == ("inconclusive", unknown)
@@ -305,7 +305,7 @@ def test_what_float_layers_cost_is_said_beside_the_coverage_of_all_others() -> N
     kept = {"macs": {"fc": 5}, "share": 0.0291}
     verdict = on_engine(engine(), float_layers=kept)["int8_coverage"]
     assert verdict.status == "pass"
-    assert "required 100 %; in addition, float_layers keeps 2.91 % of the network's in float" in verdict.message
+    assert "required 100 %; in addition, float_layers keeps 2.91 % of the network's MACs in float" in verdict.message
     assert "float_layers" not in on_engine(engine())["int8_coverage"].message
 
 

@@ -209,7 +209,7 @@ def test_unlabeled_images_without_a_teacher_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["data.unlabeled_root=frames"], "data.unlabeled_root: the folder of data.unlabeled, which is missing"),
+        (["data.unlabeled_root=frames"], "data.unlabeled_root: has no effect without data.unlabeled"),
         (["consistency.teacher=pseudo-label"], "consistency.teacher: pseudo-label needs unlabeled images; set data"),
         (
             ["consistency.teacher=pseudo-label", "data.labeled=100", "data.unlabeled_ratio=0"],

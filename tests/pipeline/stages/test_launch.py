@@ -124,7 +124,7 @@ def test_a_process_that_dies_each_time_is_tried_so_often_and_no_more(command: li
     assert code == 3
     assert (tmp_path / "deaths").read_text() == "xx"
     told = [line for line in lines if "by signal 9" in line]
-    assert "all restart from the last state (1 of 1 left)" in told[0]
+    assert "all restart from the last state (1 of 1 restarts left)" in told[0]
     assert told[1].startswith("crqat: error: a process of the training ended by signal 9; the same command resumes")
     assert len(told) == 2, lines
     assert not any("Traceback" in line for line in without_finalizers(lines)), lines

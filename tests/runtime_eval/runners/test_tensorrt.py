@@ -187,9 +187,9 @@ def test_every_return_value_is_checked_and_the_log_tells_the_cause(
 @pytest.mark.parametrize(
     ("attribute", "value", "words"),
     [
-        ("names", ("input", "output"), r"has the tensors \['input', 'output'\]"),
+        ("names", ("input", "output"), r"finds the tensors \['input', 'output'\]"),
         ("image", (3, -1, -1), r"takes images of any size \[-1, 3, -1, -1\]"),
-        ("dtype", "int8", "has int8 in input, not a float type"),
+        ("dtype", "int8", "uses int8 for the tensor input, not a float type"),
     ],
 )
 def test_a_plan_of_something_else_is_refused(

@@ -29,7 +29,7 @@ def unpack(text: str, n: int) -> npt.NDArray[np.int64]:
         n: Expected number of images.
 
     Raises:
-        ValueError: The text is damaged or holds another number of classes.
+        ValueError: The text is damaged or does not hold exactly `n` class indices.
     """
     size = n * _TYPE.itemsize
     try:

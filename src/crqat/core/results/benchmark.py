@@ -90,7 +90,8 @@ class Latency:
         min_ms: Shortest sample.
         cv: Coefficient of variation of all samples.
         cv_rounds: Coefficient of variation of the rounds' medians.
-        round_spread: Interquartile range of the rounds' medians divided by their median.
+        round_spread: Interquartile range of the rounds' medians divided by their median; if several engines took turns,
+            each median is first divided by that of its own engine.
     """
 
     status: Literal["measured"]
@@ -196,7 +197,7 @@ class CountedCodes:
         images: Number of images that were computed.
         codes: Number of codes compared.
         differing: Number of codes that differ.
-        tensors: Number of tensors that hold the codes.
+        tensors: Number of tensors whose expected codes the export holds.
         left_out: Number of tensors left out because another correct float computation may round their codes
             differently.
         family: Family of the CPU, as `crqat.core.targets.CpuFamily` names it; None if it is not known.
@@ -264,7 +265,7 @@ class ModelResult:
         accuracy: Top-1 and top-5 accuracy on the test images; None unless they were measured.
         latency: Latency at batch 1, or why it was not measured; None if the file did not run.
         versus_float: Comparison with the float file; None for the float file itself, or if not measured.
-        verification: Comparison of integer codes in which the export verified the file; None for a float file.
+        verification: Comparison of integer codes by which the export verified the file; None for a float file.
         runtime: Runtime that ran the file.
         runtime_version: Version of that runtime.
         provider: Execution provider or device.

@@ -91,11 +91,11 @@ class Coverage:
     Attributes:
         by_macs: Share of the multiply-accumulates that are in INT8; None if their numbers are not known.
         nodes: Number of Conv and Gemm nodes, or of layers if the multiply-accumulates are not known.
-        int8_nodes: Number of these that are in INT8.
+        int8_nodes: How many of the `nodes` are in INT8.
         by_count: Share of the nodes that are in INT8; None if there are no Conv and Gemm nodes.
         macs: Number of all multiply-accumulates.
         int8_macs: Number of multiply-accumulates in INT8.
-        uncovered: Nodes that are not in INT8, the largest first; results.json leaves them to engine.json.
+        uncovered: Nodes that are not in INT8, the largest first; in engine.json only, not in results.json.
     """
 
     by_macs: float | None
@@ -111,7 +111,7 @@ class Coverage:
 class LayerCounts:
     """Number of an engine's layers in all (`layers`) and of each kind that `EngineLayer` lists, by the kind's name.
 
-    If no layer is of the kind, `sync`, `shape` and `other` are None instead of 0 and left out of the JSON.
+    If an engine has no layer of the kind, `sync`, `shape` or `other` is None instead of 0 and left out of the JSON.
     """
 
     layers: int
@@ -134,7 +134,7 @@ class BuilderMessage:
         severity: "error" if the engine computes something other than the ONNX file specifies, "harmless" if no value
             changes, otherwise "warning".
         message: Meaning of the warning, in one line.
-        count: How often the builder gave it.
+        count: How often the builder gave the warning.
         nodes: The first ONNX nodes that it concerns.
         kind: "uint8_read_as_int8", "float16_scales", "subnormal_weights", "unread_plan" or "other".
     """

@@ -18,7 +18,7 @@ class StudyRow:
         method: Name of the method.
         training: Name of the training run that the network comes from.
         network: Which network of the training run: "float", "student" or "teacher".
-        start: Name of the training run whose float network this one starts from; None for the first.
+        start: Name of the training run whose float network this one starts from; None for the training "float".
         views: Augmentation of labeled images and, after a slash, of unlabeled images.
         unlabeled: What the unlabeled images are used for.
         seconds: Duration of the training on one core, in seconds.

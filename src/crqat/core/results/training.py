@@ -15,7 +15,8 @@ class FloatNetwork:
 
     Attributes:
         validation_accuracy: Top-1 accuracy, as a share of the validation images.
-        published_accuracy: Accuracy that the publisher of the weights reports; None if unknown or for other classes.
+        published_accuracy: Accuracy that the publisher of the weights reports; None if it is unknown or was measured on
+            other classes.
     """
 
     validation_accuracy: float
@@ -89,7 +90,7 @@ class Epoch:
     Attributes:
         phase: "float" or "qat".
         epoch: Number of the epoch, from 1; 0 is the calibrated network.
-        validation: Top-1 accuracy, share of the validation images.
+        validation: Top-1 accuracy of the trained network, as a share of the validation images.
         validation_teacher: Top-1 accuracy of the teacher, as a share of the validation images.
         weight: Weight lambda of the consistency loss.
     """

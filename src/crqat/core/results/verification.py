@@ -18,12 +18,12 @@ class Check:
         at: Name of the tensor with the largest difference; empty if nothing differs.
         differing_logits: Number of logits that differ by more than their bound.
         farthest_from_tie: Largest distance of a differing code's value from a rounding tie, in codes.
-        largest_bound: Largest bound of that distance, in codes.
+        largest_bound: Largest distance from a tie, over all codes, that rounding errors can explain, in codes.
         observed_graph_is_shipped_graph: Whether the graph with exposed codes computes the same as the shipped file.
         inexact: Number of codes that are computed from float operations.
         inexact_differing: Number of inexact codes that fell on the other side of a rounding tie.
-        inexact_farthest_from_tie: As `farthest_from_tie`, for the inexact codes.
-        inexact_largest_bound: As `largest_bound`, for the inexact codes.
+        inexact_farthest_from_tie: As `farthest_from_tie`, but only for the inexact codes.
+        inexact_largest_bound: As `largest_bound`, but only for the inexact codes.
     """
 
     codes: int
@@ -48,9 +48,9 @@ class Verification:
         status: "passed", "failed: ..." or "not run: ...".
         images: Number of images that were computed.
         codes: Number of codes compared with the runtime, or with torch if the runtime did not run.
-        differing_codes: Number of these codes that differ.
-        checks: Checks by what the simulator was compared with: "torch", "runtime" or another target; a text gives the
-            reason why a check was not run.
+        differing_codes: How many of the `codes` differ.
+        checks: Maps the computation that the simulator was compared with ("torch", "runtime" or another target) to the
+            check, or to a text that says why the check was not run.
     """
 
     status: str

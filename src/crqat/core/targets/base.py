@@ -128,14 +128,15 @@ class Target:
         name: Name in recipes, files and results.
         title: Name in messages.
         activation_type: Type in which files store the codes of activations.
-        zero_points: Whether an activation's zero point may be nonzero. Codes are then shifted so that the smallest code
-            is the smallest value of the type.
+        zero_points: Whether an activation's zero point may be nonzero. If it may, codes are shifted so that the
+            smallest code is the smallest value of `activation_type`.
         sum_limit: Largest magnitude of a sum of two products of codes that does not saturate; None if sums have 32
             bits.
         float_types: Allowed types of the operations that are not INT8, the default first.
-        scale_type: Narrowest type in which a file stores scales; trained scales are moved to its values.
-        bias_type: "int32" in units of s_x s_w, or "float". With int32, codes of few bits are multiplied by a power of
-            two, which makes the unit smaller.
+        scale_type: Narrowest type in which a file stores scales. Trained scales are rounded up to values that this type
+            can represent.
+        bias_type: "int32", in units of the input's scale times the weight's scale, or "float". With "int32", codes of
+            few bits are multiplied by a power of two, which makes the scales and thus the unit smaller.
         float_weights: Whether weights may also be stored as float values with a Q/DQ pair.
         residual: Which inputs of a residual Add carry quantizers.
         quantize_before_activation: Whether a convolution needs a quantizer before an activation other than ReLU and
@@ -146,10 +147,10 @@ class Target:
             float Clip would be fused into a float convolution.
         fusions: Maps each ONNX operation that the runtime fuses, if its operands and result are quantized, to the
             integer operation that it becomes.
-        float_results: Like `fusions`, for operations whose result stays float.
+        float_results: Like `fusions`, for operations with quantized operands whose result stays float.
         always_float: ONNX operations without an integer kernel.
-        cpus: CPU families whose codes are known, first the one that targets are compared on; empty if the runtime does
-            not run on CPUs.
+        cpus: CPU families for which it is known how the runtime rounds; codes of different targets are compared as the
+            first family computes them. Empty if the runtime does not run on CPUs.
         not_run: Why an export cannot run the runtime and compare codes; None if it can.
         builds_engine: Whether a benchmark builds an engine from the file and reads its plan.
         runs_also: Other runtimes in which a benchmark measures the file too, by their names in results.
@@ -185,7 +186,7 @@ class Target:
 
     @property
     def largest_nonnegative(self) -> int:
-        """Return the largest code, during training, of an activation without negative values; its zero point is 0."""
+        """Return the largest code that an activation without negative values has in training, with zero point 0."""
         low, high = self.code_range
         return high - low if self.zero_points else high
 
@@ -203,7 +204,7 @@ class Target:
         return self.sum_limit // (2 * input_codes)
 
     def cpu(self, machine: str) -> CpuFamily | None:
-        """Return the family of CPUs that a machine belongs to; None if its codes are not known.
+        """Return the CPU family that a machine belongs to; None if `cpus` does not list it.
 
         Args:
             machine: Value of `platform.machine()`.
@@ -231,7 +232,7 @@ def weight_codes(bits: int) -> tuple[int, int]:
 
 
 def activation_codes(bits: int, nonnegative: bool) -> tuple[int, int]:
-    """Return the smallest and the largest code that an activation can have with so many bits.
+    """Return the smallest and the largest code that an activation can have at a bit width.
 
     A target may allow fewer codes; see `crqat.core.targets.constraints.Constraints.activation_codes`.
 

@@ -67,5 +67,5 @@ class Constraints:
             fitting = target.largest_weight(input_codes or 0, depthwise)
             while fitting is not None and weight_codes(bits)[1] > fitting:
                 bits -= 1
-                reason = f"{asked} bits could saturate {target.title}'s 16-bit sums of products with its input"
+                reason = f"{asked} bits could saturate {target.title}'s 16-bit sums of products of weight and input"
         return bits, reason

@@ -12,10 +12,10 @@ def _rules(node: Node) -> Iterator[Broken]:
         if node.scalar_scale is None or node.of_constant:
             return
         if not node.scalar_scale:
-            yield Broken("a per-tensor scale is a scalar: with shape [1] no Add fuses", "export again")
+            yield Broken("a per-tensor scale must be a scalar: with shape [1] no Add fuses", "export again")
         if node.zero_point_type != "UINT8":
             yield Broken(
-                "activations are UINT8: x86 kernels for signed ones are slower than float",
+                "activations must be UINT8: x86 kernels for signed ones are slower than float",
                 "export with `targets: [onnxruntime]`",
             )
     elif isinstance(node, LayerNode):
@@ -26,7 +26,7 @@ def _rules(node: Node) -> Iterator[Broken]:
 
 def _layer(node: LayerNode) -> Iterator[Broken]:
     if node.stored_as_codes is False:
-        yield Broken("weights are stored as integers", "export again")
+        yield Broken("weights must be stored as integers", "export again")
     if node.largest_input is not None and node.largest_weight is not None:
         fitting = ONNXRUNTIME.largest_weight(node.largest_input, node.depthwise)
         if fitting is not None and node.largest_weight > fitting:
