@@ -213,8 +213,9 @@ def _read(path: Path) -> Any:
         wanted = re.search(r"GLOBAL ([\w.]+)", str(error))
         problem = f"needs code to load ({wanted[1]})" if wanted else "is not a file of tensors, or needs code to load"
         msg = (
-            f"model.weights: {path} {problem} and is refused; save model.state_dict() alone, best as .safetensors, "
-            "where the training ran (torch.save(torch.load(FILE, weights_only=False)[KEY], NEW) runs the code in FILE)"
+            f"model.weights: {path} {problem} and is refused; save model.state_dict() alone, best as .safetensors, or, "
+            "if you trust the file, convert it with torch.save(torch.load(FILE, weights_only=False)[KEY], NEW), which "
+            "runs the code in it"
         )
         raise UsageError(msg) from error
     except Exception as error:  # torch raises many kinds of errors for damaged files

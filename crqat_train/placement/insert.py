@@ -206,8 +206,8 @@ def _map_hooks(
         some = ", ".join(_described(model, name) for name in sorted(odd)[:3]) or "their order"
         msg = (
             f"model.name: {type(model).__name__}{forward_of(model)} runs different operations when it is traced "
-            f"({some}); the forward must neither depend on the type of a tensor nor call functions that hide "
-            "operations from torch"
+            f"({some}); the forward must not test a tensor's type (isinstance, type), and must call only "
+            "functions that torch can trace"
         )
         raise UsageError(msg)
     by_name = dict(zip(hooks.operations, operations.values(), strict=True))

@@ -320,7 +320,7 @@ def assemble(
 
 
 def _inverse(constant: Mapping[str, Any]) -> dict[str, Any]:
-    """Return 1 / a fitted constant, with its quartiles; rounds in which the constant is 0 are left out."""
+    """Return 1 / a fitted constant and its quartiles; None in place of a quartile where the constant's is 0."""
     low, high = constant["quartiles"]
     ends = [1 / high if high else None, 1 / low if low else None]
     return {"value": 1 / constant["value"], "quartiles": ends, "n": constant["n"]}

@@ -32,7 +32,7 @@ class Activation:
     """An activation's Grid in a target's encoding.
 
     Attributes:
-        grid: The stored Grid: its codes have the stored type, and its zero point is included.
+        grid: The Grid as the file stores it: code range and zero point are shifted to the range of `dtype`.
         dtype: np.int8 or np.uint8.
         clip: Bounds of the integer Clip after QuantizeLinear; None if no Clip is needed, because QuantizeLinear
             saturates to the range of `dtype`.

@@ -160,8 +160,9 @@ def _bias(
 ) -> Array:
     """Return the bias in units of s_x s_w, float64: the int32 codes themselves, or a float bias divided by the unit.
 
-    The exporter rounds biases to multiples of s_x s_w, or of s_x s_w / 64 if low-bit weight codes are stored unscaled.
-    A float32 bias that differs from such a multiple only by float32 rounding is replaced by the multiple; any other
+    The exporter rounds biases to multiples of s_x s_w. If a file stores codes of few bits as they are instead of
+    multiplied up to the range of int8, s_x s_w is large, and the exporter rounds to multiples of s_x s_w / 64. A
+    float32 bias that differs from such a multiple only by float32 rounding is replaced by the multiple; any other
     float bias, such as one stored as float16, is used unchanged.
     """
     if len(node.input) < 3 or not node.input[2]:
