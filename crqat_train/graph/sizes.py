@@ -120,7 +120,7 @@ class SizedTracer(fx.Tracer):
             self._inputs = one, other
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Return a proxy for a node; its values are not known yet."""
+        """Return a proxy for a node; `create_proxy` sets its values for the two batch sizes."""
         return SizedProxy(node, self)
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *further: Any, **named: Any) -> Any:

@@ -44,7 +44,7 @@ class QDQModel:
     float_constants: dict[str, npt.NDArray[np.float32]] = field(default_factory=dict)
 
     def claims(self) -> dict[str, Claim]:
-        """Return, by edge name, whether the file stores each trained Grid exactly, with a note and the bias's error."""
+        """Return a `Claim` by edge name: whether the file stores the edge's trained Grid exactly, and what differs."""
         result = {edge: Claim(own.claim, own.note or None) for edge, own in self.activations.items()}
         for edge, weight in self.weights.items():
             result[edge] = Claim(weight.claim, weight.note or None, weight.bias_error)

@@ -232,7 +232,7 @@ def _preprocessing(name: str, weights: str | None, request: Request) -> dict[str
 
 
 def _sized(request: Request, data: dict[str, Any], progress: Progress) -> dict[str, Any]:
-    """Return `data` with size and crop: the images' shorter side if it is small and the same, else ImageNet's."""
+    """Return `data` with size and crop: `common_side` of the images if they have one, else ImageNet's."""
     from crqat.pipeline.commands import folder_of_images
     from crqat.train.data.imagefolder import list_images
 
