@@ -153,7 +153,7 @@ class Simulation:
 
     @property
     def tie_bound(self) -> dict[str, float]:
-        """Return the largest value of `bounds` for each tensor of codes, by name: how far from a tie its codes may differ."""
+        """Return the largest of each tensor's `bounds`, by name: how far from a tie its codes may differ."""
         return {name: float(np.max(bound, initial=0.0)) for name, bound in self.bounds.items()}
 
     def record(self, name: str, codes: Codes, before: Array, bound: Array, kernel_bound: float) -> Codes:

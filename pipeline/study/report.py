@@ -75,7 +75,8 @@ def half_interval(values: Sequence[float]) -> float | None:
 def lines(rows: Sequence[StudyRow]) -> list[Line]:
     """Return the summary of each method, in the order of `METHODS`.
 
-    All results must have the same number of labels and the same bit width."""
+    All results must have the same number of labels and the same bit width.
+    """
     reference = {row.seed: row for row in rows if row.method == REFERENCE}
     found = []
     for method in METHODS:
