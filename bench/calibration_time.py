@@ -2,8 +2,11 @@
 
 Each exporter starts from the same random weights, whose BN statistics fit the images; exporters that start from ONNX
 share one float file. Every run is a separate process, and rounds are interleaved. A step's time starts when torch, ONNX
-and the network are loaded; an exporter's own imports are counted. Writes bench-out/ptq.json with one row for each
-network and exporter: median wall seconds, CPU seconds of all threads and peak memory, and every round's steps.
+and the network are loaded; an exporter's own imports are counted. The row "crqat quantize" is the whole command up to
+the exported files, from image files; it also predicts ten test images with the float network, because they have no
+labels. Writes bench-out/ptq.json with one row for each network and exporter: median wall seconds, CPU seconds of all
+threads and peak memory, and every round's steps.
+
     python -m bench.calibration_time [--rounds 3] [--models resnet50,mobilenet_v2,vgg11_bn] [--images 100]
 """
 
@@ -15,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,15 +29,17 @@ import numpy as np
 import onnx
 import safetensors.torch
 import torch
+from PIL import Image
 from torch import nn
 
 from bench import exporter_peers
+from crqat.core.progress import quiet
 from crqat.core.typed_json import to_json
 from crqat.runtime_eval.measure.worker import peak_memory
 from crqat.train.models import build as models
 
 OUT = Path("bench-out/ptq.json")
-OURS = "ours"
+OURS, WHOLE = "ours", "crqat quantize"
 NNCF = "NNCF, PERFORMANCE"
 PEERS = ("ONNX Runtime, U8S8", NNCF, "Model-Optimizer, fp32")
 FROM_TORCH = (OURS, NNCF)
@@ -45,6 +50,8 @@ TIME_LIMIT_SECONDS = 900.0
 BATCH = 10
 BN_IMAGES = 32
 VERIFIED_IMAGES = 2
+# Test images of the whole command; the float network labels them.
+TEST_IMAGES = 10
 # Excluded from the compared seconds, because no other exporter verifies.
 VERIFICATION = "verification"
 COLUMNS = ("network", "way", "wall s", "CPU s", "x fastest peer, wall", "x fastest peer, CPU", "peak GB",
@@ -70,6 +77,20 @@ class Stopwatch:
         seconds = time.perf_counter() - wall, time.process_time() - cpu
         self.steps[name] = {"wall_s": seconds[0], "cpu_s": seconds[1], "peak_bytes": peak_memory()}
 
+    @contextmanager
+    def within(self, name: str) -> Iterator[None]:
+        """Measure a part of another step, which may run several times; `without` subtracts it from that step."""
+        before = self.steps.get(name, {"wall_s": 0.0, "cpu_s": 0.0})
+        with self.step(name):
+            yield
+        for kind in ("wall_s", "cpu_s"):
+            self.steps[name][kind] = (self.steps[name][kind] or 0.0) + (before[kind] or 0.0)
+
+    def without(self, step: str, part: str) -> None:
+        """Subtract the seconds of a part from those of the step in which it ran."""
+        for kind in ("wall_s", "cpu_s"):
+            self.steps[step][kind] = (self.steps[step][kind] or 0.0) - (self.steps[part][kind] or 0.0)
+
 
 def prepare(model: str, images: int, size: int, folder: Path) -> None:
     """Write the inputs of all exporters: weights.safetensors, images.npy and float.onnx."""
@@ -93,6 +114,10 @@ def prepare(model: str, images: int, size: int, folder: Path) -> None:
     network.eval()
     safetensors.torch.save_file(network.state_dict(), folder / "weights.safetensors")
     np.save(folder / "images.npy", values.numpy())
+    for part, count in (("calibration", len(pixels)), ("test", TEST_IMAGES)):
+        (folder / part).mkdir()
+        for place, image in enumerate(pixels[:count]):
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(folder / part / f"{place:03d}.png")
     quantized = quantize_model(network, values[:2], QuantizationConfig(), TARGETS)
     onnx.save(float_model(Quantized(quantized, {}, values[:2].numpy()).graph, METADATA), folder / "float.onnx")
     if exporter_peers.not_installed(NNCF) is None:
@@ -106,9 +131,11 @@ def run(model: str, way: str, folder: Path) -> Steps:
 
     Args:
         model: Name of the network, as for `prepare`.
-        way: `OURS` or one of `PEERS`.
+        way: `OURS`, `WHOLE` or one of `PEERS`.
         folder: Folder that `prepare` filled; the exporter's files are written here.
     """
+    if way == WHOLE:
+        return _whole_command(model, folder)
     network = nn.Module()
     if way in FROM_TORCH:
         network = models.build(model, 1000, 3)
@@ -151,8 +178,44 @@ def _ours(network: nn.Module, images: torch.Tensor, folder: Path, watch: Stopwat
         print(f"not verified: {wrong}", file=sys.stderr)
 
 
+def _whole_command(model: str, folder: Path) -> Steps:
+    """Time the stages of `crqat quantize` up to the exported files, with the verification as a step of its own."""
+    watch = Stopwatch()
+    with watch.step("recipe"):
+        from crqat.pipeline.commands import quantize
+        from crqat.pipeline.recipe import recipe
+        from crqat.pipeline.stages import run as stages
+
+        with Image.open(folder / "calibration" / "000.png") as first:
+            side = first.width
+        given = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "size": side, "crop": side}
+        weights, runs = str(folder / "weights.safetensors"), Path(tempfile.mkdtemp(dir=folder))
+        request = quantize.Request(
+            model, folder / "calibration", folder / "test", weights, False, 1000, (8, 8), False, None, 0, given,
+            runs / "quantized",
+        )  # fmt: skip
+        config = recipe.load(quantize.write_recipe(request, quiet), ())
+    with watch.step("train"):  # reads the images and calibrates
+        stages.train(config, runs, False, quiet)
+    from crqat.export import write_models
+
+    def apart(function: Callable[..., Any]) -> Callable[..., Any]:
+        def measured(*arguments: Any) -> Any:
+            with watch.within(VERIFICATION):
+                return function(*arguments)
+
+        return measured
+
+    for name in ("verify", "fusion", "expected_codes"):
+        setattr(write_models, name, apart(getattr(write_models, name)))
+    with watch.step("export"):
+        stages.export(config, runs, False, quiet)
+    watch.without("export", VERIFICATION)
+    return watch.steps
+
+
 def measure(
-    model: str, rounds: int, images: int, size: int, ways: Sequence[str] = (OURS, *PEERS)
+    model: str, rounds: int, images: int, size: int, ways: Sequence[str] = (OURS, WHOLE, *PEERS)
 ) -> list[dict[str, Any]]:
     """Run all exporters on one network in turns, and return one row for each.
 
@@ -161,11 +224,11 @@ def measure(
         rounds: Number of runs of each exporter; the order rotates.
         images: Number of calibration images.
         size: Side of the images in pixels.
-        ways: Exporters to run: `OURS` and any of `PEERS`.
+        ways: Exporters to run: `OURS`, `WHOLE` and any of `PEERS`.
     """
     rows: dict[str, dict[str, Any]] = {}
     for way in ways:
-        status = None if way == OURS else exporter_peers.not_installed(way)
+        status = None if way in (OURS, WHOLE) else exporter_peers.not_installed(way)
         rows[way] = {"model": model, "way": way, "status": status or "written", "rounds": []}
     with tempfile.TemporaryDirectory() as scratch:
         _process("--prepare", model, scratch, str(images), str(size))
@@ -216,7 +279,8 @@ def summarized(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for name in names
         }
     for kind in ("wall_s", "cpu_s"):
-        fastest = min((row[kind] for row in rows if row["way"] != OURS and row[kind] is not None), default=None)
+        peers = (row[kind] for row in rows if row["way"] not in (OURS, WHOLE) and row[kind] is not None)
+        fastest = min(peers, default=None)
         for row in rows:
             known = fastest and row[kind] is not None
             row[f"{kind}_to_fastest_peer"] = row[kind] / fastest if known else None

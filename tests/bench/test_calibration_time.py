@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bench import calibration_time, exporter_peers
-from bench.calibration_time import OURS, VERIFICATION, Steps
+from bench.calibration_time import OURS, VERIFICATION, WHOLE, Steps
 
 
 def steps(**seconds: float) -> Steps:
@@ -39,14 +39,15 @@ def test_medians_leave_verification_out_and_ratios_are_to_the_fastest_peer() -> 
 def test_ours_and_a_peer_are_measured_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     absent_way = exporter_peers.Way(lambda source, out: None, ("a_peer_that_is_not_there",))
     monkeypatch.setitem(exporter_peers.WAYS, "absent", absent_way)
-    ways = (OURS, "ONNX Runtime, U8S8", "absent")
-    ours, peer, absent = calibration_time.measure("cifar/resnet20", rounds=1, images=40, size=32, ways=ways)
-    assert [row["status"] for row in (ours, peer)] == ["written", "written"]
+    ways = (OURS, WHOLE, "ONNX Runtime, U8S8", "absent")
+    ours, whole, peer, absent = calibration_time.measure("cifar/resnet20", rounds=1, images=40, size=32, ways=ways)
+    assert [row["status"] for row in (ours, whole, peer)] == ["written"] * 3
     assert absent["status"] == "not run: not installed (a_peer_that_is_not_there)"
     assert [list(steps) for steps in ours["rounds"]] == [["layout", "calibration", "export", VERIFICATION]]
-    for measured in (ours, peer):
+    assert sorted(whole["rounds"][0]) == ["export", "recipe", "train", VERIFICATION]
+    for measured in (ours, whole, peer):
         assert len(measured["rounds"]) == 1
         assert 0 < measured["wall_s"] < 60 and 0 < measured["cpu_s"] < 120
         assert 1e8 < measured["peak_bytes"] < 4e9
     assert peer["wall_s_to_fastest_peer"] == 1.0
-    json.dumps([ours, peer, absent])
+    json.dumps([ours, whole, peer, absent])
