@@ -50,7 +50,9 @@ class Checkpoints:
                 return self._read(number)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:  # noqa: PERF203 - so few
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
-                self._progress(f"state {number}", 1, 1, f"warning: skipped, it cannot be read ({reason})")
+                self._progress(
+                    f"state {number}", 1, 1, f"warning: cannot be read ({reason}); the state before it is tried"
+                )
         return None
 
     def save(self, state: State) -> None:

@@ -104,15 +104,16 @@ class ModelConfig:
             file, which brings its weights, or "package.module:function". The function or class is called with the
             number of classes if it has a parameter `classes` or `num_classes`, and with the number of image channels if
             it has a parameter `channels`, `in_channels` or `in_chans`.
-        weights: A checkpoint: .safetensors, .pth, .pt, .th, .ckpt, .bin or .pth.tar. "pretrained" takes the weights
-            that torchvision or timm publish; a `float` section fine-tunes them. None trains the float network by the
-            `float` section, or keeps the weights of an ONNX file.
+        weights: A checkpoint: .safetensors, .pth, .pt, .th, .ckpt, .bin or .pth.tar; it is fine-tuned only with
+            `float.fine_tune`. "pretrained" takes the weights that torchvision or timm publish; a `float` section always
+            fine-tunes them. None trains the float network by the `float` section, or takes the weights of an ONNX file.
         nncf: A folder written by `crqat nncf import`: float weights and ranges of a network quantized by NNCF. It
             replaces `weights` and calibration.
         weights_key: Key of the state dict inside `weights`, such as "state_dict_ema"; None takes the only one that
             fits.
         accuracy: Known top-1 accuracy of the float network on the test images, such as 0.9173. The gate fails if the
-            measured accuracy is significantly lower, by more than `gate.max_accuracy_drop`; nothing else depends on it.
+            whole confidence interval of the measured accuracy is more than `gate.max_accuracy_drop` below this value.
+            Nothing else depends on the value.
     """
 
     __pydantic_config__: ClassVar[Any] = STRICT
@@ -181,7 +182,8 @@ class FloatConfig(OptimizerConfig):
     """Training of the float network.
 
     Attributes:
-        fine_tune: Fine-tune the weights that `model.weights` names; without it they stay unchanged.
+        fine_tune: Fine-tune the weights of a file, which `model.weights` names or an ONNX file holds; without it they
+            stay unchanged. Published weights ("pretrained") are always fine-tuned.
         strong: Like `data.strong`, for the training of the float network.
         consistency: The consistency term for the training of the float network. The teacher is the moving average of
             the float network, and unlabeled images are used if there are any. The better one of network and teacher on

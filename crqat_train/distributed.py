@@ -58,7 +58,7 @@ def world() -> int:
 def started(device: str) -> Iterator[None]:
     """Join the other processes of a training run, as set by torchrun's environment variables.
 
-    An error in one rank ends the others, too: the first rank reports it, and the others only exit with its code.
+    An error in one rank ends the others, too: the rank that fails first prints its error, and the others only exit.
 
     Args:
         device: The recipe's `device`; "cpu" uses gloo, and so does "auto" without CUDA.

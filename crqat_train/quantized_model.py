@@ -37,7 +37,8 @@ class QuantizedModel(fx.GraphModule):
     Attributes:
         targets: Names of the runtimes whose limits it respects.
         specs: Edge, bit width and integer range of each quantizer, in NNCF's order.
-        notes: Differences between the training of this network and of the float network, one line each.
+        notes: What the float network does differently in training, such as an operation in train mode only, or a weight
+            that it computes in each step; one line each.
     """
 
     @property
@@ -52,7 +53,7 @@ class QuantizedModel(fx.GraphModule):
 
     @property
     def notes(self) -> list[str]:
-        """Differences between the training of this network and of the float network, one line each."""
+        """What the float network does differently in training, one line each."""
         return list(self.meta.get(NOTES, ()))
 
     def quantizer(self, spec: QuantizerSpec) -> Quantizer:
@@ -75,7 +76,8 @@ class QuantizedModel(fx.GraphModule):
             trained: Whether the network was trained after calibration; used in messages only.
 
         Returns:
-            One line for each weight that has channels whose scale was raised.
+            One line for each weight with channels whose scale was too small and had to be raised; see
+            `make_representable`.
 
         Raises:
             UsageError: A scale is larger than a target can store.
@@ -265,14 +267,17 @@ def save(model: QuantizedModel, path: str | Path) -> None:
     """Write a network made by `quantize` to one safetensors file: weights, scales and quantization settings.
 
     Args:
-        model: The network. To save a teacher, call `save(teacher.model, path)`.
+        model: The network, or the average of it that a `crqat.EMATeacher` keeps as its `model`.
         path: The file; its directory is created if it is missing.
 
     Raises:
         UsageError: The network was not made by `quantize`.
     """
     if "quantization" not in model.meta:
-        msg = "save: the network was not made by crqat.quantize; a run already holds the networks that it trained"
+        msg = (
+            "save: the network was not made by crqat.quantize; a network that `crqat train` made is already in the "
+            "directory of its run"
+        )
         raise UsageError(msg)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

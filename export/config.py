@@ -22,7 +22,8 @@ class ExportConfig:
             float16.onnx, the float network in float16, as the baseline that INT8 has to beat.
         weights: How tensorrt.onnx stores weights: "int8" as codes with a DequantizeLinear, or "float" as values with a
             pair of QuantizeLinear and DequantizeLinear, for parsers that support no other form. The engine is the same.
-        verify_images: Number of training images with which each file is verified by the three checks.
+        verify_images: Number of training images on which each file is verified: the codes of torch, the integer
+            simulator, ONNX Runtime and the other targets' files are compared.
         allow_lossy: Write a file even if it cannot represent an edge's trained Grid exactly.
     """
 

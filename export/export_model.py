@@ -173,7 +173,9 @@ def export(
 def verify(
     model_or_files: nn.Module | Export, images: Images, preprocessing: Preprocessing | None = None
 ) -> dict[str, Verification]:
-    """Check that torch, the integer simulator and ONNX Runtime compute equal codes, and so do the files of all targets.
+    """Check that each target's file computes equal codes in torch, in the integer simulator and in ONNX Runtime.
+
+    The codes of different targets' files are compared in the simulator. No other runtime, such as TensorRT, is run.
 
     Args:
         model_or_files: A quantized network, whose files are then made in memory; or an `Export`, whose files are read
@@ -252,7 +254,10 @@ def _unwrapped(model: nn.Module) -> QuantizedModel:
 
 
 def _finalized(inner: QuantizedModel, normalized: npt.NDArray[np.float32]) -> Quantized:
-    """Return a finalized copy on the CPU in eval mode, with its Grids and normalized images."""
+    """Return what the exporter takes: a copy of the network, its Grids, and the given images.
+
+    The copy is on the CPU, in eval mode, and finalized: its scales are values that every target can store.
+    """
     expected = inner.meta["input_shape"]
     if list(normalized.shape[1:]) != expected:
         msg = f"images: shape {list(normalized.shape)}; the network was quantized with images of shape {expected}"

@@ -46,8 +46,9 @@ def write_models(
         unsafe: Write files even if they break a rule, and record the broken rules as "findings" of their entries.
 
     Returns:
-        An entry for each file, the baselines first. A target's entry has claims, MACs, verification, fusion and
-        findings. A failed verification is recorded, not raised.
+        An entry for each file, the baselines first. A target's entry has MACs, verification, fusion, findings, and
+        claims, which state for each edge whether the file stores its Grid exactly. A failed verification is recorded,
+        not raised.
 
     Raises:
         UsageError: See `refuse`.

@@ -23,7 +23,7 @@ def subset(images: Images, chosen: Tensor) -> Images:
 
 
 class Batches:
-    """Augmented training batches, made on the device of the images without waiting for the host.
+    """Augmented training batches, made on `device`; augmentation never makes the host wait for the device.
 
     All batches have the same shape, so that a compiled step is compiled only once. Of n images, each batch has
     `min(n, batch_size)`. The images left over at the end of an epoch are dropped; because the order is random, they

@@ -126,7 +126,12 @@ def _places_mixed(dataset: Dataset) -> bool:
 
 
 def _type_hint(value: Tensor, ndim: int) -> str:
-    """Return advice for images or labels of another type, for a message; "" if there is none."""
+    """Return advice for a message about a tensor whose type is not that of images or labels; "" if there is none.
+
+    Args:
+        value: The tensor.
+        ndim: Number of dimensions that it should have: 4 stands for images, 1 for labels.
+    """
     if not value.numel():
         return ""
     if ndim == 1:
@@ -147,8 +152,9 @@ def doubts(dataset: Dataset, listed: bool = False) -> tuple[str, ...]:
 
     Args:
         dataset: A valid data set.
-        listed: Whether an image list assigns the images to the parts. `crqat quantize` writes such lists, with at most
-            100 training images: fewer than test images, and perhaps none of some classes.
+        listed: Whether an image list assigns the images to the parts. Then fewer training than test images, and classes
+            without training images, are not reported: the lists that `crqat quantize` writes have at most 100 training
+            images.
     """
     found = []
     train, test = len(dataset.train_images), len(dataset.test_images)

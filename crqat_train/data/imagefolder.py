@@ -203,7 +203,14 @@ def _classes(folder: Path, left_out: _LeftOut) -> tuple[str, ...]:
 
 
 def _files(folder: Path, names: Sequence[str], present: Sequence[str], left_out: _LeftOut) -> tuple[ImageFile, ...]:
-    """Return all image files below the class folders that exist, sorted; a class without images is refused."""
+    """Return the image files of one part, sorted by path within each class.
+
+    Args:
+        folder: Folder of the part.
+        names: All classes of the data set; a class's index in them is its label.
+        present: Classes that have a folder in this part. A folder without images is refused.
+        left_out: Counts the skipped files and folders.
+    """
     by_class: dict[str, list[Path]] = {}
     reasons: dict[str, str] = {}
     for name in present:

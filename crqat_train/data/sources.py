@@ -228,8 +228,8 @@ def labeled_folder(
         raise UsageError(msg)
     decoded = _like(dataset, files, config, progress)
     if decoded.shape[1:] != dataset.train_images.shape[1:]:
-        shapes = f"{list(decoded.shape[1:])}, and the recipe's images {list(dataset.train_images.shape[1:])}"
-        msg = f"{key}: the images of {folder} are {shapes} each; make them equal by data.size and data.crop"
+        shapes = f"{list(decoded.shape[1:])}, those of the recipe's data {list(dataset.train_images.shape[1:])}"
+        msg = f"{key}: the images of {folder} have shape {shapes}; make both equal by data.size and data.crop"
         raise UsageError(msg)
     return decoded, torch.tensor([known[name] for name in names], dtype=torch.int64)
 

@@ -1,4 +1,4 @@
-"""Splits the training images into training, validation, unlabeled and reserved images."""
+"""Splits the training images into training, validation and unlabeled images, and those reserved for `crqat advise`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ def split_of(labels: Tensor, config: DataConfig, seed: int) -> Split:
     if config.labeled is None:
         return split(len(labels), config.validation, seed)
     if config.labeled > len(labels):
-        msg = f"data.labeled: {config.labeled} of {len(labels)} training images cannot keep their label; take fewer"
+        msg = (
+            f"data.labeled: {config.labeled} is more than the {len(labels)} training images; set at most {len(labels)}"
+        )
         raise UsageError(msg)
     drawn = _balanced(labels, seed)
     chosen, unlabeled = drawn[: config.labeled].sort().values, drawn[config.labeled :].sort().values

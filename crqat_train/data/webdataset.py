@@ -169,7 +169,7 @@ def _index(paths: list[Path], task: str, names: tuple[str, ...] | None, progress
         progress(task, number + 1, len(paths))
     offset, length, labels = np.concatenate(columns).T.copy()
     if not len(labels):
-        msg = f"{paths[0]}: no images ({USUAL_ENDINGS}) in it or in any of the other {task}; add some"
+        msg = f"{paths[0]}: no images ({USUAL_ENDINGS}) in any of the {task}, of which this is the first; add some"
         raise UsageError(msg)
     return Members(tuple(shards), np.concatenate(numbers), offset, length.astype(np.int32), labels)
 
@@ -234,7 +234,7 @@ class _Headers(io.RawIOBase):
 
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= _MAX_HEADER:
-            msg = f"a header of {size} bytes"
+            msg = f"a header claims {size} bytes, only 0 to {_MAX_HEADER} are allowed"
             raise tarfile.ReadError(msg)
         return self._file.read(size)
 
@@ -253,7 +253,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int, BinaryIO]]:
             with tarfile.open(fileobj=_Headers(file), mode="r:") as archive:
                 for member in archive:
                     if member.offset < end or member.size < 0:  # would read the same headers in an endless loop
-                        msg = f"its headers lead back to byte {member.offset}"
+                        msg = f"the header at byte {member.offset} lies inside the file before it, or its size is < 0"
                         raise tarfile.ReadError(msg)
                     start = member.offset_data
                     end = start + (-(-member.size // _BLOCK) * _BLOCK if member.isreg() else 0)

@@ -115,7 +115,10 @@ def check_module(model: nn.Module) -> None:
     name = type(model).__name__
     lazy = next((path for path, parameter in model.named_parameters() if nn.parameter.is_lazy(parameter)), None)
     if lazy is not None:
-        msg = f"model.name: {lazy} has no shape yet; run the network once on a tensor before it is returned"
+        msg = (
+            f"model.name: the parameter {lazy} has no shape yet; run the network once on a tensor before your function "
+            "returns it"
+        )
         raise UsageError(msg)
     for path, module in model.named_modules():
         reserved = next((part for part in path.split(".") if keyword.iskeyword(part)), None)

@@ -2,9 +2,9 @@
 
 y = gamma (conv(x, w) + b - mean) / sigma + beta = conv(x, m w) + beta + (b - mean) m, with m = gamma / sigma.
 
-All arrays are float32. The caller passes sigma, the square root that torch computed, because torch chose the scales in
-exported files with it. numpy's square root may differ from it in the last place: on some CPUs torch uses a vector
-library that does not round correctly.
+All arrays are float32. The caller passes sigma, computed by torch's square root, because `quantizers.finalize` chose
+the scales of the exported files with that sigma. numpy's square root may differ from it in the last place: on some CPUs
+torch uses a vector library that does not round correctly.
 """
 
 from __future__ import annotations

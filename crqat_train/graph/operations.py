@@ -55,7 +55,8 @@ def trace(model: nn.Module, example: Tensor | None = None) -> fx.GraphModule:
     """Trace a network as a GraphModule in which each weight is a node of its own; the state dict keeps its keys.
 
     Args:
-        model: The float network in eval mode. The graph uses the same modules, of which some are replaced.
+        model: The float network in eval mode, whose modules the graph uses. It is changed in place:
+            nn.MultiheadAttention and timm's BatchNormAct2d get other classes, and dropouts of the graph are added.
         example: Input of shape [N, C, H, W], float32; without one, the forward must not use sizes.
 
     Raises:

@@ -139,6 +139,6 @@ def _refuse(model: nn.Module, node: fx.Node) -> None:
     msg = (
         f"model.name: {type(model).__name__} computes something else in training than in eval mode: "
         f"{place(model, node)} ({_name(node)}); leave auxiliary outputs and heads out, use the same settings in both "
-        "modes, or take a module such as nn.Dropout, which torch.fx keeps as one operation"
+        "modes, or leave the difference to a torch.nn module such as nn.Dropout, which torch.fx keeps as one operation"
     )
     raise UsageError(msg)

@@ -81,12 +81,15 @@ def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]
         ToolError: The weights cannot be downloaded.
     """
     if not name.startswith(("torchvision/", "timm/")):
-        msg = f'model.weights: "pretrained" is for torchvision/NAME and timm/NAME; "{name}" needs a file, or `float`'
+        msg = (
+            f'model.weights: "pretrained" is for torchvision/NAME and timm/NAME; for "{name}", name a file of '
+            "weights, or train the network by a `float` section"
+        )
         raise UsageError(msg)
     if name.removeprefix("torchvision/") in AUXILIARY_HEADS:
         msg = (
-            f"model.weights: the published weights of {name} need their images normalized again inside the network, "
-            "which is left out here; train it by a `float` section, or name a file"
+            f"model.weights: the published weights of {name} need a second normalization of the images inside the "
+            "network, which crqat leaves out; train the network by a `float` section, or name a file of other weights"
         )
         raise UsageError(msg)
     try:
@@ -111,7 +114,12 @@ def pretrained(name: str, classes: int, channels: int) -> tuple[nn.Module, bool]
 
 
 def _stem_for(value: Tensor, own: Tensor | None) -> Tensor:
-    """Return a first convolution's published RGB weight, adapted to the network's number of channels."""
+    """Return a published weight, adapted to the image channels of the network's own weight.
+
+    Args:
+        value: The published weight. It is returned unchanged unless it belongs to a convolution on RGB images.
+        own: The network's weight of the same name; None if there is none.
+    """
     if own is None or value.ndim != 4 or value.shape[1] != RGB or own.shape[2:] != value.shape[2:]:
         return value
     return of_channels(value, own.shape[1])

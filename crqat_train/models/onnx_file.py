@@ -1,4 +1,4 @@
-"""Reads the ONNX file of a float classifier, and refuses unsupported files by the name of the node."""
+"""Reads the ONNX file of a float classifier; an error names the node that is not supported."""
 
 from __future__ import annotations
 

@@ -265,9 +265,12 @@ class Builder:
         return _Stored(argument.stored)
 
     def _place(self, name: str, put: Callable[[nn.Module, str], None]) -> str:
-        """Call `put` at a free path for a module or a tensor, and return the path.
+        """Add a module or a tensor to the network at a free path, and return the path.
 
-        Its parts have only letters, digits and `_`; all other characters of `name` are replaced.
+        Args:
+            name: Wanted path. The path has only letters, digits and `_` between its dots, and a number if `name` is
+                taken.
+            put: Adds the module or tensor, given its parent module and its attribute name there.
         """
         parts = [_identifier(re.sub(r"[^A-Za-z0-9_]", "_", part)) for part in name.strip("/.").split(".")]
         if "/" in name or ":" in name or not all(parts) or not self._free(parts):
@@ -286,7 +289,11 @@ class Builder:
         return ".".join(parts)
 
     def _free(self, parts: list[str]) -> bool:
-        """Whether no module or tensor is at a path or on the way to it."""
+        """Whether a module or a tensor can be added at a path.
+
+        Nothing may be there yet, and only containers may lie on the way. The parts must not be attributes of nn.Module,
+        and the path joined by `_` must not equal another path joined by `_`.
+        """
         owner: Any = self.network
         for part in parts:
             if not isinstance(owner, (OnnxNetwork, _Scope)):

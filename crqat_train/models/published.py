@@ -96,8 +96,8 @@ def _filter(name: str) -> Interpolation:
 def data_section(config: TrainConfig) -> DataConfig:
     """Return the recipe's `data` section, completed by the preprocessing published with `pretrained` weights.
 
-    Values of the recipe take precedence. Size, crop and interpolation apply to stored images only; a data function
-    returns its own mean and std.
+    Values of the recipe take precedence. The published size, crop and interpolation are used only for images that crqat
+    reads from files (`FILE_SOURCES`). With a data function nothing published is used.
 
     Raises:
         UsageError: The recipe sets only one of `data.size` and `data.crop`, and it does not fit the published value of

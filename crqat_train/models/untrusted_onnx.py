@@ -200,9 +200,11 @@ def _take_in(path: Path, tensor: onnx.TensorProto, most: int) -> int:
     try:
         there = place.path.stat().st_size - place.offset
         if needed is None or there < needed or place.length not in (None, needed):
+            takes = "has no valid shape or type" if needed is None else f"takes {needed} bytes by its shape and type"
+            stated = "no length" if place.length is None else f"{place.length} bytes"
             msg = (
-                f"{path}: the tensor {tensor.name} needs {needed} bytes of {place.path.name}, and {max(there, 0)} are "
-                "there; damaged"
+                f"{path}: the tensor {tensor.name} {takes}; its entry states {stated}, and {place.path.name} has "
+                f"{max(there, 0)} from its first byte on; the file is damaged, export it again"
             )
             raise UsageError(msg)
         with place.path.open("rb") as file:

@@ -271,7 +271,10 @@ def read(path: Path) -> Checkpoint:
         for entry in config[_ENTRIES]:
             name, hooks = entry["module_cls_name"], tuple(sorted(map(str, entry["hook_names_in_model"])))
             if name not in (_SYMMETRIC, _ASYMMETRIC) or entry["module_config"].get("half_range"):
-                msg = f"{path}: {hooks[0]} is a {name} of a kind that is not supported; quantize by nncf.quantize"
+                msg = (
+                    f"{path}: {hooks[0]} is a {name}; only {_SYMMETRIC} and {_ASYMMETRIC} without half_range are "
+                    "supported; quantize by nncf.quantize with overflow_fix=OverflowFix.DISABLE"
+                )
                 raise UsageError(msg)
             values = {key: state[f"{_PREFIX}{hooks[0]}.{key}"] for key in _names(name)}
             if not bool(values.pop("enabled")):

@@ -131,7 +131,7 @@ def insert_quantizers(
 
 @contextmanager
 def _written_out() -> Iterator[None]:
-    """Within the context, transformer layers avoid torch's fused kernel, and `VIEWS` are recorded as operations."""
+    """Let transformer layers avoid torch's fused kernel, and NNCF see `VIEWS`, such as x.T, as operations."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     for name, view in VIEWS.items():
@@ -152,7 +152,7 @@ def _check_weights(graph_module: fx.GraphModule, model: nn.Module) -> None:
         if not is_linear(node) and of_images(weight):
             msg = (
                 f"model.name: {place(model, node)} convolves with a weight that depends on the image; convolve with "
-                "each weight and mix the results"
+                "each of the fixed weights that it mixes, and mix the results instead"
             )
             raise UsageError(msg)
 

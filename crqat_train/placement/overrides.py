@@ -60,7 +60,8 @@ def widths(
         best = [pattern for pattern in found if ranks[pattern] == max(ranks.values())]
         if len({found[pattern] for pattern in best}) > 1:
             msg = (
-                f"quantization.overrides: {' and '.join(best)} give {name} different {key}; remove one, or name {name}"
+                f"quantization.overrides: {' and '.join(best)} give {name} different {key}; remove one of them, or add "
+                f"an override for exactly {name}, which takes precedence"
             )
             raise UsageError(msg)
         return found[best[0]] if best else None

@@ -105,5 +105,8 @@ def quantizer_of(model: nn.Module, spec: QuantizerSpec) -> Quantizer:
 
 
 def is_step(name: str) -> bool:
-    """Whether a parameter of this name belongs to a quantizer; layers, too, may have a parameter called `scale`."""
+    """Whether a name is that of a quantizer's parameter: it begins with `quantizers.`.
+
+    The ending `.scale` does not decide, because layers, too, may have a parameter called `scale`.
+    """
     return name.startswith("quantizers.")

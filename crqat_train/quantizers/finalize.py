@@ -33,7 +33,8 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
     """Round the scales of a quantized model in place; call it before the final evaluation.
 
     Scales are rounded up, so that no value is clipped that was not before. The change is below one part in a thousand
-    for scales that float16 holds as normal numbers.
+    for scales that float16 holds as normal numbers. A weight's scale is raised further if it is below the smallest
+    value that a target can store, or if the int32 bias would overflow.
 
     Args:
         model: The quantized GraphModule in its final state.
@@ -41,7 +42,7 @@ def make_representable(model: fx.GraphModule, targets: Sequence[str], trained: b
         trained: Whether the model was trained after calibration; used in messages only.
 
     Returns:
-        One line for each weight that has channels whose scale was raised.
+        One line for each weight with channels whose scale was raised further; rounding up is not reported.
 
     Raises:
         UsageError: A BatchNorm or a scale holds values that are not finite or not valid, or a scale is larger than a

@@ -216,13 +216,13 @@ def measure(config: TrainConfig, processes: Sequence[int], between: Link | None,
         "processes": list(processes),
         "between": between is not None,
     }
-    progress("measuring", 0, 2, "steps of one process, and its data")
+    progress("measuring", 0, 2, "training steps of one process, and the speed of its data source")
     alone = _run_processes(1, job, threads)
     asked = alone["processes"]
     world = max([number for number in asked if number <= holds], default=1)
     group = None
     if world > 1:
-        progress("measuring", 1, 2, f"all-reduce and steps of {world} processes")
+        progress("measuring", 1, 2, f"all-reduce and training steps of {world} processes")
         group = _run_processes(world, job, threads)
     progress("measuring", 2, 2)
     return assemble(alone, group, world, holds, threads, between)

@@ -166,8 +166,8 @@ def measure_alone(work: Work, job: dict[str, Any]) -> dict[str, Any]:
     processes = sorted(set(job["processes"])) or default_processes(job["holds"], work.batch, job["between"])
     if processes[-1] > work.batch:
         msg = (
-            f"--processes {processes[-1]}: a step has {work.batch} images (qat.batch_size, of the training split); "
-            f"take at most {work.batch} processes"
+            f"--processes {processes[-1]}: a step has {work.batch} images (qat.batch_size, or the whole training split "
+            f"if that is smaller); take at most {work.batch} processes"
         )
         raise UsageError(msg)
     for number in processes:

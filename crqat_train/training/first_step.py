@@ -66,7 +66,8 @@ def check_step(
         processes: Number of processes that share the batch.
 
     Raises:
-        UsageError: The forward or the backward pass raises, or returns no logits or values that are not finite.
+        UsageError: The forward or the backward pass raises an error, the output is not logits, or the loss is not
+            finite.
     """
     fit = Fit(network, replace(section, epochs=1, lr=_LEARNING_RATE), 1, key, images.device, quiet)
     network.train()

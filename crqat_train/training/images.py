@@ -24,7 +24,8 @@ class TrainingImages:
     Attributes:
         config: The recipe's `data` section.
         dataset: The data set of the recipe.
-        split: Indices of the data set's training images by use: training, validation, unlabeled, reserved.
+        split: Indices of the data set's training images by use: training, validation, unlabeled, or reserved for
+            `crqat advise`.
         device: Device of the training.
     """
 

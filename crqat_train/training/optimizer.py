@@ -75,7 +75,7 @@ class Fit:
             yield self.epochs_done + 1
 
     def scale_lr(self, factor: float) -> None:
-        """Multiply the quantizers' learning rate from now on; 0 freezes them."""
+        """Set the quantizers' learning rate to `factor` times the network's from now on; 0 freezes the quantizers."""
         for group in self.optimizer.param_groups[2:]:  # the groups after the network's own
             group["factor"] = factor
 

@@ -56,7 +56,8 @@ class Start:
         network: Float network on the device, with the recipe's weights. It must not be changed.
         trained: Whether the network's weights come from a file and are not trained further.
         dataset: The data set of the recipe.
-        split: Indices of the data set's training images by use: training, validation, unlabeled, reserved.
+        split: Indices of the data set's training images by use: training, validation, unlabeled, or reserved for
+            `crqat advise`.
         device: Device of the training.
         processes: Number of processes that train together.
     """
@@ -266,7 +267,15 @@ class _Run:
         return model, bool(source) and not config.float_training.fine_tune
 
     def _compared(self, model: nn.Module) -> str:
-        """Compare an ONNX file's network with ONNX Runtime, and return "model.name: FILE"; "" for any other network."""
+        """Compare a network converted from an ONNX file with that file in ONNX Runtime.
+
+        Returns:
+            "model.name: FILE", the source of the weights in messages; "" for any other network, which is not compared.
+
+        Raises:
+            UsageError: The results differ by more than rounding; see `from_onnx.compare`.
+            ToolError: ONNX Runtime cannot run the file.
+        """
         name = self.config.model.name
         if not is_onnx_file(name):
             return ""
@@ -293,7 +302,9 @@ class _Run:
         self._epochs(fit, feeds, saved, networks, [], lambda: self._measure(fit, networks, model))
         if teacher is not None and self.history[-1]["validation_teacher"] > self.history[-1]["validation"]:
             model.load_state_dict(teacher.state_dict())
-            self.progress("float network", 1, 1, "the average of its weights is better and is used")
+            self.progress(
+                "float network", 1, 1, "the average of the weights is used, its validation accuracy is higher"
+            )
         return model.eval()
 
     def quantize(self, float_model: nn.Module) -> QuantizedModel:

@@ -1,1 +1,1 @@
-"""Analyses the cost of bit widths, and finds the part of a network that fails."""
+"""Measures what low bit widths cost in accuracy, and finds the smallest part of a file that a builder refuses."""

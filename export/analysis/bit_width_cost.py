@@ -92,7 +92,7 @@ class Divergences:
             for name, specs in self._layers.items():
                 rows[name].divergence[bits] = self._divergence(specs)
                 done += 1
-                progress("one layer at a time", done, total, f"{name} at {bits} bits")
+                progress("quantizing one layer at a time", done, total, f"{name} at {bits} bits")
         return list(rows.values())
 
     def together(self, bits: Mapping[str, int]) -> float:

@@ -53,5 +53,5 @@ def accuracy_of_each_layer(
             share = accuracy(model, images, labels, dataset.preprocessing)
         bits = "/".join(str(spec.bits) for spec in active) if layer not in ("none", "all") else ""
         rows.append(LayerAccuracy(layer, share, bits))
-        progress("one layer at a time", number, len(layers), f"{layer}: {share:.2%}")
+        progress("quantizing one layer at a time", number, len(layers), f"{layer}: {share:.2%}")
     return rows[:2] + sorted(rows[2:], key=lambda row: row.accuracy)

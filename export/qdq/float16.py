@@ -50,7 +50,10 @@ def float16_model(
 
 
 def as_float16(value: npt.NDArray[np.float32]) -> npt.NDArray[np.float16]:
-    """Round a constant to float16 such that finite values stay finite, and no divisor becomes 0."""
+    """Round a constant to float16.
+
+    Finite values stay finite. A constant of one element that is not 0 does not become 0, because it may be a divisor.
+    """
     value = np.where(np.isfinite(value), np.clip(value, -_LARGEST, _LARGEST), value)
     if value.size == 1:
         value = np.where((value != 0) & (np.abs(value) < _SMALLEST), np.copysign(_SMALLEST, value), value)

@@ -163,7 +163,10 @@ def lower_weight(
 
 
 def _spread(grid: Grid) -> int:
-    """Return the largest power of two by which codes can be multiplied within SPREAD_LIMIT; 1 for 7 and 8 bits."""
+    """Return the largest power of two by which codes can be multiplied without exceeding SPREAD_LIMIT.
+
+    The weight's scale is divided by it, so that the int32 bias is rounded to a finer unit. With 7 and 8 bits it is 1.
+    """
     largest = max(abs(grid.qmin), grid.qmax)
     return 1 if largest >= SPREAD_LIMIT else 1 << int(np.log2(SPREAD_LIMIT / largest))
 

@@ -179,8 +179,8 @@ class _Writer:
         if any(reader.op_type not in LAYERS for reader in readers):
             kinds = ", ".join(sorted({reader.op_type for reader in readers}))
             msg = (
-                f"model.name: {self.specs[edge].operation}: its weight is used by {kinds}, not by a layer; give the "
-                "linear layer a bias"
+                f"model.name: {self.specs[edge].operation}: its weight is an input of {kinds}, but a quantized weight "
+                f"can only be one of {', '.join(LAYERS)}; use a layer such as nn.Linear with a bias"
             )
             raise UsageError(msg)
 
@@ -216,7 +216,7 @@ class _Writer:
         return replace(lowered, claim="lossy", note="float16 does not hold its scale")
 
     def _same_edge(self, names: Sequence[str]) -> bool:
-        """Whether all tensors are codes of one quantizer, as NNCF requires for a concatenation before a layer."""
+        """Whether all tensors are codes of one quantizer; NNCF gives one to all inputs of a Concat before a layer."""
         return all(name in self.coded for name in names) and len({self.coded[name][1] for name in names}) == 1
 
     def _concat_codes(self, node: onnx.NodeProto) -> None:

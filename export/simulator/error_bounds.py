@@ -5,7 +5,8 @@ Assumptions about libraries, in relative error (one unit in the last place is at
 * exp, log and pow are off by at most 4 units in the last place. glibc documents up to 2, SLEEF (torch) 1, Eigen and
   MLAS (ONNX Runtime) a few.
 * tanh, the logistic function and erf are quotients of polynomials in ONNX Runtime: at most 14 Horner steps of two
-  roundings each, a product, a quotient and a truncation of at most one unit in the last place, relative to their range.
+  roundings each, a product, a quotient, and an approximation error of at most one unit in the last place. These errors
+  are relative to 1, the largest magnitude of the functions, not to the result.
 * A sum of n terms in any order is off by (8 sqrt(n) + 8) roundings of the sum of magnitudes: the probabilistic bound
   of Higham and Mary (2019) with lambda = 8.
 """

@@ -38,7 +38,7 @@ def move(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, Ar
         padding = constants[node.input[2]]
         if padding != (value.zero_point if isinstance(value, Codes) and padding.dtype.kind in "iu" else 0):
             if padding.dtype.kind in "iu":
-                msg = f"{node.name}: the simulator pads codes with 0.0 only, not with the code {padding}"
+                msg = f"{node.name}: the simulator pads codes only with their zero point (0.0), not with {padding}"
                 raise NotSimulated(msg)
             x, stored = as_float(value), out.real(node.input[2], {}, constants)
             moved, error = _moved(node, x.values, constants), _moved(node, x.error, constants)
@@ -113,7 +113,11 @@ def resize(node: onnx.NodeProto, values: dict[str, Value], constants: dict[str, 
     nearest = attributes.get("nearest_mode", b"round_prefer_floor").decode()
     unknown = where == "tf_crop_and_resize" or attributes.get("antialias") or attributes.get("exclude_outside")
     if mode not in ("nearest", "linear", "cubic") or unknown:
-        msg = f"{node.name}: the simulator does not support a Resize of mode {mode}, {where}"
+        further = ", ".join(f"{key}={attributes.get(key, 0)}" for key in ("antialias", "exclude_outside"))
+        msg = (
+            f"{node.name}: the simulator does not support a Resize with mode={mode}, "
+            f"coordinate_transformation_mode={where}, {further}"
+        )
         raise NotSimulated(msg)
     positions = [
         _positions(own, size, scale, where) for own, size, scale in zip(shape[2:], sizes[2:], scales[2:], strict=True)

@@ -44,7 +44,11 @@ def _is_scalar(first: Codes, second: Codes) -> bool:
 
 
 def _float32(a: Codes, b: Codes, scale: np.float32, zero_point: int) -> Array:
-    """Return rint(fma(rA, A, fma(rB, B, c))) on raw codes, c = z - fma(rA, zA, rB zB), in the AVX2 kernel's order."""
+    """Return rint(fma(rA, A, fma(rB, B, c))) - z with c = z - fma(rA, zA, rB zB), in the AVX2 kernel's order.
+
+    A and B are raw codes, zA and zB their zero points, z is the sum's zero point, and rA and rB are the ratios of the
+    inputs' scales to the sum's scale.
+    """
     ratio_a, ratio_b = _ratio(a, scale), _ratio(b, scale)
     # A float64 holds the product of a float32 and an 8-bit code exactly, so rounding once to float32 is an fma.
     offset = np.float32(float(ratio_a) * a.zero_point + float(ratio_b * np.float32(b.zero_point)))

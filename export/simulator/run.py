@@ -75,7 +75,7 @@ def simulate(
         try:
             computed = operation(node, values, constants, model, result)
         except KeyError as missing:
-            msg = f"{node.name}: the simulator does not support {node.op_type} without a known {missing}"
+            msg = f"{node.name}: the simulator does not know {missing}, an input or attribute that {node.op_type} needs"
             raise NotSimulated(msg) from missing
         outputs = computed if isinstance(computed, list) else [computed]
         values.update(zip(node.output, outputs, strict=False))  # some outputs are optional

@@ -31,7 +31,8 @@ class Codes:
         scale: One scale for all values.
         zero_point: Zero point as stored in the file.
         real: Whether the codes have passed a DequantizeLinear.
-        selected: Whether a runtime selected these values as float values, so that consumers compute in float.
+        selected: Whether the codes passed an operation that runtimes compute on dequantized values, such as Max or
+            Where (see `movement_ops`); the next operation then computes in float, too.
     """
 
     integers: Array

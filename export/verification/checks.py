@@ -48,7 +48,7 @@ def verify(
     exported: Mapping[str, QDQModel],
     images: npt.NDArray[np.float32],
 ) -> dict[str, Verification]:
-    """Run the three checks that the module describes for each target's file.
+    """Verify each target's file by the three checks that this module's docstring describes.
 
     Args:
         model: The exported quantized network, on the CPU, in eval mode.
@@ -292,7 +292,8 @@ def _rounded_constants(file: QDQModel) -> dict[str, npt.NDArray[np.float64]]:
 
     Constants are rounded to the file's float type, so float32 constants have no error. An exception is a number written
     in the code of a forward pass, such as 1.41421356: the export rounds it to float32, but torch may compute with the
-    float64 number. Every single number whose value is not a multiple of 2^-12 is assumed to be of this kind.
+    float64 number. Every constant of one element is assumed to be such a number, except multiples of 2^-12, such as
+    0.5, which float32 represents exactly.
     """
     types = {tensor.name: helper.tensor_dtype_to_np_dtype(tensor.data_type) for tensor in file.model.graph.initializer}
     result = {}

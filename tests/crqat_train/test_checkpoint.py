@@ -71,7 +71,7 @@ def test_an_unreadable_state_is_skipped_with_a_warning(tmp_path: Path, kind: str
     latest = kept.latest()
     assert latest is not None and latest.values == {"number": 1}
     ((task, note),) = told
-    assert task == "state 2" and note.startswith("warning: skipped, it cannot be read (") and "\n" not in note
+    assert task == "state 2" and note.startswith("warning: cannot be read (") and "\n" not in note
     kept.save(state(3))  # a number of its own, whatever 2 was
     latest = kept.latest()
     assert latest is not None and latest.values == {"number": 3}

@@ -155,14 +155,15 @@ def _max_pool(w: Walk, a: Arguments) -> Any:
 def _avg_pool(w: Walk, a: Arguments) -> Any:
     """Write an average pool, with a Pad before it and a Mul after it where ONNX's AveragePool alone is not enough.
 
-    The Pad extends the image so that no window exceeds the padding: ONNX Runtime's integer kernel would divide such a
-    window by a wrong number. The Mul replaces torch's `divisor_override`, which ONNX lacks.
+    With ceil_mode, the last window may reach beyond the padded image, and ONNX Runtime's integer kernel would divide
+    the sum of such a window by a wrong number. The Pad therefore makes the padding part of the image, and with a
+    divisor also what the window covers beyond it. The Mul replaces torch's `divisor_override`, which ONNX lacks.
     """
     x, name, divisor = a["self"], w.float_name(a["self"]), a.get("divisor_override")
     dims = w.node.meta["val"].ndim - 2
     attributes = _pool_attributes(a, dims)
     kernel, strides, pads = (attributes[key] for key in ("kernel_shape", "strides", "pads"))
-    beyond = []  # by how much the last window exceeds the padding
+    beyond = []  # by how much the last window reaches beyond the padded image
     for axis in range(dims):
         covered = (w.known(w.node, axis + 2) - 1) * strides[axis] + kernel[axis]
         beyond.append(covered - w.known(x, axis + 2) - 2 * pads[axis])

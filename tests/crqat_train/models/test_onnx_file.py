@@ -200,7 +200,7 @@ def test_paths_in_a_file_lead_to_its_own_folder_alone(tmp_path: Path) -> None:
     assert "lies in gone.data, which is not there" in refused("gone.data")
     data.write_bytes(content[:100])
     with pytest.raises(
-        UsageError, match=r"net\.onnx: the tensor .* needs \d+ bytes of net\.onnx\.data, and .* damaged"
+        UsageError, match=r"net\.onnx: the tensor .* takes \d+ bytes .*, and net\.onnx\.data has \d+ .* damaged"
     ):
         onnx_file.read(path)
     data.unlink()

@@ -59,7 +59,7 @@ def test_what_is_not_simulated_is_named() -> None:
     read: Node = ("DequantizeLinear", ["w", "w.scale", "w.zero"], "w.real", {"axis": 0})
     assert refused([("Det", ["input"], "logits", {})]) == "logits/Det: the simulator does not support Det"
     message = refused([*coded, ("Add", ["x.real", "none"], "logits", {})])
-    assert message.startswith("logits/Add: the simulator does not support Add without a known 'none'")
+    assert message.startswith("logits/Add: the simulator does not know 'none', an input or attribute that Add needs")
     flat: list[Node] = [*coded, ("Flatten", ["x.real"], "flat", {}), read]
     gemm = {**weight, "w": np.ones((32, 2), np.int8)}
     assert refused([*flat, ("Gemm", ["flat", "w.real"], "logits", {})], gemm).startswith("logits/Gemm: ")
