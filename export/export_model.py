@@ -111,7 +111,7 @@ def export(
     Raises:
         VerificationError: A file does not compute the network's codes, or could not be verified.
         UsageError: The network was not made by `crqat.quantize`, the images have another type or shape, a file breaks a
-            rule of its runtime, or `out` holds other files.
+            rule of its runtime, or `out` holds files that this function did not write.
         ToolError: The directory cannot be written.
     """
     out, inner = Path(out), _unwrapped(model)

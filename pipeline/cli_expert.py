@@ -65,7 +65,7 @@ def nncf_export(run: Path, candidate: str, out: Path | None) -> None:
 @click.option("--out", type=click.Path(path_type=Path), help="Folder to write. Default: NAME-start.")
 @json_option
 def nncf_import(checkpoint: Path, recipe: Path, overrides: tuple[str, ...], out: Path | None) -> None:
-    """Start a training from a network that nncf.quantize has quantized."""
+    """Convert a network that nncf.quantize has quantized into the start of a training."""
     from crqat.pipeline.commands import nncf as checkpoints
 
     with console.show_progress() as progress:
@@ -103,7 +103,7 @@ def models(
     resume: bool,
     limit: float,
 ) -> int:
-    """Run networks through all stages and report what was mapped, verified and computed in INT8; exit 1 on failure."""
+    """Run networks through all stages; report quantizers, verification and INT8 share; exit 1 on failure."""
     from crqat.pipeline.commands import model_survey
 
     return model_survey.run(names, cifar10, size, out, force, int(channels), engines, not resume, limit)
@@ -140,16 +140,16 @@ def scale(
 
 @click.command()
 @click.argument("recipe", type=click.Path(path_type=Path))
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value everywhere.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Replace a recipe's value in all runs.")
 @click.option("--methods", default="", help="Methods, separated by commas. Default: all.")
 @click.option("--seeds", default="0", help="Seeds, separated by commas. Default: 0.")
-@click.option("--labels", default="", help="Numbers of labeled images, `all` for all. Default: the recipe's.")
-@click.option("--bits", default="", help="Bit widths of weights and activations. Default: the recipe's.")
+@click.option("--labels", default="", help="Numbers of labeled images, such as 500,all. Default: the recipe's.")
+@click.option("--bits", default="", help="Bit widths, each for weights and activations: 8,4. Default: the recipe's.")
 @click.option(
     "--equal",
     type=click.Choice(["steps", "time"]),
     default="steps",
-    help="What the methods have in common. Default: steps.",
+    help="Give all methods equally many steps, or about equal time. Default: steps.",
 )
 @click.option("--jobs", type=click.IntRange(1), default=None, help="Parallel training runs. Default: one per core.")
 @click.option(

@@ -29,14 +29,16 @@ def recipe_arguments(command: _Command) -> _Command:
 
 def force_option(command: _Command) -> _Command:
     """Add the option --force to a command."""
-    return click.option("--force", is_flag=True, help="Run the stage even if it is up to date or damaged.")(command)
+    return click.option("--force", is_flag=True, help="Run the stage even if its results are up to date or damaged.")(
+        command
+    )
 
 
 def training_options(command: _Command) -> _Command:
     """Add the options --save-every, --restart and --unchecked to a command that trains."""
     command = click.option(
         "--save-every", type=click.FloatRange(min=0), default=300.0, metavar="SECONDS",
-        help="Interval between saved training states; each epoch's end is saved too. Default: 300.",
+        help="Seconds between saved training states; each epoch's end is saved too. Default: 300.",
     )(command)  # fmt: skip
     command = click.option(
         "--unchecked", is_flag=True, help="Skip the check that exports the untrained network before training."

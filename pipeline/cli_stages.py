@@ -52,7 +52,10 @@ def show_warnings(trained: TrainingPayload) -> None:
 
 
 def _fewer_bits(notes: Sequence[str]) -> list[str]:
-    """Return a line for each reason why layers have other bit widths than the recipe: a layer, how many more."""
+    """Return a line for each reason why layers have other bit widths than the recipe asks for.
+
+    Each line names one layer, the number of other layers with the same reason, and the reason.
+    """
     layers: dict[str, list[str]] = {}
     for note in notes:
         layer, _, reason = note.partition(": ")

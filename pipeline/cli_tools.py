@@ -63,7 +63,7 @@ def compare(files: tuple[Path, ...], picture: Path | None) -> None:
         console.give(comparison=comparison)
         return
     if picture is not None:
-        msg = "--picture: draws runs only; name run directories instead of results.json files"
+        msg = "--picture: draws runs only; give run directories instead of results.json files"
         raise UsageError(msg)
     several = [(path, read_results(path)) for path in files]
     results.compare(several)
@@ -80,7 +80,8 @@ def bundle(run: Path, out: Path | None) -> None:
 
     archive, digest, how = boards.bundle(_run_directory(run), out)
     click.echo(f"wrote {archive}, bundle {digest}")
-    click.echo(f"settings, from the export's recipe: {', '.join(f'{key}={value}' for key, value in how.items())}")
+    settings = ", ".join(f"{key}={value}" for key, value in how.items())
+    click.echo(f"the bundle contains the benchmark settings of the export's recipe: {settings}")
     click.echo("on the board:")
     click.echo(f"  tar xzf {archive.name} && cd crqat-bundle && python3 -m runtime_eval .")
     console.give(archive=str(archive), bundle=digest, benchmark=how)
@@ -185,9 +186,9 @@ def init(
 
     \b
     With --images and --model, both are tried, and the recipe gets the
-    keys that they need: calibration alone, for both runtimes. Without
-    them, the recipe is for scikit-learn's digits and explains every
-    key.
+    keys that they need. It quantizes by calibration, without training,
+    for ONNX Runtime and TensorRT. Without the two options, the recipe
+    is for scikit-learn's digits and explains every key.
     """  # noqa: D301 - click's mark for lines that stay as they are
     from crqat.pipeline.commands import network_fit
     from crqat.pipeline.commands import new_recipe as command

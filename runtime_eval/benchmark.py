@@ -159,8 +159,8 @@ def _version() -> str | None:
 def _build_engines(models: list[_Model], config: BenchmarkConfig, progress: Progress, folder: Path) -> None:
     """Build the engines of the TensorRT files if a builder is installed; a failed build becomes the file's result.
 
-    Without a GPU, the engine of the quantized file is built only for its report. With a GPU, several engines of each
-    file, including the float files, are built and measured.
+    Without a GPU, one engine of each quantized file is built to report its layers, and is not run. With a GPU, several
+    engines of each file, including the float files, are built and measured.
     """
     builder = tensorrt_api.choose()
     runs = builder == tensorrt_api.TENSORRT

@@ -33,8 +33,8 @@ class BenchmarkConfig:
         accuracy_batch: Batch size for measuring accuracy.
         cuda_graph: Run a TensorRT engine as a CUDA graph, which removes the host's kernel launches from the latency.
         openvino: Also measure the float file and the file for ONNX Runtime in OpenVINO.
-        require: Runtimes whose latency must be measured; if one was not measured, the gate ends with an error. If the
-            list contains "openvino", OpenVINO is measured even if `openvino` is false.
+        require: Runtimes whose latency must be measured; if one was not measured, `crqat gate` ends with exit code 3.
+            If the list contains "openvino", OpenVINO is measured even if `openvino` is false.
         time_limit_seconds: A model's process that is silent for longer is considered hung, as is an engine build that
             takes longer.
     """

@@ -168,7 +168,7 @@ def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Da
     size, crop = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP
     notes: tuple[str, ...] = ()
     if left_out:
-        notes = (f"left out of {root}: {left_out}",)
+        notes = (f"ignored in {root}: {left_out}",)
         progress("folder", 1, 1, notes[0])
     same = duplicates(train, test)
     if same:

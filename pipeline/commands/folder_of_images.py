@@ -82,7 +82,7 @@ def _split_folders(images: Path, root: Path, progress: Progress) -> Folder:
 
     names, train, test, left_out = list_folder(root)
     if left_out:
-        progress("folder", 1, 1, f"left out of {root}: {left_out}")
+        progress("folder", 1, 1, f"ignored in {root}: {left_out}")
     return _of_files({"source": "imagefolder", "root": str(images)}, names, train, test)
 
 

@@ -45,7 +45,7 @@ def inspect(path: Path, options: engine.EngineOptions, bisect: bool, out: Path |
         ToolError: TensorRT's builder is not installed or crashed, or a file cannot be written.
     """
     if not path.is_file():
-        msg = f"{path}: {'a directory; name an .onnx file in it' if path.is_dir() else 'no such file'}"
+        msg = f"{path}: {'a directory; give an .onnx file in it' if path.is_dir() else 'no such file'}"
         raise UsageError(msg)
     if path.suffix != ".onnx":
         reports = read(path)
@@ -190,7 +190,11 @@ def _first(values: list[str]) -> str:
 
 
 def _title(name: str) -> str:
-    """Return a readable layer name: a generated kernel's operations, or the name without the compiler's number."""
+    """Return a readable layer name, without the numbers that TensorRT's compiler adds.
+
+    The name of a kernel that the compiler generated becomes a list of operations: "__myl_AddRelu_myl0_3" becomes "Add
+    Relu".
+    """
     body = re.sub(r"_myl\d+_\d+$", "", name)
     if body.startswith("__myl_"):
         words = " ".join(re.findall("[A-Z][a-z]*", body.removeprefix("__myl_")))

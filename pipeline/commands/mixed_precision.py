@@ -87,8 +87,8 @@ def show(directory: Path) -> None:
     divergence, uniform = report.divergence, report.divergence.uniform
     click.echo(f"mean bit width of the weights: {asked.proposed:.3f} bits proposed, {asked.asked:g} allowed")
     click.echo(
-        f"all layers together: {divergence.together:.4f} (sum over single layers {divergence.sum:.4f}); "
-        f"{uniform.bits} bits everywhere: {uniform.together:.4f}"
+        f"KL divergence with all layers at their proposed bits: {divergence.together:.4f} (sum over single layers "
+        f"{divergence.sum:.4f}); with {uniform.bits} bits in every layer: {uniform.together:.4f}"
     )
     click.echo(f"written: {', '.join(str(directory / name) for name in (JSON, PICTURE, RECIPE))}")
     click.echo(f"next: crqat run {directory / RECIPE}")
@@ -114,7 +114,7 @@ def _recipe(config: recipe.Recipe, runs: Path, bits: Mapping[str, int], report: 
     lines = [
         f"# Proposed by crqat sensitivity of the run {config.name}: {mean:.3f} bits a weight on average.",
         f"# KL divergence from the float network on {report.images} calibration images, without training:",
-        f"# {divergence.together:.4f}; with {uniform.bits} bits everywhere {uniform.together:.4f}.",
+        f"# {divergence.together:.4f}; with {uniform.bits} bits in every layer {uniform.together:.4f}.",
     ]
     return (
         "\n".join(lines)

@@ -88,7 +88,7 @@ def run(
         ToolError: A file cannot be written.
     """
     if cifar10 is not None and not (cifar10 / "cifar-10-batches-py").is_dir():
-        msg = f"--cifar10: {cifar10} holds no cifar-10-batches-py; name the folder that does, or leave --cifar10 out"
+        msg = f"--cifar10: {cifar10} holds no cifar-10-batches-py; give the folder that does, or leave --cifar10 out"
         raise UsageError(msg)
     rows = {} if out is None else _read(out, force)
     chosen = list(names or NETWORKS)
@@ -114,9 +114,9 @@ def run(
 def exit_code(rows: Sequence[Mapping[str, Any]]) -> int:
     """Return the exit code for several networks: 1 if any failed, else 3, 2 or 4 if any has that code, else 0.
 
-    A network fails if its verification, its engine or its training step fails, if it breaks a rule, or if its process
-    dies or takes too long. 3 means that the machine lacks something, 2 that a network was refused, and 4 that a
-    verification could not be made.
+    A network fails if its verification, its engine or its training step fails, if one of its files breaks a rule of its
+    runtime, or if its process dies or takes too long. 3 means that the machine lacks something, 2 that a network was
+    refused, and 4 that a verification could not be made.
     """
     codes = {_exit_code(row) for row in rows}
     return next((code for code in (1, 3, 2, 4) if code in codes), 0)
@@ -137,8 +137,9 @@ def _exit_code(row: Mapping[str, Any]) -> int:
 def outcome(row: Mapping[str, Any]) -> str:
     """Return the outcome of a network from its row: `PASSES`, `NOT_PROVABLE`, or what failed, in a word or two.
 
-    A network passes if its codes are verified and at least 90 % of its multiply-accumulates are INT8 in ONNX Runtime,
-    or if every layer that stays float has a reason.
+    A network passes if its verification passed and, in addition, ONNX Runtime computes at least 90 % of the
+    multiply-accumulates in INT8 or every layer that stays float has a known reason. `NOT_PROVABLE` means that nothing
+    failed, but the logits could not be verified.
     """
     status = str(row["status"])
     if status != "measured":
@@ -370,7 +371,7 @@ def _read(out: Path, force: bool) -> dict[str, Any]:
     """
     path = out.with_suffix(".json")
     if path == out:
-        msg = f"--out {out}: is the name of the JSON file; name the Markdown file next to it, such as FILE.md"
+        msg = f"--out {out}: is the name of the JSON file; give the Markdown file next to it, such as FILE.md"
         raise UsageError(msg)
     if not path.exists() and (force or not out.exists()):
         return {}

@@ -135,7 +135,7 @@ def _load(images: Images) -> tuple[Tensor, Tensor]:
 
 
 def _train_one_step(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Run one step of quantization-aware training and report which parameters it reached."""
+    """Run one step of quantization-aware training; report the loss and which parameters got no gradient."""
     device = torch.device("cpu")
     fit = Fit(model, OptimizerConfig(epochs=1, lr=_LEARNING_RATE), 1, "qat", device, quiet)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}

@@ -99,7 +99,14 @@ class Fit:
         return size, crop
 
     def _usual(self, shorter: set[int]) -> tuple[int | None, int | None, str]:
-        """Return size, crop and a comment for the recipe if the user gave no size and no crop; None: the default."""
+        """Return size, crop and a comment for the recipe, for a user who gave neither size nor crop.
+
+        Args:
+            shorter: Shorter sides of the folder's images, in pixels.
+
+        Returns:
+            Size and crop in pixels, or None for each if the recipe keeps its default; and the comment.
+        """
         side = self._side_of_file()
         if side is not None:
             return (side if side != FOLDER_CROP or shorter == {side} else FOLDER_SIZE), side, ""
@@ -230,7 +237,7 @@ class Fit:
         return []
 
     def _network(self, channels: int) -> nn.Module | None:
-        """Return the network with its weights; None if they are published weights, which are not downloaded yet."""
+        """Return the network with its weights; None for published weights, which this command does not download."""
         from crqat.train.models import build as models
         from crqat.train.quantizers.finalize import check_values
 

@@ -22,7 +22,7 @@ def export(run: Path, candidate: str, out: Path | None) -> None:
     Args:
         run: Directory of the run.
         candidate: Network to write: "best", "student", "teacher" or "calibrated".
-        out: Folder to write; None writes NAME-nncf in the current directory.
+        out: Folder to write; None writes NAME-nncf, with the run's name, in the current directory.
     """
     from crqat.train.nncf import checkpoint as nncf_checkpoint
 
@@ -30,18 +30,20 @@ def export(run: Path, candidate: str, out: Path | None) -> None:
     folder = out or Path(f"{run.resolve().name}-nncf")
     checkpoint = nncf_checkpoint.export(run / "train", candidate, folder, network)
     click.echo(f"wrote {folder}: {len(checkpoint.quantizers)} quantizers")
-    click.echo(f"in Python: load(network) of {folder / nncf_checkpoint.HOWTO}; network is a new float {network}")
+    click.echo(f"to load it in Python, call load() of {folder / nncf_checkpoint.HOWTO} with a new float {network}")
     console.give(folder=str(folder), quantizers=len(checkpoint.quantizers), model=network)
 
 
 def take(path: Path, recipe_path: Path, config: Recipe, out: Path | None, progress: Progress) -> None:
-    """Check that a stock NNCF checkpoint fits a recipe, write it for `model.nncf` and print what was imported.
+    """Check that a stock NNCF checkpoint fits a recipe, and convert it into a folder that `model.nncf` can name.
+
+    Then print what was imported, and the command that trains from it.
 
     Args:
         path: File of the checkpoint; `crqat.train.nncf.checkpoint.read` describes its formats.
         recipe_path: File of the recipe.
         config: The recipe.
-        out: Folder to write; None writes NAME-start in the current directory.
+        out: Folder to write; None writes NAME-start, with the recipe's name, in the current directory.
         progress: Callback for the progress of reading the data set.
     """
     from crqat.train.nncf import checkpoint as nncf_checkpoint

@@ -73,7 +73,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
         ToolError: A file cannot be read or written, or published weights cannot be fetched.
     """
     if request.advise and request.max_drop is None:
-        msg = "--advise: needs --max-drop POINTS, the accuracy drop that a step may have to pass, in percentage points"
+        msg = "--advise: needs --max-drop POINTS, the accuracy drop up to which a step passes, in percentage points"
         raise UsageError(msg)
     name = _full_name(request.model)
     imported = _imported(name)

@@ -91,7 +91,8 @@ def show(result: dict[str, Any]) -> None:
         )
         beside, alone = check["measured_compute_seconds"]["median"], check["predicted_compute_seconds"]
         click.echo(
-            f"  of which compute, all processes running: {beside:.4g} s; predicted from a single process: {alone:.4g} s"
+            f"  computation in this step: {beside:.4g} s with all processes running; "
+            f"predicted from one process running alone: {alone:.4g} s"
         )
     load, cores = result["machine"]["load_average_before"], result["machine"]["usable_cores"]
     if load is not None and cores and load / cores > _BUSY:

@@ -250,7 +250,8 @@ def _of_coverage(covered: Coverage, uncovered: Sequence[Uncovered], allowed: flo
 def _float_accuracy(file: str, accuracy: Accuracy, config: GateConfig, known: KnownAccuracy | None) -> list[Verdict]:
     """Judge whether the float model is better than chance and matches its known accuracy.
 
-    A small drop from a useless model is no success. With `min_accuracy`, the float model only has to beat chance.
+    A small drop from a useless model is no success. The float model must therefore exceed chance by a tenth of the
+    distance from chance to 100 %. With `min_accuracy`, which sets a limit of its own, it need only exceed chance.
     """
     verdicts = []
     if accuracy.chance is not None:

@@ -106,7 +106,10 @@ def render(
 
 
 def _with_headings(table: re.Match[str]) -> str:
-    """Return a table whose cells carry their column's heading: on a phone, each row becomes a list of these."""
+    """Return an HTML table in which each cell has its column's heading as an attribute.
+
+    On a phone, the style sheet shows each row as a list of headings and cells.
+    """
     headings = re.findall(r"<th[^>]*>(.*?)</th>", table[0])
 
     def row(cells: re.Match[str]) -> str:
@@ -237,9 +240,10 @@ def _label(file: str) -> str:
 
 
 def _curves(history: list[Epoch], float_accuracy: float) -> str:
-    """Draw validation accuracy and lambda over the epochs, float training and QAT side by side.
+    """Draw validation accuracy over the epochs, float training and QAT side by side.
 
-    The QAT curve starts with the calibrated network as epoch 0; the float network's accuracy is a horizontal line.
+    Lambda, the weight of the consistency loss, is drawn too where it is not 0. The QAT curve starts with the calibrated
+    network as epoch 0; the float network's accuracy is a horizontal line.
     """
     from matplotlib.ticker import MaxNLocator
 

@@ -72,7 +72,8 @@ class TimeSpent:
     Attributes:
         file: Name of the file.
         latency_ratio: Latency divided by that of the float file; None if it was not measured.
-        kinds: For each kind of operation, microseconds and number of nodes in the float file and in this file.
+        kinds: Maps each of `KINDS` to the microseconds and number of nodes in the float file, and the same in this
+            file.
         others: Operations of the INT8 file that belong to no layer, those with the longest time first.
         layers: Layers that both files have, those with the longest time first.
         unmatched: Number of layers that could not be found by name in both files.

@@ -48,7 +48,7 @@ _STAGES = ("forward", "training step", "layout", "calibration", "export", "lint"
 
 
 def before_training(config: Recipe, progress: Progress, start: trainer.Start) -> None:
-    """Check the network before the first step of a training; if nothing is trained, check only the forward pass.
+    """Check the network before a training; if no epoch will be trained, check only the forward pass.
 
     Raises:
         UsageError: A problem that would stop the training.
@@ -285,7 +285,7 @@ def _name(call: fx.Node) -> str:
 
 
 def _stored(call: fx.Node) -> list[fx.Node]:
-    """Return the graph nodes whose tensors a call reads, directly or through a quantizer."""
+    """Return the nodes whose results a call reads, such as stored weights, directly or through a quantizer."""
     return [*call.all_input_nodes, *(s for source in call.all_input_nodes for s in source.all_input_nodes)]
 
 
@@ -321,8 +321,8 @@ def prove(quantized: Quantized, files: Mapping[str, QDQModel], images: Tensor) -
     """Compare the integer codes of the torch network, the integer simulator and ONNX Runtime on a few images.
 
     Returns:
-        One line of text for each file that cannot be verified and for each unexplained float operation. If there is
-        neither, a single line says that all codes are equal.
+        One line of text for each file that cannot be verified, and one that names operations that ONNX Runtime computes
+        in float for an unknown reason. If there is neither, a single line says that all codes are equal.
 
     Raises:
         UsageError: The codes differ.

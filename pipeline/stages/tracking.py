@@ -34,10 +34,11 @@ def of_recipe(config: Recipe, runs: Path) -> TensorBoard | None:
 
 
 class TensorBoard:
-    """Writes event files into the run's directory, one series each for "float", "qat", "train" and every benchmark.
+    """Writes event files into the run's directory, in several series.
 
-    Each epoch appears once: a training that begins or resumes writes all rows of its history again, replacing those of
-    an interrupted training.
+    The series "float" and "qat" hold the epochs of the two trainings, "train" holds the final accuracies and the
+    duration, and every benchmark has a series of its own. Each epoch appears once: a training that begins or resumes
+    writes all rows of its history again, replacing those of an interrupted training.
     """
 
     def __init__(self, run: Path) -> None:

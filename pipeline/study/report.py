@@ -98,7 +98,7 @@ def lines(rows: Sequence[StudyRow]) -> list[Line]:
 def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]]:
     """Group results by (number of labels, bit width, `equal`): each group becomes one table.
 
-    `equal` is what all methods of a comparison had in common: the number of "steps", or the "time".
+    `equal` is what all methods of a comparison had equally much of: "steps", or (approximately) "time".
     """
     found: dict[tuple[Any, Any, str], list[StudyRow]] = {}
     for row in rows:

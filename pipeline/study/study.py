@@ -58,8 +58,9 @@ class Job:
         seed: Seed of the recipe.
         labels: Number of labeled images; None for all.
         bits: Bit width of weights and activations; None for the bit widths of the recipe.
-        equal: What all training runs of a comparison have in common: "steps", or (approximately) "time".
-        overrides: Changes to the recipe, except for the float network's file.
+        equal: What all training runs of a comparison have equally much of: "steps", or (approximately) "time".
+        overrides: Changes to the recipe, as `--set` writes them. The path of the float weights of `start` is not among
+            them; it is added when the run starts.
         key: Hash of everything that the result depends on.
         name: Name of the run's directory.
         start: Name of the run whose float network it starts from; None if it trains its own.

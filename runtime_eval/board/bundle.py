@@ -72,7 +72,7 @@ def describe(export_dir: Path, benchmark: Mapping[str, Any], crqat_version: str)
     export_dir = export_dir.resolve()
     manifest = run_directory.verify_stage(export_dir)
     if manifest.stage != EXPORT:
-        msg = f"{export_dir}: holds the stage {manifest.stage}, not an export; name the run's directory"
+        msg = f"{export_dir}: holds the stage {manifest.stage}, not an export; give the directory of a run that has one"
         raise UsageError(msg)
     paths = {f"{EXPORT}/{name}": export_dir / name for name in (*manifest.files, run_directory.MANIFEST)}
     for package in PACKAGES:

@@ -200,10 +200,10 @@ class Watch:
             self._states.append(state(self._root))
 
     def result(self) -> Jetson | None:
-        """Return the board's description, with all readings so far in `run`; None if the machine is not a Jetson.
+        """Return the board's description; None if the machine is not a Jetson.
 
-        `throttle_events` holds the increase of each counter since this object was made; temperatures and powers are the
-        largest readings.
+        Its attribute `run` summarizes the readings so far: `throttle_events` holds the increase of each counter since
+        this object was made; temperatures and powers are the largest readings.
         """
         if self.board is None:
             return None
@@ -289,7 +289,10 @@ def _output(root: Path, tool: str, arguments: list[str], seconds: float) -> str:
 
 
 def _free_clocks(root: Path) -> tuple[list[str], bool | None]:
-    """Return the clocks that are not locked, with their range in MHz, and True, or None if no clock is readable."""
+    """Return the clocks that are not locked, each with its range in MHz, and whether any clock is readable.
+
+    The second value is True, or None if no clock is readable.
+    """
     pairs: list[tuple[str, Path, str]] = []
     for pattern in _GPU_CLOCKS:
         pairs += [("GPU", path, "") for path in sorted((root / "sys/class/devfreq").glob(pattern))]

@@ -143,7 +143,11 @@ def serve(runner: Runner, images: Images, answer: Answer, model: Path, threads: 
 
 
 def _open(model: Path, runtime: str, provider: str, threads: int, graph: bool) -> Runner:
-    """Return the runner of a model file; imports its runtime, whose prints `main` has kept out of the answers."""
+    """Return the runner of a model file.
+
+    The runtime is imported here, after `main` has redirected standard output: what the runtime prints would otherwise
+    mix with the answers.
+    """
     if model.suffix == PLAN:
         from crqat.runtime_eval.runners.tensorrt import TensorRTRunner
 

@@ -35,7 +35,7 @@ class Loaded:
         version: Version of the runtime.
         provider: Execution provider or device.
         classes: Number of classes that the model distinguishes.
-        int8_layers: Counts of the layers that OpenVINO computes in INT8; None for other runtimes.
+        int8_layers: How many layers OpenVINO computes in INT8, and which it does not; None for other runtimes.
     """
 
     version: str
@@ -61,7 +61,7 @@ class Worker:
         version: Version of the runtime.
         provider: Execution provider or device that runs the model.
         classes: Number of classes that the model distinguishes.
-        int8_layers: Counts of the layers that OpenVINO computes in INT8; None for other runtimes.
+        int8_layers: How many layers OpenVINO computes in INT8, and which it does not; None for other runtimes.
     """
 
     runtime: str

@@ -21,7 +21,7 @@ class Description:
         version: Version of the runtime.
         provider: Execution provider or device.
         metadata: Metadata of the file.
-        int8_layers: Counts of the layers that OpenVINO computes in INT8; None for other runtimes.
+        int8_layers: How many layers OpenVINO computes in INT8, and which it does not; None for other runtimes.
     """
 
     runtime: str

@@ -1,4 +1,4 @@
-"""Runs a model file on OpenVINO's CPU plugin with its default settings, including its low-precision passes."""
+"""Runs a model file on OpenVINO's CPU plugin, whose low-precision passes compute quantized layers in INT8."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ _INFO = ("layerType", "runtimePrecision", "originalLayersNames")
 class OpenVINORunner:
     """`Runner` for a file that takes "input" and returns "logits", both float32 with the batch first.
 
-    Operations that are not INT8 run in float32, as in ONNX Runtime; on a CPU with AMX the plugin's default is bfloat16.
+    The runner sets float32 for operations that are not INT8, as in ONNX Runtime; on a CPU with AMX, the plugin would
+    otherwise compute them in bfloat16.
 
     Args:
         path: The ONNX file.

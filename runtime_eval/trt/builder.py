@@ -45,7 +45,7 @@ class Build:
 
     Attributes:
         trt: Python module of the builder.
-        row: Features of the version of the builder.
+        row: What this version of the builder supports.
         hear: Callback that is called with each message of the builder.
         messages: All messages so far.
         flags: Names of the network flags and builder flags that are set.
@@ -81,7 +81,7 @@ class Build:
 
         Raises:
             BuildFailure: No engine can be built from the file.
-            ToolError: The builder does not start, or rejects any timing cache.
+            ToolError: The builder does not start, rejects even an empty timing cache, or cannot lock or write its file.
         """
         trt = self.trt
         try:

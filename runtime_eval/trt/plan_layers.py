@@ -79,7 +79,10 @@ class _Tensor:
 
     @property
     def wide(self) -> bool:
-        """Whether the tensor can be an operand; a scale or bias cannot, as only one of its dimensions is not 1."""
+        """Whether at least two dimensions are not 1, as in an operand of a matmul.
+
+        At most one dimension of a scale or a bias is not 1.
+        """
         return sum(abs(size) != 1 for size in self.dimensions) >= 2
 
     @property
@@ -140,7 +143,10 @@ def _kind_of_generated(name: str) -> Kind:
 
 
 def _weights(inputs: Sequence[_Tensor], constants: Sequence[_Tensor]) -> str | None:
-    """Return the type of a matmul's second operand: a constant, or an input if weights are given at run time."""
+    """Return the data type of a matmul's weights, its second operand; None if it has none.
+
+    The weights are a constant, or an input if they are given at run time.
+    """
     for candidates in (constants, inputs[1:]):
         wide = [tensor for tensor in candidates if tensor.wide]
         if wide:

@@ -95,8 +95,8 @@ def check_targets(module: str, wanted: tuple[str, ...]) -> None:
             msg = f"compute capability {name}: {module} builds for the GPU of this machine alone; leave the option out"
         elif name in _MISSING_TARGETS:
             msg = (
-                f"compute capability {name} ({_MISSING_TARGETS[name]}): {module} does not build for it, and its "
-                f"engines for other devices say nothing about it; build with tensorrt on the device itself"
+                f"compute capability {name} ({_MISSING_TARGETS[name]}): {module} does not build for it, and engines "
+                f"for other GPUs do not show which layers are INT8 on it; build with tensorrt on the device itself"
             )
         else:
             msg = f"compute capability {name}: {module} supports only {', '.join(row.compute_capabilities)}"

@@ -194,7 +194,7 @@ def test_other_files_at_the_place_are_never_touched(model: crqat.QuantizedModel,
     (tmp_path / "notes" / "mine.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("notes", "file"):
-        with pytest.raises(crqat.UsageError, match=r"holds other files; choose an empty directory$"):
+        with pytest.raises(crqat.UsageError, match=r"that crqat did not write; choose an empty directory$"):
             export(model, tmp_path / name)
     assert (tmp_path / "notes" / "mine.txt").read_text() == (tmp_path / "file").read_text() == "mine"
     (tmp_path / "empty").mkdir()

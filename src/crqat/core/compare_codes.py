@@ -22,7 +22,8 @@ class Tie:
 
     Attributes:
         before: Values divided by the scale, before rounding: float64, as many elements as the tensor.
-        bound: Largest difference in codes between two correct computations of `before`: one number, or one per code.
+        bound: Largest difference between two correct computations of `before`, in the same unit: one number, or one per
+            code.
     """
 
     before: npt.NDArray[np.float64]
@@ -59,8 +60,9 @@ def compare_codes(
 
     Args:
         pairs: Maps each tensor's name to (expected codes, codes to check), integer arrays with as many elements.
-        ties: Values before rounding of the tensors whose codes may differ near a tie, by tensor name. Such codes may
-            differ by one, or by as many codes as the bound in `Tie` spans.
+        ties: `Tie` of each tensor whose codes may differ near a rounding tie, by tensor name. A differing code is then
+            correct if its value before rounding is at most `bound` beyond the tie, and it differs by at most one, or by
+            at most `bound` rounded up if that is more.
 
     Raises:
         ValueError: The arrays of a pair differ in their number of elements.

@@ -52,7 +52,7 @@ class Told(SystemExit):
 
 
 class Interrupted(CrqatError):
-    """Raised when the work of a process that a signal asked to end is saved; the exit code is 128 + the signal."""
+    """Raised if a signal asked the process to end, after saving its work if possible; exits with 128 + the signal."""
 
     def __init__(self, message: str, signal: int) -> None:
         super().__init__(message)

@@ -48,7 +48,8 @@ class Grid:
             msg = "a Grid's scale must be finite and positive in every channel"
             raise ValueError(msg)
         if not self.qmin <= self.zero_point <= self.qmax or self.qmin == self.qmax:
-            msg = f"a Grid's codes must contain its zero point: [{self.qmin}, {self.qmax}] with {self.zero_point}"
+            found = f"got qmin {self.qmin}, qmax {self.qmax}, zero point {self.zero_point}"
+            msg = f"a Grid needs qmin < qmax, and a zero point from qmin to qmax; {found}"
             raise ValueError(msg)
         if self.qmin < -(2**31) or self.qmax >= 2**31:
             msg = f"a Grid's codes are 32-bit integers, not [{self.qmin}, {self.qmax}]"
@@ -96,7 +97,7 @@ class Grid:
                 raise ValueError(msg)
             return cls(scale, *integers, axis)
         except (KeyError, TypeError, OverflowError) as error:
-            msg = f"not a Grid: {error!r}"
+            msg = f"a Grid lacks a key, or has a value of a wrong type: {error!r}"
             raise ValueError(msg) from error
 
 

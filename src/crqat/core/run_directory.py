@@ -125,12 +125,12 @@ def write_directory(out: Path, manifest: Manifest) -> Iterator[Path]:
         manifest: See `write_stage`.
 
     Raises:
-        UsageError: `out` is a file or holds other files.
+        UsageError: `out` is a file, or a directory with files that this function did not write.
         ToolError: The directory cannot be written.
     """
     out = out.absolute()
     if out.exists() and not (out.is_dir() and ((out / MANIFEST).is_file() or not any(out.iterdir()))):
-        msg = f"{out}: holds other files; choose an empty directory"
+        msg = f"{out}: is a file or has files that crqat did not write; choose an empty directory"
         raise UsageError(msg)
     if (out / MANIFEST).is_file():
         read_manifest(out)

@@ -1,10 +1,10 @@
 """Converts dataclasses from and to JSON; all JSON files that stages write are written and read here.
 
 A dataclass is the layout. The types of its fields are what the reader accepts: dataclasses, unions, `Literal`, lists,
-tuples, dictionaries by text, numbers with bounds (`Annotated[float, Range(ge=0)]`), texts, booleans and None. A field
-with a default may be missing; unknown keys are ignored, because a later version may write more. Metadata of a field:
-`key` is its name in JSON if Python or the code uses another; `OMIT` and `OMIT_EMPTY` mark fields that are not written
-while they have no value.
+tuples, dictionaries with text keys, numbers with bounds (`Annotated[float, Range(ge=0)]`), texts, booleans and None. A
+field with a default may be missing; unknown keys are ignored, because a later version may write more. Metadata of a
+field: `key` is its name in JSON if that differs from the attribute's name; a field with `OMIT` is not written while it
+is None, and one with `OMIT_EMPTY` also not while it is an empty list or dictionary.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_classes_are_the_sorted_folders_and_images_the_files_below(root: Path) -
     preprocessing = dataset.preprocessing
     assert (preprocessing.size, preprocessing.crop, preprocessing.mean[0]) == (20, 16, 0.485)
     assert dataset.notes == (
-        f"left out of {root}: 1 hidden folder (first {root}/train/.hidden), "
+        f"ignored in {root}: 1 hidden folder (first {root}/train/.hidden), "
         f"1 file with another ending (1 .db; first {root}/train/cat/Thumbs.db)",
     )
     own = loaded(root, mean=(0.1, 0.2, 0.3), std=(1.0, 1.0, 0.5)).preprocessing

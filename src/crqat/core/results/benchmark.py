@@ -143,7 +143,8 @@ class VersusFloat:
         agreement: Share of the images for which both models predict the same class.
         agreement_interval: Wilson's bounds of `agreement`.
         size_ratio: Size of this file divided by that of the float file.
-        latency_ratio: As in `LatencyRatio`; None if the two files were not timed in the same runtime.
+        latency_ratio: Latency of this model divided by that of the float model, as in `LatencyRatio`; None if the two
+            files were not timed in the same runtime.
         latency_ratio_interval: As in `LatencyRatio`; None without a `latency_ratio`.
         latency_ratio_coverage: As in `LatencyRatio`; None without a `latency_ratio`.
         both_right: Number of images that both models classify correctly.
@@ -197,9 +198,9 @@ class CountedCodes:
         images: Number of images that were computed.
         codes: Number of codes compared.
         differing: Number of codes that differ.
-        tensors: Number of tensors whose expected codes the export holds.
-        left_out: Number of tensors left out because another correct float computation may round their codes
-            differently.
+        tensors: Number of tensors whose expected codes the export holds; only these are compared.
+        left_out: Number of further tensors, whose expected codes the export does not hold because another correct float
+            computation may round them differently.
         family: Family of the CPU, as `crqat.core.targets.CpuFamily` names it; None if it is not known.
     """
 
@@ -227,7 +228,7 @@ class FloatLayers:
 
 @dataclass(frozen=True)
 class Int8Layers:
-    """Counts of the multiplying layers that OpenVINO computes in INT8.
+    """How many of the layers that multiply OpenVINO computes in INT8, and which it does not.
 
     Attributes:
         int8: Number of layers computed in INT8.
@@ -279,7 +280,7 @@ class ModelResult:
         findings: Rules of the runtime that the file breaks, one line each.
         float_layers: Layers that the recipe keeps in float.
         engine: Summary of the TensorRT engine; None if the file is not for TensorRT.
-        int8_layers: Counts of the layers that OpenVINO computes in INT8.
+        int8_layers: How many layers OpenVINO computes in INT8, and which it does not; None for other runtimes.
         answers: Predicted class of each test image, packed by `crqat.core.results.answers`.
         node_times: Time of each node in the order of computation, for files timed in ONNX Runtime. The profiler slows
             each node down, so the times add up to more than the latency.

@@ -26,8 +26,8 @@ class Compared:
         p50_ms: Median latency at batch 1, in milliseconds.
         device: Machine that measured the file.
         size_bytes: File size in bytes.
-        int8_share: Share of the multiply-accumulates in INT8, of TensorRT's engine or of the layers that ONNX Runtime
-            computes in integers; None for a float file and where it is not known.
+        int8_share: Share of the network's multiply-accumulates that TensorRT's engine or ONNX Runtime computes in INT8;
+            None for a float file and where it is not known.
         verification: Status of the export's verification.
     """
 

@@ -148,7 +148,7 @@ class BuilderMessage:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineSummary:
-    """Summary of an engine for results.json; without a builder, only the status is set.
+    """Summary of an engine for results.json; if no builder could run, only the status is set.
 
     Attributes:
         status: "built", "failed: ..." or "not run: ...".
@@ -164,7 +164,7 @@ class EngineSummary:
         uncovered: The largest nodes that are not in INT8.
         counts: Number of layers of each kind.
         messages: The builder's warnings.
-        notices: Limits of the report, such as devices for which it says nothing.
+        notices: What the engine is not valid for, such as GPUs that its builder does not support.
     """
 
     status: str

@@ -14,7 +14,7 @@ class StudyRow:
         labels: Number of labeled images, including validation images; None for all.
         bits: Bit width of weights and activations; None for those of the recipe.
         seed: Seed of the recipe.
-        equal: What the compared training runs have in common: "steps", or (approximately) "time".
+        equal: What the compared training runs have equally much of: "steps", or (approximately) "time".
         method: Name of the method.
         training: Name of the training run that the network comes from.
         network: Which network of the training run: "float", "student" or "teacher".

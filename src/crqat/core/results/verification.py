@@ -19,8 +19,10 @@ class Check:
         differing_logits: Number of logits that differ by more than their bound.
         farthest_from_tie: Largest distance of a differing code's value from a rounding tie, in codes.
         largest_bound: Largest distance from a tie, over all codes, that rounding errors can explain, in codes.
-        observed_graph_is_shipped_graph: Whether the graph with exposed codes computes the same as the shipped file.
-        inexact: Number of codes that are computed from float operations.
+        observed_graph_is_shipped_graph: Whether ONNX Runtime runs the same operations in the shipped file and in the
+            copy with the codes as additional outputs, from which the codes were read.
+        inexact: Number of codes that are rounded from results of float operations, which correct computations may
+            round differently.
         inexact_differing: Number of inexact codes that fell on the other side of a rounding tie.
         inexact_farthest_from_tie: As `farthest_from_tie`, but only for the inexact codes.
         inexact_largest_bound: As `largest_bound`, but only for the inexact codes.

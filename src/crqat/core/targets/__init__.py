@@ -84,7 +84,7 @@ ALL = "all"
 
 
 def _for_all(value: Any) -> Any:
-    """Turn a recipe's list into a mapping, and lists in a mapping into tuples; other values are rejected later."""
+    """Turn a recipe's list of layers into {ALL: layers}, and lists in a mapping into tuples; keep other values."""
     if type(value) is list:
         value = {ALL: value} if value else {}
     if type(value) is dict:

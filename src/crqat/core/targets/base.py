@@ -1,7 +1,8 @@
-"""What a runtime requires of a quantized file, as data and as functions of numbers.
+"""What a runtime requires of a quantized file.
 
-A Target knows no graph. Placement (torch), lowering and lint (onnx) and the runners apply it to their own graphs; lint
-passes it plain descriptions of nodes. numpy is imported only where it computes, so that checking a recipe is fast.
+A Target depends on no graph library: its attributes and methods hold, take and return plain values. The packages that
+place quantizers in a torch network, write and check its ONNX files, and run them, apply a Target to their own graphs.
+The check passes a description of each node to the Target: `QuantizeNode`, `LayerNode` or `ClipNode`.
 """
 
 from __future__ import annotations
@@ -111,8 +112,8 @@ class CpuFamily:
     Attributes:
         name: Name of the family in results.
         machines: Values of Python's `platform.machine()` on these CPUs.
-        add_kernel: Kernel that adds two tensors of codes on these CPUs. Of the operations with exact codes, this is the
-            only one that the runtime does not round alike on all CPUs.
+        add_kernel: Kernel that adds two tensors of codes on these CPUs. Addition is the only integer operation whose
+            result the runtime rounds differently on different CPUs.
     """
 
     name: str
@@ -135,22 +136,23 @@ class Target:
         float_types: Allowed types of the operations that are not INT8, the default first.
         scale_type: Narrowest type in which a file stores scales. Trained scales are rounded up to values that this type
             can represent.
-        bias_type: "int32", in units of the input's scale times the weight's scale, or "float". With "int32", codes of
-            few bits are multiplied by a power of two, which makes the scales and thus the unit smaller.
+        bias_type: "int32", in units of the input's scale times the weight's scale, or "float". With "int32", a weight's
+            codes of 6 bits or fewer are multiplied by a power of two and its scale is divided by it, so that the bias
+            is rounded in smaller units.
         float_weights: Whether weights may also be stored as float values with a Q/DQ pair.
         residual: Which inputs of a residual Add carry quantizers.
         quantize_before_activation: Whether a convolution needs a quantizer before an activation other than ReLU and
             ReLU6, because the runtime fuses no other activation.
-        moves_codes: Whether Reshape, MaxPool, Concat and similar operations are written on codes with one
-            DequantizeLinear after them, directly before the operation that should be fused.
+        moves_codes: Whether Reshape, MaxPool, Concat and similar operations are written on codes, before the
+            DequantizeLinear. The runtime fuses an operation only if a DequantizeLinear comes directly before it.
         integer_clip: Whether the float Clip of a ReLU6 is written as an integer Clip after its quantizer, because a
             float Clip would be fused into a float convolution.
         fusions: Maps each ONNX operation that the runtime fuses, if its operands and result are quantized, to the
             integer operation that it becomes.
         float_results: Like `fusions`, for operations with quantized operands whose result stays float.
         always_float: ONNX operations without an integer kernel.
-        cpus: CPU families for which it is known how the runtime rounds; codes of different targets are compared as the
-            first family computes them. Empty if the runtime does not run on CPUs.
+        cpus: CPU families for which it is known how the runtime rounds. Where the codes of several targets are
+            compared, the simulator rounds as on the first family. Empty if the runtime does not run on CPUs.
         not_run: Why an export cannot run the runtime and compare codes; None if it can.
         builds_engine: Whether a benchmark builds an engine from the file and reads its plan.
         runs_also: Other runtimes in which a benchmark measures the file too, by their names in results.
