@@ -147,7 +147,10 @@ def gradient_bytes(model: nn.Module) -> int:
 
 
 def endless(batches: Batches, generator: torch.Generator, views: int) -> Iterator[tuple[Tensor, ...]]:
-    """Yield batches without end, one epoch after the other; with 0 views, images are read but not augmented."""
+    """Yield batches without end, one epoch after the other.
+
+    Each batch has `views` augmented copies of its images; with 0, the images are only read.
+    """
     while True:
         yield from batches.epoch(generator, views)
 
@@ -277,7 +280,7 @@ def timed(step: Step, times: int, device: torch.device) -> float:
 
 
 def together(step: Step, times: int, device: torch.device) -> float:
-    """Return the seconds of one call of `step`, the mean over `times` calls, which all processes start at once."""
+    """Return the mean seconds of a call of `step` over `times` calls; the processes start the first call together."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     dist.barrier()

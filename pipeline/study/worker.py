@@ -76,7 +76,7 @@ def packed(correct: Tensor) -> str:
 
 
 def _end_with_the_study() -> None:
-    """Wait until the pipe that the study holds is closed, then save and exit."""
+    """Wait until the study's process has ended, which closes the pipe to this one; then save the training and exit."""
     os.read(0, 1)  # not sys.stdin's, whose lock the interpreter would wait for at exit
     os.kill(os.getpid(), signal.SIGTERM)
 
