@@ -340,7 +340,7 @@ def test_few_labels_are_balanced_and_the_other_images_are_left() -> None:
     assert torch.equal(torch.cat([kept, parts.unlabeled]).sort().values, torch.arange(804))
     assert all(torch.equal(*pair) for pair in zip(astuple(parts), astuple(again), strict=True))
     assert not torch.equal(split_of(labels, config, seed=4).train, parts.train)
-    with pytest.raises(UsageError, match=r"^data\.labeled: 805 of 804 training images"):
+    with pytest.raises(UsageError, match=r"^data\.labeled: 805 is more than the 804 training images"):
         split_of(labels, replace(config, labeled=805), seed=3)
 
 

@@ -124,7 +124,7 @@ def test_auxiliary_heads_are_left_out(name: str) -> None:
     model = models.build(name, 10, 3).train()
     assert not any("aux" in key.lower() for key in model.state_dict())
     assert model(torch.randn(2, 3, 96, 96)).shape == (2, 10)  # logits alone, in training too
-    with pytest.raises(UsageError, match=rf"^model\.weights: the published weights of {name} need their images norm"):
+    with pytest.raises(UsageError, match=rf"^model\.weights: the published weights of {name} need a second norm"):
         models.pretrained(name, 1000, 3)
 
 
