@@ -34,7 +34,8 @@ class Range:
     def __str__(self) -> str:
         """Return the bounds in words."""
         words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
-        return " and ".join(f"{words[name]} {bound:g}" for name, bound in asdict(self).items() if bound is not None)
+        bounds = {name: bound for name, bound in asdict(self).items() if bound is not None}
+        return " and ".join(f"{words[name]} {b if isinstance(b, int) else f'{b:g}'}" for name, b in bounds.items())
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> dict[str, Any]:
         """Return the number's validation schema with the bounds added. Called by pydantic."""
