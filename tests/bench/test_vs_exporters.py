@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from bench import exporter_peers, onnxruntime_process, vs_exporters, wrong_codes
 from bench.vs_onnxruntime import IMAGENET, Case
+from crqat.runtime_eval.machine import host
 from crqat.runtime_eval.trt import versions as tensorrt_api
 from tests.export.conftest import sane_bn
 from tests.needs import needs
 
 NNCF = importlib.util.find_spec("torchao") is not None
 RTX = tensorrt_api.installed(tensorrt_api.RTX) is not None
+FLAGS = host.describe().flags or {}
+VNNI = any(FLAGS.get(name) for name in ("avx512_vnni", "avx_vnni"))
 WAYS = ("NNCF, PERFORMANCE", "NNCF, MIXED", "ONNX Runtime, U8S8", "ONNX Runtime, S8S8, float bias")
 Rows = dict[str, dict[str, Any]]
 
@@ -83,7 +86,9 @@ def test_codes_are_counted_where_they_can_be_compared(rows: Rows) -> None:
     ours = rows["ours, onnxruntime.onnx"]["codes"]
     assert (ours["status"], ours["wrong"], ours["images"]) == ("counted", 0, vs_exporters.CODE_IMAGES)
     assert ours["codes"] > 2 * 16 * 12 * 12
-    assert rows["ONNX Runtime, S8S8, float bias"]["codes"]["status"] == "counted"
+    # On a CPU without VNNI, ONNX Runtime fuses this file differently once its codes are outputs.
+    peer = rows["ONNX Runtime, S8S8, float bias"]["codes"]["status"]
+    assert peer == "counted" or (peer.startswith("not comparable: with its codes shown") and not VNNI)
     assert rows["ours, tensorrt.onnx"]["codes"]["status"] == "not comparable: computes in float16"
 
 

@@ -58,7 +58,7 @@ COMPUTED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "spectral norm by a hook": (lambda: spectral_norm(nn.Conv2d(8, 8, 1)), "SpectralNorm"),
     "pruned": (
         lambda: prune.l1_unstructured(nn.Conv2d(8, 8, 1), "weight", 0.5),  # type: ignore[no-untyped-call]
-        "L1Unstructured, a pruning: training may fill",
+        "L1Unstructured, which prunes: training may change",
     ),
     "standardized": (lambda: Computing(standardized, w=(8, 8, 3, 3), b=(8,)), "mean, std, sub, truediv"),
     "tied": (lambda: Computing(tied, w=(8, 8)), "t, of a weight that is used elsewhere"),

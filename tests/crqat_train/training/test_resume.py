@@ -211,7 +211,7 @@ def test_the_last_state_damaged_it_goes_on_from_the_one_before(
     path = states / f"{newest}.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     warning, told = go_on(recipe(), tmp_path / "out", states)
-    assert warning.startswith(f"state {newest} warning: skipped")
+    assert warning.startswith(f"state {newest} warning: cannot be read")
     assert told == f"continued from qat epoch 1 of {EPOCHS}"
     assert fingerprint(tmp_path / "out") == undisturbed
 
