@@ -35,7 +35,6 @@ gate: {{max_accuracy_drop: 60.0, min_int8_coverage: {coverage}}}
 # Name of the network -> integer and float convolutions of its file for ONNX Runtime, and the least INT8 coverage in
 # TensorRT.
 NETWORKS = {
-    "cifar/resnet18": (20, 0, 1.0),
     "cifar/mobilenet_v2": (52, 0, 1.0),
     "torchvision/mobilenet_v3_small": (52, 0, 1.0),
 }
