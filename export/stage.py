@@ -79,7 +79,7 @@ def export(
         "crqat.grids_sha256": grids_hash(grids),
         "crqat.git_revision": git_revision,
     }
-    dataset = sources.of_recipe(data_section(train), progress)
+    dataset = sources.of_recipe(data_section(train), progress, in_memory=False)
     chosen = split_of(dataset.train_labels, train.data, train.seed).validation[: config.verify_images]
     quantized = Quantized(model, grids, preprocessing(dataset.train_images[chosen].numpy()))
     config = replace(config, targets=config.targets or train.targets)

@@ -29,14 +29,16 @@ from crqat.train.own_code import call_function, import_function
 SOURCES = ("digits", "cifar10", "cifar100", "imagefolder", "imagelist", "webdataset", "huggingface")
 
 
-def of_recipe(config: DataConfig, progress: Progress = quiet) -> Dataset:
+def of_recipe(config: DataConfig, progress: Progress = quiet, in_memory: bool = True) -> Dataset:
     """Load the data set of a recipe's `data` section, with the section's own normalization if it sets one.
+
+    `in_memory` is that of `load`.
 
     Raises:
         UsageError: See `load`; or mean and std do not fit the images.
         ToolError: See `load`.
     """
-    dataset = load(config.source, config.root, config.download, config=config, progress=progress)
+    dataset = load(config.source, config.root, config.download, config=config, progress=progress, in_memory=in_memory)
     if config.mean is None and config.std is None:
         return dataset
     own = replace(
@@ -56,6 +58,7 @@ def load(
     key: str = "data.source",
     config: DataConfig | None = None,
     progress: Progress = quiet,
+    in_memory: bool = True,
 ) -> Dataset:
     """Load the data set that a recipe names.
 
@@ -68,6 +71,8 @@ def load(
         key: The recipe's key of `source`; used in messages.
         config: Decoding and channels of stored images, and the columns of "huggingface".
         progress: Reports decoded images.
+        in_memory: Decode images in files now, if they fit into memory; otherwise each is decoded when it is needed,
+            which is faster for a few.
 
     Raises:
         UsageError: The source is unknown, missing, damaged or not a valid `Dataset`.
@@ -95,6 +100,8 @@ def load(
         known = ", ".join(f'"{name}"' for name in SOURCES)
         msg = f'{key}: "{source}" is not a data source; use {known} or "package.module:function"{hint}'
         raise UsageError(msg)
+    if in_memory:
+        dataset = _decoded(dataset, progress)
     validate(dataset, f"{key}: {source}")
     found = doubts(dataset, listed=source == "imagelist")
     for doubt in found:
@@ -180,7 +187,7 @@ def _imagefolder(root: str | None, config: DataConfig, progress: Progress) -> Da
     channels = config.channels or 3
     parts = [FolderImages(files, size, crop, config.convert, channels=channels) for files in (train, test)]
     labels = [torch.tensor([file.label for file in files], dtype=torch.int64) for files in (train, test)]
-    return _stored(names, parts, labels, config, progress, notes)
+    return _stored(names, parts, labels, config, notes)
 
 
 def _imagelist(root: str | None, config: DataConfig, progress: Progress) -> Dataset:
@@ -198,7 +205,7 @@ def _imagelist(root: str | None, config: DataConfig, progress: Progress) -> Data
     notes: tuple[str, ...] = ()
     if found.labels_of:
         notes = (f"the labels are the answers of {found.labels_of}: accuracy is the agreement with it",)
-    return _stored(tuple(found.classes), parts, labels, config, progress, notes)
+    return _stored(tuple(found.classes), parts, labels, config, notes)
 
 
 def labeled_folder(
@@ -266,7 +273,7 @@ def _webdataset(root: str | None, config: DataConfig, progress: Progress) -> Dat
     names, train, test = list_shards(user_path(root, "data.root"), progress)
     size, crop, channels = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP, config.channels or 3
     parts = [ShardImages(members, size, crop, config.convert, channels=channels) for members in (train, test)]
-    return _stored(names, parts, [torch.from_numpy(members.labels) for members in (train, test)], config, progress)
+    return _stored(names, parts, [torch.from_numpy(members.labels) for members in (train, test)], config)
 
 
 def _huggingface(source: str, root: str | None, download: bool, config: DataConfig, progress: Progress) -> Dataset:
@@ -283,7 +290,7 @@ def _huggingface(source: str, root: str | None, download: bool, config: DataConf
     names, train, test = open_saved(folder, config.image_column, config.label_column)
     size, crop, channels = config.size or FOLDER_SIZE, config.crop or FOLDER_CROP, config.channels or 3
     parts = [TableImages(rows, size, crop, config.convert, channels=channels) for rows in (train, test)]
-    return _stored(names, parts, [torch.from_numpy(rows.labels) for rows in (train, test)], config, progress)
+    return _stored(names, parts, [torch.from_numpy(rows.labels) for rows in (train, test)], config)
 
 
 def _stored(
@@ -291,14 +298,19 @@ def _stored(
     parts: Sequence[StoredImages[Any]],
     labels: Sequence[Tensor],
     config: DataConfig,
-    progress: Progress,
     notes: tuple[str, ...] = (),
 ) -> Dataset:
-    """Build the data set of a training and a test part; a part is decoded into memory if it fits."""
+    """Build the data set of a training and a test part, whose images are not decoded yet."""
     interpolation = config.interpolation or "bilinear"
-    parts = [replace(part, interpolation=interpolation) for part in parts]
-    train, test = (
-        decode(images, f"{part} images", progress) for images, part in zip(parts, ("training", "test"), strict=True)
-    )
+    train, test = (replace(part, interpolation=interpolation) for part in parts)
     preprocessing = Preprocessing(*builtin.imagenet(parts[0].channels), parts[0].size, parts[0].crop, interpolation)
     return Dataset(train, labels[0], test, labels[1], names, preprocessing, notes)
+
+
+def _decoded(dataset: Dataset, progress: Progress) -> Dataset:
+    """Decode the images of each part of a data set that are in files, if they fit into memory."""
+    train, test = (
+        decode(images, f"{part} images", progress) if isinstance(images, StoredImages) else images
+        for images, part in ((dataset.train_images, "training"), (dataset.test_images, "test"))
+    )
+    return replace(dataset, train_images=train, test_images=test)
