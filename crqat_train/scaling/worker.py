@@ -1,4 +1,4 @@
-"""Measuring process of `crqat.train.scaling.model`: `python -m crqat.train.scaling.worker FOLDER RANK`.
+"""Measuring process of `crqat.train.scaling.measure`: `python -m crqat.train.scaling.worker FOLDER RANK`.
 
 FOLDER/job.json states what to measure; rank 0 writes FOLDER/result.json. A single process measures its training steps
 and the data source; several processes measure the all-reduce of gradients and a training step that they run together.

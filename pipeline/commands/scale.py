@@ -16,7 +16,8 @@ from crqat.core.typed_json import to_json
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
 from crqat.runtime_eval.machine import host
-from crqat.train.scaling.model import Link, measure
+from crqat.train.scaling.measure import measure
+from crqat.train.scaling.model import Link
 
 # Load average per core before the measurement above which the constants are not valid for this machine.
 _BUSY = 0.5
@@ -36,7 +37,7 @@ def scale(
         out: The JSON file.
 
     Raises:
-        UsageError: Only one of bandwidth and latency is given, or `crqat.train.scaling.model.measure` raises it.
+        UsageError: Only one of bandwidth and latency is given, or `crqat.train.scaling.measure.measure` raises it.
         ToolError: `out` cannot be written, or `measure` raises it.
     """
     between = _link(bandwidth, latency)
