@@ -53,6 +53,7 @@ ELSEWHERE: dict[str, str] = {
     "crqat_train/data/split.py": "tests/crqat_train/data/test_sources.py",
     "crqat_train/data/streaming.py": "tests/crqat_train/data/test_imagefolder.py",
     "crqat_train/device.py": "tests/crqat_train/test_compilers.py",
+    "crqat_train/training/float_network.py": "tests/crqat_train/training/test_stage.py",
     "crqat_train/models/cifar.py": "tests/crqat_train/models/test_build.py",
     "crqat_train/models/onnx_operators/activations.py": "tests/crqat_train/models/test_onnx_file.py",
     "crqat_train/models/onnx_operators/arithmetic.py": "tests/crqat_train/models/test_onnx_file.py",

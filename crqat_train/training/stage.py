@@ -15,29 +15,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from crqat.core.errors import UsageError
 from crqat.core.field_bounds import user_path
 from crqat.core.grid import save_grids
 from crqat.core.progress import Progress
 from crqat.core.results.training import Candidate, FloatNetwork, TrainingPayload
 from crqat.train import distributed, shares
 from crqat.train.checkpoint import write_tensors
-from crqat.train.config import ConsistencyConfig, QATConfig, TrainConfig, is_onnx_file
+from crqat.train.config import ConsistencyConfig, QATConfig, TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Batches, Feed, Generators, evaluation_batches, subset
 from crqat.train.data.dataset import Dataset
 from crqat.train.data.split import Split, split_of
-from crqat.train.device import channels_last, choose_device, compiler, deterministic
-from crqat.train.graph.explain import check_module
+from crqat.train.device import choose_device, compiler, deterministic
 from crqat.train.models import build as models
-from crqat.train.models import from_onnx, published
+from crqat.train.models import published
 from crqat.train.nncf import checkpoint as nncf_checkpoint
 from crqat.train.nncf import start_from
 from crqat.train.ptq import steps as ptq
 from crqat.train.quantized_model import QuantizedModel, quantize_model
 from crqat.train.quantizers import quantizer_maker
-from crqat.train.quantizers.finalize import check_values
-from crqat.train.training import loop
+from crqat.train.training import float_network, loop
 from crqat.train.training.callbacks import Callback, low_bit_callbacks
 from crqat.train.training.consistency import ConsistencyTraining
 from crqat.train.training.evaluate import BATCH, accuracy
@@ -173,7 +170,11 @@ def check(config: TrainConfig, progress: Progress, precheck: Precheck) -> None:
 def _begin(
     config: TrainConfig, progress: Progress, states: Path | None, save_every: float, precheck: Precheck | None
 ) -> tuple[_Run, nn.Module, bool]:
-    """Read the data, build the network and check both; see `_Run.network`."""
+    """Read the data, build the float network and check both.
+
+    Returns:
+        The training run, the float network, and whether its weights come from a file and are not trained further.
+    """
     device = choose_device(config.device)
     shares.check(config, distributed.world())
     if config.qat.sync_bn:
@@ -194,7 +195,10 @@ def _begin(
     run = _Run(config, dataset, split, device, progress, keeper)
     run.preparation = preparation
     _ = run.images.without_labels  # report errors in these images before anything is trained
-    network, trained = run.network()
+    built = float_network.build(config, dataset, split, run.nncf, device, progress)
+    run.notes += built.notes
+    run.preparation += built.preparation
+    network, trained = built.network, built.unchanged
     if not keeper.found:
         start = Start(network, trained, dataset, split, device, distributed.world())
         with distributed.first_rank_alone() as first:
@@ -231,60 +235,6 @@ class _Run:
         )
         self.validation_images = subset(dataset.train_images, split.validation).to(device)
         self.validation_labels = dataset.train_labels[split.validation].to(device)
-
-    def network(self) -> tuple[nn.Module, bool]:
-        """Return the float network before training, and whether its weights come from a file and stay unchanged."""
-        config = self.config
-        channels = self.dataset.train_images.shape[1]
-        classes, weights = len(self.dataset.class_names), config.model.weights
-        if weights == "pretrained":
-            with distributed.first_rank_first():
-                model, new_classifier = models.pretrained(config.model.name, classes, channels)
-            if new_classifier and config.float_training.epochs == 0:
-                msg = (
-                    f"model.weights: the published weights of {config.model.name} are not for {classes} classes; "
-                    "add a `float` section to train the new classifier"
-                )
-                raise UsageError(msg)
-        else:
-            model = models.build(config.model.name, classes, channels)
-        check_module(model)
-        compared = self._compared(model)
-        # Never slower than the other layout in our measurements, and a third faster for depthwise convolutions.
-        model = channels_last(model.to(self.device))
-        source = compared
-        if self.nncf is not None:
-            source = f"model.nncf: {config.model.nncf}"
-            models.fill(model, self.nncf.weights, source)
-        elif weights is not None and weights != "pretrained":
-            source = f"model.weights: {weights}"
-            said = models.load_weights(model, user_path(weights, "model.weights"), config.model.weights_key)
-            if said:
-                self.notes.append(f"model.weights: {said}")
-                self.progress("weights", 1, 1, said)
-        # A user's function may have loaded its own weights.
-        check_values(model, source or f"model.name: {config.model.name}")
-        return model, bool(source) and not config.float_training.fine_tune
-
-    def _compared(self, model: nn.Module) -> str:
-        """Compare a network converted from an ONNX file with that file in ONNX Runtime.
-
-        Returns:
-            "model.name: FILE", the source of the weights in messages; "" for any other network, which is not compared.
-
-        Raises:
-            UsageError: The results differ by more than rounding; see `from_onnx.compare`.
-            ToolError: ONNX Runtime cannot run the file.
-        """
-        name = self.config.model.name
-        if not is_onnx_file(name):
-            return ""
-        chosen = self.dataset.train_images[self.split.train[: from_onnx.COMPARED]]
-        images = next(evaluation_batches(chosen, self.dataset.preprocessing, from_onnx.COMPARED))
-        said = from_onnx.compare(name, model, images)
-        self.preparation.append(said)
-        self.progress("network", 1, 1, said)
-        return f"model.name: {name}"
 
     def float_model(self, model: nn.Module, trained: bool) -> nn.Module:
         """Return the float network in eval mode; the recipe's `float` section trains it unless its weights are kept."""

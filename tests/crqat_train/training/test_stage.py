@@ -49,7 +49,7 @@ from crqat.train.models import build as models
 from crqat.train.quantizers import METHODS, MIN_SCALE, ActivationObserver, calibrate_weight, quantizer_of
 from crqat.train.quantizers.calibration import calibrate, weight_of
 from crqat.train.quantizers.finalize import make_representable
-from crqat.train.training import loop
+from crqat.train.training import float_network, loop
 from crqat.train.training import stage as trainer
 from crqat.train.training.consistency import consistency_loss, ema_alpha
 from crqat.train.training.evaluate import accuracy
@@ -756,7 +756,7 @@ def test_calibration_observes_the_float_network_and_leaves_the_quantizers_on(
 ) -> None:
     digits = sources.load("digits", None, False)
     run = trainer._Run(tuned(), digits, split_images(1000, 0.1, 0), CPU, quiet, Keeper(None, 0, CPU, quiet))
-    model = run.float_model(*run.network())
+    model = run.float_model(*initial(run))
     student = run.quantize(model)
     (x,) = evaluation_batches(digits.train_images[run.split.train[:256]], digits.preprocessing, 256)
     assert isinstance(model, Net)
@@ -920,11 +920,11 @@ def test_published_weights_of_other_classes_need_a_float_section(
     with pytest.raises(UsageError, match=r"^model\.weights: .* not for 10 classes; add a `float` section"):
         train(recipe(model=asked, float_training=FloatConfig(0)), tmp_path, quiet)
     run = _run_of(recipe(model=asked, float_training=FloatConfig(1, BATCH, 0.01)))
-    trained = run.float_model(*run.network())
+    trained = run.float_model(*initial(run))
     assert not torch.equal(trained.state_dict()["fc.weight"], made.state_dict()["fc.weight"])
     monkeypatch.setattr(models, "pretrained", lambda *_: (copy.deepcopy(made), False))
     run = _run_of(recipe(model=asked, float_training=FloatConfig(0)))
-    kept = run.float_model(*run.network())
+    kept = run.float_model(*initial(run))
     assert torch.equal(kept.state_dict()["fc.weight"], made.state_dict()["fc.weight"])
 
 
@@ -946,3 +946,9 @@ def test_steps_behind_calibration_are_keys_of_a_recipe(tuned: Callable[..., Trai
         assert len(said) == (3 if name == "improved" else 0)
     moved = [name for name in weights[0] if not torch.equal(weights[0][name], weights[1][name])]
     assert [name for name in moved if name.endswith(".weight") and weights[0][name].ndim > 1]
+
+
+def initial(run: trainer._Run) -> tuple[nn.Module, bool]:
+    """The float network before training, and whether its weights stay as they are."""
+    built = float_network.build(run.config, run.dataset, run.split, run.nncf, run.device, quiet)
+    return built.network, built.unchanged
