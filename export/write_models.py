@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import onnx
+import torch
 
 from crqat.core import targets as runtimes
 from crqat.core.errors import UsageError
@@ -107,11 +108,14 @@ def _precision(target: str, config: ExportConfig) -> str:
 
 
 def _float_graph(quantized: Quantized) -> Graph:
-    """Return the float network before quantization; its weights are not the latent weights of the quantized one."""
-    model = copy.deepcopy(quantized.model)
-    own, saved = model.state_dict(), model.meta["float_weights"]
+    """Return the graph of the float network, whose weights training and `ptq` have changed in the quantized one."""
+    own = quantized.model.state_dict()
     # The graph leaves out parameters that the network has and never uses.
-    model.load_state_dict({**own, **{name: tensor for name, tensor in saved.items() if name in own}})
+    saved = {name: tensor for name, tensor in quantized.model.meta["float_weights"].items() if name in own}
+    if all(torch.equal(own[name], tensor) for name, tensor in saved.items()):
+        return quantized.graph  # calibration alone leaves the weights as they are
+    model = copy.deepcopy(quantized.model)
+    model.load_state_dict({**own, **saved})
     return marked_graph(model, quantized.graph.input_shape, quantized.graph.classes)
 
 

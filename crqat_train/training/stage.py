@@ -37,7 +37,7 @@ from crqat.train.quantizers import quantizer_maker
 from crqat.train.training import float_network, loop
 from crqat.train.training.callbacks import Callback, low_bit_callbacks
 from crqat.train.training.consistency import ConsistencyTraining
-from crqat.train.training.evaluate import BATCH, accuracy
+from crqat.train.training.evaluate import accuracy, batch_size
 from crqat.train.training.images import TrainingImages
 from crqat.train.training.optimizer import Fit
 from crqat.train.training.resume import SAVE_EVERY, Keeper, Training
@@ -261,7 +261,7 @@ class _Run:
         """Insert quantizers and calibrate their ranges on training images."""
         config = self.config
         images = self.dataset.train_images[self.split.train[: config.quantization.calibration_images]].to(self.device)
-        batches = list(evaluation_batches(images, self.dataset.preprocessing, BATCH))
+        batches = list(evaluation_batches(images, self.dataset.preprocessing, batch_size(images)))
         student = quantize_model(float_model, batches[0][:2], config.quantization, config.targets).to(self.device)
         for note in student.notes:
             self.progress("layout", 1, 1, f"warning: {note}")

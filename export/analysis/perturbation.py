@@ -23,7 +23,7 @@ from crqat.train.load_trained import rebuild, take_float_weights
 from crqat.train.models import published
 from crqat.train.quantized_model import QuantizedModel
 from crqat.train.quantizers.calibration import only, weight_of
-from crqat.train.training.evaluate import BATCH
+from crqat.train.training.evaluate import batch_size
 
 INPUT_LEVELS = (0.0, 0.05, 0.1, 0.2, 0.4)
 WEIGHT_LEVELS = (0.0, 0.01, 0.02, 0.05, 0.1)
@@ -71,7 +71,7 @@ def under_noise(
             for kind, level in [("input", x) for x in INPUT_LEVELS] + [("weights", x) for x in WEIGHT_LEVELS]:
                 found = []
                 for draw in range(draws if level else 1):
-                    batches = evaluation_batches(pixels, dataset.preprocessing, BATCH)
+                    batches = evaluation_batches(pixels, dataset.preprocessing, batch_size(pixels))
                     if kind == "input":
                         found.append(_quality(model, noisy_batches(batches, level, draw), labels))
                     else:
