@@ -22,6 +22,7 @@ from crqat.export.simulator.values import (
     Sum,
     Value,
     attributes_of,
+    but_channels,
     column,
     real_values,
 )
@@ -55,7 +56,8 @@ def quantize(
     if isinstance(value, Sum):
         total = (value.sums + column(value.bias, value.sums)).astype(np.float32)
         rounded = np.rint(total * column((value.unit / scale).astype(np.float32), total))
-        spread = (value.magnitude + np.abs(column(value.bias, value.sums))) * column(value.unit, value.sums) / scale
+        largest = value.magnitude.max(axis=but_channels(value.magnitude), initial=0.0)
+        spread = (largest + np.abs(value.bias)) * value.unit / scale
         bound = bound + (8 * np.sqrt(value.terms + 1) + 8) * UNIT_ROUNDOFF * float(spread.max(initial=0.0))
         bound = bound + value.bias_error / float(scale)
     elif isinstance(value, Added):

@@ -184,36 +184,45 @@ def column(values: Array, like: Array) -> Array:
     return values.reshape(1, -1, *[1] * (like.ndim - 2))
 
 
-def _but_channels(values: Array) -> tuple[int, ...]:
+def but_channels(values: Array) -> tuple[int, ...]:
+    """Return all axes of an array except axis 1, that of the channels."""
     return tuple(axis for axis in range(values.ndim) if axis != 1)
 
 
 def real_values(value: Value) -> Array:
-    """Return any value as float64 numbers."""
-    return as_float(value).values
+    """Return any value as float64 numbers, without the error bounds of `as_float`, which take longer."""
+    if isinstance(value, Float):
+        return value.values
+    if isinstance(value, Codes):
+        return value.integers * float(value.scale)
+    if isinstance(value, Pooled):
+        return value.sums * (float(value.scale) / value.count)
+    if isinstance(value, Sum):
+        real = (value.sums + column(value.bias, value.sums)) * column(value.unit, value.sums).astype(np.float64)
+    elif isinstance(value, Added):
+        real = real_values(value.first) + real_values(value.second)
+    else:
+        return value.astype(np.float64)
+    return np.maximum(real, 0.0, out=real) if value.relu else real
 
 
 def as_float(value: Value) -> Float:
     """Return any value as float values, with the error bound of a float32 computation."""
     if isinstance(value, Float):
         return value
+    real = real_values(value)
     if isinstance(value, Codes):
-        real = value.integers.astype(np.float64) * float(value.scale)
         return Float(real, UNIT_ROUNDOFF * np.abs(real))
     if isinstance(value, Sum):
         unit = column(value.unit, value.sums).astype(np.float64)
-        real = (value.sums + column(value.bias, value.sums)) * unit
         spread = (value.magnitude + np.abs(column(value.bias, value.sums))) * unit
         # The channel's largest: a BatchNorm that is not folded subtracts the channel's mean from each of its sums.
-        spread = np.broadcast_to(spread.max(axis=_but_channels(spread), keepdims=True, initial=0.0), spread.shape)
+        spread = np.broadcast_to(spread.max(axis=but_channels(spread), keepdims=True, initial=0.0), spread.shape)
         error = (8 * np.sqrt(value.terms + 1) + 8) * UNIT_ROUNDOFF * spread + value.bias_error
-        return Float(np.maximum(real, 0.0) if value.relu else real, error)
+        return Float(real, error)
     if isinstance(value, Added):
-        first, second = real_values(value.first), real_values(value.second)
-        real = first + second
-        error = 2 * UNIT_ROUNDOFF * (np.abs(first) + np.abs(second))
-        return Float(np.maximum(real, 0.0) if value.relu else real, error)
+        both = np.abs(real_values(value.first)) + np.abs(real_values(value.second))
+        return Float(real, 2 * UNIT_ROUNDOFF * both)
     if isinstance(value, Pooled):
-        real = value.sums * (float(value.scale) / value.count)
         return Float(real, (8 * np.sqrt(value.count) + 8) * UNIT_ROUNDOFF * np.abs(real))
-    return Float(value.astype(np.float64), np.zeros(value.shape))
+    return Float(real, np.zeros(value.shape))

@@ -40,7 +40,7 @@ class Line:
         mean: Mean test accuracy over the seeds, in percent.
         half: Half the 95 % interval of the mean over seeds; None with one seed.
         difference: Accuracy of the method `REFERENCE` minus that of this method in percentage points, as a mean over
-            the seeds that both have; None without such seeds.
+            the seeds in which both descend from the same float network; None without such seeds.
         difference_half: Half the interval of the difference over seeds; None with one seed.
         difference_images: Half the paired interval of the difference over images.
     """
@@ -84,7 +84,7 @@ def lines(rows: Sequence[StudyRow]) -> list[Line]:
         if not own:
             continue
         values = [100 * top1(row) for row in own]
-        both = [row for row in own if row.seed in reference] if method != REFERENCE else []
+        both = [row for row in own if _alike(row, reference.get(row.seed))] if method != REFERENCE else []
         if not both:
             found.append(Line(method, own, float(np.mean(values)), half_interval(values)))
             continue
@@ -93,6 +93,32 @@ def lines(rows: Sequence[StudyRow]) -> list[Line]:
         difference = float(images.mean()), half_interval(images.mean(1).tolist()), float(stats.norm.ppf(0.975) * spread)
         found.append(Line(method, own, float(np.mean(values)), half_interval(values), *difference))
     return found
+
+
+def _alike(row: StudyRow, reference: StudyRow | None) -> bool:
+    """Return whether a result can be compared to that of `REFERENCE` with the same seed, which may not exist."""
+    return reference is not None and row.float_network == reference.float_network
+
+
+def others(rows: Sequence[StudyRow]) -> str:
+    """Return a sentence that names the methods that descend from another float network than the one in the table.
+
+    The text is empty if there are none.
+
+    All results must have the same number of labels and the same bit width.
+    """
+    odd: list[str] = []
+    for seed in sorted({row.seed for row in rows}):
+        own = [row for row in rows if row.seed == seed]
+        first = next((row for row in own if row.method == "float"), own[-1])
+        names = [row.method for row in own if row.float_network != first.float_network]
+        odd += [f"{', '.join(names)} with seed {seed}"] if names else []
+    if not odd:
+        return ""
+    return (
+        f"Trained from an earlier float network than the one in the table, so not comparable to methods trained from "
+        f"that: {'; '.join(odd)}."
+    )
 
 
 def cells(rows: Sequence[StudyRow]) -> dict[tuple[Any, Any, str], list[StudyRow]]:
@@ -153,7 +179,8 @@ def markdown(rows: Sequence[StudyRow], name: str) -> str:
     for cell, own in cells(rows).items():
         head = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
         body = ["| " + " | ".join(row) + " |" for row in table(own)]
-        parts += [f"## {title(cell)}\n", f"{headline(own)}\n", "\n".join([*head, *body]) + "\n"]
+        said = [f"{sentence}\n" for sentence in (headline(own), others(own)) if sentence]
+        parts += [f"## {title(cell)}\n", *said, "\n".join([*head, *body]) + "\n"]
     return "\n".join(parts)
 
 

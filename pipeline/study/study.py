@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typing import Any
 
 from crqat.core.errors import ToolError, UsageError
 from crqat.core.results.study import StudyResults, StudyRow
+from crqat.core.run_directory import sha256_file
 from crqat.core.typed_json import read, text
 from crqat.pipeline import console
 from crqat.pipeline.recipe import recipe
@@ -64,6 +66,7 @@ class Job:
         key: Hash of everything that the result depends on.
         name: Name of the run's directory.
         start: Name of the run whose float network it starts from; None if it trains its own.
+        root: Name of the run of the training "float" from which it descends; its own if it is that run.
     """
 
     training: str
@@ -75,6 +78,7 @@ class Job:
     key: str
     name: str
     start: str | None
+    root: str
 
 
 @dataclass
@@ -137,7 +141,8 @@ class Study:
         text = json.dumps([wanted, None if behind is None else behind.key], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         run = f"{name.replace('+', '-')}-{key[:8]}"
-        return Job(name, seed, labels, bits, equal, tuple(given), key, run, None if behind is None else behind.name)
+        starts = (None, run) if behind is None else (behind.name, behind.root)
+        return Job(name, seed, labels, bits, equal, tuple(given), key, run, *starts)
 
     def _factor(self, name: str, labels: int | None, bits: int | None) -> float:
         """Return the factor on the number of steps with which a training run takes as long as plain QAT."""
@@ -158,12 +163,22 @@ class Study:
         return share * seconds("qat") / own
 
     def done(self, job: Job) -> bool:
-        """Return whether the study already has the results of a training run."""
-        return any(row.key == job.key for row in self.rows)
+        """Return whether the study already has the results of a training run, from the float network that it has."""
+        rows, present = [row for row in self.rows if row.key == job.key], self.float_network(job)
+        return any(present in ("", row.float_network) for row in rows)
 
     def weights(self, name: str) -> Path:
-        """Return the path of the float weights of the run `name`."""
-        return self.runs / name / "train" / "float.safetensors"
+        """Return the path of the float weights that the run `name` left for others to start from.
+
+        They lie next to the results, in a folder of the same name, so that a study that resumes on another machine
+        compares all methods from one float network.
+        """
+        return self.out.with_suffix("") / f"{name}.safetensors"
+
+    def float_network(self, job: Job) -> str:
+        """Return the `StudyRow.float_network` of a training run, "" if its float network is not trained yet."""
+        file = self.weights(job.root)
+        return sha256_file(file)[:16] if file.is_file() else ""
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
         """Add the results of a training run to `rows`; they replace those of the same method, seed, labels, bits."""
@@ -185,6 +200,7 @@ class Study:
                 seconds=result["seconds"],
                 n=result["n"],
                 key=job.key,
+                float_network=self.float_network(job),
                 **networks[network],
             )
             self.rows = [*(old for old in self.rows if old.place != row.place), row]
@@ -301,11 +317,26 @@ def _end(study: Study, job: Job, code: int, failed: dict[str, str]) -> None:
         failed[job.name] = f"{job.training}, seed {job.seed}{_cell(job)}: {lines[-1] if lines else code} ({log})"
         console.say(failed[job.name])
         return
+    if any(training.start == job.training for training in TRAININGS.values()):
+        _keep_weights(study, job)
     study.add(job, json.loads(result.read_text()))
     write(study)
     found = [row for row in study.rows if row.key == job.key]
     shown = ", ".join(f"{row.method} {100 * report.top1(row):.2f} %" for row in found)
     console.say(f"{job.training}, seed {job.seed}{_cell(job)}: {shown} in {found[0].seconds:.0f} s")
+
+
+def _keep_weights(study: Study, job: Job) -> None:
+    """Copy the float weights of a finished training run to where the runs that start from it find them."""
+    file = study.weights(job.name)
+    partial = file.with_suffix(".partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(study.runs / job.name / "train" / "float.safetensors", partial)
+        partial.replace(file)
+    except OSError as error:
+        msg = f"{error.filename or file}: cannot be written: {error.strerror}"
+        raise ToolError(msg) from error
 
 
 def _cell(job: Job) -> str:

@@ -62,6 +62,19 @@ def test_the_headline_is_the_difference_to_the_best_other_method_on_validation_i
     assert report.headline([line for line in ROWS if line.method != "cr-unlabeled"]) == ""
 
 
+def test_methods_from_another_float_network_are_named_and_not_compared() -> None:
+    rows = [
+        row("float", 0, 70, float_network="b"),
+        row("qat", 0, 78, float_network="a"),
+        row("ptq", 0, 60, float_network="b"),
+    ]
+    rows.append(row("cr-unlabeled", 0, 80, float_network="b"))
+    differences = {line.method: line.difference for line in report.lines(rows)}
+    assert differences["qat"] is None and differences["ptq"] == pytest.approx(20)
+    assert "that: qat with seed 0." in report.others(rows)
+    assert report.others(ROWS) == ""
+
+
 def test_each_cell_has_its_table_and_its_part_of_the_picture(tmp_path: Path) -> None:
     rows = [*ROWS, row("qat", 0, 60, labels=None), row("qat", 0, 61, bits=None, equal="time")]
     text = report.markdown(rows, "example")

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from crqat.core.errors import UsageError
 from crqat.core.results.study import StudyResults, StudyRow
+from crqat.core.run_directory import sha256_file
 from crqat.core.typed_json import read, text
 from crqat.pipeline.cli import crqat
 from crqat.pipeline.study import report, study
@@ -127,6 +128,21 @@ def test_equal_time_changes_the_steps_by_the_times_of_equal_steps(path: Path) ->
     assert "qat.epochs=2" in job.overrides  # a third of six
 
 
+def test_a_result_from_another_float_network_is_computed_again(path: Path) -> None:
+    made = study.load(path, (), path.with_name("out.md"), path.parent / "runs")
+    start, job = planned(path)
+    networks = {name: {"validation": 0.5, "correct": ""} for name in ("float", "student", "teacher")}
+    weights = made.weights(start.name)
+    weights.parent.mkdir()
+    for content in (b"one machine's", b"another's"):
+        weights.write_bytes(content)
+        assert not made.done(job)
+        made.add(job, {"seconds": 1.0, "n": 0, "networks": networks})
+        assert made.done(job) and [row.method for row in made.rows] == ["cr-unlabeled"]
+    weights.unlink()  # a study without the weights takes its results as they are
+    assert made.done(job)
+
+
 def test_a_file_of_something_else_is_not_written_over(path: Path) -> None:
     path.with_name("out.json").write_text("[]")
     with pytest.raises(UsageError, match=r"out\.json: damaged: .*; name another --out"):
@@ -159,3 +175,6 @@ def test_a_killed_study_goes_on_and_what_it_has_is_not_trained_again(path: Path)
     # They have learned: far above chance, which the packed answers of another order would not be.
     assert report.top1(rows["float"]) > 0.3
     assert "cr-unlabeled minus" in out.read_text() and out.with_suffix(".png").is_file()
+    # The float network lies next to the results: what starts from it later needs no other.
+    (weights,) = out.with_suffix("").iterdir()
+    assert {row.float_network for row in rows.values()} == {sha256_file(weights)[:16]}

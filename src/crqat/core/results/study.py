@@ -26,6 +26,8 @@ class StudyRow:
         n: Number of test images.
         correct: Test images classified correctly: base64 of one bit per image, the first in each byte's highest bit.
         key: Hash of everything that the training depends on.
+        float_network: First 16 digits of the SHA-256 of the weights that the training "float" ended with, from which
+            this one descends. The same recipe gives other weights on another CPU. "" in results of older versions.
     """
 
     labels: int | None
@@ -43,6 +45,7 @@ class StudyRow:
     n: int
     correct: str
     key: str
+    float_network: str = ""
 
     @property
     def place(self) -> tuple[object, ...]:
