@@ -13,9 +13,10 @@
 
 from __future__ import annotations
 
+import math
 import platform
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,8 @@ from crqat.train.quantizers import specs_of
 from crqat.train.quantizers.calibration import Hook, hooked
 
 REFUSED = "failed: runtime: ONNX Runtime refuses the file"
+# Largest number of pixels that are simulated at once, over all images: all values of the network are in memory.
+_PIXELS = 1 << 17
 
 
 def verify(
@@ -59,32 +62,77 @@ def verify(
     Returns:
         Results by target.
     """
-    result: dict[str, Verification] = {}
-    simulations: dict[str, Simulation] = {}
-    for target, file in exported.items():
-        try:
-            errors = {**_rounded_constants(file), **_bias_errors(file)}
-            simulation = simulate(file.model, images, stored_error=errors)
-            checks: dict[str, Check | str] = {"torch": _against_torch(model, grids, file, simulation, images)}
-            missing = runtimes.get(target).not_run
-            checks["runtime"] = (
-                _against_runtime(file, grids, simulation, images) if missing is None else f"not run: {missing}"
-            )
-            for other, theirs in simulations.items():
-                checks[other] = _against_target(file, exported[other], theirs, images)
-        except NotSimulated as reason:
-            result[target] = Verification(f"not run: {reason}", len(images), 0, 0)
-            continue
-        except Exception as error:
-            if not _by_runtime(error):
-                raise
-            # A file that its runtime does not run counts as a failed verification, not as an error of the export.
-            status = f"{REFUSED} ({' '.join(str(error).split())[:300]})"
-            result[target] = Verification(status, len(images), 0, 0)
-            continue
-        simulations[target] = simulation
-        result[target] = _summary(checks, len(images))
+    stopped: dict[str, Verification] = {}
+    parts: dict[str, list[dict[str, Check | str]]] = {target: [] for target in exported}
+    observed: dict[str, _Observed] = {}
+    size = max(1, _PIXELS // math.prod(images.shape[2:]))
+    for start in range(0, len(images), size):
+        part, simulations = images[start : start + size], dict[str, Simulation]()
+        for target, file in exported.items():
+            if target in stopped:
+                continue
+            try:
+                errors = {**_rounded_constants(file), **_bias_errors(file)}
+                simulation = simulate(file.model, part, stored_error=errors)
+                checks: dict[str, Check | str] = {"torch": _against_torch(model, grids, file, simulation, part)}
+                missing = runtimes.get(target).not_run
+                if missing is None:
+                    observed[target] = observed.get(target) or _observe(file)
+                    checks["runtime"] = _against_runtime(observed[target], file, grids, simulation, part)
+                else:
+                    checks["runtime"] = f"not run: {missing}"
+                for other, theirs in simulations.items():
+                    checks[other] = _against_target(file, exported[other], theirs, part)
+            except NotSimulated as reason:
+                stopped[target] = Verification(f"not run: {reason}", len(images), 0, 0)
+                continue
+            except Exception as error:
+                if not _by_runtime(error):
+                    raise
+                # A file that its runtime does not run counts as a failed verification, not as an error of the export.
+                status = f"{REFUSED} ({' '.join(str(error).split())[:300]})"
+                stopped[target] = Verification(status, len(images), 0, 0)
+                continue
+            simulations[target] = simulation
+            parts[target].append(checks)
+    return {target: stopped.get(target) or _summary(_merged(parts[target]), len(images)) for target in exported}
+
+
+def _merged(parts: Sequence[Mapping[str, Check | str]]) -> dict[str, Check | str]:
+    """Merge the checks of several parts of the images, by the computation that the simulator was compared with."""
+    result: dict[str, Check | str] = {}
+    for name, first in parts[0].items():
+        checks = [check for part in parts if isinstance(check := part.get(name), Check)]
+        result[name] = _sum(checks) if checks else first
     return result
+
+
+def _sum(checks: Sequence[Check]) -> Check:
+    """Return one check for all images: counts are added; distances and bounds are the largest."""
+
+    def largest(name: str) -> float | None:
+        return max((value for check in checks if (value := getattr(check, name)) is not None), default=None)
+
+    def total(name: str) -> int | None:
+        found = [value for check in checks if (value := getattr(check, name)) is not None]
+        return sum(found) if found else None
+
+    differing = [check for check in checks if check.at]
+    farthest = max(differing, key=lambda check: check.farthest_from_tie or 0.0, default=checks[0])
+    return Check(
+        codes=sum(check.codes for check in checks),
+        differing=sum(check.differing for check in checks),
+        violations=sum(check.violations for check in checks),
+        at=farthest.at,
+        differing_logits=total("differing_logits"),
+        farthest_from_tie=largest("farthest_from_tie"),
+        largest_bound=largest("largest_bound"),
+        observed_graph_is_shipped_graph=checks[0].observed_graph_is_shipped_graph,  # one session computes all parts
+        inexact=total("inexact"),
+        inexact_differing=total("inexact_differing"),
+        inexact_farthest_from_tie=largest("inexact_farthest_from_tie"),
+        inexact_largest_bound=largest("inexact_largest_bound"),
+    )
 
 
 def _by_runtime(error: Exception) -> bool:
@@ -212,9 +260,24 @@ def _outside(values: npt.NDArray[Any], expected: npt.NDArray[Any], bound: npt.ND
         return int((~((values == expected) | (np.abs(values - expected) <= bound))).sum())
 
 
-def _against_runtime(
-    file: QDQModel, grids: Mapping[str, Grid], simulation: Simulation, images: npt.NDArray[np.float32]
-) -> Check:
+@dataclass(frozen=True)
+class _Observed:
+    """ONNX Runtime on a file whose codes are additional outputs.
+
+    Attributes:
+        session: The session.
+        names: Names of the tensors of codes.
+        operations: Operations that ONNX Runtime runs in the shipped file; see `optimized_operations`.
+        changed: Whether reading the codes changes the number of computing operations.
+    """
+
+    session: Any
+    names: list[str]
+    operations: dict[str, list[str]]
+    changed: bool
+
+
+def _observe(file: QDQModel) -> _Observed:
     names = [name for names in file.codes.values() for name in names]
     tapped = onnx.ModelProto()
     tapped.CopyFrom(file.model)
@@ -222,11 +285,23 @@ def _against_runtime(
         tapped.graph.output.append(helper.make_tensor_value_info(name, TensorProto.UINT8, None))
     before, after = optimized_operations(file.model), optimized_operations(tapped)
     computing = {op for op in before if op.startswith("QLinear") or op in {"QGemm", "Conv", "FusedConv", "Add", "Gemm"}}
-    logits, *codes = session(tapped.SerializeToString()).run(["logits", *names], {"input": images})
+    changed = any(len(before[op]) != len(after[op]) for op in computing)
+    return _Observed(session(tapped.SerializeToString()), names, before, changed)
+
+
+def _against_runtime(
+    observed: _Observed,
+    file: QDQModel,
+    grids: Mapping[str, Grid],
+    simulation: Simulation,
+    images: npt.NDArray[np.float32],
+) -> Check:
+    names = observed.names
+    logits, *codes = observed.session.run(["logits", *names], {"input": images})
     zero_points = {name: file.activations[edge].grid.zero_point for edge, own in file.codes.items() for name in own}
     theirs = {name: own.astype(np.int64) - zero_points[name] for name, own in zip(names, codes, strict=True)}
     trained = _trained_grids(file, grids, runtimes.executed())
-    seen = in_float(file.model, before)
+    seen = in_float(file.model, observed.operations)
     # Use the first family if this CPU's is unknown: a difference then shows in the comparison.
     cpu = runtimes.get(runtimes.executed()).cpu(platform.machine())
     kernel = cpu.add_kernel if cpu is not None else simulation.add_kernel
@@ -240,15 +315,13 @@ def _against_runtime(
     near = _compare({name: pair for name, pair in pairs.items() if name in simulation.inexact}, simulation)
     allowed = 0.0 if simulation.logits_bound is None else simulation.logits_bound
     differing_logits = _outside(logits.astype(np.float64), simulation.logits, allowed)
-    # Reading the codes must not have changed the computation.
-    observed = any(len(before[op]) != len(after[op]) for op in computing)
     return Check(
         codes=sum(codes.size for codes in theirs.values()),
         differing=exact.wrong + near.violations,
         differing_logits=differing_logits,
         at=exact.first_wrong or (near.at if near.violations else ""),
-        violations=exact.wrong + near.violations + differing_logits + int(observed),
-        observed_graph_is_shipped_graph=not observed,
+        violations=exact.wrong + near.violations + differing_logits + int(observed.changed),
+        observed_graph_is_shipped_graph=not observed.changed,
         # Codes after float operations, and those on the other side of a tie.
         inexact=near.codes,
         inexact_differing=near.differing,

@@ -17,7 +17,7 @@ from crqat.export.qdq.write import QDQModel
 from crqat.export.simulator.float_ops import FLOAT_OPERATIONS
 from crqat.export.simulator.run import simulate
 from crqat.export.simulator.values import Simulation
-from crqat.export.verification.checks import _against_runtime
+from crqat.export.verification.checks import _against_runtime, _observe
 from tests.export.conftest import edited, initializer, session
 from tests.export.simulator.one_operation import Array, Node, dequantize, grid, model_of, quantize, random_tensor
 
@@ -147,7 +147,8 @@ def file_of(model: onnx.ModelProto) -> tuple[QDQModel, dict[str, Grid]]:
 def violations(model: onnx.ModelProto, trained: onnx.ModelProto, images: Array) -> Check:
     """The check to the runtime of a file that should have another one's scales."""
     file, grids = file_of(trained)
-    return _against_runtime(replace(file, model=model), grids, simulate(model, images), images)
+    changed = replace(file, model=model)
+    return _against_runtime(_observe(changed), changed, grids, simulate(model, images), images)
 
 
 def with_scales(model: onnx.ModelProto, change: str, tensor: str) -> onnx.ModelProto:

@@ -169,6 +169,27 @@ def loud(quantized: Quantized) -> Quantized:
     return replace(quantized, images=quantized.images * np.float32(3))
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_images_in_parts_count_as_they_do_together(
+    digits: Digits, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    quantized = digits(8)
+    files = quantized.files()
+    if broken:
+        files["onnxruntime"] = change_one_code(files["onnxruntime"])
+    whole = proof_of(quantized, files)
+    count, _, height, width = quantized.images.shape
+    monkeypatch.setattr(verification, "_PIXELS", (count // 2 - 1) * height * width)  # three parts, the last one small
+    parts = proof_of(quantized, files)
+    for target, entry in whole.items():
+        assert broken_checks(parts[target]) == broken_checks(entry)
+        for name, check in entry["links"].items():
+            if isinstance(check, dict):
+                for key in ("codes", "differing", "at"):
+                    assert parts[target]["links"][name][key] == check[key]
+    assert parts["onnxruntime"]["status"].startswith("failed") == broken
+
+
 @pytest.mark.parametrize("target", ["onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("change", BREAKS, ids=lambda change: change.__name__)
 def test_a_changed_file_breaks_the_links_to_torch_and_to_the_other_target(
