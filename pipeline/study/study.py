@@ -270,6 +270,9 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
                 if process.poll() is not None:
                     del running[job]
                     _end(study, job, process.returncode, failed)
+                    # A float network that was trained anew may not be the one from which older results descend.
+                    known = {*pending, *running, *(other for other in jobs if other.name in failed)}
+                    pending += [other for other in jobs if other not in known and not study.done(other)]
             time.sleep(_POLL_SECONDS)
     return list(failed.values())
 

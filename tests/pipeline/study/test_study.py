@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from crqat.core.errors import UsageError
@@ -17,6 +19,7 @@ from crqat.core.run_directory import sha256_file
 from crqat.core.typed_json import read, text
 from crqat.pipeline.cli import crqat
 from crqat.pipeline.study import report, study
+from crqat.pipeline.study.worker import packed
 from crqat.train.data import sources
 
 RECIPE = """
@@ -141,6 +144,51 @@ def test_a_result_from_another_float_network_is_computed_again(path: Path) -> No
         assert made.done(job) and [row.method for row in made.rows] == ["cr-unlabeled"]
     weights.unlink()  # a study without the weights takes its results as they are
     assert made.done(job)
+
+
+def test_a_study_without_its_float_network_trains_that_and_what_descends_from_it_again(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, trained, weights = (
+        study.load(path, (), path.with_name("out.md"), path.parent / "runs"),
+        [],
+        [b"one machine's"],
+    )
+
+    class Ended(subprocess.CompletedProcess[bytes]):
+        def poll(self) -> int:
+            return 0
+
+        def wait(self) -> int:
+            return 0
+
+        def send_signal(self, _: int) -> None:
+            pass
+
+    def start(made: study.Study, job: study.Job) -> Any:
+        trained.append(job.training)
+        file = made.runs / job.name / "train" / "float.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(weights[0])
+        one = {"validation": 0.5, "correct": packed(torch.ones(8) > 0)}
+        networks = dict.fromkeys(("float", "student", "teacher"), one)
+        (made.runs / f"{job.name}.result").write_text(json.dumps({"seconds": 1.0, "n": 8, "networks": networks}))
+        return Ended([], 0)
+
+    monkeypatch.setattr(study, "_start", start)
+    jobs = planned(path, methods=("qat", "cr-unlabeled"))
+    assert study.run(made, jobs, 1) == [] and trained == ["float", "qat", "cr-unlabeled"]
+    trained.clear()
+    assert study.run(made, jobs, 1) == [] and trained == []
+    made.weights(jobs[0].name).unlink()
+    further = [*jobs, planned(path, methods=("pi",))[1]]
+    assert study.run(made, further, 1) == [] and trained == ["float", "pi"]  # the same network again
+    trained.clear()
+    made.weights(jobs[0].name).unlink()
+    weights[0] = b"another's"
+    assert study.run(made, [*further, planned(path, methods=("cr",))[1]], 1) == []
+    assert trained == ["float", "cr", "qat", "cr-unlabeled", "pi"]
+    assert len({row.float_network for row in made.rows}) == 1
 
 
 def test_a_file_of_something_else_is_not_written_over(path: Path) -> None:
