@@ -43,6 +43,7 @@ class Line:
             the seeds in which both descend from the same float network; None without such seeds.
         difference_half: Half the interval of the difference over seeds; None with one seed.
         difference_images: Half the paired interval of the difference over images.
+        pairs: Number of seeds in the difference.
     """
 
     method: str
@@ -52,6 +53,7 @@ class Line:
     difference: float | None = None
     difference_half: float | None = None
     difference_images: float | None = None
+    pairs: int = 0
 
 
 def correct(row: StudyRow) -> npt.NDArray[np.float64]:
@@ -91,7 +93,7 @@ def lines(rows: Sequence[StudyRow]) -> list[Line]:
         images = np.stack([100 * (correct(reference[row.seed]) - correct(row)) for row in both])
         spread = images.mean(0).std(ddof=1) / math.sqrt(images.shape[1])
         difference = float(images.mean()), half_interval(images.mean(1).tolist()), float(stats.norm.ppf(0.975) * spread)
-        found.append(Line(method, own, float(np.mean(values)), half_interval(values), *difference))
+        found.append(Line(method, own, float(np.mean(values)), half_interval(values), *difference, len(both)))
     return found
 
 
@@ -116,7 +118,7 @@ def others(rows: Sequence[StudyRow]) -> str:
     if not odd:
         return ""
     return (
-        f"Trained from an earlier float network than the one in the table, so not comparable to methods trained from "
+        f"Trained from another float network than the one in the table, so not comparable with methods trained from "
         f"that: {'; '.join(odd)}."
     )
 
@@ -166,7 +168,7 @@ def headline(rows: Sequence[StudyRow]) -> str:
     if not found:
         return ""
     best = max(found, key=lambda line: float(np.mean([row.validation for row in line.rows])))
-    seeds = f"{len(best.rows)} seed{'s' * (len(best.rows) > 1)}"
+    seeds = f"{best.pairs} seed{'s' * (best.pairs > 1)}"
     return (
         f"{REFERENCE} minus {best.method}, the best of the others on the validation images: {best.difference:+.2f} "
         f"± {best.difference_images:.2f} points (paired over images, {seeds})."

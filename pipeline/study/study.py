@@ -229,9 +229,13 @@ def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study
     """Return a study with the results that the JSON next to `out` already holds.
 
     Raises:
-        UsageError: The JSON was not written by a study.
+        UsageError: The JSON was not written by a study, or `out` has no suffix: the folder of the float networks would
+            have its name.
         ToolError: The JSON cannot be read.
     """
+    if not out.suffix:
+        msg = f"--out: {out} has no suffix; name a Markdown file, such as {out}.md"
+        raise UsageError(msg)
     study, file = Study(path, overrides, out, runs), out.with_suffix(".json")
     if file.is_file():
         study.rows = read(StudyResults, file, "name another --out").rows
@@ -253,6 +257,11 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
     wanted = {job.start for job in pending}
     pending = [job for job in jobs if job in pending or (job.name in wanted and not study.weights(job.name).is_file())]
     console.say(f"study: {len(jobs) - len(pending)} of {len(jobs)} training runs are already finished")
+    for job in pending:
+        if any(row.key == job.key for row in study.rows):
+            console.say(f"{job.training}, seed {job.seed}{_cell(job)}: again, because {_why_again(study, job)}")
+    if pending:
+        _weights_folder(study)
     failed: dict[str, str] = {}
     with _processes() as running:
         while pending or running:
@@ -329,12 +338,29 @@ def _end(study: Study, job: Job, code: int, failed: dict[str, str]) -> None:
     console.say(f"{job.training}, seed {job.seed}{_cell(job)}: {shown} in {found[0].seconds:.0f} s")
 
 
+def _why_again(study: Study, job: Job) -> str:
+    """Return why a training run is repeated although the study has its results."""
+    if study.done(job):
+        return f"{study.weights(job.name)} is missing, from which others start"
+    return f"{study.weights(job.root)} is not the float network of its results"
+
+
+def _weights_folder(study: Study) -> Path:
+    """Make the folder of the float networks, and return it."""
+    folder = study.out.with_suffix("")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        msg = f"{folder}: no folder for the float networks can be made there: {error.strerror}; name another --out"
+        raise ToolError(msg) from error
+    return folder
+
+
 def _keep_weights(study: Study, job: Job) -> None:
     """Copy the float weights of a finished training run to where the runs that start from it find them."""
     file = study.weights(job.name)
     partial = file.with_suffix(".partial")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(study.runs / job.name / "train" / "float.safetensors", partial)
         partial.replace(file)
     except OSError as error:

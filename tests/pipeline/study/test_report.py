@@ -71,7 +71,7 @@ def test_methods_from_another_float_network_are_named_and_not_compared() -> None
     rows.append(row("cr-unlabeled", 0, 80, float_network="b"))
     differences = {line.method: line.difference for line in report.lines(rows)}
     assert differences["qat"] is None and differences["ptq"] == pytest.approx(20)
-    assert "that: qat with seed 0." in report.others(rows)
+    assert "trained from that: qat with seed 0." in report.others(rows)
     assert report.others(ROWS) == ""
 
 

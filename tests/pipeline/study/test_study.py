@@ -13,7 +13,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from crqat.core.errors import UsageError
+from crqat.core.errors import ToolError, UsageError
 from crqat.core.results.study import StudyResults, StudyRow
 from crqat.core.run_directory import sha256_file
 from crqat.core.typed_json import read, text
@@ -147,7 +147,7 @@ def test_a_result_from_another_float_network_is_computed_again(path: Path) -> No
 
 
 def test_a_study_without_its_float_network_trains_that_and_what_descends_from_it_again(
-    path: Path, monkeypatch: pytest.MonkeyPatch
+    path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made, trained, weights = (
         study.load(path, (), path.with_name("out.md"), path.parent / "runs"),
@@ -182,13 +182,29 @@ def test_a_study_without_its_float_network_trains_that_and_what_descends_from_it
     assert study.run(made, jobs, 1) == [] and trained == []
     made.weights(jobs[0].name).unlink()
     further = [*jobs, planned(path, methods=("pi",))[1]]
+    capsys.readouterr()
     assert study.run(made, further, 1) == [] and trained == ["float", "pi"]  # the same network again
+    assert f"again, because {made.weights(jobs[0].name)} is missing, from which others start" in capsys.readouterr().err
     trained.clear()
     made.weights(jobs[0].name).unlink()
     weights[0] = b"another's"
     assert study.run(made, [*further, planned(path, methods=("cr",))[1]], 1) == []
     assert trained == ["float", "cr", "qat", "cr-unlabeled", "pi"]
     assert len({row.float_network for row in made.rows}) == 1
+    made.weights(jobs[0].name).write_bytes(b"damaged")
+    trained.clear()
+    assert study.run(made, jobs, 1) == [] and trained == ["float", "qat", "cr-unlabeled"]
+    assert ".safetensors is not the float network of its results" in capsys.readouterr().err
+
+
+def test_no_place_for_the_float_networks_is_said_before_anything_is_trained(path: Path) -> None:
+    with pytest.raises(UsageError, match=r"^--out: .*/out has no suffix; name a Markdown file, such as .*/out\.md$"):
+        study.load(path, (), path.with_name("out"), path.parent / "runs")
+    made = study.load(path, (), path.with_name("taken.md"), path.parent / "runs")
+    path.with_name("taken").write_text("a file")
+    with pytest.raises(ToolError, match=r"taken: no folder for the float networks can be made there: File exists"):
+        study.run(made, planned(path), 1)
+    assert not made.runs.exists()
 
 
 def test_a_file_of_something_else_is_not_written_over(path: Path) -> None:
