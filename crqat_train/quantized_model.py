@@ -126,6 +126,24 @@ def quantize_model(
     return quantized
 
 
+FLOAT_WEIGHTS, QUANTIZERS = "float_weights", "quantizers."
+
+
+def keep_float_weights(model: QuantizedModel) -> None:
+    """Keep a copy of the weights in `meta`, before training or `ptq` changes them: those of the float network.
+
+    They have the names of the quantized network, in which weights that the float network computes, such as those of
+    weight normalization, are stored as the layer's weight.
+    """
+    own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(QUANTIZERS)}
+    model.meta[FLOAT_WEIGHTS] = {name: tensor.detach().cpu().clone() for name, tensor in own.items()}
+
+
+def take_float_weights(model: QuantizedModel) -> None:
+    """Load the weights of the float network into a quantized network that kept them; its quantizers do not change."""
+    model.load_state_dict({**model.state_dict(), **model.meta[FLOAT_WEIGHTS]})
+
+
 CALIBRATION_IMAGES = 512
 _FORMAT = "1"
 _ARGUMENTS = {"calibration": "calibration_method"}
@@ -221,7 +239,7 @@ def quantize(
         msg = f"net: returns shape {list(logits.shape)}; it must return logits of shape [N, classes]"
         raise UsageError(msg)
     model.meta["quantization"] = asdict(config)
-    model.meta["float_weights"] = {name: tensor.detach().cpu().clone() for name, tensor in net.state_dict().items()}
+    keep_float_weights(model)
     model.meta["input_shape"] = list(example.shape[1:])
     steps = PTQConfig(bias_correction, equalization, adaround)
     for name, asked in asdict(steps).items():
@@ -282,7 +300,7 @@ def save(model: QuantizedModel, path: str | Path) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {f"quantized.{name}": tensor for name, tensor in model.state_dict().items()}
-    tensors.update({f"float.{name}": tensor for name, tensor in model.meta["float_weights"].items()})
+    tensors.update({f"float.{name}": tensor for name, tensor in model.meta[FLOAT_WEIGHTS].items()})
     header = {key: json.dumps(model.meta[key]) for key in ("quantization", "targets", "input_shape")}
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_tensors(path, own, {"crqat.format": _FORMAT, **header})
@@ -321,8 +339,15 @@ def load(path: str | Path, net: nn.Module) -> QuantizedModel:
         reason = " ".join(str(error).split())
         msg = f"{path}: was saved from another network than {type(net).__name__}: {reason[:300]}"
         raise UsageError(msg) from error
+    own = [name for name in model.state_dict() if not name.startswith(QUANTIZERS)]
+    lost = next((name for name in own if name not in groups["float."]), None)
+    if lost is not None:
+        msg = f"{path}: does not hold the float network's {lost}; quantize the network again and save it"
+        raise UsageError(msg)
+    # Older versions also stored weights that the network never uses.
+    model.meta[FLOAT_WEIGHTS] = {name: groups["float."][name] for name in own}
     values["targets"] = tuple(values["targets"])
-    model.meta.update(values, quantization=asdict(config), float_weights=groups["float."])
+    model.meta.update(values, quantization=asdict(config))
     return model.eval()
 
 

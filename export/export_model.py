@@ -29,7 +29,7 @@ from crqat.export.verification import checks
 from crqat.export.write_models import METADATA_SCHEMA, make_file, write_models
 from crqat.train.arguments import checked
 from crqat.train.distributed import unwrapped
-from crqat.train.quantized_model import QuantizedModel
+from crqat.train.quantized_model import FLOAT_WEIGHTS, QuantizedModel
 
 Images = Tensor | npt.NDArray[np.uint8] | npt.NDArray[np.float32]
 
@@ -246,7 +246,7 @@ def _normalized(images: Images, preprocessing: Preprocessing | None) -> npt.NDAr
 def _unwrapped(model: nn.Module) -> QuantizedModel:
     """Return the quantized network inside wrappers such as DistributedDataParallel; refuse any other network."""
     inner = unwrapped(model) if isinstance(model, nn.Module) else model
-    if not isinstance(inner, QuantizedModel) or "float_weights" not in inner.meta:
+    if not isinstance(inner, QuantizedModel) or FLOAT_WEIGHTS not in inner.meta:
         hint = "; of a teacher give teacher.model" if hasattr(model, "model") else ""
         msg = f"model: a {type(inner).__name__}; expected what crqat.quantize or crqat.load made{hint}"
         raise UsageError(msg)

@@ -20,7 +20,6 @@ from crqat.export.analysis.sqnr import quantizer_noise
 from crqat.export.config import ExportConfig
 from crqat.export.to_onnx import Quantized
 from crqat.export.write_models import METADATA_SCHEMA, write_models
-from crqat.train.checkpoint import read_tensors
 from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import Images
@@ -68,7 +67,6 @@ def export(
             msg += "; set consistency.teacher: ema, or candidate: best"
         raise UsageError(msg)
     model = rebuild(train_dir, train, trained, candidate)
-    model.meta["float_weights"] = read_tensors(train_dir / "float.safetensors")
     grids = load_grids(train_dir / f"{candidate}.grids.json")
     preprocessing = trained.preprocessing
     metadata = {

@@ -23,6 +23,7 @@ from crqat.export.to_onnx import Quantized
 from crqat.export.verification.checks import REFUSED, verify
 from crqat.export.verification.expected_codes import expected_codes
 from crqat.export.verification.fusion import fusion
+from crqat.train.quantized_model import FLOAT_WEIGHTS, take_float_weights
 
 METADATA_SCHEMA = "1"
 
@@ -108,14 +109,12 @@ def _precision(target: str, config: ExportConfig) -> str:
 
 
 def _float_graph(quantized: Quantized) -> Graph:
-    """Return the graph of the float network, whose weights training and `ptq` have changed in the quantized one."""
+    """Return the graph of the float network; training and `ptq` change the weights of the quantized one."""
     own = quantized.model.state_dict()
-    # The graph leaves out parameters that the network has and never uses.
-    saved = {name: tensor for name, tensor in quantized.model.meta["float_weights"].items() if name in own}
-    if all(torch.equal(own[name], tensor) for name, tensor in saved.items()):
+    if all(torch.equal(own[name].cpu(), tensor) for name, tensor in quantized.model.meta[FLOAT_WEIGHTS].items()):
         return quantized.graph  # calibration alone leaves the weights as they are
     model = copy.deepcopy(quantized.model)
-    model.load_state_dict({**own, **saved})
+    take_float_weights(model)
     return marked_graph(model, quantized.graph.input_shape, quantized.graph.classes)
 
 

@@ -17,9 +17,10 @@ from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import evaluation_batches
 from crqat.train.data.split import split_of
-from crqat.train.load_trained import rebuild, take_float_weights
+from crqat.train.load_trained import rebuild
 from crqat.train.models import published
 from crqat.train.placement.quantizer_spec import QuantizerSpec
+from crqat.train.quantized_model import take_float_weights
 from crqat.train.quantizers import calibrate_weight, quantizer_of
 from crqat.train.quantizers.calibration import observe, only, weight_of
 from crqat.train.training.callbacks import set_width
@@ -62,7 +63,7 @@ class Divergences:
         widest = replace(asked, weights=8, activations=8, first_layer=8, last_layer=8, overrides={})
         self._model = rebuild(train_dir, replace(config, quantization=widest), trained, "student")
         self._specs = self._model.specs
-        take_float_weights(self._model, train_dir)
+        take_float_weights(self._model)
         self._asked, self._calibration = {spec.edge: spec for spec in self._specs}, asked.calibration
         dataset = sources.of_recipe(published.data_section(config))
         chosen = split_of(dataset.train_labels, config.data, config.seed).train

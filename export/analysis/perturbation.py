@@ -19,9 +19,9 @@ from crqat.train.config import TrainConfig
 from crqat.train.data import sources
 from crqat.train.data.batches import evaluation_batches, subset
 from crqat.train.data.split import split_of
-from crqat.train.load_trained import rebuild, take_float_weights
+from crqat.train.load_trained import rebuild
 from crqat.train.models import published
-from crqat.train.quantized_model import QuantizedModel
+from crqat.train.quantized_model import QuantizedModel, take_float_weights
 from crqat.train.quantizers.calibration import only, weight_of
 from crqat.train.training.evaluate import batch_size
 
@@ -63,7 +63,7 @@ def under_noise(
         model = rebuild(train_dir, config, trained, candidates.get(name, "student"))
         active = model.specs
         if name == "float":
-            take_float_weights(model, train_dir)
+            take_float_weights(model)
             active = []
         weights = weights_of(model)
         levels: dict[str, list[NoiseLevel]] = {"input": [], "weights": []}

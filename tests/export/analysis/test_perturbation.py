@@ -13,7 +13,8 @@ from crqat.core.results.training import TrainingPayload
 from crqat.core.run_directory import payload_of, read_manifest
 from crqat.export.analysis.perturbation import noisy_batches, noisy_weights, weights_of
 from crqat.train.config import TrainConfig
-from crqat.train.load_trained import rebuild, take_float_weights
+from crqat.train.load_trained import rebuild
+from crqat.train.quantized_model import take_float_weights
 
 Trained = Callable[..., tuple[Path, TrainConfig]]
 
@@ -22,7 +23,7 @@ def test_weight_noise_has_its_share_of_each_norm_and_the_same_direction(trained:
     directory, config = trained()
     payload = payload_of(TrainingPayload, directory, read_manifest(directory))
     model, other = (rebuild(directory, config, payload, "student") for _ in range(2))
-    take_float_weights(other, directory)
+    take_float_weights(other)
     noises = []
     for network in (model, other):
         weights = weights_of(network)
