@@ -9,14 +9,26 @@ from crqat.core.preprocessing import Preprocessing
 from crqat.train import distributed
 from crqat.train.data.batches import Images, evaluation_batches, subset
 
-# Limits of a batch: at most _MOST images, and at most _PIXELS pixels if it has more than _FEWEST images. Activations of
-# a small batch stay in the processor's caches: ResNet-50 takes a third less time with 10 images of 224 px than with 80.
-_MOST, _FEWEST, _PIXELS = 500, 8, 1 << 19
+# Largest number of images in a batch.
+_MOST = 500
+# On a CPU, a batch of more than _FEWEST images has at most _PIXELS pixels, because activations of a small batch stay in
+# the caches: ResNet-50 takes a third less time with 10 images of 224 px in a batch than with 80.
+_FEWEST, _PIXELS = 8, 1 << 19
 
 
-def batch_size(images: Images) -> int:
-    """Return the number of images in a batch for evaluation; `images` has shape [N, C, H, W]."""
-    return max(_FEWEST, min(_MOST, _PIXELS // (images.shape[2] * images.shape[3])))
+def batch_size(images: Images, device: torch.device | None = None) -> int:
+    """Return the number of images in a batch for evaluation and calibration.
+
+    The number depends on the size of the images alone, and is at least that of the processes, which share a batch.
+
+    Args:
+        images: Images of shape [N, C, H, W].
+        device: Device that evaluates them; None is the images' device.
+    """
+    if (device or images.device).type != "cpu":
+        return _MOST
+    fitting = _PIXELS // (images.shape[2] * images.shape[3])
+    return max(_FEWEST, distributed.world(), min(_MOST, fitting))
 
 
 @torch.no_grad()
@@ -31,7 +43,7 @@ def answers(
         preprocessing: Preprocessing of the network's input.
         device: Device of the network; None is the CPU.
     """
-    batches = evaluation_batches(images, preprocessing, batch_size(images))
+    batches = evaluation_batches(images, preprocessing, batch_size(images, device))
     return torch.cat([model(batch.to(device or batch.device)).argmax(1).cpu() for batch in batches])
 
 
