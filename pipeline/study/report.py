@@ -98,28 +98,27 @@ def lines(rows: Sequence[StudyRow]) -> list[Line]:
 
 
 def _alike(row: StudyRow, reference: StudyRow | None) -> bool:
-    """Return whether a result can be compared to that of `REFERENCE` with the same seed, which may not exist."""
-    return reference is not None and row.float_network == reference.float_network
+    """Return whether a result descends from the same float network as that of `REFERENCE`, which may not exist."""
+    return reference is not None and row.lineage[:1] == reference.lineage[:1]
 
 
 def others(rows: Sequence[StudyRow]) -> str:
     """Return a sentence that names the methods that descend from another float network than the one in the table.
 
-    The text is empty if there are none.
-
-    All results must have the same number of labels and the same bit width.
+    All results must have the same number of labels and the same bit width. The text is empty if there is no such
+    method.
     """
     odd: list[str] = []
     for seed in sorted({row.seed for row in rows}):
         own = [row for row in rows if row.seed == seed]
         first = next((row for row in own if row.method == "float"), own[-1])
-        names = [row.method for row in own if row.float_network != first.float_network]
+        names = [row.method for row in own if row.lineage[:1] != first.lineage[:1]]
         odd += [f"{', '.join(names)} with seed {seed}"] if names else []
     if not odd:
         return ""
     return (
-        f"Trained from another float network than the one in the table, so not comparable with methods trained from "
-        f"that: {'; '.join(odd)}."
+        "These methods start from another float network than the one in the table, and cannot be compared with methods "
+        f"that start from it: {'; '.join(odd)}."
     )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,8 @@ _FIRST = {
         "last_layer overrides weight_method weights"
     ),
 }
+# Trainings from whose float network others start.
+_STARTS = {training.start for training in TRAININGS.values()}
 _SECTIONS = ("data", "model", "float", "quantization", "qat", "consistency", "ptq")
 
 
@@ -66,7 +69,8 @@ class Job:
         key: Hash of everything that the result depends on.
         name: Name of the run's directory.
         start: Name of the run whose float network it starts from; None if it trains its own.
-        root: Name of the run of the training "float" from which it descends; its own if it is that run.
+        lineage: Names of the runs whose float weights it descends from, beginning with the training "float"; the last
+            is its own if others start from it.
     """
 
     training: str
@@ -78,7 +82,7 @@ class Job:
     key: str
     name: str
     start: str | None
-    root: str
+    lineage: tuple[str, ...]
 
 
 @dataclass
@@ -141,8 +145,10 @@ class Study:
         text = json.dumps([wanted, None if behind is None else behind.key], sort_keys=True)
         key = hashlib.sha256(text.encode()).hexdigest()[:16]
         run = f"{name.replace('+', '-')}-{key[:8]}"
-        starts = (None, run) if behind is None else (behind.name, behind.root)
-        return Job(name, seed, labels, bits, equal, tuple(given), key, run, *starts)
+        lineage = (*(() if behind is None else behind.lineage), *((run,) if name in _STARTS else ()))
+        return Job(
+            name, seed, labels, bits, equal, tuple(given), key, run, None if behind is None else behind.name, lineage
+        )  # fmt: skip
 
     def _factor(self, name: str, labels: int | None, bits: int | None) -> float:
         """Return the factor on the number of steps with which a training run takes as long as plain QAT."""
@@ -163,9 +169,13 @@ class Study:
         return share * seconds("qat") / own
 
     def done(self, job: Job) -> bool:
-        """Return whether the study already has the results of a training run, from the float network that it has."""
-        rows, present = [row for row in self.rows if row.key == job.key], self.float_network(job)
-        return any(present in ("", row.float_network) for row in rows)
+        """Return whether the study has the results of a training run that descend from the weights it keeps."""
+        return any(row.key == job.key and not self.replaced(job, row) for row in self.rows)
+
+    def replaced(self, job: Job, row: StudyRow) -> list[Path]:
+        """Return the files in the lineage of a training run that have other weights than its result descends from."""
+        pairs = zip_longest(job.lineage, self.lineage(job), row.lineage, fillvalue="")
+        return [self.weights(name) for name, present, before in pairs if present not in ("", before)]
 
     def weights(self, name: str) -> Path:
         """Return the path of the float weights that the run `name` left for others to start from.
@@ -175,10 +185,10 @@ class Study:
         """
         return self.out.with_suffix("") / f"{name}.safetensors"
 
-    def float_network(self, job: Job) -> str:
-        """Return the `StudyRow.float_network` of a training run, "" if its float network is not trained yet."""
-        file = self.weights(job.root)
-        return sha256_file(file)[:16] if file.is_file() else ""
+    def lineage(self, job: Job) -> list[str]:
+        """Return the `StudyRow.lineage` of a training run; it has "" for weights that the study does not keep yet."""
+        files = [self.weights(name) for name in job.lineage]
+        return [sha256_file(file)[:16] if file.is_file() else "" for file in files]
 
     def add(self, job: Job, result: dict[str, Any]) -> None:
         """Add the results of a training run to `rows`; they replace those of the same method, seed, labels, bits."""
@@ -200,7 +210,7 @@ class Study:
                 seconds=result["seconds"],
                 n=result["n"],
                 key=job.key,
-                float_network=self.float_network(job),
+                lineage=self.lineage(job),
                 **networks[network],
             )
             self.rows = [*(old for old in self.rows if old.place != row.place), row]
@@ -229,8 +239,8 @@ def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study
     """Return a study with the results that the JSON next to `out` already holds.
 
     Raises:
-        UsageError: The JSON was not written by a study, or `out` has no suffix: the folder of the float networks would
-            have its name.
+        UsageError: The JSON was not written by a study; or `out` has no suffix, so the folder of the float networks
+            would have the same name.
         ToolError: The JSON cannot be read.
     """
     if not out.suffix:
@@ -258,10 +268,15 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
     pending = [job for job in jobs if job in pending or (job.name in wanted and not study.weights(job.name).is_file())]
     console.say(f"study: {len(jobs) - len(pending)} of {len(jobs)} training runs are already finished")
     for job in pending:
-        if any(row.key == job.key for row in study.rows):
-            console.say(f"{job.training}, seed {job.seed}{_cell(job)}: again, because {_why_again(study, job)}")
+        row = next((row for row in study.rows if row.key == job.key), None)
+        if row is not None:
+            changed = study.replaced(job, row)
+            why = f"others start from its weights, and {study.weights(job.name)} is missing"
+            if changed:
+                why = f"its result descends from other weights than {changed[0]} has"
+            console.say(f"{job.training}, seed {job.seed}{_cell(job)}: runs again, because {why}")
     if pending:
-        _weights_folder(study)
+        _make_weights_folder(study)
     failed: dict[str, str] = {}
     with _processes() as running:
         while pending or running:
@@ -279,7 +294,7 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
                 if process.poll() is not None:
                     del running[job]
                     _end(study, job, process.returncode, failed)
-                    # A float network that was trained anew may not be the one from which older results descend.
+                    # Its float weights may differ from those that older results descend from.
                     known = {*pending, *running, *(other for other in jobs if other.name in failed)}
                     pending += [other for other in jobs if other not in known and not study.done(other)]
             time.sleep(_POLL_SECONDS)
@@ -329,7 +344,7 @@ def _end(study: Study, job: Job, code: int, failed: dict[str, str]) -> None:
         failed[job.name] = f"{job.training}, seed {job.seed}{_cell(job)}: {lines[-1] if lines else code} ({log})"
         console.say(failed[job.name])
         return
-    if any(training.start == job.training for training in TRAININGS.values()):
+    if job.training in _STARTS:
         _keep_weights(study, job)
     study.add(job, json.loads(result.read_text()))
     write(study)
@@ -338,22 +353,13 @@ def _end(study: Study, job: Job, code: int, failed: dict[str, str]) -> None:
     console.say(f"{job.training}, seed {job.seed}{_cell(job)}: {shown} in {found[0].seconds:.0f} s")
 
 
-def _why_again(study: Study, job: Job) -> str:
-    """Return why a training run is repeated although the study has its results."""
-    if study.done(job):
-        return f"{study.weights(job.name)} is missing, from which others start"
-    return f"{study.weights(job.root)} is not the float network of its results"
-
-
-def _weights_folder(study: Study) -> Path:
-    """Make the folder of the float networks, and return it."""
+def _make_weights_folder(study: Study) -> None:
     folder = study.out.with_suffix("")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        msg = f"{folder}: no folder for the float networks can be made there: {error.strerror}; name another --out"
+        msg = f"{folder}: the folder for the float networks cannot be made: {error.strerror}; name another --out"
         raise ToolError(msg) from error
-    return folder
 
 
 def _keep_weights(study: Study, job: Job) -> None:

@@ -64,14 +64,14 @@ def test_the_headline_is_the_difference_to_the_best_other_method_on_validation_i
 
 def test_methods_from_another_float_network_are_named_and_not_compared() -> None:
     rows = [
-        row("float", 0, 70, float_network="b"),
-        row("qat", 0, 78, float_network="a"),
-        row("ptq", 0, 60, float_network="b"),
+        row("float", 0, 70, lineage=["b"]),
+        row("qat", 0, 78, lineage=["a"]),
+        row("ptq", 0, 60, lineage=["b"]),
     ]
-    rows.append(row("cr-unlabeled", 0, 80, float_network="b"))
+    rows.append(row("cr-unlabeled", 0, 80, lineage=["b"]))
     differences = {line.method: line.difference for line in report.lines(rows)}
     assert differences["qat"] is None and differences["ptq"] == pytest.approx(20)
-    assert "trained from that: qat with seed 0." in report.others(rows)
+    assert "start from it: qat with seed 0." in report.others(rows)
     assert report.others(ROWS) == ""
 
 

@@ -149,52 +149,47 @@ def test_a_result_from_another_float_network_is_computed_again(path: Path) -> No
 def test_a_study_without_its_float_network_trains_that_and_what_descends_from_it_again(
     path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    made, trained, weights = (
-        study.load(path, (), path.with_name("out.md"), path.parent / "runs"),
-        [],
-        [b"one machine's"],
-    )
+    made = study.load(path, (), path.with_name("out.md"), path.parent / "runs")
+    trained: list[str] = []
+    content = b"one machine's"
 
     class Ended(subprocess.CompletedProcess[bytes]):
         def poll(self) -> int:
             return 0
 
-        def wait(self) -> int:
-            return 0
-
-        def send_signal(self, _: int) -> None:
-            pass
-
     def start(made: study.Study, job: study.Job) -> Any:
         trained.append(job.training)
         file = made.runs / job.name / "train" / "float.safetensors"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(weights[0])
+        file.write_bytes(content)
         one = {"validation": 0.5, "correct": packed(torch.ones(8) > 0)}
         networks = dict.fromkeys(("float", "student", "teacher"), one)
         (made.runs / f"{job.name}.result").write_text(json.dumps({"seconds": 1.0, "n": 8, "networks": networks}))
         return Ended([], 0)
 
+    def run(*methods: str) -> list[str]:
+        trained.clear()
+        assert study.run(made, planned(path, methods=methods), 1) == []
+        return trained
+
     monkeypatch.setattr(study, "_start", start)
-    jobs = planned(path, methods=("qat", "cr-unlabeled"))
-    assert study.run(made, jobs, 1) == [] and trained == ["float", "qat", "cr-unlabeled"]
-    trained.clear()
-    assert study.run(made, jobs, 1) == [] and trained == []
-    made.weights(jobs[0].name).unlink()
-    further = [*jobs, planned(path, methods=("pi",))[1]]
-    capsys.readouterr()
-    assert study.run(made, further, 1) == [] and trained == ["float", "pi"]  # the same network again
-    assert f"again, because {made.weights(jobs[0].name)} is missing, from which others start" in capsys.readouterr().err
-    trained.clear()
-    made.weights(jobs[0].name).unlink()
-    weights[0] = b"another's"
-    assert study.run(made, [*further, planned(path, methods=("cr",))[1]], 1) == []
-    assert trained == ["float", "cr", "qat", "cr-unlabeled", "pi"]
-    assert len({row.float_network for row in made.rows}) == 1
-    made.weights(jobs[0].name).write_bytes(b"damaged")
-    trained.clear()
-    assert study.run(made, jobs, 1) == [] and trained == ["float", "qat", "cr-unlabeled"]
-    assert ".safetensors is not the float network of its results" in capsys.readouterr().err
+    weights = made.weights(planned(path)[0].name)
+    assert run("qat", "cr-unlabeled") == ["float", "qat", "cr-unlabeled"]
+    assert run("qat", "cr-unlabeled") == []
+    weights.unlink()
+    assert run("qat", "cr-unlabeled", "pi") == ["float", "pi"]  # the same weights again
+    assert f"runs again, because others start from its weights, and {weights} is missing" in capsys.readouterr().err
+    weights.unlink()
+    content = b"another's"
+    assert run("qat", "cr-unlabeled", "pi", "cr") == ["float", "cr", "qat", "pi", "cr-unlabeled"]
+    assert all(row.lineage == [sha256_file(weights)[:16]] for row in made.rows)
+    weights.write_bytes(b"damaged")
+    assert run("qat") == ["float", "qat"]
+    assert f"because its result descends from other weights than {weights} has" in capsys.readouterr().err
+    # A float network in the middle of a lineage is like one at its beginning.
+    assert run("float-strong+qat") == ["float-strong", "float-strong+qat"]
+    made.weights(planned(path, methods=("float-strong",))[1].name).write_bytes(b"damaged")
+    assert run("float-strong+qat", "qat") == ["float-strong", "float-strong+qat"]
 
 
 def test_no_place_for_the_float_networks_is_said_before_anything_is_trained(path: Path) -> None:
@@ -202,7 +197,7 @@ def test_no_place_for_the_float_networks_is_said_before_anything_is_trained(path
         study.load(path, (), path.with_name("out"), path.parent / "runs")
     made = study.load(path, (), path.with_name("taken.md"), path.parent / "runs")
     path.with_name("taken").write_text("a file")
-    with pytest.raises(ToolError, match=r"taken: no folder for the float networks can be made there: File exists"):
+    with pytest.raises(ToolError, match=r"taken: the folder for the float networks cannot be made: File exists"):
         study.run(made, planned(path), 1)
     assert not made.runs.exists()
 
@@ -241,4 +236,4 @@ def test_a_killed_study_goes_on_and_what_it_has_is_not_trained_again(path: Path)
     assert "cr-unlabeled minus" in out.read_text() and out.with_suffix(".png").is_file()
     # The float network lies next to the results: what starts from it later needs no other.
     (weights,) = out.with_suffix("").iterdir()
-    assert {row.float_network for row in rows.values()} == {sha256_file(weights)[:16]}
+    assert all(row.lineage == [sha256_file(weights)[:16]] for row in rows.values())

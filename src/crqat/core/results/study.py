@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -26,8 +26,9 @@ class StudyRow:
         n: Number of test images.
         correct: Test images classified correctly: base64 of one bit per image, the first in each byte's highest bit.
         key: Hash of everything that the training depends on.
-        float_network: First 16 digits of the SHA-256 of the weights that the training "float" ended with, from which
-            this one descends. The same recipe gives other weights on another CPU. "" in results of older versions.
+        lineage: First 16 digits of the SHA-256 of the float weights of each training run that this one descends from,
+            beginning with the training "float"; the last are its own if others start from them. The same recipe gives
+            other weights on another CPU. [] in results of older versions.
     """
 
     labels: int | None
@@ -45,7 +46,7 @@ class StudyRow:
     n: int
     correct: str
     key: str
-    float_network: str = ""
+    lineage: list[str] = field(default_factory=list)
 
     @property
     def place(self) -> tuple[object, ...]:
