@@ -12,8 +12,9 @@ from torch.nn.utils.parametrizations import weight_norm
 
 import crqat
 from crqat.core.errors import UsageError
+from crqat.export.qdq.write import float_model
 from crqat.export.to_onnx import Quantized
-from crqat.export.write_models import _float_graph, float_model
+from crqat.export.write_models import _float_graph
 from crqat.train.checkpoint import read_header, read_tensors, write_tensors
 from crqat.train.config import QuantizationConfig
 from crqat.train.quantized_model import keep_float_weights, quantize_model, take_float_weights
