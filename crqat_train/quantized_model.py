@@ -130,17 +130,17 @@ FLOAT_WEIGHTS, QUANTIZERS = "float_weights", "quantizers."
 
 
 def keep_float_weights(model: QuantizedModel) -> None:
-    """Keep a copy of the weights in `meta`, before training or `ptq` changes them: those of the float network.
+    """Store a copy of a quantized network's weights, without those of the quantizers, in its `meta`.
 
-    They have the names of the quantized network, in which weights that the float network computes, such as those of
-    weight normalization, are stored as the layer's weight.
+    The weights must still be those of the float network: call this before training and before the steps of `ptq`. A
+    weight that the float network computes, as weight normalization does, is stored as computed.
     """
     own = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(QUANTIZERS)}
     model.meta[FLOAT_WEIGHTS] = {name: tensor.detach().cpu().clone() for name, tensor in own.items()}
 
 
 def take_float_weights(model: QuantizedModel) -> None:
-    """Load the weights of the float network into a quantized network that kept them; its quantizers do not change."""
+    """Load the weights that `keep_float_weights` stored; the quantizers do not change."""
     model.load_state_dict({**model.state_dict(), **model.meta[FLOAT_WEIGHTS]})
 
 

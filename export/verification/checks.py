@@ -42,7 +42,7 @@ from crqat.train.quantizers import specs_of
 from crqat.train.quantizers.calibration import Hook, hooked
 
 REFUSED = "failed: runtime: ONNX Runtime refuses the file"
-# Largest number of pixels that are simulated at once, over all images: all values of the network are in memory.
+# Largest number of pixels that are simulated at once, over all images, because all values of the network are in memory.
 _PIXELS = 1 << 17
 
 
@@ -118,7 +118,7 @@ def _sum(checks: Sequence[Check]) -> Check:
 
     differing = [check for check in checks if check.at]
     farthest = max(differing, key=lambda check: check.farthest_from_tie or 0.0, default=checks[0])
-    # The session that computes all parts is one, so a changed graph is one violation.
+    # One session computes all parts, so a changed graph counts as one violation.
     unchanged = checks[0].observed_graph_is_shipped_graph
     repeated = len(checks) - 1 if unchanged is False else 0
     return Check(
@@ -264,10 +264,10 @@ def _outside(values: npt.NDArray[Any], expected: npt.NDArray[Any], bound: npt.ND
 
 @dataclass(frozen=True)
 class _Observed:
-    """ONNX Runtime on a file whose codes are additional outputs.
+    """Session of ONNX Runtime on a copy of a file that also returns the codes.
 
     Attributes:
-        session: The session.
+        session: The session; its outputs are the logits and the tensors of codes.
         names: Names of the tensors of codes.
         operations: Operations that ONNX Runtime runs in the shipped file; see `optimized_operations`.
         changed: Whether reading the codes changes the number of computing operations.

@@ -69,8 +69,8 @@ class Job:
         key: Hash of everything that the result depends on.
         name: Name of the run's directory.
         start: Name of the run whose float network it starts from; None if it trains its own.
-        lineage: Names of the runs whose float weights it descends from, beginning with the training "float"; the last
-            is its own if others start from it.
+        lineage: Names of the runs whose float weights it descends from, beginning with the training "float". If others
+            start from this run, its own name is the last.
     """
 
     training: str
@@ -169,7 +169,7 @@ class Study:
         return share * seconds("qat") / own
 
     def done(self, job: Job) -> bool:
-        """Return whether the study has the results of a training run that descend from the weights it keeps."""
+        """Return whether the study has a result of this training run that descends from the weights it keeps."""
         return any(row.key == job.key and not self.replaced(job, row) for row in self.rows)
 
     def replaced(self, job: Job, row: StudyRow) -> list[Path]:

@@ -45,5 +45,5 @@ def test_large_images_are_evaluated_in_small_batches_on_a_cpu_that_every_process
 
     assert [batch_size(images(side)) for side in (8, 32, 224, 1024)] == [500, 500, 10, 8]
     assert batch_size(images(224, "meta")) == batch_size(images(224), torch.device("cuda")) == 500
-    monkeypatch.setattr(distributed, "world", lambda: 16)  # a process without images would wait for the others for ever
+    monkeypatch.setattr(distributed, "world", lambda: 16)  # the others would wait forever for a process without images
     assert [batch_size(images(side)) for side in (32, 224)] == [500, 16]

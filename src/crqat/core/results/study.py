@@ -27,8 +27,8 @@ class StudyRow:
         correct: Test images classified correctly: base64 of one bit per image, the first in each byte's highest bit.
         key: Hash of everything that the training depends on.
         lineage: First 16 digits of the SHA-256 of the float weights of each training run that this one descends from,
-            beginning with the training "float"; the last are its own if others start from them. The same recipe gives
-            other weights on another CPU. [] in results of older versions.
+            beginning with the training "float". If others start from this run, the last entry is of its own weights.
+            The same recipe gives other weights on another kind of CPU. The list is empty in results of older versions.
     """
 
     labels: int | None
