@@ -70,7 +70,6 @@ ELSEWHERE: dict[str, str] = {
     "crqat_train/models/onnx_network.py": "tests/crqat_train/models/test_onnx_file.py",
     "crqat_train/ptq/shared.py": "tests/crqat_train/ptq/test_equalization.py",
     "crqat_train/ptq/walk.py": "tests/crqat_train/ptq/test_bias_correction.py",
-    "crqat_train/quantized_model.py": "tests/crqat_train/quantizers/test_finalize.py",
     "crqat_train/shares.py": "tests/crqat_train/test_distributed.py",
     "crqat_train/training/images.py": "tests/crqat_train/training/test_stage.py",
     "crqat_train/training/loop.py": "tests/crqat_train/training/test_stage.py",
