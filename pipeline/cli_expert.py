@@ -185,7 +185,8 @@ def study(
     widths = _numbers(bits, "--bits") if bits else [None]
     wanted = tuple(filter(None, (method.strip() for method in methods.split(","))))
     plan = chosen.plan(wanted, [seed or 0 for seed in _numbers(seeds, "--seeds")], counts, widths, equal)
-    failed = studies.run(chosen, plan, jobs or len(os.sched_getaffinity(0)))
+    with console.show_progress() as progress:
+        failed = studies.run(chosen, plan, jobs or len(os.sched_getaffinity(0)), progress)
     for cell, rows in report.cells(chosen.rows).items():
         console.show_table(report.title(cell), report.COLUMNS, report.table(rows))
         if headline := report.headline(rows):

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from crqat.core.errors import ToolError, UsageError
+from crqat.core.progress import Progress, quiet
 from crqat.core.results.study import StudyResults, StudyRow
 from crqat.core.run_directory import sha256_file
 from crqat.core.typed_json import read, text
@@ -252,13 +253,14 @@ def load(path: Path, overrides: tuple[str, ...], out: Path, runs: Path) -> Study
     return study
 
 
-def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
+def run(study: Study, jobs: Sequence[Job], processes: int, progress: Progress = quiet) -> list[str]:
     """Run the training runs that have no results yet, and write the study's files after each.
 
     Args:
         study: Study to which the results are added.
         jobs: Training runs in order; each waits until the one that it starts from has ended.
         processes: Number of training runs in parallel.
+        progress: Reports how many training runs have ended, and how far each of the others is.
 
     Returns:
         One line of text for each training run that failed, with the reason.
@@ -278,6 +280,7 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
     if pending:
         _make_weights_folder(study)
     failed: dict[str, str] = {}
+    shown = ""
     with _processes() as running:
         while pending or running:
             for job in list(pending):
@@ -297,8 +300,19 @@ def run(study: Study, jobs: Sequence[Job], processes: int) -> list[str]:
                     # Its float weights may differ from those that older results descend from.
                     known = {*pending, *running, *(other for other in jobs if other.name in failed)}
                     pending += [other for other in jobs if other not in known and not study.done(other)]
+            state = "; ".join(f"{job.training}, seed {job.seed}{_cell(job)}: {_last_line(study, job)}" for job in running)
+            if state != shown:
+                progress("training runs", len(jobs) - len(pending) - len(running), len(jobs), state)
+                shown = state
             time.sleep(_POLL_SECONDS)
     return list(failed.values())
+
+
+def _last_line(study: Study, job: Job) -> str:
+    """Return the last line of a training run's log: its progress."""
+    _, _, log = _files(study, job)
+    lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+    return console.printable(lines[-1]) if lines else "starts"
 
 
 @contextmanager

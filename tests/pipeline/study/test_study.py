@@ -82,7 +82,7 @@ def test_the_published_rows_are_current() -> None:
     root = Path(__file__).parents[3]
     published = root / "docs" / "study" / "resnet20_w4a4.json"
     made = study.load(root / "recipes" / "study_resnet20_w4a4.yaml", (), published.with_suffix(".md"), Path("runs"))
-    current = {(job.training, job.seed): job.key for job in made.plan((), (0,), [4000], [None], "steps")}
+    current = {(job.training, job.seed): job.key for job in made.plan((), (0, 1, 2), [4000], [None], "steps")}
     assert {row.key for row in made.rows} == {current[row.training, row.seed] for row in made.rows}
 
 
@@ -226,6 +226,7 @@ def test_a_killed_study_goes_on_and_what_it_has_is_not_trained_again(path: Path)
     result = CliRunner().invoke(crqat, arguments, standalone_mode=False)
     assert result.exception is None, result.output
     assert "study: 2 of 3 training runs are already finished" in result.output
+    assert "training runs: 2/3  cr-unlabeled, seed 0, 200 labels: " in result.output
     rows = found(out)
     assert rows.keys() == kept.keys() | {"cr-unlabeled"}
     assert {method: rows[method].key for method in kept} == kept
