@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 @click.option("--weights", help="Checkpoint. Default: those of torchvision, timm or the file.")
 @click.option("--no-labels", is_flag=True, help="Ignore class folders; measure agreement with the float network.")
 @click.option("--classes", type=click.IntRange(min=2), help="Number of classes, needed without class folders.")
-@click.option("--bits", default="8,8", metavar="W,A", help="Bit widths of weights and activations. Default: 8,8.")
+@click.option("--bits", default="8,8", metavar="W,A", help="Bits of weights and activations; first and last layer: 8.")
 @click.option("--advise", "advised", is_flag=True, help="Try steps beyond calibration until one meets --max-drop.")
 @click.option("--max-drop", type=click.FloatRange(min=0), help="Allowed accuracy drop in points; the gate judges it.")
 @click.option("--mean", help="Mean of each channel in units of 0..1, such as 0.485,0.456,0.406.")
@@ -91,7 +91,7 @@ def quantize(
         preprocessing,
         out,
     )
-    with lock.hold(out):
+    with command.in_options(out), lock.hold(out):
         with console.show_progress() as progress:
             recipe = command.write_recipe(request, progress)
         config, runs = load(recipe, ()), out.parent
@@ -121,8 +121,9 @@ def advise(recipe: Path, overrides: tuple[str, ...], runs: Path, judge: Path | N
     \b
     Each step is judged on images that neither it nor the float training
     has seen; the test images are used only once, for the chosen step.
-    The same command resumes an interrupted search. Exit code 1 if no
-    step passes, else the gate's.
+    The same command resumes an interrupted search. Exit code 1 if all
+    steps fail, 4 if none passes and the best one is inconclusive, else
+    the gate's.
     """  # noqa: D301 - click's mark for lines that stay as they are
     return _advise(load(recipe, overrides), runs, judge, every=every)
 
@@ -145,7 +146,7 @@ def _advise(config: Recipe, runs: Path, judge: Path | None, **further: bool) -> 
             run_stage(stage, chosen, runs, False)
         show_results(chosen, runs)
         code = judge_run(chosen, runs)
-        return code if advice.passed else 1
+        return code if advice.passed else 4 if command.undecided(advice) else 1
 
 
 COMMANDS = (quantize, advise)

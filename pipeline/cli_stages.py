@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from crqat.core.results.verdict import Verdict
     from crqat.pipeline.recipe.recipe import Recipe
 
+# A drop that surely exceeds so many percentage points is reported even if nothing is judged.
+_LARGE_DROP = 10.0
 _VERDICTS = {0: "pass", 1: "fail", 3: "error", 4: "inconclusive"}
 
 
@@ -85,13 +87,24 @@ def show_results(config: Recipe, runs: Path, stage: str = "benchmark") -> None:
 
 
 def warn_of_failures(config: Recipe, runs: Path) -> None:
-    """Apply the gate to a run and print each failed rule as a warning; the exit code of the command is not affected."""
+    """Apply the gate to a run and print each failed rule, and each large accuracy drop, as a warning.
+
+    The exit code of the command is not affected.
+    """
+    from crqat.core.results.benchmark import read_results
     from crqat.pipeline import console
     from crqat.pipeline.stages import run as stages
 
     for verdict in stages.gate(config, runs):
         if verdict.status == "fail":
             click.echo(console.printable(f"warning: {verdict.file}: {verdict.rule}: {verdict.message}"))
+    for name, model in read_results(runs / config.name / "benchmark" / stages.RESULTS).models.items():
+        if model.versus_float is not None and model.versus_float.drop_interval_points[0] > _LARGE_DROP:
+            drop, (low, high) = model.versus_float.drop_points, model.versus_float.drop_interval_points
+            click.echo(
+                f"warning: {console.printable(name)}: the accuracy drop is {drop:.2f} [{low:.2f}, {high:.2f}] points; "
+                "--advise --max-drop POINTS looks for a step that loses less"
+            )
 
 
 def judge_run(config: Recipe, runs: Path, stage: str = "benchmark", baseline: Path | None = None) -> int:

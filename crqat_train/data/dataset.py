@@ -11,6 +11,7 @@ from torch import Tensor
 
 from crqat.core.errors import UsageError
 from crqat.core.preprocessing import Preprocessing
+from crqat.train.config import LARGEST_UNIT
 from crqat.train.data.streaming import StoredImages
 
 
@@ -169,6 +170,9 @@ def doubts(dataset: Dataset, listed: bool = False) -> tuple[str, ...]:
             "no byte of the training images is above 1 of 255: were they floats in 0..1? (images * 255).round() before "
             ".to(torch.uint8) keeps them"
         )
+    for name, constants in zip(("mean", "std"), dataset.preprocessing.constants()[1:], strict=True):
+        if (largest := float(np.abs(constants).max())) > LARGEST_UNIT:
+            found.append(f"the normalization's {name} is {largest:g}, and its unit is 0..1: divide it by 255?")
     absent = sorted(set(dataset.test_labels.tolist()) - set(dataset.train_labels.tolist()))
     if absent and not listed:
         names = ", ".join(dataset.class_names[label] for label in absent[:3])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -13,7 +15,7 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.core.field_bounds import user_path
 from crqat.core.progress import Progress
 from crqat.core.typed_json import text
-from crqat.train.config import FOLDER_CROP, FOLDER_SIZE, is_onnx_file
+from crqat.train.config import FOLDER_CROP, FOLDER_SIZE, LARGEST_UNIT, is_onnx_file
 
 if TYPE_CHECKING:
     from crqat.train.models.onnx_network import OnnxNetwork
@@ -23,6 +25,16 @@ CALIBRATION = 100
 _FEWEST = 20
 _IMAGENET = 1000
 _Number = TypeVar("_Number", int, float)
+# The option for each key of a recipe that an error may name; the user of this command has written no recipe.
+_OPTIONS = {
+    r"model\.name": "MODEL",
+    r"model\.weights": "--weights",
+    r"quantization\.(weights|activations)": "--bits",
+    r"data\.(mean|std|size|crop|interpolation)(\.\d+)?": r"--\1",
+    r"set data\.channels: 1": "give one number for --mean and for --std",
+    r", or set data\.convert: true to convert such images": "",
+    "--runs": "--out",
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +74,24 @@ class Request:
     out: Path
 
 
+@contextmanager
+def in_options(out: Path) -> Iterator[None]:
+    """Context manager in which errors name the options of the command, not the keys of the recipe that it writes.
+
+    Args:
+        out: Directory of the recipe.
+    """
+    try:
+        yield
+    except (UsageError, ToolError) as error:
+        parts = str(error).replace(f"{out / 'recipe.yaml'}: ", "").split("; ")
+        for key, option in _OPTIONS.items():
+            parts = [re.sub(key, option, part) for part in parts]
+        # Three wrong numbers of one option are one mistake.
+        once = {re.split(": ", part)[0] if part.startswith("--") else part: part for part in reversed(parts)}
+        raise type(error)("; ".join(reversed(once.values()))) from error
+
+
 def write_recipe(request: Request, progress: Progress) -> Path:
     """Split the images, label them with the float network if they have no labels, and write the list and the recipe.
 
@@ -91,6 +121,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
         )
         raise UsageError(msg)
     calibrating, test = _split(request, found[1], None if judging is None else judging[1])
+    _check_apart(request, calibrating, test)
     names = found[0]
     if names is not None and request.classes not in (None, len(names)):
         msg = f"--classes: {request.classes}, but {request.images} has {len(names)} class folders; leave --classes out"
@@ -142,6 +173,9 @@ def _full_name(name: str) -> str:
 
 def _weights(name: str, request: Request) -> str:
     if request.weights is not None:
+        if request.weights != "pretrained" and not user_path(request.weights, "--weights").is_file():
+            msg = f"--weights: no file {request.weights} (relative to {Path.cwd()}); correct the path"
+            raise UsageError(msg)
         return request.weights
     if name.startswith(("torchvision/", "timm/")):
         return "pretrained"
@@ -215,6 +249,11 @@ def _check_classes(request: Request, name: str, classes: int, names: Sequence[st
 def _preprocessing(name: str, weights: str | None, request: Request) -> dict[str, Any]:
     """Return the preprocessing keys of the `data` section; values published with the weights are left out."""
     given = {key: value for key, value in request.preprocessing.items() if value is not None}
+    for key in ("mean", "std"):
+        large = next((number for number in given.get(key, ()) if abs(number) > LARGEST_UNIT), None)
+        if large is not None:
+            msg = f"--{key}: {large:g} is not in units of 0..1; divide the numbers by 255"
+            raise UsageError(msg)
     if any(len(given.get(key, ())) == 1 for key in ("mean", "std")):  # a single number is for grey images
         given["channels"] = 1
     if weights == "pretrained":
@@ -284,6 +323,18 @@ def _split(
     return calibrating, {str(root / path): label for path, label in judging.items()}
 
 
+def _check_apart(request: Request, calibrating: dict[str, int], test: dict[str, int]) -> None:
+    """Check that no calibration image is a test image."""
+    root = request.images.resolve()
+    same = {(root / path).resolve() for path in calibrating} & {(root / path).resolve() for path in test}
+    if same:
+        msg = (
+            f"--test: {len(same)} of its images are among the calibration images, such as {min(same)}; give a folder "
+            "of other images, or leave --test out to split --images"
+        )
+        raise UsageError(msg)
+
+
 def _halves(request: Request, images: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
     """Split the test images at random: one half selects the quantization method, the other tests the selected one."""
     import torch
@@ -335,6 +386,12 @@ def _answers(
         seen = answers(network.eval(), images, dataset.preprocessing).tolist()
         progress("predictions of the float network", len(part), len(part))
         found.append(dict(zip(part, seen, strict=True)))
+    if len(only := {answer for part in found for answer in part.values()}) == 1:
+        msg = (
+            f"MODEL: the float network predicts {names[only.pop()]} for all {len(calibrating) + len(test)} images, so "
+            "agreement with it would say nothing; check --weights, --mean and --std"
+        )
+        raise UsageError(msg)
     return found[0], found[1]
 
 

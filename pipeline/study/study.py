@@ -300,7 +300,9 @@ def run(study: Study, jobs: Sequence[Job], processes: int, progress: Progress = 
                     # Its float weights may differ from those that older results descend from.
                     known = {*pending, *running, *(other for other in jobs if other.name in failed)}
                     pending += [other for other in jobs if other not in known and not study.done(other)]
-            state = "; ".join(f"{job.training}, seed {job.seed}{_cell(job)}: {_last_line(study, job)}" for job in running)
+            state = "; ".join(
+                f"{job.training}, seed {job.seed}{_cell(job)}: {_last_line(study, job)}" for job in running
+            )
             if state != shown:
                 progress("training runs", len(jobs) - len(pending) - len(running), len(jobs), state)
                 shown = state

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import torch
@@ -240,6 +241,19 @@ def loop(model: onnx.ModelProto) -> None:
     node("If", inputs=["zero"], then_branch=body, else_branch=body)(model)
 
 
+def branch_after_its_condition(model: onnx.ModelProto) -> None:
+    node("Det")(model)
+    body = helper.make_graph([], "body", [], [helper.make_tensor_value_info("c", TensorProto.FLOAT, None)])
+    model.graph.node.append(helper.make_node("If", ["r"], ["s"], "branch", then_branch=body, else_branch=body))
+
+
+def nan_weight(model: onnx.ModelProto) -> None:
+    weight = next(tensor for tensor in model.graph.initializer if tensor.name == "fc.weight")
+    values = numpy_helper.to_array(weight).copy()
+    values[0, 0] = np.nan
+    weight.CopyFrom(numpy_helper.from_array(values, "fc.weight"))
+
+
 def opset(version: int) -> Callable[[onnx.ModelProto], None]:
     def change(model: onnx.ModelProto) -> None:
         model.opset_import[0].version = version
@@ -270,6 +284,8 @@ def computed_weight(model: onnx.ModelProto) -> None:
     ("change", "message"),
     [
         (loop, "node node_1 (If): contains a subgraph"),
+        (branch_after_its_condition, "node branch (If): contains a subgraph"),
+        (nan_weight, "fc.weight holds NaN or infinity"),
         (node("Det"), "node node_1 (Det): is not a supported operator"),
         (node("Relu", domain="com.example"), "node node_1 (Relu): is an operator of com.example"),
         (node("QuantizeLinear", inputs=["c", "six"]), "node node_1 (QuantizeLinear): belongs to a quantized file"),
@@ -303,6 +319,9 @@ def test_files_that_are_none_and_other_numbers_of_classes_end_in_one_line(tmp_pa
         models.check_name(str(path))
     path.write_bytes(b"\x08\x07not a model")
     with pytest.raises(UsageError, match="not an ONNX file"):
+        models.check_name(str(path))
+    path.write_bytes(b"")
+    with pytest.raises(UsageError, match="has no network in it"):
         models.check_name(str(path))
     newer(path)
     models.check_name(str(path))

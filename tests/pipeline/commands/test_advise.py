@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +15,10 @@ from torch import nn
 
 from crqat.core.errors import UsageError
 from crqat.core.progress import quiet
+from crqat.core.results.advice import Advice, Step
+from crqat.core.results.verdict import Verdict
 from crqat.pipeline.cli import crqat
-from crqat.pipeline.commands.advise import Ladder
+from crqat.pipeline.commands.advise import Ladder, show, undecided
 from crqat.pipeline.recipe import recipe as recipes
 from crqat.train.config import DataConfig
 from crqat.train.data import sources
@@ -151,3 +154,20 @@ def test_what_cannot_be_decided_or_rounded_is_said_at_once(tmp_path: Path) -> No
     assert "adaptive-rounding" not in names
     assert "short-qat" in names
     assert [line for line in told if line.startswith("step adaptive-rounding left out: ptq.adaround: 0: DoReFa")]
+
+
+def test_a_best_step_that_is_inconclusive_is_not_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    """More judging images might show that it passes, and their number is told."""
+
+    def advice(status: Any) -> Advice:
+        message = "0.50 [-1.32, 2.54] points over 200 test images, allowed 2; about 900 test images would decide"
+        verdict = Verdict("accuracy_drop", "mse", status, 0.5, (-1.32, 2.54), 2.0, 200, message)
+        step = Step("mse", "run", 0.1, 0.9, 0.5, (-1.32, 2.54), [verdict], status, [], 8.0, 1000, 1.0)
+        return Advice(200, "here", "", 0.905, [step], "mse", False)
+
+    assert undecided(advice("inconclusive")) and not undecided(advice("fail"))
+    show(advice("inconclusive"), Path("out"))
+    assert "which is inconclusive: 0.50 [-1.32" in (said := capsys.readouterr().out)
+    assert "about 900 judging images would decide" in said
+    show(advice("fail"), Path("out"))
+    assert "advice: no step passes; the best is mse\n" in capsys.readouterr().out

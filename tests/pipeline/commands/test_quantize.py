@@ -164,6 +164,12 @@ def test_without_labels_the_float_networks_answers_judge(digits: Path, tmp_path:
         (["--images", "{digits}/images", "--bits", "8"], HOW, "--bits: 8 is not a pair"),
         (["--images", "{digits}/images"], (*HOW[:4], "--mean", "0.3"), "--std: known_network:network needs"),
         (["--images", "{digits}/images"], (*HOW[:4], "--mean", "x", "--std", "1"), "--mean: x is not a list"),
+        (["--images", "{digits}/images"], (*HOW[:4], "--mean", "123", "--std", "58"), "--mean: 123 is not in units"),
+        (["--images", "{digits}/images"], (*HOW[:4], "--mean", "0.3", "--std", "0,0,0"), "--std: should be greater"),
+        (["--images", "{digits}/images", "--bits", "1,8"], HOW, "--bits: should be greater than or equal to 2"),
+        (["--images", "{digits}/images", "--weights", "gone.pt"], HOW, "--weights: no file gone.pt (relative to "),
+        (["--images", "{digits}/images", "--test", "{digits}/images"], HOW, "--test: 100 of its images are among"),
+        (["--images", "{digits}/same", "--classes", "10"], HOW, "MODEL: the float network predicts class "),
         (["--images", "{digits}/few"], HOW, "--images: "),
         (["--images", "{digits}/one"], HOW, "--images: "),
     ],
@@ -172,6 +178,9 @@ def test_what_is_wrong_is_one_line_that_names_the_option(
     digits: Path, tmp_path: Path, arguments: list[str], how: tuple[str, ...], message: str
 ) -> None:
     one = sorted((digits / "images" / "digit1").glob("*.png"))
+    (digits / "same").mkdir(exist_ok=True)
+    for number in range(20):
+        (digits / "same" / f"{number}.png").write_bytes(one[0].read_bytes())
     for path, count in ((digits / "few", 10), (digits / "one" / "digit1", 20)):
         path.mkdir(parents=True, exist_ok=True)
         for file in one[:count]:
@@ -230,7 +239,7 @@ def test_a_float_onnx_file_becomes_verified_files(digits: Path, tmp_path: Path) 
         ("known.onnx", ["--images", "{digits}/flat", "--size", "8", *HOW[4:], "--classes", "7"], "--classes: 7, but "),
         ("known.onnx", ["--images", "{digits}/two", "--size", "8", *HOW[4:]], "--images: "),
         ("four.onnx", ["--images", "{digits}/images", "--size", "8", *HOW[4:]], "MODEL: "),
-        ("gone.onnx", ["--images", "{digits}/images", "--size", "8", *HOW[4:]], "model.name: no file "),
+        ("gone.onnx", ["--images", "{digits}/images", "--size", "8", *HOW[4:]], "MODEL: no file "),
     ],
 )
 def test_what_is_wrong_with_a_file_is_one_line(
