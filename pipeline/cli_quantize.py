@@ -131,6 +131,7 @@ def advise(recipe: Path, overrides: tuple[str, ...], runs: Path, judge: Path | N
 def _advise(config: Recipe, runs: Path, judge: Path | None, **further: bool) -> int:
     from crqat.pipeline import console
     from crqat.pipeline.commands import advise as command
+    from crqat.pipeline.gate import rules
     from crqat.pipeline.stages import lock
 
     out = runs / f"{config.name}-advise"
@@ -146,7 +147,7 @@ def _advise(config: Recipe, runs: Path, judge: Path | None, **further: bool) -> 
             run_stage(stage, chosen, runs, False)
         show_results(chosen, runs)
         code = judge_run(chosen, runs)
-        return code if advice.passed else 4 if command.undecided(advice) else 1
+        return code if advice.passed else rules.exit_code(command.chosen(advice).verdicts)
 
 
 COMMANDS = (quantize, advise)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
@@ -11,9 +9,6 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.core.field_bounds import user_path
 from crqat.train.models.onnx_file import OnnxFile, read
 from crqat.train.models.onnx_network import Builder, OnnxNetwork
-
-if TYPE_CHECKING:
-    pass
 
 # Largest difference of the logits relative to their range; the network and the file differ by rounding only.
 TOLERANCE = 1e-4

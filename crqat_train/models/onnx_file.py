@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from crqat.core.errors import UsageError
 from crqat.train.models import untrusted_onnx
 from crqat.train.models.onnx_operators import OPERATORS
@@ -52,8 +50,6 @@ def read(path: Path) -> OnnxFile:
             or has an unsupported operator; the message names the file and the node.
         ToolError: The file cannot be read.
     """
-    import onnx
-
     if not path.is_file():
         msg = f"model.name: no file {path} (relative to {Path.cwd()}); correct the path"
         raise UsageError(msg)
@@ -61,7 +57,7 @@ def read(path: Path) -> OnnxFile:
     if not model.graph.node:
         msg = f"{path}: has no network in it; export it again"
         raise UsageError(msg)
-    # What needs a loop or a branch is named first; other unsupported operators may only compute its condition.
+    # Loops and branches are named first: another unsupported operator may only compute their condition.
     for node in sorted(model.graph.node, key=lambda node: node.op_type not in _LOOPS):
         _check_operator(path, node)
     versions = {entry.domain: entry.version for entry in model.opset_import if entry.domain in _STANDARD}
@@ -83,10 +79,6 @@ def read(path: Path) -> OnnxFile:
             msg = f"{path}: has {len(values)} {kind} ({names}); a classifier has one: images in, logits out"
             raise UsageError(msg)
     untrusted_onnx.check(path, model)
-    for tensor in model.graph.initializer:
-        if tensor.data_type == onnx.TensorProto.FLOAT and not np.isfinite(onnx.numpy_helper.to_array(tensor)).all():
-            msg = f"{path}: {tensor.name} holds NaN or infinity; export a network that was trained without them"
-            raise UsageError(msg)
     return OnnxFile(path, model, inputs[0].name, model.graph.output[0].name, _shape(path, inputs[0]))
 
 

@@ -105,11 +105,13 @@ def _compare(name: str, model: nn.Module, dataset: Dataset, split: Split) -> tup
         network, which is not compared.
 
     Raises:
-        UsageError: The results differ by more than rounding; see `from_onnx.compare`.
+        UsageError: A weight of the file is NaN or infinite, or the results differ by more than rounding; see
+            `from_onnx.compare`.
         ToolError: ONNX Runtime cannot run the file.
     """
     if not is_onnx_file(name):
         return "", ""
+    check_values(model, f"model.name: {name}")
     chosen = dataset.train_images[split.train[: from_onnx.COMPARED]]
     images = next(evaluation_batches(chosen, dataset.preprocessing, from_onnx.COMPARED))
     return f"model.name: {name}", from_onnx.compare(name, model, images)

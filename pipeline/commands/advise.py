@@ -305,11 +305,9 @@ def write(ladder: Ladder, advice: Advice, out: Path) -> None:
     (out / RECIPE).write_text(head + yaml.safe_dump(values, sort_keys=False, default_flow_style=None, width=120))
 
 
-def undecided(advice: Advice) -> bool:
-    """Return whether no step passes, but more judging images might show that the chosen one does."""
-    return not advice.passed and any(
-        step.name == advice.chosen and step.status == "inconclusive" for step in advice.steps
-    )
+def chosen(advice: Advice) -> Step:
+    """Return the chosen step: the first that passes, or the best one if none passes."""
+    return next(step for step in advice.steps if step.name == advice.chosen)
 
 
 def show(advice: Advice, out: Path) -> None:
@@ -339,13 +337,11 @@ def show(advice: Advice, out: Path) -> None:
         click.echo(f"warning: {advice.understated}")
     if advice.passed:
         click.echo(f"advice: {advice.chosen}, the cheapest step that passes")
-    elif undecided(advice):
-        best = next(step for step in advice.steps if step.name == advice.chosen)
-        reason = next(verdict.message for verdict in best.verdicts if verdict.status == "inconclusive")
-        said = reason.replace("test images would decide", "judging images would decide")
-        click.echo(f"advice: no step is shown to pass; the best is {advice.chosen}, which is inconclusive: {said}")
     else:
-        click.echo(f"advice: no step passes; the best is {advice.chosen}")
+        best = chosen(advice)
+        needed = max((verdict.images_needed or 0 for verdict in best.verdicts), default=0)
+        more = f"; about {needed} judging images would decide" if needed else ""
+        click.echo(f"advice: no step passes; the best is {best.name} ({best.status}){more}")
     click.echo(f"written: {', '.join(str(out / name) for name in (JSON, PICTURE, RECIPE))}")
 
 

@@ -87,9 +87,8 @@ def in_options(out: Path) -> Iterator[None]:
         parts = str(error).replace(f"{out / 'recipe.yaml'}: ", "").split("; ")
         for key, option in _OPTIONS.items():
             parts = [re.sub(key, option, part) for part in parts]
-        # Three wrong numbers of one option are one mistake.
-        once = {re.split(": ", part)[0] if part.startswith("--") else part: part for part in reversed(parts)}
-        raise type(error)("; ".join(reversed(once.values()))) from error
+        # Each of three numbers may be wrong for the same reason.
+        raise type(error)("; ".join(dict.fromkeys(parts))) from error
 
 
 def write_recipe(request: Request, progress: Progress) -> Path:
@@ -188,8 +187,11 @@ def _imported(name: str) -> OnnxNetwork | None:
     if not is_onnx_file(name):
         return None
     from crqat.train.models import from_onnx, onnx_file
+    from crqat.train.quantizers.finalize import check_values
 
-    return from_onnx.network(onnx_file.read(user_path(name, "MODEL")))
+    network = from_onnx.network(onnx_file.read(user_path(name, "MODEL")))
+    check_values(network, f"MODEL: {name}")
+    return network
 
 
 def _of_file(name: str, network: OnnxNetwork, data: dict[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,8 @@ from crqat.core.progress import quiet
 from crqat.core.results.advice import Advice, Step
 from crqat.core.results.verdict import Verdict
 from crqat.pipeline.cli import crqat
-from crqat.pipeline.commands.advise import Ladder, show, undecided
+from crqat.pipeline.commands.advise import Ladder, chosen, show
+from crqat.pipeline.gate import rules
 from crqat.pipeline.recipe import recipe as recipes
 from crqat.train.config import DataConfig
 from crqat.train.data import sources
@@ -157,17 +158,19 @@ def test_what_cannot_be_decided_or_rounded_is_said_at_once(tmp_path: Path) -> No
 
 
 def test_a_best_step_that_is_inconclusive_is_not_a_failure(capsys: pytest.CaptureFixture[str]) -> None:
-    """More judging images might show that it passes, and their number is told."""
+    """More judging images might show that it passes; the output says how many."""
 
-    def advice(status: Any) -> Advice:
-        message = "0.50 [-1.32, 2.54] points over 200 test images, allowed 2; about 900 test images would decide"
-        verdict = Verdict("accuracy_drop", "mse", status, 0.5, (-1.32, 2.54), 2.0, 200, message)
+    def advice(status: Any, needed: int | None) -> Advice:
+        verdict = Verdict("accuracy_drop", "mse", status, 0.5, (-1.32, 2.54), 2.0, 200, "", needed)
         step = Step("mse", "run", 0.1, 0.9, 0.5, (-1.32, 2.54), [verdict], status, [], 8.0, 1000, 1.0)
         return Advice(200, "here", "", 0.905, [step], "mse", False)
 
-    assert undecided(advice("inconclusive")) and not undecided(advice("fail"))
-    show(advice("inconclusive"), Path("out"))
-    assert "which is inconclusive: 0.50 [-1.32" in (said := capsys.readouterr().out)
-    assert "about 900 judging images would decide" in said
-    show(advice("fail"), Path("out"))
-    assert "advice: no step passes; the best is mse\n" in capsys.readouterr().out
+    assert rules.exit_code(chosen(advice("inconclusive", 900)).verdicts) == 4
+    assert rules.exit_code(chosen(advice("fail", None)).verdicts) == 1
+    show(advice("inconclusive", 900), Path("out"))
+    assert (
+        "no step passes; the best is mse (inconclusive); about 900 judging images would decide\n"
+        in capsys.readouterr().out
+    )
+    show(advice("fail", None), Path("out"))
+    assert "no step passes; the best is mse (fail)\n" in capsys.readouterr().out

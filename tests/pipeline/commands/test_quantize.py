@@ -8,6 +8,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import torch
 import yaml
@@ -239,6 +241,11 @@ def test_a_float_onnx_file_becomes_verified_files(digits: Path, tmp_path: Path) 
         ("known.onnx", ["--images", "{digits}/flat", "--size", "8", *HOW[4:], "--classes", "7"], "--classes: 7, but "),
         ("known.onnx", ["--images", "{digits}/two", "--size", "8", *HOW[4:]], "--images: "),
         ("four.onnx", ["--images", "{digits}/images", "--size", "8", *HOW[4:]], "MODEL: "),
+        (
+            "nan.onnx",
+            ["--images", "{digits}/images", "--size", "8", *HOW[4:]],
+            "MODEL: {digits}/nan.onnx holds values ",
+        ),
         ("gone.onnx", ["--images", "{digits}/images", "--size", "8", *HOW[4:]], "MODEL: no file "),
     ],
 )
@@ -249,6 +256,10 @@ def test_what_is_wrong_with_a_file_is_one_line(
         (digits / "two" / name).mkdir(parents=True, exist_ok=True)
         for file in sorted((digits / "images" / name).glob("*.png"))[:15]:
             (digits / "two" / name / file.name).write_bytes(file.read_bytes())
+    wrong = onnx.load(digits / "known.onnx")
+    weight = next(tensor for tensor in wrong.graph.initializer if len(tensor.dims) == 4)
+    weight.CopyFrom(onnx.numpy_helper.from_array(np.nan * onnx.numpy_helper.to_array(weight), weight.name))
+    onnx.save(wrong, digits / "nan.onnx")
     result = of_file(digits, tmp_path, *(part.format(digits=digits) for part in arguments), model=model)
     assert getattr(result.exception, "exit_code", None) == 2, result.output
     assert str(result.exception).startswith(message.format(digits=digits)) and "\n" not in str(result.exception)
