@@ -182,7 +182,7 @@ def _whole_command(model: str, folder: Path) -> Steps:
     """Time the stages of `crqat quantize` up to the exported files, with the verification as a step of its own."""
     watch = Stopwatch()
     with watch.step("recipe"):
-        from crqat.pipeline.commands import quantize
+        from crqat.pipeline.commands import quantize, quantize_request
         from crqat.pipeline.recipe import recipe
         from crqat.pipeline.stages import run as stages
 
@@ -190,7 +190,7 @@ def _whole_command(model: str, folder: Path) -> Steps:
             side = first.width
         given = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225], "size": side, "crop": side}
         weights, runs = str(folder / "weights.safetensors"), Path(tempfile.mkdtemp(dir=folder))
-        request = quantize.Request(
+        request = quantize_request.Request(
             model, folder / "calibration", folder / "test", weights, False, 1000, (8, 8), False, None, 0, given,
             runs / "quantized",
         )  # fmt: skip

@@ -175,7 +175,7 @@ def study(
 
     The same command resumes where it was stopped: it repeats no run whose results are in the JSON file next to OUT.
     """
-    from crqat.pipeline.study import report
+    from crqat.pipeline.study import report, runner
     from crqat.pipeline.study import study as studies
 
     config = load(recipe, overrides)
@@ -186,7 +186,7 @@ def study(
     wanted = tuple(filter(None, (method.strip() for method in methods.split(","))))
     plan = chosen.plan(wanted, [seed or 0 for seed in _numbers(seeds, "--seeds")], counts, widths, equal)
     with console.show_progress() as progress:
-        failed = studies.run(chosen, plan, jobs or len(os.sched_getaffinity(0)), progress)
+        failed = runner.run(chosen, plan, jobs or len(os.sched_getaffinity(0)), progress)
     for cell, rows in report.cells(chosen.rows).items():
         console.show_table(report.title(cell), report.COLUMNS, report.table(rows))
         if headline := report.headline(rows):

@@ -63,21 +63,22 @@ def quantize(
     """  # noqa: D301 - click's mark for lines that stay as they are
     from crqat.pipeline import console
     from crqat.pipeline.commands import quantize as command
+    from crqat.pipeline.commands import quantize_request as options
     from crqat.pipeline.stages import lock
 
-    widths = command.numbers(bits, "--bits", int)
+    widths = options.numbers(bits, "--bits", int)
     if len(widths) != 2:
         msg = f"--bits: {bits} is not a pair of bit widths; give those of weights and activations, such as 8,8"
         raise UsageError(msg)
     preprocessing = {
-        "mean": None if mean is None else command.numbers(mean, "--mean", float),
-        "std": None if std is None else command.numbers(std, "--std", float),
+        "mean": None if mean is None else options.numbers(mean, "--mean", float),
+        "std": None if std is None else options.numbers(std, "--std", float),
         "size": size,
         "crop": crop,
         "interpolation": interpolation,
     }
-    out = out or Path("runs") / command.run_name(model, widths)
-    request = command.Request(
+    out = out or Path("runs") / options.run_name(model, widths)
+    request = options.Request(
         model,
         images,
         test,
@@ -91,7 +92,7 @@ def quantize(
         preprocessing,
         out,
     )
-    with command.in_options(out), lock.hold(out):
+    with options.in_options(out), lock.hold(out):
         with console.show_progress() as progress:
             recipe = command.write_recipe(request, progress)
         config, runs = load(recipe, ()), out.parent

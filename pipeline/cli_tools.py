@@ -209,7 +209,7 @@ def init(
         command.write_default(path)
         console.give(recipe=str(path))
     else:
-        from crqat.pipeline.commands.quantize import numbers
+        from crqat.pipeline.commands.quantize_request import numbers
 
         preprocessing = {
             "mean": None if mean is None else numbers(mean, "--mean", float),

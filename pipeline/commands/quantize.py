@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
@@ -15,80 +12,14 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.core.field_bounds import user_path
 from crqat.core.progress import Progress
 from crqat.core.typed_json import text
+from crqat.pipeline.commands.quantize_images import halves, listed, split
+from crqat.pipeline.commands.quantize_request import Request
 from crqat.train.config import FOLDER_CROP, FOLDER_SIZE, LARGEST_UNIT, is_onnx_file
 
 if TYPE_CHECKING:
     from crqat.train.models.onnx_network import OnnxNetwork
 
-# Largest number of calibration images; a folder with fewer than twice as many gives half of its images.
-CALIBRATION = 100
-_FEWEST = 20
 _IMAGENET = 1000
-_Number = TypeVar("_Number", int, float)
-# The option for each key of a recipe that an error may name; the user of this command has written no recipe.
-_OPTIONS = {
-    r"model\.name": "MODEL",
-    r"model\.weights": "--weights",
-    r"quantization\.(weights|activations)": "--bits",
-    r"data\.(mean|std|size|crop|interpolation)(\.\d+)?": r"--\1",
-    r"set data\.channels: 1": "give one number for --mean and for --std",
-    r", or set data\.convert: true to convert such images": "",
-    "--runs": "--out",
-}
-
-
-@dataclass(frozen=True)
-class Request:
-    """Options of one call of `crqat quantize`.
-
-    Attributes:
-        model: Network as in `model.name` of a recipe, such as a float ONNX file, or the bare name of a torchvision or
-            timm network.
-        images: Folder with one folder of images for each class, or with images alone.
-        test: Folder of the same kind with the test images; None splits `images`.
-        weights: Checkpoint; None uses weights that torchvision or timm publish, or those of an ONNX file.
-        labels: Whether class folders are used as labels.
-        classes: Number of logits if class folders do not give it; None means 1,000 for published weights, or an ONNX
-            file's own number.
-        bits: Bit widths of weights and activations.
-        advise: Whether half of the test images select the quantization method; the other half tests the network
-            that the selected method gives.
-        max_drop: Allowed accuracy drop in percentage points; without it (None), the results are not judged.
-        seed: Seed of the random split into calibration and test images.
-        preprocessing: Given values of `mean`, `std`, `size`, `crop` and `interpolation`, by their key in a recipe's
-            `data` section.
-        out: Directory for the recipe, the list of images and the run.
-    """
-
-    model: str
-    images: Path
-    test: Path | None
-    weights: str | None
-    labels: bool
-    classes: int | None
-    bits: tuple[int, int]
-    advise: bool
-    max_drop: float | None
-    seed: int
-    preprocessing: dict[str, Any]
-    out: Path
-
-
-@contextmanager
-def in_options(out: Path) -> Iterator[None]:
-    """Context manager in which errors name the options of the command, not the keys of the recipe that it writes.
-
-    Args:
-        out: Directory of the recipe.
-    """
-    try:
-        yield
-    except (UsageError, ToolError) as error:
-        parts = str(error).replace(f"{out / 'recipe.yaml'}: ", "").split("; ")
-        for key, option in _OPTIONS.items():
-            parts = [re.sub(key, option, part) for part in parts]
-        # Each of three numbers may be wrong for the same reason.
-        raise type(error)("; ".join(dict.fromkeys(parts))) from error
 
 
 def write_recipe(request: Request, progress: Progress) -> Path:
@@ -110,17 +41,16 @@ def write_recipe(request: Request, progress: Progress) -> Path:
     data = _preprocessing(name, weights, request)
     if imported is not None:
         data = _of_file(name, imported, data)
-    found = _listed(request.images, "--images", request.labels)
+    found = listed(request.images, "--images", request.labels)
     if weights != "pretrained" and imported is None:
         data = _sized(request, data, progress)
-    judging = None if request.test is None else _listed(request.test, "--test", request.labels)
+    judging = None if request.test is None else listed(request.test, "--test", request.labels)
     if judging is not None and judging[0] != found[0]:
         msg = (
             f"--test: {request.test} has other class folders than {request.images}; give both the same, or --no-labels"
         )
         raise UsageError(msg)
-    calibrating, test = _split(request, found[1], None if judging is None else judging[1])
-    _check_apart(request, calibrating, test)
+    calibrating, test = split(request, found[1], None if judging is None else judging[1])
     names = found[0]
     if names is not None and request.classes not in (None, len(names)):
         msg = f"--classes: {request.classes}, but {request.images} has {len(names)} class folders; leave --classes out"
@@ -156,7 +86,7 @@ def write_recipe(request: Request, progress: Progress) -> Path:
         calibrating, test = _answers(recipe, request, names, calibrating, test, progress)
     choosing: dict[str, int] = {}
     if request.advise:
-        choosing, test = _halves(request, test)
+        choosing, test = halves(request, test)
     _write(request.out, recipe, names, calibrating, test, labels_of, choosing)
     return request.out / "recipe.yaml"
 
@@ -287,68 +217,6 @@ def _sized(request: Request, data: dict[str, Any], progress: Progress) -> dict[s
     return {"size": FOLDER_SIZE, "crop": FOLDER_CROP, **data}
 
 
-def _listed(folder: Path, option: str, labels: bool) -> tuple[tuple[str, ...] | None, dict[str, int]]:
-    """Return the class names (None without labels), and a map of image paths to class indices (0 without labels)."""
-    from crqat.train.data.imagefolder import list_images
-
-    folder = user_path(str(folder), option)
-    paths = [file.path.relative_to(folder) for file in list_images(folder, option)]
-    names = tuple(sorted({path.parts[0] for path in paths if len(path.parts) > 1}))
-    loose = [path.name for path in paths if len(path.parts) == 1]
-    if not labels or not names:
-        return None, {str(path): 0 for path in paths}
-    if loose:
-        msg = f"{option}: {folder} has images outside its class folders, like {loose[0]}; move them, or use --no-labels"
-        raise UsageError(msg)
-    if len(names) == 1:
-        msg = f"{option}: {folder} has one class folder, {names[0]}; add folders of other classes, or use --no-labels"
-        raise UsageError(msg)
-    return names, {str(path): names.index(path.parts[0]) for path in paths}
-
-
-def _split(
-    request: Request, images: dict[str, int], judging: dict[str, int] | None
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the calibration and the test images, a random split by the request's seed; no image is in both."""
-    import torch
-
-    if len(images) < _FEWEST:
-        msg = f"--images: {request.images} has {len(images)} images; at least {_FEWEST} are needed"
-        raise UsageError(msg)
-    count = min(CALIBRATION, len(images) // 2) if judging is None else min(CALIBRATION, len(images))
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(request.seed)).tolist()
-    paths = list(images)
-    calibrating = {paths[index]: images[paths[index]] for index in sorted(order[:count])}
-    if judging is None:
-        return calibrating, {paths[index]: images[paths[index]] for index in sorted(order[count:])}
-    root = (request.test or request.images).resolve()
-    return calibrating, {str(root / path): label for path, label in judging.items()}
-
-
-def _check_apart(request: Request, calibrating: dict[str, int], test: dict[str, int]) -> None:
-    """Check that no calibration image is a test image."""
-    root = request.images.resolve()
-    same = {(root / path).resolve() for path in calibrating} & {(root / path).resolve() for path in test}
-    if same:
-        msg = (
-            f"--test: {len(same)} of its images are among the calibration images, such as {min(same)}; give a folder "
-            "of other images, or leave --test out to split --images"
-        )
-        raise UsageError(msg)
-
-
-def _halves(request: Request, images: dict[str, int]) -> tuple[dict[str, int], dict[str, int]]:
-    """Split the test images at random: one half selects the quantization method, the other tests the selected one."""
-    import torch
-
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(request.seed + 1)).tolist()
-    chosen, paths = set(order[: len(images) // 2]), list(images)
-    halves: tuple[dict[str, int], dict[str, int]] = ({}, {})
-    for index, path in enumerate(paths):
-        halves[index not in chosen][path] = images[path]
-    return halves
-
-
 def _classes(name: str, weights: str | None) -> int:
     if weights == "pretrained":
         return _IMAGENET
@@ -418,23 +286,3 @@ def _write(
     except OSError as error:
         msg = f"--out: {out} cannot be written: {error.strerror}"
         raise ToolError(msg) from error
-
-
-def numbers(given: str, option: str, kind: Callable[[str], _Number]) -> list[_Number]:
-    """Return the numbers in a text that separates them by commas, converted by `kind`.
-
-    Raises:
-        UsageError: The text is not a list of numbers; the message names the option.
-    """
-    try:
-        return [kind(part) for part in given.split(",")]
-    except ValueError:
-        msg = f"{option}: {given} is not a list of numbers, such as 8,8 or 0.485,0.456,0.406"
-        raise UsageError(msg) from None
-
-
-def run_name(model: str, bits: Sequence[int]) -> str:
-    """Return a name for the run of `model` at these bit widths that is valid as the name of a directory."""
-    model = Path(model).stem if is_onnx_file(model) else model
-    letters = "".join(letter if letter.isascii() and letter.isalnum() else "_" for letter in model)
-    return f"{letters}-w{bits[0]}a{bits[1]}"

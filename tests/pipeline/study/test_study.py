@@ -18,7 +18,7 @@ from crqat.core.results.study import StudyResults, StudyRow
 from crqat.core.run_directory import sha256_file
 from crqat.core.typed_json import read, text
 from crqat.pipeline.cli import crqat
-from crqat.pipeline.study import report, study
+from crqat.pipeline.study import report, runner, study
 from crqat.pipeline.study.worker import packed
 from crqat.train.data import sources
 
@@ -169,10 +169,10 @@ def test_a_study_without_its_float_network_trains_that_and_what_descends_from_it
 
     def run(*methods: str) -> list[str]:
         trained.clear()
-        assert study.run(made, planned(path, methods=methods), 1) == []
+        assert runner.run(made, planned(path, methods=methods), 1) == []
         return trained
 
-    monkeypatch.setattr(study, "_start", start)
+    monkeypatch.setattr(runner, "_start", start)
     weights = made.weights(planned(path)[0].name)
     assert run("qat", "cr-unlabeled") == ["float", "qat", "cr-unlabeled"]
     assert run("qat", "cr-unlabeled") == []
@@ -198,7 +198,7 @@ def test_no_place_for_the_float_networks_is_said_before_anything_is_trained(path
     made = study.load(path, (), path.with_name("taken.md"), path.parent / "runs")
     path.with_name("taken").write_text("a file")
     with pytest.raises(ToolError, match=r"taken: the folder for the float networks cannot be made: File exists"):
-        study.run(made, planned(path), 1)
+        runner.run(made, planned(path), 1)
     assert not made.runs.exists()
 
 
