@@ -12,7 +12,7 @@ Bits = Annotated[int, Range(ge=2, le=8)]
 Target = Annotated[str, TargetName()]
 # Resize and crop of stored images where the recipe sets neither: those of the usual ImageNet evaluation.
 FOLDER_SIZE, FOLDER_CROP = 256, 224
-# A mean or standard deviation above this is taken for one in units of 0..255, where 0..1 is meant.
+# A larger mean or standard deviation was probably given in units of 0..255 instead of 0..1.
 LARGEST_UNIT = 2.0
 Interpolation = Literal["bilinear", "bicubic", "lanczos", "nearest"]
 FILE_SOURCES = ("imagefolder", "imagelist", "webdataset", "huggingface")

@@ -172,7 +172,9 @@ def doubts(dataset: Dataset, listed: bool = False) -> tuple[str, ...]:
         )
     for name, constants in zip(("mean", "std"), dataset.preprocessing.constants()[1:], strict=True):
         if (largest := float(np.abs(constants).max())) > LARGEST_UNIT:
-            found.append(f"the normalization's {name} is {largest:g}, and its unit is 0..1: divide it by 255?")
+            found.append(
+                f"the normalization's {name} is {largest:g}, but its unit is 0..1; should it be divided by 255?"
+            )
     absent = sorted(set(dataset.test_labels.tolist()) - set(dataset.train_labels.tolist()))
     if absent and not listed:
         names = ", ".join(dataset.class_names[label] for label in absent[:3])

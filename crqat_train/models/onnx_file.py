@@ -55,7 +55,7 @@ def read(path: Path) -> OnnxFile:
         raise UsageError(msg)
     model = untrusted_onnx.read(path, beside=True)
     if not model.graph.node:
-        msg = f"{path}: has no network in it; export it again"
+        msg = f"{path}: contains no operators; export it again"
         raise UsageError(msg)
     # Loops and branches are named first: another unsupported operator may only compute their condition.
     for node in sorted(model.graph.node, key=lambda node: node.op_type not in _LOOPS):

@@ -13,7 +13,7 @@ from crqat.core.errors import ToolError, UsageError
 from crqat.train.config import is_onnx_file
 
 _Number = TypeVar("_Number", int, float)
-# The option for each key of a recipe that an error may name; the user of this command has written no recipe.
+# Maps keys of a recipe in error messages to options, because users of this command have written no recipe.
 _OPTIONS = {
     r"model\.name": "MODEL",
     r"model\.weights": "--weights",
@@ -75,7 +75,7 @@ def in_options(out: Path) -> Iterator[None]:
         parts = str(error).replace(f"{out / 'recipe.yaml'}: ", "").split("; ")
         for key, option in _OPTIONS.items():
             parts = [re.sub(key, option, part) for part in parts]
-        # Each of three numbers may be wrong for the same reason.
+        # If several numbers of an option are wrong for the same reason, the reason is given once.
         raise type(error)("; ".join(dict.fromkeys(parts))) from error
 
 

@@ -80,7 +80,7 @@ def run(study: Study, jobs: Sequence[Job], processes: int, progress: Progress = 
 
 
 def _last_line(study: Study, job: Job) -> str:
-    """Return the last line of a training run's log: its progress."""
+    """Return the last line of a training run's log, which states its progress; "starts" if the log is empty."""
     _, _, log = _files(study, job)
     lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
     return console.printable(lines[-1]) if lines else "starts"

@@ -35,7 +35,7 @@ def _reshape(node: Node) -> Value:
     if not value.is_tensor:
         if value.name is not None:
             is_flat = isinstance(value.sample, list) and shape.sample in ([-1], [len(value.sample)])
-            reason = "reshapes a shape that the file computes, as from a free height and width"
+            reason = "reshapes a shape that the file computes, for example from a free height and width"
             return value if is_flat else _refuse(reason)
         return Value.of(_reshaped(torch.tensor(value.sample), node.constant(1)), value.origin)
     if shape.name is not None:

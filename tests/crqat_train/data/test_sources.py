@@ -298,7 +298,7 @@ def test_what_is_probably_a_mistake_is_a_note() -> None:
     assert dark.startswith("no byte of the training images is above 1 of 255: were they floats in 0..1?")
     channels = many.train_images.shape[1]
     bytes_ = dataclasses.replace(many, preprocessing=Preprocessing((0.4,) * channels, (58.0,) * channels))
-    assert doubts(bytes_) == ("the normalization's std is 58, and its unit is 0..1: divide it by 255?",)
+    assert doubts(bytes_) == ("the normalization's std is 58, but its unit is 0..1; should it be divided by 255?",)
 
 
 def test_cifar_can_be_grey(cifar100_root: Path) -> None:

@@ -312,7 +312,7 @@ def test_files_that_are_none_and_other_numbers_of_classes_end_in_one_line(tmp_pa
     with pytest.raises(UsageError, match="not an ONNX file"):
         models.check_name(str(path))
     path.write_bytes(b"")
-    with pytest.raises(UsageError, match="has no network in it"):
+    with pytest.raises(UsageError, match="contains no operators"):
         models.check_name(str(path))
     newer(path)
     models.check_name(str(path))
